@@ -1,0 +1,5 @@
+"""Candles and their time: what a series is and where its bars lie."""
+
+from kronos_stream.market.timeframe import Timeframe
+
+__all__ = ["Timeframe"]

@@ -1,0 +1,139 @@
+"""Read and write checkpoints: ``config.json`` and ``model.safetensors`` in a folder or on a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kronos_stream.model.config import PredictorConfig, TokenizerConfig
+from kronos_stream.model.predictor import Predictor
+from kronos_stream.model.tokenizer import Tokenizer
+
+_Config = TypeVar("_Config", TokenizerConfig, PredictorConfig)
+_Module = TypeVar("_Module", Tokenizer, Predictor)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+PINNED_REVISIONS = {
+    "NeoQuasar/Kronos-small": "901c26c1332695a2a8f243eb2f37243a37bea320",
+    "NeoQuasar/Kronos-Tokenizer-base": "0e0117387f39004a9016484a186a908917e22426",
+}
+"""Hub commits used where the caller names none."""
+
+MATCHING_TOKENIZER = {
+    "NeoQuasar/Kronos-mini": "NeoQuasar/Kronos-Tokenizer-2k",
+    "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
+    "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
+}
+"""The tokenizer each published predictor was trained with."""
+
+BUNDLED = Path(__file__).parent.parent / "checkpoints"
+"""Checkpoints that ship in the package, by folder name."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be found, read or used; the message says why and what to do."""
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a folder or a hub id, in eval mode, fp32, on the CPU."""
+    folder = resolve(source, revision)
+    return _load_weights(Tokenizer(_build(TokenizerConfig, folder)), folder)
+
+
+def load_predictor(source: str | Path, revision: str | None = None) -> Predictor:
+    """Load a predictor from a folder or a hub id, in eval mode, fp32, on the CPU."""
+    folder = resolve(source, revision)
+    return _load_weights(Predictor(_build(PredictorConfig, folder)), folder)
+
+
+def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
+    """Write ``module`` in the published layout; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(module.config.to_dict(), indent=2) + "\n"
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    part = folder / f"{WEIGHTS_FILE}.part"
+    save_file(weights, part, metadata={"format": "pt"})
+    os.replace(part, folder / WEIGHTS_FILE)
+    part = folder / f"{CONFIG_FILE}.part"
+    part.write_text(config)
+    os.replace(part, folder / CONFIG_FILE)
+    return folder
+
+
+def resolve(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint, fetched from the hub (or its cache) if need be."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"no checkpoint folder {name!r}; give an existing folder, "
+            "'nano', or a hub id such as NeoQuasar/Kronos-small"
+        )
+    return _from_hub(name, revision or PINNED_REVISIONS.get(name))
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    # Imported here: a checkpoint in a folder needs no hub library.
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{name} is a hub id and huggingface_hub is not installed; "
+            "install it or give a checkpoint folder"
+        ) from None
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
+        )
+    except Exception as error:  # the hub client raises errors of many libraries
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{name}{f' at {revision}' if revision else ''}: neither the hub nor its local cache "
+            f"has it ({type(error).__name__}: {reason}); check the name and the network, set "
+            "HF_HOME to a filled cache, or give a checkpoint folder"
+        ) from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}, so not a checkpoint folder") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return raw
+
+
+def _build(kind: type[_Config], folder: Path) -> _Config:
+    try:
+        return kind.from_dict(_config(folder))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
+
+
+def _load_weights(module: _Module, folder: Path) -> _Module:
+    path = folder / WEIGHTS_FILE
+    try:
+        weights = load_file(path)
+        # Half-precision files (small to ship) are computed with in fp32 unless asked otherwise.
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        module.load_state_dict(weights)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:400]
+        raise CheckpointError(f"{path}: does not fit its {CONFIG_FILE}: {reason}") from None
+    return module.eval().requires_grad_(False)

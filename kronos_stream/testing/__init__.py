@@ -1,0 +1,1 @@
+"""What tests need, shipped so that users' tests can have it too."""

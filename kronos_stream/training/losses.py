@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,39 +30,83 @@ class PredictorLoss(NamedTuple):
     total: Tensor
 
 
-def tokenizer_loss(x: Tensor, out: Reconstruction, config: TokenizerConfig) -> TokenizerLoss:
-    """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in)."""
-    coarse = F.mse_loss(out.coarse, x)
-    full = F.mse_loss(out.full, x)
-    bsq = bsq_loss(out.unit, out.quantised, config)
+def _alone(mean: Tensor) -> Tensor:
+    return mean
+
+
+def tokenizer_loss(
+    x: Tensor,
+    out: Reconstruction,
+    config: TokenizerConfig,
+    *,
+    weights: Tensor | None = None,
+    channels: Tensor | None = None,
+    scale: float = 1.0,
+    average: Callable[[Tensor], Tensor] = _alone,
+) -> TokenizerLoss:
+    """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in).
+
+    ``weights`` (B, S) sum to 1 in every row, ``channels`` (d_in,) have mean 1; left out, all
+    weigh alike. ``scale`` and ``average``: see :func:`soft_bits` and :func:`code_entropy`.
+    """
+    coarse = _squared_error(out.coarse, x, weights, channels)
+    full = _squared_error(out.full, x, weights, channels)
+    bsq = bsq_loss(out.unit, out.quantised, config, scale=scale, average=average)
     return TokenizerLoss(coarse, full, bsq, (coarse + full + bsq) / 2)
 
 
-def bsq_loss(unit: Tensor, quantised: Tensor, c: TokenizerConfig) -> Tensor:
+def _squared_error(
+    y: Tensor, x: Tensor, weights: Tensor | None, channels: Tensor | None
+) -> Tensor:
+    if weights is None and channels is None:
+        return F.mse_loss(y, x)
+    error = (y - x).square()
+    if channels is not None:
+        error = error * channels
+    by_bar = error.mean(-1)
+    return by_bar.mean() if weights is None else (by_bar * weights).sum(-1).mean()
+
+
+def bsq_loss(
+    unit: Tensor,
+    quantised: Tensor,
+    c: TokenizerConfig,
+    *,
+    scale: float = 1.0,
+    average: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
     """Commitment plus entropy loss of codes (B, S, bits): decided bits, varied codes."""
     commitment = (quantised.detach() - unit).square().sum(-1).mean()
-    entropy = c.gamma0 * bit_entropy(unit) - c.gamma * code_entropy(unit)
+    entropy = c.gamma0 * bit_entropy(unit, scale) - c.gamma * code_entropy(unit, scale, average)
     return c.beta * commitment + c.zeta * entropy
 
 
-def bit_entropy(unit: Tensor) -> Tensor:
+def bit_entropy(unit: Tensor, scale: float = 1.0) -> Tensor:
     """Mean over positions of the summed entropies of the soft bits: low means decided."""
-    return _entropy(soft_bits(unit)).sum(-1).mean()
+    return _entropy(soft_bits(unit, scale)).sum(-1).mean()
 
 
-def code_entropy(unit: Tensor) -> Tensor:
+def code_entropy(
+    unit: Tensor, scale: float = 1.0, average: Callable[[Tensor], Tensor] = _alone
+) -> Tensor:
     """Summed entropies of the batch-mean soft bits: high means varied.
 
     The paper groups bits and takes each group's code distribution; the reference's code
     overwrites that distribution with the bits' own, so ``group_size`` has no effect there.
     This follows the code, which is what the published checkpoints were trained with.
+
+    The entropy is not linear in the mean: ``average`` joins the means (bits,) of processes
+    that share a batch, and must pass gradients.
     """
-    return _entropy(soft_bits(unit).flatten(0, -2).mean(0)).sum()
+    return _entropy(average(soft_bits(unit, scale).flatten(0, -2).mean(0))).sum()
 
 
-def soft_bits(unit: Tensor) -> Tensor:
-    """Probability of each bit being 0 under the soft quantiser, (B, S, bits)."""
-    return torch.sigmoid(-4 * unit * unit.shape[-1] ** -0.5)
+def soft_bits(unit: Tensor, scale: float = 1.0) -> Tensor:
+    """Probability of each bit being 0 under the soft quantiser, (B, S, bits).
+
+    ``scale`` multiplies the reference's inverse temperature, at which all bits stay soft.
+    """
+    return torch.sigmoid(-4 * scale * unit * unit.shape[-1] ** -0.5)
 
 
 def _entropy(p: Tensor) -> Tensor:
@@ -70,9 +115,23 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def predictor_loss(
-    s1_logits: Tensor, s2_logits: Tensor, s1_next: Tensor, s2_next: Tensor
+    s1_logits: Tensor,
+    s2_logits: Tensor,
+    s1_next: Tensor,
+    s2_next: Tensor,
+    weights: Tensor | None = None,
 ) -> PredictorLoss:
-    """Next-token cross-entropy: logits (B, S, V), targets (B, S)."""
-    s1 = F.cross_entropy(s1_logits.flatten(0, 1), s1_next.flatten())
-    s2 = F.cross_entropy(s2_logits.flatten(0, 1), s2_next.flatten())
+    """Next-token cross-entropy: logits (B, S, V), targets (B, S).
+
+    ``weights`` (B, S) sum to 1 in every row; left out, all positions weigh alike.
+    """
+    s1 = _cross_entropy(s1_logits, s1_next, weights)
+    s2 = _cross_entropy(s2_logits, s2_next, weights)
     return PredictorLoss(s1, s2, (s1 + s2) / 2)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    return (loss.view_as(weights) * weights).sum(-1).mean()

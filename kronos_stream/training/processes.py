@@ -1,0 +1,84 @@
+"""Data-parallel training under ``torchrun``: who is who, and averages over all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def average(self, mean: Tensor) -> Tensor:
+        """The mean of ``mean`` over processes; gradients flow to every process's part."""
+        if self.world == 1:
+            return mean
+        out: Tensor = _Average.apply(mean)  # type: ignore[no-untyped-call]
+        return out
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace gradients by their mean over processes, in one message."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class _Average(torch.autograd.Function):
+    """Mean over processes, forwards and backwards.
+
+    Every process holds the same value and thus the same gradient of it, and the parameters'
+    gradients are averaged later: together that is the gradient of the joint mean.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, mean: Tensor) -> Tensor:  # noqa: ANN401
+        mean = mean.clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient / dist.get_world_size()
+
+
+def join(device: torch.device) -> Processes:
+    """Join the group ``torchrun`` started, or be alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Processes()
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(dist.get_rank(), world)

@@ -1,0 +1,166 @@
+"""Everything a training run can be told, in one object for both stages."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.training.errors import TrainingError
+
+Stage = Literal["tokenizer", "predictor"]
+Optimizer = Literal["adamw", "muon"]
+
+GENERATED = "generated"
+"""The name given in place of files to train on generated markets."""
+
+
+def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Settings of one run; ``metadata["help"]`` of every field says what it does.
+
+    The defaults are those of :meth:`defaults`, which differ by stage and for fine-tuning.
+    """
+
+    # Data
+    data: tuple[str, ...] = _setting(
+        (), "Candle files, folders of them, or 'generated' for generated markets."
+    )
+    timeframe: str = _setting("", "Bar length such as 5m; empty: inferred from each file.")
+    timeframes: tuple[str, ...] = _setting(
+        ("1m", "5m", "15m", "1h", "4h", "1d"), "Bar lengths of generated markets."
+    )
+    window: int = _setting(256, "Bars of a training window; at most the context served.")
+    lookback_min: int = _setting(64, "Fewest bars before the origin that give the statistics.")
+    lookback_max: int = _setting(232, "Most bars before the origin that give the statistics.")
+    lookback_weight: float = _setting(
+        0.25, "Loss weight of bars before the origin, whose statistics know them; after it: 1."
+    )
+    valid_share: float = _setting(0.1, "Share of each file's time span held out to validate.")
+    test_share: float = _setting(0.1, "Share of each file's time span, the newest, never read.")
+    valid_windows: int = _setting(128, "Held-out windows that are evaluated.")
+    # Run
+    seed: int = _setting(0, "Seed of the weights, the windows and everything else random.")
+    steps: int = _setting(4000, "Optimiser steps of the whole run.")
+    batch: int = _setting(8, "Windows per step, over all processes and micro-batches.")
+    accumulate: int = _setting(1, "Micro-batches per step, one after the other, to save memory.")
+    init: str = _setting("", "Checkpoint to start from (fine-tuning); empty: from scratch.")
+    device: str = _setting("auto", "cpu, cuda, or auto.")
+    threads: int = _setting(0, "CPU threads; 0: as many as torch takes.")
+    bf16: bool = _setting(False, "Compute matrix products in bfloat16 (autocast).")
+    grad_checkpoint: bool = _setting(
+        False, "Recompute blocks in the backward pass: less memory, about a third slower."
+    )
+    log_every: int = _setting(20, "Steps between log lines.")
+    eval_every: int = _setting(500, "Steps between evaluations on held-out windows.")
+    save_every: int = _setting(250, "Steps between checkpoints to resume from.")
+    early_stop: int = _setting(
+        0, "End after this many evaluations without a better one, and keep the best; 0: never."
+    )
+    half: bool = _setting(False, "Export weights as float16.")
+    # Optimiser
+    optimizer: Optimizer = _setting(
+        "adamw", "adamw, or muon for the blocks' matrices and adamw for the rest.",
+        get_args(Optimizer),
+    )
+    lr: float = _setting(1e-3, "Peak learning rate of AdamW.")
+    lr_muon: float = _setting(0.02, "Peak learning rate of Muon.")
+    warmup: int = _setting(100, "Steps over which the learning rate rises.")
+    lr_floor: float = _setting(0.02, "Where the cosine ends, as a share of the peak.")
+    weight_decay: float = _setting(0.0, "Decoupled weight decay of matrices.")
+    clip: float = _setting(1.0, "Gradient norm above which gradients are scaled down.")
+    # Network, from scratch
+    d_model: int = _setting(96, "Width.")
+    n_heads: int = _setting(4, "Attention heads.")
+    ff_dim: int = _setting(192, "Width of the feed-forward layers.")
+    n_layers: int = _setting(4, "Blocks of the predictor.")
+    enc_layers: int = _setting(3, "Encoder layers of the tokenizer, the embedding counted.")
+    dec_layers: int = _setting(3, "Decoder layers of the tokenizer, the embedding counted.")
+    s1_bits: int = _setting(9, "Bits of the coarse token (tokenizer).")
+    s2_bits: int = _setting(9, "Bits of the fine token (tokenizer).")
+    dropout: float = _setting(0.0, "Dropout of feed-forward layers and residuals.")
+    # Tokenizer
+    beta: float = _setting(0.0, "Weight of the commitment loss.")
+    gamma0: float = _setting(1.0, "Weight of the bits' own entropy: decided bits.")
+    gamma: float = _setting(1.1, "Weight of the code's entropy: varied codes.")
+    zeta: float = _setting(0.005, "Weight of both entropies together.")
+    entropy_scale: float = _setting(
+        20.0, "Inverse temperature of the soft bits in both entropies; the reference's is 1."
+    )
+    price_weight: float = _setting(2.0, "Weight of the four price channels; volume's are 1.")
+    # Predictor
+    tokenizer: str = _setting("", "Checkpoint of the tokenizer whose tokens are learned.")
+    s2_on: Literal["true", "sampled"] = _setting(
+        "true", "s1 the second token is conditioned on: the true one, or one drawn from the "
+        "model (the paper's).", ("true", "sampled"),
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, each with one line."""
+        if not 2 <= self.lookback_min <= self.lookback_max < self.window:
+            raise TrainingError(
+                f"need 2 <= lookback_min <= lookback_max < window, got {self.lookback_min}, "
+                f"{self.lookback_max}, {self.window}"
+            )
+        for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "save_every",
+                     "valid_windows"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be at least 1")
+        if self.batch % self.accumulate:
+            raise TrainingError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
+        if not (0 <= self.valid_share and 0 <= self.test_share
+                and self.valid_share + self.test_share < 1):
+            raise TrainingError("valid_share and test_share must leave something to train on")
+        for text in (*self.timeframes, *filter(None, [self.timeframe])):
+            try:
+                Timeframe.parse(text)
+            except ValueError as error:
+                raise TrainingError(str(error)) from None
+
+    @classmethod
+    def defaults(cls, stage: Stage, *, fine_tune: bool = False) -> Self:
+        """What a run starts from: the sizes of the bundled model, or gentle steps to tune one."""
+        base = cls() if stage == "tokenizer" else cls(
+            d_model=128, ff_dim=256, lr=2e-3
+        )
+        if fine_tune:
+            return replace(base, lr=1e-5, optimizer="adamw", warmup=100, steps=2000,
+                           early_stop=5, eval_every=100, weight_decay=0.01)
+        return base
+
+    @classmethod
+    def build(cls, stage: Stage, *layers: Mapping[str, Any]) -> Self:
+        """The defaults overlaid by ``layers`` (a recipe, then what the command line says)."""
+        merged: dict[str, Any] = {}
+        for layer in layers:
+            merged |= layer
+        known = {f.name for f in fields(cls)}
+        for name in merged:
+            if name not in known:
+                raise TrainingError(f"no setting is called {name!r}")
+        merged = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+        return replace(cls.defaults(stage, fine_tune=bool(merged.get("init"))), **merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored beside the checkpoint."""
+        return asdict(self)
+
+
+def read_recipe(path: Path, stage: Stage) -> dict[str, Any]:
+    """The ``[tokenizer]`` or ``[predictor]`` table of a TOML recipe."""
+    try:
+        table = tomllib.loads(path.read_text()).get(stage)
+    except OSError as error:
+        raise TrainingError(f"{path}: {error.strerror or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise TrainingError(f"{path}: not TOML ({error})") from None
+    if not isinstance(table, dict):
+        raise TrainingError(f"{path}: has no [{stage}] table")
+    return table

@@ -1,0 +1,112 @@
+"""From raw windows to what the networks see: normalised candles, stamps and loss weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CLIP = 5.0
+EPSILON = 1e-5
+"""Both as in the reference's normalisation."""
+
+_DAY_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Raw windows: ``values`` (B, S, 6) in price units, ``times`` (B, S) opens in UTC ms."""
+
+    values: npt.NDArray[np.float64]
+    times: npt.NDArray[np.int64]
+
+
+class WindowSource(Protocol):
+    """Where windows come from. The same step gives the same windows, in any run."""
+
+    def draw(self, step: int, batch: int, rows: npt.NDArray[np.int64]) -> Windows:
+        """The given rows of the ``batch`` windows of ``step``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch on its device.
+
+    ``x`` (B, S, 6) normalised candles, ``stamps`` (B, S, 5) int64, ``weights`` (B, S) summing
+    to 1 in every row, so that a mean over rows is the same however the rows are split up.
+    """
+
+    x: Tensor
+    stamps: Tensor
+    weights: Tensor
+    origins: Tensor
+    """(B,) bars before the origin's end: the lookback whose statistics normalise the row."""
+
+
+def normalise(
+    values: npt.NDArray[np.float64], lookback: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """Scale windows (B, S, 6) by mean and deviation of their first ``lookback`` (B,) bars.
+
+    Bars after the lookback are scaled by what was known at the origin and never looked at:
+    statistics of the whole window would tell where the price is going.
+    """
+    known = (np.arange(values.shape[1]) < lookback[:, None])[..., None]
+    count = lookback[:, None, None]
+    mean = np.where(known, values, 0.0).sum(1, keepdims=True) / count
+    variance = (np.where(known, values - mean, 0.0) ** 2).sum(1, keepdims=True) / count
+    scaled = (values - mean) / (np.sqrt(variance) + EPSILON)
+    return np.clip(scaled, -CLIP, CLIP).astype(np.float32)
+
+
+def stamps_of(times: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Minute, hour, weekday (Monday 0), day and month of UTC ms: (...) to (..., 5)."""
+    days = times // _DAY_MS
+    minutes = times % _DAY_MS // 60_000
+    dates = days.astype("datetime64[D]")
+    months = dates.astype("datetime64[M]")
+    return np.stack(
+        (
+            minutes % 60,
+            minutes // 60,
+            (days + 3) % 7,
+            (dates - months).astype(np.int64) + 1,
+            months.astype(np.int64) % 12 + 1,
+        ),
+        axis=-1,
+    )
+
+
+def make_batch(
+    windows: Windows,
+    lookback: npt.NDArray[np.int64],
+    lookback_weight: float,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Normalise, stamp and weigh ``windows`` whose origins lie after ``lookback`` (B,) bars."""
+    after = np.arange(windows.values.shape[1]) >= lookback[:, None]
+    weights = np.where(after, 1.0, lookback_weight)
+    weights /= weights.sum(1, keepdims=True)
+    return Batch(
+        torch.from_numpy(normalise(windows.values, lookback)).to(device),
+        torch.from_numpy(stamps_of(windows.times)).to(device),
+        torch.from_numpy(weights.astype(np.float32)).to(device),
+        torch.from_numpy(lookback).to(device),
+    )
+
+
+def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
+    """Randomness of one step: a function of its arguments, so resuming needs no state."""
+    return np.random.default_rng([seed, step, purpose])
+
+
+def draw_lookbacks(
+    seed: int, step: int, batch: int, shortest: int, longest: int
+) -> npt.NDArray[np.int64]:
+    """Random lookbacks of the whole batch of ``step``, both bounds included."""
+    return step_rng(seed, step, 1).integers(shortest, longest + 1, batch)

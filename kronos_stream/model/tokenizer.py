@@ -69,7 +69,8 @@ class Tokenizer(nn.Module):
         z = self.embed(x)
         for block in self.encoder:
             z = block(z)
-        return F.normalize(self.quant_embed(z), dim=-1)
+        unit: Tensor = F.normalize(self.quant_embed(z), dim=-1)
+        return unit
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised candles (B, S, d_in) to int64 tokens s1, s2, each (B, S)."""

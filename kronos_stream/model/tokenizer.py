@@ -69,8 +69,7 @@ class Tokenizer(nn.Module):
         z = self.embed(x)
         for block in self.encoder:
             z = block(z)
-        unit: Tensor = F.normalize(self.quant_embed(z), dim=-1)
-        return unit
+        return F.normalize(self.quant_embed(z), dim=-1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised candles (B, S, d_in) to int64 tokens s1, s2, each (B, S)."""
@@ -88,8 +87,9 @@ class Tokenizer(nn.Module):
         """Tokens, each (...), to the quantised code (..., bits) of +-1/sqrt(bits)."""
         c = self.config
         bits = torch.cat((unpack_bits(s1, c.s1_bits), unpack_bits(s2, c.s2_bits)), dim=-1)
-        signs: Tensor = bits.to(self.head.weight.dtype) * 2 - 1
-        return signs * c.code_bits**-0.5
+        signs = bits.to(self.head.weight.dtype) * 2 - 1
+        out: Tensor = signs * c.code_bits**-0.5
+        return out
 
     def decode_code(self, code: Tensor) -> Tensor:
         """Decode a full (B, S, bits) or a coarse (B, S, s1_bits) code."""

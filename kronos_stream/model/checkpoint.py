@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,8 +82,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no checkpoint folder {name!r}; give an existing folder, "
-            "'nano', or a hub id such as NeoQuasar/Kronos-small"
+            f"no checkpoint folder {name!r}; give an existing folder "
+            "or a hub id such as NeoQuasar/Kronos-small"
         )
     return _from_hub(name, revision or PINNED_REVISIONS.get(name))
 
@@ -90,16 +91,20 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
     # Imported here: a checkpoint in a folder needs no hub library.
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
     except ImportError:
         raise CheckpointError(
             f"{name} is a hub id and huggingface_hub is not installed; "
             "install it or give a checkpoint folder"
         ) from None
+    wanted = [CONFIG_FILE, WEIGHTS_FILE]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
-        )
+        if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+            # A commit never changes: what the cache has of it needs no network, nor waits for it.
+            cached = [try_to_load_from_cache(name, file, revision=revision) for file in wanted]
+            if all(isinstance(path, str) for path in cached):
+                return Path(str(cached[0])).parent
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises errors of many libraries
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(

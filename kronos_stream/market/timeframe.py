@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from calendar import monthrange
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import date, timedelta
 from typing import Self
 
 _UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
+_EPOCH = date(1970, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class Timeframe:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read ``"5m"``; raises ValueError naming the accepted forms."""
-        match = re.fullmatch(r"([1-9]\d{0,5})([smhdwM])", text)
+        match = re.fullmatch(r"([1-9][0-9]{0,5})([smhdwM])", text)
         if match is None:
             raise ValueError(
                 f"timeframe {text!r}: expected a count and a unit of s, m, h, d, w or M, such as 5m"
@@ -45,11 +47,19 @@ class Timeframe:
         return None if size is None else self.count * size
 
     def after(self, open_ms: int, bars: int = 1) -> int:
-        """Open time, UTC ms, of the bar ``bars`` after the one that opens at ``open_ms``."""
+        """Open time, UTC ms, of the bar ``bars`` after the one that opens at ``open_ms``.
+
+        Months keep the day and the time of day. One that opens on a month's last day does so
+        every time (midnight east of Greenwich is the evening before in UTC); a day the target
+        month lacks becomes its last.
+        """
         step = self.milliseconds
         if step is not None:
             return open_ms + bars * step
-        opened = datetime.fromtimestamp(open_ms / 1000, UTC)
-        months = opened.year * 12 + opened.month - 1 + bars * self.count
-        first = opened.replace(year=months // 12, month=months % 12 + 1, day=1)
-        return int(first.timestamp() * 1000) + (opened.day - 1) * _UNIT_MS["d"]
+        days, time_of_day = divmod(open_ms, _UNIT_MS["d"])
+        opened = _EPOCH + timedelta(days)
+        year, month = divmod(opened.year * 12 + opened.month - 1 + bars * self.count, 12)
+        last = monthrange(year, month + 1)[1]
+        at_end = opened.day == monthrange(opened.year, opened.month)[1]
+        day = last if at_end else min(opened.day, last)
+        return (date(year, month + 1, day) - _EPOCH).days * _UNIT_MS["d"] + time_of_day

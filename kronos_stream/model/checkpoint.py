@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,9 @@ BUNDLED = Path(__file__).parent.parent / "checkpoints"
 """Checkpoints that ship in the package, by folder name."""
 
 
+_FETCH_AGAIN = "fetch or copy the checkpoint again"
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be found, read or used; the message says why and what to do."""
 
@@ -44,13 +48,13 @@ class CheckpointError(Exception):
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a folder or a hub id, in eval mode, fp32, on the CPU."""
     folder = resolve(source, revision)
-    return _load_weights(Tokenizer(_build(TokenizerConfig, folder)), folder)
+    return _load_weights(_build(Tokenizer, TokenizerConfig.from_dict, folder), folder)
 
 
 def load_predictor(source: str | Path, revision: str | None = None) -> Predictor:
     """Load a predictor from a folder or a hub id, in eval mode, fp32, on the CPU."""
     folder = resolve(source, revision)
-    return _load_weights(Predictor(_build(PredictorConfig, folder)), folder)
+    return _load_weights(_build(Predictor, PredictorConfig.from_dict, folder), folder)
 
 
 def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
@@ -58,13 +62,15 @@ def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(module.config.to_dict(), indent=2) + "\n"
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     part = folder / f"{WEIGHTS_FILE}.part"
     save_file(weights, part, metadata={"format": "pt"})
-    os.replace(part, folder / WEIGHTS_FILE)
+    part.replace(folder / WEIGHTS_FILE)
     part = folder / f"{CONFIG_FILE}.part"
-    part.write_text(config)
-    os.replace(part, folder / CONFIG_FILE)
+    part.write_text(config, encoding="utf-8")
+    part.replace(folder / CONFIG_FILE)
     return folder
 
 
@@ -76,8 +82,8 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     name = str(source)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no checkpoint folder {name!r}; give an existing folder, "
-            "'nano', or a hub id such as NeoQuasar/Kronos-small"
+            f"no checkpoint folder {name!r}; give an existing folder "
+            "or a hub id such as NeoQuasar/Kronos-small"
         )
     return _from_hub(name, revision or PINNED_REVISIONS.get(name))
 
@@ -85,18 +91,22 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
 def _from_hub(name: str, revision: str | None) -> Path:
     # Imported here: a checkpoint in a folder needs no hub library.
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download, try_to_load_from_cache
     except ImportError:
         raise CheckpointError(
             f"{name} is a hub id and huggingface_hub is not installed; "
             "install it or give a checkpoint folder"
         ) from None
+    wanted = [CONFIG_FILE, WEIGHTS_FILE]
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE])
-        )
+        if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+            # A commit never changes: what the cache has of it needs no network, nor waits for it.
+            cached = [try_to_load_from_cache(name, file, revision=revision) for file in wanted]
+            if all(isinstance(path, str) for path in cached):
+                return Path(str(cached[0])).parent
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub client raises errors of many libraries
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(
             f"{name}{f' at {revision}' if revision else ''}: neither the hub nor its local cache "
             f"has it ({type(error).__name__}: {reason}); check the name and the network, set "
@@ -107,21 +117,29 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no {CONFIG_FILE}, so not a checkpoint folder") from None
+        raise CheckpointError(
+            f"{folder}: no {CONFIG_FILE}, so not a checkpoint folder; give the folder that holds "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); {_FETCH_AGAIN}") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise CheckpointError(f"{path}: expected a JSON object; {_FETCH_AGAIN}")
     return raw
 
 
-def _build(kind: type[_Config], folder: Path) -> _Config:
+def _build(
+    module: Callable[[_Config], _Module], config: Callable[[dict[str, Any]], _Config], folder: Path
+) -> _Module:
+    raw = _config(folder)
     try:
-        return kind.from_dict(_config(folder))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from None
+        return module(config(raw))
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: {_line(error)}; is this the right kind of checkpoint?"
+        ) from None
 
 
 def _load_weights(module: _Module, folder: Path) -> _Module:
@@ -131,9 +149,22 @@ def _load_weights(module: _Module, folder: Path) -> _Module:
         # Half-precision files (small to ship) are computed with in fp32 unless asked otherwise.
         weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
         module.load_state_dict(weights)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS_FILE}, so not a whole checkpoint; {_FETCH_AGAIN}"
+        ) from None
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file ({_line(error)}); {_FETCH_AGAIN}"
+        ) from None
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:400]
-        raise CheckpointError(f"{path}: does not fit its {CONFIG_FILE}: {reason}") from None
-    return module.eval().requires_grad_(False)
+        raise CheckpointError(
+            f"{path}: does not fit its {CONFIG_FILE}; take both files from one checkpoint "
+            f"({_line(error)})"
+        ) from None
+    return module.eval().requires_grad_(requires_grad=False)
+
+
+def _line(error: Exception) -> str:
+    """What ``error`` says, on one line of bounded length."""
+    return " ".join(str(error).split())[:400]

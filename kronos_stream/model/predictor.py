@@ -51,10 +51,8 @@ class DependencyLayer(nn.Module):
         self.cross_attn = Attention(d_model, S2_HEADS)
         self.norm = RMSNorm(d_model)
 
-    def forward(
-        self, hidden: Tensor, s1_embedded: Tensor, *, rotate: bool, causal: bool
-    ) -> Tensor:
-        """hidden (B, T, d), s1_embedded (B, S, d) with S = 1 or T; returns (B, T, d)."""
+    def forward(self, hidden: Tensor, s1_embedded: Tensor, *, rotate: bool, causal: bool) -> Tensor:
+        """(B, T, d) and s1_embedded (B, S, d), with S = 1 or T, to (B, T, d)."""
         attended = self.cross_attn(s1_embedded, hidden, rotate=rotate, causal=causal)
         out: Tensor = self.norm(hidden + attended)
         return out
@@ -126,7 +124,9 @@ class Predictor(nn.Module):
         out: Tensor = self.head.proj_s2(self.dep_layer.norm(hidden[:, -1] + attended[:, 0]))
         return out
 
-    def forward(self, s1: Tensor, s2: Tensor, stamps: Tensor, s1_next: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, s1: Tensor, s2: Tensor, stamps: Tensor, s1_next: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Teacher-forced logits (B, S, 2^bits) of both levels, as served."""
         hidden = self.hidden(s1, s2, stamps)
         return self.s1_logits(hidden), self.s2_logits(hidden, s1_next)

@@ -87,8 +87,9 @@ class Tokenizer(nn.Module):
         """Tokens, each (...), to the quantised code (..., bits) of +-1/sqrt(bits)."""
         c = self.config
         bits = torch.cat((unpack_bits(s1, c.s1_bits), unpack_bits(s2, c.s2_bits)), dim=-1)
-        signs: Tensor = bits.to(self.head.weight.dtype) * 2 - 1
-        return signs * c.code_bits**-0.5
+        signs = bits.to(self.head.weight.dtype) * 2 - 1
+        out: Tensor = signs * c.code_bits**-0.5
+        return out
 
     def decode_code(self, code: Tensor) -> Tensor:
         """Decode a full (B, S, bits) or a coarse (B, S, s1_bits) code."""

@@ -1,0 +1,47 @@
+# `make` lists the targets. Each does all the set-up it needs; the first run takes minutes.
+#   PYTHON=python3.12 make setup      another interpreter
+#   make test ARGS="-k parity -x"     arguments for the command a target runs
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+STAMP := $(VENV)/.complete
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format bench parity-hub soak clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Make or update the environment in .venv
+
+# deploy/venv.sh touches the stamp last, so an interrupted set-up starts over.
+$(STAMP): pyproject.toml constraints.txt deploy/venv.sh
+	@PYTHON=$(PYTHON) deploy/venv.sh $(VENV)
+
+test: $(STAMP) ## Run the tests, except the soak
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+lint: $(STAMP) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Format the code and mend what can be mended mechanically
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Measure forecasting speed on this machine (ARGS="--json")
+	$(BIN)/kronos-stream bench $(ARGS)
+
+parity-hub: $(STAMP) ## Compare with the reference on the published checkpoints (needs the hub or its cache)
+	$(BIN)/python -m pytest -m hub $(ARGS)
+
+soak: $(STAMP) ## Run the engine for a minute (KRONOS_SOAK_SECONDS=60) and watch its memory
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
+
+clean: ## Remove the environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find kronos_stream tests -name __pycache__ -type d -prune -exec rm -rf {} +

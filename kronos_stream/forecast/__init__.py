@@ -1,0 +1,1 @@
+"""From sample paths to statements: quantiles, summaries, tables, plots and files."""

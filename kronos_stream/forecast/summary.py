@@ -1,0 +1,82 @@
+"""What a set of sample paths says about the bars ahead, in a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.forecast.quantiles import quantile_name, required_paths, weibull_quantiles
+
+CLOSE = 3
+"""The column of the close in candles (…, 6)."""
+
+_TAIL = 0.05
+_DEVIATION_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The final close against the last known one, over all paths. Returns are close/last - 1.
+
+    ``None`` stands where a number is undefined: every return if last ≤ 0, ``volatility`` if the
+    horizon is one bar or half of the paths touch a price ≤ 0, and quantiles (thus
+    ``value_at_risk_95``) that so few paths cannot support.
+    """
+
+    p_up: float
+    """Share of paths whose final close is above last."""
+    expected_return: float | None
+    """Mean final return."""
+    return_quantiles: dict[str, float | None]
+    """Weibull quantiles of the final return, by name (``q05``)."""
+    volatility: float | None
+    """Median over paths of the standard deviation (ddof 0) of per-bar log returns."""
+    value_at_risk_95: float | None
+    """Minus the 5 % quantile of the final return: positive is a loss."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(paths: NDArray[np.floating], last: float, probs: Sequence[float]) -> Summary:
+    """Summarise ``paths`` (paths, horizon, 6); prices and ``last``, the origin's close, alike."""
+    return summarise_closes(paths[..., CLOSE], last, probs)
+
+
+def summarise_closes(closes: NDArray[np.floating], last: float, probs: Sequence[float]) -> Summary:
+    """As :func:`summarise`, of closes (paths, horizon). Raises ValueError unless all are finite."""
+    if not np.isfinite(closes).all():
+        raise ValueError("paths hold NaN or infinite closes")
+    final = closes[:, -1].astype(np.float64)
+    returns = final / last - 1 if last > 0 else None
+    tail = _return_quantile(returns, _TAIL)
+    return Summary(
+        p_up=float(np.mean(final > last)),
+        expected_return=None if returns is None else float(returns.mean()),
+        return_quantiles={quantile_name(p): _return_quantile(returns, p) for p in probs},
+        volatility=_volatility(closes, last),
+        value_at_risk_95=None if tail is None else -tail,
+    )
+
+
+def _return_quantile(returns: NDArray[np.float64] | None, p: float) -> float | None:
+    if returns is None or len(returns) < required_paths(p):
+        return None
+    return float(weibull_quantiles(returns, [p])[0])
+
+
+def _volatility(closes: NDArray[np.floating], last: float) -> float | None:
+    if last <= 0 or closes.shape[1] < _DEVIATION_STEPS:
+        return None
+    # A path that touches zero has no log returns: it moved more than any that did not.
+    deviations = np.full(len(closes), np.inf)
+    positive = (closes > 0).all(axis=1)
+    known = closes[positive].astype(np.float64)
+    prices = np.concatenate([np.full((len(known), 1), last), known], axis=1)
+    deviations[positive] = np.diff(np.log(prices), axis=1).std(axis=1)
+    median = float(np.median(deviations))
+    return median if np.isfinite(median) else None

@@ -1,0 +1,289 @@
+"""Read candles from a file: CSV (plain or compressed), Parquet or Feather.
+
+A file is taken whole or refused: every bar is checked, and the first fault found is reported
+with the file, the row (counted from 1 after the header), the bar's time and what to do about it.
+Gaps between bars are no fault; :attr:`CandleTable.gaps` lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NoReturn
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kronos_stream.market.spacing import (
+    common_step,
+    find_gaps,
+    infer_timeframe,
+    shortest_step,
+)
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.utc import rfc3339
+
+COLUMNS = ("open", "high", "low", "close", "volume", "amount")
+"""Columns of :attr:`CandleTable.values`, in order."""
+
+_PRICES = COLUMNS[:4]
+
+# Names a column may have, in order of preference; compared in lower case, spaces as underscores.
+_ALIASES = {
+    "time": ("timestamp", "timestamps", "datetime", "open_time", "time", "date", "unix"),
+    "open": ("open", "o"),
+    "high": ("high", "h"),
+    "low": ("low", "l"),
+    "close": ("close", "c"),
+    "volume": ("volume", "vol", "base_volume", "v"),
+    "amount": ("amount", "quote_volume", "quote_asset_volume", "quotevolume", "turnover", "amt"),
+}
+
+# Binance's public dumps have no header row, and these columns.
+_BINANCE_DUMP = [
+    "open_time", "open", "high", "low", "close", "volume", "close_time", "quote_volume",
+    "trades", "taker_base", "taker_quote", "ignore",
+]  # fmt: skip
+
+_PARQUET_SUFFIXES = (".parquet", ".pq")
+_FEATHER_SUFFIXES = (".feather", ".arrow")
+_TEXT_SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t"}
+
+# Epoch times by magnitude: one unit's years 1973 to 5138 never meet another unit's.
+_EPOCH_UNITS = ((1e11, 1e3), (1e14, 1.0), (1e17, 1e-3), (1e20, 1e-6))
+_EPOCH_SMALLEST = 1e8
+
+
+class CandleFileError(ValueError):
+    """A file that holds no usable candles; the one-line message says where and what to do."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandleTable:
+    """The candles of one series, oldest first.
+
+    ``times``: (N,) bar opens, UTC ms, strictly increasing. ``values``: (N, 6) finite, columns as
+    in :data:`COLUMNS`, prices as written. Where the file has no amount it is volume times
+    mean(open, high, low, close); where it has no volume, both are 0.
+    """
+
+    path: Path
+    times: NDArray[np.int64]
+    values: NDArray[np.float64]
+    timeframe: Timeframe
+    has_volume: bool
+    has_amount: bool
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """Holes as (open time of the bar before it, UTC ms; number of bars missing)."""
+        return find_gaps(self.times, self.timeframe)
+
+
+def read_candles(path: str | Path, timeframe: Timeframe | None = None) -> CandleTable:
+    """Read and check the candles in ``path``; raises :class:`CandleFileError`.
+
+    The kind of file is told by its name: ``.csv``, ``.txt`` or ``.tsv`` (also ``.gz``, ``.bz2``,
+    ``.xz``, ``.zip``, ``.zst``), ``.parquet``, ``.feather``. Times may be epoch seconds to
+    nanoseconds, ISO 8601 (no zone means UTC) or typed. Without ``timeframe``, the most common
+    distance between bars is taken.
+    """
+    path = Path(path)
+    frame = _load(path)
+    columns = _match_columns(path, frame)
+    if frame.empty:
+        _refuse(path, "no candles in it")
+    times = _times(path, columns["time"])
+    values = np.zeros((len(times), len(COLUMNS)))
+    for i, name in enumerate(COLUMNS):
+        if name in columns:
+            values[:, i] = _numbers(path, name, columns[name], times)
+    _check_order(path, times)
+    _check_candles(path, times, values)
+    has_volume = "volume" in columns
+    has_amount = has_volume and "amount" in columns
+    if has_volume and not has_amount:
+        values[:, 5] = values[:, 4] * values[:, :4].mean(axis=1)
+    elif not has_volume:
+        values[:, 5] = 0.0
+    timeframe = _timeframe(path, times, timeframe)
+    return CandleTable(path, times, values, timeframe, has_volume, has_amount)
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise CandleFileError(f"{path}: {reason}") from None
+
+
+def _refuse_row(path: Path, row: int, times: NDArray[np.int64], reason: str) -> NoReturn:
+    _refuse(path, f"row {row + 1} ({rfc3339(int(times[row]))}): {reason}")
+
+
+def _load(path: Path) -> pd.DataFrame:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    separator = next((_TEXT_SUFFIXES[s] for s in suffixes if s in _TEXT_SUFFIXES), None)
+    try:
+        if path.suffix.lower() in _PARQUET_SUFFIXES:
+            return _index_as_column(pd.read_parquet(path))
+        if path.suffix.lower() in _FEATHER_SUFFIXES:
+            return _index_as_column(pd.read_feather(path))
+        if separator is not None:
+            return _load_text(path, separator)
+    except FileNotFoundError:
+        _refuse(path, "no such file")
+    except pd.errors.EmptyDataError:
+        _refuse(path, "the file is empty")
+    # A damaged file raises errors of the many libraries that take part in reading it.
+    except Exception as error:  # noqa: BLE001
+        reason = " ".join(str(error).split())[:200]
+        _refuse(path, f"not readable ({type(error).__name__}: {reason})")
+    _refuse(path, "unknown kind of file; expected .csv (also .gz, .zst), .parquet or .feather")
+
+
+def _load_text(path: Path, separator: str) -> pd.DataFrame:
+    header = _read_csv(path, separator, rows=0).columns
+    if not all(_is_number(name) for name in header):
+        return _read_csv(path, separator)
+    if len(header) != len(_BINANCE_DUMP):
+        _refuse(path, "the first row holds numbers; add a header such as time,open,high,low,close")
+    return _read_csv(path, separator, names=_BINANCE_DUMP)
+
+
+def _read_csv(
+    path: Path, separator: str, rows: int | None = None, names: list[str] | None = None
+) -> pd.DataFrame:
+    source: Path | IO[bytes] = path
+    if path.suffix.lower() == ".zst":  # pandas would need a package for this that Arrow does not
+        import pyarrow as pa
+
+        source = pa.input_stream(str(path), compression="zstd")
+    return pd.read_csv(
+        source,
+        sep=separator,
+        nrows=rows,
+        names=names,
+        index_col=False,
+        skipinitialspace=True,
+        low_memory=False,
+    )
+
+
+def _is_number(text: object) -> bool:
+    try:
+        float(str(text))
+    except ValueError:
+        return False
+    return True
+
+
+def _index_as_column(frame: pd.DataFrame) -> pd.DataFrame:
+    """A stored pandas index is where the times often are."""
+    if isinstance(frame.index, pd.RangeIndex):
+        return frame
+    return frame.rename_axis(str(frame.index.name or "time")).reset_index()
+
+
+def _match_columns(path: Path, frame: pd.DataFrame) -> dict[str, pd.Series]:
+    names: dict[str, int] = {}
+    for position, name in enumerate(frame.columns):
+        names.setdefault(str(name).strip().lower().replace(" ", "_"), position)
+    found = {
+        field: frame.iloc[:, names[alias]]
+        for field, aliases in _ALIASES.items()
+        for alias in reversed(aliases)  # so that the most preferred name is the one that stays
+        if alias in names
+    }
+    missing = [field for field in ("time", *_PRICES) if field not in found]
+    if missing:
+        has = ", ".join(str(name) for name in frame.columns) or "none"
+        _refuse(path, f"missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; found: {has}")
+    return found
+
+
+def _times(path: Path, column: pd.Series) -> NDArray[np.int64]:
+    if not pd.api.types.is_datetime64_any_dtype(column):
+        numbers = pd.to_numeric(column, errors="coerce")
+        if pd.notna(numbers.iloc[0]):
+            return _epoch_times(path, column, numbers.to_numpy(np.float64, na_value=np.nan))
+    stamps = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
+    bad = np.flatnonzero(stamps.isna())
+    if bad.size:
+        _refuse_time(path, column, int(bad[0]))
+    naive = stamps.dt.tz_localize(None).to_numpy("datetime64[ms]")
+    return np.asarray(naive, np.int64)
+
+
+def _epoch_times(path: Path, column: pd.Series, numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    size = np.abs(numbers)
+    bad = np.flatnonzero(~((size >= _EPOCH_SMALLEST) & (size < _EPOCH_UNITS[-1][0])))
+    if bad.size:
+        _refuse_time(path, column, int(bad[0]))
+    # Bar by bar, since venues have changed units within one archive.
+    scale = np.select([size < limit for limit, _ in _EPOCH_UNITS], [s for _, s in _EPOCH_UNITS])
+    return np.rint(numbers * scale).astype(np.int64)
+
+
+def _refuse_time(path: Path, column: pd.Series, row: int) -> NoReturn:
+    _refuse(
+        path,
+        f"row {row + 1}: {column.iloc[row]!s:.40} is not a time; expected epoch s, ms, us or ns, "
+        "or ISO 8601 such as 2024-06-18T11:15:00Z",
+    )
+
+
+def _numbers(
+    path: Path, name: str, column: pd.Series, times: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if bad.size:
+        row = int(bad[0])
+        value = column.iloc[row]
+        reason = "missing" if pd.isna(value) else f"{value!s:.40}, not a finite number"
+        _refuse_row(path, row, times, f"{name} is {reason}; repair or remove the bar")
+    return numbers
+
+
+def _check_order(path: Path, times: NDArray[np.int64]) -> None:
+    bad = np.flatnonzero(np.diff(times) <= 0)
+    if not bad.size:
+        return
+    row = int(bad[0]) + 1
+    if times[row] == times[row - 1]:
+        _refuse_row(path, row, times, "the same time as the row before; keep one bar per time")
+    _refuse_row(path, row, times, "earlier than the row before; sort by time, oldest first")
+
+
+def _check_candles(path: Path, times: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+    opened, high, low, close, volume, amount = values.T
+    faults = {
+        "high < low": high < low,
+        "high < open or close": high < np.maximum(opened, close),
+        "low > open or close": low > np.minimum(opened, close),
+        "volume < 0": volume < 0,
+        "amount < 0": amount < 0,
+    }
+    rows = {reason: int(np.argmax(wrong)) for reason, wrong in faults.items() if wrong.any()}
+    if not rows:
+        return
+    reason = min(rows, key=lambda reason: rows[reason])
+    row = rows[reason]
+    bar = ", ".join(f"{n} {v:g}" for n, v in zip(COLUMNS, values[row], strict=True))
+    _refuse_row(path, row, times, f"impossible candle, {reason} ({bar}); repair or remove the bar")
+
+
+def _timeframe(path: Path, times: NDArray[np.int64], given: Timeframe | None) -> Timeframe:
+    if len(times) == 1:
+        return given or _refuse(path, "only one bar, so no timeframe to be seen; give --timeframe")
+    step = common_step(times)
+    if given is not None:
+        if step < shortest_step(given):
+            _refuse(path, f"its bars are mostly {step / 1000:g} s apart, closer than {given} bars")
+        return given
+    try:
+        return infer_timeframe(times)
+    except ValueError:
+        _refuse(path, f"its bars are mostly {step} ms apart, no timeframe; give --timeframe")

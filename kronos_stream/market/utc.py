@@ -1,0 +1,25 @@
+"""Times at the border: integer milliseconds inside, RFC 3339 in UTC outside."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+
+def rfc3339(time_ms: int) -> str:
+    """``1718709300000`` → ``2024-06-18T11:15:00Z``; milliseconds only where there are any."""
+    moment = datetime.fromtimestamp(time_ms // 1000, UTC).replace(tzinfo=None)
+    fraction = time_ms % 1000
+    return moment.isoformat() + (f".{fraction:03d}Z" if fraction else "Z")
+
+
+def parse_time(text: str) -> int:
+    """UTC ms of an ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    try:
+        moment = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise ValueError(
+            f"time {text!r}: expected ISO 8601, such as 2024-06-18T11:15:00Z (no zone means UTC)"
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1000)

@@ -1,0 +1,278 @@
+"""Checkpoints: sizes, the round trip through files, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from kronos_stream.model import (
+    CheckpointError,
+    Predictor,
+    Tokenizer,
+    load_predictor,
+    load_tokenizer,
+    save,
+)
+from kronos_stream.model.checkpoint import PINNED_REVISIONS
+from kronos_stream.model.config import PUBLISHED_PREDICTORS
+
+Loader = Callable[[str | Path], Tokenizer | Predictor]
+LOADERS: dict[str, Loader] = {"tokenizer": load_tokenizer, "predictor": load_predictor}
+
+both = pytest.mark.parametrize("kind", ["tokenizer", "predictor"])
+
+
+@pytest.fixture
+def checkpoint(parity: Path, tmp_path: Path, kind: str) -> Path:
+    """A copy of one tiny checkpoint, to be spoilt."""
+    return Path(shutil.copytree(parity / "tiny" / kind, tmp_path / kind))
+
+
+def refusal(source: str | Path, kind: str) -> str:
+    """The message of the error that loading raises: one line, of readable length."""
+    with pytest.raises(CheckpointError) as caught:
+        LOADERS[kind](source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 800
+    return message
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("mini", 4_108_032), ("small", 24_741_376), ("base", 102_310_592), ("large", 499_246_976)],
+)
+def test_parameter_counts(size: str, parameters: int) -> None:
+    """Each size has exactly the reference's number of parameters."""
+    with torch.device("meta"):
+        predictor = Predictor(PUBLISHED_PREDICTORS[size])
+    assert sum(p.numel() for p in predictor.parameters()) == parameters
+
+
+@both
+def test_published_state_dict_names(parity: Path, kind: str) -> None:
+    """A module's state dict has exactly the names, shapes and types of a published file."""
+    published = load_file(parity / "tiny" / kind / "model.safetensors")
+    state = LOADERS[kind](parity / "tiny" / kind).state_dict()
+    assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
+        n: (t.shape, t.dtype) for n, t in published.items()
+    }
+
+
+@both
+def test_round_trip_is_bit_equal(parity: Path, tmp_path: Path, kind: str) -> None:
+    """Saving and loading changes no bit and no setting, and leaves just the two files."""
+    first = LOADERS[kind](parity / "tiny" / kind)
+    folder = save(first, tmp_path / "new" / "folder")
+    second = LOADERS[kind](folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert second.config == first.config
+    before, after = first.state_dict(), second.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    published = load_file(parity / "tiny" / kind / "model.safetensors")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == published.keys()
+    assert all(torch.equal(written[name], published[name]) for name in published)
+
+
+@both
+def test_saving_replaces(parity: Path, tmp_path: Path, kind: str) -> None:
+    """Saving into a folder that holds a checkpoint replaces it."""
+    module = LOADERS[kind](parity / "tiny" / kind)
+    save(module, tmp_path)
+    for parameter in module.parameters():
+        parameter.add_(1.0)
+    save(module, tmp_path)
+    again = LOADERS[kind](tmp_path).state_dict()
+    assert all(torch.equal(again[n], t) for n, t in module.state_dict().items())
+
+
+@both
+def test_half_precision_file_loads_as_fp32(checkpoint: Path, kind: str) -> None:
+    """Weights stored as fp16 are computed with in fp32, at the values stored; integers stay."""
+    path = checkpoint / "model.safetensors"
+    half = {n: t.half() if t.is_floating_point() else t for n, t in load_file(path).items()}
+    save_file(half, path)
+    state = LOADERS[kind](checkpoint).state_dict()
+    for name, stored in half.items():
+        wanted = torch.float32 if stored.is_floating_point() else stored.dtype
+        assert state[name].dtype == wanted
+        assert torch.equal(state[name], stored.to(wanted))
+
+
+@both
+def test_loaded_for_inference(checkpoint: Path, kind: str) -> None:
+    """A loaded module is in eval mode throughout, without gradients, even if it has dropout."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config |= {"ffn_dropout_p": 0.5, "attn_dropout_p": 0.5, "resid_dropout_p": 0.5}
+    (checkpoint / "config.json").write_text(json.dumps(config), "utf-8")
+    module = LOADERS[kind](checkpoint)
+    assert not any(part.training for part in module.modules())
+    assert not any(p.requires_grad for p in module.parameters())
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+
+@both
+def test_unknown_settings_are_ignored(checkpoint: Path, kind: str) -> None:
+    """A config.json with more in it than the constructor's arguments loads all the same."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "k"}), "utf-8")
+    assert LOADERS[kind](checkpoint).config.to_dict() == config
+
+
+@both
+def test_missing_folder(tmp_path: Path, kind: str) -> None:
+    """The message names the folder and what may be given instead."""
+    message = refusal(tmp_path / "nowhere", kind)
+    assert str(tmp_path / "nowhere") in message
+    assert "give an existing folder" in message
+
+
+@both
+def test_missing_config(checkpoint: Path, kind: str) -> None:
+    """The message names the folder, the missing file and what a checkpoint folder holds."""
+    (checkpoint / "config.json").unlink()
+    message = refusal(checkpoint, kind)
+    assert f"{checkpoint}: no config.json" in message
+    assert "give the folder that holds config.json and model.safetensors" in message
+
+
+@both
+def test_missing_weights(checkpoint: Path, kind: str) -> None:
+    """The message names the folder, the missing file and the cure."""
+    (checkpoint / "model.safetensors").unlink()
+    message = refusal(checkpoint, kind)
+    assert f"{checkpoint}: no model.safetensors" in message
+    assert "fetch or copy the checkpoint again" in message
+
+
+@both
+@pytest.mark.parametrize("garbage", [b"{not json", b"", b"\xff\xfe\x00", b"[1, 2]"])
+def test_garbage_config(checkpoint: Path, kind: str, garbage: bytes) -> None:
+    """What is not a JSON object is called so, by file name, with the cure."""
+    (checkpoint / "config.json").write_bytes(garbage)
+    message = refusal(checkpoint, kind)
+    assert str(checkpoint / "config.json") in message
+    assert "JSON" in message
+    assert "fetch or copy the checkpoint again" in message
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"s1_bits": None}, "NoneType"),
+        ({"n_heads": 0}, "modulo by zero"),
+        ({"n_heads": 5}, "does not split into 5 heads"),
+        ({"d_model": -64}, "negative"),
+    ],
+)
+def test_unusable_config(
+    checkpoint: Path, kind: str, change: dict[str, int | None], cause: str
+) -> None:
+    """Settings no network can be built from are refused with the cause and the file."""
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    (checkpoint / "config.json").write_text(json.dumps(config | change), "utf-8")
+    message = refusal(checkpoint, kind)
+    assert str(checkpoint / "config.json") in message
+    assert cause in message
+    assert "is this the right kind of checkpoint?" in message
+
+
+def test_the_other_kind(parity: Path) -> None:
+    """A predictor's folder given as the tokenizer's, and the reverse, is recognised."""
+    for kind, other in (("tokenizer", "predictor"), ("predictor", "tokenizer")):
+        message = refusal(parity / "tiny" / other, kind)
+        assert f"not a {kind.title()}Config: " in message
+        assert "is this the right kind of checkpoint?" in message
+
+
+@both
+@pytest.mark.parametrize("keep", [0, 5, 1_000, 400_000])
+def test_truncated_weights(checkpoint: Path, kind: str, keep: int) -> None:
+    """A weights file that ends early, wherever, is called unreadable, with the cure."""
+    path = checkpoint / "model.safetensors"
+    os.truncate(path, keep)
+    message = refusal(checkpoint, kind)
+    assert f"{path}: not a readable safetensors file" in message
+    assert "fetch or copy the checkpoint again" in message
+
+
+@both
+def test_shapes_that_do_not_fit(checkpoint: Path, kind: str) -> None:
+    """Weights of another size than config.json says are refused, naming file and cure."""
+    module = LOADERS[kind](checkpoint)
+    config = replace(module.config, ff_dim=module.config.ff_dim * 2)
+    (checkpoint / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
+    message = refusal(checkpoint, kind)
+    assert f"{checkpoint / 'model.safetensors'}: does not fit its config.json" in message
+    assert "take both files from one checkpoint" in message
+    assert "size mismatch" in message
+
+
+@both
+def test_missing_tensor(checkpoint: Path, kind: str) -> None:
+    """A weights file that lacks a tensor is refused by that tensor's name."""
+    path = checkpoint / "model.safetensors"
+    weights = load_file(path)
+    del weights["head.bias" if kind == "tokenizer" else "head.proj_s1.bias"]
+    save_file(weights, path)
+    message = refusal(checkpoint, kind)
+    assert "does not fit its config.json" in message
+    assert "bias" in message
+
+
+def in_another_process(home: Path, **environment: str) -> list[str]:
+    """What loading the published small predictor prints, with the hub's cache in ``home``.
+
+    The hub client reads its settings once, at import: hence another process.
+    """
+    script = (
+        "from kronos_stream.model import *\n"
+        "try: print('loaded', load_predictor('NeoQuasar/Kronos-small').config.d_model)\n"
+        "except CheckpointError as error: print(error)"
+    )
+    settings = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), **environment}
+    done = subprocess.run(  # noqa: S603 - our own interpreter and script
+        [sys.executable, "-c", script],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.splitlines() + done.stderr.splitlines()
+
+
+def test_hub_out_of_reach(tmp_path: Path) -> None:
+    """A hub id, offline and with an empty cache: one line naming it, why, and three ways out."""
+    (message,) = in_another_process(tmp_path, HF_HUB_OFFLINE="1")
+    assert "NeoQuasar/Kronos-small at 901c26c" in message
+    assert "neither the hub nor its local cache has it" in message
+    assert "check the name and the network" in message
+    assert "HF_HOME" in message
+    assert "give a checkpoint folder" in message
+
+
+def test_cached_commit_needs_no_hub(parity: Path, tmp_path: Path) -> None:
+    """A pinned revision in the cache loads without a word to or about the hub."""
+    name, revision = "NeoQuasar/Kronos-small", PINNED_REVISIONS["NeoQuasar/Kronos-small"]
+    snapshots = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
+    shutil.copytree(parity / "tiny" / "predictor", snapshots / revision)
+    # An address where nothing listens: asking it would print retries on stderr.
+    lines = in_another_process(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert lines == ["loaded 64"]

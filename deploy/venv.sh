@@ -34,8 +34,13 @@ else
         die "could not create $venv; on Debian and Ubuntu install the package python3-venv"
 fi
 
-pip() {
-    "$venv/bin/python" -m pip --disable-pip-version-check "$@"
+# On a terminal pip shows its downloads; a log gets the steps below only.
+quiet=()
+[[ -t 1 ]] || quiet=(--quiet)
+
+install() {
+    "$venv/bin/python" -m pip --disable-pip-version-check install \
+        ${quiet[@]+"${quiet[@]}"} -c "$root/constraints.txt" "$@"
 }
 
 has_nvidia_driver() {
@@ -70,7 +75,7 @@ elif has_nvidia_driver; then
     say "NVIDIA driver found: taking the ordinary build of torch"
 elif cpu_index_answers; then
     say "no NVIDIA driver: taking the CPU build of torch from $cpu_index"
-    pip install --quiet --no-deps --index-url "$cpu_index" -c "$root/constraints.txt" torch ||
+    install --no-deps --index-url "$cpu_index" torch ||
         say "that failed: taking the ordinary build instead"
 else
     say "no NVIDIA driver, but $cpu_index does not answer: taking the ordinary build of torch (gigabytes)"
@@ -78,8 +83,8 @@ fi
 
 say "installing kronos-stream and its development tools (minutes the first time)"
 # setuptools first and no build isolation: the build backend is pinned too.
-pip install --quiet -c "$root/constraints.txt" setuptools
-pip install --quiet --no-build-isolation -c "$root/constraints.txt" --editable "$root[dev]"
+install setuptools
+install --no-build-isolation --editable "$root[dev]"
 
 touch "$stamp"
 say "$venv is complete"

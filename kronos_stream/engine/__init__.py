@@ -1,0 +1,6 @@
+"""The engine: from contexts to sample paths, exact and fast."""
+
+from kronos_stream.engine.context import Context, ContextError
+from kronos_stream.engine.forecaster import Draw, Forecaster
+
+__all__ = ["Context", "ContextError", "Draw", "Forecaster"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,13 @@ MATCHING_TOKENIZER = {
 }
 """The tokenizer each published predictor was trained with."""
 
+PUBLISHED_CONTEXT = {
+    "NeoQuasar/Kronos-mini": 2048,
+    "NeoQuasar/Kronos-small": 512,
+    "NeoQuasar/Kronos-base": 512,
+}
+"""Bars each published predictor was trained on."""
+
 BUNDLED = Path(__file__).parent.parent / "checkpoints"
 """Checkpoints that ship in the package, by folder name."""
 
@@ -41,8 +49,36 @@ BUNDLED = Path(__file__).parent.parent / "checkpoints"
 _FETCH_AGAIN = "fetch or copy the checkpoint again"
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model's two halves are: folders or hub ids."""
+
+    predictor: str | Path
+    tokenizer: str | Path
+    max_context: int | None
+    """Bars the model was trained on, where the checkpoint or its publisher says so."""
+
+
 class CheckpointError(Exception):
     """A checkpoint cannot be found, read or used; the message says why and what to do."""
+
+
+def find(model: str | Path, tokenizer: str | Path | None = None) -> Found:
+    """Resolve a model's name: a bundled one, a folder with both halves, a predictor, a hub id."""
+    folder = Path(model)
+    if not folder.is_dir() and (BUNDLED / str(model)).is_dir():
+        folder = BUNDLED / str(model)
+    if (folder / "predictor").is_dir() and (folder / "tokenizer").is_dir():
+        card = folder / "model.json"
+        context = json.loads(card.read_text()).get("max_context") if card.is_file() else None
+        return Found(folder / "predictor", tokenizer or folder / "tokenizer", context)
+    matching = tokenizer or MATCHING_TOKENIZER.get(str(model))
+    if matching is None:
+        raise CheckpointError(
+            f"{model}: which tokenizer? Name it, or give a folder that holds predictor/ and "
+            "tokenizer/"
+        )
+    return Found(model, matching, PUBLISHED_CONTEXT.get(str(model)))
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:

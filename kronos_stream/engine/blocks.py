@@ -1,0 +1,149 @@
+"""Running a stack of blocks: over whole prefixes at once, or over each path's newest rows.
+
+The residual stream is float32 whatever type the products are taken in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kronos_stream.engine.attention import Prefix, Suffix, attend, rotate
+from kronos_stream.engine.dense import Scratch, swiglu_
+from kronos_stream.engine.weights import BlockWeights, Stack
+from kronos_stream.model.layers import NORM_EPS
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of several layers, by layer first; see Prefix and Suffix for the rest."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """RMSNorm of float32 rows, given out in the type the next product takes."""
+    return F.rms_norm(x, weight.shape, weight, NORM_EPS).to(dtype)
+
+
+def run_prefix(
+    stack: Stack,
+    x: Tensor,
+    batch: int,
+    scratch: Scratch,
+    cache: LayerCache | None = None,
+    *,
+    last_at: Tensor | None = None,
+) -> Tensor:
+    """Causal pass over whole windows, x (B * L, d) float32, changed in place and returned.
+
+    cache: written with every layer's keys (layers, B, heads, head_dim, L) and values (layers, B,
+        heads, L, head_dim).
+    last_at: (B,) positions; given, the last block yields these rows alone, (B, d), and of the
+        others only what the cache needs.
+    """
+    length = x.shape[0] // batch
+    rotation = stack.rotation[:length, None]  # (L, 1, head_dim / 2)
+    for i, block in enumerate(stack.blocks):
+        q, k, v = _project(block, stack, x, scratch, (batch, length))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            cache.keys[i].copy_(k.permute(0, 2, 3, 1))
+            cache.values[i].copy_(v.transpose(1, 2))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if last_at is not None and block is stack.blocks[-1]:
+            row = torch.arange(batch, device=x.device)
+            q = q[row, :, last_at][:, :, None]
+            x = x.view(batch, length, -1)[row, last_at]
+            seen = torch.arange(length, device=x.device) <= last_at[:, None]
+            mixed = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], scale=1.0)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        block.out.add_to(mixed.transpose(1, 2).reshape(len(x), -1), x)
+        _feed_forward(block, x, scratch)
+    return x
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """Consecutive rows of a step: the paths of contexts that share a shape."""
+
+    rows: slice
+    shape: tuple[int, int, int]  # (B, P, Q): contexts, paths, new bars per path
+    prefix: LayerCache
+    mask: Tensor | None
+    suffix: LayerCache  # (layers, B * P, heads, T, head_dim)
+
+    def write(self, i: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values, (rows, heads, head_dim), at ``start`` of layer i's suffix."""
+        b, p, q = self.shape
+        for cached, new in ((self.suffix.keys, keys), (self.suffix.values, values)):
+            own = new[self.rows].unflatten(0, (b * p, q)).transpose(1, 2)
+            cached[i, :, :, start : start + q].copy_(own)
+
+    def attend(self, i: int, end: int, query: Tensor, out: Tensor) -> None:
+        """Attend from these rows of query (R, heads, head_dim) to the suffix before ``end``."""
+        prefix = Prefix(self.prefix.keys[i], self.prefix.values[i], self.mask)
+        suffix = None
+        if end > 0:
+            suffix = Suffix(self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end])
+        attend(query[self.rows].unflatten(0, self.shape), prefix, suffix, out[self.rows])
+
+
+def attend_all(
+    companies: Sequence[Company], i: int, end: int, query: Tensor, scratch: Scratch
+) -> Tensor:
+    """Attention of every company's rows in layer i: (R, heads, head_dim) to (R, d).
+
+    Rows no company claims are padding; they come out 0, so that they stay finite.
+    """
+    out = scratch("mixed", len(query), query.shape[1] * query.shape[2])
+    for company in companies:
+        company.attend(i, end, query, out)
+    out[companies[-1].rows.stop :].zero_()
+    return out
+
+
+def run_rows(
+    stack: Stack,
+    x: Tensor,
+    rotation: Tensor,
+    companies: Sequence[Company],
+    start: int,
+    scratch: Scratch,
+) -> Tensor:
+    """Newest rows of every path, x (R, d) float32, changed in place and returned.
+
+    rotation: (R, 1, head_dim / 2). start: bars of each path that are in the suffix caches
+    already; the caches gain these rows.
+    """
+    for i, block in enumerate(stack.blocks):
+        q, k, v = _project(block, stack, x, scratch, (len(x),))
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        for company in companies:
+            company.write(i, start, k, v)
+        mixed = attend_all(companies, i, start + companies[0].shape[2], q, scratch)
+        block.out.add_to(mixed, x)
+        _feed_forward(block, x, scratch)
+    return x
+
+
+def _project(
+    block: BlockWeights, stack: Stack, x: Tensor, scratch: Scratch, lead: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of rows x, each (*lead, heads, head_dim)."""
+    normed = rms_norm(x, block.norm1, block.qkv.dtype)
+    qkv = block.qkv.into(normed, scratch("qkv", len(x), 3 * stack.width))
+    q, k, v = qkv.view(*lead, 3, stack.heads, stack.head_dim).unbind(-3)
+    return q, k, v
+
+
+def _feed_forward(block: BlockWeights, x: Tensor, scratch: Scratch) -> None:
+    normed = rms_norm(x, block.norm2, block.gate_up.dtype)
+    gate_up = block.gate_up.into(normed, scratch("gate_up", len(x), block.gate_up.out_features))
+    block.down.add_to(swiglu_(gate_up), x)

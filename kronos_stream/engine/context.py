@@ -1,0 +1,242 @@
+"""Contexts: the candles a forecast starts from, checked and brought into the model's units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kronos_stream.market.timeframe import Timeframe
+
+CLIP = 5.0
+"""Normalised values are clipped to +-CLIP (the reference's default)."""
+
+STD_FLOOR = 1e-5
+"""Added to the standard deviation, so that a constant column stays finite (as the reference)."""
+
+CHANNELS = ("open", "high", "low", "close", "volume", "amount")
+MIN_BARS = 2
+_MINUTE_MS = 60_000
+_DAY_MS = 86_400_000
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class ContextError(ValueError):
+    """A context that cannot be forecast from; the message names the series and the bar."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """The closed bars of one series up to the forecast's origin, oldest first.
+
+    values: (L, 6) open, high, low, close, volume, amount in price and volume units; (L, 5) has no
+        amount (derived as volume x mean of open, high, low, close), (L, 4) no volume either
+        (both 0).
+    times: (L,) bar opens, integer ms UTC, strictly increasing.
+    series: the series' name. It keys the noise; contexts without one use their index in the call.
+    timeframe: such as "5m"; left out, the step between the last two bars.
+    future_times: (>= horizon,) opens of the bars to forecast, for sessions and calendars; left
+        out, the horizon continues by the timeframe.
+    timezone: IANA name whose local time the model is shown; UTC by default.
+    """
+
+    values: ArrayLike
+    times: ArrayLike
+    series: str | None = None
+    timeframe: str | None = None
+    future_times: ArrayLike | None = None
+    timezone: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A checked context in the model's units, for one horizon."""
+
+    name: str
+    normalised: Floats  # (L, 6)
+    mean: Floats  # (6,)
+    std: Floats  # (6,)
+    stamps: Ints  # (L + horizon, 5)
+    future_times: Ints  # (horizon,)
+    origin: int
+    last_close: float
+
+    @property
+    def length(self) -> int:
+        return len(self.normalised)
+
+    @property
+    def horizon(self) -> int:
+        return len(self.future_times)
+
+
+def prepare(context: Context, index: int, horizon: int) -> Prepared:
+    """Check ``context`` and normalise it; ContextError says what is wrong and where."""
+    name = f"context {index}" if context.series is None else context.series
+    times = _times(context.times, name)
+    values = _candles(context.values, times, name)
+    future = _future_times(context, times, horizon, name)
+    mean, std, normalised = normalise(values)
+    return Prepared(
+        name=str(index) if context.series is None else context.series,
+        normalised=normalised,
+        mean=mean,
+        std=std,
+        stamps=time_stamps(np.concatenate((times, future)), context.timezone, name),
+        future_times=future,
+        origin=int(times[-1]),
+        last_close=float(values[-1, 3]),
+    )
+
+
+def normalise(values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean (6,), std (6,) and clipped z-scores (L, 6) over the whole window, in float32.
+
+    The operations and their order are the reference's: a sign in the code can hang on a bit.
+    """
+    mean: Floats = np.mean(values, axis=0)
+    std: Floats = np.std(values, axis=0)
+    return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -CLIP, CLIP).astype(np.float32)
+
+
+def denormalise(values: Floats, mean: Floats, std: Floats) -> Floats:
+    """Undo :func:`normalise` on (..., 6)."""
+    return values * (std + np.float32(STD_FLOOR)) + mean
+
+
+def time_stamps(times: Ints, timezone: str | None = None, name: str = "context") -> Ints:
+    """Minute, hour, weekday (Monday 0), day of month and month of UTC ms (L,): (L, 5)."""
+    local = times + _utc_offsets(times, timezone, name)
+    days = local // _DAY_MS
+    minutes = local % _DAY_MS // _MINUTE_MS
+    date = days.astype("datetime64[D]")
+    month = date.astype("datetime64[M]")
+    return np.stack(
+        (
+            minutes % 60,
+            minutes // 60,
+            (days + 3) % 7,  # 1970-01-01 was a Thursday
+            (date - month).astype(np.int64) + 1,
+            month.astype(np.int64) % 12 + 1,
+        ),
+        axis=-1,
+    )
+
+
+def _utc_offsets(times: Ints, timezone: str | None, name: str) -> Ints:
+    if timezone is None or timezone == "UTC":
+        return np.zeros_like(times)
+    try:
+        zone = ZoneInfo(timezone)
+    except (ZoneInfoNotFoundError, ValueError):
+        raise ContextError(f"{name}: unknown time zone {timezone!r}; use an IANA name") from None
+    offsets = (datetime.fromtimestamp(t / 1000, zone).utcoffset() for t in times.tolist())
+    return np.array([0 if o is None else int(o.total_seconds() * 1000) for o in offsets])
+
+
+def _times(raw: ArrayLike, name: str) -> Ints:
+    times = np.asarray(raw)
+    if np.issubdtype(times.dtype, np.datetime64):
+        times = times.astype("datetime64[ms]")
+    if times.ndim != 1 or len(times) < MIN_BARS:
+        raise ContextError(
+            f"{name}: at least {MIN_BARS} bars are needed, times has shape {times.shape}"
+        )
+    if times.dtype.kind not in "iuM":
+        raise ContextError(f"{name}: times must be integer ms UTC, not {times.dtype}")
+    times = times.astype(np.int64)
+    bad = np.flatnonzero(np.diff(times) <= 0)
+    if len(bad):
+        i = int(bad[0]) + 1
+        raise ContextError(
+            f"{name}: times must strictly increase; bar {i} ({_when(times[i])}) "
+            f"does not follow bar {i - 1} ({_when(times[i - 1])})"
+        )
+    return times
+
+
+def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
+    values = np.asarray(raw)
+    if values.ndim != 2 or values.shape[1] not in (4, 5, 6) or len(values) != len(times):
+        raise ContextError(
+            f"{name}: values must be ({len(times)}, 6) like times, with columns "
+            f"{', '.join(CHANNELS)}; got shape {values.shape}"
+        )
+    if values.dtype.kind not in "fiu":
+        raise ContextError(f"{name}: values must be numbers, not {values.dtype}")
+    # Overflow to infinity is caught below, where the bar can be named.
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    values = complete(values)
+    row, column = _first(~np.isfinite(values))
+    if row is not None:
+        raise ContextError(
+            f"{name}: {CHANNELS[column]} of bar {row} ({_when(times[row])}) is "
+            f"{values[row, column]}; every value must be a finite float32"
+        )
+    row, _ = _first(values[:, 1:2] < values[:, 2:3])
+    if row is not None:
+        raise ContextError(
+            f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
+            f"high {values[row, 1]:g} is below low {values[row, 2]:g}"
+        )
+    row, column = _first(values[:, 4:] < 0)
+    if row is not None:
+        raise ContextError(
+            f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
+            f"{CHANNELS[4 + column]} {values[row, 4 + column]:g} is negative"
+        )
+    return values
+
+
+def complete(values: Floats) -> Floats:
+    """Fill missing volume and amount columns: (L, 4 | 5 | 6) to (L, 6)."""
+    if values.shape[1] == 4:
+        return np.pad(values, ((0, 0), (0, 2)))
+    if values.shape[1] == 5:
+        amount = values[:, 4:] * values[:, :4].mean(axis=1, keepdims=True)
+        return np.concatenate((values, amount), axis=1)
+    return values
+
+
+def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Ints:
+    if context.future_times is not None:
+        future = np.asarray(context.future_times)
+        if np.issubdtype(future.dtype, np.datetime64):
+            future = future.astype("datetime64[ms]")
+        if future.ndim != 1 or len(future) < horizon:
+            raise ContextError(
+                f"{name}: future_times has shape {future.shape}, the horizon is {horizon} bars"
+            )
+        future = future[:horizon].astype(np.int64)
+        if (np.diff(future, prepend=times[-1]) <= 0).any():
+            raise ContextError(f"{name}: future_times must strictly increase after the last bar")
+        return future
+    origin = int(times[-1])
+    try:
+        if context.timeframe is None:
+            step = Timeframe.from_step(origin - int(times[-2]))
+        else:
+            step = Timeframe.parse(context.timeframe)
+    except ValueError as error:
+        raise ContextError(f"{name}: {error}") from None
+    return np.array([step.after(origin, bars) for bars in range(1, horizon + 1)], dtype=np.int64)
+
+
+def _first(bad: NDArray[np.bool_]) -> tuple[int, int] | tuple[None, int]:
+    if not bad.any():
+        return None, 0
+    row, column = np.argwhere(bad)[0]
+    return int(row), int(column)
+
+
+def _when(ms: np.int64) -> str:
+    try:
+        return datetime.fromtimestamp(int(ms) / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"{int(ms)} ms"

@@ -1,0 +1,54 @@
+"""From drawn tokens to candles: the tokenizer's decoder over the new bars only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kronos_stream.engine.blocks import Company, LayerCache, run_rows
+from kronos_stream.engine.dense import Scratch
+from kronos_stream.engine.prefix import ContextPrefix
+from kronos_stream.engine.weights import TokenizerWeights
+
+
+def detokenise(
+    weights: TokenizerWeights, prefix: ContextPrefix, tokens: Tensor, rows_at_once: int
+) -> Tensor:
+    """Tokens (B, P, H, 2) of the paths of B contexts to normalised candles (B, P, H, 6) float32.
+
+    rows_at_once: bars decoded together. On the CPU a context comes alone, its paths in equal
+    pieces of about that many bars; else contexts come together.
+    """
+    contexts, paths, horizon, _ = tokens.shape
+    alone = tokens.device.type == "cpu"
+    at_once = 1 if alone else max(1, rows_at_once // (paths * horizon))
+    pieces = -(-paths * horizon // rows_at_once) if alone else 1
+    paths_at_once = -(-paths // pieces)
+    scratch = Scratch(tokens.device, prefix.decoder.keys.dtype)
+    out = torch.empty(contexts, paths, horizon, 6, device=tokens.device)
+    for first in range(0, contexts, at_once):
+        for path in range(0, paths, paths_at_once):
+            own = slice(first, first + at_once), slice(path, path + paths_at_once)
+            out[own] = _decode(weights, prefix, own[0], tokens[own], scratch)
+    return out
+
+
+def _decode(
+    weights: TokenizerWeights, prefix: ContextPrefix, slots: slice, tokens: Tensor, scratch: Scratch
+) -> Tensor:
+    b, p, q, _ = tokens.shape
+    stack, cached = weights.decoder, prefix.decoder
+    s1, s2 = tokens.flatten(0, 2).unbind(-1)
+    x = weights.s1_table[s1] + weights.s2_table[s2]  # (B P H, d)
+    positions = prefix.lengths[slots, None] + torch.arange(q, device=x.device)  # (B, H)
+    rotation = stack.rotation[positions][:, None].expand(b, p, q, -1).reshape(len(x), 1, -1)
+    suffix_shape = (len(stack.blocks), b * p, stack.heads, q, stack.head_dim)
+    company = Company(
+        rows=slice(0, len(x)),
+        shape=(b, p, q),
+        prefix=LayerCache(cached.keys[:, slots], cached.values[:, slots]),
+        mask=prefix.bias[slots],
+        suffix=LayerCache(cached.keys.new_empty(suffix_shape), cached.keys.new_empty(suffix_shape)),
+    )
+    run_rows(stack, x, rotation, [company], 0, scratch)
+    return weights.head(x).view(b, p, q, -1)

@@ -1,0 +1,41 @@
+"""Where to compute and in which number format."""
+
+from __future__ import annotations
+
+import torch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_AMPERE = 8
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, else MPS, else the CPU. ValueError when the named device is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {name!r} is not usable here: {reason}") from None
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the hardware multiplies matrices in it, else float32.
+
+    That is CUDA from Ampere on, and CPUs with AMX. CPUs that have AVX512-BF16 alone stay with
+    float32: their bf16 matrix product is the slower one (`kronos-stream bench` shows both rates).
+    """
+    if name != "auto":
+        try:
+            return _DTYPES[name]
+        except KeyError:
+            raise ValueError(f"dtype {name!r}: expected auto, {' or '.join(_DTYPES)}") from None
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= _AMPERE
+    else:
+        native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,116 @@
+"""Planning a call: which contexts share a chunk, and how large a chunk the memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from kronos_stream.engine.context import Prepared
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What memory a plan costs, in bytes, from the model's sizes."""
+
+    per_bar: int
+    """Cached keys and values of one context bar."""
+    per_step: int
+    """Cached keys and values of one drawn bar of one path."""
+    per_row: int
+    """Activations of one path in a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A group: contexts with one padded length and one horizon, and the paths drawn at a time."""
+
+    bars: int
+    horizon: int
+    contexts: int
+    paths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Groups computed together, longest horizon first; ``members`` are indices into the call."""
+
+    shapes: tuple[Shape, ...]
+    members: tuple[tuple[int, ...], ...]
+    slices: int
+    """How often the paths are drawn, ``shapes[0].paths`` at a time, over one prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Splits a call into chunks.
+
+    bucket: contexts are padded to a multiple of this many bars, by their own length alone.
+    budget: bytes a chunk may take, beside the weights.
+    pad_contexts: round a group's context count up, so that few shapes recur (CUDA graphs).
+    """
+
+    sizes: Sizes
+    bucket: int
+    budget: int
+    pad_contexts: bool
+
+    def chunks(self, prepared: Sequence[Prepared], paths: int) -> list[Chunk]:
+        """Every context in exactly one chunk."""
+        order = sorted(range(len(prepared)), key=lambda i: self._group(prepared[i]))
+        chunks: list[Chunk] = []
+        for per_slice, same_slice in groupby(order, lambda i: self._slice(prepared[i], paths)):
+            chunk: list[int] = []
+            used = 0
+            for i in same_slice:
+                item = prepared[i]
+                cost = self.cost([Shape(self.padded(item.length), item.horizon, 1, per_slice)])
+                if chunk and used + cost > self.budget:
+                    chunks.append(self._chunk(prepared, chunk, paths, per_slice))
+                    chunk, used = [], 0
+                chunk.append(i)
+                used += cost
+            chunks.append(self._chunk(prepared, chunk, paths, per_slice))
+        return chunks
+
+    def padded(self, length: int) -> int:
+        """``length`` rounded up to the bucket."""
+        return -(-length // self.bucket) * self.bucket
+
+    def cost(self, shapes: Sequence[Shape]) -> int:
+        """Bytes that groups of these shapes take."""
+        return sum(
+            s.contexts * (s.bars * self.sizes.per_bar + s.paths * self._row(s.horizon))
+            for s in shapes
+        )
+
+    def _row(self, horizon: int) -> int:
+        return horizon * self.sizes.per_step + self.sizes.per_row
+
+    def _group(self, item: Prepared) -> tuple[int, int]:
+        return -item.horizon, self.padded(item.length)
+
+    def _slice(self, item: Prepared, paths: int) -> int:
+        """Paths drawn at a time: from this context's horizon alone, so company never matters."""
+        most = max(1, self.budget // 4 // self._row(item.horizon))
+        return -(-paths // -(-paths // most))
+
+    def _chunk(
+        self, prepared: Sequence[Prepared], chunk: list[int], paths: int, per_slice: int
+    ) -> Chunk:
+        groups = [
+            (key, tuple(members))
+            for key, members in groupby(chunk, lambda i: self._group(prepared[i]))
+        ]
+        shapes = tuple(
+            Shape(bars, -negative_horizon, self._count(len(members)), per_slice)
+            for (negative_horizon, bars), members in groups
+        )
+        return Chunk(shapes, tuple(m for _, m in groups), -(-paths // per_slice))
+
+    def _count(self, contexts: int) -> int:
+        if not self.pad_contexts or contexts <= 2:
+            return contexts
+        # To an eighth of the next power of two: at most an eighth is padding.
+        unit = max(1, 1 << (contexts - 1).bit_length() - 3)
+        return -(-contexts // unit) * unit

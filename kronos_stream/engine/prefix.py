@@ -1,0 +1,163 @@
+"""What lies before the forecast's origin, computed once per context and shared by its paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronos_stream.engine.blocks import LayerCache, rms_norm, run_prefix
+from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.dense import Scratch
+from kronos_stream.engine.plan import Shape
+from kronos_stream.engine.weights import PredictorWeights, Stack, TokenizerWeights
+from kronos_stream.model.config import CANDLE_CHANNELS, S2_HEADS
+from kronos_stream.model.predictor import STAMP_SIZES
+from kronos_stream.model.tokenizer import pack_bits
+
+
+@dataclass(slots=True)
+class ContextPrefix:
+    """Buffers for B contexts of one shape; rewritten by :func:`fill`."""
+
+    bars: int
+    trunk: LayerCache  # (layers, B, heads, ...), see Prefix
+    s2: LayerCache  # (1, B, S2_HEADS, ...)
+    decoder: LayerCache  # (layers, B, heads, ...)
+    lengths: Tensor  # (B,) int64
+    bias: Tensor  # (B, 1, 1, L): 0, and -inf past each context's length
+    hidden: Tensor  # (B, d): the trunk's state at the origin, in the product type
+    time_embedding: Tensor  # (horizon, B, d) float32, of the bars to draw
+    origin_close: Tensor  # (B,) the origin's close, encoded and decoded again, normalised
+    full: bool = False  # no context is padded: the bias is all 0
+
+    @classmethod
+    def empty(
+        cls, shape: Shape, predictor: PredictorWeights, tokenizer: TokenizerWeights
+    ) -> ContextPrefix:
+        """Buffers for ``shape``; a context slot that is never filled attends to zeros."""
+        like, bars, count = predictor.s2_query, shape.bars, shape.contexts
+        width = predictor.stack.width
+        code_like = tokenizer.decoder.blocks[0].qkv.blocks[0]
+        return cls(
+            bars=bars,
+            trunk=_cache(predictor.stack, count, bars, like),
+            s2=LayerCache(
+                like.new_empty(1, count, S2_HEADS, width // S2_HEADS, bars),
+                like.new_empty(1, count, S2_HEADS, bars, width // S2_HEADS),
+            ),
+            decoder=_cache(tokenizer.decoder, count, bars, code_like),
+            lengths=torch.full((count,), bars, device=like.device),
+            bias=torch.zeros(count, 1, 1, bars, device=like.device, dtype=like.dtype),
+            hidden=like.new_zeros(count, width),
+            time_embedding=torch.zeros(shape.horizon, count, width, device=like.device),
+            origin_close=torch.ones(count, device=like.device),
+        )
+
+    def fill(
+        self,
+        contexts: Sequence[Prepared],
+        predictor: PredictorWeights,
+        tokenizer: TokenizerWeights,
+        at_once: int,
+    ) -> None:
+        """Tokenise and prefill ``contexts`` into the first slots, ``at_once`` at a time."""
+        self.full = all(context.length == self.bars for context in contexts)
+        for first in range(0, len(contexts), at_once):
+            part = contexts[first : first + at_once]
+            self._fill_slots(part, slice(first, first + len(part)), predictor, tokenizer)
+
+    def _fill_slots(
+        self,
+        contexts: Sequence[Prepared],
+        slots: slice,
+        predictor: PredictorWeights,
+        tokenizer: TokenizerWeights,
+    ) -> None:
+        device = self.hidden.device
+        candles, stamps, future = _stack_up(contexts, self.bars, self.time_embedding.shape[0])
+        lengths = torch.tensor([c.length for c in contexts], device=device)
+        self.lengths[slots] = lengths
+        past = torch.arange(self.bars, device=device) >= lengths[:, None]
+        self.bias[slots, 0, 0] = torch.where(past, float("-inf"), 0.0).to(self.bias.dtype)
+        self.time_embedding[:, slots] = predictor.time_embedding(future.to(device)).transpose(0, 1)
+        s1, s2 = encode(tokenizer, candles.to(device))
+        self._prefill_trunk(s1, s2, stamps.to(device), slots, lengths - 1, predictor)
+        self._prefill_decoder(s1, s2, slots, lengths - 1, tokenizer)
+
+    def _prefill_trunk(
+        self,
+        s1: Tensor,
+        s2: Tensor,
+        stamps: Tensor,
+        slots: slice,
+        origins: Tensor,
+        weights: PredictorWeights,
+    ) -> None:
+        batch = len(s1)
+        x = (weights.s1_table[s1] + weights.s2_table[s2] + weights.time_embedding(stamps)).flatten(0, 1)
+        scratch = Scratch(x.device, self.hidden.dtype)
+        run_prefix(weights.stack, x, batch, scratch, _slots(self.trunk, slots))
+        normed = rms_norm(x, weights.norm, self.hidden.dtype)
+        pair = weights.s2_key_value(normed).view(batch, self.bars, 2, S2_HEADS, -1)
+        keys, values = pair.unbind(2)  # (B, L, heads, head_dim)
+        self.s2.keys[0, slots].copy_(keys.permute(0, 2, 3, 1))
+        self.s2.values[0, slots].copy_(values.transpose(1, 2))
+        row = torch.arange(batch, device=x.device)
+        self.hidden[slots] = normed.view(batch, self.bars, -1)[row, origins]
+
+    def _prefill_decoder(
+        self, s1: Tensor, s2: Tensor, slots: slice, origins: Tensor, weights: TokenizerWeights
+    ) -> None:
+        x = (weights.s1_table[s1] + weights.s2_table[s2]).flatten(0, 1)
+        scratch = Scratch(x.device, self.decoder.keys.dtype)
+        x = run_prefix(
+            weights.decoder, x, len(s1), scratch, _slots(self.decoder, slots), last_at=origins
+        )
+        self.origin_close[slots] = weights.head(x)[:, CLOSE]
+
+
+CLOSE = 3
+"""Column of the close among a candle's channels."""
+
+
+def encode(weights: TokenizerWeights, candles: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised candles (B, L, 6) float32 to tokens s1, s2, each (B, L) int64."""
+    batch, length, _ = candles.shape
+    x = weights.embed(candles.flatten(0, 1))
+    x = run_prefix(weights.encoder, x, batch, Scratch(x.device, x.dtype))
+    # The norm that the encoder divides by is positive: the signs are there already.
+    bits = weights.code(x).view(batch, length, -1) > 0
+    return pack_bits(bits[..., : weights.s1_bits]), pack_bits(bits[..., weights.s1_bits :])
+
+
+def _cache(stack: Stack, count: int, bars: int, like: Tensor) -> LayerCache:
+    layers = len(stack.blocks)
+    return LayerCache(
+        like.new_empty(layers, count, stack.heads, stack.head_dim, bars),
+        like.new_empty(layers, count, stack.heads, bars, stack.head_dim),
+    )
+
+
+def _slots(cache: LayerCache, slots: slice) -> LayerCache:
+    return LayerCache(cache.keys[:, slots], cache.values[:, slots])
+
+
+def _stack_up(
+    contexts: Sequence[Prepared], bars: int, horizon: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candles (B, bars, 6), stamps (B, bars, 5), stamps of the bars to draw (B, horizon, 5).
+
+    Padding lies behind a context's last bar, where nothing causal can see it.
+    """
+    candles = np.zeros((len(contexts), bars, CANDLE_CHANNELS), np.float32)
+    stamps = np.zeros((len(contexts), bars, len(STAMP_SIZES)), np.int64)
+    future = np.zeros((len(contexts), horizon, len(STAMP_SIZES)), np.int64)
+    for i, context in enumerate(contexts):
+        candles[i, : context.length] = context.normalised
+        stamps[i, : context.length] = context.stamps[: context.length]
+        future[i] = context.stamps[context.length :]
+    return torch.from_numpy(candles), torch.from_numpy(stamps), torch.from_numpy(future)

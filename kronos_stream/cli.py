@@ -18,6 +18,8 @@ _PROGRAM = "kronos-stream"
 # Name: (module, what it does). The line stands here so that the overview imports no command.
 _COMMANDS = {
     "forecast": ("kronos_stream.commands.forecast", "Forecast the candles in a file."),
+    "train": ("kronos_stream.commands.train", "Train or fine-tune a tokenizer and a predictor."),
+    "evaluate": ("kronos_stream.commands.evaluate", "Score a model against a random walk."),
     "bench": ("kronos_stream.commands.bench", "Measure speed on this machine, against its limits."),
 }
 
@@ -26,6 +28,7 @@ _USER_ERRORS = {
     "kronos_stream.engine.context.ContextError",
     "kronos_stream.market.files.CandleFileError",
     "kronos_stream.model.checkpoint.CheckpointError",
+    "kronos_stream.training.errors.TrainingError",
 }
 
 _USAGE_ERROR = 2

@@ -30,7 +30,7 @@ VALIDATION_STEP = 2**31
 Report = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and its figures; for a progress bar or a log."""
 
-_FREE_TO_CHANGE = {"steps", "device", "threads", "log_every", "save_every", "half", "accumulate",
+_FREE_TO_CHANGE = {"steps", "device", "threads", "log_every", "save_every", "eval_every", "half", "accumulate",
                    "grad_checkpoint", "data", "tokenizer", "init"}
 """Settings a resumed run may differ in: they change no figure, or are the user's to know."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kronos_stream.model.config import TokenizerConfig
-from kronos_stream.model.tokenizer import Reconstruction
+from kronos_stream.model.tokenizer import Reconstruction, unpack_bits
 
 
 class TokenizerLoss(NamedTuple):
@@ -42,16 +42,17 @@ def tokenizer_loss(
     weights: Tensor | None = None,
     channels: Tensor | None = None,
     scale: float = 1.0,
+    group: int = 1,
     average: Callable[[Tensor], Tensor] = _alone,
 ) -> TokenizerLoss:
     """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in).
 
     ``weights`` (B, S) sum to 1 in every row, ``channels`` (d_in,) have mean 1; left out, all
-    weigh alike. ``scale`` and ``average``: see :func:`soft_bits` and :func:`code_entropy`.
+    weigh alike. ``scale``, ``group`` and ``average``: see :func:`soft_bits` and :func:`code_entropy`.
     """
     coarse = _squared_error(out.coarse, x, weights, channels)
     full = _squared_error(out.full, x, weights, channels)
-    bsq = bsq_loss(out.unit, out.quantised, config, scale=scale, average=average)
+    bsq = bsq_loss(out.unit, out.quantised, config, scale=scale, group=group, average=average)
     return TokenizerLoss(coarse, full, bsq, (coarse + full + bsq) / 2)
 
 
@@ -73,12 +74,13 @@ def bsq_loss(
     c: TokenizerConfig,
     *,
     scale: float = 1.0,
+    group: int = 1,
     average: Callable[[Tensor], Tensor] = _alone,
 ) -> Tensor:
     """Commitment plus entropy loss of codes (B, S, bits): decided bits, varied codes."""
     commitment = (quantised.detach() - unit).square().sum(-1).mean()
-    entropy = c.gamma0 * bit_entropy(unit, scale) - c.gamma * code_entropy(unit, scale, average)
-    return c.beta * commitment + c.zeta * entropy
+    varied = code_entropy(unit, scale=scale, group=group, average=average)
+    return c.beta * commitment + c.zeta * (c.gamma0 * bit_entropy(unit, scale) - c.gamma * varied)
 
 
 def bit_entropy(unit: Tensor, scale: float = 1.0) -> Tensor:
@@ -87,7 +89,11 @@ def bit_entropy(unit: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def code_entropy(
-    unit: Tensor, scale: float = 1.0, average: Callable[[Tensor], Tensor] = _alone
+    unit: Tensor,
+    *,
+    scale: float = 1.0,
+    group: int = 1,
+    average: Callable[[Tensor], Tensor] = _alone,
 ) -> Tensor:
     """Summed entropies of the batch-mean soft bits: high means varied.
 
@@ -95,10 +101,19 @@ def code_entropy(
     overwrites that distribution with the bits' own, so ``group_size`` has no effect there.
     This follows the code, which is what the published checkpoints were trained with.
 
-    The entropy is not linear in the mean: ``average`` joins the means (bits,) of processes
-    that share a batch, and must pass gradients.
+    ``group`` above 1 is the paper's form, over all 2^group codes of every ``group`` neighbouring
+    bits: bits that say the same are balanced one by one, but not together.
+
+    The entropy is not linear in the mean: ``average`` joins the means of processes that share
+    a batch, and must pass gradients.
     """
-    return _entropy(average(soft_bits(unit, scale).flatten(0, -2).mean(0))).sum()
+    if group == 1:
+        return _entropy(average(soft_bits(unit, scale).flatten(0, -2).mean(0))).sum()
+    codes = unpack_bits(torch.arange(2**group, device=unit.device), group) * 2.0 - 1  # (2^g, g)
+    grouped = unit.flatten(0, -2).unflatten(-1, (-1, group))  # (positions, groups, g)
+    logits = grouped @ codes.T * (2 * scale * unit.shape[-1] ** -0.5)
+    mean = average(logits.softmax(-1).mean(0))  # (groups, 2^g)
+    return -(mean * torch.log(mean + 1e-8)).sum()
 
 
 def soft_bits(unit: Tensor, scale: float = 1.0) -> Tensor:

@@ -94,6 +94,9 @@ class TrainSettings:
     entropy_scale: float = _setting(
         20.0, "Inverse temperature of the soft bits in both entropies; the reference's is 1."
     )
+    entropy_group: int = _setting(
+        1, "Bits whose joint codes' entropy is raised; 1, the reference's way, takes each alone."
+    )
     price_weight: float = _setting(2.0, "Weight of the four price channels; volume's are 1.")
     # Predictor
     tokenizer: str = _setting("", "Checkpoint of the tokenizer whose tokens are learned.")

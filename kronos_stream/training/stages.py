@@ -76,7 +76,8 @@ class TokenizerRun:
         loss = tokenizer_loss(
             batch.x, type(out)(*(part.float() for part in out)), self.network.config,
             weights=batch.weights, channels=self._channels,
-            scale=self._settings.entropy_scale, average=self._processes.average,
+            scale=self._settings.entropy_scale, group=self._settings.entropy_group,
+            average=self._processes.average,
         )
         return loss.total, {"coarse": loss.coarse, "full": loss.full, "bsq": loss.bsq}
 

@@ -1,0 +1,72 @@
+"""Walk-forward cases: what was known at an origin, and what came after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.market.files import read_candles
+from kronos_stream.market.timeframe import Timeframe
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class History:
+    """All a forecast may know: ``values`` (L, 6) in price units, ``times`` (L,) UTC ms opens."""
+
+    series: str
+    timeframe: str
+    values: NDArray[np.float64]
+    times: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A history with its future (H, 6), which no forecast is handed.
+
+    Cases of one ``block`` share their time and are resampled together. ``truth`` are paths
+    (m, H, 6) of the process itself, where it is known.
+    """
+
+    history: History
+    future: NDArray[np.float64]
+    block: int
+    truth: NDArray[np.float64] | None = None
+
+
+class Forecast(Protocol):
+    """Anything that draws futures."""
+
+    def __call__(
+        self, histories: Sequence[History], horizon: int, paths: int, /
+    ) -> list[NDArray[np.floating]]:
+        """Sample paths (paths, horizon, 6) of each history, in price units."""
+        ...
+
+
+def file_cases(
+    paths: Sequence[Path], *, lookback: int, horizon: int, stride: int,
+    timeframe: Timeframe | None = None,
+) -> Iterator[Case]:
+    """Cases every ``stride`` bars of every file; none lies over a gap.
+
+    Raises CandleFileError for a bad file. Blocks are as long as a lookback with its horizon.
+    """
+    for path in paths:
+        table = read_candles(path, timeframe)
+        span = (lookback + horizon) * (
+            table.timeframe.milliseconds or int(np.diff(table.times).max(initial=1))
+        )
+        cuts = np.searchsorted(table.times, [before for before, _ in table.gaps]) + 1
+        for first, end in zip([0, *cuts], [*cuts, len(table)], strict=True):
+            for origin in range(first + lookback, end - horizon + 1, stride):
+                known = slice(origin - lookback, origin)
+                history = History(
+                    path.name, str(table.timeframe), table.values[known], table.times[known]
+                )
+                future = table.values[origin : origin + horizon]
+                yield Case(history, future, int(table.times[origin - 1]) // span)

@@ -1,0 +1,85 @@
+"""Scores of sample paths against what came: CRPS, coverage, volatility, and their intervals.
+
+Shapes: samples (m, ...), outcomes (...). Nothing here knows where the samples came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.forecast.quantiles import weibull_quantiles
+
+Floats = NDArray[np.float64]
+
+
+def fair_crps(samples: Floats, outcome: Floats) -> Floats:
+    """Continuous ranked probability score of ``samples`` (m, ...) for ``outcome`` (...), m >= 2.
+
+    The fair estimator (Ferro 2014): its mean does not depend on the number of samples. The
+    plain one charges m samples for not being infinitely many, 3 % at 32. In the outcome's
+    units; lower is better; a NaN in either gives NaN.
+    """
+    m = len(samples)
+    if m < 2:
+        raise ValueError("fair CRPS needs two samples or more")
+    error = np.abs(samples - outcome).mean(0)
+    # Mean distance of two different samples, from the sorted ones: O(m log m).
+    rank = (2 * np.arange(1, m + 1) - m - 1).reshape(-1, *[1] * (samples.ndim - 1))
+    spread: Floats = (rank * np.sort(samples, axis=0)).sum(0) * (2 / (m * (m - 1)))
+    result: Floats = error - spread / 2
+    return result
+
+
+def covered(samples: Floats, outcome: Floats, level: float) -> NDArray[np.bool_]:
+    """Whether ``outcome`` lies in the central band of probability ``level``, (...)."""
+    tail = (1 - level) / 2
+    low, high = weibull_quantiles(samples, [tail, 1 - tail])
+    return (low <= outcome) & (outcome <= high)
+
+
+def path_volatility(log_prices: Floats) -> Floats:
+    """Standard deviation (ddof 0) of one-bar log returns along the last axis, which starts at 0.
+
+    ``log_prices`` (..., H) are logs of close over the origin's close.
+    """
+    first = np.zeros((*log_prices.shape[:-1], 1))
+    result: Floats = np.diff(np.concatenate((first, log_prices), axis=-1), axis=-1).std(-1)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+def block_bootstrap(
+    parts: Sequence[Floats], blocks: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0
+) -> list[Interval]:
+    """Intervals of ratios of sums: the first of ``parts`` over each of the others.
+
+    ``parts`` are arrays (n,) of one figure per forecast, ``blocks`` (n,) says which forecasts
+    belong together, such as all of a market's week: blocks are resampled whole, because
+    forecasts of one time share their luck. Percentile intervals of 95 %.
+    """
+    _, which = np.unique(blocks, return_inverse=True)
+    sums = np.stack([np.bincount(which, weights=part) for part in parts])  # (parts, blocks)
+    count = sums.shape[1]
+    rng = np.random.default_rng([seed, 95])
+    drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)  # (resamples, blocks)
+    totals = sums @ drawn.T  # (parts, resamples)
+    intervals = []
+    for i in range(1, len(parts)):
+        low, high = np.quantile(totals[0] / totals[i], [0.025, 0.975])
+        intervals.append(Interval(float(sums[0].sum() / sums[i].sum()), float(low), float(high)))
+    return intervals

@@ -1,0 +1,56 @@
+"""Walk-forward cases from generated markets nobody trained on, with the truth to compare to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kronos_stream.forecast.cases import Case, History
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.testing.market import START_MS, WEEK_MS, Market
+
+UNSEEN = 900_000_000
+"""Seeds from here on belong to evaluations."""
+
+_SYMBOLS = 16
+_ORIGINS = 6
+_LONGEST_LOOKBACK = 232
+_SHORTEST_LOOKBACK = 96
+
+
+def generated_cases(
+    timeframes: Sequence[str], *, count: int, horizon: int, seed: int = 0, truth_paths: int = 0
+) -> Iterator[Case]:
+    """At least ``count`` cases from as many markets as that takes, timeframes in turn.
+
+    Each market has several symbols and origins; lookbacks of 96 to 232 bars are drawn by
+    origin. All symbols of an origin are one block. ``truth_paths`` adds that many futures
+    drawn from the market's own state.
+    """
+    made = index = 0
+    while made < count:
+        text = timeframes[index % len(timeframes)]
+        length = Timeframe.parse(text).milliseconds
+        if length is None:
+            raise ValueError(f"{text}: generated markets have bars of fixed length")
+        rng = np.random.default_rng([UNSEEN, seed, index])
+        start_ms = START_MS + int(rng.integers(300)) * WEEK_MS
+        market = Market(_SYMBOLS, length, seed=UNSEEN + seed * 10_000 + index, start_ms=start_ms)
+        for origin in range(_ORIGINS):
+            lookback = int(rng.integers(_SHORTEST_LOOKBACK, _LONGEST_LOOKBACK + 1))
+            past = market.run(_LONGEST_LOOKBACK + int(rng.integers(100)))
+            truth = [
+                market.fork(seed=int(rng.integers(2**31))).run(horizon).values
+                for _ in range(truth_paths)
+            ]
+            future = market.run(horizon).values
+            for symbol in range(_SYMBOLS):
+                history = History(
+                    f"generated:M{index}S{symbol}/USD:{text}", text,
+                    past.values[-lookback:, symbol], past.times[-lookback:],
+                )
+                paths = np.stack([t[:, symbol] for t in truth]) if truth else None
+                yield Case(history, future[:, symbol], index * _ORIGINS + origin, paths)
+                made += 1
+        index += 1

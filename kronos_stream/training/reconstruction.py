@@ -1,0 +1,56 @@
+"""How well a tokenizer writes and reads real windows, the way it is served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kronos_stream.forecast.cases import Case
+from kronos_stream.forecast.scoring import Interval, block_bootstrap
+from kronos_stream.model import Tokenizer
+from kronos_stream.training import codebook
+from kronos_stream.training.stages import PRICE_CHANNELS
+from kronos_stream.training.windows import normalise
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstruction:
+    """Squared errors of the four price channels as shares of their variance."""
+
+    full: Interval
+    coarse: Interval
+    codebook: codebook.Codebook
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def reconstruction(tokenizer: Tokenizer, cases: Iterable[Case], *, seed: int = 0) -> Reconstruction:
+    """Encode and decode every case's history, normalised by itself."""
+    full, coarse, variance, blocks, s1, s2 = [], [], [], [], [], []
+    for case in cases:
+        values = case.history.values[None]
+        x = torch.from_numpy(normalise(values, np.array([values.shape[1]])))
+        out = tokenizer(x)
+        prices = x[..., :PRICE_CHANNELS]
+        full.append(float((out.full[..., :PRICE_CHANNELS] - prices).square().sum()))
+        coarse.append(float((out.coarse[..., :PRICE_CHANNELS] - prices).square().sum()))
+        variance.append(float(prices.square().sum()))
+        blocks.append(case.block)
+        tokens = tokenizer.encode(x)
+        s1.append(tokens[0].flatten())
+        s2.append(tokens[1].flatten())
+    groups = np.array(blocks)
+    intervals = [
+        block_bootstrap([np.array(part), np.array(variance)], groups, seed=seed)[0]
+        for part in (full, coarse)
+    ]
+    bits = tokenizer.config
+    book = codebook.measure(torch.cat(s1), torch.cat(s2), bits.s1_bits, bits.s2_bits)
+    return Reconstruction(intervals[0], intervals[1], book)

@@ -1,0 +1,89 @@
+"""Start a run from settings alone: what ``kronos-stream train`` and scripts call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.training.dataset import CandleDataset
+from kronos_stream.training.errors import TrainingError
+from kronos_stream.training.generated import GeneratedWindows
+from kronos_stream.training.loop import Data, Report, Trainer
+from kronos_stream.training.processes import Processes, join
+from kronos_stream.training.settings import GENERATED, Stage, TrainSettings
+from kronos_stream.training.stages import Evaluation, PredictorRun, StageRun, TokenizerRun
+
+
+def train(
+    stage: Stage, settings: TrainSettings, out: Path, report: Report | None = None
+) -> Evaluation | None:
+    """Train ``stage`` in the folder ``out``, or resume the run it holds.
+
+    Under ``torchrun`` every process calls this and does its share. Returns the last figures on
+    held-out data. Raises TrainingError, CandleFileError or CheckpointError.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    processes = join(device)
+    try:
+        data = _data(settings, out, processes)
+        torch.manual_seed(settings.seed)  # so that all processes start from the same weights
+        run: StageRun = (
+            TokenizerRun(settings, device, processes)
+            if stage == "tokenizer"
+            else PredictorRun(settings, device)
+        )
+        trainer = Trainer(
+            run, data, settings, out, device=device, processes=processes, report=report
+        )
+        return trainer.run()
+    finally:
+        processes.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"device {name!r} cannot be used: {reason}") from None
+    return device
+
+
+def _data(settings: TrainSettings, out: Path, processes: Processes) -> Data:
+    s = settings
+    if not s.data:
+        raise TrainingError(f"no data given: name candle files, folders, or {GENERATED!r}")
+    if s.data == (GENERATED,):
+        return Data(
+            GeneratedWindows(s.timeframes, s.window, s.seed),
+            GeneratedWindows(s.timeframes, s.window, s.seed, held_out=True),
+        )
+    if GENERATED in s.data:
+        raise TrainingError(f"train on files or on {GENERATED!r} markets, not on both at once")
+
+    def prepare() -> CandleDataset:
+        return CandleDataset.prepare(
+            [Path(p) for p in s.data],
+            out / "data",
+            s.window,
+            timeframe=Timeframe.parse(s.timeframe) if s.timeframe else None,
+            valid_share=s.valid_share,
+            test_share=s.test_share,
+        )
+
+    if processes.first:  # it writes the store, the others find it
+        dataset = prepare()
+    processes.barrier()
+    if not processes.first:
+        dataset = prepare()
+    train_windows = dataset.source("train", s.seed)
+    if train_windows is None:
+        raise TrainingError("no window to train on")  # prepare() has said so already
+    return Data(train_windows, dataset.source("valid", s.seed))

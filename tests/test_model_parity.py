@@ -110,7 +110,7 @@ def test_tokenizer_training_step(parity: Path, cases: Cases, expected: dict[str,
     (x,) = tensors(cases, "x_norm")
     out = tokenizer(x)
     loss = tokenizer_loss(x, out, tokenizer.config)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     names = ("recon_coarse", "recon_fine", "bsq", "loss")
     assert [part.item() for part in loss] == pytest.approx([wanted[n] for n in names], abs=LOSS)
     assert_gradients(tokenizer, wanted["grad_norm"])
@@ -134,7 +134,7 @@ def test_predictor_training_step(parity: Path, cases: Cases, expected: dict[str,
     s1_next, s2_next = s1[:, 1:], s2[:, 1:]
     s2_logits = predictor.s2_logits(hidden, s1_next, rotate=True)
     loss = predictor_loss(predictor.s1_logits(hidden), s2_logits, s1_next, s2_next)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     names = ("ce_s1", "ce_s2", "loss")
     assert [part.item() for part in loss] == pytest.approx([wanted[n] for n in names], abs=LOSS)
     assert_gradients(predictor, wanted["grad_norm"])

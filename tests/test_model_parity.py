@@ -44,14 +44,14 @@ def assert_gradients(module: nn.Module, norms: dict[str, float]) -> None:
 
 def test_tokens_are_equal(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
     """Every candle of every series gets the reference's s1 and s2."""
-    s1, s2 = tiny_tokenizer.encode(*tensors(cases, "x_norm"))
+    s1, s2 = tiny_tokenizer.tokenise(*tensors(cases, "x_norm"))
     np.testing.assert_array_equal(s1, cases["s1"], strict=True)
     np.testing.assert_array_equal(s2, cases["s2"], strict=True)
 
 
 def test_decoded_tokens(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
     """Tokens decode to the reference's candles."""
-    assert_close(tiny_tokenizer.decode(*tensors(cases, "s1", "s2")), cases["decoded"])
+    assert_close(tiny_tokenizer.detokenise(*tensors(cases, "s1", "s2")), cases["decoded"])
 
 
 def test_reconstructions(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
@@ -71,10 +71,10 @@ def test_code_of_tokens_is_the_quantised_code(tiny_tokenizer: Tokenizer, cases: 
 def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, cases: Cases, length: int) -> None:
     """A prefix of the candles has the prefix of the tokens, and decodes to the prefix."""
     x, s1, s2 = tensors(cases, "x_norm", "s1", "s2")
-    head1, head2 = tiny_tokenizer.encode(x[:, :length])
+    head1, head2 = tiny_tokenizer.tokenise(x[:, :length])
     assert torch.equal(head1, s1[:, :length])
     assert torch.equal(head2, s2[:, :length])
-    assert_close(tiny_tokenizer.decode(head1, head2), cases["decoded"][:, :length])
+    assert_close(tiny_tokenizer.detokenise(head1, head2), cases["decoded"][:, :length])
 
 
 def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, cases: Cases) -> None:

@@ -44,14 +44,14 @@ def assert_gradients(module: nn.Module, norms: dict[str, float]) -> None:
 
 def test_tokens_are_equal(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
     """Every candle of every series gets the reference's s1 and s2."""
-    s1, s2 = tiny_tokenizer.encode(*tensors(cases, "x_norm"))
+    s1, s2 = tiny_tokenizer.tokenise(*tensors(cases, "x_norm"))
     np.testing.assert_array_equal(s1, cases["s1"], strict=True)
     np.testing.assert_array_equal(s2, cases["s2"], strict=True)
 
 
 def test_decoded_tokens(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
     """Tokens decode to the reference's candles."""
-    assert_close(tiny_tokenizer.decode(*tensors(cases, "s1", "s2")), cases["decoded"])
+    assert_close(tiny_tokenizer.detokenise(*tensors(cases, "s1", "s2")), cases["decoded"])
 
 
 def test_reconstructions(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
@@ -71,10 +71,10 @@ def test_code_of_tokens_is_the_quantised_code(tiny_tokenizer: Tokenizer, cases: 
 def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, cases: Cases, length: int) -> None:
     """A prefix of the candles has the prefix of the tokens, and decodes to the prefix."""
     x, s1, s2 = tensors(cases, "x_norm", "s1", "s2")
-    head1, head2 = tiny_tokenizer.encode(x[:, :length])
+    head1, head2 = tiny_tokenizer.tokenise(x[:, :length])
     assert torch.equal(head1, s1[:, :length])
     assert torch.equal(head2, s2[:, :length])
-    assert_close(tiny_tokenizer.decode(head1, head2), cases["decoded"][:, :length])
+    assert_close(tiny_tokenizer.detokenise(head1, head2), cases["decoded"][:, :length])
 
 
 def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, cases: Cases) -> None:
@@ -110,7 +110,7 @@ def test_tokenizer_training_step(parity: Path, cases: Cases, expected: dict[str,
     (x,) = tensors(cases, "x_norm")
     out = tokenizer(x)
     loss = tokenizer_loss(x, out, tokenizer.config)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     names = ("recon_coarse", "recon_fine", "bsq", "loss")
     assert [part.item() for part in loss] == pytest.approx([wanted[n] for n in names], abs=LOSS)
     assert_gradients(tokenizer, wanted["grad_norm"])
@@ -134,7 +134,7 @@ def test_predictor_training_step(parity: Path, cases: Cases, expected: dict[str,
     s1_next, s2_next = s1[:, 1:], s2[:, 1:]
     s2_logits = predictor.s2_logits(hidden, s1_next, rotate=True)
     loss = predictor_loss(predictor.s1_logits(hidden), s2_logits, s1_next, s2_next)
-    loss.total.backward()  # type: ignore[no-untyped-call]
+    loss.total.backward()
     names = ("ce_s1", "ce_s2", "loss")
     assert [part.item() for part in loss] == pytest.approx([wanted[n] for n in names], abs=LOSS)
     assert_gradients(predictor, wanted["grad_norm"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -24,6 +25,7 @@ _DAY_MS = 86_400_000
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+_Numbers = TypeVar("_Numbers", NDArray[np.float32], NDArray[np.float64])
 
 
 class ContextError(ValueError):
@@ -94,14 +96,14 @@ def prepare(context: Context, index: int, horizon: int) -> Prepared:
     )
 
 
-def normalise(values: Floats) -> tuple[Floats, Floats, Floats]:
+def normalise(values: Floats, clip: float = CLIP) -> tuple[Floats, Floats, Floats]:
     """Mean (6,), std (6,) and clipped z-scores (L, 6) over the whole window, in float32.
 
     The operations and their order are the reference's: a sign in the code can hang on a bit.
     """
     mean: Floats = np.mean(values, axis=0)
     std: Floats = np.std(values, axis=0)
-    return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -CLIP, CLIP).astype(np.float32)
+    return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -clip, clip).astype(np.float32)
 
 
 def denormalise(values: Floats, mean: Floats, std: Floats) -> Floats:
@@ -194,7 +196,7 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
     return values
 
 
-def complete(values: Floats) -> Floats:
+def complete(values: _Numbers) -> _Numbers:
     """Fill missing volume and amount columns: (L, 4 | 5 | 6) to (L, 6)."""
     if values.shape[1] == 4:
         return np.pad(values, ((0, 0), (0, 2)))

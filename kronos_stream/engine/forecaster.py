@@ -172,7 +172,6 @@ class Forecaster:
         )
         return [draw.paths for draw in draws]
 
-    @torch.inference_mode()
     def draw(
         self,
         contexts: Sequence[Context],
@@ -193,7 +192,29 @@ class Forecaster:
         if not isinstance(temperature, (int, float)):
             temperature = tuple(float(t) for t in temperature)
         sampling = Sampling(temperature, top_k, top_p)
-        prepared = self._prepare(contexts, horizon)
+        return self.draw_prepared(
+            self._prepare(contexts, horizon),
+            paths,
+            sampling,
+            seed=seed,
+            anchor=anchor,
+            first_path=first_path,
+            progress=progress,
+        )
+
+    @torch.inference_mode()
+    def draw_prepared(
+        self,
+        prepared: Sequence[Prepared],
+        paths: int,
+        sampling: Sampling,
+        *,
+        seed: int,
+        anchor: bool = False,
+        first_path: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Draw]:
+        """:meth:`draw` for contexts that are in the model's units already, and fit its window."""
         keys = torch.tensor(
             [noise_key(seed, item.name, item.origin) for item in prepared], dtype=torch.long
         ).view(-1, 4)

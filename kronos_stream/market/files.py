@@ -223,7 +223,8 @@ def _epoch_times(path: Path, column: pd.Series, numbers: NDArray[np.float64]) ->
         _refuse_time(path, column, int(bad[0]))
     # Bar by bar, since venues have changed units within one archive.
     scale = np.select([size < limit for limit, _ in _EPOCH_UNITS], [s for _, s in _EPOCH_UNITS])
-    return np.rint(numbers * scale).astype(np.int64)
+    times: NDArray[np.int64] = np.rint(numbers * scale).astype(np.int64)
+    return times
 
 
 def _refuse_time(path: Path, column: pd.Series, row: int) -> NoReturn:

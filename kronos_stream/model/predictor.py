@@ -91,9 +91,12 @@ class Predictor(nn.Module):
         self.dep_layer = DependencyLayer(c.d_model)
         self.head = Head(c.s1_bits, c.s2_bits, c.d_model)
 
-    def hidden(self, s1: Tensor, s2: Tensor, stamps: Tensor) -> Tensor:
-        """Tokens (B, S) and stamps (B, S, 5) to the trunk's states (B, S, d)."""
-        x = self.token_dropout(self.embedding(s1, s2) + self.time_emb(stamps))
+    def hidden(self, s1: Tensor, s2: Tensor, stamps: Tensor | None) -> Tensor:
+        """Tokens (B, S) and stamps (B, S, 5), if any, to the trunk's states (B, S, d)."""
+        x = self.embedding(s1, s2)
+        if stamps is not None:
+            x = x + self.time_emb(stamps)
+        x = self.token_dropout(x)
         for block in self.transformer:
             x = block(x)
         out: Tensor = self.norm(x)

@@ -71,7 +71,7 @@ class Tokenizer(nn.Module):
             z = block(z)
         return F.normalize(self.quant_embed(z), dim=-1)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised candles (B, S, d_in) to int64 tokens s1, s2, each (B, S)."""
         bits = self.unit_code(x) > 0
         return (
@@ -79,7 +79,7 @@ class Tokenizer(nn.Module):
             pack_bits(bits[..., self.config.s1_bits :]),
         )
 
-    def decode(self, s1: Tensor, s2: Tensor) -> Tensor:
+    def detokenise(self, s1: Tensor, s2: Tensor) -> Tensor:
         """Tokens, each (B, S), to normalised candles (B, S, d_in)."""
         return self.decode_code(self.code(s1, s2))
 

@@ -1,0 +1,306 @@
+"""The work of ``kronos-stream forecast``: read, sample in blocks of paths, show."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kronos_stream import __version__
+from kronos_stream.commands.forecast import Request
+from kronos_stream.forecast.fan import Fan
+from kronos_stream.forecast.paths_file import paths_writer
+from kronos_stream.forecast.quantiles import check_supported
+from kronos_stream.forecast.summary import CLOSE
+from kronos_stream.forecast.table import print_fan
+from kronos_stream.market.files import CandleTable, read_candles
+from kronos_stream.market.spacing import find_gaps
+from kronos_stream.market.utc import rfc3339
+
+if TYPE_CHECKING:
+    from kronos_stream import Forecaster
+
+BLOCK = 512
+"""Paths drawn at a time: enough to fill the hardware, few enough to hold and to show progress."""
+
+_FEWEST_BARS = 2
+_SUFFIXES = re.compile(
+    r"(\.(csv|txt|tsv|parquet|pq|feather|arrow|gz|bz2|xz|zip|zst))+$", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """The bars the model sees, and the opens of those it forecasts, UTC ms."""
+
+    times: NDArray[np.int64]
+    values: NDArray[np.float64]
+    future: NDArray[np.int64]
+    missing: int
+
+
+def run(request: Request) -> None:
+    """Do what ``request`` asks; errors it explains are click's or those ``cli.main`` knows."""
+    try:
+        check_supported(request.quantiles, request.paths)
+    except ValueError as error:
+        raise click.UsageError(f"{error}; raise --paths or change --quantiles") from None
+    table = read_candles(request.file, request.timeframe)
+    end = _end(request, table)
+    forecaster = _load(request)
+    window = _window(request, table, end, forecaster.max_context)
+    settings = _settings(request, table, window, forecaster)
+    closes = _sample(request, table, window, forecaster, settings)
+    fan = Fan(
+        series=_name(request),
+        timeframe=table.timeframe,
+        origin=int(window.times[-1]),
+        last=float(window.values[-1, CLOSE]),
+        times=window.future,
+        closes=closes,
+        probs=request.quantiles,
+    )
+    about = _about(request, window)
+    if request.plot:
+        from kronos_stream.forecast.plot import draw_fan
+
+        with _writing(request.plot):
+            draw_fan(request.plot, table, fan, about)
+    if request.as_json:
+        click.echo(json.dumps(_message(fan, settings, window), indent=2, allow_nan=False))
+    else:
+        print_fan(fan, about)
+
+
+def _end(request: Request, table: CandleTable) -> int:
+    """How many of the table's bars end with the origin."""
+    if request.at is None:
+        return len(table)
+    end = int(np.searchsorted(table.times, request.at, side="right"))
+    asked = rfc3339(request.at)
+    if end == 0:
+        first = rfc3339(int(table.times[0]))
+        raise click.UsageError(f"--at {asked}: before the file's first bar, {first}")
+    found = int(table.times[end - 1])
+    if found != request.at:
+        raise click.UsageError(
+            f"--at {asked}: no bar opens then; the one before opens {rfc3339(found)}"
+        )
+    return end
+
+
+def _load(request: Request) -> Forecaster:
+    with _terminal().status(f"loading {request.model}"):
+        from kronos_stream import Forecaster
+
+        try:
+            return Forecaster.from_pretrained(
+                request.model,
+                tokenizer=request.tokenizer,
+                revision=request.revision,
+                device=request.device,
+                dtype=request.dtype,
+                max_context=request.max_context,
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+
+
+def _window(request: Request, table: CandleTable, end: int, max_context: int) -> _Window:
+    room = max_context - request.horizon
+    if room < _FEWEST_BARS:
+        raise click.UsageError(
+            f"--horizon {request.horizon} leaves no room for past bars in the model's window of "
+            f"{max_context} bars"
+        )
+    bars = min(request.lookback, end, room)
+    if bars < request.lookback:
+        why = (
+            "the file has no more up to the origin"
+            if bars == end
+            else f"the model's window of {max_context} bars less a horizon of {request.horizon}"
+        )
+        _note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
+    times = table.times[end - bars : end]
+    gaps = find_gaps(times, table.timeframe)
+    missing = sum(count for _, count in gaps)
+    if gaps:
+        first = rfc3339(gaps[0][0])
+        _note(f"the lookback spans {missing} missing bars, the first after {first}")
+    after, origin = table.timeframe.after, int(times[-1])
+    future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
+    return _Window(times, table.values[end - bars : end], future, missing)
+
+
+def _sample(
+    request: Request,
+    table: CandleTable,
+    window: _Window,
+    forecaster: Forecaster,
+    settings: dict[str, Any],
+) -> NDArray[np.float32]:
+    """Closes (paths, horizon) of all paths; whole candles go to --out, a block at a time."""
+    closes = np.empty((request.paths, request.horizon), np.float32)
+    with ExitStack() as stack:
+        writer = None
+        if request.out:
+            stack.enter_context(_writing(request.out))
+            origin = int(window.times[-1])
+            writer = stack.enter_context(
+                paths_writer(
+                    request.out,
+                    series=_name(request),
+                    origin=origin,
+                    times=window.future,
+                    settings=settings,
+                )
+            )
+        for first, paths in _blocks(request, table, window, forecaster):
+            closes[first : first + len(paths)] = paths[..., CLOSE]
+            if writer:
+                writer.write(paths)
+    return closes
+
+
+def _blocks(
+    request: Request, table: CandleTable, window: _Window, forecaster: Forecaster
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Blocks of paths (n, horizon, 6) with the number of their first; together, one call's."""
+    from kronos_stream import Context
+
+    context = Context(
+        window.values,
+        window.times,
+        series=request.series,
+        timeframe=str(table.timeframe),
+        future_times=window.future,
+    )
+    with _progress() as progress:
+        task = progress.add_task("drawing paths", total=request.paths)
+        for first in range(0, request.paths, BLOCK):
+            count = min(BLOCK, request.paths - first)
+            (paths,) = forecaster.sample(
+                [context],
+                horizon=request.horizon,
+                paths=count,
+                temperature=request.temperature,
+                top_k=request.top_k,
+                top_p=request.top_p,
+                seed=request.seed,
+                anchor=request.anchor,
+                first_path=first,
+            )
+            yield first, paths
+            progress.advance(task, count)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror or error}") from None
+
+
+def _progress() -> Progress:
+    console = _terminal()
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _terminal() -> Console:
+    """Stderr: what is said on the way stays out of the result."""
+    return Console(stderr=True)
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)
+
+
+def _name(request: Request) -> str:
+    return request.series or _SUFFIXES.sub("", request.file.name)
+
+
+def _about(request: Request, window: _Window) -> str:
+    parts = [
+        request.model,
+        f"{len(window.times)} bars",
+        f"{request.paths} paths",
+        f"T {request.temperature:g}",
+        *([f"top-k {request.top_k}"] if request.top_k else []),
+        *([f"top-p {request.top_p:g}"] if request.top_p < 1 else []),
+        f"seed {request.seed}",
+        "anchored" if request.anchor else "not anchored",
+    ]
+    return ", ".join(parts)
+
+
+def _settings(
+    request: Request, table: CandleTable, window: _Window, forecaster: Forecaster
+) -> dict[str, Any]:
+    """How the figures came about, for --json and for the metadata of --out."""
+    return {
+        "series": _name(request),
+        "timeframe": str(table.timeframe),
+        "origin": rfc3339(int(window.times[-1])),
+        "model": {
+            "name": request.model,
+            "revision": request.revision,
+            "tokenizer": request.tokenizer,
+        },
+        "engine": {
+            "version": __version__,
+            "device": str(forecaster.device),
+            "dtype": str(forecaster.dtype).removeprefix("torch."),
+        },
+        "sampling": {
+            "paths": request.paths,
+            "temperature": request.temperature,
+            "top_k": request.top_k,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            "anchor": request.anchor,
+            "noise": request.series or 0,
+        },
+        "context": {
+            "bars": len(window.times),
+            "first": rfc3339(int(window.times[0])),
+            "missing": window.missing,
+            "volume": "reported" if table.has_volume else None,
+            "amount": _amount(table),
+        },
+    }
+
+
+def _amount(table: CandleTable) -> str | None:
+    if not table.has_volume:
+        return None
+    return "reported" if table.has_amount else "derived"
+
+
+def _message(fan: Fan, settings: dict[str, Any], window: _Window) -> dict[str, Any]:
+    last = dict(zip(("open", "high", "low", "close", "volume"), window.values[-1], strict=False))
+    return {
+        **settings,
+        "last": last,
+        "times": [rfc3339(time) for time in fan.times.tolist()],
+        "close": fan.columns(),
+        "summary": fan.summary().to_dict(),
+    }

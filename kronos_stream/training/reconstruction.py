@@ -43,7 +43,7 @@ def reconstruction(tokenizer: Tokenizer, cases: Iterable[Case], *, seed: int = 0
         coarse.append(float((out.coarse[..., :PRICE_CHANNELS] - prices).square().sum()))
         variance.append(float(prices.square().sum()))
         blocks.append(case.block)
-        tokens = tokenizer.encode(x)
+        tokens = tokenizer.tokenise(x)
         s1.append(tokens[0].flatten())
         s2.append(tokens[1].flatten())
     groups = np.array(blocks)

@@ -94,7 +94,7 @@ class TokenizerRun:
             errors += torch.stack([
                 (full - x).square().sum(), (coarse - x).square().sum(), x.square().sum()
             ]).cpu()
-            tokens = self.network.encode(batch.x)
+            tokens = self.network.tokenise(batch.x)
             s1.append(tokens[0])
             s2.append(tokens[1])
         self.network.train()
@@ -133,7 +133,7 @@ class PredictorRun:
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of both levels, in nats, weighted by where the target lies."""
         with torch.no_grad():  # in fp32 whatever the rest: bits are sign thresholds
-            s1, s2 = self._tokenizer.encode(batch.x)
+            s1, s2 = self._tokenizer.tokenise(batch.x)
         weights = batch.weights[:, 1:]
         weights = weights / weights.sum(1, keepdim=True)
         with _autocast(batch, enabled=self._settings.bf16):
@@ -153,7 +153,7 @@ class PredictorRun:
         self.network.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
-            s1, s2 = self._tokenizer.encode(batch.x)
+            s1, s2 = self._tokenizer.tokenise(batch.x)
             logits = self.network(s1[:, :-1], s2[:, :-1], batch.stamps[:, :-1], s1[:, 1:])
             after = torch.arange(1, s1.shape[1], device=s1.device) >= batch.origins[:, None]
             for i, target in enumerate((s1, s2)):

@@ -60,15 +60,16 @@ def _command(stage: Stage, about: str) -> click.Command:
     @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
                   help="Folder of the run: its state, metrics and, in the end, the checkpoint.")
     @click.option("--recipe", type=click.Path(path_type=Path), default=None,
-                  help="TOML file with a table of settings for each stage; options win over it.")
+                  help="TOML file with tables of settings; options win over it.")
+    @click.option("--table", default=stage, show_default=True, help="The recipe's table.")
     @_options(stage)
-    def command(out: Path, recipe: Path | None, **given: Any) -> None:  # noqa: ANN401
+    def command(out: Path, recipe: Path | None, table: str, **given: Any) -> None:  # noqa: ANN401
         from kronos_stream.training.train import train as run
 
         chosen = {k: v for k, v in given.items() if v not in (None, ())}
         if isinstance(chosen.get("timeframes"), str):
             chosen["timeframes"] = tuple(chosen["timeframes"].split(","))
-        settings = TrainSettings.build(stage, read_recipe(recipe, stage) if recipe else {}, chosen)
+        settings = TrainSettings.build(stage, read_recipe(recipe, table) if recipe else {}, chosen)
         with ProgressReport(stage, settings.steps, sys.stderr) as report:
             result = run(stage, settings, out, report)
         if result is not None:

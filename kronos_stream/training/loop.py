@@ -30,7 +30,7 @@ VALIDATION_STEP = 2**31
 Report = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and its figures; for a progress bar or a log."""
 
-_FREE_TO_CHANGE = {"steps", "device", "threads", "log_every", "save_every", "eval_every", "half", "accumulate",
+_FREE_TO_CHANGE = {"steps", "stop_at", "device", "threads", "log_every", "save_every", "eval_every", "half", "accumulate",
                    "grad_checkpoint", "data", "tokenizer", "init"}
 """Settings a resumed run may differ in: they change no figure, or are the user's to know."""
 
@@ -76,10 +76,11 @@ class Trainer:
         s, result = self._settings, None
         held_out = self._held_out()
         began, since = time.monotonic(), self.step
-        while self.step < s.steps:
+        end = min(s.steps, s.stop_at or s.steps)
+        while self.step < end:
             figures = self._train_step()
             self.step += 1
-            last = self.step == s.steps
+            last = self.step == end
             if self.step % s.log_every == 0 or last:
                 pace = (self.step - since) / (time.monotonic() - began)
                 self._log({**figures, "steps_per_second": round(pace, 3)})

@@ -49,6 +49,9 @@ class TrainSettings:
     # Run
     seed: int = _setting(0, "Seed of the weights, the windows and everything else random.")
     steps: int = _setting(4000, "Optimiser steps of the whole run.")
+    stop_at: int = _setting(
+        0, "Step to end after though the schedule goes on, for a draft to start from; 0: none."
+    )
     batch: int = _setting(8, "Windows per step, over all processes and micro-batches.")
     accumulate: int = _setting(1, "Micro-batches per step, one after the other, to save memory.")
     init: str = _setting("", "Checkpoint to start from (fine-tuning); empty: from scratch.")
@@ -156,14 +159,14 @@ class TrainSettings:
         return asdict(self)
 
 
-def read_recipe(path: Path, stage: Stage) -> dict[str, Any]:
-    """The ``[tokenizer]`` or ``[predictor]`` table of a TOML recipe."""
+def read_recipe(path: Path, name: str) -> dict[str, Any]:
+    """The table ``name`` of a TOML recipe."""
     try:
-        table = tomllib.loads(path.read_text()).get(stage)
+        table = tomllib.loads(path.read_text()).get(name)
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror or error}") from None
     except tomllib.TOMLDecodeError as error:
         raise TrainingError(f"{path}: not TOML ({error})") from None
     if not isinstance(table, dict):
-        raise TrainingError(f"{path}: has no [{stage}] table")
+        raise TrainingError(f"{path}: has no [{name}] table")
     return table

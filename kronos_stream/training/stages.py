@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 import torch
@@ -53,6 +53,9 @@ class TokenizerRun:
         s = self._settings = settings
         if s.init:
             network = load_tokenizer(s.init).requires_grad_(True)
+            network.config = replace(  # the architecture is the checkpoint's, the loss is not
+                network.config, beta=s.beta, gamma0=s.gamma0, gamma=s.gamma, zeta=s.zeta
+            )
         else:
             bits = s.s1_bits + s.s2_bits
             network = Tokenizer(TokenizerConfig(

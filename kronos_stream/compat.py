@@ -200,7 +200,7 @@ class KronosPredictor:
         self.clip = clip
         self.device = device or "auto"
         self._forecaster: Forecaster | None = None
-        self._folded: list[tuple[int, int]] = []
+        self._folded: list[tuple[int, int, float]] = []
 
     def predict(
         self,
@@ -304,10 +304,12 @@ class KronosPredictor:
 
     def _engine(self) -> Forecaster:
         """The folded weights, folded anew after the modules' parameters have changed."""
+        parameters = [p.detach() for m in (self.model, self.tokenizer) for p in m.parameters()]
+        # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
+        sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
         state = [
-            (tensor.data_ptr(), tensor._version)  # noqa: SLF001 - torch offers no public name
-            for module in (self.model, self.tokenizer)
-            for tensor in module.parameters()
+            (p.data_ptr(), p._version, total)  # noqa: SLF001 - torch offers no public name
+            for p, total in zip(parameters, sums, strict=True)
         ]
         if self._forecaster is None or state != self._folded:
             self._forecaster = Forecaster(

@@ -304,13 +304,7 @@ class KronosPredictor:
 
     def _engine(self) -> Forecaster:
         """The folded weights, folded anew after the modules' parameters have changed."""
-        parameters = [p.detach() for m in (self.model, self.tokenizer) for p in m.parameters()]
-        # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
-        sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
-        state = [
-            (p.data_ptr(), p._version, total)  # noqa: SLF001 - torch offers no public name
-            for p, total in zip(parameters, sums, strict=True)
-        ]
+        state = _state(self.model) + _state(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             self._forecaster = Forecaster(
                 self.model,
@@ -371,6 +365,17 @@ def _candles(df: pd.DataFrame) -> NDArray[np.float32]:
     if np.isnan(values).any():
         raise ValueError("the DataFrame contains NaN values in price or volume columns")
     return complete(values).astype(np.float32)
+
+
+def _state(module: nn.Module) -> list[tuple[int, int, float]]:
+    """Something that differs once a parameter has changed, for each of them."""
+    parameters = [p.detach() for p in module.parameters()]
+    # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
+    sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
+    return [
+        (p.data_ptr(), p._version, total)  # noqa: SLF001 - torch offers no public name
+        for p, total in zip(parameters, sums, strict=True)
+    ]
 
 
 def _wall_clock(timestamps: Any) -> NDArray[np.int64]:

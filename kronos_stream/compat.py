@@ -200,7 +200,7 @@ class KronosPredictor:
         self.clip = clip
         self.device = device or "auto"
         self._forecaster: Forecaster | None = None
-        self._folded: list[tuple[int, int]] = []
+        self._folded: list[tuple[int, int, float]] = []
 
     def predict(
         self,
@@ -304,11 +304,7 @@ class KronosPredictor:
 
     def _engine(self) -> Forecaster:
         """The folded weights, folded anew after the modules' parameters have changed."""
-        state = [
-            (tensor.data_ptr(), tensor._version)  # noqa: SLF001 - torch offers no public name
-            for module in (self.model, self.tokenizer)
-            for tensor in module.parameters()
-        ]
+        state = _state(self.model) + _state(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             self._forecaster = Forecaster(
                 self.model,
@@ -369,6 +365,17 @@ def _candles(df: pd.DataFrame) -> NDArray[np.float32]:
     if np.isnan(values).any():
         raise ValueError("the DataFrame contains NaN values in price or volume columns")
     return complete(values).astype(np.float32)
+
+
+def _state(module: nn.Module) -> list[tuple[int, int, float]]:
+    """Something that differs once a parameter has changed, for each of them."""
+    parameters = [p.detach() for p in module.parameters()]
+    # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
+    sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
+    return [
+        (p.data_ptr(), p._version, total)  # noqa: SLF001 - torch offers no public name
+        for p, total in zip(parameters, sums, strict=True)
+    ]
 
 
 def _wall_clock(timestamps: Any) -> NDArray[np.int64]:

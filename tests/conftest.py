@@ -1,4 +1,4 @@
-"""What the tests of the model share: the reference's fixtures and the checkpoint they are about.
+"""What the tests share: the reference's fixtures, the checkpoint they are about, random candles.
 
 The fixtures in ``data/parity`` were made with the reference implementation
 (github.com/shiyu-coder/Kronos, MIT): inputs and its answers.
@@ -7,6 +7,7 @@ The fixtures in ``data/parity`` were made with the reference implementation
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 
 
@@ -50,3 +52,38 @@ def tiny_tokenizer(parity: Path) -> Tokenizer:
 def tiny_predictor(parity: Path) -> Predictor:
     """The tiny predictor as loaded; shared, so a test that changes it loads its own."""
     return load_predictor(parity / "tiny" / "predictor")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
+    """The tiny checkpoint on the CPU in float32, with the 128 bars it was made for."""
+    return Forecaster(
+        tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
+    )
+
+
+@pytest.fixture(scope="session")
+def walks() -> Callable[..., list[Context]]:
+    """Makes contexts of five-minute bars, one per length: ``walks([90, 33], seed=1)``.
+
+    Prices and volumes are random walks; ``seed`` and the position in the call fix a context, and
+    name its series unless ``named=False``.
+    """
+
+    def make(lengths: Sequence[int], *, seed: int = 0, named: bool = True) -> list[Context]:
+        return [
+            _walk(length, np.random.default_rng([seed, i]), f"test:{seed}/{i}:5m" if named else None)
+            for i, length in enumerate(lengths)
+        ]
+
+    return make
+
+
+def _walk(length: int, random: np.random.Generator, series: str | None) -> Context:
+    close = 100 * np.exp(random.normal(0, 0.01, length + 1).cumsum())
+    opened, close = close[:-1], close[1:]
+    high, low = np.maximum(opened, close) * 1.003, np.minimum(opened, close) * 0.997
+    volume = random.lognormal(3, 1, length)
+    values = np.stack((opened, high, low, close, volume, volume * close), axis=1)
+    times = 1_700_000_100_000 + 300_000 * np.arange(length)
+    return Context(values, times, series=series, timeframe="5m")

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kronos_stream import __version__
+from kronos_stream.commands._window import Window, bars_to_origin, cut_window
 from kronos_stream.commands.forecast import Request
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.forecast.paths_file import paths_writer
@@ -24,7 +24,6 @@ from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.forecast.summary import CLOSE
 from kronos_stream.forecast.table import print_fan
 from kronos_stream.market.files import CandleTable, read_candles
-from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339
 
 if TYPE_CHECKING:
@@ -33,20 +32,9 @@ if TYPE_CHECKING:
 BLOCK = 512
 """Paths drawn at a time: enough to fill the hardware, few enough to hold and to show progress."""
 
-_FEWEST_BARS = 2
 _SUFFIXES = re.compile(
     r"(\.(csv|txt|tsv|parquet|pq|feather|arrow|gz|bz2|xz|zip|zst))+$", re.IGNORECASE
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Window:
-    """The bars the model sees, and the opens of those it forecasts, UTC ms."""
-
-    times: NDArray[np.int64]
-    values: NDArray[np.float64]
-    future: NDArray[np.int64]
-    missing: int
 
 
 def run(request: Request) -> None:
@@ -56,15 +44,15 @@ def run(request: Request) -> None:
     except ValueError as error:
         raise click.UsageError(f"{error}; raise --paths or change --quantiles") from None
     table = read_candles(request.file, request.timeframe)
-    end = _end(request, table)
+    end = bars_to_origin(request, table)
     forecaster = _load(request)
-    window = _window(request, table, end, forecaster.max_context)
+    window = cut_window(request, table, end, forecaster.max_context)
     settings = _settings(request, table, window, forecaster)
     closes = _sample(request, table, window, forecaster, settings)
     fan = Fan(
         series=_name(request),
         timeframe=table.timeframe,
-        origin=int(window.times[-1]),
+        origin=window.origin,
         last=float(window.values[-1, CLOSE]),
         times=window.future,
         closes=closes,
@@ -80,23 +68,6 @@ def run(request: Request) -> None:
         click.echo(json.dumps(_message(fan, settings, window), indent=2, allow_nan=False))
     else:
         print_fan(fan, about)
-
-
-def _end(request: Request, table: CandleTable) -> int:
-    """How many of the table's bars end with the origin."""
-    if request.at is None:
-        return len(table)
-    end = int(np.searchsorted(table.times, request.at, side="right"))
-    asked = rfc3339(request.at)
-    if end == 0:
-        first = rfc3339(int(table.times[0]))
-        raise click.UsageError(f"--at {asked}: before the file's first bar, {first}")
-    found = int(table.times[end - 1])
-    if found != request.at:
-        raise click.UsageError(
-            f"--at {asked}: no bar opens then; the one before opens {rfc3339(found)}"
-        )
-    return end
 
 
 def _load(request: Request) -> Forecaster:
@@ -116,36 +87,10 @@ def _load(request: Request) -> Forecaster:
             raise click.UsageError(str(error)) from None
 
 
-def _window(request: Request, table: CandleTable, end: int, max_context: int) -> _Window:
-    room = max_context - request.horizon
-    if room < _FEWEST_BARS:
-        raise click.UsageError(
-            f"--horizon {request.horizon} leaves no room for past bars in the model's window of "
-            f"{max_context} bars"
-        )
-    bars = min(request.lookback, end, room)
-    if bars < request.lookback:
-        why = (
-            "the file has no more up to the origin"
-            if bars == end
-            else f"the model's window of {max_context} bars less a horizon of {request.horizon}"
-        )
-        _note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
-    times = table.times[end - bars : end]
-    gaps = find_gaps(times, table.timeframe)
-    missing = sum(count for _, count in gaps)
-    if gaps:
-        first = rfc3339(gaps[0][0])
-        _note(f"the lookback spans {missing} missing bars, the first after {first}")
-    after, origin = table.timeframe.after, int(times[-1])
-    future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
-    return _Window(times, table.values[end - bars : end], future, missing)
-
-
 def _sample(
     request: Request,
     table: CandleTable,
-    window: _Window,
+    window: Window,
     forecaster: Forecaster,
     settings: dict[str, Any],
 ) -> NDArray[np.float32]:
@@ -155,12 +100,11 @@ def _sample(
         writer = None
         if request.out:
             stack.enter_context(_writing(request.out))
-            origin = int(window.times[-1])
             writer = stack.enter_context(
                 paths_writer(
                     request.out,
                     series=_name(request),
-                    origin=origin,
+                    origin=window.origin,
                     times=window.future,
                     settings=settings,
                 )
@@ -173,7 +117,7 @@ def _sample(
 
 
 def _blocks(
-    request: Request, table: CandleTable, window: _Window, forecaster: Forecaster
+    request: Request, table: CandleTable, window: Window, forecaster: Forecaster
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Blocks of paths (n, horizon, 6) with the number of their first; together, one call's."""
     from kronos_stream import Context
@@ -230,15 +174,11 @@ def _terminal() -> Console:
     return Console(stderr=True)
 
 
-def _note(text: str) -> None:
-    click.echo(f"note: {text}", err=True)
-
-
 def _name(request: Request) -> str:
     return request.series or _SUFFIXES.sub("", request.file.name)
 
 
-def _about(request: Request, window: _Window) -> str:
+def _about(request: Request, window: Window) -> str:
     parts = [
         request.model,
         f"{len(window.times)} bars",
@@ -253,13 +193,13 @@ def _about(request: Request, window: _Window) -> str:
 
 
 def _settings(
-    request: Request, table: CandleTable, window: _Window, forecaster: Forecaster
+    request: Request, table: CandleTable, window: Window, forecaster: Forecaster
 ) -> dict[str, Any]:
     """How the figures came about, for --json and for the metadata of --out."""
     return {
         "series": _name(request),
         "timeframe": str(table.timeframe),
-        "origin": rfc3339(int(window.times[-1])),
+        "origin": rfc3339(window.origin),
         "model": {
             "name": request.model,
             "revision": request.revision,
@@ -295,7 +235,7 @@ def _amount(table: CandleTable) -> str | None:
     return "reported" if table.has_amount else "derived"
 
 
-def _message(fan: Fan, settings: dict[str, Any], window: _Window) -> dict[str, Any]:
+def _message(fan: Fan, settings: dict[str, Any], window: Window) -> dict[str, Any]:
     last = dict(zip(("open", "high", "low", "close", "volume"), window.values[-1], strict=False))
     return {
         **settings,

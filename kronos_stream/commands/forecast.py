@@ -120,7 +120,7 @@ def _plot_file(text: str) -> Path:
     default=32,
     metavar="N",
     help="How many futures to draw. More paths, steadier quantiles: m paths reach from 1/(m+1) to "
-    "m/(m+1), so a 90 % band needs 19. Memory stays bounded however many.",
+    "m/(m+1), so a 90 % band needs 19. Drawn in blocks, so thousands need no more memory.",
 )
 @click.option(
     "--lookback",

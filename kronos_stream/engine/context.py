@@ -83,7 +83,7 @@ def prepare(context: Context, index: int, horizon: int) -> Prepared:
     times = _times(context.times, name)
     values = _candles(context.values, times, name)
     future = _future_times(context, times, horizon, name)
-    mean, std, normalised = normalise(values)
+    mean, std, normalised = _scaled(values, name)
     return Prepared(
         name=str(index) if context.series is None else context.series,
         normalised=normalised,
@@ -104,6 +104,20 @@ def normalise(values: Floats, clip: float = CLIP) -> tuple[Floats, Floats, Float
     mean: Floats = np.mean(values, axis=0)
     std: Floats = np.std(values, axis=0)
     return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -clip, clip).astype(np.float32)
+
+
+def _scaled(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
+    """:func:`normalise`, refusing what float32 cannot hold the squares of."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std, normalised = normalise(values)
+    bad = np.flatnonzero(~np.isfinite(std))
+    if len(bad):
+        column = values[:, bad[0]]
+        raise ContextError(
+            f"{name}: {CHANNELS[bad[0]]} is too large to normalise in float32 (up to "
+            f"{np.abs(column).max():g} at bar {np.abs(column).argmax()}); use a larger unit"
+        )
+    return mean, std, normalised
 
 
 def denormalise(values: Floats, mean: Floats, std: Floats) -> Floats:
@@ -135,7 +149,7 @@ def _utc_offsets(times: Ints, timezone: str | None, name: str) -> Ints:
         return np.zeros_like(times)
     try:
         zone = ZoneInfo(timezone)
-    except (ZoneInfoNotFoundError, ValueError):
+    except (ZoneInfoNotFoundError, ValueError, OSError):
         raise ContextError(f"{name}: unknown time zone {timezone!r}; use an IANA name") from None
     offsets = (datetime.fromtimestamp(t / 1000, zone).utcoffset() for t in times.tolist())
     return np.array([0 if o is None else int(o.total_seconds() * 1000) for o in offsets])
@@ -215,9 +229,15 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
             raise ContextError(
                 f"{name}: future_times has shape {future.shape}, the horizon is {horizon} bars"
             )
+        if future.dtype.kind not in "iuM":
+            raise ContextError(f"{name}: future_times must be integer ms UTC, not {future.dtype}")
         future = future[:horizon].astype(np.int64)
-        if (np.diff(future, prepend=times[-1]) <= 0).any():
-            raise ContextError(f"{name}: future_times must strictly increase after the last bar")
+        bad = np.flatnonzero(np.diff(future, prepend=times[-1]) <= 0)
+        if len(bad):
+            raise ContextError(
+                f"{name}: future_times must strictly increase after the last bar "
+                f"({_when(times[-1])}); entry {bad[0]} is {_when(future[bad[0]])}"
+            )
         return future
     origin = int(times[-1])
     try:

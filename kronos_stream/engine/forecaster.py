@@ -189,7 +189,9 @@ class Forecaster:
         """Like :meth:`sample`, with the tokens and the times of the drawn bars."""
         if paths < 1 or first_path < 0:
             raise ValueError(f"paths {paths} from {first_path}: at least one, from 0 up")
-        if not isinstance(temperature, (int, float)):
+        if isinstance(temperature, (int, float, np.number)):
+            temperature = float(temperature)
+        else:
             temperature = tuple(float(t) for t in temperature)
         sampling = Sampling(temperature, top_k, top_p)
         return self.draw_prepared(
@@ -229,7 +231,10 @@ class Forecaster:
         return [draws[i] for i in range(len(prepared))]
 
     def _prepare(self, contexts: Sequence[Context], horizon: int | Sequence[int]) -> list[Prepared]:
-        horizons = [horizon] * len(contexts) if isinstance(horizon, int) else list(horizon)
+        if isinstance(horizon, (int, np.integer)):
+            horizons = [int(horizon)] * len(contexts)
+        else:
+            horizons = [int(h) for h in horizon]
         if len(horizons) != len(contexts):
             raise ValueError(f"{len(horizons)} horizons for {len(contexts)} contexts")
         if any(h < 1 for h in horizons):

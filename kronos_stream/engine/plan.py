@@ -109,8 +109,8 @@ class Planner:
         return Chunk(shapes, tuple(m for _, m in groups), -(-paths // per_slice))
 
     def _count(self, contexts: int) -> int:
-        if not self.pad_contexts or contexts <= 2:
+        if not self.pad_contexts or contexts <= 8:
             return contexts
-        # To an eighth of the next power of two: at most an eighth is padding.
-        unit = max(1, 1 << (contexts - 1).bit_length() - 3)
+        # To an eighth of the next power of two: less than a quarter is added.
+        unit = 1 << (contexts - 1).bit_length() - 3
         return -(-contexts // unit) * unit

@@ -18,8 +18,6 @@ from kronos_stream.atomic import replacing
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.market.files import CandleTable
 
-FORMATS = (".png", ".svg", ".pdf")
-
 _BARS = 100
 _SAMPLES = 6
 _RISE, _FALL = "#2a9d8f", "#d1495b"
@@ -40,7 +38,7 @@ def draw_fan(path: Path, table: CandleTable, fan: Fan, about: str) -> None:
     """Draw the bars of ``table`` up to the fan's origin, and the fan; write ``path`` whole.
 
     Bars stand side by side, so that nights and weekends without trading take no room. The suffix
-    of ``path`` is one of :data:`FORMATS`.
+    of ``path`` tells the format: png, svg or pdf.
     """
     end = int(np.searchsorted(table.times, fan.origin)) + 1
     start = max(0, end - _BARS)

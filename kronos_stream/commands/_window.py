@@ -1,0 +1,81 @@
+"""Which of a file's bars a forecast sees, and which it is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.commands.forecast import Request
+from kronos_stream.market.files import CandleTable
+from kronos_stream.market.spacing import find_gaps
+from kronos_stream.market.utc import rfc3339
+
+_FEWEST_BARS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """Past bars ``times`` (L,) and ``values`` (L, 6); ``future`` (horizon,) opens; UTC ms.
+
+    ``missing`` counts the bars that the venue or the file lacks between the first and the last.
+    """
+
+    times: NDArray[np.int64]
+    values: NDArray[np.float64]
+    future: NDArray[np.int64]
+    missing: int
+
+    @property
+    def origin(self) -> int:
+        return int(self.times[-1])
+
+
+def bars_to_origin(request: Request, table: CandleTable) -> int:
+    """How many of the table's bars there are up to the origin, it included."""
+    if request.at is None:
+        return len(table)
+    end = int(np.searchsorted(table.times, request.at, side="right"))
+    asked = rfc3339(request.at)
+    if end == 0:
+        first = rfc3339(int(table.times[0]))
+        raise click.UsageError(f"--at {asked}: before the file's first bar, {first}")
+    found = int(table.times[end - 1])
+    if found != request.at:
+        raise click.UsageError(
+            f"--at {asked}: no bar opens then; the one before opens {rfc3339(found)}"
+        )
+    return end
+
+
+def cut_window(request: Request, table: CandleTable, end: int, max_context: int) -> Window:
+    """The last bars before ``end`` that fit the request and the model; says so if they are few."""
+    room = max_context - request.horizon
+    if room < _FEWEST_BARS:
+        raise click.UsageError(
+            f"--horizon {request.horizon} leaves no room for past bars in the model's window of "
+            f"{max_context} bars"
+        )
+    bars = min(request.lookback, end, room)
+    if bars < request.lookback:
+        why = (
+            "the file has no more up to the origin"
+            if bars == end
+            else f"the model's window of {max_context} bars less a horizon of {request.horizon}"
+        )
+        _note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
+    times = table.times[end - bars : end]
+    gaps = find_gaps(times, table.timeframe)
+    missing = sum(count for _, count in gaps)
+    if gaps:
+        first = rfc3339(gaps[0][0])
+        _note(f"the lookback spans {missing} missing bars, the first after {first}")
+    after, origin = table.timeframe.after, int(times[-1])
+    future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
+    return Window(times, table.values[end - bars : end], future, missing)
+
+
+def _note(text: str) -> None:
+    click.echo(f"note: {text}", err=True)

@@ -53,9 +53,7 @@ def test_block_bootstrap_is_wider_where_blocks_share_their_luck() -> None:
     assert joint.high - joint.low > 2 * (apart.high - apart.low)
 
 
-def walk(
-    histories: Sequence[History], horizon: int, paths: int
-) -> list[NDArray[np.floating]]:
+def walk(histories: Sequence[History], horizon: int, paths: int) -> list[NDArray[np.floating]]:
     """A forecast under test: a random walk of its own seed."""
     return random_walk(paths=paths, seed=3)(histories, horizon, paths)
 
@@ -76,9 +74,7 @@ def test_a_forecast_never_sees_what_comes() -> None:
     """Poison after the origin changes no forecast, and nothing that is said of it alone."""
     seen: list[NDArray[np.float64]] = []
 
-    def watch(
-        histories: Sequence[History], horizon: int, paths: int
-    ) -> list[NDArray[np.floating]]:
+    def watch(histories: Sequence[History], horizon: int, paths: int) -> list[NDArray[np.floating]]:
         seen.extend(h.values.copy() for h in histories)
         return walk(histories, horizon, paths)
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from kronos_stream.model import Tokenizer, TokenizerConfig, load_predictor, load_tokenizer, save
@@ -27,8 +28,8 @@ from kronos_stream.training.losses import code_entropy, tokenizer_loss
 from kronos_stream.training.optimise import checkpoint_blocks, schedule
 from kronos_stream.training.processes import Processes
 from kronos_stream.training.settings import Stage, TrainSettings, read_recipe
-from kronos_stream.training.stages import PredictorRun, TokenizerRun
-from kronos_stream.training.windows import make_batch
+from kronos_stream.training.stages import PredictorRun, StageRun, TokenizerRun
+from kronos_stream.training.windows import Windows, WindowSource, make_batch
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -64,8 +65,9 @@ def small(stage: Stage, **changed: object) -> TrainSettings:
 def trainer(settings: TrainSettings, folder: Path) -> Trainer:
     """A trainer in this process, on generated markets."""
     torch.manual_seed(settings.seed)
-    run = (
-        PredictorRun(settings, CPU) if settings.tokenizer
+    run: StageRun = (
+        PredictorRun(settings, CPU)
+        if settings.tokenizer
         else TokenizerRun(settings, CPU, Processes())
     )
     source = GeneratedWindows(settings.timeframes, settings.window, settings.seed)
@@ -74,8 +76,10 @@ def trainer(settings: TrainSettings, folder: Path) -> Trainer:
 
 def command(stage: Stage, data: Path, out: Path, *more: str) -> list[str]:
     """The train command on a small net."""
-    flags = [f"--{k.replace('_', '-')}={','.join(v) if isinstance(v, tuple) else v}"
-             for k, v in SMALL.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={','.join(v) if isinstance(v, tuple) else v}"
+        for k, v in SMALL.items()
+    ]
     return ["-m", "kronos_stream", "train", stage, str(data), "--out", str(out), *flags, *more]
 
 
@@ -119,8 +123,10 @@ def test_both_stages_train_from_the_command_line_and_load(candles: Path, tmp_pat
         losses = [r["loss"] for r in records if "loss" in r]
         assert len(losses) == 6
         assert losses[-1] < losses[0]
-    assert any("valid_s1_perplexity" in line for line in
-               (tmp_path / "tokenizer" / "metrics.jsonl").read_text().splitlines())
+    assert any(
+        "valid_s1_perplexity" in line
+        for line in (tmp_path / "tokenizer" / "metrics.jsonl").read_text().splitlines()
+    )
 
     from kronos_stream import Context, Forecaster
     from kronos_stream.compat import Kronos, KronosTokenizer
@@ -153,16 +159,22 @@ def test_a_killed_run_resumes_to_identical_weights(candles: Path, tmp_path: Path
     resumed = run(arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert difference(weights(tmp_path / "whole"), weights(tmp_path / "killed")) == 0
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()
-             if '"loss"' in line]
+    steps = [
+        json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"loss"' in line
+    ]
     assert steps == list(range(10, 201, 10))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_resume_at_any_step_is_exact(optimizer: str, tokenizer: Path, tmp_path: Path) -> None:
     settings = small(
-        "predictor", steps=12, optimizer=optimizer, tokenizer=str(tokenizer), s2_on="sampled",
-        dropout=0.1, save_every=1,
+        "predictor",
+        steps=12,
+        optimizer=optimizer,
+        tokenizer=str(tokenizer),
+        s2_on="sampled",
+        dropout=0.1,
+        save_every=1,
     )
     trainer(settings, tmp_path / "whole").run()
     # Stopped by an error of the source after seven steps.
@@ -179,13 +191,13 @@ def test_resume_at_any_step_is_exact(optimizer: str, tokenizer: Path, tmp_path: 
 class Failing:
     """A source that fails from some step on."""
 
-    def __init__(self, source: object, step: int) -> None:
+    def __init__(self, source: WindowSource, step: int) -> None:
         self._source, self._step = source, step
 
-    def draw(self, step: int, batch: int, rows: object) -> object:
+    def draw(self, step: int, batch: int, rows: NDArray[np.int64]) -> Windows:
         if step >= self._step:
             raise ConnectionError
-        return self._source.draw(step, batch, rows)  # type: ignore[attr-defined]
+        return self._source.draw(step, batch, rows)
 
 
 def gradients(settings: TrainSettings, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -264,7 +276,12 @@ def test_poison_after_the_origin_reaches_no_earlier_loss(tokenizer: Path) -> Non
 
 def test_early_stopping_keeps_the_best(tokenizer: Path, tmp_path: Path) -> None:
     settings = small(
-        "predictor", steps=400, eval_every=5, early_stop=2, lr=0.3, warmup=1,
+        "predictor",
+        steps=400,
+        eval_every=5,
+        early_stop=2,
+        lr=0.3,
+        warmup=1,
         tokenizer=str(tokenizer),
     )
     one = trainer(settings, tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,8 @@ def all_windows(source: FileWindows | None) -> NDArray[np.int64]:
 @given(
     steps=st.lists(
         st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 1, 1, 2, 7]), min_size=120, max_size=200),
-        min_size=1, max_size=3,
+        min_size=1,
+        max_size=3,
     ),
     valid_share=st.sampled_from([0.0, 0.1, 0.3]),
 )
@@ -67,7 +70,7 @@ def test_no_window_crosses_a_gap_or_a_border(
         assert (np.diff(one, axis=1) == MINUTE).all()
     assert sum(map(len, windows)) <= expected
     full = [w for w in windows if len(w)]
-    for earlier, later in zip(full[:-1], full[1:], strict=True):
+    for earlier, later in pairwise(full):
         assert later.min() - earlier.max() > (WINDOW - 1) * MINUTE
 
 
@@ -110,17 +113,19 @@ def test_a_step_draws_the_same_windows_whoever_asks_for_which_rows() -> None:
 
 def test_every_kind_of_file_gives_the_same_windows(tmp_path: Path) -> None:
     table = frame(START_MS + MINUTE * np.arange(100))
-    writers = {
+    writers: dict[str, Callable[[Path], object]] = {
         "a.csv": lambda p: table.to_csv(p, index=False),
         "a.csv.gz": lambda p: table.to_csv(p, index=False),
-        "a.parquet": lambda p: table.to_parquet(p),
+        "a.parquet": table.to_parquet,
         # As freqtrade stores them: a typed date, no amount.
-        "a.feather": lambda p: table.assign(date=pd.to_datetime(table.timestamp, unit="ms", utc=True))
-        .drop(columns=["timestamp", "amount"]).to_feather(p),
+        "a.feather": lambda p: (
+            table.assign(date=pd.to_datetime(table.timestamp, unit="ms", utc=True))
+            .drop(columns=["timestamp", "amount"])
+            .to_feather(p)
+        ),
     }
     drawn = []
     for name, write in writers.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name)
         dataset = CandleDataset.prepare([tmp_path / name], tmp_path / f"{name}.store", WINDOW)
         source = dataset.source("train", 0)
@@ -176,8 +181,10 @@ BAD_FILES = {
     "duplicated": (GOOD + "1700000000,1,1,1,1,1\n" * 2, "one bar per time"),
     "nan": (GOOD + "1700000000,1,1,1,,1\n1700000060,1,1,1,1,1\n", "close is missing"),
     "empty": ("", "empty"),
-    "only gaps": (GOOD + "".join(f"{1700000000 + 60 * (i + 100 * (i // 3))},1,1,1,1,1\n"
-                                 for i in range(30)), "no window of 8 bars"),
+    "only gaps": (
+        GOOD + "".join(f"{1700000000 + 60 * (i + 100 * (i // 3))},1,1,1,1,1\n" for i in range(30)),
+        "no window of 8 bars",
+    ),
 }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,20 +27,49 @@ _GENERATED = "generated"
 @click.option("--lookback", default=232, show_default=True, help="Bars known (files).")
 @click.option("--stride", default=12, show_default=True, help="Bars between origins (files).")
 @click.option("--count", default=2304, show_default=True, help="Forecasts (generated markets).")
-@click.option("--truth", default=32, show_default=True,
-              help="Futures from a generated market's own state, to compare with; 0: none.")
-@click.option("--timeframes", default="1m,5m,15m,1h,4h,1d", show_default=True,
-              help="Bar lengths of generated markets.")
+@click.option(
+    "--truth",
+    default=32,
+    show_default=True,
+    help="Futures from a generated market's own state, to compare with; 0: none.",
+)
+@click.option(
+    "--timeframes",
+    default="1m,5m,15m,1h,4h,1d",
+    show_default=True,
+    help="Bar lengths of generated markets.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the noise and the markets.")
-@click.option("--anchor/--no-anchor", default=True, show_default=True,
-              help="Scale paths by actual over decoded last close.")
+@click.option(
+    "--anchor/--no-anchor",
+    default=True,
+    show_default=True,
+    help="Scale paths by actual over decoded last close.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), default=None,
-              help="Write all figures to this file.")
-def evaluate(  # noqa: PLR0914
-    data: tuple[str, ...], model: str, tokenizer: str | None, horizon: int, paths: int,
-    lookback: int, stride: int, count: int, truth: int, timeframes: str, seed: int,
-    *, anchor: bool, device: str, json_file: Path | None,
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Write all figures to this file.",
+)
+def evaluate(
+    data: tuple[str, ...],
+    model: str,
+    tokenizer: str | None,
+    horizon: int,
+    paths: int,
+    lookback: int,
+    stride: int,
+    count: int,
+    truth: int,
+    timeframes: str,
+    seed: int,
+    *,
+    anchor: bool,
+    device: str,
+    json_file: Path | None,
 ) -> None:
     """Walk a model forward over DATA (files, or 'generated') and score it.
 
@@ -64,7 +92,10 @@ def evaluate(  # noqa: PLR0914
     def cases(truth_paths: int) -> Iterator[Case]:
         if data == (_GENERATED,):
             return generated_cases(
-                timeframes.split(","), count=count, horizon=horizon, seed=seed,
+                timeframes.split(","),
+                count=count,
+                horizon=horizon,
+                seed=seed,
                 truth_paths=truth_paths,
             )
         files = [Path(name) for name in data]
@@ -72,8 +103,11 @@ def evaluate(  # noqa: PLR0914
 
     try:
         report = score(
-            cases(truth), as_forecast(forecaster, seed=seed, anchor=anchor), paths=paths,
-            model=model, seed=seed,
+            cases(truth),
+            as_forecast(forecaster, seed=seed, anchor=anchor),
+            paths=paths,
+            model=model,
+            seed=seed,
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
@@ -83,8 +117,12 @@ def evaluate(  # noqa: PLR0914
     click.echo(f"{time.monotonic() - began:.0f} s")
     if json_file is not None:
         document = {
-            "data": list(data), "paths": paths, "anchor": anchor, "seed": seed,
-            "forecast": report.to_dict(), "reconstruction": codec.to_dict(),
+            "data": list(data),
+            "paths": paths,
+            "anchor": anchor,
+            "seed": seed,
+            "forecast": report.to_dict(),
+            "reconstruction": codec.to_dict(),
         }
         _write(json_file, document)
 
@@ -134,13 +172,16 @@ def _codec_lines(codec: dict[str, Any]) -> list[str]:
 
     ratio = codec["coarse"]["value"] / codec["full"]["value"]
     book = codec["codebook"]
-    return [
+    errors = (
         f"price reconstruction, share of variance: full {text('full')}, coarse {text('coarse')}, "
-        f"coarse / full {ratio:.2f}",
+        f"coarse / full {ratio:.2f}"
+    )
+    usage = (
         f"codebook: s1 {book['s1_used']:.0%} of codes, perplexity {book['s1_perplexity']:.0f}; "
         f"s2 {book['s2_used']:.0%}, {book['s2_perplexity']:.0f}; joint perplexity "
-        f"{book['joint_perplexity']:.0f}; dead bits {book['dead_bits']}",
-    ]
+        f"{book['joint_perplexity']:.0f}; dead bits {book['dead_bits']}"
+    )
+    return [errors, usage]
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
@@ -148,6 +189,6 @@ def _write(path: Path, document: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(document, indent=2) + "\n")
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
         raise click.ClickException(f"{path}: {error.strerror or error}") from None

@@ -43,11 +43,13 @@ def _options(stage: Stage) -> Callable[[Callable[..., None]], Callable[..., None
             elif isinstance(default, tuple):
                 kind = str
             if isinstance(default, bool):
-                option = click.option(f"--{flag}/--no-{flag}", setting.name, default=None,
-                                      help=help_text)
+                option = click.option(
+                    f"--{flag}/--no-{flag}", setting.name, default=None, help=help_text
+                )
             else:
-                option = click.option(f"--{flag}", setting.name, type=kind, default=None,
-                                      help=help_text)
+                option = click.option(
+                    f"--{flag}", setting.name, type=kind, default=None, help=help_text
+                )
             command = option(command)
         return command
 
@@ -57,10 +59,18 @@ def _options(stage: Stage) -> Callable[[Callable[..., None]], Callable[..., None
 def _command(stage: Stage, about: str) -> click.Command:
     @click.command(stage, help=about)
     @click.argument("data", nargs=-1)
-    @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
-                  help="Folder of the run: its state, metrics and, in the end, the checkpoint.")
-    @click.option("--recipe", type=click.Path(path_type=Path), default=None,
-                  help="TOML file with tables of settings; options win over it.")
+    @click.option(
+        "--out",
+        type=click.Path(path_type=Path, file_okay=False),
+        required=True,
+        help="Folder of the run: its state, metrics and, in the end, the checkpoint.",
+    )
+    @click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="TOML file with tables of settings; options win over it.",
+    )
     @click.option("--table", default=stage, show_default=True, help="The recipe's table.")
     @_options(stage)
     def command(out: Path, recipe: Path | None, table: str, **given: Any) -> None:  # noqa: ANN401
@@ -83,6 +93,9 @@ def _summary(out: Path, figures: Mapping[str, float]) -> str:
     return f"held out: {shown}\nwritten to {out}"
 
 
-train.add_command(_command("tokenizer", "Train a tokenizer on candle files, folders of them, or "
-                                        "'generated' markets."))
+train.add_command(
+    _command(
+        "tokenizer", "Train a tokenizer on candle files, folders of them, or 'generated' markets."
+    )
+)
 train.add_command(_command("predictor", "Train a predictor on the tokens of a trained tokenizer."))

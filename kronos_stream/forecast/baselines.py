@@ -48,9 +48,7 @@ def volatility(values: NDArray[np.float64], decay: float = 1.0) -> float:
     return float(np.sqrt((weights * returns**2).sum() / weights.sum()))
 
 
-def _paths_of(
-    history: History, noise: NDArray[np.float64], sigma: float
-) -> NDArray[np.floating]:
+def _paths_of(history: History, noise: NDArray[np.float64], sigma: float) -> NDArray[np.floating]:
     closes = history.values[-1, _CLOSE] * np.exp(sigma * noise.cumsum(1))
     bars = np.zeros((*closes.shape, 6))
     bars[..., :4] = closes[..., None]

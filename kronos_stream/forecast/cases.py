@@ -49,7 +49,11 @@ class Forecast(Protocol):
 
 
 def file_cases(
-    paths: Sequence[Path], *, lookback: int, horizon: int, stride: int,
+    paths: Sequence[Path],
+    *,
+    lookback: int,
+    horizon: int,
+    stride: int,
     timeframe: Timeframe | None = None,
 ) -> Iterator[Case]:
     """Cases every ``stride`` bars of every file; none lies over a gap.

@@ -84,8 +84,13 @@ class Report:
 
 
 def evaluate(
-    cases: Iterable[Case], forecast: Forecast, *, paths: int = 32, model: str = "model",
-    others: Mapping[str, Forecast] | None = None, seed: int = 0,
+    cases: Iterable[Case],
+    forecast: Forecast,
+    *,
+    paths: int = 32,
+    model: str = "model",
+    others: Mapping[str, Forecast] | None = None,
+    seed: int = 0,
 ) -> Report:
     """Score ``forecast`` and its baselines on ``cases``, which share one horizon.
 
@@ -130,9 +135,7 @@ def _batches(cases: Iterable[Case]) -> Iterable[list[Case]]:
         yield batch
 
 
-def _report(
-    model: str, scores: dict[str, Scores], blocks: NDArray[np.int64], seed: int
-) -> Report:
+def _report(model: str, scores: dict[str, Scores], blocks: NDArray[np.int64], seed: int) -> Report:
     crps = {name: np.array(s.crps) for name, s in scores.items()}  # (n, H)
     n, horizon = crps[model].shape
     names = [name for name in scores if name != model]
@@ -144,9 +147,9 @@ def _report(
 
     by_step = [ratios({k: v[:, h] for k, v in crps.items()}) for h in range(horizon)]
     coverage = {
-        f"{level:.0%}": block_bootstrap(
-            [np.array(inside).mean(1), np.ones(n)], blocks, seed=seed
-        )[0]
+        f"{level:.0%}": block_bootstrap([np.array(inside).mean(1), np.ones(n)], blocks, seed=seed)[
+            0
+        ]
         for level, inside in scores[model].inside.items()
     }
     return Report(

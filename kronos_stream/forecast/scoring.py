@@ -38,7 +38,8 @@ def covered(samples: Floats, outcome: Floats, level: float) -> NDArray[np.bool_]
     """Whether ``outcome`` lies in the central band of probability ``level``, (...)."""
     tail = (1 - level) / 2
     low, high = weibull_quantiles(samples, [tail, 1 - tail])
-    return (low <= outcome) & (outcome <= high)
+    inside: NDArray[np.bool_] = (low <= outcome) & (outcome <= high)
+    return inside
 
 
 def path_volatility(log_prices: Floats) -> Floats:

@@ -8,7 +8,8 @@ import numpy as np
 
 from kronos_stream.forecast.cases import Case, History
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.market import START_MS, WEEK_MS, Market
+from kronos_stream.testing.market import START_MS, Market
+from kronos_stream.testing.seasons import WEEK_MS
 
 UNSEEN = 900_000_000
 """Seeds from here on belong to evaluations."""
@@ -47,8 +48,10 @@ def generated_cases(
             future = market.run(horizon).values
             for symbol in range(_SYMBOLS):
                 history = History(
-                    f"generated:M{index}S{symbol}/USD:{text}", text,
-                    past.values[-lookback:, symbol], past.times[-lookback:],
+                    f"generated:M{index}S{symbol}/USD:{text}",
+                    text,
+                    past.values[-lookback:, symbol],
+                    past.times[-lookback:],
                 )
                 paths = np.stack([t[:, symbol] for t in truth]) if truth else None
                 yield Case(history, future[:, symbol], index * _ORIGINS + origin, paths)

@@ -58,7 +58,11 @@ class Market:
     """
 
     def __init__(
-        self, symbols: int = 8, timeframe_ms: int = 60_000, *, seed: int = 0,
+        self,
+        symbols: int = 8,
+        timeframe_ms: int = 60_000,
+        *,
+        seed: int = 0,
         start_ms: int = START_MS,
     ) -> None:
         if symbols < 1 or not 1_000 <= timeframe_ms <= WEEK_MS:
@@ -125,8 +129,7 @@ class Market:
         normal = rng.standard_normal((components + 5, n + 1))  # the last column is the market's
         uniform = rng.random((4, n))
         week_ms = self.now_ms % WEEK_MS
-        season = self._season * self._activity[week_ms // self.timeframe_ms
-                                               % len(self._activity)]
+        season = self._season * self._activity[week_ms // self.timeframe_ms % len(self._activity)]
         self._regime(float(rng.random()))
 
         log_vol = self._vol.sum(0) + season + (0.45 if self._turbulent else -0.15)
@@ -153,7 +156,8 @@ class Market:
 
     def _shared(self, noise: Floats) -> Floats:
         """Unit noise (k, n) half of which is the market's: from (k, n + 1), the market last."""
-        return np.sqrt(0.5) * (noise[:, :-1] + noise[:, -1:])
+        shared: Floats = np.sqrt(0.5) * (noise[:, :-1] + noise[:, -1:])
+        return shared
 
     def _regime(self, chance: float) -> None:
         """Calm for four days on average, turbulent for one and a half; each has its drift."""
@@ -174,30 +178,42 @@ class Market:
         np.clip(self._vol, -4 * self._vol_std, 4 * self._vol_std, out=self._vol)
 
     def _trade_rate(
-        self, season: Floats, log_vol: Floats, shock: Floats,
-        jumps: npt.NDArray[np.int64], normal: Floats,
+        self,
+        season: Floats,
+        log_vol: Floats,
+        shock: Floats,
+        jumps: npt.NDArray[np.int64],
+        normal: Floats,
     ) -> Floats:
         """Expected trades of this bar: they follow volatility, the clock and the move itself."""
         keep = self._drive_keep
         self._drive = keep * self._drive + 0.4 * np.sqrt(1 - keep**2) * normal[0]
         log_rate = (
-            self._coupling * (log_vol - season) + 1.4 * season + self._drive + 0.15 * normal[1]
-            + 0.5 * np.log1p(np.minimum(np.abs(shock), 8.0)) + 0.7 * (jumps > 0)
+            self._coupling * (log_vol - season)
+            + 1.4 * season
+            + self._drive
+            + 0.15 * normal[1]
+            + 0.5 * np.log1p(np.minimum(np.abs(shock), 8.0))
+            + 0.7 * (jumps > 0)
         )
         rate = self._trades_per_day * self._dt * np.exp(np.clip(log_rate - 0.6, -5, 4))
-        return np.minimum(rate, 1e9)
+        return np.asarray(np.minimum(rate, 1e9), np.float64)
 
     def _bar(
-        self, sigma: Floats, move: Floats, trades: npt.NDArray[np.int64],
-        gap: Floats, uniform: Floats,
+        self,
+        sigma: Floats,
+        move: Floats,
+        trades: npt.NDArray[np.int64],
+        gap: Floats,
+        uniform: Floats,
     ) -> Floats:
         first = self._log_price + np.where(uniform[0] < 0.3, 0.05 * sigma * gap, 0.0)
         last = self._log_price = self._log_price + move
         # Extremes of a Brownian bridge between open and close; few trades see less of them.
         span, seen = last - first, trades / (trades + 1.5)
         bridge = np.sqrt(span**2 - 2 * (sigma * seen) ** 2 * np.log(1 - uniform[1:3]))
-        single = trades < 2  # noqa: PLR2004  # one trade is all four prices
-        side = np.where(uniform[3] < 0.5, -1.0, 1.0) * self._half_spread  # noqa: PLR2004
+        single = trades < 2  # one trade is all four prices
+        side = np.where(uniform[3] < 0.5, -1.0, 1.0) * self._half_spread
         opened = self._to_tick(np.exp(np.where(single, last + side, first + self._side)))
         close = self._to_tick(np.exp(last + side))
         self._side = side
@@ -206,12 +222,14 @@ class Market:
         size = np.exp((0.25 + 1 / np.sqrt(trades + 1)) * gap)
         volume = np.round(trades * self._mean_trade * size / self.lot) * self.lot
         silent = (trades == 0) | (volume <= 0)
-        prices = np.stack((
-            opened,
-            np.maximum(high, np.maximum(opened, close)),
-            np.minimum(low, np.minimum(opened, close)),
-            close,
-        ))
+        prices = np.stack(
+            (
+                opened,
+                np.maximum(high, np.maximum(opened, close)),
+                np.minimum(low, np.minimum(opened, close)),
+                close,
+            )
+        )
         prices = np.where(silent, self._close, prices)
         volume = np.where(silent, 0.0, volume)
         self._close = prices[3]
@@ -225,11 +243,14 @@ def aggregate(candles: Candles, factor: int) -> Candles:
     """Join every ``factor`` bars to one; an unfinished last bar is left out."""
     bars = len(candles.times) // factor
     values = candles.values[: bars * factor].reshape(bars, factor, -1, 6)
-    joined = np.concatenate((
-        values[:, 0, :, :1],
-        values[..., 1:2].max(1),
-        values[..., 2:3].min(1),
-        values[:, -1, :, 3:4],
-        values[..., 4:].sum(1),
-    ), axis=-1)
+    joined = np.concatenate(
+        (
+            values[:, 0, :, :1],
+            values[..., 1:2].max(1),
+            values[..., 2:3].min(1),
+            values[:, -1, :, 3:4],
+            values[..., 4:].sum(1),
+        ),
+        axis=-1,
+    )
     return Candles(candles.times[: bars * factor : factor], joined)

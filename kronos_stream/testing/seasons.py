@@ -26,12 +26,13 @@ def weekly_activity(timeframe_ms: int) -> npt.NDArray[np.float64]:
     for centre, width, height in _SESSIONS:
         distance = (hour - centre + 12) % 24 - 12  # around the clock
         log_vol += height * np.exp(-0.5 * (distance / width) ** 2)
-    log_vol -= np.where(weekday >= 5, 0.35, 0.0)  # noqa: PLR2004  # Saturday and Sunday
+    log_vol -= np.where(weekday >= 5, 0.35, 0.0)  # Saturday and Sunday
     log_vol += np.where(minutes % 60 == 0, 0.25, np.where(minutes % 15 == 0, 0.10, 0.0))
     variance = np.exp(2 * log_vol)
     variance /= variance.mean()
-    if timeframe_ms <= 60_000:  # noqa: PLR2004  # a minute is the table's resolution
-        return np.repeat(0.5 * np.log(variance), 60_000 // timeframe_ms)
+    if timeframe_ms <= 60_000:  # a minute is the table's resolution
+        return np.repeat(np.asarray(0.5 * np.log(variance)), 60_000 // timeframe_ms)
     per_bar = timeframe_ms // 60_000
     bars = len(minutes) // per_bar
-    return 0.5 * np.log(variance[: bars * per_bar].reshape(bars, per_bar).mean(1))
+    means = variance[: bars * per_bar].reshape(bars, per_bar).mean(1)
+    return np.asarray(0.5 * np.log(means), np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -60,9 +61,15 @@ def measure(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> Codebook:
             dead += share < DEAD or share > 1 - DEAD
     return Codebook(
         len(s1),
-        _used(s1, s1_bits), _used(s2, s2_bits), _used(joint, s1_bits + s2_bits),
-        _perplexity(s1), _perplexity(s2), _perplexity(joint),
-        dead, 2**s1_bits, 2**s2_bits,
+        _used(s1, s1_bits),
+        _used(s2, s2_bits),
+        _used(joint, s1_bits + s2_bits),
+        _perplexity(s1),
+        _perplexity(s2),
+        _perplexity(joint),
+        dead,
+        2**s1_bits,
+        2**s2_bits,
     )
 
 
@@ -72,4 +79,5 @@ def _used(tokens: Tensor, bits: int) -> float:
 
 def _perplexity(tokens: Tensor) -> float:
     share = torch.unique(tokens, return_counts=True)[1].double() / len(tokens)
-    return float((-(share * share.log()).sum()).exp())
+    entropy: float = -(share * share.log()).sum().item()
+    return math.exp(entropy)

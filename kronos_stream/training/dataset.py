@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -62,8 +63,14 @@ class CandleDataset:
 
     @classmethod
     def prepare(
-        cls, paths: Sequence[Path], store: Path, window: int, *,
-        timeframe: Timeframe | None = None, valid_share: float = 0.1, test_share: float = 0.1,
+        cls,
+        paths: Sequence[Path],
+        store: Path,
+        window: int,
+        *,
+        timeframe: Timeframe | None = None,
+        valid_share: float = 0.1,
+        test_share: float = 0.1,
     ) -> CandleDataset:
         """Read ``paths`` (files and folders) into ``store``, unless it holds them already.
 
@@ -118,8 +125,13 @@ class FileWindows:
     """A source that draws every window of its part alike."""
 
     def __init__(
-        self, times: NDArray[np.int64], values: NDArray[np.float64], window: int,
-        starts: list[int], counts: list[int], seed: int,
+        self,
+        times: NDArray[np.int64],
+        values: NDArray[np.float64],
+        window: int,
+        starts: list[int],
+        counts: list[int],
+        seed: int,
     ) -> None:
         self._times, self._values, self._window, self._seed = times, values, window, seed
         self._starts = np.array(starts)
@@ -183,7 +195,7 @@ def _read(path: Path, timeframe: Timeframe | None) -> Iterator[Stretch]:
     # A gap is known by the bar before it.
     cuts = np.searchsorted(table.times, [before for before, _missing in table.gaps]) + 1
     edges = [0, *cuts.tolist(), len(table.times)]
-    for first, end in zip(edges[:-1], edges[1:], strict=True):
+    for first, end in pairwise(edges):
         times = table.times[first:end]
         step = table.timeframe.milliseconds or int(np.diff(times).max(initial=0))
         yield Stretch(times, table.values[first:end], step)
@@ -199,8 +211,9 @@ def _fill(
             for s in _read(file, timeframe):
                 times.write(np.ascontiguousarray(s.times, np.int64).tobytes())
                 values.write(np.ascontiguousarray(s.values, np.float64).tobytes())
-                segments.append(Segment(rows, len(s.times), int(s.times[0]), int(s.times[-1]),
-                                        s.step_ms))
+                segments.append(
+                    Segment(rows, len(s.times), int(s.times[0]), int(s.times[-1]), s.step_ms)
+                )
                 rows += len(s.times)
         for written in (times, values):
             written.flush()
@@ -219,8 +232,10 @@ def _moment(segments: list[Segment], share: float) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         before = sum(
-            s.bars * min(1.0, max(0.0, (middle - s.first_ms) / (s.last_ms + max(s.step_ms, 1)
-                                                              - s.first_ms)))
+            s.bars
+            * min(
+                1.0, max(0.0, (middle - s.first_ms) / (s.last_ms + max(s.step_ms, 1) - s.first_ms))
+            )
             for s in segments
         )
         low, high = (middle, high) if before < share * total else (low, middle)

@@ -30,8 +30,21 @@ VALIDATION_STEP = 2**31
 Report = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and its figures; for a progress bar or a log."""
 
-_FREE_TO_CHANGE = {"steps", "stop_at", "device", "threads", "log_every", "save_every", "eval_every", "half", "accumulate",
-                   "grad_checkpoint", "data", "tokenizer", "init"}
+_FREE_TO_CHANGE = {
+    "steps",
+    "stop_at",
+    "device",
+    "threads",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "half",
+    "accumulate",
+    "grad_checkpoint",
+    "data",
+    "tokenizer",
+    "init",
+}
 """Settings a resumed run may differ in: they change no figure, or are the user's to know."""
 
 
@@ -47,8 +60,15 @@ class Trainer:
     """Trains one stage in a folder, from where the folder's state stands."""
 
     def __init__(
-        self, stage: StageRun, data: Data, settings: TrainSettings, folder: Path,
-        *, device: torch.device, processes: Processes | None = None, report: Report | None = None,
+        self,
+        stage: StageRun,
+        data: Data,
+        settings: TrainSettings,
+        folder: Path,
+        *,
+        device: torch.device,
+        processes: Processes | None = None,
+        report: Report | None = None,
     ) -> None:
         self._stage, self._data, self._settings = stage, data, settings
         self._device, self._processes = device, processes or Processes()
@@ -113,7 +133,7 @@ class Trainer:
             windows = self._data.train.draw(self.step, s.batch, micro)
             batch = make_batch(windows, lookbacks[micro], s.lookback_weight, self._device)
             loss, parts = self._stage.loss(batch)
-            (loss / s.accumulate).backward()  # type: ignore[no-untyped-call]
+            (loss / s.accumulate).backward()
             for name, part in {"loss": loss, **parts}.items():
                 value = part.detach() / s.accumulate
                 totals[name] = totals[name] + value if name in totals else value
@@ -167,14 +187,16 @@ class Trainer:
     def _save(self) -> None:
         if not self._processes.first:
             return
-        self._folder.write_state({
-            "step": self.step,
-            "settings": self._settings.to_dict(),
-            "network": self._stage.network.state_dict(),
-            "optimisers": self._optimisers.state(),
-            "best": self._best,
-            "bad_evaluations": self._bad_evaluations,
-        })
+        self._folder.write_state(
+            {
+                "step": self.step,
+                "settings": self._settings.to_dict(),
+                "network": self._stage.network.state_dict(),
+                "optimisers": self._optimisers.state(),
+                "best": self._best,
+                "bad_evaluations": self._bad_evaluations,
+            }
+        )
 
     def _resume(self) -> None:
         state = self._folder.load(self._device)

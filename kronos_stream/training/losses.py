@@ -48,7 +48,7 @@ def tokenizer_loss(
     """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in).
 
     ``weights`` (B, S) sum to 1 in every row, ``channels`` (d_in,) have mean 1; left out, all
-    weigh alike. ``scale``, ``group`` and ``average``: see :func:`soft_bits` and :func:`code_entropy`.
+    weigh alike. ``scale``, ``group``, ``average``: see :func:`soft_bits`, :func:`code_entropy`.
     """
     coarse = _squared_error(out.coarse, x, weights, channels)
     full = _squared_error(out.full, x, weights, channels)
@@ -56,9 +56,7 @@ def tokenizer_loss(
     return TokenizerLoss(coarse, full, bsq, (coarse + full + bsq) / 2)
 
 
-def _squared_error(
-    y: Tensor, x: Tensor, weights: Tensor | None, channels: Tensor | None
-) -> Tensor:
+def _squared_error(y: Tensor, x: Tensor, weights: Tensor | None, channels: Tensor | None) -> Tensor:
     if weights is None and channels is None:
         return F.mse_loss(y, x)
     error = (y - x).square()
@@ -80,7 +78,8 @@ def bsq_loss(
     """Commitment plus entropy loss of codes (B, S, bits): decided bits, varied codes."""
     commitment = (quantised.detach() - unit).square().sum(-1).mean()
     varied = code_entropy(unit, scale=scale, group=group, average=average)
-    return c.beta * commitment + c.zeta * (c.gamma0 * bit_entropy(unit, scale) - c.gamma * varied)
+    entropy = c.gamma0 * bit_entropy(unit, scale) - c.gamma * varied
+    return c.beta * commitment + c.zeta * entropy
 
 
 def bit_entropy(unit: Tensor, scale: float = 1.0) -> Tensor:

@@ -25,22 +25,23 @@ class Optimisers:
 
     def __init__(self, network: Network, settings: TrainSettings) -> None:
         self._settings = s = settings
-        matrices, rest = [], []
-        in_blocks = {id(p) for b in _blocks(network) for p in b.parameters() if p.ndim == 2}  # noqa: PLR2004
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        in_blocks = {id(p) for b in _blocks(network) for p in b.parameters() if p.ndim == 2}
         for parameter in network.parameters():
             muon = s.optimizer == "muon" and id(parameter) in in_blocks
             (matrices if muon else rest).append(parameter)
         decayed = [p for p in rest if p.ndim > 1]
         plain = [p for p in rest if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": s.weight_decay},
-                  {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": s.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95))
         ]
         if matrices:
-            self._all.append(
-                torch.optim.Muon(matrices, lr=s.lr_muon, weight_decay=s.weight_decay)
-            )
+            self._all.append(torch.optim.Muon(matrices, lr=s.lr_muon, weight_decay=s.weight_decay))
         self._peaks = [s.lr, s.lr_muon]
 
     def step(self, step: int) -> float:

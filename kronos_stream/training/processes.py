@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among those that train together."""
+    """A process among those that train together."""
 
     rank: int = 0
     world: int = 1
@@ -69,7 +69,7 @@ class _Average(torch.autograd.Function):
         return mean / dist.get_world_size()
 
     @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN401
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient / dist.get_world_size()

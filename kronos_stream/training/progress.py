@@ -54,7 +54,9 @@ class ProgressReport:
     def __call__(self, step: int, figures: Mapping[str, Any]) -> None:
         """Move the bar; write held-out figures and warnings as lines."""
         loss = f"loss {figures['loss']:.4f}" if "loss" in figures else None
-        self._progress.update(self._task, completed=step, **({"loss": loss} if loss else {}))
+        self._progress.update(self._task, completed=step)
+        if loss is not None:
+            self._progress.update(self._task, loss=loss)
         if self._silent:
             return
         if "warning" in figures:

@@ -53,8 +53,11 @@ def read_qlib(folder: Path) -> Iterator[Stretch]:
 
 def _calendar(path: Path) -> NDArray[np.int64]:
     try:
-        times = pd.to_datetime(pd.Series(path.read_text().split("\n")).str.strip()
-                               .loc[lambda s: s != ""], utc=True, format="ISO8601")
+        times = pd.to_datetime(
+            pd.Series(path.read_text().split("\n")).str.strip().loc[lambda s: s != ""],
+            utc=True,
+            format="ISO8601",
+        )
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: not a calendar ({error})") from None
     stamps = times.dt.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64)

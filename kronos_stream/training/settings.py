@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.errors import TrainingError
@@ -57,9 +57,12 @@ class TrainSettings:
     init: str = _setting("", "Checkpoint to start from (fine-tuning); empty: from scratch.")
     device: str = _setting("auto", "cpu, cuda, or auto.")
     threads: int = _setting(0, "CPU threads; 0: as many as torch takes.")
-    bf16: bool = _setting(False, "Compute matrix products in bfloat16 (autocast).")
+    bf16: bool = _setting(
+        default=False, help_text="Compute matrix products in bfloat16 (autocast)."
+    )
     grad_checkpoint: bool = _setting(
-        False, "Recompute blocks in the backward pass: less memory, about a third slower."
+        default=False,
+        help_text="Recompute blocks in the backward pass: less memory, about a third slower.",
     )
     log_every: int = _setting(20, "Steps between log lines.")
     eval_every: int = _setting(500, "Steps between evaluations on held-out windows.")
@@ -67,11 +70,12 @@ class TrainSettings:
     early_stop: int = _setting(
         0, "End after this many evaluations without a better one, and keep the best; 0: never."
     )
-    half: bool = _setting(False, "Export weights as float16.")
+    half: bool = _setting(default=False, help_text="Export weights as float16.")
     # Optimiser
     optimizer: Optimizer = _setting(
-        "adamw", "adamw, or muon for the blocks' matrices and adamw for the rest.",
-        get_args(Optimizer),
+        "adamw",
+        "adamw, or muon for the blocks' matrices and adamw for the rest.",
+        ("adamw", "muon"),
     )
     lr: float = _setting(1e-3, "Peak learning rate of AdamW.")
     lr_muon: float = _setting(0.02, "Peak learning rate of Muon.")
@@ -104,8 +108,10 @@ class TrainSettings:
     # Predictor
     tokenizer: str = _setting("", "Checkpoint of the tokenizer whose tokens are learned.")
     s2_on: Literal["true", "sampled"] = _setting(
-        "true", "s1 the second token is conditioned on: the true one, or one drawn from the "
-        "model (the paper's).", ("true", "sampled"),
+        "true",
+        "s1 the second token is conditioned on: the true one, or one drawn from the "
+        "model (the paper's).",
+        ("true", "sampled"),
     )
 
     def __post_init__(self) -> None:
@@ -115,14 +121,24 @@ class TrainSettings:
                 f"need 2 <= lookback_min <= lookback_max < window, got {self.lookback_min}, "
                 f"{self.lookback_max}, {self.window}"
             )
-        for name in ("steps", "batch", "accumulate", "log_every", "eval_every", "save_every",
-                     "valid_windows"):
+        for name in (
+            "steps",
+            "batch",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "valid_windows",
+        ):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be at least 1")
         if self.batch % self.accumulate:
             raise TrainingError(f"accumulate {self.accumulate} does not divide batch {self.batch}")
-        if not (0 <= self.valid_share and 0 <= self.test_share
-                and self.valid_share + self.test_share < 1):
+        if not (
+            self.valid_share >= 0
+            and self.test_share >= 0
+            and self.valid_share + self.test_share < 1
+        ):
             raise TrainingError("valid_share and test_share must leave something to train on")
         for text in (*self.timeframes, *filter(None, [self.timeframe])):
             try:
@@ -133,12 +149,18 @@ class TrainSettings:
     @classmethod
     def defaults(cls, stage: Stage, *, fine_tune: bool = False) -> Self:
         """What a run starts from: the sizes of the bundled model, or gentle steps to tune one."""
-        base = cls() if stage == "tokenizer" else cls(
-            d_model=128, ff_dim=256, lr=2e-3
-        )
+        base = cls() if stage == "tokenizer" else cls(d_model=128, ff_dim=256, lr=2e-3)
         if fine_tune:
-            return replace(base, lr=1e-5, optimizer="adamw", warmup=100, steps=2000,
-                           early_stop=5, eval_every=100, weight_decay=0.01)
+            return replace(
+                base,
+                lr=1e-5,
+                optimizer="adamw",
+                warmup=100,
+                steps=2000,
+                early_stop=5,
+                eval_every=100,
+                weight_decay=0.01,
+            )
         return base
 
     @classmethod

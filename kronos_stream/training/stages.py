@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronos_stream.model import Predictor, PredictorConfig, Tokenizer, TokenizerConfig
-from kronos_stream.model import load_predictor, load_tokenizer
+from kronos_stream.model import (
+    Predictor,
+    PredictorConfig,
+    Tokenizer,
+    TokenizerConfig,
+    load_predictor,
+    load_tokenizer,
+)
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.losses import predictor_loss, tokenizer_loss
@@ -35,7 +41,8 @@ class Evaluation:
 class StageRun(Protocol):
     """One network in training."""
 
-    network: Tokenizer | Predictor
+    @property
+    def network(self) -> Tokenizer | Predictor: ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise and its parts."""
@@ -52,20 +59,30 @@ class TokenizerRun:
     def __init__(self, settings: TrainSettings, device: torch.device, processes: Processes) -> None:
         s = self._settings = settings
         if s.init:
-            network = load_tokenizer(s.init).requires_grad_(True)
+            network = load_tokenizer(s.init).requires_grad_(requires_grad=True)
             network.config = replace(  # the architecture is the checkpoint's, the loss is not
                 network.config, beta=s.beta, gamma0=s.gamma0, gamma=s.gamma, zeta=s.zeta
             )
         else:
             bits = s.s1_bits + s.s2_bits
-            network = Tokenizer(TokenizerConfig(
-                d_model=s.d_model, n_heads=s.n_heads, ff_dim=s.ff_dim,
-                n_enc_layers=s.enc_layers, n_dec_layers=s.dec_layers,
-                s1_bits=s.s1_bits, s2_bits=s.s2_bits,
-                ffn_dropout_p=s.dropout, resid_dropout_p=s.dropout,
-                beta=s.beta, gamma0=s.gamma0, gamma=s.gamma, zeta=s.zeta,
-                group_size=next(g for g in (4, 3, 5, 2, 1) if bits % g == 0),
-            ))
+            network = Tokenizer(
+                TokenizerConfig(
+                    d_model=s.d_model,
+                    n_heads=s.n_heads,
+                    ff_dim=s.ff_dim,
+                    n_enc_layers=s.enc_layers,
+                    n_dec_layers=s.dec_layers,
+                    s1_bits=s.s1_bits,
+                    s2_bits=s.s2_bits,
+                    ffn_dropout_p=s.dropout,
+                    resid_dropout_p=s.dropout,
+                    beta=s.beta,
+                    gamma0=s.gamma0,
+                    gamma=s.gamma,
+                    zeta=s.zeta,
+                    group_size=next(g for g in (4, 3, 5, 2, 1) if bits % g == 0),
+                )
+            )
         self.network = network.to(device).train()
         channels = torch.ones(network.config.d_in, device=device)
         channels[:PRICE_CHANNELS] = s.price_weight
@@ -77,9 +94,13 @@ class TokenizerRun:
         with _autocast(batch, enabled=self._settings.bf16):
             out = self.network(batch.x)
         loss = tokenizer_loss(
-            batch.x, type(out)(*(part.float() for part in out)), self.network.config,
-            weights=batch.weights, channels=self._channels,
-            scale=self._settings.entropy_scale, group=self._settings.entropy_group,
+            batch.x,
+            type(out)(*(part.float() for part in out)),
+            self.network.config,
+            weights=batch.weights,
+            channels=self._channels,
+            scale=self._settings.entropy_scale,
+            group=self._settings.entropy_group,
             average=self._processes.average,
         )
         return loss.total, {"coarse": loss.coarse, "full": loss.full, "bsq": loss.bsq}
@@ -92,11 +113,12 @@ class TokenizerRun:
         for batch in batches:
             out = self.network(batch.x)
             inside = torch.arange(batch.x.shape[1], device=batch.x.device) < batch.origins[:, None]
-            x, full, coarse = (t[inside][:, :PRICE_CHANNELS].double()
-                               for t in (batch.x, out.full, out.coarse))
-            errors += torch.stack([
-                (full - x).square().sum(), (coarse - x).square().sum(), x.square().sum()
-            ]).cpu()
+            x, full, coarse = (
+                t[inside][:, :PRICE_CHANNELS].double() for t in (batch.x, out.full, out.coarse)
+            )
+            errors += torch.stack(
+                [(full - x).square().sum(), (coarse - x).square().sum(), x.square().sum()]
+            ).cpu()
             tokens = self.network.tokenise(batch.x)
             s1.append(tokens[0])
             s2.append(tokens[1])
@@ -118,7 +140,7 @@ class PredictorRun:
         self._tokenizer = load_tokenizer(s.tokenizer).to(device)
         bits = self._tokenizer.config
         if s.init:
-            network = load_predictor(s.init).requires_grad_(True)
+            network = load_predictor(s.init).requires_grad_(requires_grad=True)
             have, want = asdict(network.config), asdict(bits)
             if any(have[name] != want[name] for name in ("s1_bits", "s2_bits")):
                 raise TrainingError(
@@ -126,10 +148,18 @@ class PredictorRun:
                     f"{want['s1_bits']}+{want['s2_bits']}: they do not belong together"
                 )
         else:
-            network = Predictor(PredictorConfig(
-                bits.s1_bits, bits.s2_bits, s.n_layers, s.d_model, s.n_heads, s.ff_dim,
-                ffn_dropout_p=s.dropout, resid_dropout_p=s.dropout,
-            ))
+            network = Predictor(
+                PredictorConfig(
+                    bits.s1_bits,
+                    bits.s2_bits,
+                    s.n_layers,
+                    s.d_model,
+                    s.n_heads,
+                    s.ff_dim,
+                    ffn_dropout_p=s.dropout,
+                    resid_dropout_p=s.dropout,
+                )
+            )
             scale_embeddings(network)
         self.network = network.to(device).train()
 
@@ -171,10 +201,10 @@ class PredictorRun:
 @torch.no_grad()
 def scale_embeddings(network: Predictor) -> None:
     """Start embeddings small: token embeddings are multiplied by sqrt(d) on their way in."""
-    for table in (network.embedding.emb_s1, network.embedding.emb_s2):
-        table.weight.normal_(0.0, network.config.d_model**-0.5)
-    for table in network.time_emb.children():
-        table.weight.normal_(0.0, 0.02)  # type: ignore[union-attr,operator]
+    for token in (network.embedding.emb_s1, network.embedding.emb_s2):
+        token.weight.normal_(0.0, network.config.d_model**-0.5)
+    for table in network.time_emb.parameters():
+        table.normal_(0.0, 0.02)
 
 
 def _autocast(batch: Batch, *, enabled: bool) -> torch.autocast:

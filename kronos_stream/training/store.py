@@ -52,7 +52,7 @@ class RunFolder:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        part.replace(path)
         folder = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -63,7 +63,7 @@ class RunFolder:
         """What the run was told, for people."""
         part = self.path / f"{SETTINGS_FILE}.part"
         part.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(part, self.path / SETTINGS_FILE)
+        part.replace(self.path / SETTINGS_FILE)
 
     def export(self, network: Tokenizer | Predictor, *, half: bool) -> None:
         """Write the checkpoint in the published layout, ready to be loaded."""
@@ -87,7 +87,7 @@ class RunFolder:
                 continue
         part = path.with_suffix(".part")
         part.write_text("".join(kept))
-        os.replace(part, path)
+        part.replace(path)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line of metrics."""

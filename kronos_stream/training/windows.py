@@ -61,7 +61,7 @@ def normalise(
     mean = np.where(known, values, 0.0).sum(1, keepdims=True) / count
     variance = (np.where(known, values - mean, 0.0) ** 2).sum(1, keepdims=True) / count
     scaled = (values - mean) / (np.sqrt(variance) + EPSILON)
-    return np.clip(scaled, -CLIP, CLIP).astype(np.float32)
+    return np.asarray(np.clip(scaled, -CLIP, CLIP), np.float32)
 
 
 def stamps_of(times: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

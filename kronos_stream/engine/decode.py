@@ -121,11 +121,10 @@ class Decoder:
         for step in range(1, self.horizon):
             active = [g for g in self.groups if g.shape.horizon > step]
             rows = self._padded(active[-1].rows.stop)
-            context = self._row_context[:rows]
             time = torch.cat([g.prefix.time_embedding[step - 1] for g in active])
-            # A padded row may belong to a context past the active ones: any embedding serves.
-            time = time[context.clamp(max=len(time) - 1)]
-            x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time
+            # A padded row may belong to a context past the active ones, whose bars may end sooner.
+            context = self._row_context[:rows].clamp(max=len(time) - 1)
+            x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time[context]
             rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None]
             run_rows(w.stack, x, rotation, self._companies(step), step - 1, self._scratch)
             hidden = rms_norm(x, w.norm, w.s2_query.dtype)

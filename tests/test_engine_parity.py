@@ -1,0 +1,279 @@
+"""The engine and the reference's own API on it give the reference implementation's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from kronos_stream import Context, Forecaster
+from kronos_stream.compat import Kronos, KronosPredictor, KronosTokenizer
+from kronos_stream.model import Predictor, Tokenizer
+
+Cases = dict[str, NDArray[Any]]
+Series = tuple[pd.DataFrame, "pd.Series[pd.Timestamp]", "pd.Series[pd.Timestamp]"]
+
+COLUMNS = ["open", "high", "low", "close", "volume", "amount"]
+CASES = ["within", "exact_fill", "short", "rollover", "long_history"]
+RELATIVE = 1e-4
+FORWARD = 1e-4
+
+
+def greedy_case(expected: dict[str, Any], name: str) -> tuple[int, int]:
+    """Bars of history and bars to come of a greedy case."""
+    (case,) = (c for c in expected["cases"] if c["name"] == name)
+    return case["lookback"], case["horizon"]
+
+
+def series(cases: Cases, i: int, bars: int, horizon: int) -> Series:
+    """Series i as a user holds it: history, its times, and the times to come."""
+    times = pd.Series(pd.to_datetime(cases[f"time_{i}"], unit="s"))
+    frame = pd.DataFrame(cases[f"ohlcva_{i}"][:bars], columns=COLUMNS)
+    return frame, times[:bars], times[bars : bars + horizon]
+
+
+def tensors(cases: Cases, *names: str) -> list[Tensor]:
+    """Copies of the named arrays."""
+    return [torch.from_numpy(cases[name].copy()) for name in names]
+
+
+@pytest.fixture
+def tokenizer(parity: Path) -> KronosTokenizer:
+    return KronosTokenizer.from_pretrained(parity / "tiny" / "tokenizer")
+
+
+@pytest.fixture
+def model(parity: Path) -> Kronos:
+    return Kronos.from_pretrained(str(parity / "tiny" / "predictor"))
+
+
+@pytest.fixture
+def predictor(model: Kronos, tokenizer: KronosTokenizer) -> KronosPredictor:
+    return KronosPredictor(model, tokenizer, device="cpu", max_context=128)
+
+
+@pytest.mark.parametrize("name", CASES[:3])
+def test_greedy_paths_are_the_references(
+    tiny: Forecaster, cases: Cases, expected: dict[str, Any], name: str
+) -> None:
+    """Where the window holds history and horizon, the engine's greedy paths are the reference's."""
+    bars, horizon = greedy_case(expected, name)
+    contexts = []
+    for i in range(3):
+        times = cases[f"time_{i}"] * 1000
+        future = times[bars : bars + horizon]
+        contexts.append(Context(cases[f"ohlcva_{i}"][:bars], times[:bars], future_times=future))
+    wanted = cases[f"greedy_{name}"]
+    for i, paths in enumerate(tiny.sample(contexts, horizon, paths=2, top_k=1)):
+        assert paths.shape == (2, horizon, 6)
+        assert paths.dtype == np.float32
+        np.testing.assert_allclose(paths[0], wanted[i], rtol=RELATIVE)
+        np.testing.assert_array_equal(paths[1], paths[0])
+
+
+@pytest.mark.parametrize("name", CASES[3:])
+def test_beyond_the_window_sample_refuses(
+    tiny: Forecaster, cases: Cases, expected: dict[str, Any], name: str
+) -> None:
+    """Where they do not fit, ``sample`` says so rather than give other numbers."""
+    bars, horizon = greedy_case(expected, name)
+    context = Context(cases["ohlcva_0"][:bars], cases["time_0"][:bars] * 1000)
+    with pytest.raises(ValueError, match=f"{bars} bars and a horizon of {horizon} exceed"):
+        tiny.sample([context], horizon, paths=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
+@pytest.mark.parametrize("name", CASES)
+def test_compat_greedy_forecasts(
+    predictor: KronosPredictor, cases: Cases, expected: dict[str, Any], name: str
+) -> None:
+    """``predict_batch`` and ``predict`` give the reference's rows in every case."""
+    bars, horizon = greedy_case(expected, name)
+    wanted = cases[f"greedy_{name}"]
+    inputs = [series(cases, i, bars, horizon) for i in range(3)]
+    frames, past, future = (list(column) for column in zip(*inputs, strict=True))
+    batch = predictor.predict_batch(frames, past, future, horizon, top_k=1, verbose=False)
+    one = predictor.predict(*inputs[1], horizon, top_k=1, sample_count=2, verbose=False)
+    for i, frame in enumerate(batch):
+        np.testing.assert_allclose(frame.to_numpy(), wanted[i], rtol=RELATIVE)
+    np.testing.assert_allclose(one.to_numpy(), wanted[1], rtol=RELATIVE)
+
+
+def test_beyond_the_window_compat_warns(predictor: KronosPredictor, cases: Cases) -> None:
+    """The slow exact way past max_context is announced."""
+    with pytest.warns(UserWarning, match="124 bars and 5 to come exceed max_context 128"):
+        predictor.predict(*series(cases, 0, 124, 5), 5, verbose=False)
+
+
+def test_the_frame_is_the_references(predictor: KronosPredictor, cases: Cases) -> None:
+    """Six float32 columns in the model's order, indexed by the times asked for."""
+    frame, past, future = series(cases, 0, 60, 4)
+    out = predictor.predict(frame, past, future, 4, verbose=False)
+    assert list(out.columns) == COLUMNS
+    assert out.index.equals(pd.Index(future))
+    assert (out.dtypes == np.float32).all()
+
+
+def test_encode_and_decode(tokenizer: KronosTokenizer, cases: Cases) -> None:
+    """Half and joint indices are the fixture's, and both decode to the fixture's candles."""
+    (x,) = tensors(cases, "x_norm")
+    s1, s2 = tokenizer.encode(x, half=True)
+    np.testing.assert_array_equal(s1, cases["s1"], strict=True)
+    np.testing.assert_array_equal(s2, cases["s2"], strict=True)
+    joint = tokenizer.encode(x)
+    assert isinstance(joint, Tensor)
+    np.testing.assert_array_equal(joint, cases["s1"] + 64 * cases["s2"])
+    for decoded in (tokenizer.decode(joint), tokenizer.decode([s1, s2], half=True)):
+        np.testing.assert_allclose(decoded.detach(), cases["decoded"], rtol=0, atol=FORWARD)
+
+
+def test_tokenizer_forward(
+    tokenizer: KronosTokenizer, cases: Cases, expected: dict[str, Any]
+) -> None:
+    """The training pass: both reconstructions, the quantiser's loss, the joint indices."""
+    (x,) = tensors(cases, "x_norm")
+    (coarse, full), loss, quantised, joint = tokenizer(x)
+    np.testing.assert_allclose(coarse.detach(), cases["recon_coarse"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(full.detach(), cases["recon"], rtol=0, atol=FORWARD)
+    assert loss.item() == pytest.approx(expected["bsq_loss_eval"], abs=1e-5)
+    assert torch.equal(quantised > 0, tokenizer.code(*tensors(cases, "s1", "s2")) > 0)
+    np.testing.assert_array_equal(joint, cases["s1"] + 64 * cases["s2"])
+
+
+def test_decode_s1_and_s2(model: Kronos, tiny_predictor: Predictor, cases: Cases) -> None:
+    """Logits of both levels are the fixture's and the modules'; float stamps are understood."""
+    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    with torch.no_grad():
+        s1_logits, hidden = model.decode_s1(s1, s2, stamp.float())
+        last = s1_logits[:, -1:].argmax(-1)
+        s2_logits = model.decode_s2(hidden, last)
+        wanted = tiny_predictor.s2_logits_last(hidden, last[:, 0])
+    np.testing.assert_allclose(s1_logits, cases["s1_logits"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(hidden[:, -1], cases["hidden_last"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(s2_logits[:, -1], cases["s2_logits_last"], rtol=0, atol=FORWARD)
+    torch.testing.assert_close(s2_logits[:, -1], wanted)
+
+
+def test_the_training_pass(model: Kronos, cases: Cases, expected: dict[str, Any]) -> None:
+    """In training mode the teacher-forced pass has the reference's cross entropies."""
+    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    s1_next, s2_next = s1[:, 1:], s2[:, 1:]
+    s1_logits, s2_logits = model.train()(
+        s1[:, :-1], s2[:, :-1], stamp[:, :-1], use_teacher_forcing=True, s1_targets=s1_next
+    )
+    wanted = expected["predictor_train"]
+    for logits, target, name in ((s1_logits, s1_next, "ce_s1"), (s2_logits, s2_next, "ce_s2")):
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        assert loss.item() == pytest.approx(wanted[name], abs=1e-5)
+
+
+def test_round_trip(model: Kronos, tokenizer: KronosTokenizer, tmp_path: Path) -> None:
+    """What is saved loads again with the same settings and weights, in eval mode."""
+    pairs: list[tuple[Predictor | Tokenizer, Callable[[Path], Predictor | Tokenizer]]] = [
+        (model, Kronos.from_pretrained),
+        (tokenizer, KronosTokenizer.from_pretrained),
+    ]
+    for module, load in pairs:
+        folder = tmp_path / type(module).__name__
+        next(module.parameters()).data.add_(1)
+        assert isinstance(module, Kronos | KronosTokenizer)
+        module.save_pretrained(folder)
+        again = load(folder)
+        assert type(again) is type(module)
+        assert again.config == module.config
+        assert not again.training
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_manual_seed_fixes_a_forecast(predictor: KronosPredictor, cases: Cases) -> None:
+    """The same global seed gives the same forecast; going on gives another."""
+
+    def predict() -> NDArray[np.float32]:
+        frame = predictor.predict(
+            *series(cases, 2, 50, 6), 6, top_p=1.0, sample_count=3, verbose=False
+        )
+        return frame.to_numpy()
+
+    torch.manual_seed(3)
+    first, second = predict(), predict()
+    torch.manual_seed(3)
+    np.testing.assert_array_equal(predict(), first)
+    assert not np.array_equal(first, second)
+
+
+def test_top_k_switches_top_p_off(predictor: KronosPredictor, cases: Cases) -> None:
+    """As in the reference, with top_k > 0 a top_p that would keep one token keeps them all."""
+    inputs = series(cases, 0, 50, 6)
+    outs = []
+    for top_p in (1.0, 1e-6):
+        torch.manual_seed(4)
+        outs.append(predictor.predict(*inputs, 6, top_k=20, top_p=top_p, verbose=False))
+    pd.testing.assert_frame_equal(outs[0], outs[1])
+    greedy = predictor.predict(*inputs, 6, top_k=1, verbose=False)
+    assert not outs[0].equals(greedy)
+
+
+@pytest.mark.parametrize("missing", [["amount"], ["volume"], ["volume", "amount"]])
+def test_missing_columns(predictor: KronosPredictor, cases: Cases, missing: list[str]) -> None:
+    """No amount: volume x mean price. No volume: both are 0. The input is not changed."""
+    frame, past, future = series(cases, 0, 60, 3)
+    filled = frame.copy()
+    if "volume" in missing:
+        filled[["volume", "amount"]] = 0.0
+    else:
+        filled["amount"] = filled["volume"] * filled[COLUMNS[:4]].mean(axis=1)
+    short = frame.drop(columns=missing)
+    before = short.copy()
+    got = predictor.predict(short, past, future, 3, top_k=1, verbose=False)
+    wanted = predictor.predict(filled, past, future, 3, top_k=1, verbose=False)
+    pd.testing.assert_frame_equal(got, wanted)
+    pd.testing.assert_frame_equal(short, before)
+
+
+def test_errors(predictor: KronosPredictor, cases: Cases) -> None:
+    """What the reference refuses is refused, and so are times that do not fit the rows."""
+    frame, past, future = series(cases, 0, 60, 3)
+    holed = frame.copy()
+    holed.loc[7, "volume"] = np.nan
+    bad: list[tuple[Any, Any, Any, str]] = [
+        (frame.to_numpy(), past, future, "must be a pandas DataFrame"),
+        (frame.drop(columns="low"), past, future, r"price columns \['low'\] not found"),
+        (holed, past, future, "NaN"),
+        (frame, past[1:], future, "60 rows need as many x_timestamp"),
+        (frame, past, future[1:], "pred_len 3 as many y_timestamp"),
+    ]
+    for df, x, y, message in bad:
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(df, x, y, 3, verbose=False)
+    with pytest.raises(ValueError, match="one length, not 1, 2 and 1"):
+        predictor.predict_batch([frame], [past, past], [future], 3, verbose=False)
+
+
+@pytest.mark.parametrize("way", ["no_grad", "data", "fused"])
+def test_changed_weights_are_used(predictor: KronosPredictor, cases: Cases, way: str) -> None:
+    """Weights changed in place after a forecast, in whatever way, are used by the next one."""
+    inputs = series(cases, 1, 60, 5)
+    before = predictor.predict(*inputs, 5, top_k=1, verbose=False)
+    weight = predictor.model.get_parameter("head.proj_s1.weight")
+    if way == "fused":
+        weight.grad = torch.ones_like(weight).index_fill_(0, torch.arange(0, 64, 2), -1.0)
+        torch.optim.AdamW([weight], lr=1.0, fused=True).step()
+    elif way == "data":
+        weight.data.mul_(-1)
+    else:
+        with torch.no_grad():
+            weight.mul_(-1)
+    after = predictor.predict(*inputs, 5, top_k=1, verbose=False)
+    fresh = KronosPredictor(predictor.model, predictor.tokenizer, "cpu", 128)
+    wanted = fresh.predict(*inputs, 5, top_k=1, verbose=False)
+    assert not np.allclose(after.to_numpy(), before.to_numpy(), rtol=1e-3)
+    pd.testing.assert_frame_equal(after, wanted)

@@ -8,9 +8,10 @@ ARGS ?=
 
 STAMP := $(VENV)/.complete
 BIN := $(VENV)/bin
+RECIPE := kronos_stream/checkpoints/nano/recipe.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench parity-hub soak clean
+.PHONY: help setup test lint format bench nano nano-eval parity-hub soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,17 @@ format: $(STAMP) ## Format the code and mend what can be mended mechanically
 
 bench: $(STAMP) ## Measure forecasting speed on this machine (ARGS="--json")
 	$(BIN)/kronos-stream bench $(ARGS)
+
+nano: $(STAMP) ## Train the bundled model anew into build/nano (about an hour; resumes)
+	$(BIN)/kronos-stream train tokenizer --recipe $(RECIPE) --table tokenizer-draft \
+	  --threads 1 --out build/nano/draft
+	$(BIN)/kronos-stream train tokenizer --recipe $(RECIPE) --init build/nano/draft \
+	  --threads 1 --out build/nano/tokenizer
+	$(BIN)/kronos-stream train predictor --recipe $(RECIPE) --tokenizer build/nano/tokenizer \
+	  --threads 1 --out build/nano/predictor
+
+nano-eval: $(STAMP) ## Score the bundled model on unseen generated markets (minutes)
+	$(BIN)/kronos-stream evaluate generated --json build/nano-eval.json $(ARGS)
 
 parity-hub: $(STAMP) ## Compare with the reference on the published checkpoints (needs the hub or its cache)
 	$(BIN)/python -m pytest -m hub $(ARGS)

@@ -78,6 +78,6 @@ def _used(tokens: Tensor, bits: int) -> float:
 
 
 def _perplexity(tokens: Tensor) -> float:
-    share = torch.unique(tokens, return_counts=True)[1].double() / len(tokens)
-    entropy: float = -(share * share.log()).sum().item()
-    return math.exp(entropy)
+    counts: list[int] = torch.unique(tokens, return_counts=True)[1].tolist()
+    shares = (count / len(tokens) for count in counts)
+    return math.exp(-sum(share * math.log(share) for share in shares))

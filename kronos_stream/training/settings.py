@@ -12,7 +12,6 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.errors import TrainingError
 
 Stage = Literal["tokenizer", "predictor"]
-Optimizer = Literal["adamw", "muon"]
 
 GENERATED = "generated"
 """The name given in place of files to train on generated markets."""
@@ -72,7 +71,7 @@ class TrainSettings:
     )
     half: bool = _setting(default=False, help_text="Export weights as float16.")
     # Optimiser
-    optimizer: Optimizer = _setting(
+    optimizer: Literal["adamw", "muon"] = _setting(
         "adamw",
         "adamw, or muon for the blocks' matrices and adamw for the rest.",
         ("adamw", "muon"),

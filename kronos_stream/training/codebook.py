@@ -74,7 +74,7 @@ def measure(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> Codebook:
 
 
 def _used(tokens: Tensor, bits: int) -> float:
-    return len(tokens.unique()) / min(2**bits, len(tokens))
+    return len(tokens.unique()) / min(1 << bits, len(tokens))
 
 
 def _perplexity(tokens: Tensor) -> float:

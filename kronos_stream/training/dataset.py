@@ -77,13 +77,13 @@ class CandleDataset:
         Raises CandleFileError or TrainingError, and then leaves no store behind.
         """
         files = [file for path in paths for file in _expand(path)]
-        print_ = [_fingerprint(file) for file in files] + [str(timeframe)]
-        if not _holds(store, print_):
+        fingerprint = [_fingerprint(file) for file in files] + [str(timeframe)]
+        if not _holds(store, fingerprint):
             part = store.with_name(store.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             try:
-                _fill(part, files, timeframe, print_)
+                _fill(part, files, timeframe, fingerprint)
                 shutil.rmtree(store, ignore_errors=True)
                 part.rename(store)
             finally:

@@ -70,7 +70,9 @@ class RunFolder:
         if half:
             copy = type(network)(network.config)  # type: ignore[arg-type]
             copy.load_state_dict(network.state_dict())
-            network = copy.half()
+            for parameter in copy.parameters():  # not the buffers: rotation angles must be exact
+                parameter.data = parameter.data.half()
+            network = copy
         save(network, self.path)
 
     def rewind_metrics(self, step: int) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronos_stream.engine.dense import Scratch
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -29,12 +31,14 @@ class Suffix:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (..., heads, head_dim) by ``rotation`` (..., 1, head_dim / 2)."""
+    """Turn adjacent pairs of x (..., head_dim) by ``rotation`` (..., head_dim / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
-def attend(query: Tensor, prefix: Prefix, suffix: Suffix | None, out: Tensor) -> None:
+def attend(
+    query: Tensor, prefix: Prefix, suffix: Suffix | None, out: Tensor, scratch: Scratch
+) -> None:
     """One softmax over the shared prefix and the own suffix, for every path of B contexts.
 
     query: (B, P, Q, heads, head_dim), scaled; query i of a path sees its suffix up to the entry
@@ -44,7 +48,8 @@ def attend(query: Tensor, prefix: Prefix, suffix: Suffix | None, out: Tensor) ->
     b, p, q, heads, width = query.shape
     length = prefix.keys.shape[-1]
     shared = query.permute(0, 3, 1, 2, 4).reshape(b * heads, p * q, width)
-    scores = torch.bmm(shared, prefix.keys.flatten(0, 1))  # (B h, P Q, L)
+    scores = scratch("scores", (b * heads, p * q, length), query.dtype)
+    torch.bmm(shared, prefix.keys.flatten(0, 1), out=scores)
     if prefix.mask is not None:
         scores.view(b, heads, p * q, length).add_(prefix.mask)
     mixed = out.view(b, p, q, heads, width)
@@ -59,8 +64,11 @@ def attend(query: Tensor, prefix: Prefix, suffix: Suffix | None, out: Tensor) ->
         future = torch.ones(q, steps, dtype=torch.bool, device=query.device).triu(steps - q + 1)
         own_scores.masked_fill_(future, float("-inf"))
     own_scores = own_scores.view(b, p, heads, q, steps).transpose(1, 2)
-    both = torch.cat((scores.view(b, heads, p, q, length), own_scores), dim=-1)
-    weights = torch.softmax(both, dim=-1).view(b * heads, p * q, length + steps)
+    both = scratch("both", (b, heads, p, q, length + steps), query.dtype)
+    torch.cat((scores.view(b, heads, p, q, length), own_scores), dim=-1, out=both)
+    # The scores are in ``both`` now: their buffer takes the weights.
+    weights = torch.softmax(both, dim=-1, out=scratch("scores", both.shape, query.dtype))
+    weights = weights.view(b * heads, p * q, length + steps)
     own_weights = weights[..., length:].view(b, heads, p, q, steps).transpose(1, 2)
     from_own = torch.bmm(
         own_weights.reshape(b * p * heads, q, steps), suffix.values.flatten(0, 1)

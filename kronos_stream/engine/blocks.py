@@ -27,8 +27,11 @@ class LayerCache:
 
 
 def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of float32 rows, given out in the type the next product takes."""
-    return F.rms_norm(x, weight.shape, weight, NORM_EPS).to(dtype)
+    """RMSNorm of float32 rows (R, d), given out in the type the next product takes."""
+    # Half the time of F.rms_norm on a CPU, where that is made of more and larger steps.
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    scale.square_().add_(NORM_EPS * x.shape[-1]).rsqrt_().mul_(x.shape[-1] ** 0.5)
+    return (x * scale).mul_(weight).to(dtype)
 
 
 def run_prefix(
@@ -48,10 +51,9 @@ def run_prefix(
         others only what the cache needs.
     """
     length = x.shape[0] // batch
-    rotation = stack.rotation[:length, None]  # (L, 1, head_dim / 2)
+    rotation = stack.rotation[:length, None, None]  # (L, 1, 1, head_dim / 2)
     for i, block in enumerate(stack.blocks):
-        q, k, v = _project(block, stack, x, scratch, (batch, length))
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = _project(block, stack, x, rotation, scratch, (batch, length))
         if cache is not None:
             cache.keys[i].copy_(k.permute(0, 2, 3, 1))
             cache.values[i].copy_(v.transpose(1, 2))
@@ -86,13 +88,14 @@ class Company:
             own = new[self.rows].unflatten(0, (b * p, q)).transpose(1, 2)
             cached[i, :, :, start : start + q].copy_(own)
 
-    def attend(self, i: int, end: int, query: Tensor, out: Tensor) -> None:
+    def attend(self, i: int, end: int, query: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Attend from these rows of query (R, heads, head_dim) to the suffix before ``end``."""
         prefix = Prefix(self.prefix.keys[i], self.prefix.values[i], self.mask)
         suffix = None
         if end > 0:
             suffix = Suffix(self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end])
-        attend(query[self.rows].unflatten(0, self.shape), prefix, suffix, out[self.rows])
+        own = query[self.rows].unflatten(0, self.shape)
+        attend(own, prefix, suffix, out[self.rows], scratch)
 
 
 def attend_all(
@@ -102,9 +105,9 @@ def attend_all(
 
     Rows no company claims are padding; they come out 0, so that they stay finite.
     """
-    out = scratch("mixed", len(query), query.shape[1] * query.shape[2])
+    out = scratch("mixed", (len(query), query.shape[1] * query.shape[2]), query.dtype)
     for company in companies:
-        company.attend(i, end, query, out)
+        company.attend(i, end, query, out, scratch)
     out[companies[-1].rows.stop :].zero_()
     return out
 
@@ -119,12 +122,11 @@ def run_rows(
 ) -> Tensor:
     """Newest rows of every path, x (R, d) float32, changed in place and returned.
 
-    rotation: (R, 1, head_dim / 2). start: bars of each path that are in the suffix caches
+    rotation: (R, 1, 1, head_dim / 2). start: bars of each path that are in the suffix caches
     already; the caches gain these rows.
     """
     for i, block in enumerate(stack.blocks):
-        q, k, v = _project(block, stack, x, scratch, (len(x),))
-        q, k = rotate(q, rotation), rotate(k, rotation)
+        q, k, v = _project(block, stack, x, rotation, scratch, (len(x),))
         for company in companies:
             company.write(i, start, k, v)
         mixed = attend_all(companies, i, start + companies[0].shape[2], q, scratch)
@@ -134,16 +136,23 @@ def run_rows(
 
 
 def _project(
-    block: BlockWeights, stack: Stack, x: Tensor, scratch: Scratch, lead: tuple[int, ...]
+    block: BlockWeights,
+    stack: Stack,
+    x: Tensor,
+    rotation: Tensor,
+    scratch: Scratch,
+    lead: tuple[int, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of rows x, each (*lead, heads, head_dim)."""
+    """Rotated queries and keys, and values, of rows x: each (*lead, heads, head_dim)."""
     normed = rms_norm(x, block.norm1, block.qkv.dtype)
-    qkv = block.qkv.into(normed, scratch("qkv", len(x), 3 * stack.width))
-    q, k, v = qkv.view(*lead, 3, stack.heads, stack.head_dim).unbind(-3)
-    return q, k, v
+    qkv = block.qkv.into(normed, scratch("qkv", (len(x), 3 * stack.width), block.qkv.dtype))
+    qkv = qkv.view(*lead, 3, stack.heads, stack.head_dim)
+    q, k = rotate(qkv[..., :2, :, :], rotation).unbind(-3)
+    return q, k, qkv[..., 2, :, :]
 
 
 def _feed_forward(block: BlockWeights, x: Tensor, scratch: Scratch) -> None:
     normed = rms_norm(x, block.norm2, block.gate_up.dtype)
-    gate_up = block.gate_up.into(normed, scratch("gate_up", len(x), block.gate_up.out_features))
+    dense = block.gate_up
+    gate_up = dense.into(normed, scratch("gate_up", (len(x), dense.out_features), dense.dtype))
     block.down.add_to(swiglu_(gate_up), x)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kronos_stream.engine.blocks import Company, LayerCache, attend_all, rms_norm, run_rows
-from kronos_stream.engine.dense import MIN_ROWS, Scratch
+from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.noise import uniforms
 from kronos_stream.engine.plan import Shape
 from kronos_stream.engine.prefix import ContextPrefix
@@ -65,7 +65,7 @@ class Decoder:
             )
             contexts, rows = contexts + shape.contexts, rows + size
         self._contexts = contexts
-        self._scratch = Scratch(like.device, like.dtype)
+        self._scratch = Scratch(like.device)
         padded = self._padded(rows)
         self._row_context = torch.zeros(padded, dtype=torch.long, device=self.device)
         for group in self.groups:
@@ -125,7 +125,7 @@ class Decoder:
             # A padded row may belong to a context past the active ones, whose bars may end sooner.
             context = self._row_context[:rows].clamp(max=len(time) - 1)
             x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time[context]
-            rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None]
+            rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None, None]
             run_rows(w.stack, x, rotation, self._companies(step), step - 1, self._scratch)
             hidden = rms_norm(x, w.norm, w.s2_query.dtype)
             companies = self._companies(step, s2=True)
@@ -171,7 +171,7 @@ class Decoder:
         ]
 
     def _padded(self, rows: int) -> int:
-        return max(rows, MIN_ROWS) if self.device.type == "cpu" else rows
+        return max(rows, self.weights.min_rows)
 
 
 def _suffixes(w: PredictorWeights, rows: int, horizon: int) -> tuple[LayerCache, LayerCache]:

@@ -1,27 +1,43 @@
 """Matrix products whose rows do not depend on their companions, and the buffers they write to.
 
-A CPU's matrix library picks its blocking over the inner dimension by the number of rows, so the
-same row can come out a bit different in a larger batch (seen: inner dimension 1024, from 17 rows
-up). Within a narrow inner block nothing changes. Products are therefore taken in blocks of the
-inner dimension, and :func:`stable_block` finds by trial, at load, a width that holds on this
-machine. Accelerators and bf16 make no such promise and use one block.
+A CPU's matrix library picks its kernel and its blocking over the inner dimension by the number of
+rows, so the same row can come out a bit different in a larger batch (seen: inner dimension 1024,
+from 17 rows up; any, at a single row). Within a narrow inner block and from a few rows up nothing
+changes. Products are therefore taken in blocks of the inner dimension over padded rows, and
+:func:`find_stable` finds by trial, at load, limits that hold on this machine. Accelerators and
+bf16 make no such promise and take each product whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_ROWS = 16
-"""Rows a product is padded to on the CPU: with fewer, other kernels answer."""
+_PROBE_ROWS = 16
+_BATCHES = (_PROBE_ROWS, 17, 48, 160, 512, 1536)
 
-_BLOCK_WIDTHS = (512, 256, 128, 64)
-_TRIAL_ROWS = (MIN_ROWS, 17, 48, 160, 512, 1536)
 _SERIAL_ELEMENTS = 32768
 """Elementwise kernels stay on one thread up to this size (at::internal::GRAIN_SIZE)."""
+
+
+class Stable(NamedTuple):
+    """Limits within which a row's product does not depend on the other rows."""
+
+    block: int | None
+    """Widest inner block; None takes products whole."""
+    rows: int
+    """Fewest rows of a product."""
+
+
+UNSTABLE = Stable(block=None, rows=1)
+"""For devices and types that promise nothing."""
+
+_CANDIDATES = tuple(Stable(block, rows) for rows in (4, 16) for block in (512, 256, 128, 64))
 
 
 class Dense:
@@ -74,20 +90,20 @@ class Dense:
 
 
 class Scratch:
-    """Reused buffers, by name: allocating anew costs a quarter of a CPU matrix product."""
+    """Reused buffers, by name: on a CPU, fresh memory costs as much in page faults as the work."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.dtype = dtype
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __call__(self, name: str, rows: int, width: int) -> Tensor:
-        """The first ``rows`` rows of the buffer ``name``, (rows, width), contents undefined."""
-        held = self._buffers.get((name, width))
-        if held is None or held.shape[0] < rows:
-            held = torch.empty(rows, width, device=self.device, dtype=self.dtype)
-            self._buffers[name, width] = held
-        return held[:rows]
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The buffer ``name`` in this shape, contents undefined; one use of a name at a time."""
+        size = math.prod(shape)
+        held = self._buffers.get((name, dtype))
+        if held is None or held.numel() < size:
+            held = torch.empty(size, device=self.device, dtype=dtype)
+            self._buffers[name, dtype] = held
+        return held[:size].view(*shape)
 
 
 def swiglu_(gate_up: Tensor) -> Tensor:
@@ -103,32 +119,37 @@ def swiglu_(gate_up: Tensor) -> Tensor:
     return gate
 
 
-def stable_block(shapes: Iterable[tuple[int, int]]) -> int:
-    """The widest inner block for which rows do not depend on the row count, on this CPU.
+def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
+    """The least restrictive limits that hold on this CPU for products of these (in, out) shapes.
 
-    shapes: (in, out) of every product; tried on random float32 rows from a fixed seed. Falls back
-    to the narrowest width where none is stable, which no CPU seen so far does.
+    Tried on random float32 rows from a fixed seed. Where none holds, which no CPU seen so far
+    shows, the strictest are taken.
     """
     distinct = sorted(set(shapes))
-    for width in _BLOCK_WIDTHS:
-        if all(_is_stable(min(width, inner), outer) for inner, outer in distinct):
-            return width
-    return _BLOCK_WIDTHS[-1]
+    for limits in _CANDIDATES:
+        if all(_holds(limits, inner, outer) for inner, outer in distinct):
+            return limits
+    return _CANDIDATES[-1]
 
 
-def _is_stable(inner: int, outer: int) -> bool:
+def _holds(limits: Stable, inner: int, outer: int) -> bool:
     generator = torch.Generator().manual_seed(inner * 65537 + outer)
     weight = torch.randn(outer, inner, generator=generator)
     bias = torch.randn(outer, generator=generator)
-    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, block=None)
-    x = torch.randn(max(_TRIAL_ROWS), inner, generator=generator)
-    want = dense(x[:MIN_ROWS])
-    for rows in _TRIAL_ROWS:
-        # The probed rows come first and, once more, last.
-        batch = torch.cat((x[: rows - MIN_ROWS], x[:MIN_ROWS]))
-        got = dense(batch)
-        if not torch.equal(got[-MIN_ROWS:], want):
+    dense = Dense(
+        weight, bias, device=torch.device("cpu"), dtype=torch.float32, block=limits.block
+    )
+    x = torch.randn(max(_BATCHES), inner, generator=generator)
+    probe = x[:_PROBE_ROWS]
+    want = dense(probe)
+    for rows in range(limits.rows, _PROBE_ROWS):
+        if not torch.equal(dense(probe[:rows]), want[:rows]):
             return False
-        if rows >= 2 * MIN_ROWS and not torch.equal(got[:MIN_ROWS], want):
+    for rows in _BATCHES:
+        # The probed rows come last and, where there is room, first as well.
+        got = dense(torch.cat((x[: rows - _PROBE_ROWS], probe)))
+        if not torch.equal(got[-_PROBE_ROWS:], want):
+            return False
+        if rows >= 2 * _PROBE_ROWS and not torch.equal(got[:_PROBE_ROWS], want):
             return False
     return True

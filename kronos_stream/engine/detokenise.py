@@ -12,7 +12,11 @@ from kronos_stream.engine.weights import TokenizerWeights
 
 
 def detokenise(
-    weights: TokenizerWeights, prefix: ContextPrefix, tokens: Tensor, rows_at_once: int
+    weights: TokenizerWeights,
+    prefix: ContextPrefix,
+    tokens: Tensor,
+    rows_at_once: int,
+    scratch: Scratch,
 ) -> Tensor:
     """Tokens (B, P, H, 2) of the paths of B contexts to normalised candles (B, P, H, 6) float32.
 
@@ -24,7 +28,6 @@ def detokenise(
     at_once = 1 if alone else max(1, rows_at_once // (paths * horizon))
     pieces = -(-paths * horizon // rows_at_once) if alone else 1
     paths_at_once = -(-paths // pieces)
-    scratch = Scratch(tokens.device, prefix.decoder.keys.dtype)
     out = torch.empty(contexts, paths, horizon, 6, device=tokens.device)
     for first in range(0, contexts, at_once):
         for path in range(0, paths, paths_at_once):
@@ -41,7 +44,7 @@ def _decode(
     s1, s2 = tokens.flatten(0, 2).unbind(-1)
     x = weights.s1_table[s1] + weights.s2_table[s2]  # (B P H, d)
     positions = prefix.lengths[slots, None] + torch.arange(q, device=x.device)  # (B, H)
-    rotation = stack.rotation[positions][:, None].expand(b, p, q, -1).reshape(len(x), 1, -1)
+    rotation = stack.rotation[positions][:, None].expand(b, p, q, -1).reshape(len(x), 1, 1, -1)
     suffix_shape = (len(stack.blocks), b * p, stack.heads, q, stack.head_dim)
     company = Company(
         rows=slice(0, len(x)),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kronos_stream.engine.context import Context, ContextError, Prepared, denormalise, prepare
 from kronos_stream.engine.decode import Decoder, Group
+from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.detokenise import detokenise
 from kronos_stream.engine.device import pick_device, pick_dtype
 from kronos_stream.engine.noise import noise_key
@@ -101,6 +102,7 @@ class Forecaster:
             budget=memory_budget or _budget(self.device),
             pad_contexts=self.device.type == "cuda",
         )
+        self._scratch = Scratch(self.device)
         self._decoders: OrderedDict[tuple[tuple[Shape, ...], Sampling], Decoder] = OrderedDict()
 
     @classmethod
@@ -270,6 +272,7 @@ class Forecaster:
                 self._predictor,
                 self._tokenizer,
                 max(1, self._tuning.prefix_rows // group.shape.bars),
+                self._scratch,
             )
             padding = torch.zeros(group.shape.contexts - len(members), 4, dtype=torch.long)
             chunk_keys.append(torch.cat((keys[list(members)], padding)))
@@ -292,7 +295,11 @@ class Forecaster:
     ) -> list[NDArray[np.float32]]:
         """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
         normalised = detokenise(
-            self._tokenizer, group.prefix, tokens[: len(members)], self._tuning.decode_rows
+            self._tokenizer,
+            group.prefix,
+            tokens[: len(members)],
+            self._tuning.decode_rows,
+            self._scratch,
         )
         origin_close = group.prefix.origin_close.cpu().numpy()
         candles = []

@@ -63,12 +63,14 @@ class ContextPrefix:
         predictor: PredictorWeights,
         tokenizer: TokenizerWeights,
         at_once: int,
+        scratch: Scratch,
     ) -> None:
         """Tokenise and prefill ``contexts`` into the first slots, ``at_once`` at a time."""
         self.full = all(context.length == self.bars for context in contexts)
         for first in range(0, len(contexts), at_once):
             part = contexts[first : first + at_once]
-            self._fill_slots(part, slice(first, first + len(part)), predictor, tokenizer)
+            slots = slice(first, first + len(part))
+            self._fill_slots(part, slots, predictor, tokenizer, scratch)
 
     def _fill_slots(
         self,
@@ -76,6 +78,7 @@ class ContextPrefix:
         slots: slice,
         predictor: PredictorWeights,
         tokenizer: TokenizerWeights,
+        scratch: Scratch,
     ) -> None:
         device = self.hidden.device
         candles, stamps, future = _stack_up(contexts, self.bars, self.time_embedding.shape[0])
@@ -84,9 +87,9 @@ class ContextPrefix:
         past = torch.arange(self.bars, device=device) >= lengths[:, None]
         self.bias[slots, 0, 0] = torch.where(past, float("-inf"), 0.0).to(self.bias.dtype)
         self.time_embedding[:, slots] = predictor.time_embedding(future.to(device)).transpose(0, 1)
-        s1, s2 = encode(tokenizer, candles.to(device))
-        self._prefill_trunk(s1, s2, stamps.to(device), slots, lengths - 1, predictor)
-        self._prefill_decoder(s1, s2, slots, lengths - 1, tokenizer)
+        s1, s2 = encode(tokenizer, candles.to(device), scratch)
+        self._prefill_trunk(s1, s2, stamps.to(device), slots, lengths - 1, predictor, scratch)
+        self._prefill_decoder(s1, s2, slots, lengths - 1, tokenizer, scratch)
 
     def _prefill_trunk(
         self,
@@ -96,10 +99,11 @@ class ContextPrefix:
         slots: slice,
         origins: Tensor,
         weights: PredictorWeights,
+        scratch: Scratch,
     ) -> None:
         batch = len(s1)
-        x = (weights.s1_table[s1] + weights.s2_table[s2] + weights.time_embedding(stamps)).flatten(0, 1)
-        scratch = Scratch(x.device, self.hidden.dtype)
+        tokens = weights.s1_table[s1] + weights.s2_table[s2]
+        x = (tokens + weights.time_embedding(stamps)).flatten(0, 1)
         run_prefix(weights.stack, x, batch, scratch, _slots(self.trunk, slots))
         normed = rms_norm(x, weights.norm, self.hidden.dtype)
         pair = weights.s2_key_value(normed).view(batch, self.bars, 2, S2_HEADS, -1)
@@ -110,10 +114,15 @@ class ContextPrefix:
         self.hidden[slots] = normed.view(batch, self.bars, -1)[row, origins]
 
     def _prefill_decoder(
-        self, s1: Tensor, s2: Tensor, slots: slice, origins: Tensor, weights: TokenizerWeights
+        self,
+        s1: Tensor,
+        s2: Tensor,
+        slots: slice,
+        origins: Tensor,
+        weights: TokenizerWeights,
+        scratch: Scratch,
     ) -> None:
         x = (weights.s1_table[s1] + weights.s2_table[s2]).flatten(0, 1)
-        scratch = Scratch(x.device, self.decoder.keys.dtype)
         x = run_prefix(
             weights.decoder, x, len(s1), scratch, _slots(self.decoder, slots), last_at=origins
         )
@@ -124,11 +133,13 @@ CLOSE = 3
 """Column of the close among a candle's channels."""
 
 
-def encode(weights: TokenizerWeights, candles: Tensor) -> tuple[Tensor, Tensor]:
+def encode(
+    weights: TokenizerWeights, candles: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Normalised candles (B, L, 6) float32 to tokens s1, s2, each (B, L) int64."""
     batch, length, _ = candles.shape
     x = weights.embed(candles.flatten(0, 1))
-    x = run_prefix(weights.encoder, x, batch, Scratch(x.device, x.dtype))
+    x = run_prefix(weights.encoder, x, batch, scratch)
     # The norm that the encoder divides by is positive: the signs are there already.
     bits = weights.code(x).view(batch, length, -1) > 0
     return pack_bits(bits[..., : weights.s1_bits]), pack_bits(bits[..., weights.s1_bits :])

@@ -60,20 +60,21 @@ def filtered(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
         # Subtracting the maximum first keeps tiny temperatures finite.
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     p = torch.softmax(logits, dim=-1)
-    top_k = min(sampling.top_k or p.shape[-1], p.shape[-1])
-    if top_k == p.shape[-1] and sampling.top_p == 1.0:
+    vocabulary = p.shape[-1]
+    top_k = min(sampling.top_k or vocabulary, vocabulary)
+    if top_k == vocabulary and sampling.top_p == 1.0:
         return p
-    ordered = _sort_descending(p)[:, :top_k]
-    cumulated = ordered.cumsum(-1)
-    # A token stays while the likelier ones hold no more than top_p of what top_k left.
-    before = torch.nn.functional.pad(cumulated[:, :-1], (1, 0))
-    kept = (before <= sampling.top_p * cumulated[:, -1:]).sum(-1, keepdim=True)
-    threshold = ordered.gather(-1, kept - 1)
+    # Ascending, so the mass of the likelier tokens is what is not yet cumulated: a token stays
+    # while that is at most top_p of what top_k left.
+    ascending = _sort(p)[:, vocabulary - top_k :]
+    cumulated = ascending.cumsum(-1)
+    dropped = (1.0 - sampling.top_p) * cumulated[:, -1:]
+    threshold = ascending.gather(-1, torch.searchsorted(cumulated, dropped))
     return torch.where(p < threshold, 0.0, p)
 
 
-def _sort_descending(p: Tensor) -> Tensor:
+def _sort(p: Tensor) -> Tensor:
     if p.device.type == "cpu":
         # numpy sorts values alone, with SIMD: 14 times as fast as torch.sort on (256, 1024).
-        return torch.from_numpy(-np.sort(-p.numpy(), axis=-1))
-    return torch.sort(p, dim=-1, descending=True).values
+        return torch.from_numpy(np.sort(p.numpy(), axis=-1))
+    return torch.sort(p, dim=-1).values

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronos_stream.engine.dense import Dense, stable_block
+from kronos_stream.engine.dense import UNSTABLE, Dense, Stable, find_stable
 from kronos_stream.model.config import S2_HEADS
 from kronos_stream.model.layers import ROPE_BASE, Attention, Block
 from kronos_stream.model.predictor import STAMP_SIZES, Predictor
@@ -25,14 +25,14 @@ from kronos_stream.model.tokenizer import Tokenizer, unpack_bits
 
 
 class Placement(NamedTuple):
-    """Where a stack's products are taken, in which type, with which inner block."""
+    """Where products are taken, in which type, within which limits."""
 
     device: torch.device
     dtype: torch.dtype
-    block: int | None
+    stable: Stable
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
-        return Dense(weight, bias, device=self.device, dtype=self.dtype, block=self.block)
+        return Dense(weight, bias, device=self.device, dtype=self.dtype, block=self.stable.block)
 
     def table(self, values: Tensor) -> Tensor:
         """A float32 table: sums over it stay in float32."""
@@ -80,6 +80,7 @@ class PredictorWeights:
     s2_out: Dense  # d -> d
     s2_norm: Tensor  # (d,)
     s2_head: Dense  # d -> V2
+    min_rows: int  # a step's rows are padded to this many
 
     def time_embedding(self, stamps: Tensor) -> Tensor:
         """Stamps (..., 5) int64 to (..., d) float32."""
@@ -129,6 +130,7 @@ def fold_predictor(
         s2_out=at.dense(attention.out_proj.weight, attention.out_proj.bias),
         s2_norm=at.table(model.dep_layer.norm.weight),
         s2_head=at.dense(model.head.proj_s2.weight, model.head.proj_s2.bias),
+        min_rows=at.stable.rows,
     )
 
 
@@ -162,8 +164,8 @@ def rotation_table(head_dim: int, positions: int) -> Tensor:
 
 def _placement(device: torch.device, dtype: torch.dtype, models: Sequence[nn.Module]) -> Placement:
     if device.type != "cpu" or dtype != torch.float32:
-        return Placement(device, dtype, None)
-    return Placement(device, dtype, stable_block(_product_shapes(models)))
+        return Placement(device, dtype, UNSTABLE)
+    return Placement(device, dtype, find_stable(_product_shapes(models)))
 
 
 def _product_shapes(models: Sequence[nn.Module]) -> set[tuple[int, int]]:

@@ -1,0 +1,194 @@
+"""On a CPU in float32 a forecast is the same to the last bit, whatever else is in the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from kronos_stream import Context, Forecaster
+from kronos_stream.engine import Draw
+from kronos_stream.engine.context import prepare
+from kronos_stream.engine.noise import noise_key, uniforms
+from kronos_stream.engine.sampling import Sampling
+from kronos_stream.engine.uncached import generate
+from kronos_stream.model import Predictor, Tokenizer
+from kronos_stream.model.config import PredictorConfig, TokenizerConfig
+
+Walks = Callable[..., list[Context]]
+
+WIDTHS = {"tiny": (64, 96), "small": (512, 1024), "base": (832, 2048)}
+"""d_model and ff_dim; matrix libraries change their blocking in wide inner dimensions."""
+PATHS = 3
+
+
+class Company(NamedTuple):
+    """Contexts of unequal lengths and horizons, and what each draws when alone."""
+
+    forecaster: Forecaster
+    contexts: list[Context]
+    horizons: list[int]
+    alone: list[Draw]
+
+    def check(self, members: Sequence[int]) -> None:
+        """Draw the members together; each must come out as it did alone."""
+        draws = self.forecaster.draw(
+            [self.contexts[i] for i in members], [self.horizons[i] for i in members], PATHS
+        )
+        for i, draw in zip(members, draws, strict=True):
+            if i < len(self.alone):
+                assert_same(draw, self.alone[i])
+
+
+def assert_same(draw: Draw, wanted: Draw) -> None:
+    """Bit for bit."""
+    np.testing.assert_array_equal(draw.tokens, wanted.tokens)
+    np.testing.assert_array_equal(draw.paths, wanted.paths)
+
+
+def random_models(width: int, ff_dim: int) -> tuple[Predictor, Tokenizer]:
+    """Untrained networks of few layers; the tokenizer's inner dimensions are wide too."""
+    torch.manual_seed(width)
+    heads = {64: 4, 512: 8, 832: 16}[width]
+    code = TokenizerConfig(256, 4, 512, 2, 2, 6, 6)
+    return (
+        Predictor(PredictorConfig(6, 6, 2, width, heads, ff_dim)).eval(),
+        Tokenizer(code).eval(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Undo a test's change of the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=list(WIDTHS))
+def company(request: pytest.FixtureRequest, walks: Walks) -> Company:
+    """301 contexts of 9 to 40 bars and horizons of 1 to 6; the first five drawn alone."""
+    models = random_models(*WIDTHS[request.param])
+    forecaster = Forecaster(*models, device="cpu", dtype="float32", max_context=64)
+    random = np.random.default_rng(7)
+    contexts = walks(random.integers(9, 41, 301).tolist(), seed=5)
+    horizons = random.integers(1, 7, 301).tolist()
+    horizons[:5] = [6, 1, 4, 6, 5]
+    alone = [forecaster.draw([contexts[i]], horizons[i], PATHS)[0] for i in range(5)]
+    return Company(forecaster, contexts, horizons, alone)
+
+
+def test_among_50_and_among_300(company: Company) -> None:
+    """First, last or scattered among others."""
+    company.check(range(50))
+    company.check([*range(5, 301), *range(5)])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_order_on_any_number_of_threads(company: Company, threads: int) -> None:
+    """Shuffled calls of 1, 2 and 40 contexts."""
+    torch.set_num_threads(threads)
+    random = np.random.default_rng(threads)
+    for size in (1, 2, 40):
+        others = random.choice(np.arange(5, 301), size - 1, replace=False)
+        members = np.concatenate((random.integers(0, 5, 1), others))
+        company.check(random.permutation(members).tolist())
+
+
+def test_split_by_a_small_memory_budget(
+    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+) -> None:
+    """Chunks and path slices are cut the same for a context alone and in company."""
+    contexts = walks([90, 17, 33, 64, 90, 88], seed=6)
+    horizons = [12, 3, 12, 1, 12, 12]
+    for budget, chunks, slices in ((600_000, 2, 2), (100_000, 6, 4)):
+        split = Forecaster(
+            tiny_predictor,
+            tiny_tokenizer,
+            device="cpu",
+            dtype="float32",
+            max_context=128,
+            memory_budget=budget,
+        )
+        planned = split._planner.chunks(split._prepare(contexts, horizons), 20)
+        assert len(planned) >= chunks
+        assert max(chunk.slices for chunk in planned) >= slices
+        together = split.draw(contexts, horizons, 20)
+        for context, horizon, draw in zip(contexts, horizons, together, strict=True):
+            assert_same(split.draw([context], horizon, 20)[0], draw)
+        backwards = split.draw(contexts[::-1], horizons[::-1], 20)[::-1]
+        for draw, wanted in zip(backwards, together, strict=True):
+            assert_same(draw, wanted)
+
+
+def test_what_the_noise_hangs_on(tiny: Forecaster, walks: Walks) -> None:
+    """Another seed, series or origin draws other tokens; the same ones draw the same."""
+    (context,) = walks([60])
+    later = replace(context, times=np.asarray(context.times) + 7 * 86_400_000)
+    (wanted,) = tiny.draw([context], 8, 16, seed=1)
+    assert_same(tiny.draw([replace(context)], 8, 16, seed=1)[0], wanted)
+    others = [
+        tiny.draw([context], 8, 16, seed=2)[0],
+        tiny.draw([replace(context, series="test:ö/円:5m")], 8, 16, seed=1)[0],
+        tiny.draw([later], 8, 16, seed=1)[0],
+    ]
+    for other in others:
+        assert (other.tokens != wanted.tokens).mean() > 0.5
+
+
+def test_contexts_without_a_series_use_their_index(tiny: Forecaster, walks: Walks) -> None:
+    """The second nameless context draws what a series named 1 draws."""
+    contexts = walks([60, 60], named=False)
+    draws = tiny.draw(contexts, 4, 8)
+    for i, draw in enumerate(draws):
+        assert_same(draw, tiny.draw([replace(contexts[i], series=str(i))], 4, 8)[0])
+    twice = tiny.draw([contexts[0], contexts[0]], 4, 8)
+    assert not np.array_equal(twice[0].tokens, twice[1].tokens)
+
+
+def test_blocks_of_paths_join(tiny: Forecaster, walks: Walks) -> None:
+    """Paths drawn in blocks, by ``first_path``, have the tokens of one call."""
+    contexts = walks([60, 33], seed=8)
+    whole = tiny.draw(contexts, 6, 40)
+    blocks = [tiny.draw(contexts, 6, n, first_path=at) for at, n in ((0, 17), (17, 1), (18, 22))]
+    for i, wanted in enumerate(whole):
+        tokens = np.concatenate([block[i].tokens for block in blocks])
+        paths = np.concatenate([block[i].paths for block in blocks])
+        np.testing.assert_array_equal(tokens, wanted.tokens)
+        np.testing.assert_allclose(paths, wanted.paths, rtol=1e-4)
+
+
+def test_a_shorter_horizon_is_a_prefix(tiny: Forecaster, walks: Walks) -> None:
+    """Horizon 8 draws the first 8 bars of horizon 12."""
+    contexts = walks([60, 33], seed=9)
+    for short, long in zip(tiny.draw(contexts, 8, 20), tiny.draw(contexts, 12, 20), strict=True):
+        np.testing.assert_array_equal(short.tokens, long.tokens[:, :8])
+        np.testing.assert_allclose(short.paths, long.paths[:, :8], rtol=1e-4)
+
+
+def test_a_path_is_recomputable_alone(
+    tiny: Forecaster, tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+) -> None:
+    """Path 29 of a call follows from (seed, series, origin), the model and the candles."""
+    contexts = walks([60, 33, 71], seed=10)
+    sampling = Sampling(0.9, top_p=0.95)
+    draws = tiny.draw(contexts, 10, 32, temperature=0.9, top_p=0.95, seed=77)
+    for i, draw in enumerate(draws):
+        item = prepare(contexts[i], i, 10)
+        series, times = contexts[i].series, np.asarray(contexts[i].times)
+        assert series is not None
+        key = torch.tensor([noise_key(77, series, int(times[-1]))])
+        _, tokens = generate(
+            tiny_predictor,
+            tiny_tokenizer,
+            torch.from_numpy(item.normalised)[None],
+            torch.from_numpy(item.stamps)[None],
+            uniforms(key, 29, 1, 10),
+            max_context=128,
+            sampling=sampling,
+        )
+        np.testing.assert_array_equal(tokens[0, 0], draw.tokens[29])

@@ -369,7 +369,7 @@ def test_a_bad_file_ends_the_command_with_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "missing column" in done.stderr
-    assert not (tmp_path / "out" / "data").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpointing_keeps_parameter_names() -> None:

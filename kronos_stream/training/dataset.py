@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -88,6 +90,8 @@ class CandleDataset:
                 part.rename(store)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
+                with suppress(OSError):  # a folder made for a bad file would be left empty
+                    part.parent.rmdir()
         dataset = cls(store, window, valid_share=valid_share, test_share=test_share)
         if not dataset.source("train", 0):
             longest = max((s.bars for s in dataset.segments), default=0)
@@ -165,7 +169,7 @@ def _expand(path: Path) -> list[Path]:
 def _fingerprint(path: Path) -> str:
     if path.is_dir():
         parts = [_fingerprint(p) for p in sorted(path.rglob("*")) if p.is_file()]
-        return f"{path.resolve()} {hash_text(parts)}"
+        return f"{path.resolve()} {_short_hash(parts)}"
     try:
         stat = path.stat()
     except OSError as error:
@@ -173,10 +177,8 @@ def _fingerprint(path: Path) -> str:
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def hash_text(parts: list[str]) -> str:
+def _short_hash(parts: list[str]) -> str:
     """A short name of many lines."""
-    from hashlib import sha256
-
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -46,8 +46,8 @@ class ContextPrefix:
             bars=bars,
             trunk=_cache(predictor.stack, count, bars, like),
             s2=LayerCache(
-                like.new_empty(1, count, S2_HEADS, width // S2_HEADS, bars),
-                like.new_empty(1, count, S2_HEADS, bars, width // S2_HEADS),
+                like.new_zeros(1, count, S2_HEADS, width // S2_HEADS, bars),
+                like.new_zeros(1, count, S2_HEADS, bars, width // S2_HEADS),
             ),
             decoder=_cache(tokenizer.decoder, count, bars, code_like),
             lengths=torch.full((count,), bars, device=like.device),
@@ -148,8 +148,8 @@ def encode(
 def _cache(stack: Stack, count: int, bars: int, like: Tensor) -> LayerCache:
     layers = len(stack.blocks)
     return LayerCache(
-        like.new_empty(layers, count, stack.heads, stack.head_dim, bars),
-        like.new_empty(layers, count, stack.heads, bars, stack.head_dim),
+        like.new_zeros(layers, count, stack.heads, stack.head_dim, bars),
+        like.new_zeros(layers, count, stack.heads, bars, stack.head_dim),
     )
 
 

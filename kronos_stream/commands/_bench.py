@@ -325,7 +325,7 @@ def _show(machine: Machine, rows: list[Row], options: Options) -> None:
     )
     if options.uncached:
         console.print(
-            f"faster: than a plain float32 loop that recomputes its window every step, from its time "
-            f"on {_UNCACHED_WINDOWS} windows for two steps, scaled to the windows and steps here",
+            "faster: than a plain float32 loop that recomputes its window every step, from its "
+            f"time on {_UNCACHED_WINDOWS} windows for two steps, scaled to the windows and steps",
             highlight=False,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kronos_stream.engine import Context, ContextError, Forecaster
@@ -11,7 +11,7 @@ __all__ = ["Context", "ContextError", "Forecaster"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # The engine needs torch; the command's --help does not.
     if name in __all__:
         from kronos_stream import engine

@@ -73,7 +73,7 @@ class KronosTokenizer(Tokenizer):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **_: Any) -> Self:
-        """Load from a folder or a hub id, in eval mode; the hub client's own options are ignored."""
+        """Load from a folder or a hub id, in eval mode; other options of the hub are ignored."""
         loaded = load_tokenizer(source, revision)
         return _adopt(cls(**loaded.config.to_dict()), loaded)
 
@@ -128,7 +128,7 @@ class Kronos(Predictor):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None, **_: Any) -> Self:
-        """Load from a folder or a hub id, in eval mode; the hub client's own options are ignored."""
+        """Load from a folder or a hub id, in eval mode; other options of the hub are ignored."""
         loaded = load_predictor(source, revision)
         return _adopt(cls(**loaded.config.to_dict()), loaded)
 
@@ -136,7 +136,7 @@ class Kronos(Predictor):
         """Write ``config.json`` and ``model.safetensors``."""
         save(self, folder)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         s1_ids: Tensor,
         s2_ids: Tensor,
@@ -346,8 +346,8 @@ class KronosPredictor:
                 )
                 total += candles[0].sum(0).cpu().numpy()
         finally:
-            for model, mode in zip(models, modes, strict=True):
-                model.train(mode)
+            for restored, mode in zip(models, modes, strict=True):
+                restored.train(mode)
         return denormalise((total / paths).astype(np.float32), item.mean, item.std)
 
 

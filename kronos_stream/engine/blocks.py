@@ -31,7 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     # Half the time of F.rms_norm on a CPU, where that is made of more and larger steps.
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale.square_().add_(NORM_EPS * x.shape[-1]).rsqrt_().mul_(x.shape[-1] ** 0.5)
-    return (x * scale).mul_(weight).to(dtype)
+    normed: Tensor = (x * scale).mul_(weight)
+    return normed.to(dtype)
 
 
 def run_prefix(

@@ -151,9 +151,7 @@ class Decoder:
         return s2
 
     def _draw(self, logits: Tensor, step: int, level: int) -> Tensor:
-        return draw(
-            logits.float(), self._uniforms[step, level, : len(logits)], self.sampling, step
-        )
+        return draw(logits.float(), self._uniforms[step, level, : len(logits)], self.sampling, step)
 
     def _companies(self, step: int, *, s2: bool = False) -> list[Company]:
         # On an accelerator the bias is always applied: a captured graph serves any lengths.

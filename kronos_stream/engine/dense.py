@@ -136,9 +136,7 @@ def _holds(limits: Stable, inner: int, outer: int) -> bool:
     generator = torch.Generator().manual_seed(inner * 65537 + outer)
     weight = torch.randn(outer, inner, generator=generator)
     bias = torch.randn(outer, generator=generator)
-    dense = Dense(
-        weight, bias, device=torch.device("cpu"), dtype=torch.float32, block=limits.block
-    )
+    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, block=limits.block)
     x = torch.randn(max(_BATCHES), inner, generator=generator)
     probe = x[:_PROBE_ROWS]
     want = dense(probe)

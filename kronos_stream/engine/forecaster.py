@@ -19,7 +19,7 @@ from kronos_stream.engine.detokenise import detokenise
 from kronos_stream.engine.device import pick_device, pick_dtype
 from kronos_stream.engine.noise import noise_key
 from kronos_stream.engine.plan import Chunk, Planner, Shape, Sizes
-from kronos_stream.engine.prefix import CLOSE
+from kronos_stream.engine.prefix import CLOSE, Stage
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
 from kronos_stream.model.checkpoint import find, load_predictor, load_tokenizer
@@ -86,8 +86,9 @@ class Forecaster:
         bits = (predictor.config.s1_bits, predictor.config.s2_bits)
         if bits != (tokenizer.config.s1_bits, tokenizer.config.s2_bits):
             raise ValueError(
-                f"this predictor speaks {bits[0]}+{bits[1]} bits, the tokenizer "
-                f"{tokenizer.config.s1_bits}+{tokenizer.config.s2_bits}: they do not belong together"
+                f"this predictor speaks {bits[0]}+{bits[1]} bits, this tokenizer "
+                f"{tokenizer.config.s1_bits}+{tokenizer.config.s2_bits}: they do not belong "
+                "together"
             )
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
@@ -102,6 +103,8 @@ class Forecaster:
             budget=memory_budget or _budget(self.device),
             pad_contexts=self.device.type == "cuda",
         )
+        self.on_stage: Callable[[Stage], None] = lambda _: None
+        """Told which stage of the work begins; for measuring."""
         self._scratch = Scratch(self.device)
         self._decoders: OrderedDict[tuple[tuple[Shape, ...], Sampling], Decoder] = OrderedDict()
 
@@ -225,8 +228,9 @@ class Forecaster:
         draws: dict[int, Draw] = {}
         done = 0
         for chunk in self._planner.chunks(prepared, paths):
-            for i, drawn in self._draw_chunk(chunk, prepared, keys, sampling, first_path, anchor):
-                draws[i] = Draw(drawn[0][:paths], drawn[1][:paths], prepared[i].future_times)
+            drawn = self._draw_chunk(chunk, prepared, keys, sampling, first_path, anchor=anchor)
+            for i, (candles, tokens) in drawn.items():
+                draws[i] = Draw(candles[:paths], tokens[:paths], prepared[i].future_times)
                 done += paths
             if progress is not None:
                 progress(done, paths * len(prepared))
@@ -262,8 +266,10 @@ class Forecaster:
         keys: torch.Tensor,
         sampling: Sampling,
         first_path: int,
+        *,
         anchor: bool,
-    ) -> list[tuple[int, tuple[NDArray[np.float32], NDArray[np.int64]]]]:
+    ) -> dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Price paths and tokens of a chunk's contexts, by their index in the call."""
         decoder = self._decoder(chunk.shapes, sampling)
         chunk_keys = []
         for group, members in zip(decoder.groups, chunk.members, strict=True):
@@ -273,25 +279,30 @@ class Forecaster:
                 self._tokenizer,
                 max(1, self._tuning.prefix_rows // group.shape.bars),
                 self._scratch,
+                self.on_stage,
             )
             padding = torch.zeros(group.shape.contexts - len(members), 4, dtype=torch.long)
             chunk_keys.append(torch.cat((keys[list(members)], padding)))
         on_device = torch.cat(chunk_keys).to(self.device)
         parts: dict[int, list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = {}
         for piece in range(chunk.slices):
+            self.on_stage("decode")
             drawn = decoder.run(on_device, first_path + piece * chunk.shapes[0].paths)
+            self.on_stage("detokenise")
             for group, members, tokens in zip(decoder.groups, chunk.members, drawn, strict=True):
-                candles = self._candles(group, tokens, [prepared[i] for i in members], anchor)
+                own_contexts = [prepared[i] for i in members]
+                candles = self._candles(group, tokens, own_contexts, anchor=anchor)
                 own = tokens[: len(members)].cpu().numpy()
                 for slot, i in enumerate(members):
                     parts.setdefault(i, []).append((candles[slot], own[slot].copy()))
-        return [
-            (i, (np.concatenate([c for c, _ in own]), np.concatenate([t for _, t in own])))
+        self.on_stage("done")
+        return {
+            i: (np.concatenate([c for c, _ in own]), np.concatenate([t for _, t in own]))
             for i, own in parts.items()
-        ]
+        }
 
     def _candles(
-        self, group: Group, tokens: torch.Tensor, members: Sequence[Prepared], anchor: bool
+        self, group: Group, tokens: torch.Tensor, members: Sequence[Prepared], *, anchor: bool
     ) -> list[NDArray[np.float32]]:
         """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
         normalised = detokenise(
@@ -330,9 +341,7 @@ class Forecaster:
         return decoder
 
 
-def _sizes(
-    predictor: Predictor, tokenizer: Tokenizer, dtype: torch.dtype, positions: int
-) -> Sizes:
+def _sizes(predictor: Predictor, tokenizer: Tokenizer, dtype: torch.dtype, positions: int) -> Sizes:
     p, t, item = predictor.config, tokenizer.config, dtype.itemsize
     row = 2 * (p.n_layers + 1) * p.d_model * item
     attention = 3 * p.n_heads * positions * item

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,12 @@ from kronos_stream.engine.weights import PredictorWeights, Stack, TokenizerWeigh
 from kronos_stream.model.config import CANDLE_CHANNELS, S2_HEADS
 from kronos_stream.model.predictor import STAMP_SIZES
 from kronos_stream.model.tokenizer import pack_bits
+
+Stage = Literal["encode", "prefill", "decode", "detokenise", "done"]
+"""Parts of a call, in the order they begin; the tokenizer decoder's prefix is detokenising."""
+
+CLOSE = 3
+"""Column of the close among a candle's channels."""
 
 
 @dataclass(slots=True)
@@ -46,8 +53,8 @@ class ContextPrefix:
             bars=bars,
             trunk=_cache(predictor.stack, count, bars, like),
             s2=LayerCache(
-                like.new_empty(1, count, S2_HEADS, width // S2_HEADS, bars),
-                like.new_empty(1, count, S2_HEADS, bars, width // S2_HEADS),
+                like.new_zeros(1, count, S2_HEADS, width // S2_HEADS, bars),
+                like.new_zeros(1, count, S2_HEADS, bars, width // S2_HEADS),
             ),
             decoder=_cache(tokenizer.decoder, count, bars, code_like),
             lengths=torch.full((count,), bars, device=like.device),
@@ -64,13 +71,14 @@ class ContextPrefix:
         tokenizer: TokenizerWeights,
         at_once: int,
         scratch: Scratch,
+        on_stage: Callable[[Stage], None],
     ) -> None:
         """Tokenise and prefill ``contexts`` into the first slots, ``at_once`` at a time."""
         self.full = all(context.length == self.bars for context in contexts)
         for first in range(0, len(contexts), at_once):
             part = contexts[first : first + at_once]
             slots = slice(first, first + len(part))
-            self._fill_slots(part, slots, predictor, tokenizer, scratch)
+            self._fill_slots(part, slots, predictor, tokenizer, scratch, on_stage)
 
     def _fill_slots(
         self,
@@ -79,7 +87,9 @@ class ContextPrefix:
         predictor: PredictorWeights,
         tokenizer: TokenizerWeights,
         scratch: Scratch,
+        on_stage: Callable[[Stage], None],
     ) -> None:
+        on_stage("encode")
         device = self.hidden.device
         candles, stamps, future = _stack_up(contexts, self.bars, self.time_embedding.shape[0])
         lengths = torch.tensor([c.length for c in contexts], device=device)
@@ -88,7 +98,9 @@ class ContextPrefix:
         self.bias[slots, 0, 0] = torch.where(past, float("-inf"), 0.0).to(self.bias.dtype)
         self.time_embedding[:, slots] = predictor.time_embedding(future.to(device)).transpose(0, 1)
         s1, s2 = encode(tokenizer, candles.to(device), scratch)
+        on_stage("prefill")
         self._prefill_trunk(s1, s2, stamps.to(device), slots, lengths - 1, predictor, scratch)
+        on_stage("detokenise")
         self._prefill_decoder(s1, s2, slots, lengths - 1, tokenizer, scratch)
 
     def _prefill_trunk(
@@ -129,13 +141,7 @@ class ContextPrefix:
         self.origin_close[slots] = weights.head(x)[:, CLOSE]
 
 
-CLOSE = 3
-"""Column of the close among a candle's channels."""
-
-
-def encode(
-    weights: TokenizerWeights, candles: Tensor, scratch: Scratch
-) -> tuple[Tensor, Tensor]:
+def encode(weights: TokenizerWeights, candles: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """Normalised candles (B, L, 6) float32 to tokens s1, s2, each (B, L) int64."""
     batch, length, _ = candles.shape
     x = weights.embed(candles.flatten(0, 1))
@@ -148,8 +154,8 @@ def encode(
 def _cache(stack: Stack, count: int, bars: int, like: Tensor) -> LayerCache:
     layers = len(stack.blocks)
     return LayerCache(
-        like.new_empty(layers, count, stack.heads, stack.head_dim, bars),
-        like.new_empty(layers, count, stack.heads, bars, stack.head_dim),
+        like.new_zeros(layers, count, stack.heads, stack.head_dim, bars),
+        like.new_zeros(layers, count, stack.heads, bars, stack.head_dim),
     )
 
 

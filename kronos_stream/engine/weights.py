@@ -219,7 +219,8 @@ def _scaled(layer: nn.Linear, scale: float) -> tuple[Tensor, Tensor]:
 
 def _pair_up(rows: Tensor, heads: int) -> Tensor:
     """Within each head, reorder the halves (x1, x2) to pairs: (h 2 i, ...) to (h i 2, ...)."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+    return pairs.flatten(0, 2)
 
 
 def _signs(bits: int) -> Tensor:

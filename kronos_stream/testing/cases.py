@@ -14,7 +14,7 @@ from kronos_stream.testing.seasons import WEEK_MS
 UNSEEN = 900_000_000
 """Seeds from here on belong to evaluations."""
 
-_SYMBOLS = 16
+_SYMBOLS = 8
 _ORIGINS = 6
 _LONGEST_LOOKBACK = 232
 _SHORTEST_LOOKBACK = 96

@@ -88,6 +88,14 @@ def test_among_50_and_among_300(company: Company) -> None:
     company.check([*range(5, 301), *range(5)])
 
 
+def test_a_single_path(company: Company) -> None:
+    """One row alone, for which matrix libraries have kernels of their own."""
+    forecaster, contexts, horizons, _ = company
+    together = forecaster.draw(contexts[:30], horizons[:30], 1)
+    for i in range(5):
+        assert_same(forecaster.draw([contexts[i]], horizons[i], 1)[0], together[i])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_order_on_any_number_of_threads(company: Company, threads: int) -> None:
     """Shuffled calls of 1 and 24 contexts."""

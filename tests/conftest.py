@@ -13,10 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny networks gain nothing by threads, and on a busy machine these wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -71,9 +78,10 @@ def walks() -> Callable[..., list[Context]]:
     """
 
     def make(lengths: Sequence[int], *, seed: int = 0, named: bool = True) -> list[Context]:
+        names = [f"test:{seed}/{i}:5m" if named else None for i in range(len(lengths))]
         return [
-            _walk(length, np.random.default_rng([seed, i]), f"test:{seed}/{i}:5m" if named else None)
-            for i, length in enumerate(lengths)
+            _walk(length, np.random.default_rng([seed, i]), name)
+            for i, (length, name) in enumerate(zip(lengths, names, strict=True))
         ]
 
     return make

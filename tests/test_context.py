@@ -65,6 +65,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"times": np.ones((30, 1), int)}, r"times has shape \(30, 1\)"),
     ({"times": [1], "values": np.ones((1, 6))}, r"at least 2 bars are needed"),
     ({"times": [], "values": np.ones((0, 6))}, r"at least 2 bars are needed"),
+    ({"times": 1_700_000_000_000_000 + np.arange(30)}, "times must be ms since 1970, not us or ns"),
+    ({"future_times": 2**42 * 1000 + np.arange(4)}, "future_times must be ms since 1970"),
     ({"timeframe": "5min"}, "timeframe '5min': expected a count and a unit"),
     ({"timeframe": None, "times": np.arange(30)}, "no timeframe has bars 1 ms apart"),
     ({"timezone": "Mars/Olympus"}, "unknown time zone 'Mars/Olympus'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -189,3 +190,19 @@ def test_cuda_graphs(
             np.testing.assert_allclose(one.paths, other.paths, rtol=1e-4)
     (decoder,) = graphed._decoders.values()
     assert decoder._graph is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_models_that_lie_on_the_gpu(
+    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+) -> None:
+    """Models on the GPU, where the reference's users put them, are folded like others."""
+    models = deepcopy(tiny_predictor).cuda(), deepcopy(tiny_tokenizer).cuda()
+    moved = Forecaster(*models, device="cuda", dtype="float32", max_context=128)
+    plain = Forecaster(
+        tiny_predictor, tiny_tokenizer, device="cuda", dtype="float32", max_context=128
+    )
+    contexts = walks([40, 33])
+    for one, other in zip(moved.draw(contexts, 4, 3), plain.draw(contexts, 4, 3), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert all(p.is_cuda for model in models for p in model.parameters())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -249,3 +249,17 @@ def test_bad_options(
     arguments = {"horizon": 2, "paths": 2} | options
     with pytest.raises(ValueError, match=message):
         tiny.sample(walks([9]), **arguments)  # type: ignore[arg-type]
+
+
+def test_counts_are_whole_numbers(tiny: Forecaster, walks: Callable[..., list[Context]]) -> None:
+    """numpy's are as good as Python's; a fraction is refused, never cut off."""
+    contexts = walks([30])
+    one: Any = np.int64(1)
+    two: Any = np.int64(2)
+    (got,) = tiny.sample(contexts, [two], two, top_k=two, first_path=one, seed=one)
+    (wanted,) = tiny.sample(contexts, [2], 2, top_k=2, first_path=1, seed=1)
+    np.testing.assert_array_equal(got, wanted)
+    for wrong in ({"horizon": [2.9]}, {"paths": 2.5}, {"top_k": 1.5}, {"seed": 1.0}):
+        options: dict[str, Any] = {"horizon": 2, "paths": 2} | wrong
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            tiny.sample(contexts, **options)

@@ -43,6 +43,7 @@ def run(request: Request) -> None:
         check_supported(request.quantiles, request.paths)
     except ValueError as error:
         raise click.UsageError(f"{error}; raise --paths or change --quantiles") from None
+    _check_sampling(request)
     table = read_candles(request.file, request.timeframe)
     end = bars_to_origin(request, table)
     forecaster = _load(request)
@@ -68,6 +69,16 @@ def run(request: Request) -> None:
         click.echo(json.dumps(_message(fan, settings, window), indent=2, allow_nan=False))
     else:
         print_fan(fan, about)
+
+
+def _check_sampling(request: Request) -> None:
+    """Refuse what the engine would refuse after the model is loaded."""
+    from kronos_stream.engine.sampling import Sampling
+
+    try:
+        Sampling(request.temperature, request.top_k, request.top_p)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def _load(request: Request) -> Forecaster:

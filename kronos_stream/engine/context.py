@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TypeVar
+from datetime import datetime
+from typing import Any, TypeVar
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.utc import rfc3339
 
 CLIP = 5.0
 """Normalised values are clipped to +-CLIP (the reference's default)."""
@@ -22,6 +23,7 @@ CHANNELS = ("open", "high", "low", "close", "volume", "amount")
 MIN_BARS = 2
 _MINUTE_MS = 60_000
 _DAY_MS = 86_400_000
+_YEARS_MS = (-62_135_596_800_000, 253_402_300_800_000)  # 1 to 9999
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -163,15 +165,26 @@ def _times(raw: ArrayLike, name: str) -> Ints:
         raise ContextError(
             f"{name}: at least {MIN_BARS} bars are needed, times has shape {times.shape}"
         )
-    if times.dtype.kind not in "iuM":
-        raise ContextError(f"{name}: times must be integer ms UTC, not {times.dtype}")
-    times = times.astype(np.int64)
+    times = _whole_ms(times, "times", name)
     bad = np.flatnonzero(np.diff(times) <= 0)
     if len(bad):
         i = int(bad[0]) + 1
         raise ContextError(
             f"{name}: times must strictly increase; bar {i} ({_when(times[i])}) "
             f"does not follow bar {i - 1} ({_when(times[i - 1])})"
+        )
+    return times
+
+
+def _whole_ms(times: NDArray[Any], what: str, name: str) -> Ints:
+    if times.dtype.kind not in "iuM":
+        raise ContextError(f"{name}: {what} must be integer ms UTC, not {times.dtype}")
+    times = times.astype(np.int64)
+    bad = np.flatnonzero((times < _YEARS_MS[0]) | (times >= _YEARS_MS[1]))
+    if len(bad):
+        raise ContextError(
+            f"{name}: {what} must be ms since 1970, not us or ns; entry {bad[0]} is "
+            f"{times[bad[0]]}, outside the years 1 to 9999"
         )
     return times
 
@@ -229,9 +242,7 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
             raise ContextError(
                 f"{name}: future_times has shape {future.shape}, the horizon is {horizon} bars"
             )
-        if future.dtype.kind not in "iuM":
-            raise ContextError(f"{name}: future_times must be integer ms UTC, not {future.dtype}")
-        future = future[:horizon].astype(np.int64)
+        future = _whole_ms(future[:horizon], "future_times", name)
         bad = np.flatnonzero(np.diff(future, prepend=times[-1]) <= 0)
         if len(bad):
             raise ContextError(
@@ -258,7 +269,4 @@ def _first(bad: NDArray[np.bool_]) -> tuple[int, int] | tuple[None, int]:
 
 
 def _when(ms: np.int64) -> str:
-    try:
-        return datetime.fromtimestamp(int(ms) / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return f"{int(ms)} ms"
+    return rfc3339(int(ms))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -102,7 +103,12 @@ class Decoder:
         # again is not worth a capture.
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Torch captures the current device, which need not be this one: nothing would be in
+            # the graph, and a replay would leave the tokens of the call before.
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=_stream(self.device)),
+            ):
                 self._loop()
             self._graph = graph
         self._graph.replay()
@@ -170,6 +176,12 @@ class Decoder:
 
     def _padded(self, rows: int) -> int:
         return max(rows, self.weights.min_rows)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to capture on, one per device: a stream keeps the workspace of its products."""
+    return torch.cuda.Stream(device)
 
 
 def _suffixes(w: PredictorWeights, rows: int, horizon: int) -> tuple[LayerCache, LayerCache]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Self
 
@@ -161,7 +162,8 @@ class Forecaster:
         first_path: number of the first path; blocks of paths join to what one call gives.
         progress: told (drawn, all) in paths.
 
-        Raises ContextError for a bad context, ValueError for a bad option.
+        Raises ContextError for a bad context, ValueError for a bad option, TypeError for a count
+        that is no whole number.
         """
         draws = self.draw(
             contexts,
@@ -192,13 +194,14 @@ class Forecaster:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Draw]:
         """Like :meth:`sample`, with the tokens and the times of the drawn bars."""
+        paths, first_path, top_k = index(paths), index(first_path), index(top_k)
         if paths < 1 or first_path < 0:
             raise ValueError(f"paths {paths} from {first_path}: at least one, from 0 up")
         if isinstance(temperature, (int, float, np.number)):
             temperature = float(temperature)
         else:
             temperature = tuple(float(t) for t in temperature)
-        sampling = Sampling(temperature, top_k, top_p)
+        sampling = Sampling(temperature, top_k, float(top_p))
         return self.draw_prepared(
             self._prepare(contexts, horizon),
             paths,
@@ -238,9 +241,9 @@ class Forecaster:
 
     def _prepare(self, contexts: Sequence[Context], horizon: int | Sequence[int]) -> list[Prepared]:
         if isinstance(horizon, (int, np.integer)):
-            horizons = [int(horizon)] * len(contexts)
+            horizons = [index(horizon)] * len(contexts)
         else:
-            horizons = [int(h) for h in horizon]
+            horizons = [index(h) for h in horizon]
         if len(horizons) != len(contexts):
             raise ValueError(f"{len(horizons)} horizons for {len(contexts)} contexts")
         if any(h < 1 for h in horizons):

@@ -9,6 +9,7 @@ paths, and any of them can be computed again, alone.
 from __future__ import annotations
 
 import hashlib
+from operator import index
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ _MASK = 0xFFFFFFFF
 
 def noise_key(seed: int, series: str, origin: int) -> tuple[int, int, int, int]:
     """128 stable bits, as four 32-bit words, from the forecast's identity (UTF-8, BLAKE2b)."""
-    text = f"{seed}\x00{series}\x00{origin}".encode()
+    text = f"{index(seed)}\x00{series}\x00{origin}".encode()
     digest = hashlib.blake2b(text, digest_size=16, person=b"kronos-noise-v1").digest()
     words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
     return words[0], words[1], words[2], words[3]

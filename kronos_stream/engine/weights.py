@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from kronos_stream.model.config import S2_HEADS
 from kronos_stream.model.layers import ROPE_BASE, Attention, Block
 from kronos_stream.model.predictor import STAMP_SIZES, Predictor
 from kronos_stream.model.tokenizer import Tokenizer, unpack_bits
+
+_Model = TypeVar("_Model", Predictor, Tokenizer)
 
 
 class Placement(NamedTuple):
@@ -106,6 +109,7 @@ def fold_predictor(
     model: Predictor, device: torch.device, dtype: torch.dtype, positions: int
 ) -> PredictorWeights:
     """Fold a predictor for contexts of up to ``positions`` bars."""
+    model = _on_cpu(model)
     at = _placement(device, dtype, (model,))
     embedding, attention = model.embedding, model.dep_layer.cross_attn
     width = model.config.d_model
@@ -138,6 +142,7 @@ def fold_tokenizer(
     model: Tokenizer, device: torch.device, dtype: torch.dtype, positions: int
 ) -> TokenizerWeights:
     """Fold a tokenizer; the encoder is float32 whatever ``dtype`` the decoder has."""
+    model = _on_cpu(model)
     exact = _placement(device, torch.float32, (model,))
     at = _placement(device, dtype, (model,))
     c = model.config
@@ -160,6 +165,13 @@ def rotation_table(head_dim: int, positions: int) -> Tensor:
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = torch.arange(positions).float()[:, None] * (1.0 / ROPE_BASE**exponent)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _on_cpu(model: _Model) -> _Model:
+    """``model``, or a copy of one that lies elsewhere: folding is in float64, which MPS lacks."""
+    if all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        return model
+    return deepcopy(model).cpu()
 
 
 def _placement(device: torch.device, dtype: torch.dtype, models: Sequence[nn.Module]) -> Placement:

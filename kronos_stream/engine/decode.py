@@ -133,9 +133,10 @@ class Decoder:
             x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time[context]
             rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None, None]
             run_rows(w.stack, x, rotation, self._companies(step), step - 1, self._scratch)
-            hidden = rms_norm(x, w.norm, w.s2_query.dtype)
+            hidden = rms_norm(x, w.norm, torch.float32)
             companies = self._companies(step, s2=True)
-            keys, values = w.s2_key_value(hidden).view(rows, 2, S2_HEADS, -1).unbind(1)
+            pair = w.s2_key_value(hidden.to(w.s2_query.dtype))
+            keys, values = pair.view(rows, 2, S2_HEADS, -1).unbind(1)
             for company in companies:
                 company.write(0, step - 1, keys, values)
             s1 = self._draw(w.s1_head(hidden), step, level=0)
@@ -148,16 +149,16 @@ class Decoder:
         w = self.weights
         query = w.s2_query[s1].unflatten(-1, (S2_HEADS, -1))
         mixed = attend_all(companies, 0, step, query, self._scratch)
-        total = hidden.to(torch.float32, copy=True)
+        total = hidden.clone()
         w.s2_out.add_to(mixed, total)
-        s2 = self._draw(w.s2_head(rms_norm(total, w.s2_norm, hidden.dtype)), step, level=1)
+        s2 = self._draw(w.s2_head(rms_norm(total, w.s2_norm, torch.float32)), step, level=1)
         rows = len(s1)
         self._tokens[:rows, step, 0] = s1
         self._tokens[:rows, step, 1] = s2
         return s2
 
     def _draw(self, logits: Tensor, step: int, level: int) -> Tensor:
-        return draw(logits.float(), self._uniforms[step, level, : len(logits)], self.sampling, step)
+        return draw(logits, self._uniforms[step, level, : len(logits)], self.sampling, step)
 
     def _companies(self, step: int, *, s2: bool = False) -> list[Company]:
         # On an accelerator the bias is always applied: a captured graph serves any lengths.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -186,7 +187,9 @@ def _terminal() -> Console:
 
 
 def _name(request: Request) -> str:
-    return request.series or _SUFFIXES.sub("", request.file.name)
+    # A file's name may hold bytes that are no text.
+    name = os.fsencode(request.file.name).decode(errors="replace")
+    return request.series or _SUFFIXES.sub("", name)
 
 
 def _about(request: Request, window: Window) -> str:

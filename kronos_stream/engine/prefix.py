@@ -118,9 +118,7 @@ class ContextPrefix:
         x = (tokens + weights.time_embedding(stamps)).flatten(0, 1)
         run_prefix(weights.stack, x, batch, scratch, _slots(self.trunk, slots))
         normed = rms_norm(x, weights.norm, torch.float32)
-        pair = weights.s2_key_value(normed.to(self.bias.dtype)).view(
-            batch, self.bars, 2, S2_HEADS, -1
-        )
+        pair = weights.s2_key_value(normed.to(self.bias.dtype))
         keys, values = pair.view(batch, self.bars, 2, S2_HEADS, -1).unbind(2)
         self.s2.keys[0, slots].copy_(keys.permute(0, 2, 3, 1))
         self.s2.values[0, slots].copy_(values.transpose(1, 2))

@@ -137,7 +137,7 @@ def _split(costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
     Even, so that chunks of like contexts share one shape, and with it their buffers.
     """
     fewest = len(_spans(costs, budget))
-    return _spans(costs, min(budget, sum(costs) // fewest + max(costs)))
+    return _spans(costs, min(budget, -(-sum(costs) // fewest) + max(costs) - 1))
 
 
 def _spans(costs: Sequence[int], limit: int) -> list[tuple[int, int]]:

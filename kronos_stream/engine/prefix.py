@@ -31,7 +31,7 @@ class ContextPrefix:
     """Buffers for B contexts of one shape; rewritten by :func:`fill`."""
 
     bars: int
-    trunk: LayerCache  # (layers, B, heads, ...), see Prefix
+    trunk: LayerCache  # (layers, B, heads, ...), see SharedKeys
     s2: LayerCache  # (1, B, S2_HEADS, ...)
     decoder: LayerCache  # (layers, B, heads, ...)
     lengths: Tensor  # (B,) int64

@@ -8,7 +8,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.commands.forecast import Request
+from kronos_stream.commands._request import Request
 from kronos_stream.market.files import CandleTable
 from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339

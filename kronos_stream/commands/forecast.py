@@ -4,44 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kronos_stream.commands._request import Request
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for, checked as far as it can be without reading anything."""
-
-    file: Path
-    model: str
-    tokenizer: str | None
-    revision: str | None
-    horizon: int
-    paths: int
-    lookback: int
-    max_context: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    anchor: bool
-    timeframe: Timeframe | None
-    series: str | None
-    at: int | None
-    device: str
-    dtype: str
-    quantiles: tuple[float, ...]
-    plot: Path | None
-    out: Path | None
-    as_json: bool
 
 
 class _Parsed(click.ParamType[Any]):

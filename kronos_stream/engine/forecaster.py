@@ -26,7 +26,7 @@ from kronos_stream.engine.prefix import Stage
 from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, Draw, Runner
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
-from kronos_stream.model.checkpoint import find, load_predictor, load_tokenizer
+from kronos_stream.model.checkpoint import Found, find, load_predictor, load_tokenizer
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ class Forecaster:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.max_context = max_context
+        self.checkpoint: Found | None = None
+        """What :meth:`from_pretrained` loaded."""
         self.on_stage: Callable[[Stage], None] | None = None
         """Told which stage of the work begins; for measuring."""
         tuning = CPU_TUNING if self.device.type == "cpu" else ACCELERATOR_TUNING
@@ -99,15 +101,17 @@ class Forecaster:
         tokenizer: needed for a predictor's folder alone; published predictors know theirs.
         max_context: by default what the checkpoint was trained on. Raises CheckpointError.
         """
-        found = find(model, tokenizer)
-        return cls(
-            load_predictor(found.predictor, revision),
-            load_tokenizer(found.tokenizer, tokenizer_revision),
+        found = find(model, tokenizer, revision, tokenizer_revision)
+        forecaster = cls(
+            load_predictor(found.predictor.name, found.predictor.revision),
+            load_tokenizer(found.tokenizer.name, found.tokenizer.revision),
             device=device,
             dtype=dtype,
             max_context=max_context or found.max_context or DEFAULT_CONTEXT,
             memory_budget=memory_budget,
         )
+        forecaster.checkpoint = found
+        return forecaster
 
     def sample(
         self,

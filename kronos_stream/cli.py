@@ -6,9 +6,13 @@ the user leave as one line on stderr and exit code 2, never as a traceback.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -31,8 +35,10 @@ _USER_ERRORS = {
     "kronos_stream.training.errors.TrainingError",
 }
 
+_FAILED = 1
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
+_BY_SIGNAL = 128
 
 
 class _LazyGroup(click.Group):
@@ -61,11 +67,24 @@ def cli() -> None:
     """
 
 
+class _Stopped(BaseException):
+    """SIGTERM or SIGHUP, as an exception so that unfinished files are removed."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (``sys.argv`` by default) and exit.
 
-    0: done. 2: the user can mend it, one line on stderr says how. 130: interrupted by Ctrl-C.
+    0: done. 1: the machine failed, such as a full disk. 2: the user can mend it. For both, one line
+    on stderr says what and how. 130: interrupted by Ctrl-C; 143 and 129: by SIGTERM and SIGHUP.
     """
+    _catch_signals()
+    # A name that the terminal's encoding lacks is no reason to lose a forecast.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = cli.main(arguments, prog_name=_PROGRAM, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as help_page:
@@ -78,11 +97,51 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)
+    except _Stopped as stop:
+        sys.exit(_BY_SIGNAL + stop.number)
     except Exception as error:
-        if not _is_for_user(error):
-            raise
-        _fail(str(error), _USAGE_ERROR)
+        _explain(error)
+        raise
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _catch_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # Ignored means on purpose, by nohup for one.
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends us at once
+    raise _Stopped(number)
+
+
+def _drop_output() -> None:
+    """Point stdout nowhere: what it still holds would fail again when Python ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # a stand-in without a descriptor
+        return
+
+
+def _explain(error: Exception) -> None:
+    """Exit with one line on stderr for what is no fault of the program; else return."""
+    if isinstance(error, OSError):
+        _drop_output()
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            sys.exit(_FAILED)
+        _fail(f"{error.filename or 'writing'}: {error.strerror or error}", _FAILED)
+    # torch says it by a RuntimeError.
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error)
+    ):
+        _fail(f"not enough memory: {str(error)[:200]}", _FAILED)
+    if _is_for_user(error):
+        _fail(str(error), _USAGE_ERROR)
 
 
 def _fail(message: str, status: int) -> NoReturn:

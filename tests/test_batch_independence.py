@@ -146,7 +146,7 @@ def test_split_by_a_small_memory_budget(
             max_context=128,
             memory_budget=budget,
         )
-        planned = split._planner.chunks(split._prepare(contexts, horizons), 20)
+        planned = split._runner.planner.chunks(split._prepare(contexts, horizons), 20)
         assert len(planned) >= chunks
         assert max(chunk.slices for chunk in planned) >= slices
         together = split.draw(contexts, horizons, 20)

@@ -96,7 +96,7 @@ def test_token_flips(runs: dict[tuple[str, int], Run]) -> None:
 
 def test_what_is_computed_in_which_type(bfloat16: Forecaster) -> None:
     """The tokenizer's encoder, whose output is signs, stays in float32; the rest does not."""
-    tokenizer, predictor = bfloat16._tokenizer, bfloat16._predictor
+    tokenizer, predictor = bfloat16._runner._tokenizer, bfloat16._runner._predictor
     assert {block.qkv.dtype for block in tokenizer.encoder.blocks} == {torch.float32}
     assert tokenizer.code.dtype == torch.float32
     stacks = (*tokenizer.decoder.blocks, *predictor.stack.blocks)

@@ -242,6 +242,7 @@ _BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "no quantile": (("--quantiles", "0.5,x"), "expected numbers between 0 and 1"),
     "quantile 1": (("--quantiles", "0.5,1"), "quantile 1 is not between 0 and 1"),
     "horizon": (("--horizon", 127), "--horizon 127 leaves no room .* 128 bars"),
+    "quantile tiny": (("--quantiles", "1e-320"), "too close to 0"),
     "horizon 0": (("--horizon", 0), "0 is not in the range"),
     "temperature": (("--temperature", 0), "not in the range"),
     "tiny temperature": (("--temperature", 1e-4), "temperature 0.0001: each must be at least"),
@@ -252,6 +253,9 @@ _BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "at word": (("--at", "noon"), "expected ISO 8601"),
     "at early": (("--at", "2020-01-01"), "before the file's first bar, 2024-06-18T11:15:00Z"),
     "at between": (("--at", "2024-06-18T12:01Z"), "the one before opens 2024-06-18T12:00:00Z"),
+    "at year 10000": (("--at", "9999-12-31T23:59-23:00"), "expected ISO 8601"),
+    "at first": (("--at", "2024-06-18T11:15Z"), "only one bar up to the origin"),
+    "series": (("--series", "\udcff"), "not UTF-8"),
     "device": (("--device", "abacus"), "expected auto, cpu, mps, cuda"),
     "absent device": (("--device", "cuda:77"), "not usable here"),
     "model": (("--model", "nowhere"), "nowhere"),
@@ -304,8 +308,42 @@ def test_unknown_commands(run: _Run) -> None:
     assert "Usage: kronos-stream" in nothing.err
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process there")
-def test_ctrl_c_leaves_no_file_and_no_traceback(candles: Path, model: str, tmp_path: Path) -> None:
+def test_outputs_replace_neither_the_input_nor_a_device(
+    run: _Run, candles: Path, tmp_path: Path
+) -> None:
+    before = candles.read_bytes()
+    _assert_refused(run.forecast(candles, "--out", candles), "would destroy the input")
+    picture = tmp_path / "fan.svg"
+    _assert_refused(run.forecast(candles, "--out", picture, "--plot", picture), "the same file")
+    pipe = tmp_path / "pipe"  # stands for /dev/null, which root could replace
+    os.mkfifo(pipe)
+    _assert_refused(run.forecast(candles, "--out", pipe), "not an ordinary file")
+    assert candles.read_bytes() == before
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+def test_a_full_disk_under_stdout_is_one_line(candles: Path, model: str) -> None:
+    options = ["--model", model, "--max-context", "128", "--horizon", "2"]
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(  # noqa: S603
+            [*_COMMAND, "forecast", str(candles), *options],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no signals to another process there")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_file_and_no_traceback(
+    candles: Path, model: str, tmp_path: Path, name: str
+) -> None:
+    number = getattr(signal, name)
     out = tmp_path / "paths.parquet"
     out.write_text("the old one")
     options = ["--model", model, "--max-context", "128", "--paths", "1000000", "--out", str(out)]
@@ -319,9 +357,9 @@ def test_ctrl_c_leaves_no_file_and_no_traceback(candles: Path, model: str, tmp_p
     while not list(tmp_path.glob(".paths.parquet.*")) and time.monotonic() < patience:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    assert process.returncode == 128 + number, said
     assert printed == ""
     assert "Traceback" not in said
     assert out.read_text() == "the old one"

@@ -206,14 +206,14 @@ def test_stamps_across_a_clock_change(day: str) -> None:
 
 
 def test_the_horizon_continues_by_the_timeframe(tiny: Forecaster) -> None:
-    """Months by the calendar, in whatever length; without a timeframe by the last step."""
+    """Months by the calendar, in whatever length, also where the timeframe is inferred."""
     values = np.arange(24.0)[:, None] + np.array([1, 2, 0, 1, 1, 1])
     months = pd.date_range("2023-01-01", periods=24, freq="MS", tz="UTC").as_unit("ms")
     context = Context(values, months.tz_localize(None).to_numpy(), timeframe="1M")
     (draw,) = tiny.draw([context], 3, 1)
     assert draw.times.tolist() == ms("2025-01-01T00Z", "2025-02-01T00Z", "2025-03-01T00Z")
     (draw,) = tiny.draw([replace(context, timeframe=None)], 2, 1)
-    assert draw.times.tolist() == ms("2024-12-31T00Z", "2025-01-30T00Z")
+    assert draw.times.tolist() == ms("2025-01-01T00Z", "2025-02-01T00Z")
     sessions = ms("2025-01-02T09:30Z", "2025-01-03T09:30Z", "2025-01-06T09:30Z")
     (draw,) = tiny.draw([replace(context, future_times=sessions)], 2, 1)
     assert draw.times.tolist() == sessions[:2]

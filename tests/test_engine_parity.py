@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 from kronos_stream import Context, Forecaster
 from kronos_stream.compat import Kronos, KronosPredictor, KronosTokenizer
 from kronos_stream.model import Predictor, Tokenizer
+from kronos_stream.model.checkpoint import CheckpointError
 
 Cases = dict[str, NDArray[Any]]
 Series = tuple[pd.DataFrame, "pd.Series[pd.Timestamp]", "pd.Series[pd.Timestamp]"]
@@ -109,8 +112,67 @@ def test_compat_greedy_forecasts(
 
 def test_beyond_the_window_compat_warns(predictor: KronosPredictor, cases: Cases) -> None:
     """The slow exact way past max_context is announced."""
-    with pytest.warns(UserWarning, match="124 bars and 5 to come exceed max_context 128"):
-        predictor.predict(*series(cases, 0, 124, 5), 5, verbose=False)
+    frame, past, future = series(cases, 0, 124, 5)
+    announced = "124 bars and 5 to come exceed max_context 128"
+    with pytest.warns(UserWarning, match=announced) as one:
+        predictor.predict(frame, past, future, 5, verbose=False)
+    with pytest.warns(UserWarning, match=announced) as batch:
+        predictor.predict_batch([frame], [past], [future], 5, verbose=False)
+    assert [warning.filename for warning in (*one, *batch)] == [__file__] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
+def test_the_longest_horizon(predictor: KronosPredictor, cases: Cases) -> None:
+    """A window's worth of bars is decoded whole; one more is refused, as decoding cannot be."""
+    predictor.max_context = 20
+    frame, past, future = series(cases, 0, 30, 21)
+    with pytest.raises(ValueError, match="pred_len 21: expected 1 to max_context 20"):
+        predictor.predict(frame, past, future, 21, verbose=False)
+    out = predictor.predict(frame, past, future[:20], 20, top_k=1, verbose=False).to_numpy()
+    shorter = predictor.predict(frame, past, future[:19], 19, top_k=1, verbose=False).to_numpy()
+    assert out.shape == (20, 6)
+    assert np.isfinite(out).all()
+    # Decoding is causal, but the shorter one's window begins with a bar of history.
+    assert not np.array_equal(out[:19], shorter)
+
+
+@pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
+def test_past_the_window_the_modules_are_left_alone(
+    predictor: KronosPredictor, cases: Cases
+) -> None:
+    """A sliding forecast leaves modes as they were and nothing to fold anew."""
+    inputs = series(cases, 0, 60, 3)
+    predictor.predict(*inputs, 3, verbose=False)
+    engine = predictor._forecaster
+    predictor.model.train()
+    predictor.model.transformer.eval()
+    modes = [part.training for part in predictor.model.modules()]
+    predictor.predict(*series(cases, 0, 124, 5), 5, verbose=False)
+    assert [part.training for part in predictor.model.modules()] == modes
+    predictor.predict(*inputs, 3, verbose=False)
+    assert predictor._forecaster is engine
+
+
+@pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
+@pytest.mark.parametrize("bars", [60, 124])
+def test_the_callers_torch_modes(predictor: KronosPredictor, cases: Cases, bars: int) -> None:
+    """Inference mode and autocast around a call change nothing, within the window or past it."""
+    inputs = series(cases, 0, bars, 5)
+    wanted = predictor.predict(*inputs, 5, top_k=1, verbose=False)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        fresh = KronosPredictor(
+            copy.deepcopy(predictor.model), copy.deepcopy(predictor.tokenizer), "cpu", 128
+        )
+        pd.testing.assert_frame_equal(fresh.predict(*inputs, 5, top_k=1, verbose=False), wanted)
+
+
+def test_modules_are_moved_once(model: Kronos, tokenizer: KronosTokenizer) -> None:
+    """Both are on the predictor's device as soon as it exists, as with the reference."""
+    predictor = KronosPredictor(model, tokenizer, device="meta")
+    assert predictor.device == torch.device("meta")
+    assert predictor.model is model
+    for module in (model, tokenizer):
+        assert {p.device.type for p in module.parameters()} == {"meta"}
 
 
 def test_the_frame_is_the_references(predictor: KronosPredictor, cases: Cases) -> None:
@@ -194,6 +256,30 @@ def test_round_trip(model: Kronos, tokenizer: KronosTokenizer, tmp_path: Path) -
             assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_the_hubs_options(parity: Path, tmp_path: Path) -> None:
+    """They reach the hub's client; others, the reference's overrides included, are refused."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    source = parity / "tiny" / "predictor"
+    shutil.copytree(source, tmp_path / "models--some--model" / "snapshots" / commit)
+    loaded = Kronos.from_pretrained(
+        "some/model", revision=commit, cache_dir=tmp_path, local_files_only=True
+    )
+    assert loaded.config == Kronos.from_pretrained(source, local_files_only=True).config
+    with pytest.raises(CheckpointError, match="some/other: cannot be had with these options"):
+        Kronos.from_pretrained("some/other", cache_dir=tmp_path, local_files_only=True)
+    for kind in (Kronos, KronosTokenizer):
+        with pytest.raises(TypeError, match="token_dropout_p"):
+            kind.from_pretrained(source, token_dropout_p=0.0)  # type: ignore[call-arg]
+
+
+def test_halves_that_do_not_belong_together(model: Kronos, tokenizer: KronosTokenizer) -> None:
+    """Bits that differ are refused at once."""
+    sizes = tokenizer.config.to_dict()
+    other = KronosTokenizer(**{**sizes, "s1_bits": 8, "s2_bits": 4})
+    with pytest.raises(ValueError, match="do not belong together"):
+        KronosPredictor(model, other, device="cpu")
+
+
 def test_manual_seed_fixes_a_forecast(predictor: KronosPredictor, cases: Cases) -> None:
     """The same global seed gives the same forecast; going on gives another."""
 
@@ -254,6 +340,12 @@ def test_errors(predictor: KronosPredictor, cases: Cases) -> None:
     for df, x, y, message in bad:
         with pytest.raises(ValueError, match=message):
             predictor.predict(df, x, y, 3, verbose=False)
+    for arguments, message in (
+        ((0,), "pred_len 0: expected 1 to"),
+        ((3, 1.0, 0, 0.9, 0), "sample_count 0: at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictor.predict(frame, past, future, *arguments, verbose=False)  # type: ignore[misc]
     with pytest.raises(ValueError, match="one length, not 1, 2 and 1"):
         predictor.predict_batch([frame], [past, past], [future], 3, verbose=False)
 

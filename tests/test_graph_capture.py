@@ -106,11 +106,11 @@ def draw(forecaster: Forecaster, walks: Walks, lengths: Sequence[int], seed: int
 def test_replay_on_another_batch(tiny: Forecaster, forecaster: Forecaster, walks: Walks) -> None:
     """Recorded on one batch and run on another of the same shapes, it draws the other's tokens."""
     first = draw(forecaster, walks, FIRST, seed=1)
-    (decoder,) = forecaster._decoders.values()
+    (decoder,) = forecaster._runner.decoders.values()
     with recorded(decoder) as recorder:
         assert len(recorder.operations) > 100
         draw(forecaster, walks, SECOND, seed=2)
-        assert list(forecaster._decoders.values()) == [decoder]
+        assert list(forecaster._runner.decoders.values()) == [decoder]
         # What the eager loop left behind must not help.
         decoder._tokens.fill_(-1)
         for group in decoder.groups:
@@ -133,7 +133,7 @@ def test_replay_on_another_batch(tiny: Forecaster, forecaster: Forecaster, walks
 def test_nothing_waits_for_the_host(forecaster: Forecaster, walks: Walks) -> None:
     """Inside the loop no operation reads a value back or selects by a mask."""
     draw(forecaster, walks, FIRST, seed=1)
-    (decoder,) = forecaster._decoders.values()
+    (decoder,) = forecaster._runner.decoders.values()
     with recorded(decoder) as recorder:
         assert recorder.host_syncs() == set()
 
@@ -188,7 +188,7 @@ def test_cuda_graphs(
         for one, other in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_allclose(one.paths, other.paths, rtol=1e-4)
-    (decoder,) = graphed._decoders.values()
+    (decoder,) = graphed._runner.decoders.values()
     assert decoder._graph is not None
 
 

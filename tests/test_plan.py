@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.engine.context import Prepared
-from kronos_stream.engine.forecaster import _ACCELERATOR_SHARE, _ACCELERATOR_TUNING, _sizes
+from kronos_stream.engine.device import ACCELERATOR_SHARE
 from kronos_stream.engine.plan import Chunk, Planner, Sizes
+from kronos_stream.engine.runner import ACCELERATOR_TUNING
 from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.config import PUBLISHED_PREDICTORS, PUBLISHED_TOKENIZER
 
@@ -100,9 +101,9 @@ def small_on_24_gb() -> Planner:
     with torch.device("meta"):
         models = Predictor(PUBLISHED_PREDICTORS["small"]), Tokenizer(PUBLISHED_TOKENIZER)
     return Planner(
-        _sizes(*models, torch.bfloat16, 512),
-        _ACCELERATOR_TUNING.bucket,
-        int(24 * GIB * _ACCELERATOR_SHARE),
+        Sizes.of(models[0].config, models[1].config, torch.bfloat16, 512),
+        ACCELERATOR_TUNING.bucket,
+        int(24 * GIB * ACCELERATOR_SHARE),
         pad_contexts=True,
     )
 
@@ -138,8 +139,8 @@ def test_a_small_budget_gives_the_same_forecasts(
         memory_budget=200_000,
     )
     contexts, horizons = walks([90, 17, 33, 88], seed=6), [8, 3, 8, 1]
-    assert len(split._planner.chunks(split._prepare(contexts, horizons), 16)) == 4
-    assert len(tiny._planner.chunks(tiny._prepare(contexts, horizons), 16)) == 1
+    assert len(split._runner.planner.chunks(split._prepare(contexts, horizons), 16)) == 4
+    assert len(tiny._runner.planner.chunks(tiny._prepare(contexts, horizons), 16)) == 1
     told: list[tuple[int, int]] = []
     parts = split.draw(contexts, horizons, 16, progress=lambda *done: told.append(done))
     for part, whole in zip(parts, tiny.draw(contexts, horizons, 16), strict=True):
@@ -161,7 +162,7 @@ def test_padding_contexts_are_harmless(
     padded = Forecaster(
         tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
     )
-    padded._planner = replace(padded._planner, pad_contexts=True)
+    padded._runner.planner = replace(padded._runner.planner, pad_contexts=True)
     allocate = torch.Tensor.new_empty
 
     def poisoned(tensor: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
@@ -169,7 +170,7 @@ def test_padding_contexts_are_harmless(
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     got = padded.draw(contexts, 4, 3)
-    (decoder,) = padded._decoders.values()
+    (decoder,) = padded._runner.decoders.values()
     assert decoder.groups[0].shape.contexts == 10
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(one.paths, other.paths)
@@ -196,7 +197,9 @@ def test_kept_buffers_stay_within_the_budget(
     kept = []
     for length in (9, 20, 30, 40, 50, 60, 100, 120):
         forecaster.sample(walks([length, length]), 4, paths=10)
-        costs = [forecaster._planner.cost(shapes) for shapes, _ in forecaster._decoders]
+        costs = [
+            forecaster._runner.planner.cost(shapes) for shapes, _ in forecaster._runner.decoders
+        ]
         assert sum(costs) <= budget
         kept.append(len(costs))
     assert 2 <= max(kept) <= 4

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kronos_stream.commands._precision import compare
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
 from kronos_stream.engine.cost import Work, stage_costs
@@ -30,6 +31,8 @@ from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.config import PUBLISHED_PREDICTORS, PUBLISHED_TOKENIZER
 
 STAGES = ("encode", "prefill", "decode", "detokenise")
+_PRECISION_BARS = 200
+_PRECISION_PATHS = 64
 _UNCACHED_WINDOWS = 8
 """Windows the plain loop is measured on; its time is proportional to them and to the steps."""
 
@@ -47,6 +50,8 @@ class Options:
     dtypes: list[str]
     repeats: int
     uncached: bool
+    precision: int
+    precision_model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +113,35 @@ def run(options: Options, *, as_json: bool) -> None:
                     bar.update(task, description=f"{name} {dtype} {contexts}x{paths}")
                     rows.append(_measure(name, forecaster, machine, options, contexts, paths, slow))
                     bar.advance(task)
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "machine": asdict(machine),
-                    "lookback": options.lookback,
-                    "horizon": options.horizon,
-                    "rows": [asdict(r) for r in rows],
-                },
-                indent=2,
-            )
+    precision = None
+    if options.precision:
+        precision = compare(
+            options.precision_model,
+            market(options.precision, _PRECISION_BARS),
+            horizon=options.horizon,
+            paths=_PRECISION_PATHS,
+            device=options.device,
         )
+    if as_json:
+        report = {
+            "machine": asdict(machine),
+            "lookback": options.lookback,
+            "horizon": options.horizon,
+            "rows": [asdict(row) for row in rows],
+            "precision": None if precision is None else asdict(precision),
+        }
+        click.echo(json.dumps(report, indent=2))
     else:
         _show(machine, rows, options)
+        if precision is not None:
+            click.echo(
+                f"bfloat16 against float32, {options.precision_model}, {precision.contexts} "
+                f"contexts x {precision.paths} paths x {precision.horizon} bars: quantiles of the "
+                f"close lie {precision.same_noise:.2f} times as far apart as those of two float32 "
+                f"seeds ({precision.other_noise:.2f} on the other seed's noise); "
+                f"{precision.flips:.2%} of tokens flip after equal history, "
+                f"{precision.paths_apart:.0%} of paths differ somewhere"
+            )
 
 
 def measure_machine(device: torch.device) -> Machine:

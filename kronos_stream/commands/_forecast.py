@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kronos_stream import __version__
+from kronos_stream.commands._request import Request
 from kronos_stream.commands._window import Window, bars_to_origin, cut_window
-from kronos_stream.commands.forecast import Request
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.forecast.paths_file import paths_writer
 from kronos_stream.forecast.quantiles import check_supported
@@ -186,7 +187,9 @@ def _terminal() -> Console:
 
 
 def _name(request: Request) -> str:
-    return request.series or _SUFFIXES.sub("", request.file.name)
+    # A file's name may hold bytes that are no text.
+    name = os.fsencode(request.file.name).decode(errors="replace")
+    return request.series or _SUFFIXES.sub("", name)
 
 
 def _about(request: Request, window: Window) -> str:
@@ -207,14 +210,16 @@ def _settings(
     request: Request, table: CandleTable, window: Window, forecaster: Forecaster
 ) -> dict[str, Any]:
     """How the figures came about, for --json and for the metadata of --out."""
+    loaded = forecaster.checkpoint
     return {
         "series": _name(request),
         "timeframe": str(table.timeframe),
         "origin": rfc3339(window.origin),
         "model": {
             "name": request.model,
-            "revision": request.revision,
-            "tokenizer": request.tokenizer,
+            "revision": loaded and loaded.predictor.revision,
+            "tokenizer": loaded and loaded.tokenizer.name,
+            "tokenizer_revision": loaded and loaded.tokenizer.revision,
         },
         "engine": {
             "version": __version__,

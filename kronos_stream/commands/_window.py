@@ -8,7 +8,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.commands.forecast import Request
+from kronos_stream.commands._request import Request
 from kronos_stream.market.files import CandleTable
 from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339
@@ -59,6 +59,11 @@ def cut_window(request: Request, table: CandleTable, end: int, max_context: int)
             f"{max_context} bars"
         )
     bars = min(request.lookback, end, room)
+    if bars < _FEWEST_BARS:
+        raise click.UsageError(
+            f"{request.file}: only one bar up to the origin; a forecast needs at least "
+            f"{_FEWEST_BARS}"
+        )
     if bars < request.lookback:
         why = (
             "the file has no more up to the origin"
@@ -73,7 +78,14 @@ def cut_window(request: Request, table: CandleTable, end: int, max_context: int)
         first = rfc3339(gaps[0][0])
         _note(f"the lookback spans {missing} missing bars, the first after {first}")
     after, origin = table.timeframe.after, int(times[-1])
-    future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
+    try:
+        future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
+        rfc3339(int(future[-1]))
+    except (OverflowError, ValueError):  # a calendar's, past its last year
+        raise click.UsageError(
+            f"{request.horizon} bars of {table.timeframe} after {rfc3339(origin)} pass the year "
+            "9999; is --timeframe right?"
+        ) from None
     return Window(times, table.values[end - bars : end], future, missing)
 
 

@@ -61,6 +61,18 @@ class _Shapes(click.ParamType[Any]):
     show_default=True,
     help="Compare with a plain loop that recomputes every step.",
 )
+@click.option(
+    "--precision",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    metavar="CONTEXTS",
+    help="Also compare bfloat16 with float32 on this many contexts of --precision-model: quantiles "
+    "and drawn tokens.",
+)
+@click.option(
+    "--precision-model", default="nano", show_default=True, help="A trained model, for --precision."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def bench(
     models: str,
@@ -72,6 +84,8 @@ def bench(
     dtype: str,
     repeats: int,
     uncached: bool,  # noqa: FBT001
+    precision: int,
+    precision_model: str,
     as_json: bool,  # noqa: FBT001
 ) -> None:
     """Measure speed on this machine, against its limits.
@@ -100,6 +114,8 @@ def bench(
                 dtypes=[part.strip() for part in dtype.split(",")],
                 repeats=repeats,
                 uncached=uncached,
+                precision=precision,
+                precision_model=precision_model,
             ),
             as_json=as_json,
         )

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kronos_stream.commands._request import Request
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for, checked as far as it can be without reading anything."""
-
-    file: Path
-    model: str
-    tokenizer: str | None
-    revision: str | None
-    horizon: int
-    paths: int
-    lookback: int
-    max_context: int | None
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
-    anchor: bool
-    timeframe: Timeframe | None
-    series: str | None
-    at: int | None
-    device: str
-    dtype: str
-    quantiles: tuple[float, ...]
-    plot: Path | None
-    out: Path | None
-    as_json: bool
 
 
 class _Parsed(click.ParamType[Any]):
@@ -74,9 +47,24 @@ def _device(text: str) -> str:
 
 def _new_file(text: str) -> Path:
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{text}: " + ("a folder" if path.is_dir() else "no such folder"))
+    if path.is_dir():
+        raise ValueError(f"{text}: a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{text}: no such folder")
+    # The new file takes the old one's place: never a device's, which root could.
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{text}: not an ordinary file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{text}: its folder is not writable")
     return path
+
+
+def _series(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r}: not UTF-8") from None
+    return text
 
 
 def _plot_file(text: str) -> Path:
@@ -180,6 +168,7 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--series",
+    type=_Parsed("name", _series),
     metavar="NAME",
     help="Name of the series, such as binance:BTC/USDT:5m. It is shown, stored in --out, and keys "
     "the noise. Left out, the file's name is shown and the noise is that of an unnamed series.",
@@ -240,6 +229,18 @@ def forecast(**options: Any) -> None:  # noqa: ANN401 - click has checked them
     kronos-stream forecast btc-5m.csv --model nano --horizon 8 --plot fan.png
     kronos-stream forecast btc-5m.csv --paths 10000 --out synthetic.parquet
     """  # noqa: D301 - click's mark for a paragraph to be left as it is
+    request = Request(**options)
+    _refuse_overwriting(request)
     from kronos_stream.commands._forecast import run
 
-    run(Request(**options))
+    run(request)
+
+
+def _refuse_overwriting(request: Request) -> None:
+    """The input and the two outputs are three files."""
+    out = request.out and request.out.resolve()
+    plot = request.plot and request.plot.resolve()
+    if request.file.resolve() in (out, plot):
+        raise click.UsageError(f"{request.file}: writing to it would destroy the input")
+    if out and out == plot:
+        raise click.UsageError(f"{request.out}: --out and --plot name the same file")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronos_stream.engine.attention import Prefix, Suffix, attend, rotate
+from kronos_stream.engine.attention import OwnKeys, SharedKeys, attend, rotate
 from kronos_stream.engine.dense import Scratch, swiglu_
 from kronos_stream.engine.weights import BlockWeights, Stack
 from kronos_stream.model.layers import NORM_EPS
@@ -20,7 +20,7 @@ from kronos_stream.model.layers import NORM_EPS
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of several layers, by layer first; see Prefix and Suffix for the rest."""
+    """Keys and values of several layers, by layer first; then as SharedKeys or OwnKeys."""
 
     keys: Tensor
     values: Tensor
@@ -73,7 +73,7 @@ def run_prefix(
 
 
 @dataclass(frozen=True, slots=True)
-class Company:
+class PathRows:
     """Consecutive rows of a step: the paths of contexts that share a shape."""
 
     rows: slice
@@ -91,25 +91,25 @@ class Company:
 
     def attend(self, i: int, end: int, query: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Attend from these rows of query (R, heads, head_dim) to the suffix before ``end``."""
-        prefix = Prefix(self.prefix.keys[i], self.prefix.values[i], self.mask)
+        prefix = SharedKeys(self.prefix.keys[i], self.prefix.values[i], self.mask)
         suffix = None
         if end > 0:
-            suffix = Suffix(self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end])
+            suffix = OwnKeys(self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end])
         own = query[self.rows].unflatten(0, self.shape)
         attend(own, prefix, suffix, out[self.rows], scratch)
 
 
 def attend_all(
-    companies: Sequence[Company], i: int, end: int, query: Tensor, scratch: Scratch
+    groups: Sequence[PathRows], i: int, end: int, query: Tensor, scratch: Scratch
 ) -> Tensor:
-    """Attention of every company's rows in layer i: (R, heads, head_dim) to (R, d).
+    """Attention of every group's rows in layer i: (R, heads, head_dim) to (R, d).
 
-    Rows no company claims are padding; they come out 0, so that they stay finite.
+    Rows no group claims are padding; they come out 0, so that they stay finite.
     """
     out = scratch("mixed", (len(query), query.shape[1] * query.shape[2]), query.dtype)
-    for company in companies:
-        company.attend(i, end, query, out, scratch)
-    out[companies[-1].rows.stop :].zero_()
+    for group in groups:
+        group.attend(i, end, query, out, scratch)
+    out[groups[-1].rows.stop :].zero_()
     return out
 
 
@@ -117,7 +117,7 @@ def run_rows(
     stack: Stack,
     x: Tensor,
     rotation: Tensor,
-    companies: Sequence[Company],
+    groups: Sequence[PathRows],
     start: int,
     scratch: Scratch,
 ) -> Tensor:
@@ -128,9 +128,9 @@ def run_rows(
     """
     for i, block in enumerate(stack.blocks):
         q, k, v = _project(block, stack, x, rotation, scratch, (len(x),))
-        for company in companies:
-            company.write(i, start, k, v)
-        mixed = attend_all(companies, i, start + companies[0].shape[2], q, scratch)
+        for group in groups:
+            group.write(i, start, k, v)
+        mixed = attend_all(groups, i, start + groups[0].shape[2], q, scratch)
         block.out.add_to(mixed, x)
         _feed_forward(block, x, scratch)
     return x

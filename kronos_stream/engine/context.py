@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kronos_stream.market.spacing import common_step, infer_timeframe, shortest_step
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 
@@ -43,7 +45,7 @@ class Context:
         (both 0).
     times: (L,) bar opens, integer ms UTC, strictly increasing.
     series: the series' name. It keys the noise; contexts without one use their index in the call.
-    timeframe: such as "5m"; left out, the step between the last two bars.
+    timeframe: such as "5m"; left out, the one that most bars keep.
     future_times: (>= horizon,) opens of the bars to forecast, for sessions and calendars; left
         out, the horizon continues by the timeframe.
     timezone: IANA name whose local time the model is shown; UTC by default.
@@ -79,19 +81,46 @@ class Prepared:
         return len(self.future_times)
 
 
-def prepare(context: Context, index: int, horizon: int) -> Prepared:
-    """Check ``context`` and normalise it; ContextError says what is wrong and where."""
-    name = f"context {index}" if context.series is None else context.series
+def prepare_all(contexts: Sequence[Context], horizons: Sequence[int]) -> list[Prepared]:
+    """Check and normalise a call's contexts; ContextError says what is wrong and where."""
+    stamps: dict[tuple[bytes, str | None], Ints] = {}
+    pairs = zip(contexts, horizons, strict=True)
+    return [prepare(context, i, horizon, stamps) for i, (context, horizon) in enumerate(pairs)]
+
+
+def context_name(context: Context, index: int) -> str:
+    """What errors call a context."""
+    return f"context {index}" if context.series is None else repr(context.series)[1:-1]
+
+
+def prepare(
+    context: Context,
+    index: int,
+    horizon: int,
+    known_stamps: dict[tuple[bytes, str | None], Ints] | None = None,
+) -> Prepared:
+    """Check ``context`` and normalise it; ContextError says what is wrong and where.
+
+    known_stamps: gains the stamps of these times; the series of a call mostly share them.
+    """
+    name = context_name(context, index)
+    for what in ("series", "timeframe", "timezone"):
+        _check_text(getattr(context, what), what, name)
     times = _times(context.times, name)
     values = _candles(context.values, times, name)
     future = _future_times(context, times, horizon, name)
     mean, std, normalised = _scaled(values, name)
+    all_times = np.concatenate((times, future))
+    key = all_times.tobytes(), context.timezone
+    known = {} if known_stamps is None else known_stamps
+    if key not in known:
+        known[key] = time_stamps(all_times, context.timezone, name)
     return Prepared(
         name=str(index) if context.series is None else context.series,
         normalised=normalised,
         mean=mean,
         std=std,
-        stamps=time_stamps(np.concatenate((times, future)), context.timezone, name),
+        stamps=known[key],
         future_times=future,
         origin=int(times[-1]),
         last_close=float(values[-1, 3]),
@@ -200,7 +229,9 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
         raise ContextError(f"{name}: values must be numbers, not {values.dtype}")
     # Overflow to infinity is caught below, where the bar can be named.
     with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
+        # In C order: sums over bars depend on how they lie in memory.
+        values = values.astype(np.float32, order="C")
+    given = values.shape[1]
     values = complete(values)
     row, column = _first(~np.isfinite(values))
     if row is not None:
@@ -214,7 +245,7 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
             f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
             f"high {values[row, 1]:g} is below low {values[row, 2]:g}"
         )
-    row, column = _first(values[:, 4:] < 0)
+    row, column = _first(values[:, 4:given] < 0)
     if row is not None:
         raise ContextError(
             f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
@@ -253,12 +284,32 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
     origin = int(times[-1])
     try:
         if context.timeframe is None:
-            step = Timeframe.from_step(origin - int(times[-2]))
+            timeframe = infer_timeframe(times)
         else:
-            step = Timeframe.parse(context.timeframe)
+            timeframe = Timeframe.parse(context.timeframe)
     except ValueError as error:
         raise ContextError(f"{name}: {error}") from None
-    return np.array([step.after(origin, bars) for bars in range(1, horizon + 1)], dtype=np.int64)
+    # The most common step counts, since a change of the clock may shorten a day.
+    if common_step(times) < shortest_step(timeframe):
+        raise ContextError(
+            f"{name}: bars mostly open {common_step(times)} ms apart, closer than the timeframe "
+            f"{timeframe}; times must be ms UTC"
+        )
+    step = timeframe.milliseconds
+    if step is not None:
+        return origin + step * np.arange(1, horizon + 1, dtype=np.int64)
+    return np.array([timeframe.after(origin, bars) for bars in range(1, horizon + 1)], np.int64)
+
+
+def _check_text(text: object, what: str, name: str) -> None:
+    if text is None:
+        return
+    if not isinstance(text, str):
+        raise ContextError(f"{name}: {what} must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ContextError(f"{name}: {what} {text!r} cannot be encoded as UTF-8") from None
 
 
 def _first(bad: NDArray[np.bool_]) -> tuple[int, int] | tuple[None, int]:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kronos_stream.engine.blocks import Company, LayerCache, attend_all, rms_norm, run_rows
+from kronos_stream.engine.blocks import LayerCache, PathRows, attend_all, rms_norm, run_rows
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.noise import uniforms
 from kronos_stream.engine.plan import Shape
@@ -123,7 +123,7 @@ class Decoder:
         # Before the first bar all paths of a context are one.
         hidden = origin[self._row_context]
         s1 = self._draw(w.s1_head(origin)[self._row_context], 0, level=0)
-        s2 = self._draw_s2(hidden, s1, self._companies(0, s2=True), 0)
+        s2 = self._draw_s2(hidden, s1, self._path_rows(0, s2=True), 0)
         for step in range(1, self.horizon):
             active = [g for g in self.groups if g.shape.horizon > step]
             rows = self._padded(active[-1].rows.stop)
@@ -132,38 +132,37 @@ class Decoder:
             context = self._row_context[:rows].clamp(max=len(time) - 1)
             x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time[context]
             rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None, None]
-            run_rows(w.stack, x, rotation, self._companies(step), step - 1, self._scratch)
-            hidden = rms_norm(x, w.norm, w.s2_query.dtype)
-            companies = self._companies(step, s2=True)
-            keys, values = w.s2_key_value(hidden).view(rows, 2, S2_HEADS, -1).unbind(1)
-            for company in companies:
-                company.write(0, step - 1, keys, values)
+            run_rows(w.stack, x, rotation, self._path_rows(step), step - 1, self._scratch)
+            hidden = rms_norm(x, w.norm, torch.float32)
+            groups = self._path_rows(step, s2=True)
+            pair = w.s2_key_value(hidden.to(w.s2_query.dtype))
+            keys, values = pair.view(rows, 2, S2_HEADS, -1).unbind(1)
+            for group in groups:
+                group.write(0, step - 1, keys, values)
             s1 = self._draw(w.s1_head(hidden), step, level=0)
-            s2 = self._draw_s2(hidden, s1, companies, step)
+            s2 = self._draw_s2(hidden, s1, groups, step)
 
-    def _draw_s2(
-        self, hidden: Tensor, s1: Tensor, companies: Sequence[Company], step: int
-    ) -> Tensor:
+    def _draw_s2(self, hidden: Tensor, s1: Tensor, groups: Sequence[PathRows], step: int) -> Tensor:
         """Draw s2 given s1 (R,) and the trunk's states (R, d), own bars up to ``step`` seen."""
         w = self.weights
         query = w.s2_query[s1].unflatten(-1, (S2_HEADS, -1))
-        mixed = attend_all(companies, 0, step, query, self._scratch)
-        total = hidden.to(torch.float32, copy=True)
+        mixed = attend_all(groups, 0, step, query, self._scratch)
+        total = hidden.clone()
         w.s2_out.add_to(mixed, total)
-        s2 = self._draw(w.s2_head(rms_norm(total, w.s2_norm, hidden.dtype)), step, level=1)
+        s2 = self._draw(w.s2_head(rms_norm(total, w.s2_norm, torch.float32)), step, level=1)
         rows = len(s1)
         self._tokens[:rows, step, 0] = s1
         self._tokens[:rows, step, 1] = s2
         return s2
 
     def _draw(self, logits: Tensor, step: int, level: int) -> Tensor:
-        return draw(logits.float(), self._uniforms[step, level, : len(logits)], self.sampling, step)
+        return draw(logits, self._uniforms[step, level, : len(logits)], self.sampling, step)
 
-    def _companies(self, step: int, *, s2: bool = False) -> list[Company]:
+    def _path_rows(self, step: int, *, s2: bool = False) -> list[PathRows]:
         # On an accelerator the bias is always applied: a captured graph serves any lengths.
         needs_bias = self.device.type != "cpu"
         return [
-            Company(
+            PathRows(
                 rows=g.rows,
                 shape=(g.shape.contexts, g.shape.paths, 1),
                 prefix=g.prefix.s2 if s2 else g.prefix.trunk,

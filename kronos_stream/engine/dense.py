@@ -11,6 +11,7 @@ bf16 make no such promise and take each product whole.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -123,12 +124,17 @@ def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
     """The least restrictive limits that hold on this CPU for products of these (in, out) shapes.
 
     Tried on random float32 rows from a fixed seed. Where none holds, which no CPU seen so far
-    shows, the strictest are taken.
+    shows, the strictest are taken, and a warning says what that means.
     """
     distinct = sorted(set(shapes))
     for limits in _CANDIDATES:
         if all(_holds(limits, inner, outer) for inner, outer in distinct):
             return limits
+    warnings.warn(
+        "this CPU's matrix products depend on the batch however they are taken: paths repeat to "
+        "rounding only when the company changes",
+        stacklevel=2,
+    )
     return _CANDIDATES[-1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kronos_stream.engine.blocks import Company, LayerCache, run_rows
+from kronos_stream.engine.blocks import LayerCache, PathRows, run_rows
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.prefix import ContextPrefix
 from kronos_stream.engine.weights import TokenizerWeights
@@ -46,12 +46,12 @@ def _decode(
     positions = prefix.lengths[slots, None] + torch.arange(q, device=x.device)  # (B, H)
     rotation = stack.rotation[positions][:, None].expand(b, p, q, -1).reshape(len(x), 1, 1, -1)
     suffix_shape = (len(stack.blocks), b * p, stack.heads, q, stack.head_dim)
-    company = Company(
+    rows = PathRows(
         rows=slice(0, len(x)),
         shape=(b, p, q),
         prefix=LayerCache(cached.keys[:, slots], cached.values[:, slots]),
         mask=prefix.bias[slots],
         suffix=LayerCache(cached.keys.new_empty(suffix_shape), cached.keys.new_empty(suffix_shape)),
     )
-    run_rows(stack, x, rotation, [company], 0, scratch)
+    run_rows(stack, x, rotation, [rows], 0, scratch)
     return weights.head(x).view(b, p, q, -1)

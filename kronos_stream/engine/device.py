@@ -7,6 +7,12 @@ import torch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AMPERE = 8
 
+ACCELERATOR_SHARE = 0.6
+"""Of a GPU's free memory; the rest is for activations and graphs."""
+
+CPU_BUDGET = 2 * 2**30
+"""Bytes: about 30 contexts x 32 paths of Kronos-small; larger batches gain nothing."""
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is CUDA, else MPS, else the CPU. ValueError when the named device is not there."""
@@ -39,3 +45,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         native = device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
     return torch.bfloat16 if native else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that caches may take by default: most of what a GPU has free, a modest CPU share."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_SHARE)
+    return CPU_BUDGET

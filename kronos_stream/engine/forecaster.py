@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 from typing import Self
@@ -13,56 +12,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kronos_stream.engine.context import Context, ContextError, Prepared, denormalise, prepare
-from kronos_stream.engine.decode import Decoder, Group
-from kronos_stream.engine.dense import Scratch
-from kronos_stream.engine.detokenise import detokenise
-from kronos_stream.engine.device import pick_device, pick_dtype
+from kronos_stream.engine.context import (
+    Context,
+    ContextError,
+    Prepared,
+    context_name,
+    prepare_all,
+)
+from kronos_stream.engine.device import free_memory, pick_device, pick_dtype
 from kronos_stream.engine.noise import noise_key
-from kronos_stream.engine.plan import Chunk, Planner, Shape, Sizes
-from kronos_stream.engine.prefix import CLOSE, Stage
+from kronos_stream.engine.plan import Planner, Sizes
+from kronos_stream.engine.prefix import Stage
+from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, Draw, Runner
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
-from kronos_stream.model.checkpoint import find, load_predictor, load_tokenizer
+from kronos_stream.model.checkpoint import Found, find, load_predictor, load_tokenizer
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 512
 """Bars the published small, base and large models were trained on."""
-
-PRICES = slice(0, 4)
-
-_CPU_BUDGET = 2 * 2**30
-_ACCELERATOR_SHARE = 0.6
-_KEPT_DECODERS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Tuning:
-    """Shapes that suit a kind of device; results depend on them by rounding at most.
-
-    bucket: contexts are padded to a multiple of this many bars.
-    prefix_rows: bars prefilled together (at least one context).
-    decode_rows: bars detokenised together.
-    """
-
-    bucket: int
-    prefix_rows: int
-    decode_rows: int
-
-
-# On the CPU one context at a time: its rows fill the cores and stay in their cache.
-_CPU_TUNING = Tuning(bucket=8, prefix_rows=1, decode_rows=1024)
-_ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Draw:
-    """What was drawn for one context."""
-
-    paths: NDArray[np.float32]  # (P, H, 6), price units
-    tokens: NDArray[np.int64]  # (P, H, 2): s1, s2
-    times: NDArray[np.int64]  # (H,) UTC ms of the bars' opens
 
 
 class Forecaster:
@@ -94,20 +63,25 @@ class Forecaster:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.max_context = max_context
-        self._tuning = _CPU_TUNING if self.device.type == "cpu" else _ACCELERATOR_TUNING
-        positions = max_context + self._tuning.bucket
-        self._predictor = fold_predictor(predictor, self.device, self.dtype, positions)
-        self._tokenizer = fold_tokenizer(tokenizer, self.device, self.dtype, positions)
-        self._planner = Planner(
-            sizes=_sizes(predictor, tokenizer, self.dtype, max_context),
-            bucket=self._tuning.bucket,
-            budget=memory_budget or _budget(self.device),
-            pad_contexts=self.device.type == "cuda",
-        )
-        self.on_stage: Callable[[Stage], None] = lambda _: None
+        self.checkpoint: Found | None = None
+        """What :meth:`from_pretrained` loaded."""
+        self.on_stage: Callable[[Stage], None] | None = None
         """Told which stage of the work begins; for measuring."""
-        self._scratch = Scratch(self.device)
-        self._decoders: OrderedDict[tuple[tuple[Shape, ...], Sampling], Decoder] = OrderedDict()
+        tuning = CPU_TUNING if self.device.type == "cpu" else ACCELERATOR_TUNING
+        positions = max_context + tuning.bucket
+        with _plain_torch():
+            self._runner = Runner(
+                fold_predictor(predictor, self.device, self.dtype, positions),
+                fold_tokenizer(tokenizer, self.device, self.dtype, positions),
+                Planner(
+                    sizes=Sizes.of(predictor.config, tokenizer.config, self.dtype, max_context),
+                    bucket=tuning.bucket,
+                    budget=free_memory(self.device) if memory_budget is None else memory_budget,
+                    pad_contexts=self.device.type == "cuda",
+                ),
+                tuning,
+                self.device,
+            )
 
     @classmethod
     def from_pretrained(
@@ -127,15 +101,17 @@ class Forecaster:
         tokenizer: needed for a predictor's folder alone; published predictors know theirs.
         max_context: by default what the checkpoint was trained on. Raises CheckpointError.
         """
-        found = find(model, tokenizer)
-        return cls(
-            load_predictor(found.predictor, revision),
-            load_tokenizer(found.tokenizer, tokenizer_revision),
+        found = find(model, tokenizer, revision, tokenizer_revision)
+        forecaster = cls(
+            load_predictor(found.predictor.name, found.predictor.revision),
+            load_tokenizer(found.tokenizer.name, found.tokenizer.revision),
             device=device,
             dtype=dtype,
             max_context=max_context or found.max_context or DEFAULT_CONTEXT,
             memory_budget=memory_budget,
         )
+        forecaster.checkpoint = found
+        return forecaster
 
     def sample(
         self,
@@ -212,7 +188,6 @@ class Forecaster:
             progress=progress,
         )
 
-    @torch.inference_mode()
     def draw_prepared(
         self,
         prepared: Sequence[Prepared],
@@ -225,18 +200,23 @@ class Forecaster:
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Draw]:
         """:meth:`draw` for contexts that are in the model's units already, and fit its window."""
-        keys = torch.tensor(
-            [noise_key(seed, item.name, item.origin) for item in prepared], dtype=torch.long
-        ).view(-1, 4)
         draws: dict[int, Draw] = {}
-        done = 0
-        for chunk in self._planner.chunks(prepared, paths):
-            drawn = self._draw_chunk(chunk, prepared, keys, sampling, first_path, anchor=anchor)
-            for i, (candles, tokens) in drawn.items():
-                draws[i] = Draw(candles[:paths], tokens[:paths], prepared[i].future_times)
-                done += paths
-            if progress is not None:
-                progress(done, paths * len(prepared))
+        with _plain_torch():
+            keys = torch.tensor(
+                [noise_key(seed, item.name, item.origin) for item in prepared], dtype=torch.long
+            ).view(-1, 4)
+            for drawn in self._runner.run(
+                prepared,
+                keys,
+                paths,
+                sampling,
+                first_path,
+                anchor=anchor,
+                on_stage=self.on_stage or _ignore,
+            ):
+                draws |= drawn
+                if progress is not None:
+                    progress(paths * len(draws), paths * len(prepared))
         return [draws[i] for i in range(len(prepared))]
 
     def _prepare(self, contexts: Sequence[Context], horizon: int | Sequence[int]) -> list[Prepared]:
@@ -248,115 +228,34 @@ class Forecaster:
             raise ValueError(f"{len(horizons)} horizons for {len(contexts)} contexts")
         if any(h < 1 for h in horizons):
             raise ValueError(f"horizon {min(horizons)}: at least one bar")
-        prepared = [
-            prepare(context, i, h)
-            for i, (context, h) in enumerate(zip(contexts, horizons, strict=True))
-        ]
-        for i, item in enumerate(prepared):
-            if item.length + item.horizon > self.max_context:
-                name = f"context {i}" if contexts[i].series is None else item.name
+        for i, (context, bars) in enumerate(zip(contexts, horizons, strict=True)):
+            length = len(context.times) if isinstance(context.times, Sized) else 0
+            if length + bars > self.max_context:
+                room = self.max_context - bars
                 raise ContextError(
-                    f"{name}: {item.length} bars and a horizon of {item.horizon} exceed "
-                    f"max_context {self.max_context}; give at most "
-                    f"{self.max_context - item.horizon} bars"
+                    f"{context_name(context, i)}: {length} bars and a horizon of {bars} exceed "
+                    f"max_context {self.max_context}; "
+                    + (f"give at most {room} bars" if room > 1 else "shorten the horizon")
                 )
-        return prepared
-
-    def _draw_chunk(
-        self,
-        chunk: Chunk,
-        prepared: Sequence[Prepared],
-        keys: torch.Tensor,
-        sampling: Sampling,
-        first_path: int,
-        *,
-        anchor: bool,
-    ) -> dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Price paths and tokens of a chunk's contexts, by their index in the call."""
-        decoder = self._decoder(chunk.shapes, sampling)
-        chunk_keys = []
-        for group, members in zip(decoder.groups, chunk.members, strict=True):
-            group.prefix.fill(
-                [prepared[i] for i in members],
-                self._predictor,
-                self._tokenizer,
-                max(1, self._tuning.prefix_rows // group.shape.bars),
-                self._scratch,
-                self.on_stage,
-            )
-            padding = torch.zeros(group.shape.contexts - len(members), 4, dtype=torch.long)
-            chunk_keys.append(torch.cat((keys[list(members)], padding)))
-        on_device = torch.cat(chunk_keys).to(self.device)
-        parts: dict[int, list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = {}
-        for piece in range(chunk.slices):
-            self.on_stage("decode")
-            drawn = decoder.run(on_device, first_path + piece * chunk.shapes[0].paths)
-            self.on_stage("detokenise")
-            for group, members, tokens in zip(decoder.groups, chunk.members, drawn, strict=True):
-                own_contexts = [prepared[i] for i in members]
-                candles = self._candles(group, tokens, own_contexts, anchor=anchor)
-                own = tokens[: len(members)].cpu().numpy()
-                for slot, i in enumerate(members):
-                    parts.setdefault(i, []).append((candles[slot], own[slot].copy()))
-        self.on_stage("done")
-        return {
-            i: (np.concatenate([c for c, _ in own]), np.concatenate([t for _, t in own]))
-            for i, own in parts.items()
-        }
-
-    def _candles(
-        self, group: Group, tokens: torch.Tensor, members: Sequence[Prepared], *, anchor: bool
-    ) -> list[NDArray[np.float32]]:
-        """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
-        normalised = detokenise(
-            self._tokenizer,
-            group.prefix,
-            tokens[: len(members)],
-            self._tuning.decode_rows,
-            self._scratch,
-        )
-        origin_close = group.prefix.origin_close.cpu().numpy()
-        candles = []
-        for item, own, close in zip(members, normalised.cpu().numpy(), origin_close, strict=False):
-            values = denormalise(own, item.mean, item.std)
-            if anchor:
-                decoded = float(denormalise(close, item.mean[CLOSE], item.std[CLOSE]))
-                # A decoded close of no or the other sign gives no scale to correct by.
-                if decoded * item.last_close > 0:
-                    values[..., PRICES] *= np.float32(item.last_close / decoded)
-            candles.append(values)
-        return candles
-
-    def _decoder(self, shapes: tuple[Shape, ...], sampling: Sampling) -> Decoder:
-        """Buffers for these shapes: kept, because the same batch comes at every bar close."""
-        key = (shapes, sampling)
-        decoder = self._decoders.pop(key, None)
-        if decoder is None:
-            cost = self._planner.cost(shapes)
-            while self._decoders and (
-                len(self._decoders) >= _KEPT_DECODERS
-                or cost + sum(self._planner.cost(s) for s, _ in self._decoders)
-                > self._planner.budget
-            ):
-                self._decoders.popitem(last=False)
-            decoder = Decoder(shapes, self._predictor, self._tokenizer, sampling)
-        self._decoders[key] = decoder
-        return decoder
+        return prepare_all(contexts, horizons)
 
 
-def _sizes(predictor: Predictor, tokenizer: Tokenizer, dtype: torch.dtype, positions: int) -> Sizes:
-    p, t, item = predictor.config, tokenizer.config, dtype.itemsize
-    row = 2 * (p.n_layers + 1) * p.d_model * item
-    attention = 3 * p.n_heads * positions * item
-    logits = 6 * 2 ** max(p.s1_bits, p.s2_bits) * 4
-    return Sizes(
-        per_bar=row + 2 * (t.n_dec_layers - 1) * t.d_model * item,
-        per_step=row,
-        per_row=(6 * p.d_model + 2 * p.ff_dim) * item + attention + logits,
-    )
+@contextmanager
+def _plain_torch() -> Iterator[None]:
+    """No gradients, and none of the defaults a caller may have set for code of their own."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
-def _budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _ACCELERATOR_SHARE)
-    return _CPU_BUDGET
+def _ignore(_: Stage) -> None:
+    pass

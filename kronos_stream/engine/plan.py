@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Self
+
+import torch
 
 from kronos_stream.engine.context import Prepared
+from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,19 @@ class Sizes:
     """Cached keys and values of one drawn bar of one path."""
     per_row: int
     """Activations of one path in a step."""
+
+    @classmethod
+    def of(cls, p: PredictorConfig, t: TokenizerConfig, dtype: torch.dtype, positions: int) -> Self:
+        """Sizes for caches of ``dtype`` and windows of up to ``positions`` bars."""
+        item = dtype.itemsize
+        step = 2 * (p.n_layers + 1) * p.d_model * item
+        scores = 3 * p.n_heads * positions * item
+        logits = 6 * 2 ** max(p.s1_bits, p.s2_bits) * 4
+        return cls(
+            per_bar=step + 2 * (t.n_dec_layers - 1) * t.d_model * item,
+            per_step=step,
+            per_row=(6 * p.d_model + 2 * p.ff_dim) * item + scores + logits,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +76,13 @@ class Planner:
         """Every context in exactly one chunk."""
         order = sorted(range(len(prepared)), key=lambda i: self._group(prepared[i]))
         chunks: list[Chunk] = []
-        for per_slice, same_slice in groupby(order, lambda i: self._slice(prepared[i], paths)):
-            chunk: list[int] = []
-            used = 0
-            for i in same_slice:
-                item = prepared[i]
-                cost = self.cost([Shape(self.padded(item.length), item.horizon, 1, per_slice)])
-                if chunk and used + cost > self.budget:
-                    chunks.append(self._chunk(prepared, chunk, paths, per_slice))
-                    chunk, used = [], 0
-                chunk.append(i)
-                used += cost
-            chunks.append(self._chunk(prepared, chunk, paths, per_slice))
+        for per_slice, members in groupby(order, lambda i: self._slice(prepared[i], paths)):
+            own = list(members)
+            costs = [self._cost(prepared[i], per_slice) for i in own]
+            chunks.extend(
+                self._chunk(prepared, own[first:last], paths, per_slice)
+                for first, last in _split(costs, self.budget)
+            )
         return chunks
 
     def padded(self, length: int) -> int:
@@ -89,6 +101,9 @@ class Planner:
 
     def _group(self, item: Prepared) -> tuple[int, int]:
         return -item.horizon, self.padded(item.length)
+
+    def _cost(self, item: Prepared, per_slice: int) -> int:
+        return self.cost([Shape(self.padded(item.length), item.horizon, 1, per_slice)])
 
     def _slice(self, item: Prepared, paths: int) -> int:
         """Paths drawn at a time: from this context's horizon alone, so company never matters."""
@@ -114,3 +129,24 @@ class Planner:
         # To an eighth of the next power of two: less than a quarter is added.
         unit = 1 << (contexts - 1).bit_length() - 3
         return -(-contexts // unit) * unit
+
+
+def _split(costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
+    """Spans of neighbours within the budget, as few and as even as that allows.
+
+    Even, so that chunks of like contexts share one shape, and with it their buffers.
+    """
+    fewest = len(_spans(costs, budget))
+    return _spans(costs, min(budget, -(-sum(costs) // fewest) + max(costs) - 1))
+
+
+def _spans(costs: Sequence[int], limit: int) -> list[tuple[int, int]]:
+    """Spans filled one after the other; an item that exceeds the limit stands alone."""
+    spans: list[tuple[int, int]] = []
+    first, used = 0, 0
+    for i, cost in enumerate(costs):
+        if i > first and used + cost > limit:
+            spans.append((first, i))
+            first, used = i, 0
+        used += cost
+    return [*spans, (first, len(costs))]

@@ -31,12 +31,12 @@ class ContextPrefix:
     """Buffers for B contexts of one shape; rewritten by :func:`fill`."""
 
     bars: int
-    trunk: LayerCache  # (layers, B, heads, ...), see Prefix
+    trunk: LayerCache  # (layers, B, heads, ...), see SharedKeys
     s2: LayerCache  # (1, B, S2_HEADS, ...)
     decoder: LayerCache  # (layers, B, heads, ...)
     lengths: Tensor  # (B,) int64
     bias: Tensor  # (B, 1, 1, L): 0, and -inf past each context's length
-    hidden: Tensor  # (B, d): the trunk's state at the origin, in the product type
+    hidden: Tensor  # (B, d) float32: the trunk's state at the origin
     time_embedding: Tensor  # (horizon, B, d) float32, of the bars to draw
     origin_close: Tensor  # (B,) the origin's close, encoded and decoded again, normalised
     full: bool = False  # no context is padded: the bias is all 0
@@ -59,7 +59,7 @@ class ContextPrefix:
             decoder=_cache(tokenizer.decoder, count, bars, code_like),
             lengths=torch.full((count,), bars, device=like.device),
             bias=torch.zeros(count, 1, 1, bars, device=like.device, dtype=like.dtype),
-            hidden=like.new_zeros(count, width),
+            hidden=torch.zeros(count, width, device=like.device),
             time_embedding=torch.zeros(shape.horizon, count, width, device=like.device),
             origin_close=torch.ones(count, device=like.device),
         )
@@ -117,9 +117,9 @@ class ContextPrefix:
         tokens = weights.s1_table[s1] + weights.s2_table[s2]
         x = (tokens + weights.time_embedding(stamps)).flatten(0, 1)
         run_prefix(weights.stack, x, batch, scratch, _slots(self.trunk, slots))
-        normed = rms_norm(x, weights.norm, self.hidden.dtype)
-        pair = weights.s2_key_value(normed).view(batch, self.bars, 2, S2_HEADS, -1)
-        keys, values = pair.unbind(2)  # (B, L, heads, head_dim)
+        normed = rms_norm(x, weights.norm, torch.float32)
+        pair = weights.s2_key_value(normed.to(self.bias.dtype))
+        keys, values = pair.view(batch, self.bars, 2, S2_HEADS, -1).unbind(2)
         self.s2.keys[0, slots].copy_(keys.permute(0, 2, 3, 1))
         self.s2.values[0, slots].copy_(values.transpose(1, 2))
         row = torch.arange(batch, device=x.device)

@@ -46,11 +46,17 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, step: int) -> Tens
     """Tokens (R,) int64 from logits (R, V) float32 and uniform numbers (R,)."""
     if sampling.top_k == 1:
         return logits.argmax(-1)
-    cdf = filtered(logits, sampling, step).cumsum(-1)
+    p = filtered(logits, sampling, step)
+    cdf = p.cumsum(-1)
     # The first token whose cumulated mass reaches the target has mass of its own: never a
     # filtered one, and rounding cannot push the target past the end.
     target = uniform[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, target)[:, 0]
+    token = torch.searchsorted(cdf, target)
+    if cdf.device.type != "cpu":
+        # There sums are taken as a tree, so a token without mass may seem to have an ulp of it.
+        token = token.clamp(max=cdf.shape[-1] - 1)
+        token = torch.where(p.gather(-1, token) > 0, token, p.argmax(-1, keepdim=True))
+    return token[:, 0]
 
 
 def filtered(logits: Tensor, sampling: Sampling, step: int) -> Tensor:

@@ -5,6 +5,8 @@
   input likewise.
 * The s2 query depends on s1 alone: it is a table too.
 * q, k, v are one product, w1 and w3 another; the softmax scale lives in the q weights.
+* The heads are float32 whatever the trunk is: rounding their logits to bf16 would flip twice as
+  many tokens.
 * Rows of q and k are reordered so that a rotary pair is adjacent: one complex multiplication.
 """
 
@@ -77,12 +79,12 @@ class PredictorWeights:
     s2_table: Tensor  # (V2, d)
     time_tables: tuple[Tensor, ...]  # five of (rows, d)
     norm: Tensor  # (d,)
-    s1_head: Dense  # d -> V1
+    s1_head: Dense  # d -> V1, float32
     s2_query: Tensor  # (V1, d), scaled
     s2_key_value: Dense  # d -> 2 d
     s2_out: Dense  # d -> d
     s2_norm: Tensor  # (d,)
-    s2_head: Dense  # d -> V2
+    s2_head: Dense  # d -> V2, float32
     min_rows: int  # a step's rows are padded to this many
 
     def time_embedding(self, stamps: Tensor) -> Tensor:
@@ -111,6 +113,7 @@ def fold_predictor(
     """Fold a predictor for contexts of up to ``positions`` bars."""
     model = _on_cpu(model)
     at = _placement(device, dtype, (model,))
+    exact = at._replace(dtype=torch.float32)
     embedding, attention = model.embedding, model.dep_layer.cross_attn
     width = model.config.d_model
     fuse1, fuse2 = (embedding.fusion_proj.weight.double() * embedding.scale).split(width, dim=1)
@@ -125,7 +128,7 @@ def fold_predictor(
             at.table(model.time_emb.get_parameter(f"{name}_embed.weight")) for name in STAMP_SIZES
         ),
         norm=at.table(model.norm.weight),
-        s1_head=at.dense(model.head.proj_s1.weight, model.head.proj_s1.bias),
+        s1_head=exact.dense(model.head.proj_s1.weight, model.head.proj_s1.bias),
         s2_query=at.table(embedding.emb_s1.weight.double() @ query[0].T + query[1]).to(dtype),
         s2_key_value=at.dense(
             torch.cat((attention.k_proj.weight, attention.v_proj.weight)),
@@ -133,7 +136,7 @@ def fold_predictor(
         ),
         s2_out=at.dense(attention.out_proj.weight, attention.out_proj.bias),
         s2_norm=at.table(model.dep_layer.norm.weight),
-        s2_head=at.dense(model.head.proj_s2.weight, model.head.proj_s2.bias),
+        s2_head=exact.dense(model.head.proj_s2.weight, model.head.proj_s2.bias),
         min_rows=at.stable.rows,
     )
 

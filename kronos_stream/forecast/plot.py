@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,7 +61,9 @@ def draw_fan(path: Path, table: CandleTable, fan: Fan, about: str) -> None:
     _time_axis(bottom, np.concatenate([times, fan.times]), len(times))
     price.axvline(0, color=_FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
     _titles(price, fan, about)
-    with replacing(path) as part:
+    with replacing(path) as part, warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; saying so helps nobody.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(part, format=path.suffix[1:].lower())
 
 

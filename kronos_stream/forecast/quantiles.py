@@ -43,6 +43,8 @@ def required_paths(p: float) -> int:
     if not 0 < p < 1:
         raise ValueError(f"quantile {p:g} is not between 0 and 1")
     odds = max((1 - p) / p, p / (1 - p))
+    if math.isinf(odds):
+        raise ValueError(f"quantile {p:g} is too close to 0")
     return max(1, math.ceil(odds * (1 - 1e-9)))  # 0.9 / (1 - 0.9) is a shade over 9
 
 

@@ -181,7 +181,9 @@ def _is_number(text: object) -> bool:
 
 def _index_as_column(frame: pd.DataFrame) -> pd.DataFrame:
     """A stored pandas index is where the times often are."""
-    if isinstance(frame.index, pd.RangeIndex):
+    if isinstance(frame.index, pd.MultiIndex):
+        return frame.reset_index()
+    if isinstance(frame.index, pd.RangeIndex) and frame.index.name is None:
         return frame
     return frame.rename_axis(str(frame.index.name or "time")).reset_index()
 

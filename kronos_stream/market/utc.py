@@ -16,7 +16,9 @@ def parse_time(text: str) -> int:
     """UTC ms of an ISO 8601 time; without a zone it is UTC. Raises ValueError."""
     try:
         moment = datetime.fromisoformat(text.strip())
-    except ValueError:
+        if moment.tzinfo is not None:
+            moment = moment.astimezone(UTC)
+    except (OverflowError, ValueError):
         raise ValueError(
             f"time {text!r}: expected ISO 8601, such as 2024-06-18T11:15:00Z (no zone means UTC)"
         ) from None

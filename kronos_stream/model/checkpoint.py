@@ -21,6 +21,8 @@ _Module = TypeVar("_Module", Tokenizer, Predictor)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MODEL_FILE = "model.json"
+"""Beside a bundled model's predictor/ and tokenizer/: what holds for both."""
 
 PINNED_REVISIONS = {
     "NeoQuasar/Kronos-small": "901c26c1332695a2a8f243eb2f37243a37bea320",
@@ -50,11 +52,19 @@ _FETCH_AGAIN = "fetch or copy the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """Where a model's two halves are: folders or hub ids."""
+class Source:
+    """Where one network's checkpoint is: a folder, or a hub id with its commit if one is known."""
 
-    predictor: str | Path
-    tokenizer: str | Path
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model's two halves are."""
+
+    predictor: Source
+    tokenizer: Source
     max_context: int | None
     """Bars the model was trained on, where the checkpoint or its publisher says so."""
 
@@ -63,22 +73,48 @@ class CheckpointError(Exception):
     """A checkpoint cannot be found, read or used; the message says why and what to do."""
 
 
-def find(model: str | Path, tokenizer: str | Path | None = None) -> Found:
+def find(
+    model: str | Path,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    tokenizer_revision: str | None = None,
+) -> Found:
     """Resolve a model's name: a bundled one, a folder with both halves, a predictor, a hub id."""
     folder = Path(model)
     if not folder.is_dir() and (BUNDLED / str(model)).is_dir():
         folder = BUNDLED / str(model)
     if (folder / "predictor").is_dir() and (folder / "tokenizer").is_dir():
-        card = folder / "model.json"
-        context = json.loads(card.read_text()).get("max_context") if card.is_file() else None
-        return Found(folder / "predictor", tokenizer or folder / "tokenizer", context)
+        return Found(
+            Source(str(folder / "predictor")),
+            _source(tokenizer or folder / "tokenizer", tokenizer_revision),
+            _trained_context(folder / MODEL_FILE),
+        )
     matching = tokenizer or MATCHING_TOKENIZER.get(str(model))
     if matching is None:
         raise CheckpointError(
             f"{model}: which tokenizer? Name it, or give a folder that holds predictor/ and "
-            "tokenizer/"
+            "tokenizer/, or a name such as nano or NeoQuasar/Kronos-small"
         )
-    return Found(model, matching, PUBLISHED_CONTEXT.get(str(model)))
+    return Found(
+        _source(model, revision),
+        _source(matching, tokenizer_revision),
+        PUBLISHED_CONTEXT.get(str(model)),
+    )
+
+
+def _source(name: str | Path, revision: str | None) -> Source:
+    if Path(name).is_dir():
+        return Source(str(name))
+    return Source(str(name), revision or PINNED_REVISIONS.get(str(name)))
+
+
+def _trained_context(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    context = _json_object(path).get("max_context")
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise CheckpointError(f"{path}: max_context must be a positive number; {_FETCH_AGAIN}")
+    return context
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
@@ -151,14 +187,17 @@ def _from_hub(name: str, revision: str | None) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(
             f"{folder}: no {CONFIG_FILE}, so not a checkpoint folder; give the folder that holds "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}"
-        ) from None
+        )
+    return _json_object(folder / CONFIG_FILE)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); {_FETCH_AGAIN}") from None
     if not isinstance(raw, dict):

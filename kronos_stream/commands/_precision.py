@@ -1,0 +1,77 @@
+"""How far bfloat16 moves a forecast from float32, beside how far another seed does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.engine import Context, Draw, Forecaster
+from kronos_stream.forecast.quantiles import weibull_quantiles
+
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+_CLOSE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """One comparison over many contexts."""
+
+    contexts: int
+    paths: int
+    horizon: int
+    flips: float
+    """Share of drawn tokens that differ while all before them in their path agree."""
+    paths_apart: float
+    """Share of paths that differ anywhere."""
+    same_noise: float
+    """Mean distance of the types' quantiles on one seed, over that of two float32 seeds."""
+    other_noise: float
+    """The same with bfloat16 on the other seed: about 1 when the type adds nothing of its own."""
+
+
+def compare(
+    model: str, contexts: Sequence[Context], *, horizon: int, paths: int, device: str
+) -> Precision:
+    """Draw the same contexts in both types from two seeds each."""
+    draws: dict[tuple[str, int], list[Draw]] = {}
+    for dtype in ("float32", "bfloat16"):
+        forecaster = Forecaster.from_pretrained(model, device=device, dtype=dtype)
+        for seed in (0, 1):
+            draws[dtype, seed] = forecaster.draw(contexts, horizon, paths, seed=seed)
+    spread = [np.asarray(context.values)[:, _CLOSE].std() for context in contexts]
+    quantiles = {
+        run: np.stack(
+            [
+                weibull_quantiles(draw.paths[..., _CLOSE] / scale, _QUANTILES)
+                for draw, scale in zip(drawn, spread, strict=True)
+            ]
+        )
+        for run, drawn in draws.items()
+    }
+
+    def distance(one: tuple[str, int], other: tuple[str, int]) -> float:
+        return float(np.abs(quantiles[one] - quantiles[other]).mean())
+
+    exact, fast = ("float32", 0), ("bfloat16", 0)
+    seeds = distance(exact, ("float32", 1))
+    tokens = [np.stack([draw.tokens for draw in draws[run]]) for run in (exact, fast)]
+    return Precision(
+        contexts=len(contexts),
+        paths=paths,
+        horizon=horizon,
+        flips=_flips(tokens[0], tokens[1]),
+        paths_apart=float((tokens[0] != tokens[1]).any((-2, -1)).mean()),
+        same_noise=distance(exact, fast) / seeds,
+        other_noise=distance(exact, ("bfloat16", 1)) / seeds,
+    )
+
+
+def _flips(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
+    """First differences over draws with equal history, (..., horizon, 2) in drawing order."""
+    differ = (one != other).reshape(-1, one.shape[-2] * one.shape[-1])
+    before = np.cumsum(differ, axis=1) - differ
+    fair = before == 0
+    return float((differ & fair).sum() / fair.sum())

@@ -1,0 +1,84 @@
+"""DataFrames and time stamps as the reference takes them, brought into the model's units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from kronos_stream.engine.context import CHANNELS, Prepared, complete, normalise, time_stamps
+
+_PRICES = list(CHANNELS[:4])
+
+
+def prepare_frame(
+    index: int,
+    df: pd.DataFrame,
+    x_timestamp: Any,
+    y_timestamp: Any,
+    pred_len: int,
+    clip: float,
+) -> Prepared:
+    """One series' history and the times to come, normalised as the reference does.
+
+    index: the series' place in the call; it names the series in errors and keys its noise.
+    df: (L, >= 4), see :func:`candles`. x_timestamp: (L,), y_timestamp: (pred_len,), see
+        :func:`wall_clock`. clip: bound of the normalised values, in standard deviations.
+
+    Raises ValueError for a frame that lacks columns, rows or values, and for other numbers of
+    times than of bars.
+    """
+    values = candles(df)
+    if not len(values):
+        raise ValueError(f"series {index}: the DataFrame has no rows")
+    if len(x_timestamp) != len(df) or len(y_timestamp) != pred_len:
+        raise ValueError(
+            f"series {index}: {len(df)} rows need as many x_timestamp (not {len(x_timestamp)}) "
+            f"and pred_len {pred_len} as many y_timestamp (not {len(y_timestamp)})"
+        )
+    mean, std, normalised = normalise(values, clip)
+    past, future = wall_clock(x_timestamp), wall_clock(y_timestamp)
+    return Prepared(
+        name=str(index),
+        normalised=normalised,
+        mean=mean,
+        std=std,
+        stamps=time_stamps(np.concatenate((past, future))),
+        future_times=future,
+        origin=int(past[-1]),
+        last_close=float(values[-1, 3]),
+    )
+
+
+def candles(df: pd.DataFrame) -> NDArray[np.float32]:
+    """The six channels (L, 6), missing volume and amount filled by the reference's rules.
+
+    No amount: volume x mean of open, high, low, close. No volume: both are 0, whatever amount
+    says. Raises ValueError for anything but a DataFrame, for missing prices and for NaN.
+    """
+    if not isinstance(df, pd.DataFrame):
+        raise ValueError("Input must be a pandas DataFrame.")  # noqa: TRY004 - as the reference
+    missing = [name for name in _PRICES if name not in df.columns]
+    if missing:
+        raise ValueError(f"price columns {missing} not found in the DataFrame")
+    columns = _PRICES
+    if "volume" in df.columns:
+        columns = list(CHANNELS if "amount" in df.columns else CHANNELS[:5])
+    values = df[columns].to_numpy(np.float64)
+    if np.isnan(values).any():
+        raise ValueError("the DataFrame contains NaN values in price or volume columns")
+    # Column by column, as pandas keeps them: the reference's sums over bars depend on that.
+    return complete(values).astype(np.float32, order="F")
+
+
+def wall_clock(timestamps: Any) -> NDArray[np.int64]:
+    """Times (L,) to ms of the local wall clock, which the reference reads minute and hour from.
+
+    timestamps: whatever ``pd.DatetimeIndex`` takes, whose errors are raised; a zone is dropped.
+    """
+    times = pd.DatetimeIndex(timestamps)
+    if times.tz is not None:
+        times = times.tz_localize(None)
+    return times.to_numpy().astype("datetime64[ms]").astype(np.int64)

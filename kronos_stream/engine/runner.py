@@ -1,0 +1,189 @@
+"""Running a planned call: prefixes, decoding, detokenising, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kronos_stream.engine.context import Prepared, denormalise
+from kronos_stream.engine.decode import Decoder, Group
+from kronos_stream.engine.dense import Scratch
+from kronos_stream.engine.detokenise import detokenise
+from kronos_stream.engine.plan import Chunk, Planner, Shape
+from kronos_stream.engine.prefix import CLOSE, Stage
+from kronos_stream.engine.sampling import Sampling
+from kronos_stream.engine.weights import PredictorWeights, TokenizerWeights
+
+PRICES = slice(0, 4)
+"""Columns of a candle that an anchor scales."""
+
+WILDEST_ANCHOR = 2.0
+"""A tokenizer that rounds the close by more than this factor has lost the scale to correct by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Shapes that suit a kind of device; results depend on them by rounding at most.
+
+    bucket: contexts are padded to a multiple of this many bars.
+    prefix_rows: bars prefilled together (at least one context).
+    decode_rows: bars detokenised together.
+    kept: buffers of how many chunk shapes are kept for the next call.
+    """
+
+    bucket: int
+    prefix_rows: int
+    decode_rows: int
+    kept: int
+
+
+# On the CPU one context at a time: its rows fill the cores and stay in their cache.
+CPU_TUNING = Tuning(bucket=8, prefix_rows=1, decode_rows=1024, kept=4)
+# Elsewhere each kept shape saves a graph's capture; what they may hold is bounded by the budget.
+ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, kept=32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draw:
+    """What was drawn for one context."""
+
+    paths: NDArray[np.float32]  # (P, H, 6), price units
+    tokens: NDArray[np.int64]  # (P, H, 2): s1, s2
+    times: NDArray[np.int64]  # (H,) UTC ms of the bars' opens
+
+
+class Runner:
+    """Folded weights, and the buffers that calls of recurring shapes share."""
+
+    def __init__(
+        self,
+        predictor: PredictorWeights,
+        tokenizer: TokenizerWeights,
+        planner: Planner,
+        tuning: Tuning,
+        device: torch.device,
+    ) -> None:
+        self.planner = planner
+        self.decoders: OrderedDict[tuple[tuple[Shape, ...], Sampling], Decoder] = OrderedDict()
+        self._predictor = predictor
+        self._tokenizer = tokenizer
+        self._tuning = tuning
+        self._device = device
+        self._scratch = Scratch(device)
+
+    def run(
+        self,
+        prepared: Sequence[Prepared],
+        keys: torch.Tensor,
+        paths: int,
+        sampling: Sampling,
+        first_path: int,
+        *,
+        anchor: bool,
+        on_stage: Callable[[Stage], None],
+    ) -> Iterator[dict[int, Draw]]:
+        """The draws of each chunk as it is done, by the context's index in ``prepared``.
+
+        keys: (contexts, 4) noise keys, on the CPU.
+        """
+        for chunk in self.planner.chunks(prepared, paths):
+            key = chunk.shapes, sampling
+            decoder = self._take(key)
+            self._fill(decoder, chunk, prepared, on_stage)
+            chunk_keys = self._keys(decoder, chunk, keys)
+            candles: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
+            tokens: defaultdict[int, list[NDArray[np.int64]]] = defaultdict(list)
+            for piece in range(chunk.slices):
+                on_stage("decode")
+                drawn = decoder.run(chunk_keys, first_path + piece * chunk.shapes[0].paths)
+                on_stage("detokenise")
+                for group, members, own in zip(decoder.groups, chunk.members, drawn, strict=True):
+                    own_tokens = own[: len(members)].cpu().numpy().copy()
+                    contexts = [prepared[i] for i in members]
+                    own_candles = self._candles(group, own, contexts, anchor=anchor)
+                    for slot, i in enumerate(members):
+                        candles[i].append(own_candles[slot])
+                        tokens[i].append(own_tokens[slot])
+            on_stage("done")
+            # Kept only now: a decoder that failed, out of memory say, is dropped whole.
+            self.decoders[key] = decoder
+            yield {
+                i: Draw(
+                    paths=np.concatenate(candles[i])[:paths],
+                    tokens=np.concatenate(tokens[i])[:paths],
+                    times=prepared[i].future_times,
+                )
+                for i in candles
+            }
+
+    def _take(self, key: tuple[tuple[Shape, ...], Sampling]) -> Decoder:
+        """Buffers for these shapes: kept, because the same batch comes at every bar close."""
+        shapes, sampling = key
+        decoder = self.decoders.pop(key, None)
+        if decoder is not None:
+            return decoder
+        room = self.planner.budget - self.planner.cost(shapes)
+        while self.decoders and (
+            len(self.decoders) >= self._tuning.kept
+            or sum(self.planner.cost(kept) for kept, _ in self.decoders) > room
+        ):
+            self.decoders.popitem(last=False)
+        return Decoder(shapes, self._predictor, self._tokenizer, sampling)
+
+    def _fill(
+        self,
+        decoder: Decoder,
+        chunk: Chunk,
+        prepared: Sequence[Prepared],
+        on_stage: Callable[[Stage], None],
+    ) -> None:
+        for group, members in zip(decoder.groups, chunk.members, strict=True):
+            group.prefix.fill(
+                [prepared[i] for i in members],
+                self._predictor,
+                self._tokenizer,
+                max(1, self._tuning.prefix_rows // group.shape.bars),
+                self._scratch,
+                on_stage,
+            )
+
+    def _keys(self, decoder: Decoder, chunk: Chunk, keys: torch.Tensor) -> torch.Tensor:
+        """Noise keys in the decoder's order, 0 for slots without a context."""
+        ordered = []
+        for group, members in zip(decoder.groups, chunk.members, strict=True):
+            padding = torch.zeros(group.shape.contexts - len(members), 4, dtype=torch.long)
+            ordered.append(torch.cat((keys[list(members)], padding)))
+        return torch.cat(ordered).to(self._device)
+
+    def _candles(
+        self, group: Group, tokens: torch.Tensor, members: Sequence[Prepared], *, anchor: bool
+    ) -> list[NDArray[np.float32]]:
+        """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
+        normalised = detokenise(
+            self._tokenizer,
+            group.prefix,
+            tokens[: len(members)],
+            self._tuning.decode_rows,
+            self._scratch,
+        )
+        origin_close = group.prefix.origin_close.cpu().numpy()
+        candles = []
+        for item, own, close in zip(members, normalised.cpu().numpy(), origin_close, strict=False):
+            values = denormalise(own, item.mean, item.std)
+            if anchor:
+                values[..., PRICES] *= _anchor(item, close)
+            candles.append(values)
+        return candles
+
+
+def _anchor(item: Prepared, origin_close: np.float32) -> np.float32:
+    """Actual over decoded close of the origin bar; 1 where the two have no common scale."""
+    row = np.full(len(item.mean), origin_close)  # of which the close matters
+    decoded = float(denormalise(row, item.mean, item.std)[CLOSE])
+    ratio = item.last_close / decoded if decoded else 0.0
+    return np.float32(ratio if 1 / WILDEST_ANCHOR <= ratio <= WILDEST_ANCHOR else 1.0)

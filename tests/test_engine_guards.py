@@ -1,0 +1,152 @@
+"""What surrounds a call must not change it: memory order, torch's defaults, earlier failures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kronos_stream import Context, ContextError, Forecaster
+from kronos_stream.engine import dense
+from kronos_stream.engine.plan import _split
+from kronos_stream.model import Predictor, Tokenizer
+
+Walks = Callable[..., list[Context]]
+
+
+def test_memory_order(tiny: Forecaster, walks: Walks) -> None:
+    """Sums over bars depend on how an array lies in memory; forecasts do not."""
+    contexts = walks([90, 60, 33], seed=3)
+    turned = [replace(c, values=np.asfortranarray(c.values)) for c in contexts]
+    for one, other in zip(tiny.sample(contexts, 6, 4), tiny.sample(turned, 6, 4), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("built", ["before", "inside"])
+def test_torch_defaults(
+    tiny: Forecaster,
+    tiny_predictor: Predictor,
+    tiny_tokenizer: Tokenizer,
+    walks: Walks,
+    built: str,
+) -> None:
+    """A caller's default type, default device, autocast and gradients are no matter."""
+    contexts = walks([50, 20], seed=4)
+    want = tiny.sample(contexts, 5, 3, anchor=True)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+            forecaster = tiny
+            if built == "inside":
+                forecaster = Forecaster(
+                    tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
+                )
+            got = forecaster.sample(contexts, 5, 3, anchor=True)
+        assert torch.get_default_dtype() == torch.float64
+        assert torch.empty(0).device.type == "meta"
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_horizon_after_a_gap(tiny: Forecaster, walks: Walks) -> None:
+    """Without a timeframe the horizon steps as most bars do, not as the last two."""
+    (context,) = walks([40], seed=5)
+    times = np.asarray(context.times).copy()
+    step = times[1] - times[0]
+    times[-1] += 288 * step
+    (draw,) = tiny.draw([replace(context, times=times, timeframe=None)], 3, 1)
+    assert (draw.times - times[-1]).tolist() == [step, 2 * step, 3 * step]
+
+
+def test_times_in_seconds(tiny: Forecaster, walks: Walks) -> None:
+    """Times in another unit than ms are refused where the timeframe gives them away."""
+    (context,) = walks([40], seed=6)
+    seconds = replace(context, times=np.asarray(context.times) // 1000, timeframe="5m")
+    with pytest.raises(ContextError, match="must be ms UTC"):
+        tiny.sample([seconds], 3, 1)
+
+
+def test_a_huge_horizon_is_refused_at_once(tiny: Forecaster, walks: Walks) -> None:
+    """The window is checked before anything of the horizon's size is made."""
+    start = monotonic()
+    with pytest.raises(ContextError, match="shorten the horizon"):
+        tiny.sample(walks([40], seed=7), 10**12, 1)
+    assert monotonic() - start < 10
+
+
+def test_negative_prices_without_amount(tiny: Forecaster, walks: Walks) -> None:
+    """A spread may be negative; the amount derived from it is no reason to refuse it."""
+    (context,) = walks([40], seed=8)
+    values = np.asarray(context.values)[:, :5].copy()
+    values[:, :4] -= 2 * values[:, :4].max()
+    (paths,) = tiny.sample([replace(context, values=values)], 3, 2)
+    assert np.isfinite(paths).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("series", "\ud800", "UTF-8"),
+        ("series", 5, "text"),
+        ("timeframe", 5, "text"),
+        ("timezone", 5, "text"),
+    ],
+)
+def test_labels(tiny: Forecaster, walks: Walks, field: str, value: object, reason: str) -> None:
+    """Labels are text that can be written down."""
+    (context,) = walks([40], seed=9)
+    labels: dict[str, Any] = {field: value}
+    with pytest.raises(ContextError, match=reason):
+        tiny.sample([replace(context, **labels)], 3, 1)
+
+
+def test_a_failed_call_leaves_nothing(
+    tiny_predictor: Predictor,
+    tiny_tokenizer: Tokenizer,
+    walks: Walks,
+) -> None:
+    """Buffers in use when a call fails are dropped, and the next call is as if it never was."""
+    forecaster = Forecaster(tiny_predictor, tiny_tokenizer, device="cpu", max_context=128)
+    contexts = walks([50, 20], seed=10)
+    want = forecaster.sample(contexts, 5, 3)
+    kept = len(forecaster._runner.decoders)
+
+    def fail(stage: str) -> None:
+        if stage == "detokenise":
+            raise MemoryError
+
+    forecaster.on_stage = fail
+    with pytest.raises(MemoryError):
+        forecaster.sample(contexts, 5, 3)
+    assert len(forecaster._runner.decoders) == kept - 1
+    forecaster.on_stage = None
+    assert all(
+        np.array_equal(a, b) for a, b in zip(forecaster.sample(contexts, 5, 3), want, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("count", "budget"), [(1000, 333), (1000, 334), (7, 2), (5, 5), (1, 0)])
+def test_chunks_are_even(count: int, budget: int) -> None:
+    """Like contexts make chunks of one size, but for the last, which lacks at most one a chunk."""
+    spans = _split([1] * count, budget)
+    sizes = [last - first for first, last in spans]
+    assert sum(sizes) == count
+    assert max(sizes) <= max(budget, 1)
+    assert len(spans) == -(-count // max(budget, 1))
+    assert len(set(sizes[:-1])) <= 1
+    assert sizes[0] - sizes[-1] < len(sizes)
+
+
+def test_a_cpu_without_stable_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where rows always depend on the batch, loading warns and takes the strictest limits."""
+    monkeypatch.setattr(dense, "_holds", lambda *_: False)
+    with pytest.warns(UserWarning, match="depend on the batch"):
+        assert dense.find_stable([(8, 8)]).block == 64

@@ -25,10 +25,10 @@ def nano() -> Forecaster:
 
 def test_nano_is_small() -> None:
     found = find("nano")
-    networks = load_predictor(found.predictor), load_tokenizer(found.tokenizer)
+    networks = load_predictor(found.predictor.name), load_tokenizer(found.tokenizer.name)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
     assert parameters <= 1_500_000
-    files = Path(found.predictor).parent.rglob("*")
+    files = Path(found.predictor.name).parent.rglob("*")
     assert sum(file.stat().st_size for file in files if file.is_file()) <= 4_000_000
     assert (found.max_context or 0) >= 256
 
@@ -61,7 +61,7 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
     assert report.crps_ratio["random walk"].value < 1.01
     assert 0.70 < report.coverage["80%"].value < 0.90
     assert report.volatility_ratio["random walk"].value < 0.95
-    codec = reconstruction(load_tokenizer(find("nano").tokenizer), cases[:96])
+    codec = reconstruction(load_tokenizer(find("nano").tokenizer.name), cases[:96])
     assert codec.full.value < 0.01
     assert codec.coarse.value > 1.2 * codec.full.value
     assert codec.codebook.warning() is None

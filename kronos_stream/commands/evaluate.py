@@ -111,7 +111,8 @@ def evaluate(
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    codec = reconstruction(load_tokenizer(find(model, tokenizer).tokenizer), cases(0), seed=seed)
+    codec_at = find(model, tokenizer).tokenizer
+    codec = reconstruction(load_tokenizer(codec_at.name, codec_at.revision), cases(0), seed=seed)
     for line in (*table(report), *_codec_lines(codec.to_dict())):
         click.echo(line)
     click.echo(f"{time.monotonic() - began:.0f} s")

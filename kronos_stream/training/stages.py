@@ -18,6 +18,7 @@ from kronos_stream.model import (
     load_predictor,
     load_tokenizer,
 )
+from kronos_stream.model.checkpoint import PINNED_REVISIONS
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.losses import predictor_loss, tokenizer_loss
@@ -59,7 +60,9 @@ class TokenizerRun:
     def __init__(self, settings: TrainSettings, device: torch.device, processes: Processes) -> None:
         s = self._settings = settings
         if s.init:
-            network = load_tokenizer(s.init).requires_grad_(requires_grad=True)
+            network = load_tokenizer(s.init, PINNED_REVISIONS.get(s.init)).requires_grad_(
+                requires_grad=True
+            )
             network.config = replace(  # the architecture is the checkpoint's, the loss is not
                 network.config, beta=s.beta, gamma0=s.gamma0, gamma=s.gamma, zeta=s.zeta
             )
@@ -137,10 +140,12 @@ class PredictorRun:
         s = self._settings = settings
         if not s.tokenizer:
             raise TrainingError("the predictor needs --tokenizer, a trained tokenizer's folder")
-        self._tokenizer = load_tokenizer(s.tokenizer).to(device)
+        self._tokenizer = load_tokenizer(s.tokenizer, PINNED_REVISIONS.get(s.tokenizer)).to(device)
         bits = self._tokenizer.config
         if s.init:
-            network = load_predictor(s.init).requires_grad_(requires_grad=True)
+            network = load_predictor(s.init, PINNED_REVISIONS.get(s.init)).requires_grad_(
+                requires_grad=True
+            )
             have, want = asdict(network.config), asdict(bits)
             if any(have[name] != want[name] for name in ("s1_bits", "s2_bits")):
                 raise TrainingError(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.engine import Draw
-from kronos_stream.engine.context import Prepared, denormalise, prepare
+from kronos_stream.engine.context import Prepared, prepare
 from kronos_stream.engine.noise import noise_key, uniforms
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.uncached import generate
 from kronos_stream.model import Predictor, Tokenizer
+from kronos_stream.model.inputs import denormalise
 
 TIE = 2e-4
 """Share of probability within which rounding may decide."""

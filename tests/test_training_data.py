@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kronos_stream.market.files import CandleFileError
+from kronos_stream.model.inputs import time_stamps
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.training.dataset import CandleDataset, FileWindows, Part
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.generated import GeneratedWindows
-from kronos_stream.training.windows import make_batch, normalise, stamps_of
+from kronos_stream.training.windows import make_batch, normalise
 
 MINUTE = 60_000
 WINDOW = 8
@@ -98,7 +99,7 @@ def test_loss_weights_sum_to_one_and_fall_before_the_origin() -> None:
 
 def test_stamps_are_those_of_the_calendar() -> None:
     times = pd.to_datetime(["2024-02-29T23:59:00Z", "1999-12-31T00:00:00Z"])
-    stamps = stamps_of(times.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64))
+    stamps = time_stamps(times.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64))
     assert stamps.tolist() == [[59, 23, 3, 29, 2], [0, 0, 4, 31, 12]]
 
 

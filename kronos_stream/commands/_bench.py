@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from time import perf_counter
 
 import click
@@ -20,6 +17,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kronos_stream.commands._machine import (
+    Machine,
+    measure_machine,
+    median_seconds,
+    seconds_of,
+    wait_for,
+)
 from kronos_stream.commands._precision import compare
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
@@ -52,17 +56,6 @@ class Options:
     uncached: bool
     precision: int
     precision_model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """Measured rates of this machine."""
-
-    device: str
-    threads: int
-    torch: str
-    gflops: dict[str, float]
-    gigabytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,41 +137,6 @@ def run(options: Options, *, as_json: bool) -> None:
             )
 
 
-def measure_machine(device: torch.device) -> Machine:
-    """Rates of the best matrix product among shapes like the model's, and of reading memory."""
-    return Machine(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        gflops={
-            str(dtype).removeprefix("torch."): _product_rate(device, dtype) / 1e9
-            for dtype in (torch.float32, torch.bfloat16)
-        },
-        gigabytes_per_second=_read_rate(device) / 1e9,
-    )
-
-
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few products, into memory that is there already."""
-    rates = []
-    large = (
-        ((8192, 8192, 8192),) if device.type == "cuda" else ((512, 512, 2048), (1024, 1024, 1024))
-    )
-    for m, k, n in large:
-        x = torch.randn(m, k, device=device).to(dtype)
-        w = torch.randn(k, n, device=device).to(dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = _median(partial(torch.mm, x, w, out=out), device, 15)
-        rates.append(2 * m * k * n / seconds)
-    return max(rates)
-
-
-def _read_rate(device: torch.device) -> float:
-    """Bytes/s of summing a vector much larger than a core's caches."""
-    values = torch.ones(2**26, device=device)
-    return values.nbytes / _median(values.sum, device, 7)
-
-
 def _measure(
     name: str,
     forecaster: Forecaster,
@@ -202,7 +160,7 @@ def _measure(
     for _ in range(3 if forecaster.device.type == "cuda" else 1):
         call()
     stages.clear()
-    times = [_seconds(call, forecaster.device) for _ in range(options.repeats)]
+    times = [seconds_of(call, forecaster.device) for _ in range(options.repeats)]
     dtype = str(forecaster.dtype).removeprefix("torch.")
     work = Work(contexts, paths, options.lookback, options.horizon)
     costs = stage_costs(
@@ -244,7 +202,7 @@ class _StageClock:
         self._since = 0.0
 
     def __call__(self, stage: str) -> None:
-        _wait(self._device)
+        wait_for(self._device)
         now = perf_counter()
         if self._stage in self.seconds:
             self.seconds[self._stage] += now - self._since
@@ -272,7 +230,7 @@ def _uncached_step(
             sampling=Sampling(top_p=options.top_p),
         )
 
-    return _median(call, device, 1) / (2 * _UNCACHED_WINDOWS)
+    return median_seconds(call, device, 1) / (2 * _UNCACHED_WINDOWS)
 
 
 def market(contexts: int, lookback: int) -> list[Context]:
@@ -289,25 +247,6 @@ def market(contexts: int, lookback: int) -> list[Context]:
         times = 1_700_000_100_000 + 300_000 * np.arange(lookback)
         batch.append(Context(values, times, series=f"bench:{i}", timeframe="5m"))
     return batch
-
-
-def _median(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``call`` after a first one that does not count."""
-    call()
-    return statistics.median(_seconds(call, device) for _ in range(repeats))
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    start = perf_counter()
-    call()
-    _wait(device)
-    return perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _show(machine: Machine, rows: list[Row], options: Options) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kronos_stream.engine.context import CHANNELS, Prepared, complete, normalise, time_stamps
+from kronos_stream.engine.context import Prepared
+from kronos_stream.model.inputs import CHANNELS, complete, normalise, time_stamps
 
 _PRICES = list(CHANNELS[:4])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
@@ -14,22 +14,18 @@ from numpy.typing import ArrayLike, NDArray
 from kronos_stream.market.spacing import common_step, infer_timeframe, shortest_step
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
+from kronos_stream.model.inputs import (
+    CHANNELS,
+    CLOSE,
+    Floats,
+    Ints,
+    complete,
+    normalise,
+    time_stamps,
+)
 
-CLIP = 5.0
-"""Normalised values are clipped to +-CLIP (the reference's default)."""
-
-STD_FLOOR = 1e-5
-"""Added to the standard deviation, so that a constant column stays finite (as the reference)."""
-
-CHANNELS = ("open", "high", "low", "close", "volume", "amount")
 MIN_BARS = 2
-_MINUTE_MS = 60_000
-_DAY_MS = 86_400_000
 _YEARS_MS = (-62_135_596_800_000, 253_402_300_800_000)  # 1 to 9999
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-_Numbers = TypeVar("_Numbers", NDArray[np.float32], NDArray[np.float64])
 
 
 class ContextError(ValueError):
@@ -114,7 +110,7 @@ def prepare(
     key = all_times.tobytes(), context.timezone
     known = {} if known_stamps is None else known_stamps
     if key not in known:
-        known[key] = time_stamps(all_times, context.timezone, name)
+        known[key] = time_stamps(all_times + utc_offsets(all_times, context.timezone, name))
     return Prepared(
         name=str(index) if context.series is None else context.series,
         normalised=normalised,
@@ -123,18 +119,8 @@ def prepare(
         stamps=known[key],
         future_times=future,
         origin=int(times[-1]),
-        last_close=float(values[-1, 3]),
+        last_close=float(values[-1, CLOSE]),
     )
-
-
-def normalise(values: Floats, clip: float = CLIP) -> tuple[Floats, Floats, Floats]:
-    """Mean (6,), std (6,) and clipped z-scores (L, 6) over the whole window, in float32.
-
-    The operations and their order are the reference's: a sign in the code can hang on a bit.
-    """
-    mean: Floats = np.mean(values, axis=0)
-    std: Floats = np.std(values, axis=0)
-    return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -clip, clip).astype(np.float32)
 
 
 def _scaled(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
@@ -151,31 +137,8 @@ def _scaled(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
     return mean, std, normalised
 
 
-def denormalise(values: Floats, mean: Floats, std: Floats) -> Floats:
-    """Undo :func:`normalise` on (..., 6)."""
-    return values * (std + np.float32(STD_FLOOR)) + mean
-
-
-def time_stamps(times: Ints, timezone: str | None = None, name: str = "context") -> Ints:
-    """Minute, hour, weekday (Monday 0), day of month and month of UTC ms (L,): (L, 5)."""
-    local = times + _utc_offsets(times, timezone, name)
-    days = local // _DAY_MS
-    minutes = local % _DAY_MS // _MINUTE_MS
-    date = days.astype("datetime64[D]")
-    month = date.astype("datetime64[M]")
-    return np.stack(
-        (
-            minutes % 60,
-            minutes // 60,
-            (days + 3) % 7,  # 1970-01-01 was a Thursday
-            (date - month).astype(np.int64) + 1,
-            month.astype(np.int64) % 12 + 1,
-        ),
-        axis=-1,
-    )
-
-
-def _utc_offsets(times: Ints, timezone: str | None, name: str) -> Ints:
+def utc_offsets(times: Ints, timezone: str | None, name: str = "context") -> Ints:
+    """What to add to UTC ms (L,) for the local clock of an IANA zone, None being UTC: (L,)."""
     if timezone is None or timezone == "UTC":
         return np.zeros_like(times)
     try:
@@ -251,16 +214,6 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
             f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
             f"{CHANNELS[4 + column]} {values[row, 4 + column]:g} is negative"
         )
-    return values
-
-
-def complete(values: _Numbers) -> _Numbers:
-    """Fill missing volume and amount columns: (L, 4 | 5 | 6) to (L, 6)."""
-    if values.shape[1] == 4:
-        return np.pad(values, ((0, 0), (0, 2)))
-    if values.shape[1] == 5:
-        amount = values[:, 4:] * values[:, :4].mean(axis=1, keepdims=True)
-        return np.concatenate((values, amount), axis=1)
     return values
 
 

@@ -16,14 +16,12 @@ from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.plan import Shape
 from kronos_stream.engine.weights import PredictorWeights, Stack, TokenizerWeights
 from kronos_stream.model.config import CANDLE_CHANNELS, S2_HEADS
+from kronos_stream.model.inputs import CLOSE
 from kronos_stream.model.predictor import STAMP_SIZES
 from kronos_stream.model.tokenizer import pack_bits
 
 Stage = Literal["encode", "prefill", "decode", "detokenise", "done"]
 """Parts of a call, in the order they begin; the tokenizer decoder's prefix is detokenising."""
-
-CLOSE = 3
-"""Column of the close among a candle's channels."""
 
 
 @dataclass(slots=True)

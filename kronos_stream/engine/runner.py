@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kronos_stream.engine.context import Prepared, denormalise
+from kronos_stream.engine.context import Prepared
 from kronos_stream.engine.decode import Decoder, Group
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.detokenise import detokenise
 from kronos_stream.engine.plan import Chunk, Planner, Shape
-from kronos_stream.engine.prefix import CLOSE, Stage
+from kronos_stream.engine.prefix import Stage
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import PredictorWeights, TokenizerWeights
+from kronos_stream.model.inputs import CLOSE, denormalise
 
 PRICES = slice(0, 4)
 """Columns of a candle that an anchor scales."""

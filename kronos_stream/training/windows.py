@@ -10,11 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-CLIP = 5.0
-EPSILON = 1e-5
-"""Both as in the reference's normalisation."""
-
-_DAY_MS = 86_400_000
+from kronos_stream.model.inputs import CLIP, STD_FLOOR, time_stamps
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +56,8 @@ def normalise(
     count = lookback[:, None, None]
     mean = np.where(known, values, 0.0).sum(1, keepdims=True) / count
     variance = (np.where(known, values - mean, 0.0) ** 2).sum(1, keepdims=True) / count
-    scaled = (values - mean) / (np.sqrt(variance) + EPSILON)
+    scaled = (values - mean) / (np.sqrt(variance) + STD_FLOOR)
     return np.asarray(np.clip(scaled, -CLIP, CLIP), np.float32)
-
-
-def stamps_of(times: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Minute, hour, weekday (Monday 0), day and month of UTC ms: (...) to (..., 5)."""
-    days = times // _DAY_MS
-    minutes = times % _DAY_MS // 60_000
-    dates = days.astype("datetime64[D]")
-    months = dates.astype("datetime64[M]")
-    return np.stack(
-        (
-            minutes % 60,
-            minutes // 60,
-            (days + 3) % 7,
-            (dates - months).astype(np.int64) + 1,
-            months.astype(np.int64) % 12 + 1,
-        ),
-        axis=-1,
-    )
 
 
 def make_batch(
@@ -94,7 +72,7 @@ def make_batch(
     weights /= weights.sum(1, keepdims=True)
     return Batch(
         torch.from_numpy(normalise(windows.values, lookback)).to(device),
-        torch.from_numpy(stamps_of(windows.times)).to(device),
+        torch.from_numpy(time_stamps(windows.times)).to(device),
         torch.from_numpy(weights.astype(np.float32)).to(device),
         torch.from_numpy(lookback).to(device),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import index
 from pathlib import Path
 from typing import Self
@@ -244,11 +244,13 @@ class Forecaster:
 def _plain_torch() -> Iterator[None]:
     """No gradients, and none of the defaults a caller may have set for code of their own."""
     dtype = torch.get_default_dtype()
+    # As a context the device costs microseconds at every operation: only where it is needed.
+    elsewhere = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:
         with (
             torch.inference_mode(),
-            torch.device("cpu"),
+            torch.device("cpu") if elsewhere else nullcontext(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):

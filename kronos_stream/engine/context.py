@@ -38,7 +38,8 @@ class Context:
 
     values: (L, 6) open, high, low, close, volume, amount in price and volume units; (L, 5) has no
         amount (derived as volume x mean of open, high, low, close), (L, 4) no volume either
-        (both 0).
+        (both 0). Prices that move by less than about 1e-3 drown in the constant that the model's
+        normalisation adds to the standard deviation (1e-5): give them in a larger unit.
     times: (L,) bar opens, integer ms UTC, strictly increasing.
     series: the series' name. It keys the noise; contexts without one use their index in the call.
     timeframe: such as "5m"; left out, the one that most bars keep.

@@ -53,7 +53,11 @@ class TrainSettings:
     )
     batch: int = _setting(8, "Windows per step, over all processes and micro-batches.")
     accumulate: int = _setting(1, "Micro-batches per step, one after the other, to save memory.")
-    init: str = _setting("", "Checkpoint to start from (fine-tuning); empty: from scratch.")
+    init: str = _setting(
+        "",
+        "Checkpoint to fine-tune, with its sizes and with gentler defaults for what is not given; "
+        "empty: from scratch.",
+    )
     device: str = _setting("auto", "cpu, cuda, or auto.")
     threads: int = _setting(0, "CPU threads; 0: as many as torch takes.")
     bf16: bool = _setting(

@@ -9,9 +9,10 @@ import pytest
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.commands.evaluate import as_forecast
+from kronos_stream.compat import Kronos
 from kronos_stream.forecast.evaluation import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
-from kronos_stream.model.checkpoint import find
+from kronos_stream.model.checkpoint import BUNDLED, find
 from kronos_stream.testing.cases import generated_cases
 from kronos_stream.testing.market import Market
 from kronos_stream.training.reconstruction import reconstruction
@@ -65,3 +66,11 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
     assert codec.full.value < 0.01
     assert codec.coarse.value > 1.2 * codec.full.value
     assert codec.codebook.warning() is None
+
+
+def test_halves_by_name() -> None:
+    """Training and compat take either half of the bundled model by its name, or by its folder."""
+    for source in ("nano", BUNDLED / "nano"):
+        assert load_predictor(source).config.n_layers == 4
+        assert load_tokenizer(source).config.s1_bits == 9
+    assert Kronos.from_pretrained("nano").config == load_predictor("nano").config

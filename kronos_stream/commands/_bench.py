@@ -106,6 +106,9 @@ def run(options: Options, *, as_json: bool) -> None:
                     bar.update(task, description=f"{name} {dtype} {contexts}x{paths}")
                     rows.append(_measure(name, forecaster, machine, options, contexts, paths, slow))
                     bar.advance(task)
+                    if bar.disable:
+                        done = f"{_label(rows[-1])}: {rows[-1].seconds:.3f} s"
+                        click.echo(done, err=True)
     precision = None
     if options.precision:
         precision = compare(
@@ -249,8 +252,13 @@ def market(contexts: int, lookback: int) -> list[Context]:
     return batch
 
 
+def _label(row: Row) -> str:
+    short = {"float32": "", "bfloat16": " bf16"}[row.dtype]
+    return f"{row.model} {row.contexts}x{row.paths}{short}"
+
+
 def _show(machine: Machine, rows: list[Row], options: Options) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = Console(width=None if sys.stdout.isatty() else 80)
     rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in machine.gflops.items())
     console.print(
         f"{machine.device}, {machine.threads} threads, torch {machine.torch}: matrix products "
@@ -265,12 +273,12 @@ def _show(machine: Machine, rows: list[Row], options: Options) -> None:
         padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
-    for column in ("total", *STAGES[:3], "detok.", "path-steps/s", "floor", "faster"):
+    for column in ("total", *STAGES[:3], "detok.", "steps/s", "floor", "faster"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         plain = row.uncached_seconds
         table.add_row(
-            f"{row.model} {row.dtype} {row.contexts}x{row.paths}",
+            _label(row),
             f"{row.seconds:.3f}",
             *(f"{row.stages[stage]:.3f}" for stage in STAGES),
             f"{row.path_steps_per_second:,.0f}",
@@ -279,6 +287,7 @@ def _show(machine: Machine, rows: list[Row], options: Options) -> None:
         )
     console.print(table)
     console.print(
+        "steps/s: bars drawn, of all paths\n"
         "floor: the share of the time that the counted operations and bytes need at these rates",
         highlight=False,
     )

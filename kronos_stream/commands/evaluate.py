@@ -25,7 +25,13 @@ _GENERATED = "generated"
 @click.option("--horizon", default=12, show_default=True, help="Bars ahead, 2 or more.")
 @click.option("--paths", default=32, show_default=True, help="Paths of each forecast, 19 or more.")
 @click.option("--lookback", default=232, show_default=True, help="Bars known (files).")
-@click.option("--stride", default=12, show_default=True, help="Bars between origins (files).")
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    default=12,
+    show_default=True,
+    help="Bars between origins (files).",
+)
 @click.option("--count", default=2304, show_default=True, help="Forecasts (generated markets).")
 @click.option(
     "--truth",

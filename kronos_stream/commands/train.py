@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,18 @@ def _command(stage: Stage, about: str) -> click.Command:
         settings = TrainSettings.build(stage, read_recipe(recipe, table) if recipe else {}, chosen)
         with ProgressReport(stage, settings.steps, sys.stderr) as report:
             result = run(stage, settings, out, report)
-        if result is not None:
-            click.echo(_summary(out, result.figures), err=True)
+        if result is None:
+            click.echo(
+                "note: too few bars to hold any out: nothing was validated, and nothing could stop "
+                "the run early (see --valid-share)",
+                err=True,
+            )
+        else:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
+            click.echo(f"held out: {shown}", err=True)
+        click.echo(f"written to {out}", err=True)
 
     return command
-
-
-def _summary(out: Path, figures: Mapping[str, float]) -> str:
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-    return f"held out: {shown}\nwritten to {out}"
 
 
 train.add_command(

@@ -118,14 +118,14 @@ def _trained_context(path: Path) -> int | None:
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
-    """Load a tokenizer from a folder or a hub id, in eval mode, fp32, on the CPU."""
-    folder = resolve(source, revision)
+    """Load a tokenizer from a folder, hub id or bundled model: eval mode, fp32, on the CPU."""
+    folder = resolve(source, revision, half="tokenizer")
     return _load_weights(_build(Tokenizer, TokenizerConfig.from_dict, folder), folder)
 
 
 def load_predictor(source: str | Path, revision: str | None = None) -> Predictor:
-    """Load a predictor from a folder or a hub id, in eval mode, fp32, on the CPU."""
-    folder = resolve(source, revision)
+    """Load a predictor from a folder, hub id or bundled model: eval mode, fp32, on the CPU."""
+    folder = resolve(source, revision, half="predictor")
     return _load_weights(_build(Predictor, PredictorConfig.from_dict, folder), folder)
 
 
@@ -146,16 +146,19 @@ def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
     return folder
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint, fetched from the hub (or its cache) if need be."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
+def resolve(source: str | Path, revision: str | None = None, *, half: str = "") -> Path:
+    """The local folder of a checkpoint, fetched from the hub (or its cache) if need be.
+
+    half: "predictor" or "tokenizer", to take of a folder or a bundled model that holds both.
+    """
     name = str(source)
+    for folder in (Path(source), BUNDLED / name):
+        if folder.is_dir():
+            return folder / half if (folder / half).is_dir() else folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"no checkpoint folder {name!r}; give an existing folder "
-            "or a hub id such as NeoQuasar/Kronos-small"
+            f"no checkpoint folder {name!r}; give an existing folder, "
+            "nano, or a hub id such as NeoQuasar/Kronos-small"
         )
     return _from_hub(name, revision or PINNED_REVISIONS.get(name))
 
@@ -182,7 +185,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{name}{f' at {revision}' if revision else ''}: neither the hub nor its local cache "
             f"has it ({type(error).__name__}: {reason}); check the name and the network, set "
-            "HF_HOME to a filled cache, or give a checkpoint folder"
+            "HF_HOME to a filled cache, or give a checkpoint folder (nano needs no network)"
         ) from error
 
 

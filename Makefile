@@ -51,7 +51,7 @@ nano-eval: $(STAMP) ## Score the bundled model on unseen generated markets (minu
 parity-hub: $(STAMP) ## Compare with the reference on the published checkpoints (needs the hub or its cache)
 	$(BIN)/python -m pytest -m hub $(ARGS)
 
-soak: $(STAMP) ## Run the engine for a minute (KRONOS_SOAK_SECONDS=60) and watch its memory
+soak: $(STAMP) ## Run the engine for a minute (KRONOS_SOAK_SECONDS=60), watch its memory and its peak
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 clean: ## Remove the environment and all caches

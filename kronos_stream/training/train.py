@@ -29,13 +29,14 @@ def train(
     device = _device(settings.device)
     processes = join(device)
     try:
-        data = _data(settings, out, processes)
         torch.manual_seed(settings.seed)  # so that all processes start from the same weights
         run: StageRun = (
             TokenizerRun(settings, device, processes)
             if stage == "tokenizer"
             else PredictorRun(settings, device)
         )
+        # After the networks: a checkpoint that cannot be loaded leaves no folder behind.
+        data = _data(settings, out, processes)
         trainer = Trainer(
             run, data, settings, out, device=device, processes=processes, report=report
         )

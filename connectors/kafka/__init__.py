@@ -1,0 +1,1 @@
+"""Kafka: forecasts out."""

@@ -1,0 +1,1 @@
+"""The daemon: candles in, forecasts out, for months."""

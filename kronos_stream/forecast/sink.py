@@ -1,0 +1,69 @@
+"""Where records go: what a sink is to the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, NamedTuple, Protocol
+
+from kronos_stream.market.clock import Clock
+
+Kind = Literal["forecast", "deadletter"]
+
+
+class Record(NamedTuple):
+    """One message on its way to one sink."""
+
+    sequence: int
+    """Its place in the outbox; grows."""
+    kind: Kind
+    key: str
+    """The series' name, the Kafka key."""
+    value: bytes
+    """JSON."""
+    headers: tuple[tuple[str, bytes], ...]
+    """CloudEvents attributes, binary mode."""
+    created: int
+    """UTC ms when it was put into the outbox."""
+
+
+class Refusal(NamedTuple):
+    """A record that the sink will never take."""
+
+    record: Record
+    reason: str
+
+
+class SinkUnavailable(Exception):  # noqa: N818
+    """Not delivered, or not known to be: everything given must be given again."""
+
+
+class Sink(Protocol):
+    """Delivers records at least once, in order per key."""
+
+    name: str
+
+    async def start(self) -> None:
+        """Make ready; SinkUnavailable if the other side is not there, and then again later."""
+
+    async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
+        """Return once each record is acknowledged or refused for good; bounded in time.
+
+        SinkUnavailable if any is neither: then some may have arrived, and all come again.
+        """
+
+    async def close(self) -> None:
+        """Let go; bounded in time. Nothing given but unacknowledged counts as delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkConnector:
+    """What an entry point of the group ``kronos_stream.sinks`` names.
+
+    Its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
+    """
+
+    options: type[Any]
+    """A pydantic model, every field with a default or a clear error."""
+    build: Callable[[Any, Clock, Random], Sink]

@@ -1,0 +1,63 @@
+"""Candles as they travel: from a connector to the tape, and as the tape keeps them."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import NamedTuple
+
+from kronos_stream.market.series import Series
+
+MAX_FLOAT32 = 3.4028234e38
+"""Larger numbers do not fit the model's arithmetic."""
+
+
+class Candle(NamedTuple):
+    """One bar: opens at ``time``, UTC ms; prices, volume in base units, amount in quote units.
+
+    ``amount`` is None where the venue does not report it.
+    """
+
+    time: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    amount: float | None = None
+
+    def fault(self) -> str | None:
+        """Why this candle cannot be: one clause for people, or None."""
+        _, opened, high, low, close, volume, amount = self
+        numbers = (opened, high, low, close, volume, 0.0 if amount is None else amount)
+        if not all(isfinite(number) and abs(number) <= MAX_FLOAT32 for number in numbers):
+            return "a value is not a finite float32"
+        if low <= 0:
+            return f"low {low:g} is not a price"
+        if high < low or not low <= opened <= high or not low <= close <= high:
+            return f"high {high:g} and low {low:g} do not enclose open {opened:g}, close {close:g}"
+        if volume < 0 or (amount is not None and amount < 0):
+            return "volume or amount is negative"
+        return None
+
+
+class Update(NamedTuple):
+    """What a connector says of a bar: its candle so far, or its last word on it."""
+
+    series: Series
+    candle: Candle
+    closed: bool
+    """True where the venue itself says that the bar is final."""
+    received: int
+    """UTC ms by the daemon's clock."""
+
+
+class Bar(NamedTuple):
+    """A closed bar on the tape."""
+
+    candle: Candle
+    revision: int = 0
+    """How often the venue changed it after its close."""
+    synthetic: bool = False
+    """True where the venue has no such bar: flat, without volume."""
+    received: int = 0
+    """UTC ms when its present content arrived."""

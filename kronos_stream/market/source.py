@@ -41,11 +41,13 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """The daemon's side of a source. Both calls return at once and never fail for bad data."""
+    """The daemon's side of a source. Every call returns at once and never fails for bad data."""
 
     update: Callable[[Update], None]
     reject: Callable[[Series | None, str, bytes], None]
     """A frame or candle that cannot be: series if known, reason, the raw bytes."""
+    note: Callable[[str], None]
+    """Something worth counting, in two words at most: "connected", "lost", "rate limited"."""
 
 
 class Source(Protocol):

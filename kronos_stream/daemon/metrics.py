@@ -1,0 +1,57 @@
+"""What the daemon counts and times, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """One daemon's counters; a registry of its own, so that tests do not share them."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+
+        def counter(name: str, about: str, *labels: str) -> Counter:
+            return Counter(f"kronos_{name}", about, labels, registry=registry)
+
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(f"kronos_{name}", about, labels, registry=registry)
+
+        def histogram(name: str, about: str, *labels: str) -> Histogram:
+            return Histogram(f"kronos_{name}", about, labels, buckets=_SECONDS, registry=registry)
+
+        self.updates = counter("updates", "Candle updates received", "venue")
+        self.rejected = counter("rejected", "Frames and candles that cannot be", "venue")
+        self.source_events = counter("source_events", "What sources note", "venue", "event")
+        self.bars = counter("bars", "Closed bars put on the tape", "venue", "timeframe")
+        self.revisions = counter("revisions", "Closed bars changed by the venue", "venue", "age")
+        self.gaps = counter("gaps", "Holes seen in what a venue pushed", "venue")
+        self.backfills = counter("backfills", "Requests for missing bars", "venue", "result")
+        self.synthetic = counter("synthetic_bars", "Bars the venue does not have", "venue")
+        self.silent = gauge("silent_series", "Series of which nothing is heard", "venue")
+        self.held = gauge("held_series", "Series waiting for missing bars", "venue")
+        self.outcomes = counter("outcomes", "What became of due bars", "result", "reason")
+        self.batch_series = Histogram(
+            "kronos_batch_series",
+            "Series per batch",
+            buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+            registry=registry,
+        )
+        self.received = histogram("close_to_received_seconds", "Bar close to its last word")
+        self.batched = histogram("received_to_batched_seconds", "Last word to the worker")
+        self.computed = histogram("compute_seconds", "A batch in the worker")
+        self.published = histogram("received_to_published_seconds", "Last word to delivery", "sink")
+        self.queued = gauge("queue_depth", "Items waiting", "queue")
+        self.outbox_age = gauge("outbox_age_seconds", "Age of the oldest undelivered", "sink")
+        self.delivered = counter("delivered", "Records acknowledged", "sink", "kind")
+        self.refused = counter("refused", "Records a sink will never take", "sink")
+        self.expired = counter("expired", "Records too old to deliver, dropped", "sink")
+        self.sink_failures = counter("sink_failures", "Deliveries to try again", "sink")
+        self.worker_restarts = counter("worker_restarts", "Workers replaced", "cause")
+        self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes")
+
+    def render(self) -> bytes:
+        """The text that Prometheus reads."""
+        return generate_latest(self.registry)

@@ -34,7 +34,7 @@ def uniforms(keys: Tensor, first_path: int, paths: int, steps: int) -> Tensor:
     step = torch.arange(steps, device=device).view(-1, 1, 1)
     path = torch.arange(first_path, first_path + paths, device=device)
     k0, k1, c2, c3 = (keys[:, i].view(1, -1, 1) for i in range(4))
-    shape = torch.broadcast_shapes(step.shape, k0.shape, path.shape)
+    shape = steps, len(keys), paths
     words = philox((path.expand(shape), step.expand(shape), c2, c3), (k0, k1))
     return torch.stack([_unit_interval(word) for word in words[:2]], dim=1)
 

@@ -6,8 +6,12 @@ The fixtures in ``data/parity`` were made with the reference implementation
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Callable, Sequence
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
+from kronos_stream.testing.apache import ApacheKafka
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,3 +100,61 @@ def _walk(length: int, random: np.random.Generator, series: str | None) -> Conte
     values = np.stack((opened, high, low, close, volume, volume * close), axis=1)
     times = 1_700_000_100_000 + 300_000 * np.arange(length)
     return Context(values, times, series=series, timeframe="5m")
+
+
+# Apache Kafka. Where it cannot run, the tests that ask for it are skipped, and say so; with
+# KRONOS_REQUIRE_KAFKA=1, as in CI, they fail instead.
+
+_POM = Path(__file__).parent / "kafka" / "pom.xml"
+_BUILD = Path(__file__).parents[1] / "build" / "kafka"
+
+
+@pytest.fixture(scope="session")
+def kafka_jars() -> Path:
+    """Apache Kafka's jars: those of KAFKA_HOME, or Maven's, fetched once."""
+    if shutil.which("java") is None:
+        _do_without_kafka("no java on PATH")
+    if home := os.environ.get("KAFKA_HOME"):
+        return Path(home) / "libs"
+    libs = _BUILD / "libs"
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    with (_BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test runs may fetch them, too
+        complete = _BUILD / "complete"
+        if not complete.exists() or complete.stat().st_mtime < _POM.stat().st_mtime:
+            shutil.rmtree(libs, ignore_errors=True)
+            _fetch(libs)
+            complete.touch()
+    return libs
+
+
+@pytest.fixture(scope="session")
+def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKafka]:
+    """One node of Apache Kafka, shared: nobody stops it, and each test has its own topics."""
+    with ApacheKafka(kafka_jars, tmp_path_factory.mktemp("kafka")) as broker:
+        yield broker
+
+
+@pytest.fixture
+def topic_prefix(tmp_path: Path) -> str:
+    """A prefix for the topics of one test; no other's folder has its name."""
+    return tmp_path.name
+
+
+def _fetch(libs: Path) -> None:
+    command = ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies"]
+    if shutil.which("mvn") is None:
+        _do_without_kafka("no mvn on PATH, and KAFKA_HOME not set")
+    try:
+        subprocess.run(  # noqa: S603
+            [*command, f"-DoutputDirectory={libs}"], check=True, capture_output=True, timeout=240
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = (error.stdout or b"").decode(errors="replace").strip().splitlines()
+        _do_without_kafka(f"Maven did not fetch it ({said[0] if said else error})")
+
+
+def _do_without_kafka(reason: str) -> None:
+    if os.environ.get("KRONOS_REQUIRE_KAFKA") == "1":
+        pytest.fail(f"no Apache Kafka: {reason}")
+    pytest.skip(f"not tested with Apache Kafka: {reason}")

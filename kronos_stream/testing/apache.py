@@ -1,0 +1,244 @@
+"""Apache Kafka itself, from a folder of its jars: one node or several, to be killed at will.
+
+Needs Java 17. The jars are those of ``org.apache.kafka:kafka_2.13`` and what it depends on, or the
+folder ``libs`` of a Kafka distribution. Each node is broker and controller (KRaft), takes about
+350 MB and is up in two to four seconds. All calls block; from a coroutine use a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from confluent_kafka import KafkaException, Producer
+
+_CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
+_JVM = (
+    *("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
+    *("-Dlog4j2.level=WARN", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"),
+)
+_SETTINGS = {
+    "auto.create.topics.enable": "false",
+    "group.initial.rebalance.delay.ms": "0",
+    "offsets.topic.num.partitions": "4",
+    "log.cleaner.dedupe.buffer.size": "4194304",  # by default half of our heap
+    "log.index.size.max.bytes": "1048576",
+    # A killed node is noticed in seconds, so that tests of failover take no longer.
+    "broker.heartbeat.interval.ms": "500",
+    "broker.session.timeout.ms": "3000",
+}
+_READY_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+
+
+class KafkaFailed(Exception):  # noqa: N818
+    """Java or the jars are missing, or a node did not come up; says where its log is."""
+
+
+@dataclass(slots=True)
+class _Node:
+    folder: Path
+    client: int
+    internal: int
+    controller: int
+    process: subprocess.Popen[bytes] | None = None
+    guard: subprocess.Popen[bytes] | None = None
+
+
+class ApacheKafka:
+    """A cluster in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
+
+    jars: folder of Kafka's jars.
+    users: passwords by name; clients must then log in by SASL/PLAIN (without TLS).
+    settings: lines of ``server.properties`` in place of our own or Kafka's.
+    """
+
+    def __init__(
+        self,
+        jars: Path,
+        folder: Path,
+        nodes: int = 1,
+        *,
+        users: Mapping[str, str] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
+        if shutil.which("java") is None:
+            raise KafkaFailed("no java on PATH: Kafka needs Java 17 or later")
+        if not any(jars.glob("kafka_2.13-*.jar")):
+            raise KafkaFailed(f"{jars}: no kafka_2.13 jar there")
+        self._jars = jars
+        ports = iter(_free_ports(3 * nodes))
+        self._nodes = [
+            _Node(folder / f"node-{n}", next(ports), next(ports), next(ports)) for n in range(nodes)
+        ]
+        self.bootstrap = ",".join(f"127.0.0.1:{node.client}" for node in self._nodes)
+        """Addresses for ``bootstrap.servers``; they stay the same through restarts."""
+        for n in range(nodes):
+            self._configure(n, users or {}, settings or {})
+
+    def start(self, *numbers: int) -> None:
+        """Start the nodes, all without a number, and wait until they serve.
+
+        Data of an earlier run in the folder are kept. Raises KafkaFailed.
+        """
+        chosen = [self._nodes[n] for n in numbers or range(len(self._nodes))]
+        self._format([node for node in chosen if not (node.folder / "data").exists()])
+        for node in chosen:
+            with (node.folder / "server.log").open("ab") as log:
+                node.process = self._java("kafka.Kafka", node.folder / "server.properties", log=log)
+            # Ends a node whose tests were killed: the pipe closes with this process.
+            node.guard = subprocess.Popen(  # noqa: S603
+                ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(node.process.pid)],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+            )
+        self._wait_until_ready(chosen)
+
+    def kill(self, *numbers: int) -> None:
+        """End nodes, all without a number, with SIGKILL: no farewell to anyone."""
+        for n in numbers or range(len(self._nodes)):
+            self._end(self._nodes[n], 0)
+
+    def stop(self, *numbers: int) -> None:
+        """End nodes, all without a number, in good order, or after 20 s by force."""
+        chosen = [self._nodes[n] for n in numbers or range(len(self._nodes))]
+        for node in chosen:
+            if node.process is not None:
+                node.process.terminate()
+        for node in chosen:
+            self._end(node, _STOP_SECONDS)
+
+    def close(self) -> None:
+        """End all nodes by force; their folders remain."""
+        self.kill()
+
+    def number(self, port: int) -> int:
+        """Which node clients reach at ``port``."""
+        return [node.client for node in self._nodes].index(port)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.start()
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _configure(self, n: int, users: Mapping[str, str], settings: Mapping[str, str]) -> None:
+        node, copies = self._nodes[n], str(min(3, len(self._nodes)))
+        entries = {
+            "process.roles": "broker,controller",
+            "node.id": str(n + 1),
+            "controller.quorum.voters": ",".join(
+                f"{i}@127.0.0.1:{peer.controller}" for i, peer in enumerate(self._nodes, 1)
+            ),
+            "listeners": f"CLIENT://127.0.0.1:{node.client},"
+            f"INTERNAL://127.0.0.1:{node.internal},CONTROLLER://127.0.0.1:{node.controller}",
+            "listener.security.protocol.map": "INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT,CLIENT:"
+            + ("SASL_PLAINTEXT" if users else "PLAINTEXT"),
+            "inter.broker.listener.name": "INTERNAL",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": str(node.folder / "data"),
+            "offsets.topic.replication.factor": copies,
+            "transaction.state.log.replication.factor": copies,
+            **_SETTINGS,
+        }
+        if users:
+            names = " ".join(f'user_{name}="{password}"' for name, password in users.items())
+            entries |= {
+                "listener.name.client.sasl.enabled.mechanisms": "PLAIN",
+                "listener.name.client.plain.sasl.jaas.config": "org.apache.kafka.common.security"
+                f".plain.PlainLoginModule required {names};",
+            }
+        lines = (f"{name}={value}\n" for name, value in (entries | dict(settings)).items())
+        node.folder.mkdir(parents=True, exist_ok=True)
+        (node.folder / "server.properties").write_text("".join(lines), "utf-8")
+
+    def _format(self, nodes: list[_Node]) -> None:
+        formatting = []
+        for node in nodes:
+            with (node.folder / "format.log").open("wb") as log:
+                properties = node.folder / "server.properties"
+                formatting.append(
+                    self._java(
+                        "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", properties,
+                        log=log,
+                    )
+                )  # fmt: skip
+        for node, process in zip(nodes, formatting, strict=True):
+            if process.wait(_READY_SECONDS) != 0:
+                raise KafkaFailed(f"storage not formatted; see {node.folder / 'format.log'}")
+
+    def _java(self, *command: str | Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C is for the tests, which then end their nodes.
+        return subprocess.Popen(  # noqa: S603
+            ["java", *_JVM, "-cp", f"{self._jars}/*", *command],  # noqa: S607
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def _wait_until_ready(self, nodes: list[_Node]) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        running = sum(node.process is not None for node in self._nodes)
+        for node in nodes:
+            while _members(node.internal) < running:
+                ended = node.process is None or node.process.poll() is not None
+                if ended or time.monotonic() > deadline:
+                    raise KafkaFailed(f"a node did not come up; see {node.folder / 'server.log'}")
+                time.sleep(0.1)
+
+    def _end(self, node: _Node, patience: float) -> None:
+        if node.process is None:
+            return
+        try:
+            node.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.process.wait()
+        if node.guard is not None:
+            node.guard.kill()
+            node.guard.communicate()  # closes the pipe, too
+        node.process = node.guard = None
+
+
+def _members(port: int) -> int:
+    """How many brokers the one at ``port`` knows; 0 while it does not answer."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)):
+            return 0
+    client = Producer({"bootstrap.servers": f"127.0.0.1:{port}", "log_level": 0})
+    try:
+        return len(client.list_topics(timeout=1).brokers)
+    except KafkaException:
+        return 0
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports free now, and not the kernel's to give to others while a node is down."""
+    ports: list[int] = []
+    for step in range(10_000):
+        port = 20_000 + (os.getpid() * 37 + step) % 10_000
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):  # nobody listens
+                ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise KafkaFailed("no free ports from 20000 to 30000")

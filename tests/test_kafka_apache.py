@@ -1,0 +1,63 @@
+"""Apache Kafka as our tests run it: killed, it comes back with its data; orphaned, it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from kronos_stream.testing.apache import ApacheKafka, KafkaFailed
+
+
+def test_a_killed_node_comes_back_with_its_data(kafka_jars: Path, tmp_path: Path) -> None:
+    with ApacheKafka(kafka_jars, tmp_path) as kafka:
+        admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+        admin.create_topics([NewTopic("t", num_partitions=3)])["t"].result(10)
+        kafka.kill()
+        kafka.start()
+        topics = Producer({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
+        assert len(topics["t"].partitions) == 3
+
+
+def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from kronos_stream.testing.apache import ApacheKafka\n"
+        f"kafka = ApacheKafka(Path({str(kafka_jars)!r}), Path({str(tmp_path)!r})); kafka.start()\n"
+        "print(kafka._nodes[0].process.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603
+    assert owner.stdout is not None
+    node = int(owner.stdout.readline())
+    os.kill(node, 0)  # it runs
+    owner.send_signal(signal.SIGKILL)
+    owner.communicate()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{node}").exists() and not _is_zombie(node):
+        assert time.monotonic() < deadline, "the node still runs"
+        time.sleep(0.05)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Ended, but not yet waited for: where process 1 of a container does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KafkaFailed, match="no kafka_2"):
+        ApacheKafka(tmp_path, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KafkaFailed, match="no java"):
+        ApacheKafka(tmp_path, tmp_path)

@@ -53,20 +53,25 @@ def summarise_closes(closes: NDArray[np.floating], last: float, probs: Sequence[
         raise ValueError("paths hold NaN or infinite closes")
     final = closes[:, -1].astype(np.float64)
     returns = final / last - 1 if last > 0 else None
-    tail = _return_quantile(returns, _TAIL)
+    known = _return_quantiles(returns, [*probs, _TAIL])
+    tail = known[_TAIL]
     return Summary(
         p_up=float(np.mean(final > last)),
         expected_return=None if returns is None else float(returns.mean()),
-        return_quantiles={quantile_name(p): _return_quantile(returns, p) for p in probs},
+        return_quantiles={quantile_name(p): known[p] for p in probs},
         volatility=_volatility(closes, last),
         value_at_risk_95=None if tail is None else -tail,
     )
 
 
-def _return_quantile(returns: NDArray[np.float64] | None, p: float) -> float | None:
-    if returns is None or len(returns) < required_paths(p):
-        return None
-    return float(weibull_quantiles(returns, [p])[0])
+def _return_quantiles(
+    returns: NDArray[np.float64] | None, probs: Sequence[float]
+) -> dict[float, float | None]:
+    found: dict[float, float | None] = dict.fromkeys(probs)
+    if returns is not None:
+        supported = [p for p in probs if len(returns) >= required_paths(p)]
+        found |= zip(supported, weibull_quantiles(returns, supported).tolist(), strict=True)
+    return found
 
 
 def _volatility(closes: NDArray[np.floating], last: float) -> float | None:

@@ -1,0 +1,92 @@
+"""What a message says of the bars ahead: bands of five channels, and a summary.
+
+Numbers are those of float32, the precision of the paths, and are written with the fewest digits
+that name them: 62145.37, not 62145.37109375. So messages are small, and who draws the same paths
+again finds the same digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from kronos_stream.forecast.quantiles import quantile_name, weibull_quantiles
+from kronos_stream.forecast.summary import CLOSE, Summary, summarise
+
+CHANNELS = ("open", "high", "low", "close", "volume")
+"""What is published of a candle, in the order of its columns."""
+
+_OPEN, _HIGH, _LOW, _VOLUME = 0, 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """One series' forecast in plain numbers, price units."""
+
+    times: list[int]
+    """Opens of the bars ahead, UTC ms."""
+    channels: dict[str, dict[str, list[float]]]
+    """By channel: the mean and the quantiles by name (``q05``), one number per bar ahead."""
+    summary: Summary
+    repaired: int
+    """How many candles, of all steps of all paths, had to be made possible."""
+    paths: list[list[float]] | None = None
+    """Closes of every path, if asked for."""
+
+
+def outlook(
+    paths: NDArray[np.float32],
+    times: Sequence[int] | NDArray[np.int64],
+    last: float,
+    probs: Sequence[float],
+    *,
+    keep_paths: bool = False,
+) -> Outlook:
+    """What ``paths`` (paths, horizon, 6) say, after :func:`repair`.
+
+    times: (horizon,) bar opens, UTC ms. last: close of the origin bar. probs: of the quantiles.
+    Raises ValueError where the paths are not all finite, or too few for ``probs``.
+    """
+    if not np.isfinite(paths).all():
+        raise ValueError("paths hold NaN or infinite values")
+    candles, repaired = repair(paths)
+    mean = candles.mean(axis=0, dtype=np.float64)
+    bands = np.concatenate((mean[None], weibull_quantiles(candles, probs)))
+    names = ("mean", *map(quantile_name, probs))
+    by_channel = _short(bands.transpose(2, 0, 1))
+    return Outlook(
+        times=[int(time) for time in times],
+        channels={
+            channel: dict(zip(names, rows, strict=True))
+            for channel, rows in zip(CHANNELS, by_channel, strict=True)
+        },
+        summary=summarise(candles, last, probs),
+        repaired=repaired,
+        paths=_short(candles[..., CLOSE]) if keep_paths else None,
+    )
+
+
+def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
+    """Candles (paths, horizon, 5) that can be, and how many of them were changed for it.
+
+    The model draws channels side by side: a high may come out below the close. High becomes at
+    least open and close, low at most, volume at least 0; open and close stay as drawn.
+    """
+    drawn = paths[..., : len(CHANNELS)]
+    candles = drawn.copy()
+    body = candles[..., (_OPEN, CLOSE)]
+    np.maximum(candles[..., _HIGH], body.max(axis=-1), out=candles[..., _HIGH])
+    np.minimum(candles[..., _LOW], body.min(axis=-1), out=candles[..., _LOW])
+    np.maximum(candles[..., _VOLUME], 0, out=candles[..., _VOLUME])
+    return candles, int((candles != drawn).any(axis=-1).sum())
+
+
+def _short(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists as deep as the array
+    """Nested lists of the nearest float32 of each, as the float of fewest digits that names it."""
+    exact = np.ascontiguousarray(numbers, np.float32)
+    return orjson.loads(orjson.dumps(exact, option=orjson.OPT_SERIALIZE_NUMPY))

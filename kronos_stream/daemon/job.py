@@ -1,0 +1,176 @@
+"""What the daemon and its worker process say to each other, and how it is framed.
+
+Both ends are this program and share one socket, so frames are a length and a pickle. Nothing here
+imports torch: the event loop's process needs these words too.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kronos_stream.forecast.outlook import Outlook
+
+LENGTH = struct.Struct("<Q")
+"""What goes before each frame: how many bytes it has."""
+
+_CLOSE, _VOLUME, _AMOUNT = 3, 4, 5
+
+_SMALL_SPREAD = 1e-3
+"""Closes that deviate by less drown in the 1e-5 that the model adds to the deviation."""
+
+_ULP = 2.0**-24
+"""Half the distance of float32 neighbours, relatively: what a flat price may be said to move."""
+
+_LARGEST = 2.0**56
+"""Scaled turnover stays below: the model's normalisation squares it and adds up, in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker draws; fixed for its life."""
+
+    model: str
+    tokenizer: str | None = None
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    max_context: int | None = None
+    """Bars; None takes what the checkpoint was trained on."""
+    lookback: int = 488
+    horizon: int = 24
+    paths: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.9
+    seed: int = 0
+    anchor: bool = True
+    quantiles: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
+    keep_paths: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who forecasts, for messages: what was loaded, and where it computes."""
+
+    model: str
+    revision: str | None
+    """Commit on the hub; of a folder, the digest of its weights."""
+    tokenizer: str
+    tokenizer_revision: str | None
+    device: str
+    dtype: str
+    max_context: int
+    engine: str
+    """Version of this program."""
+
+
+class Task(NamedTuple):
+    """One context to forecast from, in the venue's units."""
+
+    series: str
+    timeframe: str
+    values: NDArray[np.float32]  # (L, 5 | 6)
+    times: NDArray[np.int64]  # (L,) UTC ms
+    last: float
+
+
+class Load(NamedTuple):
+    """The daemon's first word: load the model."""
+
+    plan: Plan
+    measure: bool
+    """Whether to time a forecast, so that batches can be sized."""
+
+
+class Job(NamedTuple):
+    """A piece of a batch; its last piece starts the work."""
+
+    tasks: list[Task]
+    complete: bool
+
+
+class Ready(NamedTuple):
+    """The model is loaded."""
+
+    identity: Identity
+    series: int
+    """How many series were forecast to measure, 0 if none."""
+    seconds: float
+    """How long they took."""
+
+
+class Refused(NamedTuple):
+    """The plan cannot be carried out; the user can mend it."""
+
+    reason: str
+
+
+class Drawn(NamedTuple):
+    """A task's forecast, in the venue's units."""
+
+    outlook: Outlook
+    scale: float
+    """What prices were multiplied with for the model."""
+
+
+class Failed(NamedTuple):
+    """A task that cannot be forecast, whatever the others are."""
+
+    reason: str
+
+
+class Done(NamedTuple):
+    """A piece of a batch's results, in the tasks' order."""
+
+    results: list[Drawn | Failed]
+    complete: bool
+    seconds: float
+    """What the whole batch took in the worker."""
+
+
+def frame(message: Load | Job | Ready | Refused | Done) -> bytes:
+    """``message`` as it goes over the socket."""
+    body = pickle.dumps(message, protocol=5)
+    return LENGTH.pack(len(body)) + body
+
+
+def unframe(body: bytes) -> Any:  # noqa: ANN401 - whoever reads knows what may come
+    """What :func:`frame` put behind the length."""
+    return pickle.loads(body)  # noqa: S301 - of our own other half
+
+
+def price_scale(values: NDArray[np.float32]) -> float:
+    """The power of two that lifts prices which hardly move above the model's constant; mostly 1.
+
+    values: (L, 5 | 6) as of a context. The deviation of the closes times the scale is between 1
+    and 2, except where the turnover would leave float32. Powers of two lose no bit.
+    """
+    closes = values[:, _CLOSE].astype(np.float64)
+    spread = max(float(closes.std()), abs(float(closes[-1])) * _ULP)
+    if not 0 < spread < _SMALL_SPREAD:
+        return 1.0
+    if values.shape[1] > _AMOUNT:
+        turnover = float(values[:, _AMOUNT].max())
+    else:
+        turnover = float((values[:, _VOLUME].astype(np.float64) * closes).max())
+    exponent = -math.floor(math.log2(spread))
+    if turnover > 0:
+        exponent = min(exponent, math.floor(math.log2(_LARGEST / turnover)))
+    return 2.0 ** max(exponent, 0)
+
+
+def in_scale(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+    """Prices and amounts of ``values`` (…, 5 | 6) times ``scale``; volumes as they are."""
+    if scale == 1:
+        return values
+    factors = np.full(values.shape[-1], scale, np.float32)
+    factors[_VOLUME] = 1
+    return values * factors

@@ -1,0 +1,275 @@
+"""Records to Kafka: acknowledged by all in-sync replicas, in order per key, or given back.
+
+aiokafka batches by itself, but then nobody knows which record a broker refused, and whatever
+followed it in the same partition fails with OutOfOrderSequenceNumber or, worse, arrives before it.
+So the batches are made here: one per partition at a time, the next one once it is acknowledged.
+A refused batch is sent again record by record, by a new producer, whose sequence starts afresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    InvalidTimestampError,
+    KafkaConnectionError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    ProducerClosed,
+    RecordListTooLargeError,
+    RecordTooLargeError,
+    UnsupportedForMessageFormatError,
+)
+from aiokafka.partitioner import DefaultPartitioner
+
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import of_kind
+from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.market.clock import Clock
+
+_log = structlog.get_logger()
+
+_REFUSED = (
+    InvalidTimestampError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    RecordTooLargeError,
+    UnsupportedForMessageFormatError,
+)
+"""What a broker says of a record that it will never take."""
+
+_BATCH_BYTES = 512 * 1024  # half of what a broker takes unless told otherwise
+_RECORD_OVERHEAD = 64  # bytes of lengths and numbers around a record, at most
+_REQUEST_MS = 10_000
+_CLOSE_SECONDS = 2.0
+
+
+class _Lane:
+    """What goes to one partition, in order."""
+
+    def __init__(self, topic: str, partition: int) -> None:
+        self.topic, self.partition = topic, partition
+        self.waiting: deque[Record] = deque()
+        self.singly = 0
+        """How many of the next are to be sent alone, for one among them is refused."""
+
+    def fill(self, batch: Any) -> int:  # noqa: ANN401 - aiokafka has no types
+        """Put the next records into ``batch``: how many."""
+        count = 0
+        for record in self.waiting:
+            added = batch.append(
+                timestamp=record.created,
+                key=record.key.encode(),
+                value=record.value,
+                headers=list(record.headers),
+            )
+            if added is None:
+                break
+            count += 1
+            if self.singly:
+                break
+        return count
+
+    def acknowledged(self, count: int) -> None:
+        for _ in range(count):
+            self.waiting.popleft()
+        self.singly = max(0, self.singly - count)
+
+    def refused(self, count: int) -> Record | None:
+        """The culprit, if it was alone."""
+        if count > 1:
+            self.singly = count
+            return None
+        culprit = self.waiting[0]
+        self.acknowledged(1)
+        return culprit
+
+
+class KafkaSink:
+    """One idempotent producer at a time, replaced whenever there is doubt about it."""
+
+    name = "kafka"
+
+    def __init__(self, options: KafkaOptions) -> None:
+        self._options = options
+        self._topics = of_kind(options.topic_prefix)
+        self._partition = DefaultPartitioner()  # the one of Kafka's own clients
+        self._producer: Any = None
+        self._said = _listen()
+
+    async def start(self) -> None:
+        """Connect, and see that the topics are there."""
+        await self._bounded(self._connected())
+
+    async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
+        refusals = {r.sequence: r for r in map(self._unfit, records) if r is not None}
+        fit = [record for record in records if record.sequence not in refusals]
+        if fit:
+            refusals |= await self._bounded(self._send(fit))
+        return [refusals[sequence] for sequence in sorted(refusals)]
+
+    async def close(self) -> None:
+        """Nothing is on its way between deliveries, so nothing is flushed."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _abandon(producer)
+
+    async def _bounded(self, work: Any) -> Any:  # noqa: ANN401 - whatever ``work`` gives
+        """The result of ``work``; if it fails or is cancelled, the producer goes with it."""
+        self._said.last = ""
+        try:
+            async with asyncio.timeout(self._options.delivery_seconds):
+                return await work
+        except (KafkaError, OSError, TimeoutError, SinkUnavailable) as error:
+            await self.close()
+            if isinstance(error, SinkUnavailable):
+                raise
+            raise SinkUnavailable(self._explain(error)) from error
+        except BaseException:
+            await self.close()
+            raise
+
+    def _explain(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            what = f"no acknowledgement in {self._options.delivery_seconds:g} s"
+        elif isinstance(error, KafkaConnectionError) and self._said.last:
+            return self._said.last  # which address, and why
+        else:
+            what = str(error)
+        return f"{what} ({self._said.last})" if self._said.last else what
+
+    def _unfit(self, record: Record) -> Refusal | None:
+        size = _RECORD_OVERHEAD + len(record.key.encode()) + len(record.value)
+        size += sum(_RECORD_OVERHEAD + len(name) + len(value) for name, value in record.headers)
+        limit = self._options.max_record_bytes
+        if size > limit:
+            return Refusal(record, f"{size:,} bytes, over the limit of {limit:,}")
+        if not 0 <= record.created < 2**63:
+            return Refusal(record, f"{record.created} is no timestamp")
+        return None
+
+    async def _connected(self) -> Any:  # noqa: ANN401 - aiokafka has no types
+        if self._producer is not None:
+            return self._producer
+        options = self._options
+        self._producer = producer = AIOKafkaProducer(
+            **options.connection(),
+            enable_idempotence=True,
+            acks="all",
+            compression_type=None if options.compression == "none" else options.compression,
+            max_batch_size=_BATCH_BYTES,
+            max_request_size=max(_BATCH_BYTES, options.max_record_bytes) + _RECORD_OVERHEAD,
+            request_timeout_ms=_REQUEST_MS,
+        )
+        await producer.start()
+        cluster = await producer.client.fetch_all_metadata()
+        names = [name for topics in self._topics.values() for name in topics]
+        if missing := sorted(set(names) - set(cluster.topics())):
+            raise SinkUnavailable(
+                f"no topic {', '.join(missing)}, or no right to see it; "
+                "to create what is missing: kronos-stream topics create"
+            )
+        producer.client.set_topics(names)
+        _log.info("connected to kafka", brokers=len(cluster.brokers()))
+        return producer
+
+    async def _send(self, records: Sequence[Record]) -> dict[int, Refusal]:
+        lanes = await self._lanes(records)
+        refusals: dict[int, Refusal] = {}
+        while lanes:
+            producer = await self._connected()
+            if await self._round(producer, lanes, refusals):
+                await self.close()  # its sequence numbers have run ahead of the broker's
+            lanes = [lane for lane in lanes if lane.waiting]
+        return refusals
+
+    async def _lanes(self, records: Sequence[Record]) -> list[_Lane]:
+        producer = await self._connected()
+        lanes: dict[tuple[str, int], _Lane] = {}
+        for record in records:
+            for topic in self._topics[record.kind]:
+                partitions = sorted(await producer.partitions_for(topic))
+                place = topic, self._partition(record.key.encode(), partitions, None)
+                lanes.setdefault(place, _Lane(*place)).waiting.append(record)
+        return list(lanes.values())
+
+    async def _round(
+        self,
+        producer: Any,
+        lanes: Sequence[_Lane],
+        refusals: dict[int, Refusal],  # noqa: ANN401
+    ) -> bool:
+        """Send one batch per lane and wait for all: True if any was refused."""
+        sent: list[tuple[_Lane, int, asyncio.Future[Any]]] = []
+        try:
+            for lane in lanes:
+                batch = producer.create_batch()
+                count = lane.fill(batch)
+                answer = await producer.send_batch(batch, lane.topic, partition=lane.partition)
+                sent.append((lane, count, answer))
+            await asyncio.wait([answer for _, _, answer in sent])
+        finally:
+            for _, _, answer in sent:
+                answer.cancel()  # if we leave early; nobody will ask for it then
+        refused = False
+        failed: BaseException | None = None
+        for lane, count, answer in sent:
+            error = answer.exception()
+            if error is None:
+                lane.acknowledged(count)
+            elif isinstance(error, _REFUSED):
+                refused = True
+                if (culprit := lane.refused(count)) is not None:
+                    refusals[culprit.sequence] = Refusal(culprit, f"refused by the broker: {error}")
+            else:
+                failed = error
+        if failed is not None:
+            raise failed
+        return refused
+
+
+class _Said(logging.Handler):
+    """aiokafka's own messages, of which the last tells why it cannot connect."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        _log.debug("aiokafka", says=message)
+        if record.levelno >= logging.ERROR:
+            self.last = message
+
+
+def _listen() -> _Said:
+    """Take over aiokafka's logger, which in an outage speaks many times a second."""
+    logger = logging.getLogger("aiokafka")
+    for handler in logger.handlers:
+        if isinstance(handler, _Said):
+            return handler
+    said = _Said()
+    logger.addHandler(said)
+    logger.propagate = False
+    return said
+
+
+async def _abandon(producer: Any) -> None:  # noqa: ANN401 - aiokafka has no types
+    """End a producer at once. Its own stop() waits for what can no longer be delivered."""
+    producer._message_accumulator.fail_all(ProducerClosed())  # noqa: SLF001 - nothing to wait for
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await producer.client.close()  # ends the requests on their way
+            await producer.stop()
+    except (KafkaError, OSError, TimeoutError) as error:
+        _log.warning("kafka producer not closed in good order", error=repr(error))
+
+
+def build(options: KafkaOptions, _clock: Clock, _random: Random) -> KafkaSink:
+    """A sink; it connects at its start."""
+    return KafkaSink(options)

@@ -1,0 +1,83 @@
+"""The topics: their names and what they must be like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_stream.forecast.sink import Kind
+from kronos_stream.market.timeframe import Timeframe
+
+_DAY_MS = 86_400_000
+_CANDLE_BARS = 2 * 2_048
+"""Bars of a candle topic that must be there: twice the longest context of any model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as it should be."""
+
+    name: str
+    partitions: int
+    configs: dict[str, str] = field(hash=False)
+
+
+def forecasts(prefix: str) -> str:
+    """Every forecast."""
+    return f"{prefix}.forecasts.v1"
+
+
+def latest(prefix: str) -> str:
+    """The newest forecast of each series: compacted."""
+    return f"{prefix}.forecasts.latest.v1"
+
+
+def deadletter(prefix: str) -> str:
+    """What could not be taken in or sent out, and why."""
+    return f"{prefix}.deadletter.v1"
+
+
+def candles(prefix: str, timeframe: Timeframe) -> str:
+    """Closed bars of one timeframe."""
+    return f"{prefix}.candles.{timeframe}.v1"
+
+
+def of_kind(prefix: str) -> dict[Kind, tuple[str, ...]]:
+    """To which topics a record of each kind goes."""
+    return {
+        "forecast": (forecasts(prefix), latest(prefix)),
+        "deadletter": (deadletter(prefix),),
+    }
+
+
+def wanted(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[Topic]:
+    """The topics that a daemon with these options writes to."""
+    prefix, partitions = options.topic_prefix, options.partitions
+    kept = round(options.retention_days * _DAY_MS)
+    # The broker compresses: that costs the daemon nothing, and every client can read gzip.
+    common = {"compression.type": "gzip"}
+    compacted = {
+        "cleanup.policy": "compact",
+        # Only closed segments are compacted; a reader of the topic should not wait for a week's.
+        "segment.ms": "3600000",
+        "min.cleanable.dirty.ratio": "0.1",
+    }
+    return [
+        Topic(forecasts(prefix), partitions, common | _kept_for(kept)),
+        Topic(latest(prefix), partitions, common | compacted),
+        Topic(deadletter(prefix), partitions, common | _kept_for(max(kept, 30 * _DAY_MS))),
+        *(
+            Topic(candles(prefix, timeframe), partitions, common | _kept_for(_history(timeframe)))
+            for timeframe in timeframes
+        ),
+    ]
+
+
+def _kept_for(milliseconds: int) -> dict[str, str]:
+    return {"cleanup.policy": "delete", "retention.ms": str(milliseconds)}
+
+
+def _history(timeframe: Timeframe) -> int:
+    bar = timeframe.milliseconds
+    return -1 if bar is None else max(_CANDLE_BARS * bar, 7 * _DAY_MS)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -28,6 +28,7 @@ from aiokafka.errors import (
     UnsupportedForMessageFormatError,
 )
 from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.producer.message_accumulator import BatchBuilder
 
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import of_kind
@@ -35,6 +36,7 @@ from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
+_T = TypeVar("_T")
 
 _REFUSED = (
     InvalidTimestampError,
@@ -60,7 +62,7 @@ class _Lane:
         self.singly = 0
         """How many of the next are to be sent alone, for one among them is refused."""
 
-    def fill(self, batch: Any) -> int:  # noqa: ANN401 - aiokafka has no types
+    def fill(self, batch: BatchBuilder) -> int:
         """Put the next records into ``batch``: how many."""
         count = 0
         for record in self.waiting:
@@ -101,7 +103,7 @@ class KafkaSink:
         self._options = options
         self._topics = of_kind(options.topic_prefix)
         self._partition = DefaultPartitioner()  # the one of Kafka's own clients
-        self._producer: Any = None
+        self._producer: AIOKafkaProducer | None = None
         self._said = _listen()
 
     async def start(self) -> None:
@@ -109,7 +111,10 @@ class KafkaSink:
         await self._bounded(self._connected())
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
-        refusals = {r.sequence: r for r in map(self._unfit, records) if r is not None}
+        refusals: dict[int, Refusal] = {}
+        for record in records:
+            if reason := self._unfit(record):
+                refusals[record.sequence] = Refusal(record, reason)
         fit = [record for record in records if record.sequence not in refusals]
         if fit:
             refusals |= await self._bounded(self._send(fit))
@@ -121,7 +126,7 @@ class KafkaSink:
         if producer is not None:
             await _abandon(producer)
 
-    async def _bounded(self, work: Any) -> Any:  # noqa: ANN401 - whatever ``work`` gives
+    async def _bounded(self, work: Coroutine[Any, Any, _T]) -> _T:
         """The result of ``work``; if it fails or is cancelled, the producer goes with it."""
         self._said.last = ""
         try:
@@ -145,17 +150,17 @@ class KafkaSink:
             what = str(error)
         return f"{what} ({self._said.last})" if self._said.last else what
 
-    def _unfit(self, record: Record) -> Refusal | None:
+    def _unfit(self, record: Record) -> str | None:
         size = _RECORD_OVERHEAD + len(record.key.encode()) + len(record.value)
         size += sum(_RECORD_OVERHEAD + len(name) + len(value) for name, value in record.headers)
         limit = self._options.max_record_bytes
         if size > limit:
-            return Refusal(record, f"{size:,} bytes, over the limit of {limit:,}")
+            return f"{size:,} bytes, over the limit of {limit:,}"
         if not 0 <= record.created < 2**63:
-            return Refusal(record, f"{record.created} is no timestamp")
+            return f"{record.created} is no timestamp"
         return None
 
-    async def _connected(self) -> Any:  # noqa: ANN401 - aiokafka has no types
+    async def _connected(self) -> AIOKafkaProducer:
         if self._producer is not None:
             return self._producer
         options = self._options
@@ -202,9 +207,9 @@ class KafkaSink:
 
     async def _round(
         self,
-        producer: Any,
+        producer: AIOKafkaProducer,
         lanes: Sequence[_Lane],
-        refusals: dict[int, Refusal],  # noqa: ANN401
+        refusals: dict[int, Refusal],
     ) -> bool:
         """Send one batch per lane and wait for all: True if any was refused."""
         sent: list[tuple[_Lane, int, asyncio.Future[Any]]] = []
@@ -259,7 +264,7 @@ def _listen() -> _Said:
     return said
 
 
-async def _abandon(producer: Any) -> None:  # noqa: ANN401 - aiokafka has no types
+async def _abandon(producer: AIOKafkaProducer) -> None:
     """End a producer at once. Its own stop() waits for what can no longer be delivered."""
     producer._message_accumulator.fail_all(ProducerClosed())  # noqa: SLF001 - nothing to wait for
     try:

@@ -1,0 +1,194 @@
+"""Writing messages: straight to JSON, since there may be a thousand a second.
+
+What is written here is what :mod:`kronos_stream.forecast.message` reads, to the byte; a test
+holds the two together.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from kronos_stream.forecast.message import (
+    DEAD_LETTER,
+    FORECAST,
+    VOLATILE,
+    Engine,
+    Latency,
+    Model,
+    Sampling,
+)
+from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.market.contexts import Window
+from kronos_stream.market.utc import rfc3339
+
+Headers = tuple[tuple[str, bytes], ...]
+
+SOURCE = "kronos-stream"
+"""The CloudEvents source of all messages."""
+
+MAX_PAYLOAD = 64 * 1024
+"""Bytes of it that a dead letter quotes."""
+
+_MAX_REASON = 2_000
+_DIGEST_BYTES = 16
+_BANDS = ("close", "open", "high", "low", "volume")
+_NOT_INPUTS = {"id", *VOLATILE, *_BANDS, "summary", "repaired", "paths"}
+
+
+class Composed(NamedTuple):
+    """A message ready to be sent."""
+
+    id: str
+    key: str
+    """The series' name; empty for a dead letter without one."""
+    value: bytes
+    """JSON."""
+    headers: Headers
+
+
+class Composer:
+    """Writes the forecasts of one worker: one model, one engine, one way to sample."""
+
+    def __init__(self, model: Model, engine: Engine, sampling: Sampling) -> None:
+        self._made_by = {
+            "model": model.to_dict(),
+            "engine": engine.to_dict(),
+            "sampling": sampling.to_dict(),
+        }
+
+    def forecast(
+        self,
+        window: Window,
+        outlook: Outlook,
+        *,
+        created: int,
+        latency: Latency,
+        scale: float = 1.0,
+    ) -> Composed:
+        """The message that says ``outlook`` of ``window``.
+
+        created: UTC ms. scale: what prices were multiplied with for the model.
+        """
+        series, origin, opens = window.series, window.last, window.times
+        _, opened, high, low, close, volume, _ = origin
+        given = {
+            "series": series.name,
+            "venue": series.venue,
+            "symbol": series.symbol,
+            "timeframe": str(series.timeframe),
+            "origin": rfc3339(origin.time),
+            "revision": window.revision,
+            "valid_until": rfc3339(series.timeframe.after(origin.time, 2)),
+        }
+        moment = rfc3339(created)
+        known = {
+            "degraded": bool(window.reasons),
+            "reasons": window.reasons,
+            **self._made_by,
+            "context": {
+                "bars": len(opens),
+                "first": rfc3339(int(opens[0])),
+                "synthetic": window.synthetic,
+                "amount": "reported" if window.values.shape[1] == 6 else "derived",
+                "digest": context_digest(window.values, opens, scale),
+                "scale": scale,
+            },
+            "last": {"open": opened, "high": high, "low": low, "close": close, "volume": volume},
+            "times": [rfc3339(time) for time in outlook.times],
+        }
+        drawn: dict[str, Any] = {name: outlook.channels[name] for name in _BANDS}
+        drawn["summary"] = outlook.summary.to_dict()
+        drawn["repaired"] = outlook.repaired
+        drawn["latency_ms"] = latency.to_dict()
+        if outlook.paths is not None:
+            drawn["paths"] = outlook.paths
+        message = {"schema": FORECAST, "id": "", **given, "created_at": moment, **known, **drawn}
+        message["id"] = forecast_id(message)
+        return _composed(message, series.name, moment)
+
+
+def dead_letter(
+    what: Literal["frame", "candle", "record"],
+    reason: str,
+    payload: bytes,
+    *,
+    at: int,
+    series: str | None = None,
+    sink: str | None = None,
+) -> Composed:
+    """The message that says why ``payload`` went no further. at: UTC ms."""
+    quoted = payload[:MAX_PAYLOAD]
+    encoding, text = _as_text(quoted)
+    moment = rfc3339(at)
+    message = {
+        "schema": DEAD_LETTER,
+        "id": "",
+        "at": moment,
+        "what": what,
+        "series": series,
+        "reason": reason[:_MAX_REASON],
+        "sink": sink,
+        "payload": text,
+        "encoding": encoding,
+        "truncated": len(payload) > MAX_PAYLOAD,
+    }
+    message["id"] = _digest(orjson.dumps(message))
+    return _composed(message, series or "", moment)
+
+
+def forecast_id(message: Mapping[str, Any]) -> str:
+    """The id of a forecast given as in JSON: a hash of all that its numbers follow from.
+
+    That is every field but ``id``, ``created_at``, ``latency_ms`` and what was drawn; of the
+    latter, which bands there are, and whether there are paths. On a CPU in float32 the same
+    inputs give the same numbers; on a GPU they may differ in a token's worth.
+    """
+    inputs = {name: value for name, value in message.items() if name not in _NOT_INPUTS}
+    inputs["bands"] = list(message["close"])
+    inputs["with_paths"] = message.get("paths") is not None
+    return _digest(orjson.dumps(inputs, option=orjson.OPT_SORT_KEYS))
+
+
+def context_digest(
+    values: NDArray[np.float32], times: NDArray[np.int64], scale: float = 1.0
+) -> str:
+    """Hash of a context: values (L, 5 | 6) row by row, times (L,) and scale, little-endian."""
+    digest = blake2b(np.ascontiguousarray(values, "<f4").data, digest_size=_DIGEST_BYTES)
+    digest.update(np.ascontiguousarray(times, "<i8").data)
+    digest.update(np.float64(scale).astype("<f8").tobytes())
+    return digest.hexdigest()
+
+
+def _composed(message: Mapping[str, Any], key: str, moment: str) -> Composed:
+    """In CloudEvents' binary mode: the attributes are headers, the value is the data."""
+    attributes = {
+        "ce_specversion": "1.0",
+        "ce_id": message["id"],
+        "ce_type": message["schema"],
+        "ce_source": SOURCE,
+        "ce_time": moment,
+        "content-type": "application/json",
+    }
+    headers = tuple((name, value.encode()) for name, value in attributes.items())
+    return Composed(message["id"], key, orjson.dumps(message), headers)
+
+
+def _as_text(payload: bytes) -> tuple[Literal["text", "base64"], str]:
+    """Bytes as JSON can hold them. A character cut in two at the end is left out."""
+    try:
+        return "text", payload.decode()
+    except UnicodeDecodeError as error:
+        if len(payload) == MAX_PAYLOAD and error.start > MAX_PAYLOAD - 4:
+            return "text", payload[: error.start].decode()
+    return "base64", base64.b64encode(payload).decode()
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=_DIGEST_BYTES).hexdigest()

@@ -1,0 +1,210 @@
+"""The truth: bars of every instrument and timeframe, drawn as time goes by."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.testing.exchange.frames import (
+    AMOUNT,
+    CLOSE,
+    FIRST,
+    HIGH,
+    LOW,
+    OPEN,
+    TRADES,
+    VOLUME,
+    as_said,
+)
+from kronos_stream.testing.exchange.instruments import Feed
+
+Floats = npt.NDArray[np.float64]
+
+_DAY_MS = 86_400_000
+_MONDAY_MS = 4 * _DAY_MS  # 1970-01-05
+_LOTS_PER_TRADE = 300
+
+
+def opening(timeframe: Timeframe, moment: int) -> int:
+    """Open, UTC ms, of the bar that ``moment`` falls in: weeks from Monday, months from the 1st."""
+    step = timeframe.milliseconds
+    if step is not None:
+        anchor = _MONDAY_MS if timeframe.unit == "w" else 0
+        return moment - (moment - anchor) % step
+    when = datetime.fromtimestamp(moment // 1000, UTC)
+    year, month = divmod((when.year * 12 + when.month - 1) // timeframe.count * timeframe.count, 12)
+    return int(datetime(year, month + 1, 1, tzinfo=UTC).timestamp()) * 1000
+
+
+class Book:
+    """The newest ``keep`` closed bars of one timeframe, and the one in the making."""
+
+    def __init__(self, timeframe: Timeframe, instruments: int, keep: int) -> None:
+        self.timeframe = timeframe
+        self._keep = keep
+        self._opens: list[int] = []
+        self._bars = np.empty((keep + keep // 4 + 1, instruments, 8))
+        self._making: Floats | None = None
+        self.opened = 0
+        """Open of the bar in the making, UTC ms."""
+
+    @property
+    def closes(self) -> int:
+        return self.timeframe.after(self.opened)
+
+    @property
+    def oldest(self) -> int:
+        return self._opens[0] if self._opens else self.opened
+
+    def add(self, opened: int, length: int, bars: Floats) -> int | None:
+        """Take the base bars (instruments, 8) that opened at ``opened``.
+
+        Returns the open of the bar that they complete, if they do.
+        """
+        if self._making is None or opened >= self.closes:
+            self.opened, self._making = opening(self.timeframe, opened), bars
+        else:
+            self._making = joined(self._making, bars)
+        if opened + length < self.closes:
+            return None
+        finished = self.opened
+        self._append(self._making)
+        self.opened, self._making = self.closes, None
+        return finished
+
+    def _append(self, bars: Floats) -> None:
+        count = len(self._opens)
+        if count == len(self._bars):
+            self._bars[: self._keep] = self._bars[count - self._keep :]
+            del self._opens[: count - self._keep]
+            count = self._keep
+        self._bars[count] = bars
+        self._opens.append(self.opened)
+
+    def unfinished(self, base: Floats) -> Floats:
+        """The bar in the making with ``base``, what its newest base bar is so far."""
+        return base if self._making is None else joined(self._making, base)
+
+    def bars(self, opened: int) -> Floats:
+        """The closed bars (instruments, 8) that opened at ``opened``; to be changed in place.
+
+        Raises KeyError where they are not, or no longer, kept.
+        """
+        index = bisect_left(self._opens, opened)
+        if index == len(self._opens) or self._opens[index] != opened:
+            raise KeyError(opened)
+        bars: Floats = self._bars[index]
+        return bars
+
+    def between(self, start: int, end: int) -> tuple[list[int], Floats]:
+        """Opens with start <= open <= end, ascending, and the bars (T, instruments, 8)."""
+        first, last = bisect_left(self._opens, start), bisect_left(self._opens, end + 1)
+        return self._opens[first:last], self._bars[first:last]
+
+
+def joined(earlier: Floats, later: Floats) -> Floats:
+    """One bar of two; where one is missing (NaN), the other."""
+    none, nothing = np.isnan(earlier[:, OPEN]), np.isnan(later[:, OPEN])
+    bars = np.empty_like(earlier)
+    bars[:, OPEN] = earlier[:, OPEN]
+    bars[:, HIGH] = np.maximum(earlier[:, HIGH], later[:, HIGH])
+    bars[:, LOW] = np.minimum(earlier[:, LOW], later[:, LOW])
+    bars[:, CLOSE] = later[:, CLOSE]
+    bars[:, VOLUME:FIRST] = earlier[:, VOLUME:FIRST] + later[:, VOLUME:FIRST]
+    bars[:, FIRST] = earlier[:, FIRST]
+    bars[none], bars[nothing] = later[none], earlier[nothing]
+    return bars
+
+
+class Bars:
+    """All books over one feed; :meth:`advance` lets time pass.
+
+    ``closed`` is called for each bar that closes after the start: its book and its open.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        timeframes: Sequence[Timeframe],
+        now: int,
+        *,
+        history: int,
+        keep: int,
+        closed: Callable[[Book, int], None],
+    ) -> None:
+        base = self.base_ms = feed.timeframe_ms
+        self._feed = feed
+        self._closed: Callable[[Book, int], None] | None = None  # nobody hears of the past
+        self.instruments = feed.instruments
+        count = len(feed.instruments)
+        self.books = {str(t): Book(t, count, keep) for t in timeframes}
+        self._digits = np.array([i.digits for i in feed.instruments])
+        self._tick = np.array([i.tick for i in feed.instruments])
+        self._lot = np.array([i.lot for i in feed.instruments])
+        self._trades = np.ones(count)
+        longest = max(timeframes, key=lambda t: t.after(0))
+        self.start = opening(longest, now)
+        for _ in range(history):  # whole bars of the longest, so whole ones of all
+            self.start = opening(longest, self.start - 1)
+        self.opened = self.start
+        today = now - now % base
+        feed.begin(self.start, (today - self.start) // base)
+        self._coming = self._draw()
+        self.advance(now)
+        self._closed = closed
+
+    def _draw(self) -> Floats:
+        drawn = self._feed.step()
+        bars = np.empty((len(drawn), 8))
+        bars[:, :6] = drawn
+        volume = np.nan_to_num(drawn[:, VOLUME])
+        count = np.maximum(volume // (self._lot * _LOTS_PER_TRADE), volume > 0)
+        bars[:, TRADES], bars[:, FIRST] = count, self._trades
+        self._trades = self._trades + count
+        as_said(bars, self._digits)
+        return bars
+
+    def advance(self, now: int) -> None:
+        """Close what has closed by ``now``, UTC ms."""
+        while self.opened + self.base_ms <= now:
+            for book in self.books.values():
+                finished = book.add(self.opened, self.base_ms, self._coming)
+                if finished is None:
+                    continue
+                as_said(book.bars(finished), self._digits)
+                if self._closed is not None:
+                    self._closed(book, finished)
+            self.opened += self.base_ms
+            self._coming = self._draw()
+
+    def unfinished(self, book: Book, now: int) -> Floats:
+        """The open bars (instruments, 8) of ``book`` as they stand at ``now``."""
+        bars = book.unfinished(self._so_far((now - self.opened) / self.base_ms))
+        as_said(bars, self._digits)
+        return bars
+
+    def _so_far(self, share: float) -> Floats:
+        """The bar in the making: from its open over its extremes to its close."""
+        share = min(max(share, 0.0), 1.0)
+        bars = self._coming.copy()
+        opened, high, low, close, volume = bars[:, : VOLUME + 1].T.copy()
+        traded = np.floor(volume * share / self._lot + 1e-6) * self._lot
+        up = close >= opened
+        corners = np.stack((opened, np.where(up, low, high), np.where(up, high, low), close))
+        leg = min(int(share * 3), 2)
+        price = corners[leg] + (corners[leg + 1] - corners[leg]) * (share * 3 - leg)
+        price = np.clip(np.rint(price / self._tick) * self._tick, low, high)
+        price = np.where(traded > 0, price, opened)
+        seen = np.where(traded > 0, corners[: leg + 1], opened)
+        bars[:, HIGH] = np.maximum(seen.max(0), price)
+        bars[:, LOW] = np.minimum(seen.min(0), price)
+        bars[:, CLOSE], bars[:, VOLUME] = price, traded
+        part = np.divide(traded, volume, out=np.zeros_like(traded), where=volume > 0)
+        bars[:, AMOUNT] *= part
+        bars[:, TRADES] = np.maximum(np.floor(bars[:, TRADES] * part), traded > 0)
+        return bars

@@ -1,0 +1,277 @@
+"""The exchange's REST: spot under /api/v3, USD-M futures under /fapi/v1."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import orjson
+from aiohttp import web
+
+from kronos_stream.market.clock import Clock
+from kronos_stream.testing.exchange.bars import Bars, Book
+from kronos_stream.testing.exchange.frames import CLOSE, HIGH, LOW, OPEN, TRADES, KlineWriter
+from kronos_stream.testing.exchange.instruments import Instrument
+from kronos_stream.testing.exchange.limits import ApiError, WeightLimit
+
+Query = Mapping[str, str]
+
+_DAY_MS = 86_400_000
+_FAR = 2**62
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """Where spot and futures differ."""
+
+    prefix: str
+    weight_per_minute: int
+    most_rows: int
+    perpetual: bool
+
+
+SPOT = _Rules("/api/v3", 6000, 1000, perpetual=False)
+FUTURES = _Rules("/fapi/v1", 2400, 1500, perpetual=True)
+
+
+class Rest:
+    """Answers for one of the two markets."""
+
+    def __init__(self, rules: _Rules, bars: Bars, clock: Clock) -> None:
+        self._rules, self._bars, self._clock = rules, bars, clock
+        self._limit = WeightLimit(rules.weight_per_minute, clock)
+        self._listed = {
+            instrument.name: (index, instrument)
+            for index, instrument in enumerate(bars.instruments)
+            if instrument.perpetual == rules.perpetual
+        }
+        self._writers: dict[tuple[int, str], KlineWriter] = {}
+
+    def routes(self) -> list[web.RouteDef]:
+        futures = self._rules.perpetual
+        endpoints: dict[str, tuple[Callable[[Query], bytes], Callable[[Query], int]]] = {
+            "ping": (lambda _: b"{}", lambda _: 1),
+            "time": (self._time, lambda _: 1),
+            "exchangeInfo": (self._info, lambda _: 1 if futures else 20),
+            "klines": (self._klines, _futures_klines_weight if futures else lambda _: 2),
+            "ticker/24hr": (self._tickers, self._tickers_weight),
+        }
+        return [
+            web.get(f"{self._rules.prefix}/{path}", self._endpoint(answer, weight))
+            for path, (answer, weight) in endpoints.items()
+        ]
+
+    def _endpoint(
+        self, answer: Callable[[Query], bytes], weight: Callable[[Query], int]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(request: web.Request) -> web.Response:
+            address = request.remote or ""
+            try:
+                self._limit.charge(address, weight(request.query))
+                response = web.Response(body=answer(request.query), content_type="application/json")
+            except ApiError as error:
+                response = error.response()
+            used = str(self._limit.used(address))
+            response.headers["X-MBX-USED-WEIGHT-1M"] = used
+            if not self._rules.perpetual:
+                response.headers["X-MBX-USED-WEIGHT"] = used
+            return response
+
+        return handle
+
+    # -- answers ---------------------------------------------------------------------------
+
+    def _time(self, _: Query) -> bytes:
+        return b'{"serverTime":%d}' % self._clock.now()
+
+    def _info(self, query: Query) -> bytes:
+        chosen = [instrument for _, instrument in self._chosen(query)]
+        limit = {
+            "rateLimitType": "REQUEST_WEIGHT",
+            "interval": "MINUTE",
+            "intervalNum": 1,
+            "limit": self._rules.weight_per_minute,
+        }
+        return orjson.dumps(
+            {
+                "timezone": "UTC",
+                "serverTime": self._clock.now(),
+                "rateLimits": [limit],
+                "exchangeFilters": [],
+                "symbols": [_listing(instrument) for instrument in chosen],
+            }
+        )
+
+    def _klines(self, query: Query) -> bytes:
+        index, instrument = self._one(query)
+        interval = _mandatory(query, "interval")
+        book = self._bars.books.get(interval)
+        if book is None:
+            raise ApiError(400, -1120, "Invalid interval.")
+        start, end = _whole(query, "startTime"), _whole(query, "endTime")
+        if start is not None and end is not None and start > end:
+            raise ApiError(400, -1023, "Start time is greater than end time.")
+        limit = _whole(query, "limit", digits=9)
+        limit = 500 if limit is None else limit
+        if not limit or (self._rules.perpetual and limit > self._rules.most_rows):
+            raise ApiError(400, -1130, "Data sent for parameter 'limit' is not valid.")
+        rows = self._rows(book, index, instrument, start or 0, _FAR if end is None else end)
+        limit = min(limit, self._rules.most_rows)
+        chosen = rows[-limit:] if start is None else rows[:limit]
+        return b"[%s]" % b",".join(chosen)
+
+    def _rows(
+        self, book: Book, index: int, instrument: Instrument, start: int, end: int
+    ) -> list[bytes]:
+        interval = str(book.timeframe)
+        writer = self._writers.setdefault((index, interval), KlineWriter(instrument, interval))
+        now = self._clock.now()
+        self._bars.advance(now)
+        opens, bars = book.between(start, end)
+        rows = [
+            writer.row(bar, opened, book.timeframe.after(opened))
+            for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
+            if bar[0] == bar[0]  # NaN: the venue has no such bar
+        ]
+        if start <= book.opened <= min(end, now):
+            bar = self._bars.unfinished(book, now)[index].tolist()
+            if bar[0] == bar[0]:
+                rows.append(writer.row(bar, book.opened, book.closes))
+        return rows
+
+    def _tickers(self, query: Query) -> bytes:
+        self._bars.advance(self._clock.now())
+        book = next(iter(self._bars.books.values()))
+        now = self._clock.now()
+        _, bars = book.between(now - _DAY_MS, now)
+        tickers = [_ticker(instrument, bars[:, i], now) for i, instrument in self._chosen(query)]
+        return orjson.dumps(tickers[0] if "symbol" in query else tickers)
+
+    def _tickers_weight(self, query: Query) -> int:
+        if "symbol" in query:
+            return 1 if self._rules.perpetual else 2
+        return 40 if self._rules.perpetual else 80
+
+    # -- parameters ------------------------------------------------------------------------
+
+    def _one(self, query: Query) -> tuple[int, Instrument]:
+        name = _mandatory(query, "symbol")
+        if name not in self._listed:
+            raise ApiError(400, -1121, "Invalid symbol.")
+        return self._listed[name]
+
+    def _chosen(self, query: Query) -> list[tuple[int, Instrument]]:
+        """The instruments of ``symbol`` or ``symbols``, or all."""
+        if "symbol" in query and "symbols" in query:
+            raise ApiError(400, -1128, "Combination of optional parameters invalid.")
+        if "symbol" in query:
+            return [self._one(query)]
+        if "symbols" not in query or self._rules.perpetual:
+            return list(self._listed.values())
+        try:
+            names = orjson.loads(query["symbols"])
+        except orjson.JSONDecodeError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ApiError(400, -1100, "Illegal characters found in parameter 'symbols'.")
+        if any(name not in self._listed for name in names):
+            raise ApiError(400, -1121, "Invalid symbol.")
+        return [self._listed[name] for name in names]
+
+
+def _mandatory(query: Query, name: str) -> str:
+    if not query.get(name):
+        raise ApiError(
+            400,
+            -1102,
+            f"Mandatory parameter '{name}' was not sent, was empty/null, or malformed.",
+        )
+    return query[name]
+
+
+def _whole(query: Query, name: str, digits: int = 18) -> int | None:
+    text = query.get(name)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) <= digits):
+        raise ApiError(
+            400,
+            -1100,
+            f"Illegal characters found in parameter '{name}'; legal range is '^[0-9]{{1,20}}$'.",
+        )
+    return int(text)
+
+
+def _futures_klines_weight(query: Query) -> int:
+    """By the number of rows asked for."""
+    limit = query.get("limit", "500")
+    rows = int(limit[:9]) if limit.isascii() and limit.isdecimal() else 500
+    return 1 if rows < 100 else 2 if rows < 500 else 5 if rows <= 1000 else 10
+
+
+def _listing(instrument: Instrument) -> dict[str, object]:
+    price, volume = instrument.digits
+    listing: dict[str, object] = {
+        "symbol": instrument.name,
+        "status": "TRADING",
+        "baseAsset": instrument.base,
+        "quoteAsset": instrument.quote,
+        "filters": [
+            {"filterType": "PRICE_FILTER", "tickSize": f"{instrument.tick:.8f}"},
+            {"filterType": "LOT_SIZE", "stepSize": f"{instrument.lot:.8f}"},
+        ],
+    }
+    if instrument.perpetual:
+        return listing | {
+            "pair": instrument.name,
+            "contractType": "PERPETUAL",
+            "marginAsset": instrument.quote,
+            "pricePrecision": price,
+            "quantityPrecision": volume,
+            "underlyingType": "COIN",
+        }
+    return listing | {
+        "baseAssetPrecision": 8,
+        "quoteAssetPrecision": 8,
+        "isSpotTradingAllowed": True,
+        "isMarginTradingAllowed": False,
+        "permissionSets": [["SPOT"]],
+    }
+
+
+def _ticker(instrument: Instrument, bars: np.ndarray, now: int) -> dict[str, object]:
+    """Of the last 24 hours, or of what is known of them."""
+    price, volume = (f".{digits}f" for digits in instrument.digits)
+    bars = bars[~np.isnan(bars[:, 0])]
+    if not len(bars):
+        bars = np.zeros((1, 8))
+    opened, last = float(bars[0, OPEN]), float(bars[-1, CLOSE])
+    base, quote = (float(total) for total in bars[:, 4:6].sum(0))
+    ticker: dict[str, object] = {
+        "symbol": instrument.name,
+        "priceChange": format(last - opened, price),
+        "priceChangePercent": f"{100 * (last / opened - 1) if opened else 0:.3f}",
+        "weightedAvgPrice": format(quote / base if base else last, price),
+        "lastPrice": format(last, price),
+        "lastQty": format(instrument.lot, volume),
+        "openPrice": format(opened, price),
+        "highPrice": format(float(bars[:, HIGH].max()), price),
+        "lowPrice": format(float(bars[:, LOW].min()), price),
+        "volume": format(base, volume),
+        "quoteVolume": format(quote, price),
+        "openTime": now - _DAY_MS,
+        "closeTime": now,
+        "firstId": int(bars[0, 7]),
+        "lastId": int(bars[-1, 7] + bars[-1, TRADES]) - 1,
+        "count": int(bars[:, TRADES].sum()),
+    }
+    if not instrument.perpetual:
+        ticker |= {
+            "prevClosePrice": format(opened, price),
+            "bidPrice": format(last, price),
+            "bidQty": format(instrument.lot, volume),
+            "askPrice": format(last + instrument.tick, price),
+            "askQty": format(instrument.lot, volume),
+        }
+    return ticker

@@ -1,0 +1,233 @@
+"""The exchange's websockets: connections, what they subscribed to, and what they may not do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import orjson
+from aiohttp import WSMsgType, web
+
+from kronos_stream.testing.exchange.bars import Bars
+from kronos_stream.testing.exchange.frames import Kline, KlineWriter, frame, ping
+
+MOST_STREAMS = 1_024
+MOST_MESSAGES_PER_SECOND = 5
+PING_SECONDS = 20.0
+PONG_SECONDS = 60.0
+_MOST_UNSENT_BYTES = 16 << 20
+_POLICY_VIOLATION = 1008
+
+_METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "GET_PROPERTY")
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """A kline stream that exists, and who listens."""
+
+    index: int
+    """Of the instrument."""
+    interval: str
+    writer: KlineWriter
+    listeners: set[Connection] = field(default_factory=set)
+
+
+class Streams:
+    """All kline streams of spot and futures, and all connections."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._indices = {
+            (instrument.perpetual, instrument.name.lower()): index
+            for index, instrument in enumerate(bars.instruments)
+        }
+        self._known: dict[tuple[bool, str], Stream] = {}
+        self.connections: set[Connection] = set()
+        self._waiting: set[Connection] = set()
+
+    def find(self, name: str, *, futures: bool) -> Stream | None:
+        """The stream called ``name``, or None: the venue accepts any name and sends nothing."""
+        stream = self._known.get((futures, name))
+        if stream is None:
+            symbol, _, interval = name.partition("@kline_")
+            index = self._indices.get((futures, symbol))
+            if index is None or interval not in self._bars.books:
+                return None
+            writer = KlineWriter(self._bars.instruments[index], interval)
+            stream = self._known[futures, name] = Stream(index, interval, writer)
+        return stream
+
+    def heard(self, interval: str) -> list[Stream]:
+        """Streams of one interval that somebody listens to."""
+        return [s for s in self._known.values() if s.listeners and s.interval == interval]
+
+    def push(self, stream: Stream, kline: Kline) -> None:
+        """Give a kline to all listeners; it leaves at the next :meth:`flush`."""
+        raw = combined = b""
+        for connection in stream.listeners:
+            if connection.combined:
+                combined = combined or frame(kline.wrapped())
+                connection.unsent.append(combined)
+            else:
+                raw = raw or frame(kline.payload)
+                connection.unsent.append(raw)
+            self._waiting.add(connection)
+
+    def flush(self) -> None:
+        for connection in self._waiting:
+            connection.flush()
+        self._waiting.clear()
+
+
+class Connection:
+    """One client's websocket, after its handshake."""
+
+    def __init__(
+        self,
+        socket: web.WebSocketResponse,
+        transport: asyncio.Transport,
+        streams: Streams,
+        *,
+        futures: bool,
+        combined: bool,
+    ) -> None:
+        self._socket, self._transport, self._streams = socket, transport, streams
+        self._futures, self.combined = futures, combined
+        self.unsent: list[bytes] = []
+        self._names: dict[str, Stream | None] = {}
+        self._arrivals: deque[float] = deque(maxlen=MOST_MESSAGES_PER_SECOND + 1)
+        self._ponged = asyncio.get_running_loop().time()
+
+    # -- out -------------------------------------------------------------------------------
+
+    def say(self, data: bytes) -> None:
+        """Send a frame at once."""
+        self.unsent.append(data)
+        self.flush()
+
+    def flush(self) -> None:
+        data = b"".join(self.unsent)
+        self.unsent.clear()
+        if self._transport.is_closing():
+            return
+        self._transport.write(data)
+        if self._transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
+            self._transport.abort()  # a client that does not read
+
+    def abort(self) -> None:
+        """Cut the connection without a word."""
+        self._transport.abort()
+
+    async def close(self, code: int = 1000, reason: str = "") -> None:
+        with suppress(ConnectionError, RuntimeError):
+            await self._socket.close(code=code, message=reason.encode())
+
+    # -- in --------------------------------------------------------------------------------
+
+    async def serve(self, names: Iterable[str]) -> None:
+        """Until the client leaves or is sent away."""
+        self._streams.connections.add(self)
+        try:
+            self._subscribe(names)
+            async with asyncio.TaskGroup() as group:
+                pinging = group.create_task(self._ping())
+                await self._listen()
+                pinging.cancel()
+        finally:
+            self._unsubscribe(list(self._names))
+            self._streams.connections.discard(self)
+
+    async def _ping(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            if loop.time() - self._ponged > PONG_SECONDS:
+                self.abort()
+                return
+            self.say(ping(str(round(loop.time() * 1000)).encode()))
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            message = await self._socket.receive()
+            if message.type not in {
+                WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG
+            }:  # fmt: skip
+                return
+            self._arrivals.append(loop.time())
+            full = len(self._arrivals) > MOST_MESSAGES_PER_SECOND
+            if full and self._arrivals[-1] - self._arrivals[0] < 1.0:
+                await self.close(_POLICY_VIOLATION, "Too many requests")
+                return
+            if message.type is WSMsgType.PONG:
+                self._ponged = loop.time()
+            elif message.type is WSMsgType.PING:
+                self.say(frame(message.data, 0x8A))
+            else:
+                self.say(frame(orjson.dumps(self._answer(message.data))))
+
+    def _answer(self, data: str | bytes) -> dict[str, object]:
+        try:
+            request = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return _error(3, "Invalid JSON: expected value at line 1 column 1")
+        if not isinstance(request, dict) or "method" not in request:
+            return _error(2, "Invalid request: missing field `method` at line 1 column 2")
+        number = request.get("id")
+        if isinstance(number, bool) or not isinstance(number, int | str | None):
+            return _error(2, "Invalid request: request ID must be an unsigned integer")
+        method, params = request["method"], request.get("params", [])
+        if method not in _METHODS:
+            return _error(
+                2,
+                f"Invalid request: unknown variant {method}, expected one of "
+                f"{', '.join(f'`{name}`' for name in _METHODS)} at line 1 column 28",
+                number,
+            )
+        if not isinstance(params, list):
+            return _error(2, "Invalid request: params must be a list", number)
+        return self._obey(method, params, number)
+
+    def _obey(
+        self, method: str, params: list[object], number: int | str | None
+    ) -> dict[str, object]:
+        if method == "LIST_SUBSCRIPTIONS":
+            return {"result": list(self._names), "id": number}
+        if method in {"SUBSCRIBE", "UNSUBSCRIBE"}:
+            names = [name for name in params if isinstance(name, str)]
+            if len(names) != len(params):
+                return _error(2, "Invalid request: stream name must be a string", number)
+            if method == "UNSUBSCRIBE":
+                self._unsubscribe(names)
+            elif len(self._names.keys() | set(names)) > MOST_STREAMS:
+                return _error(2, f"Invalid request: more than {MOST_STREAMS} streams", number)
+            else:
+                self._subscribe(names)
+            return {"result": None, "id": number}
+        if params[:1] != ["combined"]:
+            return _error(0, "Unknown property", number)
+        if method == "GET_PROPERTY":
+            return {"result": self.combined, "id": number}
+        if len(params) != 2 or not isinstance(params[1], bool):
+            return _error(1, "Invalid value type: expected Boolean", number)
+        self.combined = params[1]
+        return {"result": None, "id": number}
+
+    def _subscribe(self, names: Iterable[str]) -> None:
+        for name in names:
+            stream = self._names[name] = self._streams.find(name, futures=self._futures)
+            if stream is not None:
+                stream.listeners.add(self)
+
+    def _unsubscribe(self, names: Iterable[str]) -> None:
+        for name in names:
+            stream = self._names.pop(name, None)
+            if stream is not None:
+                stream.listeners.discard(self)
+
+
+def _error(code: int, message: str, number: int | str | None = None) -> dict[str, object]:
+    return {"error": {"code": code, "msg": message}, "id": number}

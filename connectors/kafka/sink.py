@@ -9,7 +9,6 @@ A refused batch is sent again record by record, by a new producer, whose sequenc
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Coroutine, Sequence
 from random import Random
@@ -30,6 +29,7 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.producer.message_accumulator import BatchBuilder
 
+from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import of_kind
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
@@ -104,7 +104,7 @@ class KafkaSink:
         self._topics = of_kind(options.topic_prefix)
         self._partition = DefaultPartitioner()  # the one of Kafka's own clients
         self._producer: AIOKafkaProducer | None = None
-        self._said = _listen()
+        self._chatter = listen()
 
     async def start(self) -> None:
         """Connect, and see that the topics are there."""
@@ -127,15 +127,20 @@ class KafkaSink:
             await _abandon(producer)
 
     async def _bounded(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """The result of ``work``; if it fails or is cancelled, the producer goes with it."""
-        self._said.last = ""
+        """The result of ``work``; if it fails or is cancelled, the producer goes with it.
+
+        Whatever aiokafka raises means doubt; what is not made for users is logged in full.
+        """
+        self._chatter.last = ""
         try:
             async with asyncio.timeout(self._options.delivery_seconds):
                 return await work
-        except (KafkaError, OSError, TimeoutError, SinkUnavailable) as error:
+        except Exception as error:
             await self.close()
             if isinstance(error, SinkUnavailable):
                 raise
+            if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
+                _log.exception("unexpected failure of the kafka producer")
             raise SinkUnavailable(self._explain(error)) from error
         except BaseException:
             await self.close()
@@ -144,11 +149,11 @@ class KafkaSink:
     def _explain(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
             what = f"no acknowledgement in {self._options.delivery_seconds:g} s"
-        elif isinstance(error, KafkaConnectionError) and self._said.last:
-            return self._said.last  # which address, and why
+        elif isinstance(error, KafkaConnectionError) and self._chatter.last:
+            return self._chatter.last  # which address, and why
         else:
             what = str(error)
-        return f"{what} ({self._said.last})" if self._said.last else what
+        return f"{what} ({self._chatter.last})" if self._chatter.last else what
 
     def _unfit(self, record: Record) -> str | None:
         size = _RECORD_OVERHEAD + len(record.key.encode()) + len(record.value)
@@ -238,30 +243,6 @@ class KafkaSink:
         if failed is not None:
             raise failed
         return refused
-
-
-class _Said(logging.Handler):
-    """aiokafka's own messages, of which the last tells why it cannot connect."""
-
-    last = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        _log.debug("aiokafka", says=message)
-        if record.levelno >= logging.ERROR:
-            self.last = message
-
-
-def _listen() -> _Said:
-    """Take over aiokafka's logger, which in an outage speaks many times a second."""
-    logger = logging.getLogger("aiokafka")
-    for handler in logger.handlers:
-        if isinstance(handler, _Said):
-            return handler
-    said = _Said()
-    logger.addHandler(said)
-    logger.propagate = False
-    return said
 
 
 async def _abandon(producer: AIOKafkaProducer) -> None:

@@ -1,0 +1,130 @@
+"""Create the topics and check them: ``kronos-stream topics``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
+
+from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import Topic
+
+_SECONDS = 30.0
+
+
+class TopicsError(Exception):
+    """The brokers did not answer, or refused; one line for people."""
+
+
+async def create(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
+    """Create what is missing; one line per topic. What exists is left as it is."""
+    async with _admin(options) as admin:
+        brokers = len((await admin.describe_cluster())["brokers"])
+        copies = options.replication or min(3, brokers)
+        # One copy may be lost and writing goes on; never with one copy left of several.
+        safety = {"min.insync.replicas": str(max(1, copies - 1))}
+        answer = await admin.create_topics(
+            [
+                NewTopic(t.name, t.partitions, copies, topic_configs=t.configs | safety)
+                for t in topics
+            ]
+        )
+        lines = []
+        for name, code, message in answer.topic_errors:
+            error = for_code(code)
+            if error is NoError:
+                lines.append(f"{name}: created, {options.partitions} partitions, {copies} replicas")
+            elif error is TopicAlreadyExistsError:
+                lines.append(f"{name}: exists")
+            else:
+                raise TopicsError(f"{name}: {message or error.description}")
+        # Every broker is told, but not before we are answered.
+        while {topic.name for topic in topics} - set(await admin.list_topics()):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    return lines
+
+
+async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
+    """What is wrong with the topics, and the cure: one line each."""
+    async with _admin(options) as admin:
+        # All topics, since a broker may create what it is asked about by name.
+        described = {topic["topic"]: topic["partitions"] for topic in await admin.describe_topics()}
+        there = [topic for topic in topics if topic.name in described]
+        configs = await _configs(admin, [topic.name for topic in there])
+    alter = f"kafka-configs.sh --bootstrap-server {options.bootstrap_servers} --alter --topic"
+    problems = []
+    for topic in topics:
+        if topic.name not in described:
+            problems.append(
+                f"{topic.name}: missing, or not ours to see; to create it: "
+                "kronos-stream topics create"
+            )
+            continue
+        has, partitions = configs[topic.name], described[topic.name]
+        if len(partitions) != topic.partitions:
+            problems.append(
+                f"{topic.name}: {len(partitions)} partitions, not {topic.partitions}; keys would "
+                f"move: set KRONOS_STREAM_KAFKA__PARTITIONS={len(partitions)}, or delete the topic "
+                "and create it anew"
+            )
+        settings = dict(_unserved(topic.configs, has))
+        copies = min(len(partition["replicas"]) for partition in partitions)
+        if int(has["min.insync.replicas"]) > copies:  # nothing could be written
+            settings["min.insync.replicas"] = str(max(1, copies - 1))
+        problems += [
+            f"{topic.name}: {name} is {has.get(name)}, not {value}; to change it: "
+            f"{alter} {topic.name} --add-config {name}={value}"
+            for name, value in settings.items()
+        ]
+    return problems
+
+
+def _unserved(wanted: Mapping[str, str], has: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The configs that matter to readers and are not as they should be."""
+    policy = wanted["cleanup.policy"]
+    if has["cleanup.policy"] != policy:
+        yield "cleanup.policy", policy
+    retention = wanted.get("retention.ms")
+    if retention is not None and _for_ever(has["retention.ms"]) < _for_ever(retention):
+        yield "retention.ms", retention
+
+
+def _for_ever(milliseconds: str) -> float:
+    return float("inf") if milliseconds == "-1" else float(milliseconds)
+
+
+async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    if not names:
+        return {}
+    answers = await admin.describe_configs(
+        [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+    )
+    configs = {}
+    for answer in answers:
+        for code, message, _, name, entries in answer.resources:
+            if for_code(code) is not NoError:
+                raise TopicsError(f"{name}: {message or for_code(code).description}")
+            configs[name] = {key: value for key, value, *_ in entries}
+    return configs
+
+
+@asynccontextmanager
+async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
+    chatter = listen()
+    chatter.last = ""
+    try:
+        async with asyncio.timeout(_SECONDS):
+            admin = AIOKafkaAdminClient(**options.connection())
+            try:
+                await admin.start()
+                yield admin
+            finally:
+                await admin.close()
+    except (KafkaError, OSError) as error:
+        what = f"no answer in {_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
+        raise TopicsError(f"{options.bootstrap_servers}: {chatter.last or what}") from error

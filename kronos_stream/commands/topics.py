@@ -1,0 +1,110 @@
+"""``kronos-stream topics``: create the Kafka topics, or say what is wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kronos_stream.market.timeframe import Timeframe
+
+if TYPE_CHECKING:
+    from kronos_connectors.kafka.options import KafkaOptions
+    from kronos_connectors.kafka.topics import Topic
+
+_PROBLEMS = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def topics() -> None:
+    """Create and check the Kafka topics that the daemon writes to.
+
+    Where and as whom is set as for the daemon: KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS,
+    KRONOS_STREAM_KAFKA__TOPIC_PREFIX and so on.
+    """
+
+
+_CANDLES = click.option(
+    "--candles",
+    "timeframes",
+    metavar="1m,5m,...",
+    default="",
+    help="Also the topics of candles in these timeframes (for ROLE=ingest and ROLE=forecast).",
+)
+
+
+@topics.command()
+@_CANDLES
+def create(timeframes: str) -> None:
+    """Create the topics that are missing; leave the others as they are."""
+    from kronos_connectors.kafka import admin
+
+    options, wanted = _wanted(timeframes)
+    for line in _run(admin.create(options, wanted)):
+        click.echo(line)
+    _report(_run(admin.check(options, wanted)))
+
+
+@topics.command()
+@_CANDLES
+def check(timeframes: str) -> None:
+    """Check the topics; exit code 2 and a line for each that will not do."""
+    from kronos_connectors.kafka import admin
+
+    options, wanted = _wanted(timeframes)
+    _report(_run(admin.check(options, wanted)))
+    click.echo(f"{len(wanted)} topics are as they should be")
+
+
+def _wanted(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
+    from kronos_connectors.kafka.topics import wanted
+
+    try:
+        parsed = [Timeframe.parse(text) for text in timeframes.split(",") if text]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    options = _options()
+    return options, wanted(options, parsed)
+
+
+def _options() -> KafkaOptions:
+    """The daemon's settings of Kafka, from the environment."""
+    from pydantic import ValidationError
+    from pydantic_settings import BaseSettings, SettingsConfigDict
+
+    from kronos_connectors.kafka.options import KafkaOptions as Kafka
+
+    class Settings(BaseSettings):
+        model_config = SettingsConfigDict(
+            env_prefix="KRONOS_STREAM_", env_nested_delimiter="__", extra="ignore"
+        )
+        kafka: Kafka
+
+    try:
+        return Settings().kafka  # type: ignore[call-arg]  # from the environment
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_input=False)[0]
+        if first["type"] == "missing":
+            raise click.UsageError("KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS: not set") from None
+        field = "__".join(str(part).upper() for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise click.UsageError(f"KRONOS_STREAM_{field}: {message}") from None
+
+
+def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:
+    from kronos_connectors.kafka.admin import TopicsError
+
+    try:
+        return asyncio.run(work)
+    except TopicsError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _report(problems: list[str]) -> None:
+    """Say what is wrong, if anything is, and leave."""
+    for line in problems:
+        click.echo(line, err=True)
+    if problems:
+        click.get_current_context().exit(_PROBLEMS)

@@ -42,7 +42,7 @@ _CHUNK = 256
 
 _CLOSES_KNOWN = 256
 
-_LONGEST_WAIT_SECONDS = 2.0
+_LONGEST_WAIT_MS = 2000
 _LONGEST_DEADLINE_SECONDS = 60.0
 _SHORTEST_DEADLINE_SECONDS = 2.0
 
@@ -129,7 +129,7 @@ class Scheduler:
         catch_up: when behind, "newest" skips a bar that a newer one of its series has overtaken;
             "all" forecasts every one.
         batch_wait: seconds after the first bar of a close that others of it are waited for; None
-            takes a quarter of the timeframe, at most 2.
+            takes a quarter of the time for which its forecast would be valid, at most 2.
         batch_deadline: seconds for a batch in the worker; None takes 0.8 of the timeframe, between
             2 and 60.
         most: series in a batch. backlog: bars that may wait; beyond, the oldest are skipped even
@@ -246,10 +246,10 @@ class Scheduler:
         """Put a bar to the others of its close; one that comes late waits no more."""
         close = self._closes.get(item.due.close)
         if close is None:
-            close = self._closes[item.due.close] = _Gathering(now + self._wait_ms(item.due))
+            close = self._closes[item.due.close] = _Gathering(now + self._wait_ms(item.due, now))
             while len(self._closes) > _CLOSES_KNOWN and next(iter(self._closes.values())).released:
                 del self._closes[next(iter(self._closes))]
-        close.until = min(close.until, now + self._wait_ms(item.due))
+        close.until = min(close.until, now + self._wait_ms(item.due, now))
         if close.released:
             self._ready.setdefault(item.due.series, deque()).append(item)
         else:
@@ -385,10 +385,10 @@ class Scheduler:
                 del self._lanes[series]
         return results
 
-    def _wait_ms(self, due: Due) -> int:
+    def _wait_ms(self, due: Due, now: int) -> int:
         if self._batch_wait is not None:
             return round(1000 * self._batch_wait)
-        return round(1000 * min(0.25 * _seconds(due.series.timeframe), _LONGEST_WAIT_SECONDS))
+        return max(0, min((_valid_until(due) - now) // 4, _LONGEST_WAIT_MS))
 
     def _deadline(self, timeframe: Timeframe) -> float:
         if self._batch_deadline is not None:

@@ -1,0 +1,537 @@
+"""The scheduler in virtual time: an outcome for every bar, in order, whatever comes when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kronos_stream.daemon.due import Due
+from kronos_stream.daemon.job import Drawn, Failed
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.scheduler import CatchUp, Result, Scheduler
+from kronos_stream.daemon.worker import Batch
+from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.forecast.summary import Summary
+from kronos_stream.market import Candle, Series
+from kronos_stream.market.clock import Clock, DrivenClock, LoopClock
+from kronos_stream.market.contexts import Window
+from kronos_stream.testing.virtual import run_virtual
+
+START = 1_700_000_040_000
+"""The open of a minute."""
+
+OUTLOOK = Outlook([], {}, Summary(0.5, 0.0, {}, 0.0, 0.0), 0)
+
+
+def series(count: int, timeframe: str = "1s") -> list[Series]:
+    return [Series.parse(f"test:S{i}/X:{timeframe}") for i in range(count)]
+
+
+def due_at(
+    one: Series, close: int, late: int = 0, revision: int = 0, obstacle: str | None = None
+) -> Due:
+    """The bar of ``one`` that closes at ``close``; its word came ``late`` ms after."""
+    return Due(one, one.timeframe.after(close, -1), revision, close, close + late, obstacle)
+
+
+def window_of(due: Due) -> Window:
+    candle = Candle(due.origin, 1, 1, 1, 1, 1)
+    times = np.array([due.origin])
+    return Window(due.series, np.ones((1, 6), np.float32), times, 0, due.revision, candle, ())
+
+
+class TimedWorker:
+    """Takes ``pace`` seconds of the loop's time per series; remembers its batches."""
+
+    def __init__(
+        self, pace: float = 0.001, failing: Callable[[Window], bool] | None = None
+    ) -> None:
+        self.pace = pace
+        self.failing = failing or (lambda _: False)
+        self.batches: list[tuple[float, list[Window], float]] = []
+
+    def expected(self, series: int) -> float:
+        return series * self.pace
+
+    def capacity(self, seconds: float) -> int:
+        return max(1, int(seconds / self.pace))
+
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+        self.batches.append((asyncio.get_running_loop().time(), list(windows), deadline))
+        await asyncio.sleep(self.pace * len(windows))
+        return Batch(
+            [Failed("no") if self.failing(window) else Drawn(OUTLOOK, 1.0) for window in windows],
+            self.pace * len(windows),
+        )
+
+    def sizes(self) -> list[int]:
+        return [len(windows) for _, windows, _ in self.batches]
+
+
+class Bench:
+    """A scheduler with a timed worker, and what it published."""
+
+    def __init__(
+        self,
+        worker: TimedWorker | None = None,
+        *,
+        clock: Clock | None = None,
+        window: Callable[[Due], Awaitable[Window | None]] | None = None,
+        publish_seconds: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        self.clock = clock or LoopClock(START)
+        self.worker = worker or TimedWorker()
+        self.expected: dict[int, set[Series]] = defaultdict(set)
+        self.results: list[Result] = []
+        self.metrics = Metrics()
+        self.publish_seconds = publish_seconds
+        self.scheduler = Scheduler(
+            self.worker,
+            window or self._window,
+            lambda close: len(self.expected[close]),
+            self._publish,
+            self.clock,
+            self.metrics,
+            **settings,
+        )
+
+    async def _window(self, due: Due) -> Window | None:
+        return window_of(due)
+
+    async def _publish(self, results: Sequence[Result]) -> None:
+        await asyncio.sleep(self.publish_seconds)
+        self.results += results
+
+    def give(self, *dues: Due) -> None:
+        for due in dues:
+            self.expected[due.close].discard(due.series)
+            self.scheduler.due(due)
+
+    def said(self) -> list[tuple[str, int, str]]:
+        """Symbol, close in seconds after the start, and the outcome, as published."""
+        return [
+            (r.due.series.symbol, (r.due.close - START) // 1000, r.reason or r.outcome.result)
+            for r in self.results
+        ]
+
+
+def play(scenario: Callable[..., Coroutine[Any, Any, None]], **settings: Any) -> Bench:
+    """Run ``scenario(bench)`` beside the scheduler; then finish and hand back the bench."""
+
+    async def main() -> Bench:
+        bench = Bench(**settings)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(bench.scheduler.run())
+            await scenario(bench)
+            await bench.scheduler.settled()
+            assert await bench.scheduler.finish(10)
+        return bench
+
+    return run_virtual(main())
+
+
+def test_a_batch_closes_with_the_last_awaited_bar() -> None:
+    names = series(3)
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = set(names)
+        for one in names:
+            await asyncio.sleep(0.03)
+            bench.give(due_at(one, START))
+        await asyncio.sleep(1)
+
+    ((at, windows, _),) = play(scenario).worker.batches
+    assert len(windows) == 3
+    assert at == pytest.approx(0.09)
+
+
+def test_a_straggler_is_waited_for_a_moment_and_comes_with_the_next() -> None:
+    first, second, straggler = series(3)
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = {first, second, straggler}
+        bench.give(due_at(first, START))
+        await asyncio.sleep(0.2)
+        bench.give(due_at(second, START))
+        await asyncio.sleep(0.4)
+        bench.give(due_at(straggler, START))
+
+    batches = play(scenario).worker.batches
+    assert [(round(at, 3), len(windows)) for at, windows, _ in batches] == [(0.25, 2), (0.6, 1)]
+
+
+def test_a_late_venue_still_makes_one_batch() -> None:
+    """The wait counts from the first bar that comes, not from the close."""
+    names = series(20)
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = set(names)
+        await asyncio.sleep(0.9)
+        for one in names:
+            bench.give(due_at(one, START, late=900))
+            await asyncio.sleep(0.001)
+
+    assert play(scenario).worker.sizes() == [20]
+
+
+def test_timeframes_that_close_together_share_a_batch() -> None:
+    short, long = series(4, "1s"), series(3, "1m")
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = {*short, *long}
+        bench.give(*(due_at(one, START) for one in (*short, *long)))
+
+    bench = play(scenario)
+    assert bench.worker.sizes() == [7]
+    assert bench.worker.batches[0][2] == 2  # the stricter deadline
+
+
+@pytest.mark.parametrize(
+    ("timeframe", "deadline"), [("1s", 2), ("5s", 4), ("1m", 48), ("1h", 60), ("1M", 60)]
+)
+def test_deadline(timeframe: str, deadline: float) -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.give(due_at(series(1, timeframe)[0], START))
+
+    assert play(scenario).worker.batches[0][2] == deadline
+
+
+def test_a_series_slower_than_the_deadline_gets_its_time() -> None:
+    async def scenario(bench: Bench) -> None:
+        bench.give(*(due_at(one, START) for one in series(2, "1s")))
+
+    bench = play(scenario, worker=TimedWorker(3.0), catch_up="all")
+    assert [deadline for _, _, deadline in bench.worker.batches] == [6, 6]
+    assert bench.worker.sizes() == [1, 1]
+
+
+def test_newest_skips_what_was_overtaken_and_all_works_it_off() -> None:
+    (one,) = series(1)
+
+    async def scenario(bench: Bench) -> None:
+        for second in range(5):
+            bench.give(due_at(one, START + 1000 * second))
+            await asyncio.sleep(1)
+
+    newest = play(scenario, worker=TimedWorker(2.4))
+    assert newest.said() == [
+        ("S0/X", 0, "forecast"),
+        ("S0/X", 1, "overrun"),
+        ("S0/X", 2, "forecast"),
+        ("S0/X", 3, "overrun"),
+        ("S0/X", 4, "forecast"),
+    ]
+    everything = play(scenario, worker=TimedWorker(2.4), catch_up="all")
+    assert everything.said() == [("S0/X", second, "forecast") for second in range(5)]
+
+
+def test_several_bars_of_a_series_share_a_batch_when_all_are_wanted() -> None:
+    async def scenario(bench: Bench) -> None:
+        for close in range(3):
+            bench.give(*(due_at(one, START + 1000 * close) for one in series(2)))
+
+    bench = play(scenario, catch_up="all", worker=TimedWorker(0.2))  # five fit half the deadline
+    ((_, first, _), (_, second, _)) = bench.worker.batches
+    assert [w.series.symbol for w in first] == ["S0/X", "S1/X", "S0/X", "S1/X", "S0/X"]
+    assert [w.series.symbol for w in second] == ["S1/X"]
+
+
+def test_after_an_outage_the_newest_bar_may_be_stale() -> None:
+    """Its forecast would have ended before it came; who wants all gets it all the same."""
+    (one,) = series(1)
+
+    async def scenario(bench: Bench) -> None:
+        await asyncio.sleep(10)
+        bench.give(due_at(one, START + 7_000), due_at(one, START + 8_000))
+
+    assert play(scenario).said() == [("S0/X", 7, "overrun"), ("S0/X", 8, "stale")]
+    everything = play(scenario, catch_up="all")
+    assert everything.said() == [("S0/X", 7, "forecast"), ("S0/X", 8, "forecast")]
+
+
+@pytest.mark.parametrize("catch_up", ["newest", "all"])
+def test_revisions(catch_up: CatchUp) -> None:
+    """One that overtakes a waiting bar replaces it; a bar forecast already is forecast again."""
+    one, other = series(2, "1m")
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = {other}
+        bench.give(due_at(one, START), due_at(one, START, revision=1), due_at(other, START))
+        await asyncio.sleep(0.5)
+        bench.give(due_at(one, START, revision=2))
+        await asyncio.sleep(0.5)
+        bench.give(due_at(one, START, revision=3))
+
+    results = play(scenario, worker=TimedWorker(0.4), catch_up=catch_up).results
+    said = [(r.due.revision, r.reason) for r in results if r.due.series == one]
+    assert said == [(0, "revised"), (1, ""), (2, ""), (3, "")]
+
+
+def test_obstacles_keep_their_place() -> None:
+    """At once where nothing is before them, else behind the bar that is being forecast."""
+    busy, idle = series(2)
+
+    async def scenario(bench: Bench) -> None:
+        bench.give(due_at(busy, START))
+        await asyncio.sleep(0.1)
+        bench.give(due_at(busy, START + 1000, obstacle="gap"))
+        bench.give(due_at(idle, START + 1000, obstacle="warming up"))
+        await asyncio.sleep(0.1)
+        assert bench.said() == [("S1/X", 1, "warming up")]
+
+    bench = play(scenario, worker=TimedWorker(1.0))
+    assert bench.said()[1:] == [("S0/X", 0, "forecast"), ("S0/X", 1, "gap")]
+
+
+def test_what_cannot_be_forecast_fails_alone() -> None:
+    gone, bad, good = series(3)
+
+    async def window(due: Due) -> Window | None:
+        return None if due.series == gone else window_of(due)
+
+    async def scenario(bench: Bench) -> None:
+        bench.give(*(due_at(one, START) for one in (gone, bad, good)))
+
+    bench = play(scenario, worker=TimedWorker(failing=lambda w: w.series == bad), window=window)
+    assert sorted(bench.said()) == [
+        ("S0/X", 0, "gap"),
+        ("S1/X", 0, "failed"),
+        ("S2/X", 0, "forecast"),
+    ]
+    assert bench.metrics.outcomes.labels("skipped", "failed")._value.get() == 1
+
+
+def test_latencies() -> None:
+    first, second = series(2)
+
+    async def scenario(bench: Bench) -> None:
+        bench.expected[START] = {second}
+        await asyncio.sleep(0.1)
+        bench.give(due_at(first, START, late=100))
+        await asyncio.sleep(0.05)
+        bench.give(due_at(second, START, late=150))
+
+    results = play(scenario, worker=TimedWorker(0.2)).results
+    assert [(r.queued_ms, r.compute_ms) for r in results] == [(50, 400), (0, 400)]
+
+
+def test_settled_waits_for_nobody() -> None:
+    """In a replay time stands until all is settled: no straggler can be waited for."""
+    here, absent = series(2)
+
+    async def main() -> list[tuple[str, int, str]]:
+        bench = Bench(clock=DrivenClock(START))
+        running = asyncio.create_task(bench.scheduler.run())
+        bench.expected[START] = {absent}
+        bench.give(due_at(here, START))
+        async with asyncio.timeout(5):
+            await bench.scheduler.settled()
+        running.cancel()
+        return bench.said()
+
+    assert run_virtual(main()) == [("S0/X", 0, "forecast")]
+
+
+def test_a_failing_publisher_ends_the_run() -> None:
+    async def main() -> None:
+        bench = Bench()
+
+        async def full(_: Sequence[Result]) -> None:
+            raise OSError("disk full")
+
+        bench.scheduler._publish = full
+        bench.give(due_at(series(1)[0], START))
+        await bench.scheduler.run()
+
+    with pytest.raises(ExceptionGroup, match="unhandled") as caught:
+        run_virtual(main())
+    assert caught.group_contains(OSError, match="disk full")
+
+
+def test_finish_ends_the_batch_in_hand_and_leaves_the_rest() -> None:
+    busy, waiting = series(2)
+
+    async def main() -> list[tuple[str, int, str]]:
+        bench = Bench(TimedWorker(2.0))
+        running = asyncio.create_task(bench.scheduler.run())
+        bench.give(due_at(busy, START))
+        await asyncio.sleep(0.5)
+        bench.give(due_at(waiting, START), due_at(busy, START + 1000))
+        assert await bench.scheduler.finish(5)
+        bench.give(due_at(waiting, START + 1000))
+        await running
+        return bench.said()
+
+    assert run_virtual(main()) == [("S0/X", 0, "forecast")]
+
+
+def test_finish_is_bounded() -> None:
+    async def main() -> float:
+        bench = Bench(TimedWorker(100.0))
+        running = asyncio.create_task(bench.scheduler.run())
+        bench.give(due_at(series(1)[0], START))
+        await asyncio.sleep(1)
+        assert not await bench.scheduler.finish(5)
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        assert bench.results == []
+        return asyncio.get_running_loop().time()
+
+    assert run_virtual(main()) == pytest.approx(6)
+
+
+def test_others_have_their_turn_while_windows_are_built() -> None:
+    turns = 0
+
+    async def scenario(bench: Bench) -> None:
+        nonlocal turns
+        bench.give(*(due_at(one, START) for one in series(1000, "1m")))
+        while not bench.worker.batches:
+            turns += 1
+            await asyncio.sleep(0)
+
+    play(scenario)
+    assert turns > 25
+
+
+def test_a_backlog_has_an_end() -> None:
+    (one,) = series(1)
+
+    async def scenario(bench: Bench) -> None:
+        bench.give(*(due_at(one, START + 1000 * i) for i in range(50)))
+
+    said = play(scenario, catch_up="all", backlog=20).said()
+    assert [what for _, _, what in said] == ["overrun"] * 30 + ["forecast"] * 20
+
+
+def test_overload_starves_nobody() -> None:
+    """A hundred series, twenty forecasts a second: each has its turn every few seconds."""
+    names = series(100)
+
+    async def scenario(bench: Bench) -> None:
+        for second in range(60):
+            bench.give(*(due_at(one, START + 1000 * second) for one in names))
+            await asyncio.sleep(1)
+
+    bench = play(scenario, worker=TimedWorker(0.05))
+    taken = defaultdict(list)
+    for at, windows, _ in bench.worker.batches:
+        for window in windows:
+            taken[window.series].append(at)
+    assert len(taken) == 100
+    for times in taken.values():
+        assert max(np.diff([0, *times, 60])) < 8
+    assert len(bench.results) == 6000
+    forecast = sum(not result.reason for result in bench.results)
+    assert forecast > 60 * 20 * 0.8
+    assert {result.reason for result in bench.results} == {"", "overrun"}
+
+
+def busy_at(worker: TimedWorker, moment: float) -> bool:
+    """Whether a batch was being drawn just before ``moment`` seconds."""
+    return any(
+        at < moment <= at + worker.pace * len(windows) + 0.01 for at, windows, _ in worker.batches
+    )
+
+
+class Feed:
+    """Bars of several series as venues may send them: late, twice, changed, hindered."""
+
+    def __init__(self, random: Random) -> None:
+        timeframes = random.choices(["1s", "2s", "10s"], k=random.randint(1, 30))
+        self.names = [Series.parse(f"test:S{i}/X:{tf}") for i, tf in enumerate(timeframes)]
+        self.given: dict[Series, list[Due]] = defaultdict(list)
+        self.moments: dict[Due, float] = {}
+        self._random = random
+        self._lateness = random.choice([0.02, 0.3, 1.2])
+
+    async def __call__(self, bench: Bench) -> None:
+        for second in range(1, 21):
+            bench.expected[START + 1000 * second] = {
+                one for one in self.names if 1000 * second % one.timeframe.after(0) == 0
+            }
+        async with asyncio.TaskGroup() as tasks:
+            for one in self.names:
+                tasks.create_task(self._play(bench, one))
+
+    async def _play(self, bench: Bench, one: Series) -> None:
+        random, close = self._random, START
+        while close < START + 20_000:
+            close = one.timeframe.after(close)
+            late = int(1000 * self._lateness * random.random())
+            if random.random() < 0.05:
+                late += random.randint(500, 4000)
+            await bench.clock.sleep_until(close + late)
+            obstacle = "gap" if random.random() < 0.05 else None
+            for revision in range(1 + (random.random() < 0.1)):
+                due = due_at(one, close, bench.clock.now() - close, revision, obstacle)
+                self.given[one].append(due)
+                self.moments[due] = asyncio.get_running_loop().time()
+                bench.give(due)
+                await asyncio.sleep(random.choice([0, 0, 0.05, 0.6]))
+
+    def overtakers(self, due: Due) -> list[Due]:
+        """The later bars of its series, and its own later revisions."""
+        own = self.given[due.series]
+        return own[own.index(due) + 1 :]
+
+
+@pytest.mark.parametrize("catch_up", ["newest", "all"])
+@pytest.mark.parametrize("seed", range(12))
+def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> None:
+    """Random arrivals, obstacles, revisions, outages and speeds; and no outcome is a lie."""
+    random = Random(seed)  # noqa: S311
+    feed = Feed(random)
+    worker = TimedWorker(random.choice([0.001, 0.02, 0.2, 1.5]), lambda _: random.random() < 0.02)
+    bench = play(
+        feed, worker=worker, publish_seconds=random.choice([0.0, 0.01, 0.5]), catch_up=catch_up
+    )
+    published = defaultdict(list)
+    for result in bench.results:
+        published[result.due.series].append(result.due)
+    assert published == feed.given
+    batched = {
+        (window.series, int(window.times[-1]), window.revision): at
+        for at, windows, _ in worker.batches
+        for window in windows
+    }
+    assert len(batched) == sum(worker.sizes())
+    for _, windows, deadline in worker.batches:
+        assert len(windows) * worker.pace <= deadline / 2
+    for result in bench.results:
+        at = batched.get((result.due.series, result.due.origin, result.due.revision))
+        assert (at is not None) == (result.reason in ("", "failed"))
+        check_truth(result, at, feed, bench, catch_up)
+
+
+def check_truth(
+    result: Result, at: float | None, feed: Feed, bench: Bench, catch_up: CatchUp
+) -> None:
+    """Whether what is said of a bar is so; ``at``: seconds when its batch was formed, if any."""
+    due, overtakers = result.due, feed.overtakers(result.due)
+    expiry = (due.series.timeframe.after(due.close) - START) / 1000
+    match result.reason:
+        case "gap":
+            assert due.obstacle == "gap"
+        case "revised":
+            assert overtakers[0].origin == due.origin
+        case "overrun":
+            assert catch_up == "newest"
+            assert overtakers or busy_at(bench.worker, expiry)
+        case "stale":
+            assert catch_up == "newest"
+            assert feed.moments[due] >= expiry
+        case _:
+            assert at is not None
+            if catch_up == "newest":
+                assert at < expiry
+                assert not any(feed.moments[other] < at - 1e-6 for other in overtakers)

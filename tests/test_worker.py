@@ -1,0 +1,334 @@
+"""The worker process with the nano checkpoint: exact, and replaced when it hangs, dies or is lost.
+
+Real processes and real signals; only what brings a worker down is made up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kronos_stream import Context, Forecaster
+from kronos_stream.daemon.job import Drawn, Failed, Plan, in_scale, price_scale
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.worker import Worker, WorkerError, WorkerLost, usable_cores
+from kronos_stream.daemon.worker_main import Drawer
+from kronos_stream.forecast.outlook import Outlook, outlook
+from kronos_stream.market import Candle, Series
+from kronos_stream.market.contexts import Window
+
+PLAN = Plan("nano", device="cpu", dtype="float32", lookback=96, horizon=8, paths=20, seed=3)
+
+PATIENCE = 30.0
+"""Seconds for an honest batch on a busy machine."""
+
+
+def window(i: int, bars: int = 96, columns: int = 6, price: float = 100.0) -> Window:
+    """A series of one-second bars; ``i`` fixes its values."""
+    random = np.random.default_rng(i)
+    close = price * np.exp(random.normal(0, 0.01, bars).cumsum())
+    opened = np.concatenate((close[:1], close[:-1]))
+    volume = random.lognormal(3, 1, bars)
+    values = np.stack(
+        (
+            opened,
+            np.maximum(opened, close) * 1.002,
+            np.minimum(opened, close) * 0.998,
+            close,
+            volume,
+            volume * close,
+        ),
+        axis=1,
+    ).astype(np.float32)
+    last = Candle(1_700_000_000_000 + 1000 * (bars - 1), *map(float, values[-1]))
+    times = 1_700_000_000_000 + 1000 * np.arange(bars)
+    series = Series.parse(f"test:S{i}/X:1s")
+    return Window(series, values[:, :columns], times, 0, 0, last, ())
+
+
+@pytest.fixture(scope="module")
+def nano() -> Forecaster:
+    return Forecaster.from_pretrained("nano", device="cpu", dtype="float32")
+
+
+def by_hand(nano: Forecaster, one: Window) -> Outlook:
+    """What the message of ``one`` must say, drawn alone."""
+    scale = price_scale(one.values)
+    values = one.values.copy()
+    values[:, [0, 1, 2, 3, 5][: one.values.shape[1] - 1]] *= np.float32(scale)
+    context = Context(values, one.times, one.series.name, "1s")
+    (paths,) = nano.sample([context], 8, 20, top_p=0.9, seed=3, anchor=True)
+    paths[..., [0, 1, 2, 3, 5]] /= np.float32(scale)
+    times = one.times[-1] + 1000 * np.arange(1, 9)
+    return outlook(paths, times, one.last.close, PLAN.quantiles)
+
+
+def outlooks(results: Sequence[Drawn | Failed]) -> list[Outlook]:
+    assert all(isinstance(result, Drawn) for result in results), results
+    return [result.outlook for result in results if isinstance(result, Drawn)]
+
+
+@asynccontextmanager
+async def started(plan: Plan = PLAN, **settings: Any) -> AsyncIterator[tuple[Worker, Metrics]]:
+    metrics = Metrics()
+    worker = Worker(plan, metrics, **settings)
+    await worker.start()
+    try:
+        yield worker, metrics
+    finally:
+        await worker.close()
+
+
+def restarts(metrics: Metrics) -> dict[str, float]:
+    return {c: metrics.worker_restarts.labels(c)._value.get() for c in ("hang", "crash")}
+
+
+async def test_forecasts_are_those_made_by_hand(nano: Forecaster) -> None:
+    """Bit for bit in any company; a context that is refused troubles no other."""
+    windows = [
+        *(window(i, bars=96 - i % 40) for i in range(30)),
+        *(window(i, columns=5) for i in range(30, 34)),
+        *(window(i, price=10.0**-i) for i in range(4, 12)),
+    ]
+    wanted = [by_hand(nano, one) for one in windows]
+    bad = replace(windows[0], values=np.full_like(windows[0].values, np.nan))
+    worker = Worker(PLAN, Metrics())
+    identity = await worker.start()
+    try:
+        assert (identity.model, identity.tokenizer, identity.dtype) == ("nano", "nano", "float32")
+        assert identity.revision is not None
+        assert 0 < worker.expected(1) < 5
+        random = np.random.default_rng(0)
+        for size in (len(windows), 17, 1):
+            members = random.permutation(len(windows))[:size]
+            company = [windows[i] for i in members]
+            batch = await worker.forecast([*company, bad], PATIENCE)
+            assert outlooks(batch.results[:-1]) == [wanted[i] for i in members]
+            (failure,) = batch.results[-1:]
+            assert isinstance(failure, Failed)
+            assert "S0/X" in failure.reason
+            assert batch.seconds > 0
+    finally:
+        await worker.close()
+    assert worker.pid is None
+
+
+async def test_a_worker_that_dies_or_hangs_is_replaced() -> None:
+    """Within its deadline and five seconds; stop signals meant for the daemon are none for it."""
+    windows = [window(i) for i in range(40)]
+    async with started() as (worker, metrics):
+        assert worker.pid is not None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(worker.pid, number)
+        wanted = (await worker.forecast(windows, PATIENCE)).results
+        assert restarts(metrics) == {"hang": 0, "crash": 0}
+        for number, deadline, cause in (
+            (signal.SIGKILL, PATIENCE, {"hang": 0, "crash": 1}),
+            (signal.SIGSTOP, 3.0, {"hang": 1, "crash": 1}),
+        ):
+            pid, began = worker.pid, time.monotonic()
+            batch = asyncio.create_task(worker.forecast(windows, deadline))
+            await asyncio.sleep(0.1)
+            os.kill(pid, number)
+            assert (await batch).results == wanted
+            assert restarts(metrics) == cause
+            assert time.monotonic() - began < min(deadline, 3.0) + 5
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        os.kill(worker.pid, signal.SIGKILL)  # between batches
+        assert (await worker.forecast(windows[:2], PATIENCE)).results == wanted[:2]
+        assert restarts(metrics) == {"hang": 1, "crash": 2}
+
+
+async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
+    async with started() as (worker, _):
+        pid = worker.pid
+        batch = asyncio.create_task(worker.forecast([window(i) for i in range(60)], PATIENCE))
+        await asyncio.sleep(0.1)
+        batch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await batch
+        assert pid is not None
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        assert len((await worker.forecast([window(1)], PATIENCE)).results) == 1
+
+
+POISONED = """
+import os
+from kronos_stream.daemon import worker_main
+
+class Poisoned(worker_main.Drawer):
+    def draw(self, tasks):
+        if any(task.series == "test:S2/X:1s" for task in tasks):
+            os.kill(os.getpid(), 9)
+        return super().draw(tasks)
+
+worker_main.Drawer = Poisoned
+worker_main.main()
+"""
+
+
+async def test_the_context_that_kills_workers_is_found(tmp_path: Path) -> None:
+    """The others are forecast; it fails, and fails at once the next time."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED)
+    windows = [window(i) for i in range(4)]
+    async with started(command=(sys.executable, str(script))) as (worker, metrics):
+        for _ in range(2):
+            results = (await worker.forecast(windows, PATIENCE)).results
+            assert [isinstance(result, Drawn) for result in results] == [True, True, False, True]
+            # Twice all four, the half of two, itself.
+            assert restarts(metrics) == {"hang": 0, "crash": 4}
+
+
+SEIZED = """
+import ctypes
+from kronos_stream.daemon import worker_main
+
+class Seized(worker_main.Drawer):
+    def draw(self, tasks):
+        if len(tasks) > 1000:
+            ctypes.PyDLL(None).sleep(60)  # the interpreter's lock is kept
+        return super().draw(tasks)
+
+worker_main.Drawer = Seized
+worker_main.main()
+"""
+
+DAEMON = """
+import asyncio
+import sys
+import numpy as np
+from kronos_stream.daemon.job import Plan
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.worker import Worker
+from kronos_stream.market import Candle, Series
+from kronos_stream.market.contexts import Window
+
+async def main():
+    plan = Plan("nano", device="cpu", lookback=96, horizon=8)
+    worker = Worker(plan, Metrics(), command=(sys.executable, *sys.argv[1:]))
+    await worker.start()
+    print(worker.pid, flush=True)
+    series, last = Series.parse("test:X/Y:1s"), Candle(95_000, 9, 9, 9, 9, 9)
+    values = np.random.default_rng(0).lognormal(size=(96, 1)) + np.zeros((1, 6))
+    window = Window(series, values, 1000 * np.arange(96), 0, 0, last, ())
+    await worker.forecast([window] * 2000, 60)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("what", ["computing", "seized"])
+def test_no_worker_outlives_the_daemon(tmp_path: Path, what: str) -> None:
+    """Killed with -9 in the middle of a batch, even if no Python can run in the worker."""
+    command = ["-m", "kronos_stream.daemon.worker_main"]
+    if what == "seized":
+        if sys.platform != "linux":
+            pytest.skip("only Linux kills the children of the dead")
+        (tmp_path / "seized.py").write_text(SEIZED)
+        command = [str(tmp_path / "seized.py")]
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", DAEMON, *command], stdout=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdout is not None
+        pid = next(int(line) for line in daemon.stdout if line.strip().isdigit())
+        time.sleep(1.0)
+        daemon.kill()
+        daemon.wait()
+    end = time.monotonic() + 3
+    while alive(pid):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that only waits to be buried does not."""
+    try:
+        os.kill(pid, 0)
+        if sys.platform == "linux":
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("plan", "why"),
+    [
+        (replace(PLAN, lookback=250), "250 bars and a horizon of 8 exceed the 256 bars"),
+        (replace(PLAN, paths=18), "quantile 0.05 needs at least 19 paths"),
+        (replace(PLAN, top_p=0.0), "top_p 0"),
+        (replace(PLAN, dtype="float8"), "dtype 'float8'"),
+    ],
+)
+def test_plans_that_cannot_be_carried_out(plan: Plan, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Drawer(plan)
+
+
+async def test_what_the_user_can_mend_is_said() -> None:
+    worker = Worker(replace(PLAN, model="no/such/model"), Metrics())
+    with pytest.raises(WorkerError, match="no/such/model"):
+        await worker.start()
+    assert worker.pid is None
+
+
+async def test_a_process_that_does_not_start_is_no_users_fault() -> None:
+    worker = Worker(PLAN, Metrics(), command=(sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(WorkerLost, match="did not start"):
+        await worker.start()
+
+
+def test_scales_are_powers_of_two_that_lift_what_hardly_moves() -> None:
+    ordinary = window(1).values
+    assert price_scale(ordinary) == 1
+    for k in (20, 30, 60):
+        scale = price_scale(in_scale(ordinary, 2.0**-k))
+        deviation = (in_scale(ordinary, 2.0**-k)[:, 3] * np.float64(scale)).std()
+        assert np.log2(scale) % 1 == 0
+        assert 1 <= deviation < 2
+    flat = np.full((50, 6), 1e-8, np.float32)
+    assert 1e-9 / price_scale(flat) < 1e-15  # the model's 1e-5 is nothing beside the price
+    assert price_scale(np.full((50, 6), 5e4, np.float32)) == 1
+    assert price_scale(np.zeros((50, 5), np.float32)) == 1
+    rich = in_scale(ordinary, 2.0**-60)
+    rich[:, 5] = 1e12
+    assert 1 <= price_scale(rich) * 1e12 < 1e17
+
+
+def test_tiny_prices_are_forecast_like_large_ones(nano: Forecaster) -> None:
+    """A coin priced in another unit has the same future in that unit."""
+    one = window(1, price=64.0)
+    scale = 2.0 ** -np.floor(np.log2(one.values[:, 3].std()))
+    one = replace(one, values=in_scale(one.values, scale))
+    one = replace(one, last=one.last._replace(close=float(one.values[-1, 3])))
+    assert price_scale(one.values) == 1
+    tiny = replace(
+        one,
+        values=in_scale(one.values, 2.0**-40),
+        last=one.last._replace(close=one.last.close * 2.0**-40),
+    )
+    large, small = by_hand(nano, one), by_hand(nano, tiny)
+    assert small.summary.return_quantiles == large.summary.return_quantiles
+    for name, band in large.channels["close"].items():
+        np.testing.assert_allclose(
+            np.array(small.channels["close"][name]) * 2.0**40, band, rtol=1e-6
+        )
+
+
+def test_cores_are_counted() -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)

@@ -122,10 +122,7 @@ def joined(earlier: Floats, later: Floats) -> Floats:
 
 
 class Bars:
-    """All books over one feed; :meth:`advance` lets time pass.
-
-    ``closed`` is called for each bar that closes after the start: its book and its open.
-    """
+    """All books over one feed, with ``history`` bars of the longest; then time passes."""
 
     def __init__(
         self,
@@ -135,11 +132,11 @@ class Bars:
         *,
         history: int,
         keep: int,
-        closed: Callable[[Book, int], None],
     ) -> None:
         base = self.base_ms = feed.timeframe_ms
         self._feed = feed
-        self._closed: Callable[[Book, int], None] | None = None  # nobody hears of the past
+        self.closed: Callable[[Book, int], None] = lambda *_: None
+        """Called for each bar that closes: its book and its open."""
         self.instruments = feed.instruments
         count = len(feed.instruments)
         self.books = {str(t): Book(t, count, keep) for t in timeframes}
@@ -156,7 +153,6 @@ class Bars:
         feed.begin(self.start, (today - self.start) // base)
         self._coming = self._draw()
         self.advance(now)
-        self._closed = closed
 
     def _draw(self) -> Floats:
         drawn = self._feed.step()
@@ -166,8 +162,12 @@ class Bars:
         count = np.maximum(volume // (self._lot * _LOTS_PER_TRADE), volume > 0)
         bars[:, TRADES], bars[:, FIRST] = count, self._trades
         self._trades = self._trades + count
-        as_said(bars, self._digits)
+        self.round(bars)
         return bars
+
+    def round(self, bars: Floats) -> None:
+        """Round bars (instruments, 8), in place, to what can be said of them."""
+        as_said(bars, self._digits)
 
     def advance(self, now: int) -> None:
         """Close what has closed by ``now``, UTC ms."""
@@ -176,16 +176,15 @@ class Bars:
                 finished = book.add(self.opened, self.base_ms, self._coming)
                 if finished is None:
                     continue
-                as_said(book.bars(finished), self._digits)
-                if self._closed is not None:
-                    self._closed(book, finished)
+                self.round(book.bars(finished))
+                self.closed(book, finished)
             self.opened += self.base_ms
             self._coming = self._draw()
 
     def unfinished(self, book: Book, now: int) -> Floats:
         """The open bars (instruments, 8) of ``book`` as they stand at ``now``."""
         bars = book.unfinished(self._so_far((now - self.opened) / self.base_ms))
-        as_said(bars, self._digits)
+        self.round(bars)
         return bars
 
     def _so_far(self, share: float) -> Floats:

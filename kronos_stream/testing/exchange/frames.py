@@ -35,13 +35,18 @@ def ping(payload: bytes) -> bytes:
 
 
 class Kline(NamedTuple):
-    """One push of a bar, to be said to raw and to combined connections."""
+    """One push of a bar."""
 
-    stream: str
-    payload: bytes
+    stream: bytes
+    raw: bytes
+    """As connections to /ws hear it."""
+    spoilt: bytes | None = None
+    """What those to /stream hear instead, if it is not the same in a wrapper."""
 
-    def wrapped(self) -> bytes:
-        return b'{"stream":"%s","data":%s}' % (self.stream.encode(), self.payload)
+    def combined(self) -> bytes:
+        if self.spoilt is not None:
+            return self.spoilt
+        return b'{"stream":"%s","data":%s}' % (self.stream, self.raw)
 
 
 class KlineWriter:
@@ -51,7 +56,7 @@ class KlineWriter:
         name = instrument.name
         price, volume = instrument.digits
         p, v, a = f"%.{price}f", f"%.{volume}f", f"%.{min(8, price + volume)}f"
-        self.stream = f"{name.lower()}@kline_{interval}"
+        self._stream = f"{name.lower()}@kline_{interval}".encode()
         self._push = (
             f'{{"e":"kline","E":%d,"s":"{name}","k":{{"t":%d,"T":%d,"s":"{name}","i":"{interval}",'
             f'"f":%d,"L":%d,"o":"{p}","c":"{p}","h":"{p}","l":"{p}","v":"{v}","n":%d,"x":%s,'
@@ -69,7 +74,7 @@ class KlineWriter:
             event, opened, closes - 1, first if n else -1, last if n else -1, o, c, h, l, v, n,
             b"true" if final else b"false", a, v * TAKER_BUYS, a * TAKER_BUYS,
         )  # fmt: skip
-        return Kline(self.stream, payload)
+        return Kline(self._stream, payload)
 
     def row(self, bar: Sequence[float], opened: int, closes: int) -> bytes:
         o, h, l, c, v, a, n, _ = bar  # noqa: E741

@@ -11,9 +11,12 @@ from aiohttp import web
 
 from kronos_stream.market.clock import Clock
 from kronos_stream.testing.exchange.bars import Bars, Book
+from kronos_stream.testing.exchange.fate import Fate
 from kronos_stream.testing.exchange.frames import CLOSE, HIGH, LOW, OPEN, TRADES, KlineWriter
+from kronos_stream.testing.exchange.garbage import bad_answer, bad_response
 from kronos_stream.testing.exchange.instruments import Instrument
-from kronos_stream.testing.exchange.limits import ApiError, WeightLimit
+from kronos_stream.testing.exchange.ledger import Ledger
+from kronos_stream.testing.exchange.limits import ApiError, WeightLimit, banned, too_much
 
 Query = Mapping[str, str]
 
@@ -22,7 +25,7 @@ _FAR = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class _Rules:
+class Rules:
     """Where spot and futures differ."""
 
     prefix: str
@@ -31,15 +34,16 @@ class _Rules:
     perpetual: bool
 
 
-SPOT = _Rules("/api/v3", 6000, 1000, perpetual=False)
-FUTURES = _Rules("/fapi/v1", 2400, 1500, perpetual=True)
+SPOT = Rules("/api/v3", 6000, 1000, perpetual=False)
+FUTURES = Rules("/fapi/v1", 2400, 1500, perpetual=True)
 
 
 class Rest:
     """Answers for one of the two markets."""
 
-    def __init__(self, rules: _Rules, bars: Bars, clock: Clock) -> None:
-        self._rules, self._bars, self._clock = rules, bars, clock
+    def __init__(self, rules: Rules, bars: Bars, ledger: Ledger, clock: Clock, fate: Fate) -> None:
+        self._rules, self._bars, self._ledger = rules, bars, ledger
+        self._clock, self._fate = clock, fate
         self._limit = WeightLimit(rules.weight_per_minute, clock)
         self._listed = {
             instrument.name: (index, instrument)
@@ -68,8 +72,9 @@ class Rest:
         async def handle(request: web.Request) -> web.Response:
             address = request.remote or ""
             try:
+                self._refuse()
                 self._limit.charge(address, weight(request.query))
-                response = web.Response(body=answer(request.query), content_type="application/json")
+                response = await self._respond(request, answer)
             except ApiError as error:
                 response = error.response()
             used = str(self._limit.used(address))
@@ -79,6 +84,40 @@ class Rest:
             return response
 
         return handle
+
+    # -- faults ----------------------------------------------------------------------------
+
+    def _refuse(self) -> None:
+        """Raises ApiError during a burst of refusals."""
+        now = self._clock.now()
+        refused = self._fate.refused_until(now)
+        if refused is None:
+            return
+        kind, until = refused
+        self._fate.struck(kind, self._rules.prefix, now)
+        if kind == "banned":
+            raise banned(until, now)
+        raise too_much(self._rules.weight_per_minute, until - now)
+
+    async def _respond(
+        self, request: web.Request, answer: Callable[[Query], bytes]
+    ) -> web.Response:
+        now = self._clock.now()
+        kind, random = self._fate.of_request(request.path_qs, now)
+        if kind:
+            self._fate.struck(kind, request.path_qs, now)
+        if kind == "timeout":
+            await self._clock.sleep(self._fate.faults.timeout_seconds)
+            if request.transport is not None:
+                request.transport.abort()
+        elif kind == "slow":
+            await self._clock.sleep(self._fate.faults.slow_seconds * random.uniform(0.5, 1.5))
+        elif kind == "error":
+            return bad_response(random)
+        body = answer(request.query)
+        if kind == "mangled":
+            body = bad_answer(body, random)
+        return web.Response(body=body, content_type="application/json")
 
     # -- answers ---------------------------------------------------------------------------
 
@@ -133,10 +172,12 @@ class Rest:
             writer.row(bar, opened, book.timeframe.after(opened))
             for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
             if bar[0] == bar[0]  # NaN: the venue has no such bar
+            and self._ledger.shows(book, opened, index, now)
         ]
         if start <= book.opened <= min(end, now):
             bar = self._bars.unfinished(book, now)[index].tolist()
-            if bar[0] == bar[0]:
+            lost = self._fate.loses(instrument.symbol, interval, book.opened, book.closes)
+            if bar[0] == bar[0] and not lost:
                 rows.append(writer.row(bar, book.opened, book.closes))
         return rows
 

@@ -7,19 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+import structlog
 from aiohttp import web
 
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.exchange.bars import Bars
+from kronos_stream.testing.exchange.bars import Bars, Book
+from kronos_stream.testing.exchange.fate import Fate, SkewedClock
+from kronos_stream.testing.exchange.faults import Faults
+from kronos_stream.testing.exchange.gate import Gate
 from kronos_stream.testing.exchange.instruments import Feed, FileFeed, GeneratedFeed
+from kronos_stream.testing.exchange.ledger import Ledger
 from kronos_stream.testing.exchange.pushes import Pushes
 from kronos_stream.testing.exchange.rest import FUTURES, SPOT, Rest
-from kronos_stream.testing.exchange.sockets import Connection, Streams
+from kronos_stream.testing.exchange.sockets import Streams
+
+_log = structlog.get_logger()
 
 _MOST_HISTORY = 2_000_000
+_FAR = 2**62
+
+
+class ExchangeError(ValueError):
+    """An exchange that cannot be; the message says why."""
 
 
 class SimulatedExchange:
@@ -30,10 +42,13 @@ class SimulatedExchange:
     ``/market`` or ``/futures`` is a futures one, and so is any where only perpetuals are listed.
 
     symbols, perpetuals: how many spot markets SIM00/USDT, … and perpetuals SIM00/USDT:USDT, …
-    timeframes: the intervals offered; the shortest is drawn, the others are made of it.
+    timeframes: the intervals offered, the files' own if empty; the shortest is drawn and the
+    others are made of it.
     candles: files to be replayed instead, see :class:`FileFeed`.
     history: bars of the longest timeframe that there are at the start.
     keep: bars per timeframe that are remembered, ``max(2 * history, 2000)`` if None.
+    clock: the market's time; faults may set the exchange's own, :attr:`clock`, off it. Pings and
+    the limit of messages per second are in the event loop's time.
     """
 
     def __init__(
@@ -41,32 +56,32 @@ class SimulatedExchange:
         symbols: int = 20,
         *,
         perpetuals: int = 0,
-        timeframes: Sequence[str] = ("1s",),
+        timeframes: Sequence[str] = (),
         candles: Sequence[Path] = (),
         seed: int = 0,
+        faults: Faults | None = None,
         history: int = 600,
         keep: int | None = None,
         clock: Clock | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
-        self._timeframes = sorted(
-            {Timeframe.parse(text) for text in timeframes}, key=lambda t: t.after(0)
-        )
-        shortest = self._timeframes[0].milliseconds
+        offered = [Timeframe.parse(text) for text in timeframes]
         if candles:
             self._feed: Feed = FileFeed(candles)
-        elif shortest is None:
-            raise ValueError("an exchange of months alone has nothing to draw")
+            offered = offered or [Timeframe.from_step(self._feed.timeframe_ms)]
         else:
+            offered = offered or [Timeframe(1, "s")]
+            shortest = min(t.milliseconds or _FAR for t in offered)
             self._feed = GeneratedFeed(symbols, perpetuals, shortest, seed)
-        for timeframe in self._timeframes:
+        for timeframe in offered:
             _check(timeframe, self._feed.timeframe_ms, history)
-        self._seed, self._history = seed, history
+        self._timeframes = sorted(set(offered), key=lambda t: t.after(0))
+        self.faults = faults or Faults(seed=seed)
+        self._history = history
         self._keep = max(2 * history, 2_000) if keep is None else keep
-        self.clock: Clock = SystemClock() if clock is None else clock
+        self._given_clock: Clock = SystemClock() if clock is None else clock
         self._host, self._port = host, port
-        self._stop = asyncio.Event()
 
     @property
     def symbols(self) -> list[str]:
@@ -82,78 +97,82 @@ class SimulatedExchange:
         return f"ws://{self._host}:{self._port}"
 
     async def __aenter__(self) -> Self:
-        closed: list[Pushes] = []
-        self._bars = Bars(
-            self._feed,
-            self._timeframes,
-            self.clock.now(),
-            history=self._history,
-            keep=self._keep,
-            closed=lambda book, opened: closed[0].closed(book, opened),
-        )
-        self._streams = Streams(self._bars)
-        self._pushes = Pushes(self._bars, self._streams, self.clock, self._seed)
-        closed.append(self._pushes)
+        faults = self.faults
+        self.clock: Clock = self._given_clock
+        if faults.skew_seconds or faults.drift_ppm:
+            self.clock = SkewedClock(self.clock, faults.skew_seconds, faults.drift_ppm)
+        now = self.clock.now()
+        self.fate = Fate(faults, now)
+        """Which faults have struck: ``fate.counts`` by kind, ``fate.incidents``."""
+        self._bars = Bars(self._feed, self._timeframes, now, history=self._history, keep=self._keep)
+        self._ledger = Ledger(self._bars, self.fate)
+        streams = Streams(self._bars)
+        pushes = Pushes(self._bars, self._ledger, streams, self.clock, self.fate)
+        self._gate = Gate(streams, self.clock, self.fate, spot=self._has_spot())
         app = web.Application()
         for rules in (SPOT, FUTURES):
-            app.add_routes(Rest(rules, self._bars, self.clock).routes())
-        for prefix in ("", "/market", "/futures", "/futures/market"):
-            app.router.add_get(f"{prefix}/ws", self._connect)
-            app.router.add_get(f"{prefix}/ws/{{names:.*}}", self._connect)
-            app.router.add_get(f"{prefix}/stream", self._connect)
+            app.add_routes(Rest(rules, self._bars, self._ledger, self.clock, self.fate).routes())
+        app.add_routes(self._gate.routes())
         self._runner = web.AppRunner(
             app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
         self._port = self._runner.addresses[0][1]
-        self._pushing = asyncio.create_task(self._pushes.run())
+        self._running = [
+            asyncio.create_task(pushes.run(), name="pushes"),
+            asyncio.create_task(self._gate.run(), name="gate"),
+        ]
+        for task in self._running:
+            task.add_done_callback(_report)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._pushing.cancel()
-        await asyncio.wait([self._pushing])
-        for connection in list(self._streams.connections):
-            connection.abort()
+        for task in self._running:
+            task.cancel()
+        await asyncio.wait(self._running)
+        self._gate.abort()
         await self._runner.cleanup()
-        if not self._pushing.cancelled():
-            self._pushing.result()  # what went wrong must be seen
+        for task in self._running:
+            if not task.cancelled():
+                task.result()  # what went wrong must be seen
 
-    async def _connect(self, request: web.Request) -> web.StreamResponse:
-        futures = request.path.startswith(("/market", "/futures")) or not any(
-            not instrument.perpetual for instrument in self._feed.instruments
-        )
-        combined = request.path.endswith("/stream")
-        text = request.query.get("streams", "") if combined else request.match_info.get("names", "")
-        names = [name for name in text.split("/") if name]
-        socket = web.WebSocketResponse(autoping=False, compress=False, timeout=2.0)
-        await socket.prepare(request)
-        transport = request.transport
-        if not isinstance(transport, asyncio.Transport):
-            return socket
-        connection = Connection(
-            socket, transport, self._streams, futures=futures, combined=combined
-        )
-        await connection.serve(names)
-        return socket
+    def _has_spot(self) -> bool:
+        return not all(instrument.perpetual for instrument in self._feed.instruments)
+
+    # -- what tests compare with -----------------------------------------------------------
 
     def truth(self, series: Series, since: int = 0) -> list[Bar]:
-        """The closed bars of ``series``, of any venue's name, that opened at ``since`` or later."""
+        """The closed bars of ``series``, of any venue's name, that opened at ``since`` or later.
+
+        As a tape should hold them in the end: changed bars in their last version, with how often
+        they changed; synthetic ones for those that the venue does not have.
+        """
         self._bars.advance(self.clock.now())
-        index = self.symbols.index(series.symbol)
-        opens, bars = self._bars.books[str(series.timeframe)].between(since, 2**62)
-        return [
-            Bar(Candle(opened, *bar[:6]))
-            for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
-        ]
+        book, index = self._find(series)
+        return self._ledger.truth(book, index, since)
+
+    def versions(self, series: Series, opened: int) -> list[Candle]:
+        """All that the bar opened at ``opened`` has been: a client cut off may know an old one."""
+        book, index = self._find(series)
+        now = Candle(opened, *book.bars(opened)[index, :6].tolist())
+        return [*self._ledger.versions(book, opened, index), now]
+
+    def _find(self, series: Series) -> tuple[Book, int]:
+        return self._bars.books[str(series.timeframe)], self.symbols.index(series.symbol)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _log.error("the exchange has stopped", task=task.get_name(), exc_info=task.exception())
 
 
 def _check(timeframe: Timeframe, base_ms: int, history: int) -> None:
     length = timeframe.milliseconds
     if (length or 86_400_000) % base_ms:
-        raise ValueError(f"bars of {timeframe} cannot be made of bars of {base_ms / 1000:g} s")
+        raise ExchangeError(f"bars of {timeframe} cannot be made of bars of {base_ms / 1000:g} s")
     if history * (length or 31 * 86_400_000) // base_ms > _MOST_HISTORY:
-        raise ValueError(
+        raise ExchangeError(
             f"{history} bars of {timeframe} history are too many bars of {base_ms / 1000:g} s; "
             "ask for less history or leave out the shortest timeframe"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -30,6 +30,8 @@ class Stream:
 
     index: int
     """Of the instrument."""
+    symbol: str
+    """Of the instrument, in ccxt's notation."""
     interval: str
     writer: KlineWriter
     listeners: set[Connection] = field(default_factory=set)
@@ -56,8 +58,10 @@ class Streams:
             index = self._indices.get((futures, symbol))
             if index is None or interval not in self._bars.books:
                 return None
-            writer = KlineWriter(self._bars.instruments[index], interval)
-            stream = self._known[futures, name] = Stream(index, interval, writer)
+            instrument = self._bars.instruments[index]
+            writer = KlineWriter(instrument, interval)
+            stream = Stream(index, instrument.symbol, interval, writer)
+            self._known[futures, name] = stream
         return stream
 
     def heard(self, interval: str) -> list[Stream]:
@@ -66,13 +70,13 @@ class Streams:
 
     def push(self, stream: Stream, kline: Kline) -> None:
         """Give a kline to all listeners; it leaves at the next :meth:`flush`."""
-        raw = combined = b""
+        raw = combined = b""  # made once, and only for who wants them
         for connection in stream.listeners:
             if connection.combined:
-                combined = combined or frame(kline.wrapped())
+                combined = combined or frame(kline.combined())
                 connection.unsent.append(combined)
             else:
-                raw = raw or frame(kline.payload)
+                raw = raw or frame(kline.raw)
                 connection.unsent.append(raw)
             self._waiting.add(connection)
 
@@ -100,6 +104,12 @@ class Connection:
         self._names: dict[str, Stream | None] = {}
         self._arrivals: deque[float] = deque(maxlen=MOST_MESSAGES_PER_SECOND + 1)
         self._ponged = asyncio.get_running_loop().time()
+        self._stalled = False
+
+    @property
+    def hears(self) -> bool:
+        """Whether what is pushed will arrive, as far as the exchange can know."""
+        return not self._stalled and not self._transport.is_closing()
 
     # -- out -------------------------------------------------------------------------------
 
@@ -111,11 +121,15 @@ class Connection:
     def flush(self) -> None:
         data = b"".join(self.unsent)
         self.unsent.clear()
-        if self._transport.is_closing():
+        if not self.hears:
             return
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
             self._transport.abort()  # a client that does not read
+
+    def stall(self) -> None:
+        """From now on neither speak nor answer, as when a router in between has died."""
+        self._stalled = True
 
     def abort(self) -> None:
         """Cut the connection without a word."""
@@ -127,11 +141,15 @@ class Connection:
 
     # -- in --------------------------------------------------------------------------------
 
-    async def serve(self, names: Iterable[str]) -> None:
+    async def serve(self, names: Sequence[str]) -> None:
         """Until the client leaves or is sent away."""
         self._streams.connections.add(self)
         try:
-            self._subscribe(names)
+            try:
+                self._subscribe(names)
+            except _Invalid as error:
+                await self.close(_POLICY_VIOLATION, error.message)
+                return
             async with asyncio.TaskGroup() as group:
                 pinging = group.create_task(self._ping())
                 await self._listen()
@@ -157,6 +175,8 @@ class Connection:
                 WSMsgType.TEXT, WSMsgType.BINARY, WSMsgType.PING, WSMsgType.PONG
             }:  # fmt: skip
                 return
+            if self._stalled:
+                continue
             self._arrivals.append(loop.time())
             full = len(self._arrivals) > MOST_MESSAGES_PER_SECOND
             if full and self._arrivals[-1] - self._arrivals[0] < 1.0:
@@ -179,54 +199,59 @@ class Connection:
         number = request.get("id")
         if isinstance(number, bool) or not isinstance(number, int | str | None):
             return _error(2, "Invalid request: request ID must be an unsigned integer")
-        method, params = request["method"], request.get("params", [])
-        if method not in _METHODS:
-            return _error(
-                2,
-                f"Invalid request: unknown variant {method}, expected one of "
-                f"{', '.join(f'`{name}`' for name in _METHODS)} at line 1 column 28",
-                number,
-            )
-        if not isinstance(params, list):
-            return _error(2, "Invalid request: params must be a list", number)
-        return self._obey(method, params, number)
+        try:
+            result = self._obey(request["method"], request.get("params", []))
+        except _Invalid as error:
+            return _error(error.code, error.message, number)
+        return {"result": result, "id": number}
 
-    def _obey(
-        self, method: str, params: list[object], number: int | str | None
-    ) -> dict[str, object]:
+    def _obey(self, method: object, params: object) -> object:
+        """The result of a request; raises _Invalid."""
         if method == "LIST_SUBSCRIPTIONS":
-            return {"result": list(self._names), "id": number}
+            return list(self._names)
+        if not isinstance(params, list):
+            raise _Invalid(2, "Invalid request: params must be a list")
         if method in {"SUBSCRIBE", "UNSUBSCRIBE"}:
-            names = [name for name in params if isinstance(name, str)]
-            if len(names) != len(params):
-                return _error(2, "Invalid request: stream name must be a string", number)
+            if not all(isinstance(name, str) for name in params):
+                raise _Invalid(2, "Invalid request: stream name must be a string")
             if method == "UNSUBSCRIBE":
-                self._unsubscribe(names)
-            elif len(self._names.keys() | set(names)) > MOST_STREAMS:
-                return _error(2, f"Invalid request: more than {MOST_STREAMS} streams", number)
+                self._unsubscribe(params)
             else:
-                self._subscribe(names)
-            return {"result": None, "id": number}
+                self._subscribe(params)
+            return None
+        if method not in {"SET_PROPERTY", "GET_PROPERTY"}:
+            known = ", ".join(f"`{name}`" for name in _METHODS)
+            raise _Invalid(2, f"Invalid request: unknown variant {method}, expected one of {known}")
         if params[:1] != ["combined"]:
-            return _error(0, "Unknown property", number)
+            raise _Invalid(0, "Unknown property")
         if method == "GET_PROPERTY":
-            return {"result": self.combined, "id": number}
+            return self.combined
         if len(params) != 2 or not isinstance(params[1], bool):
-            return _error(1, "Invalid value type: expected Boolean", number)
+            raise _Invalid(1, "Invalid value type: expected Boolean")
         self.combined = params[1]
-        return {"result": None, "id": number}
+        return None
 
-    def _subscribe(self, names: Iterable[str]) -> None:
+    def _subscribe(self, names: Sequence[str]) -> None:
+        if len(self._names.keys() | set(names)) > MOST_STREAMS:
+            raise _Invalid(2, f"Invalid request: more than {MOST_STREAMS} streams")
         for name in names:
             stream = self._names[name] = self._streams.find(name, futures=self._futures)
             if stream is not None:
                 stream.listeners.add(self)
 
-    def _unsubscribe(self, names: Iterable[str]) -> None:
+    def _unsubscribe(self, names: Sequence[str]) -> None:
         for name in names:
             stream = self._names.pop(name, None)
             if stream is not None:
                 stream.listeners.discard(self)
+
+
+class _Invalid(Exception):  # noqa: N818
+    """A request that cannot be obeyed."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
 
 
 def _error(code: int, message: str, number: int | str | None = None) -> dict[str, object]:

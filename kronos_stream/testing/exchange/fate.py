@@ -1,0 +1,161 @@
+"""Who is struck by which fault, and what has struck so far.
+
+Every decision is a function of the seed and of what it is about (a bar, a request at a moment,
+the n-th connection), never of what was decided before: so it does not matter in which order
+clients ask, and faults do not shift when another kind is switched off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from hashlib import blake2b
+from random import Random
+from typing import NamedTuple
+
+from kronos_stream.market.clock import Clock
+from kronos_stream.testing.exchange.faults import PER_BAR, PER_REQUEST, Faults
+
+_HOUR = 3_600.0
+_REMEMBERED = 10_000
+
+
+class Incident(NamedTuple):
+    """A fault that has struck: UTC ms by the exchange's clock, its kind, whom."""
+
+    moment: int
+    kind: str
+    subject: str
+
+
+class SkewedClock:
+    """A clock that is ahead of another and goes faster."""
+
+    def __init__(self, clock: Clock, skew_seconds: float, drift_ppm: float) -> None:
+        self._clock, self._skew, self._drift = clock, round(skew_seconds * 1000), drift_ppm / 1e6
+        self._began = clock.now()
+
+    def now(self) -> int:
+        now = self._clock.now()
+        return now + self._skew + int((now - self._began) * self._drift)
+
+    async def sleep(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+
+    async def sleep_until(self, moment: int) -> None:
+        await self._clock.sleep(0)
+        while (left := moment - self.now()) > 0:
+            await self._clock.sleep(max(left / (1 + self._drift), 1.0) / 1000)
+
+
+class Fate:
+    """Draws faults, and keeps account of those that struck."""
+
+    def __init__(self, faults: Faults, start: int) -> None:
+        self.faults, self.start = faults, start
+        self.counts: Counter[str] = Counter()
+        self.incidents: deque[Incident] = deque(maxlen=_REMEMBERED)
+        self._meddles = faults.befall_bars
+
+    def struck(self, kind: str, subject: str, moment: int) -> None:
+        self.counts[kind] += 1
+        self.incidents.append(Incident(moment, kind, subject))
+
+    def random(self, *about: object) -> Random:
+        """Chance that depends on the seed and ``about`` alone."""
+        return Random(self._digest(about))  # noqa: S311
+
+    def _digest(self, about: tuple[object, ...], size: int = 8) -> bytes:
+        key = "\0".join(map(str, (self.faults.seed, *about)))
+        return blake2b(key.encode(), digest_size=size).digest()
+
+    # -- bars ------------------------------------------------------------------------------
+
+    def of_bar(self, symbol: str, interval: str, opened: int, closes: int) -> dict[str, float]:
+        """The faults of a bar, each with a size between 0.5 and 1.5; mostly none."""
+        if not self._meddles:
+            return {}
+        digest = self._digest((symbol, interval, opened), 8 * len(PER_BAR))
+        struck = {}
+        for i, kind in enumerate(PER_BAR):
+            chance = int.from_bytes(digest[8 * i : 8 * i + 4], "big") / 2**32
+            size = 0.5 + int.from_bytes(digest[8 * i + 4 : 8 * i + 8], "big") / 2**32
+            if chance < getattr(self.faults, kind):
+                struck[kind] = size
+        for planned in self.faults.plan:
+            since = closes - self.start - planned.at * 1000
+            window = max(planned.seconds * 1000, closes - opened)
+            if planned.kind in PER_BAR and planned.symbol in {"", symbol} and 0 <= since < window:
+                struck.setdefault(planned.kind, 1.0)
+        return struck
+
+    def loses(self, symbol: str, interval: str, opened: int, closes: int) -> bool:
+        """Whether the venue will never have had this bar."""
+        return self._meddles and "lost" in self.of_bar(symbol, interval, opened, closes)
+
+    # -- spells ----------------------------------------------------------------------------
+
+    def silent(self, symbol: str, now: int) -> bool:
+        """Whether ``symbol`` is not pushed at ``now``."""
+        return self._spell("silence", symbol, now, self.faults.silence_seconds) is not None
+
+    def refused_until(self, now: int) -> tuple[str, int] | None:
+        """Whether REST refuses everybody at ``now``: "limited" or "banned", and until when."""
+        for kind, seconds in (
+            ("banned", self.faults.banned_seconds),
+            ("limited", self.faults.limited_seconds),
+        ):
+            until = self._spell(kind, "", now, seconds)
+            if until is not None:
+                return kind, until
+        return None
+
+    def _spell(self, kind: str, subject: str, now: int, seconds: float) -> int | None:
+        """When the spell of ``kind`` at ``now`` ends, UTC ms, if there is one."""
+        for planned in self.faults.plan:
+            begins = self.start + round(planned.at * 1000)
+            ends = begins + round((planned.seconds or seconds) * 1000)
+            if planned.kind == kind and planned.symbol in {"", subject} and begins <= now < ends:
+                return ends
+        rate = getattr(self.faults, kind)
+        if not rate:
+            return None
+        length = round(seconds * 1000)
+        spell = (now - self.start) // length
+        if self.random(kind, subject, spell).random() >= rate * seconds / _HOUR:
+            return None
+        return self.start + (spell + 1) * length
+
+    # -- connections and requests ------------------------------------------------------------
+
+    def moments(self, kind: str, *about: object) -> Iterator[float]:
+        """When faults of ``kind`` strike, in seconds, at its rate; without end, or at once none."""
+        rate = getattr(self.faults, kind)
+        random, moment = self.random(kind, *about), 0.0
+        while rate:
+            moment += random.expovariate(rate / _HOUR)
+            yield moment
+
+    def fails_handshake(self, number: int, now: int) -> Random | None:
+        """Chance, to choose how with, if the handshake of connection ``number`` fails."""
+        random = self.random("handshake", number)
+        strikes = random.random() < self.faults.handshake
+        return random if strikes or self._planned("handshake", now) else None
+
+    def of_request(self, request: str, now: int) -> tuple[str, Random]:
+        """The fault of a REST request at ``now``, empty for none, and chance to size it with."""
+        random = self.random("request", request, now)
+        for kind in PER_REQUEST:
+            rate = getattr(self.faults, kind)
+            if self._planned(kind, now) or (
+                rate and self.random(kind, request, now).random() < rate
+            ):
+                return kind, random
+        return "", random
+
+    def _planned(self, kind: str, now: int) -> bool:
+        since = (now - self.start) / 1000
+        return any(
+            planned.kind == kind and planned.at <= since <= planned.at + planned.seconds
+            for planned in self.faults.plan
+        )

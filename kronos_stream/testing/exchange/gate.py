@@ -1,0 +1,164 @@
+"""Where websockets come in, and how they come to their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
+from random import Random
+
+from aiohttp import web
+
+from kronos_stream.market.clock import Clock
+from kronos_stream.testing.exchange.fate import Fate
+from kronos_stream.testing.exchange.frames import frame
+from kronos_stream.testing.exchange.sockets import Connection, Streams
+
+_MOST_CONNECTIONS = 300
+_WINDOW_MS = 300_000
+_HANG_SECONDS = 30.0
+_GOING_AWAY = 1001
+
+
+class Gate:
+    """Handshakes, and what the venue does to connections.
+
+    ``spot``: whether the venue lists spot markets; if not, all websockets are futures'.
+    """
+
+    def __init__(self, streams: Streams, clock: Clock, fate: Fate, *, spot: bool) -> None:
+        self._streams, self._clock, self._fate, self._spot = streams, clock, fate, spot
+        self._arrived: dict[str, list[int]] = {}
+        self._connections = 0
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get(prefix + path, self._connect)
+            for prefix in ("", "/market", "/futures", "/futures/market")
+            for path in ("/ws", "/ws/{names:.*}", "/stream")
+        ]
+
+    def abort(self) -> None:
+        """Cut all connections."""
+        for connection in list(self._streams.connections):
+            connection.abort()
+
+    # -- in --------------------------------------------------------------------------------
+
+    async def _connect(self, request: web.Request) -> web.StreamResponse:
+        number, now = self._connections, self._clock.now()
+        self._connections += 1
+        if not self._admits(request.remote or "", now):
+            return web.Response(status=429, headers={"Retry-After": str(_WINDOW_MS // 1000)})
+        failing = self._fate.fails_handshake(number, now)
+        if failing is not None:
+            self._fate.struck("handshake", f"connection {number}", now)
+            return await self._fail(request, failing)
+        futures = not self._spot or request.path.startswith(("/market", "/futures"))
+        combined = request.path.endswith("/stream")
+        names = (
+            request.query.get("streams", "") if combined else request.match_info.get("names", "")
+        )
+        socket = web.WebSocketResponse(autoping=False, compress=False, timeout=2.0)
+        await socket.prepare(request)
+        if not isinstance(request.transport, asyncio.Transport):  # left already
+            return socket
+        connection = Connection(
+            socket, request.transport, self._streams, futures=futures, combined=combined
+        )
+        ending = asyncio.create_task(self._end(connection, number))
+        try:
+            await connection.serve([name for name in names.split("/") if name])
+        finally:
+            ending.cancel()
+            with suppress(asyncio.CancelledError):
+                await ending
+        return socket
+
+    def _admits(self, address: str, now: int) -> bool:
+        recent = [at for at in self._arrived.get(address, ()) if at > now - _WINDOW_MS]
+        if len(recent) < _MOST_CONNECTIONS:
+            recent.append(now)
+            self._arrived[address] = recent
+            return True
+        return False
+
+    async def _fail(self, request: web.Request, random: Random) -> web.StreamResponse:
+        """A handshake that comes to nothing: refused, left hanging, cut, or cut just after."""
+        how = random.randrange(4)
+        if how == 0:
+            return web.Response(status=random.choice((500, 502, 503)))
+        if how == 1:
+            await self._clock.sleep(_HANG_SECONDS)
+        socket = web.WebSocketResponse()
+        if how == 2:
+            await socket.prepare(request)
+        if request.transport is not None:
+            request.transport.abort()
+        return socket if how == 2 else web.Response()
+
+    # -- out -------------------------------------------------------------------------------
+
+    async def _end(self, connection: Connection, number: int) -> None:
+        """Close, cut or stall one connection when its time has come."""
+        faults, subject = self._fate.faults, f"connection {number}"
+        never = float("inf")
+        drop = next(self._fate.moments("drop", number), never)
+        stall = next(self._fate.moments("stall", number), never)
+        seconds = min(drop, stall, faults.lifetime_seconds)
+        await self._clock.sleep_until(self._clock.now() + round(seconds * 1000))
+        kind = "drop" if drop == seconds else "stall" if stall == seconds else "lifetime"
+        await self._strike(kind, connection, subject)
+
+    async def _strike(self, kind: str, connection: Connection, subject: str) -> None:
+        self._fate.struck(kind, subject, self._clock.now())
+        if kind == "drop":
+            connection.abort()
+        elif kind == "stall":
+            connection.stall()
+            await self._clock.sleep(self._fate.faults.stall_seconds)
+            connection.abort()
+        else:
+            await connection.close(_GOING_AWAY)
+
+    async def run(self) -> None:
+        """What befalls all connections together; until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            strikes = {"drop": self._drop, "stall": self._stall, "shutdown": self._shut_down}
+            for planned in self._fate.faults.plan:
+                if planned.kind in strikes:
+                    moments: Iterator[float] = iter((planned.at,))
+                    group.create_task(self._repeat(moments, strikes[planned.kind], group))
+            moments = self._fate.moments("shutdown")
+            group.create_task(self._repeat(moments, self._shut_down, group))
+
+    async def _repeat(
+        self,
+        moments: Iterator[float],
+        strike: Callable[[], Coroutine[None, None, None]],
+        group: asyncio.TaskGroup,
+    ) -> None:
+        for seconds in moments:
+            await self._clock.sleep_until(self._fate.start + round(seconds * 1000))
+            group.create_task(strike())
+
+    async def _drop(self) -> None:
+        for connection in list(self._streams.connections):
+            await self._strike("drop", connection, "all")
+
+    async def _stall(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for connection in list(self._streams.connections):
+                group.create_task(self._strike("stall", connection, "all"))
+
+    async def _shut_down(self) -> None:
+        """Announce the end to all who are there, and keep the word."""
+        connections = list(self._streams.connections)
+        now = self._clock.now()
+        self._fate.struck("shutdown", f"{len(connections)} connections", now)
+        for connection in connections:
+            connection.say(frame(b'{"e":"serverShutdown","E":%d}' % now))
+        await self._clock.sleep(self._fate.faults.notice_seconds)
+        async with asyncio.TaskGroup() as group:
+            for connection in connections:
+                group.create_task(connection.close(_GOING_AWAY))

@@ -246,13 +246,24 @@ class KafkaSink:
 
 
 async def _abandon(producer: AIOKafkaProducer) -> None:
-    """End a producer at once. Its own stop() waits for what can no longer be delivered."""
-    producer._message_accumulator.fail_all(ProducerClosed())  # noqa: SLF001 - nothing to wait for
+    """End a producer at once; its own stop() waits for what can no longer be delivered.
+
+    Hence the look inside: no task of it may stay behind, waiting for ever.
+    """
+    sender, client = producer._sender.sender_task, producer.client  # noqa: SLF001
     try:
         async with asyncio.timeout(_CLOSE_SECONDS):
-            await producer.client.close()  # ends the requests on their way
+            if sender is not None:
+                sender.cancel()  # it now waits for its requests,
+            await client.close()  # which this ends;
+            update = client._md_update_fut = client._md_update_fut or asyncio.Future()  # noqa: SLF001
+            if not update.done():
+                update.set_result(False)  # nor will there be new metadata to wait for.
+            if sender is not None:
+                await asyncio.wait([sender])
+            producer._message_accumulator.fail_all(ProducerClosed())  # noqa: SLF001
             await producer.stop()
-    except (KafkaError, OSError, TimeoutError) as error:
+    except (KafkaError, OSError) as error:
         _log.warning("kafka producer not closed in good order", error=repr(error))
 
 

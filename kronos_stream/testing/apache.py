@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,17 @@ class ApacheKafka:
 
     def stop(self, *numbers: int) -> None:
         """End nodes, all without a number, in good order, or after 20 s by force."""
-        chosen = [self._nodes[n] for n in numbers or range(len(self._nodes))]
-        for node in chosen:
-            if node.process is not None:
-                node.process.terminate()
-        for node in chosen:
-            self._end(node, _STOP_SECONDS)
+        self._signal(signal.SIGTERM, numbers)
+        for n in numbers or range(len(self._nodes)):
+            self._end(self._nodes[n], _STOP_SECONDS)
+
+    def freeze(self, *numbers: int) -> None:
+        """Let nodes, all without a number, hang: connected, and silent."""
+        self._signal(signal.SIGSTOP, numbers)
+
+    def thaw(self, *numbers: int) -> None:
+        """Let nodes, all without a number, go on."""
+        self._signal(signal.SIGCONT, numbers)
 
     def close(self) -> None:
         """End all nodes by force; their folders remain."""
@@ -204,6 +210,12 @@ class ApacheKafka:
                 if ended or time.monotonic() > deadline:
                     raise KafkaFailed(f"a node did not come up; see {node.folder / 'server.log'}")
                 time.sleep(0.1)
+
+    def _signal(self, number: signal.Signals, nodes: Sequence[int]) -> None:
+        for n in nodes or range(len(self._nodes)):
+            process = self._nodes[n].process
+            if process is not None:
+                process.send_signal(number)
 
     def _end(self, node: _Node, patience: float) -> None:
         if node.process is None:

@@ -147,9 +147,22 @@ async def test_a_worker_that_dies_or_hangs_is_replaced() -> None:
             assert time.monotonic() - began < min(deadline, 3.0) + 5
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-        os.kill(worker.pid, signal.SIGKILL)  # between batches
+        os.kill(worker.pid, signal.SIGKILL)  # between batches, noticed by the next
         assert (await worker.forecast(windows[:2], PATIENCE)).results == wanted[:2]
         assert restarts(metrics) == {"hang": 1, "crash": 2}
+
+
+async def test_a_worker_that_dies_between_batches_is_replaced_before_the_next() -> None:
+    async with started() as (worker, metrics):
+        watching = asyncio.create_task(worker.run())
+        pid = worker.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            while worker.pid in (None, pid):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert restarts(metrics) == {"hang": 0, "crash": 1}
+        watching.cancel()
 
 
 async def test_a_cancelled_batch_leaves_nothing_behind() -> None:

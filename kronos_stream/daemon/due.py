@@ -30,4 +30,4 @@ class Outcome(NamedTuple):
     revision: int
     result: Literal["forecast", "skipped"]
     reason: str = ""
-    """Why it was skipped: overrun, gap, warming up, stale, failed."""
+    """Why it was skipped: overrun, revised, gap, warming up, stale, failed."""

@@ -124,7 +124,7 @@ class Worker:
 
     def healthy(self) -> str:
         """Why nothing can be forecast just now; empty if it can."""
-        return "" if self._child is not None else "the worker is starting"
+        return "the worker is starting" if self._child is None else ""
 
     async def start(self) -> Identity:
         """Load the model and measure its speed.
@@ -174,8 +174,16 @@ class Worker:
             seconds = await self._draw(windows, healthy, deadline, _ATTEMPTS, results)
             return Batch([results[i] for i in range(len(windows))], seconds)
 
+    async def run(self) -> None:
+        """Replace the worker also when it dies between batches; until cancelled."""
+        while True:
+            if self._child is not None:
+                await self._child.process.wait()
+            async with self._one_at_a_time:
+                await self._living()
+
     async def close(self) -> None:
-        """End the process; bounded."""
+        """End the process; bounded. Only when nothing else of this worker runs any more."""
         if self._child is None:
             return
         # It ends when our end of the socket does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -83,7 +84,7 @@ async def _read(bootstrap: str, topic: str) -> list[ConsumerRecord]:
 
 async def _give(sink: Sink, records: Sequence[Record]) -> list[Refusal]:
     """What the outbox does: give again until the sink has taken them."""
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         while True:
             try:
                 return list(await sink.deliver(records))
@@ -116,11 +117,10 @@ async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncI
         yield kafka.bootstrap
 
 
-@pytest.mark.parametrize("compression", ["none", "gzip"])
-async def test_records_arrive_as_given(bootstrap: str, topic_prefix: str, compression: str) -> None:
+async def test_records_arrive_as_given(bootstrap: str, topic_prefix: str) -> None:
     records = [_record(i) for i in range(200)]
     buried = [_record(i, kind="deadletter") for i in range(200, 203)]
-    async with _sink(bootstrap, topic_prefix, compression=compression) as sink:
+    async with _sink(bootstrap, topic_prefix) as sink:
         await sink.start()
         for first in range(0, 200, 50):
             assert not await sink.deliver(records[first : first + 50])
@@ -228,11 +228,16 @@ async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: P
     assert len(asyncio.all_tasks()) == 1
 
 
+def _rss() -> int:
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
 async def _through(
     kafka: ApacheKafka, seconds: float, trouble: Callable[[], None], **options: Any
 ) -> float:
     """Deliver 20 records ten times a second for a while, with trouble: the longest delivery."""
-    sequence, longest = 0, 0.0
+    sequence, longest, memory = 0, 0.0, _rss()
     troubled = asyncio.create_task(asyncio.to_thread(trouble))
     async with _sink(kafka.bootstrap, "kronos", **options) as sink:
         began = time.monotonic()
@@ -244,6 +249,7 @@ async def _through(
             longest = max(longest, time.monotonic() - given)
             await asyncio.sleep(0.1)
     await troubled
+    assert _rss() - memory < 32_000_000
     for topic in (forecasts("kronos"), latest("kronos")):
         _in_order(await _read(kafka.bootstrap, topic), range(sequence))
     assert len(asyncio.all_tasks()) == 1

@@ -28,7 +28,6 @@ class KafkaOptions(BaseModel):
     ssl_certfile: Path | None = Field(None, description="our certificate, PEM, if they ask for one")
     ssl_keyfile: Path | None = Field(None, description="its key, PEM, if not in the same file")
 
-    compression: Literal["none", "gzip"] = "none"
     max_record_bytes: int = Field(1_000_000, ge=1_000, description="larger ones are not sent")
     delivery_seconds: float = Field(15.0, gt=0, description="deadline of one delivery")
 

@@ -1,0 +1,138 @@
+"""``kronos-stream topics`` on Apache Kafka: what it makes, what it finds, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from click.testing import CliRunner, Result
+from pydantic import ValidationError
+
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import candles, wanted
+from kronos_stream.commands.topics import topics
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.testing.apache import ApacheKafka
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs ``kronos-stream topics`` with settings of Kafka."""
+
+    def command(*arguments: str, **settings: object) -> Result:
+        monkeypatch.setenv("KRONOS_STREAM_KAFKA__TOPIC_PREFIX", topic_prefix)
+        for name, value in settings.items():
+            monkeypatch.setenv(f"KRONOS_STREAM_KAFKA__{name}", str(value))
+        return CliRunner().invoke(topics, arguments)
+
+    return command
+
+
+def test_created_topics_pass_the_check_and_stay_as_they_are(
+    kafka: ApacheKafka, run: Run, topic_prefix: str
+) -> None:
+    where = {"BOOTSTRAP_SERVERS": kafka.bootstrap, "PARTITIONS": 5}
+    missing = run("check", **where)
+    assert missing.exit_code == 2
+    lines = missing.stderr.splitlines()
+    assert len(lines) == 3
+    assert all("kronos-stream topics create" in line for line in lines)
+
+    made = run("create", "--candles", "1m,1M", **where)
+    assert made.exit_code == 0, made.output
+    assert f"{topic_prefix}.forecasts.v1: created, 5 partitions, 1 replicas" in made.stdout
+    again = run("create", "--candles", "1m,1M", **where)
+    assert again.exit_code == 0
+    assert again.stdout.count(": exists") == 5
+    assert run("check", "--candles", "1M", **where).exit_code == 0
+
+
+def test_what_differs_is_named_with_the_cure(
+    kafka: ApacheKafka, run: Run, topic_prefix: str
+) -> None:
+    async def make() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+        await admin.start()
+        configs = {"retention.ms": "1000", "min.insync.replicas": "2"}
+        await admin.create_topics(
+            [
+                NewTopic(f"{topic_prefix}.forecasts.v1", 4, 1, topic_configs=configs),
+                NewTopic(f"{topic_prefix}.forecasts.latest.v1", 4, 1),
+            ]
+        )
+        await admin.close()
+
+    asyncio.run(make())
+    found = run("create", BOOTSTRAP_SERVERS=kafka.bootstrap, PARTITIONS=8)
+    assert found.exit_code == 2
+    said = found.stderr
+    assert "forecasts.v1: 4 partitions, not 8" in said
+    assert "KRONOS_STREAM_KAFKA__PARTITIONS=4" in said
+    assert "forecasts.v1: retention.ms is 1000, not 604800000" in said
+    assert "min.insync.replicas is 2, not 1" in said
+    assert "forecasts.latest.v1: cleanup.policy is delete, not compact" in said
+    assert f"--bootstrap-server {kafka.bootstrap} --alter" in said
+    assert "deadletter" not in said  # it was missing, and is made
+
+
+def test_bad_settings_are_one_line_each(run: Run) -> None:
+    for settings, said in (
+        ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS: not set"),
+        ({"BOOTSTRAP_SERVERS": "x:1", "PARTITIONS": 0}, "KRONOS_STREAM_KAFKA__PARTITIONS: "),
+    ):
+        result = run("check", **settings)
+        assert result.exit_code == 2
+        assert said in result.stderr
+    result = run("check", "--candles", "5x", BOOTSTRAP_SERVERS="x:1", PARTITIONS=1)
+    assert result.exit_code == 2
+    assert "timeframe '5x'" in result.stderr
+
+
+def test_no_broker_is_one_line(run: Run) -> None:
+    result = run("check", BOOTSTRAP_SERVERS="127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "127.0.0.1:1" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_candle_topics_hold_twice_the_longest_context() -> None:
+    options = KafkaOptions(bootstrap_servers="x:1")
+    timeframes = [Timeframe.parse(text) for text in ("1s", "1h", "1M")]
+    configs = {topic.name: topic.configs for topic in wanted(options, timeframes)}
+    days = [
+        int(configs[candles("kronos", timeframe)]["retention.ms"]) / 86_400_000
+        for timeframe in timeframes[:2]
+    ]
+    assert days[0] == 7
+    assert days[1] * 24 >= 2 * 2048
+    assert configs["kronos.candles.1M.v1"]["retention.ms"] == "-1"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"security_protocol": "SASL_SSL"}, "needs sasl_username and sasl_password"),
+        ({"sasl_username": "me"}, "has no login"),
+        ({"ssl_cafile": "/nowhere.pem"}, "/nowhere.pem: no such file"),
+        ({"topic_prefix": "a b"}, "topic_prefix"),
+        ({"bootstrap": "x:1"}, "bootstrap"),
+    ],
+)
+def test_contradictory_options_are_refused(wrong: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        KafkaOptions(**{"bootstrap_servers": "x:1", **wrong})  # type: ignore[arg-type]
+
+
+def test_the_password_is_not_shown() -> None:
+    options = KafkaOptions(
+        bootstrap_servers="x:1",
+        security_protocol="SASL_SSL",
+        sasl_username="me",
+        sasl_password="hunter2",  # type: ignore[arg-type]  # noqa: S106
+    )
+    assert "hunter2" not in f"{options} {options!r} {options.model_dump()}"
+    assert options.connection()["sasl_plain_password"] == "hunter2"  # noqa: S105

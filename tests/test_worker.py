@@ -165,6 +165,21 @@ async def test_a_worker_that_dies_between_batches_is_replaced_before_the_next() 
         watching.cancel()
 
 
+async def test_a_standby_takes_over_and_goes_with_the_worker() -> None:
+    async with started(standby=True) as (worker, metrics):
+        first, spare = worker.pid, worker._spare
+        assert first is not None
+        assert spare is not None
+        os.kill(first, signal.SIGKILL)
+        await worker.forecast([window(1)], PATIENCE)
+        assert worker.pid == spare.process.pid
+        assert restarts(metrics) == {"hang": 0, "crash": 1}
+        next_spare = worker._spare
+    assert next_spare is not None
+    assert not alive(next_spare.process.pid)
+    assert not alive(spare.process.pid)
+
+
 async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
     async with started() as (worker, _):
         pid = worker.pid

@@ -36,6 +36,8 @@ class Pushes:
         self._said: dict[str, tuple[int, Floats]] = {}
         self._later: list[tuple[int, int, Callable[[int], None]]] = []
         self._order = count()
+        fastest = next(iter(bars.books.values())).timeframe.milliseconds
+        self._period = _SECOND_MS if fastest == _SECOND_MS else _PUSH_MS
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -63,7 +65,7 @@ class Pushes:
         return close + self._fate.random("lag", close).randint(*_LAG_MS)
 
     def _next_push(self, now: int) -> int:
-        return now - (now - _PHASE_MS) % _SECOND_MS + _SECOND_MS
+        return now - (now - _PHASE_MS) % self._period + self._period
 
     def _after(self, moment: int, action: Callable[[int], None]) -> None:
         heapq.heappush(self._later, (moment, next(self._order), action))

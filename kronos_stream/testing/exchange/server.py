@@ -26,7 +26,9 @@ from kronos_stream.testing.exchange.sockets import Streams
 
 _log = structlog.get_logger()
 
+_LONGEST_URL = 1 << 16  # a thousand streams
 _MOST_HISTORY = 2_000_000
+_LEAST_KEPT = 100  # faults come back to bars closed lately
 _FAR = 2**62
 
 
@@ -79,7 +81,7 @@ class SimulatedExchange:
         self._timeframes = sorted(set(offered), key=lambda t: t.after(0))
         self.faults = faults or Faults(seed=seed)
         self._history = history
-        self._keep = max(2 * history, 2_000) if keep is None else keep
+        self._keep = max(2 * history, 2_000) if keep is None else max(keep, _LEAST_KEPT)
         self._given_clock: Clock = SystemClock() if clock is None else clock
         self._host, self._port = host, port
 
@@ -87,6 +89,11 @@ class SimulatedExchange:
     def symbols(self) -> list[str]:
         """What is listed, in ccxt's notation."""
         return [instrument.symbol for instrument in self._feed.instruments]
+
+    @property
+    def timeframes(self) -> list[str]:
+        """The intervals offered, shortest first."""
+        return [str(timeframe) for timeframe in self._timeframes]
 
     @property
     def rest_url(self) -> str:
@@ -114,7 +121,11 @@ class SimulatedExchange:
             app.add_routes(Rest(rules, self._bars, self._ledger, self.clock, self.fate).routes())
         app.add_routes(self._gate.routes())
         self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+            max_line_size=_LONGEST_URL,
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ async def forecasts(
     expired: bool = False,
     clock: Clock | None = None,
     **consumer: Any,  # noqa: ANN401 - aiokafka's own
-) -> AsyncIterator[Forecast]:
+) -> AsyncGenerator[Forecast, None]:
     """Forecasts as they are published, in order per series, for as long as it is iterated.
 
     bootstrap: brokers as ``host:port``, more than one with commas.
@@ -91,6 +91,7 @@ async def forecasts(
                 await reader.finished(record)
             await reader.commit()
     finally:
+        await reader.commit()
         await reader.close()
 
 
@@ -151,7 +152,8 @@ class _Reader:
         self._next.clear()
         try:
             if done:
-                await self._consumer.commit(done)
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await self._consumer.commit(done)
         except (KafkaError, OSError) as error:  # they come again, to us or to another member
             _log.warning("position not committed: %s", error)
 

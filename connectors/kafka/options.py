@@ -15,25 +15,39 @@ SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 class KafkaOptions(BaseModel):
     """Settings of the Kafka sink and of ``kronos-stream topics``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    bootstrap_servers: str = Field(min_length=1, description="host:port, more with commas")
-    topic_prefix: str = Field("kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
+    bootstrap_servers: str = Field(min_length=1)
+    """Brokers as host:port, more than one with commas."""
+    topic_prefix: str = Field(default="kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
+    """How the topics' names begin: PREFIX.forecasts.v1 and so on."""
 
     security_protocol: SecurityProtocol = "PLAINTEXT"
+    """Whether to encrypt (SSL) and to log in (SASL)."""
     sasl_mechanism: SaslMechanism = "PLAIN"
+    """How to log in."""
     sasl_username: str = ""
+    """As whom."""
     sasl_password: SecretStr = SecretStr("")
-    ssl_cafile: Path | None = Field(None, description="CA of the brokers, PEM; else the system's")
-    ssl_certfile: Path | None = Field(None, description="our certificate, PEM, if they ask for one")
-    ssl_keyfile: Path | None = Field(None, description="its key, PEM, if not in the same file")
+    """With which password."""
+    ssl_cafile: Path | None = None
+    """Who vouches for the brokers, PEM; else the system's authorities."""
+    ssl_certfile: Path | None = None
+    """Our certificate, PEM, where brokers ask for one."""
+    ssl_keyfile: Path | None = None
+    """Its key, PEM, if not in the same file."""
 
-    max_record_bytes: int = Field(1_000_000, ge=1_000, description="larger ones are not sent")
-    delivery_seconds: float = Field(15.0, gt=0, description="deadline of one delivery")
+    max_record_bytes: int = Field(default=1_000_000, ge=1_000)
+    """Larger records are refused unsent; brokers take 1,048,588 bytes unless told otherwise."""
+    delivery_seconds: float = Field(default=15.0, gt=0)
+    """How long a delivery may take before it is given up and tried anew."""
 
-    partitions: int = Field(32, ge=1, le=10_000, description="of new topics; fixed for life")
-    replication: int | None = Field(None, ge=1, le=10, description="else 3, or as many as brokers")
-    retention_days: float = Field(7.0, gt=0, description="how long forecasts are kept")
+    partitions: int = Field(default=32, ge=1, le=10_000)
+    """Partitions of new topics; fixed for life, since keys move when it changes."""
+    replication: int | None = Field(default=None, ge=1, le=10)
+    """Copies of each partition of new topics; else three, or as many as there are brokers."""
+    retention_days: float = Field(default=7.0, gt=0)
+    """How long new topics keep forecasts."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

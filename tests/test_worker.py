@@ -172,12 +172,12 @@ async def test_a_standby_takes_over_and_goes_with_the_worker() -> None:
         assert spare is not None
         os.kill(first, signal.SIGKILL)
         await worker.forecast([window(1)], PATIENCE)
-        assert worker.pid == spare.process.pid
+        assert worker.pid == spare.pid
         assert restarts(metrics) == {"hang": 0, "crash": 1}
         next_spare = worker._spare
     assert next_spare is not None
-    assert not alive(next_spare.process.pid)
-    assert not alive(spare.process.pid)
+    assert not alive(next_spare.pid)
+    assert not alive(spare.pid)
 
 
 async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
@@ -194,32 +194,54 @@ async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
         assert len((await worker.forecast([window(1)], PATIENCE)).results) == 1
 
 
-POISONED = """
-import os
-from kronos_stream.daemon import worker_main
+PUPPET = """
+import os, socket, sys
+from kronos_stream.daemon.job import LENGTH, Done, Failed, Identity, Ready, frame, unframe
 
-class Poisoned(worker_main.Drawer):
-    def draw(self, tasks):
-        if any(task.series == "test:S2/X:1s" for task in tasks):
-            os.kill(os.getpid(), 9)
-        return super().draw(tasks)
+stream = socket.socket(fileno=int(sys.argv[-1])).makefile("rwb")
+poison = sys.argv[1:-1]
 
-worker_main.Drawer = Poisoned
-worker_main.main()
+def read():
+    head = stream.read(LENGTH.size) or sys.exit()
+    return unframe(stream.read(LENGTH.unpack(head)[0]))
+
+def send(message):
+    stream.write(frame(message))
+    stream.flush()
+
+read()
+send(Ready(Identity("puppet", None, "", None, "cpu", "float32", 256, "0"), 1, 0.001))
+while True:
+    tasks = read().tasks
+    if any(task.series.split("/")[0] in poison for task in tasks):
+        os.kill(os.getpid(), 9)
+    send(Done([Failed("drawn")] * len(tasks), True, 0.001))
 """
+"""A worker process without a model, that dies of certain series."""
 
 
-async def test_the_context_that_kills_workers_is_found(tmp_path: Path) -> None:
-    """The others are forecast; it fails, and fails at once the next time."""
-    script = tmp_path / "poisoned.py"
-    script.write_text(POISONED)
-    windows = [window(i) for i in range(4)]
-    async with started(command=(sys.executable, str(script))) as (worker, metrics):
-        for _ in range(2):
+@pytest.mark.parametrize("poison", [[2], [0, 6], [4, 5]])
+async def test_the_contexts_that_kill_workers_are_found(poison: list[int]) -> None:
+    """The others are forecast; they fail, and fail at once the next time."""
+    names = [f"test:S{i}" for i in poison]
+    windows = [window(i) for i in range(7)]
+    async with started(command=(sys.executable, "-c", PUPPET, *names)) as (worker, metrics):
+        for again in (False, True):
+            before = restarts(metrics)["crash"]
             results = (await worker.forecast(windows, PATIENCE)).results
-            assert [isinstance(result, Drawn) for result in results] == [True, True, False, True]
-            # Twice all four, the half of two, itself.
-            assert restarts(metrics) == {"hang": 0, "crash": 4}
+            drawn = [i for i, result in enumerate(results) if result == Failed("drawn")]
+            assert drawn == [i for i in range(7) if i not in poison]
+            assert (restarts(metrics)["crash"] == before) == again
+
+
+async def test_where_nothing_can_be_drawn_no_context_is_to_blame() -> None:
+    """The search ends soon, and the next batch is tried like the first."""
+    names = [f"test:S{i}" for i in range(7)]
+    async with started(command=(sys.executable, "-c", PUPPET, *names)) as (worker, metrics):
+        for times in (1, 2):
+            results = (await worker.forecast([window(i) for i in range(7)], PATIENCE)).results
+            assert not any(result == Failed("drawn") for result in results)
+            assert 8 * times <= restarts(metrics)["crash"] <= 11 * times
 
 
 SEIZED = """
@@ -287,11 +309,10 @@ def alive(pid: int) -> bool:
     """Whether the process runs; one that only waits to be buried does not."""
     try:
         os.kill(pid, 0)
-        if sys.platform == "linux":
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        stat = Path(f"/proc/{pid}/stat")
+        return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
-    return True
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The worker seen from the daemon: a process that draws, watched, killed and replaced.
+"""The worker: a process that draws, replaced whenever it hangs or dies.
 
 The event loop never waits for it: all that passes between the two is asynchronous and in pieces.
 A batch that is not done by its deadline, or whose worker dies, is tried again on a new worker;
@@ -10,43 +10,26 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import signal
-import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from kronos_stream.daemon.job import (
-    LENGTH,
-    Done,
-    Drawn,
-    Failed,
-    Identity,
-    Job,
-    Load,
-    Plan,
-    Ready,
-    Refused,
-    Task,
-    frame,
-    unframe,
-)
+from kronos_stream.daemon.child import Broken, Child, WorkerError
+from kronos_stream.daemon.job import Drawn, Failed, Identity, Plan, Ready, Task
 from kronos_stream.daemon.metrics import Metrics
 
 if TYPE_CHECKING:
     from kronos_stream.market.contexts import Window
 
+__all__ = ["Batch", "Worker", "WorkerError", "WorkerLost", "usable_cores"]
+
 _log = structlog.get_logger()
 
 _COMMAND = (sys.executable, "-m", "kronos_stream.daemon.worker_main")
-
-_PIECE = 32
-"""Windows per frame."""
 
 _ATTEMPTS = 2
 """How often a batch is tried whole."""
@@ -64,16 +47,8 @@ _START_SECONDS = 120.0
 _FIRST_START_SECONDS = 900.0
 """The first may fetch a model."""
 
-_CLOSE_SECONDS = 2.0
-
 _FADING = 0.8
 """What a measurement counts for after one more batch."""
-
-_LINE = 2000
-
-
-class WorkerError(Exception):
-    """The model or its settings cannot be used; the message is for the user."""
 
 
 class WorkerLost(Exception):  # noqa: N818
@@ -88,24 +63,25 @@ class Batch(NamedTuple):
     """What drawing them took in the worker."""
 
 
-class _Broken(Exception):  # noqa: N818
-    """An attempt cost the worker."""
+class _Part(NamedTuple):
+    """Tasks of a batch, by number, that are tried together."""
 
-    def __init__(self, cause: Literal["hang", "crash"]) -> None:
-        super().__init__(cause)
-        self.cause = cause
+    members: Sequence[int]
+    deadline: float
+    attempts: int
 
-
-@dataclass(slots=True)
-class _Child:
-    process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    relay: asyncio.Task[None]
+    def halves(self) -> tuple[_Part, _Part]:
+        """An honest half takes half the time."""
+        middle = len(self.members) // 2
+        deadline = max(self.deadline / 2, _SHORTEST_SECONDS)
+        return (
+            _Part(self.members[:middle], deadline, 1),
+            _Part(self.members[middle:], deadline, 1),
+        )
 
 
 class Worker:
-    """One worker process, replaced when it hangs or dies. One batch at a time."""
+    """One worker process at a time, and one batch."""
 
     def __init__(
         self,
@@ -124,8 +100,8 @@ class Worker:
         self._metrics = metrics
         self._command = command
         self._standby = standby
-        self._child: _Child | None = None
-        self._spare: _Child | None = None
+        self._child: Child | None = None
+        self._spare: Child | None = None
         self._one_at_a_time = asyncio.Lock()
         self._series, self._seconds = 0.0, 0.0
         self._quarantine: dict[str, float] = {}
@@ -133,7 +109,7 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """The process, None while there is none."""
-        return None if self._child is None else self._child.process.pid
+        return None if self._child is None else self._child.pid
 
     def healthy(self) -> str:
         """Why nothing can be forecast just now; empty if it can."""
@@ -146,7 +122,7 @@ class Worker:
         """
         try:
             ready = await self._spawn(_FIRST_START_SECONDS, measure=True)
-        except _Broken as broken:
+        except Broken as broken:
             raise WorkerLost(f"the worker did not start ({broken.cause}); see its log") from None
         self._learn(ready.series, ready.seconds)
         _log.info(
@@ -174,183 +150,138 @@ class Worker:
         A window that cannot be forecast, or that alone costs the worker, is Failed; the others
         are not touched by it. Raises WorkerLost.
         """
+        tasks = [_task(window) for window in windows]
         async with self._one_at_a_time:
-            results: dict[int, Drawn | Failed] = {}
-            now = asyncio.get_running_loop().time()
-            self._quarantine = {name: t for name, t in self._quarantine.items() if t > now}
-            healthy = []
-            for i, window in enumerate(windows):
-                if window.series.name in self._quarantine:
-                    results[i] = Failed("its last context stopped the worker")
-                else:
-                    healthy.append(i)
-            seconds = await self._draw(windows, healthy, deadline, _ATTEMPTS, results)
-            return Batch([results[i] for i in range(len(windows))], seconds)
+            results = self._quarantined(tasks)
+            healthy = [i for i in range(len(tasks)) if i not in results]
+            seconds = await self._draw(tasks, healthy, deadline, results)
+        return Batch([results[i] for i in range(len(tasks))], seconds)
 
     async def run(self) -> None:
         """Replace the worker also when it dies between batches; until cancelled."""
         while True:
             if self._child is not None:
-                await self._child.process.wait()
+                await self._child.wait()
             async with self._one_at_a_time:
                 await self._living()
 
     async def close(self) -> None:
         """End the process; bounded. Only when nothing else of this worker runs any more."""
-        if self._spare is not None:
-            await _end(self._spare)
-            self._spare = None
-        if self._child is None:
-            return
-        # It ends when our end of the socket does.
-        self._child.writer.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                await self._child.process.wait()
-        await self._bury()
+        spare, child = self._spare, self._child
+        self._spare = self._child = None
+        if spare is not None:
+            await spare.end()
+        if child is not None:
+            await child.close()
 
     async def _draw(
         self,
-        windows: Sequence[Window],
-        part: Sequence[int],
+        tasks: Sequence[Task],
+        members: Sequence[int],
         deadline: float,
-        attempts: int,
         results: dict[int, Drawn | Failed],
     ) -> float:
-        """Fill in ``results`` of the windows numbered in ``part``; the seconds that it took."""
-        if not part:
-            return 0.0
-        cause = ""
-        for _ in range(attempts):
+        """Fill in ``results`` of the tasks numbered in ``members``; the seconds it took."""
+        parts = [_Part(members, deadline, _ATTEMPTS)] if members else []
+        # Looking for one bad context takes so many failures in a row, twice over for a second.
+        # More of them, and it is not the contexts.
+        patience = _ATTEMPTS + 2 * len(members).bit_length()
+        failures, suspects, total = 0, [], 0.0
+        while parts:
+            part = parts.pop()
             try:
-                drawn = await self._attempt([windows[i] for i in part], deadline)
-            except _Broken as broken:
-                cause = broken.cause
+                drawn, seconds = await self._attempt(
+                    [tasks[i] for i in part.members], part.deadline
+                )
+            except Broken as broken:
+                failures += 1
+                alone = len(part.members) == 1
+                if failures >= patience or (alone and part.attempts == 1):
+                    suspects += [tasks[i].series for i in part.members]
+                    failed = Failed(f"the worker does not survive it ({broken.cause})")
+                    results.update(dict.fromkeys(part.members, failed))
+                elif part.attempts > 1:
+                    parts.append(part._replace(attempts=part.attempts - 1))
+                else:
+                    parts += reversed(part.halves())
                 continue
-            results.update(zip(part, drawn.results, strict=True))
-            return drawn.seconds
-        if len(part) == 1:
-            name = windows[part[0]].series.name
+            failures, total = 0, total + seconds
+            results.update(zip(part.members, drawn, strict=True))
+        if total:  # where nothing at all could be drawn, no context is to blame
             now = asyncio.get_running_loop().time()
-            self._quarantine[name] = now + _QUARANTINE_SECONDS
-            results[part[0]] = Failed(f"brings down the worker ({cause})")
-            return 0.0
-        # An honest half takes half the time.
-        deadline = max(deadline / 2, _SHORTEST_SECONDS)
-        middle = len(part) // 2
-        return sum(
-            [
-                await self._draw(windows, half, deadline, 1, results)
-                for half in (part[:middle], part[middle:])
-            ]
-        )
+            self._quarantine |= dict.fromkeys(suspects, now + _QUARANTINE_SECONDS)
+        return total
 
-    async def _attempt(self, windows: Sequence[Window], deadline: float) -> Batch:
-        """One try on a living worker; _Broken if it costs the worker."""
-        child = await self._living()
-        done = False
-        cause: Literal["hang", "crash"]
+    async def _attempt(
+        self, tasks: Sequence[Task], deadline: float
+    ) -> tuple[list[Drawn | Failed], float]:
+        """One try on a living worker. Raises Broken if it costs the worker."""
+        child, drawn = await self._living(), None
         try:
-            async with asyncio.timeout(deadline):
-                await _give(child, windows)
-                batch = await _take(child)
-            done = True
-        except TimeoutError:
-            cause = "hang"
-            self._learn(len(windows), deadline)
-        except (OSError, EOFError):
-            cause = "crash"
+            drawn, seconds = await child.draw(tasks, deadline)
+        except Broken as broken:
+            self._metrics.worker_restarts.labels(broken.cause).inc()
+            _log.warning("worker lost", cause=broken.cause, series=len(tasks), deadline=deadline)
+            if broken.cause == "hang":
+                self._learn(len(tasks), deadline)
+            raise
         finally:
-            # Also when we are cancelled: a worker that computes for nobody is of no use.
-            if not done:
-                await self._bury()
-        if not done:
-            self._metrics.worker_restarts.labels(cause).inc()
-            _log.warning("worker lost", cause=cause, series=len(windows), deadline=deadline)
-            raise _Broken(cause)
-        self._learn(len(windows), batch.seconds)
-        return batch
+            if drawn is None:
+                self._child = None
+        self._learn(len(tasks), seconds)
+        return drawn, seconds
+
+    def _quarantined(self, tasks: Sequence[Task]) -> dict[int, Drawn | Failed]:
+        """Results of the tasks that are not tried."""
+        now = asyncio.get_running_loop().time()
+        self._quarantine = {name: end for name, end in self._quarantine.items() if end > now}
+        return {
+            i: Failed("the worker did not survive its last one")
+            for i, task in enumerate(tasks)
+            if task.series in self._quarantine
+        }
 
     def _learn(self, series: int, seconds: float) -> None:
         self._series = _FADING * self._series + series
         self._seconds = _FADING * self._seconds + seconds
 
-    async def _living(self) -> _Child:
+    async def _living(self) -> Child:
         """The worker; a new one where there is none."""
-        if self._child is not None and self._child.process.returncode is not None:
+        if self._child is not None and self._child.dead:
             self._metrics.worker_restarts.labels("crash").inc()
-            _log.warning("worker found dead", status=self._child.process.returncode)
-            await self._bury()
+            _log.warning("worker found dead")
+            dead, self._child = self._child, None
+            await dead.end()
         for failed in range(_STARTS):
             if self._child is not None:
                 return self._child
             if failed:
                 await asyncio.sleep(2.0 ** (failed - 2))
             try:
-                ready = await self._spawn(_START_SECONDS, measure=False)
-                _log.info("worker replaced", device=ready.identity.device)
-            except (_Broken, WorkerError) as error:
+                await self._spawn(_START_SECONDS, measure=False)
+                _log.info("worker replaced", pid=self.pid)
+            except (Broken, WorkerError) as error:
                 _log.error("worker did not start", why=str(error))
         if self._child is None:
             raise WorkerLost(f"the worker failed to start {_STARTS} times; see its log")
         return self._child
 
     async def _spawn(self, seconds: float, *, measure: bool) -> Ready:
-        """Have a process that is ready. Raises WorkerError and _Broken."""
+        """Have a process that is ready. Raises WorkerError and Broken."""
         child, self._spare = self._spare, None
-        if child is not None and child.process.returncode is not None:
-            await _end(child)
+        if child is not None and child.dead:
+            await child.end()
             child = None
-        ready = await self._load(child or await self._launch(), seconds, measure=measure)
+        if child is None:
+            child = await self._launch()
+        ready = await child.load(self._plan, seconds, measure=measure)
+        self._child = child
         if self._standby:
             self._spare = await self._launch()
         return ready
 
-    async def _launch(self) -> _Child:
-        """Start a process; it imports what it needs and waits."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-                # Ctrl-C is for the daemon to judge: it may want the batch in hand.
-                process_group=0,
-                env=os.environ | {"OMP_NUM_THREADS": str(self._plan.threads)},
-            )
-        assert process.stdout is not None  # noqa: S101 - asked for above
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return _Child(process, reader, writer, asyncio.create_task(_relay(process.stdout)))
-
-    async def _load(self, child: _Child, seconds: float, *, measure: bool) -> Ready:
-        """Have ``child`` load the model; it is the worker then, or it is ended."""
-        answer: Any = None
-        cause: Literal["hang", "crash"] = "crash"
-        try:
-            async with asyncio.timeout(seconds):
-                child.writer.write(frame(Load(self._plan, measure)))
-                answer = await _read(child)
-        except TimeoutError:
-            cause = "hang"
-        except (OSError, EOFError):
-            cause = "crash"
-        finally:
-            if not isinstance(answer, Ready):
-                await _end(child)
-        if isinstance(answer, Refused):
-            raise WorkerError(answer.reason)
-        if not isinstance(answer, Ready):
-            raise _Broken(cause)
-        self._child = child
-        return answer
-
-    async def _bury(self) -> None:
-        child, self._child = self._child, None
-        if child is not None:
-            await _end(child)
+    async def _launch(self) -> Child:
+        return await Child.launch(self._command, self._plan.threads)
 
 
 def usable_cores() -> int:
@@ -365,63 +296,11 @@ def usable_cores() -> int:
     return max(1, cores)
 
 
-async def _end(child: _Child) -> None:
-    """Kill the process, if it lives, and let go of it; bounded."""
-    if child.process.returncode is None:
-        # Not Popen.kill: it looks first whether the process is dead, and then the loop's own
-        # watcher does not learn how it ended.
-        with suppress(ProcessLookupError):
-            os.kill(child.process.pid, signal.SIGKILL)
-    child.writer.close()
-    try:
-        async with asyncio.timeout(_CLOSE_SECONDS):
-            await child.process.wait()
-            await child.relay
-    except TimeoutError:
-        # Held by the kernel, a driver's fault most likely: it ends when that lets go.
-        _log.error("worker does not die", pid=child.process.pid)
-
-
-async def _give(child: _Child, windows: Sequence[Window]) -> None:
-    """Send a batch; other tasks run between its pieces."""
-    for first in range(0, len(windows), _PIECE):
-        tasks = [
-            Task(
-                window.series.name,
-                str(window.series.timeframe),
-                window.values,
-                window.times,
-                window.last.close,
-            )
-            for window in windows[first : first + _PIECE]
-        ]
-        child.writer.write(frame(Job(tasks, first + _PIECE >= len(windows))))
-        await child.writer.drain()
-        await asyncio.sleep(0)
-
-
-async def _take(child: _Child) -> Batch:
-    """Receive a batch's results."""
-    results: list[Drawn | Failed] = []
-    while True:
-        done: Done = await _read(child)
-        results += done.results
-        if done.complete:
-            return Batch(results, done.seconds)
-
-
-async def _read(child: _Child) -> Any:  # noqa: ANN401 - whatever the worker says
-    (length,) = LENGTH.unpack(await child.reader.readexactly(LENGTH.size))
-    return unframe(await child.reader.readexactly(length))
-
-
-async def _relay(output: asyncio.StreamReader) -> None:
-    """What the worker prints, libraries' warnings mostly, goes to the log."""
-    rest = b""
-    while chunk := await output.read(_LINE):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _LINE:
-            lines, rest = [*lines, rest], b""
-        for line in lines:
-            if line.strip():
-                _log.info("worker says", line=line.decode(errors="replace").rstrip())
+def _task(window: Window) -> Task:
+    return Task(
+        window.series.name,
+        str(window.series.timeframe),
+        window.values,
+        window.times,
+        window.last.close,
+    )

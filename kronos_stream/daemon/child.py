@@ -1,0 +1,188 @@
+"""The worker process seen from the daemon: started, spoken to, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, Literal, Self, TypeVar
+
+import structlog
+
+from kronos_stream.daemon.job import (
+    LENGTH,
+    Done,
+    Drawn,
+    Failed,
+    Job,
+    Load,
+    Plan,
+    Ready,
+    Refused,
+    Task,
+    frame,
+    unframe,
+)
+
+_T = TypeVar("_T")
+
+_log = structlog.get_logger()
+
+_PIECE = 32
+"""Tasks per frame."""
+
+_END_SECONDS = 2.0
+
+_LINE = 2000
+"""Bytes after which a line of the worker's output is broken."""
+
+
+class WorkerError(Exception):
+    """The model or its settings cannot be used; the message is for the user."""
+
+
+class Broken(Exception):  # noqa: N818
+    """The process did not answer in time, or died."""
+
+    def __init__(self, cause: Literal["hang", "crash"]) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Child:
+    """One worker process. Whatever goes wrong with it, it is ended."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        relay: asyncio.Task[None],
+    ) -> None:
+        self._process = process
+        self._reader, self._writer = reader, writer
+        self._relay = relay
+
+    @classmethod
+    async def launch(cls, command: Sequence[str], threads: int) -> Self:
+        """Start the process; it imports what it needs and waits to load."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                pass_fds=(theirs.fileno(),),
+                # Ctrl-C is for the daemon to judge: it may want the batch in hand.
+                process_group=0,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )
+        assert process.stdout is not None  # noqa: S101 - asked for above
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(process, reader, writer, asyncio.create_task(_relay(process.stdout)))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def dead(self) -> bool:
+        return self._process.returncode is not None
+
+    async def wait(self) -> None:
+        """Until it is dead."""
+        await self._process.wait()
+
+    async def load(self, plan: Plan, seconds: float, *, measure: bool) -> Ready:
+        """Have it load the model. Raises WorkerError for what the user can mend, and Broken."""
+        answer = await self._bounded(self._load(Load(plan, measure)), seconds)
+        if isinstance(answer, Refused):
+            await self.end()
+            raise WorkerError(answer.reason)
+        return answer
+
+    async def draw(
+        self, tasks: Sequence[Task], seconds: float
+    ) -> tuple[list[Drawn | Failed], float]:
+        """One result per task, and the seconds that drawing took. Raises Broken."""
+        return await self._bounded(self._draw(tasks), seconds)
+
+    async def close(self) -> None:
+        """Let it end; bounded."""
+        self._writer.close()  # which it reads as the end of its work
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_END_SECONDS):
+                await self.wait()
+        await self.end()
+
+    async def end(self) -> None:
+        """Kill it, if it lives, and let go of it; bounded."""
+        if not self.dead:
+            # Not Popen.kill: it looks first whether the process is dead, and then the loop's own
+            # watcher does not learn how it ended.
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        self._writer.close()
+        try:
+            async with asyncio.timeout(_END_SECONDS):
+                await self.wait()
+                await self._relay
+        except TimeoutError:
+            # Held by the kernel, a driver's fault most likely: it ends when that lets go.
+            _log.error("worker does not die", pid=self.pid)
+
+    async def _bounded(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+        """What ``work`` returns in time; if it does not, or is cancelled, the process is ended."""
+        cause: Literal["hang", "crash"]
+        try:
+            async with asyncio.timeout(seconds):
+                return await work
+        except TimeoutError:
+            cause = "hang"
+        except (OSError, EOFError):
+            cause = "crash"
+        except asyncio.CancelledError:
+            # A worker that computes for nobody is of no use.
+            await self.end()
+            raise
+        await self.end()
+        raise Broken(cause)
+
+    async def _load(self, load: Load) -> Ready | Refused:
+        self._writer.write(frame(load))
+        answer: Ready | Refused = await self._read()
+        return answer
+
+    async def _draw(self, tasks: Sequence[Task]) -> tuple[list[Drawn | Failed], float]:
+        for first in range(0, len(tasks), _PIECE):
+            piece = list(tasks[first : first + _PIECE])
+            self._writer.write(frame(Job(piece, first + _PIECE >= len(tasks))))
+            await self._writer.drain()
+            await asyncio.sleep(0)  # others have their turn
+        results: list[Drawn | Failed] = []
+        while True:
+            done: Done = await self._read()
+            results += done.results
+            if done.complete:
+                return results, done.seconds
+
+    async def _read(self) -> Any:  # noqa: ANN401 - whatever the worker says
+        (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+        return unframe(await self._reader.readexactly(length))
+
+
+async def _relay(output: asyncio.StreamReader) -> None:
+    """What the worker prints, libraries' warnings mostly, goes to the log."""
+    rest = b""
+    while chunk := await output.read(_LINE):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _LINE:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            if line.strip():
+                _log.info("worker says", line=line.decode(errors="replace").rstrip())

@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -187,13 +188,13 @@ class State:
         return [Outcome(*row) for row in rows]
 
     async def prune(self, keep: int, outcomes_before: int) -> None:
-        """Forget bars beyond each series' newest ``keep``, and outcomes of origins before a time."""
-        for number in await self._call(
-            lambda: self._db.execute("SELECT id FROM series").fetchall()
-        ):
-            await self._write(
-                lambda number=number[0]: self._prune_one(number, keep, outcomes_before)
-            )
+        """Forget bars beyond each series' newest ``keep``, and outcomes of older origins.
+
+        One transaction per series, so that nobody waits long. outcomes_before: UTC ms.
+        """
+        rows = await self._call(lambda: self._db.execute("SELECT id FROM series").fetchall())
+        for (series,) in rows:
+            await self._write(partial(self._prune_one, series, keep, outcomes_before))
 
     def _prune_one(self, series: int, keep: int, outcomes_before: int) -> None:
         self._db.execute(
@@ -212,7 +213,8 @@ class State:
             (*draft[:4], headers, draft.created),
         )
         assert cursor.lastrowid is not None  # noqa: S101 - of an insert
-        return Record(cursor.lastrowid, *draft[1:])
+        _, kind, key, value, named, created = draft
+        return Record(cursor.lastrowid, kind, key, value, named, created)
 
     def _id(self, name: str) -> int:
         known = self._ids.get(name)

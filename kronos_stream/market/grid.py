@@ -1,0 +1,48 @@
+"""Where the bars of a series open."""
+
+from __future__ import annotations
+
+from kronos_stream.market.timeframe import Timeframe
+
+_HOUR_MS = 3_600_000
+_DAY_MS = 24 * _HOUR_MS
+
+
+class Grid:
+    """The opens of a timeframe's bars, UTC ms.
+
+    Up to an hour they divide the UTC day. Longer ones follow the venue, whose day need not begin
+    at midnight UTC, nor its week on a Monday: any open of its own is the anchor.
+    """
+
+    __slots__ = ("_fixed", "step", "timeframe")
+
+    def __init__(self, timeframe: Timeframe) -> None:
+        self.timeframe = timeframe
+        self.step = timeframe.milliseconds
+        """ms, None for months."""
+        self._fixed = self.step is not None and self.step <= _HOUR_MS and _DAY_MS % self.step == 0
+
+    def after(self, time: int) -> int:
+        """The close of the bar that opens at ``time``: the next one's open."""
+        return self.timeframe.after(time) if self.step is None else time + self.step
+
+    def before(self, time: int, bars: int = 1) -> int:
+        return self.timeframe.after(time, -bars)
+
+    def has(self, time: int, anchor: int | None) -> bool:
+        """Whether a bar opens at ``time``, if one does at ``anchor``; None where none is known."""
+        if time < 0:
+            return False
+        if self.step is not None and self._fixed:
+            return time % self.step == 0
+        if anchor is None:
+            return True
+        if self.step is not None:
+            return (time - anchor) % self.step == 0
+        first, last = sorted((time, anchor))
+        # A month is 28 to 31 days: the quotient is never below the number of months between.
+        bars = (last - first) // (28 * _DAY_MS * self.timeframe.count)
+        while bars and self.timeframe.after(first, bars) > last:
+            bars -= 1
+        return self.timeframe.after(first, bars) == last

@@ -1,4 +1,4 @@
-"""Apache Kafka as our tests run it: killed, it comes back with its data; orphaned, it ends."""
+"""Apache Kafka as our tests run it: orphaned, it ends. The sink's tests kill and revive it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
 
 from kronos_stream.testing.apache import ApacheKafka, KafkaFailed
-
-
-def test_a_killed_node_comes_back_with_its_data(kafka_jars: Path, tmp_path: Path) -> None:
-    with ApacheKafka(kafka_jars, tmp_path) as kafka:
-        admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
-        admin.create_topics([NewTopic("t", num_partitions=3)])["t"].result(10)
-        kafka.kill()
-        kafka.start()
-        topics = Producer({"bootstrap.servers": kafka.bootstrap}).list_topics(timeout=10).topics
-        assert len(topics["t"].partitions) == 3
 
 
 def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None:

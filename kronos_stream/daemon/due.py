@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 
 
@@ -31,3 +33,25 @@ class Outcome(NamedTuple):
     result: Literal["forecast", "skipped"]
     reason: str = ""
     """Why it was skipped: overrun, revised, gap, warming up, stale, failed."""
+
+
+class Result(NamedTuple):
+    """What became of a due bar, with the forecast if there is one."""
+
+    due: Due
+    window: Window | None = None
+    outlook: Outlook | None = None
+    reason: str = ""
+    """Why it was skipped; empty for a forecast."""
+    scale: float = 1.0
+    """What prices were multiplied with for the model."""
+    queued_ms: int = 0
+    """From the bar's arrival to the worker."""
+    compute_ms: int = 0
+    """What its batch took in the worker."""
+
+    @property
+    def outcome(self) -> Outcome:
+        due = self.due
+        kind: Literal["forecast", "skipped"] = "skipped" if self.outlook is None else "forecast"
+        return Outcome(due.series.name, due.origin, due.revision, kind, self.reason)

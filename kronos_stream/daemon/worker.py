@@ -14,16 +14,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import structlog
 
 from kronos_stream.daemon.child import Broken, Child, WorkerError
 from kronos_stream.daemon.job import Drawn, Failed, Identity, Plan, Ready, Task
 from kronos_stream.daemon.metrics import Metrics
-
-if TYPE_CHECKING:
-    from kronos_stream.market.contexts import Window
+from kronos_stream.market.contexts import Window
 
 __all__ = ["Batch", "Worker", "WorkerError", "WorkerLost", "usable_cores"]
 

@@ -381,3 +381,9 @@ def test_tiny_prices_are_forecast_like_large_ones(nano: Forecaster) -> None:
 
 def test_cores_are_counted() -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_daemons_process_does_without_torch() -> None:
+    """It would cost the event loop's process 280 MB."""
+    code = "import sys, kronos_stream.daemon.scheduler; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -23,26 +24,28 @@ from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
 
-Get = Callable[..., Awaitable[tuple[int, Any, Any]]]
+
+@dataclass
+class Visit:
+    """At an exchange, with a plain HTTP client."""
+
+    exchange: SimulatedExchange
+    http: aiohttp.ClientSession
+
+    async def get(self, path: str, **query: Any) -> tuple[int, Any, Any]:
+        """Status, content and headers."""
+        async with self.http.get(path, params=query) as answer:
+            return answer.status, await answer.json(), answer.headers
 
 
-def visit(
-    scene: Callable[[SimulatedExchange, Get], Awaitable[None]],
-    start: int = START,
-    **options: Any,
-) -> None:
-    """Play ``scene`` with an exchange and a plain HTTP client, in virtual time."""
+def visit(scene: Callable[[Visit], Awaitable[None]], start: int = START, **options: Any) -> None:
+    """Play ``scene`` in virtual time."""
 
     async def main() -> None:
         exchange = SimulatedExchange(clock=LoopClock(start), **{"history": 20, **options})
         timeout = aiohttp.ClientTimeout(total=10)
         async with exchange, aiohttp.ClientSession(exchange.rest_url, timeout=timeout) as http:
-
-            async def get(path: str, **query: Any) -> tuple[int, Any, Any]:
-                async with http.get(path, params=query) as answer:
-                    return answer.status, await answer.json(), answer.headers
-
-            await scene(exchange, get)
+            await scene(Visit(exchange, http))
 
     run_virtual(main())
 
@@ -59,32 +62,41 @@ def pushed(message: str | bytes) -> tuple[Candle, bool]:
     return Candle(k["t"], *(float(k[name]) for name in "ohlcvq")), k["x"]
 
 
+def upgrade(names: list[str]) -> bytes:
+    """A websocket's handshake by hand."""
+    return (
+        f"GET /stream?streams={'/'.join(names)} HTTP/1.1\r\nHost: here\r\n"
+        "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+        "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    ).encode()
+
+
 # -- REST ----------------------------------------------------------------------------------
 
 
 def test_time_and_ping() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         await asyncio.sleep(12.5)
         for prefix in ("/api/v3", "/fapi/v1"):
-            assert (await get(f"{prefix}/time"))[1] == {"serverTime": START + 12_500}
-            assert (await get(f"{prefix}/ping"))[1] == {}
+            assert (await here.get(f"{prefix}/time"))[1] == {"serverTime": START + 12_500}
+            assert (await here.get(f"{prefix}/ping"))[1] == {}
 
     visit(scene, symbols=1)
 
 
 def test_exchange_info_lists_what_trades() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
-        _, info, _ = await get("/api/v3/exchangeInfo")
+    async def scene(here: Visit) -> None:
+        _, info, _ = await here.get("/api/v3/exchangeInfo")
         assert [s["symbol"] for s in info["symbols"]] == ["SIM00USDT", "SIM01USDT", "SIM02USDT"]
         for listed in info["symbols"]:
             assert (listed["status"], listed["quoteAsset"]) == ("TRADING", "USDT")
             assert listed["baseAsset"] + "USDT" == listed["symbol"]
         assert info["rateLimits"][0]["limit"] == 6000
-        _, one, _ = await get("/api/v3/exchangeInfo", symbol="SIM01USDT")
+        _, one, _ = await here.get("/api/v3/exchangeInfo", symbol="SIM01USDT")
         assert [s["symbol"] for s in one["symbols"]] == ["SIM01USDT"]
-        _, two, _ = await get("/api/v3/exchangeInfo", symbols='["SIM02USDT","SIM00USDT"]')
+        _, two, _ = await here.get("/api/v3/exchangeInfo", symbols='["SIM02USDT","SIM00USDT"]')
         assert [s["symbol"] for s in two["symbols"]] == ["SIM02USDT", "SIM00USDT"]
-        _, futures, _ = await get("/fapi/v1/exchangeInfo")
+        _, futures, _ = await here.get("/fapi/v1/exchangeInfo")
         assert [s["contractType"] for s in futures["symbols"]] == ["PERPETUAL"] * 2
         assert futures["rateLimits"][0]["limit"] == 2400
 
@@ -92,9 +104,9 @@ def test_exchange_info_lists_what_trades() -> None:
 
 
 def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
-    async def scene(exchange: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         await asyncio.sleep(3.5)
-        status, rows, _ = await get(
+        status, rows, _ = await here.get(
             "/api/v3/klines", symbol="SIM00USDT", interval="1s", startTime=START
         )
         assert status == 200
@@ -106,7 +118,7 @@ def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
             for number in (*row[1:6], row[7], row[9], row[10]):
                 assert len(number.partition(".")[2]) == 8
             assert candle(row).fault() is None
-        truth = exchange.truth(Series.parse("any:SIM00/USDT:1s"), START)
+        truth = here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), START)
         # The last row is the unfinished one, which the truth does not have yet.
         assert [candle(row) for row in rows[:-1]] == [bar.candle for bar in truth]
 
@@ -114,9 +126,9 @@ def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
 
 
 def test_klines_between_times_and_by_limit() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         async def opens(path: str = "/api/v3/klines", **query: Any) -> list[int]:
-            rows = (await get(path, symbol="SIM00USDT", interval="1m", **query))[1]
+            rows = (await here.get(path, symbol="SIM00USDT", interval="1m", **query))[1]
             return [(row[0] - minute) // 60_000 for row in rows]
 
         minute = START - START % 60_000
@@ -130,7 +142,7 @@ def test_klines_between_times_and_by_limit() -> None:
         # Spot cuts what is too much; futures give more, and refuse what is too much.
         assert len(await opens(limit=5000)) == 1000
         assert len(await opens("/fapi/v1/klines", limit=1500)) == 1500
-        status, error, _ = await get(
+        status, error, _ = await here.get(
             "/fapi/v1/klines", symbol="SIM00USDT", interval="1m", limit=1501
         )
         assert (status, error["code"]) == (400, -1130)
@@ -152,8 +164,8 @@ def test_klines_between_times_and_by_limit() -> None:
     ],
 )
 def test_bad_requests_get_the_venues_errors(query: dict[str, str], code: int) -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
-        status, error, _ = await get("/api/v3/klines", **query)
+    async def scene(here: Visit) -> None:
+        status, error, _ = await here.get("/api/v3/klines", **query)
         assert (status, error["code"]) == (400, code)
         assert error["msg"]
 
@@ -161,10 +173,10 @@ def test_bad_requests_get_the_venues_errors(query: dict[str, str], code: int) ->
 
 
 def test_tickers_of_a_day() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
-        _, tickers, _ = await get("/api/v3/ticker/24hr")
+    async def scene(here: Visit) -> None:
+        _, tickers, _ = await here.get("/api/v3/ticker/24hr")
         assert [ticker["symbol"] for ticker in tickers] == ["SIM00USDT", "SIM01USDT"]
-        _, ticker, _ = await get("/fapi/v1/ticker/24hr", symbol="SIM00USDT")
+        _, ticker, _ = await here.get("/fapi/v1/ticker/24hr", symbol="SIM00USDT")
         assert float(ticker["lowPrice"]) <= float(ticker["lastPrice"]) <= float(ticker["highPrice"])
         assert float(ticker["quoteVolume"]) > 0
 
@@ -172,9 +184,9 @@ def test_tickers_of_a_day() -> None:
 
 
 def test_weights_count_up_and_start_anew_each_minute() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         async def used(path: str, **query: Any) -> int:
-            headers = (await get(path, **query))[2]
+            headers = (await here.get(path, **query))[2]
             return int(headers["X-MBX-USED-WEIGHT-1M"])
 
         klines = {"symbol": "SIM00USDT", "interval": "1m"}
@@ -193,24 +205,24 @@ def test_weights_count_up_and_start_anew_each_minute() -> None:
 
 
 def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
-    async def scene(_: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         for _ in range(75):
-            assert (await get("/api/v3/ticker/24hr"))[0] == 200
-        status, error, headers = await get("/api/v3/ping")
+            assert (await here.get("/api/v3/ticker/24hr"))[0] == 200
+        status, error, headers = await here.get("/api/v3/ping")
         assert (status, error["code"]) == (429, -1003)
         assert int(headers["Retry-After"]) == 40  # to the end of the minute
         await asyncio.sleep(40)
-        assert (await get("/api/v3/ping"))[0] == 200
+        assert (await here.get("/api/v3/ping"))[0] == 200
 
-        statuses = [(await get("/api/v3/ticker/24hr"))[0] for _ in range(100)]
+        statuses = [(await here.get("/api/v3/ticker/24hr"))[0] for _ in range(100)]
         assert statuses == [200] * 74 + [429] * 10 + [418] * 16
-        status, error, headers = await get("/api/v3/ping")
+        status, error, headers = await here.get("/api/v3/ping")
         assert status == 418
         assert int(headers["Retry-After"]) == 120
         await asyncio.sleep(119)
-        assert (await get("/api/v3/ping"))[0] == 418
+        assert (await here.get("/api/v3/ping"))[0] == 418
         await asyncio.sleep(1)
-        assert (await get("/api/v3/ping"))[0] == 200
+        assert (await here.get("/api/v3/ping"))[0] == 200
 
     visit(scene, symbols=1, start=START + 20_000 - START % 60_000)
 
@@ -219,8 +231,8 @@ def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
 
 
 def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws/sim00usdt@kline_1s") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws/sim00usdt@kline_1s") as socket:
             while True:
                 message = await socket.recv()
                 event = orjson.loads(message)
@@ -233,7 +245,7 @@ def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
         assert k["T"] == k["t"] + 999
         assert 0 < event["E"] - k["T"] < 50  # a little after the close
         assert k["L"] == k["f"] + k["n"] - 1
-        truth = exchange.truth(Series.parse("any:SIM00/USDT:1s"), k["t"])
+        truth = here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), k["t"])
         assert pushed(message) == (truth[0].candle, True)
 
     visit(scene, symbols=1, seed=3)
@@ -242,13 +254,15 @@ def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
 def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None:
     series = [Series.parse(f"any:SIM0{i}/USDT:{t}") for i in range(2) for t in ("1s", "5s", "1m")]
 
-    async def scene(exchange: SimulatedExchange, get: Get) -> None:
+    async def scene(here: Visit) -> None:
         names = [f"{s.symbol.replace('/', '').lower()}@kline_{s.timeframe}" for s in series]
         final: dict[str, list[Candle]] = {name: [] for name in names}
         seen: dict[str, list[Candle]] = {name: [] for name in names}
         last = dict.fromkeys(names, (0, 0.0))
-        async with websockets.connect(f"{exchange.ws_url}/stream?streams={'/'.join(names)}") as ws:
-            while exchange.clock.now() < START + 125_000:
+        async with websockets.connect(
+            f"{here.exchange.ws_url}/stream?streams={'/'.join(names)}"
+        ) as ws:
+            while here.exchange.clock.now() < START + 125_000:
                 message = await ws.recv()
                 name = orjson.loads(message)["stream"]
                 bar, closed = pushed(message)
@@ -257,7 +271,7 @@ def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None
                 last[name] = (bar.time, bar.volume)
                 (final if closed else seen)[name].append(bar)
         for s, name in zip(series, names, strict=True):
-            truth = [bar.candle for bar in exchange.truth(s, final[name][0].time)]
+            truth = [bar.candle for bar in here.exchange.truth(s, final[name][0].time)]
             assert final[name] == truth[: len(final[name])]
             assert len(truth) - len(final[name]) <= 1
             by_open = {bar.time: bar for bar in final[name]}
@@ -267,7 +281,7 @@ def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None
                     assert bar.open == end.open
                     assert end.low <= bar.low <= bar.high <= end.high
                     assert bar.volume <= end.volume
-            _, rows, _ = await get(
+            _, rows, _ = await here.get(
                 "/api/v3/klines",
                 symbol=s.symbol.replace("/", ""),
                 interval=str(s.timeframe),
@@ -287,30 +301,30 @@ def test_spot_and_futures_of_one_name_are_two_markets() -> None:
                 if closed:
                     return bar
 
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
+    async def scene(here: Visit) -> None:
         name = "sim00usdt@kline_1s"
         spot, *futures = await asyncio.gather(
-            first(f"{exchange.ws_url}/ws/{name}"),
-            first(f"{exchange.ws_url}/market/ws/{name}"),
-            first(f"{exchange.ws_url}/market/stream?streams={name}"),
-            first(f"{exchange.ws_url}/futures/ws/{name}"),
+            first(f"{here.exchange.ws_url}/ws/{name}"),
+            first(f"{here.exchange.ws_url}/market/ws/{name}"),
+            first(f"{here.exchange.ws_url}/market/stream?streams={name}"),
+            first(f"{here.exchange.ws_url}/futures/ws/{name}"),
         )
-        perpetual = exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
-        assert spot == exchange.truth(Series.parse("any:SIM00/USDT:1s"), START)[0].candle
+        perpetual = here.exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
+        assert spot == here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), START)[0].candle
         assert futures == [perpetual] * 3
         assert spot.open != perpetual.open
 
-    async def alone(exchange: SimulatedExchange, _: Get) -> None:
-        bar = await first(f"{exchange.ws_url}/ws/sim00usdt@kline_1s")
-        assert bar == exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
+    async def alone(here: Visit) -> None:
+        bar = await first(f"{here.exchange.ws_url}/ws/sim00usdt@kline_1s")
+        assert bar == here.exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
 
     visit(scene, symbols=1, perpetuals=1)
     visit(alone, symbols=0, perpetuals=1)
 
 
 def test_subscriptions_are_kept_listed_and_ended() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
 
             async def ask(method: str, number: Any, params: Any = ()) -> Any:
                 request = {"method": method, "params": list(params), "id": number}
@@ -329,7 +343,7 @@ def test_subscriptions_are_kept_listed_and_ended() -> None:
             listed = await ask("LIST_SUBSCRIPTIONS", "x")
             assert listed == {"result": [a, b, "unknown@kline_1s"], "id": "x"}
             assert await ask("UNSUBSCRIBE", 3, (a,)) == {"result": None, "id": 3}
-            while orjson.loads(await socket.recv())["E"] < exchange.clock.now():
+            while orjson.loads(await socket.recv())["E"] < here.exchange.clock.now():
                 pass  # what was on its way
             heard = {orjson.loads(await socket.recv())["s"] for _ in range(6)}
             assert heard == {"SIM01USDT"}
@@ -355,8 +369,8 @@ def test_subscriptions_are_kept_listed_and_ended() -> None:
     ],
 )
 def test_bad_messages_get_the_venues_errors(message: str, code: int) -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             await socket.send(message)
             assert orjson.loads(await socket.recv())["error"]["code"] == code
 
@@ -364,8 +378,8 @@ def test_bad_messages_get_the_venues_errors(message: str, code: int) -> None:
 
 
 def test_no_more_than_1024_streams() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             for number, size in enumerate((1024, 1)):
                 names = [f"a{number}b{i}@kline_1s" for i in range(size)]
                 request = {"method": "SUBSCRIBE", "params": names, "id": number}
@@ -377,8 +391,8 @@ def test_no_more_than_1024_streams() -> None:
 
 
 def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             for _ in range(3):
                 for _ in range(5):
                     await socket.pong()
@@ -394,12 +408,12 @@ def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
 
 
 def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
+    async def scene(here: Visit) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with (
             aiohttp.ClientSession() as http,
-            http.ws_connect(f"{exchange.ws_url}/ws", autoping=False) as mute,
+            http.ws_connect(f"{here.exchange.ws_url}/ws", autoping=False) as mute,
         ):
             pings = []
             while (message := await mute.receive()).type is aiohttp.WSMsgType.PING:
@@ -407,7 +421,7 @@ def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
             assert message.type in {aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR}
             assert pings == [20, 40, 60]
             assert loop.time() - began == pytest.approx(80, abs=1)
-        async with websockets.connect(f"{exchange.ws_url}/ws") as polite:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as polite:
             await asyncio.sleep(300)
             await polite.send("{}")
             assert await polite.recv()
@@ -416,8 +430,8 @@ def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
 
 
 def test_connections_end_at_their_age() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
-        async with websockets.connect(f"{exchange.ws_url}/ws") as socket:
+    async def scene(here: Visit) -> None:
+        async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             await asyncio.sleep(590)
             await socket.send("{}")
             assert await socket.recv()
@@ -430,17 +444,32 @@ def test_connections_end_at_their_age() -> None:
 
 
 def test_more_than_300_connections_in_5_minutes_are_refused() -> None:
-    async def scene(exchange: SimulatedExchange, _: Get) -> None:
+    async def scene(here: Visit) -> None:
         for _ in range(300):
-            async with websockets.connect(f"{exchange.ws_url}/ws"):
+            async with websockets.connect(f"{here.exchange.ws_url}/ws"):
                 pass
         with pytest.raises(websockets.InvalidStatus):
-            await websockets.connect(f"{exchange.ws_url}/ws")
+            await websockets.connect(f"{here.exchange.ws_url}/ws")
         await asyncio.sleep(301)
-        async with websockets.connect(f"{exchange.ws_url}/ws"):
+        async with websockets.connect(f"{here.exchange.ws_url}/ws"):
             pass
 
     visit(scene, symbols=1, timeframes=("1h",))
+
+
+def test_a_client_that_does_not_read_is_cut_off() -> None:
+    async def scene(here: Visit) -> None:
+        names = [f"sim{i:03d}usdt@kline_1s" for i in range(200)]
+        port = int(here.exchange.ws_url.rpartition(":")[2])
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(upgrade(names))
+        await asyncio.sleep(30)
+        assert len(here.exchange._streams.connections) == 1
+        await asyncio.sleep(600)  # tens of megabytes
+        assert not here.exchange._streams.connections
+        writer.close()
+
+    visit(scene, symbols=200, history=2, keep=100)
 
 
 # -- cost ----------------------------------------------------------------------------------
@@ -454,12 +483,7 @@ async def test_300_symbols_cost_a_fraction_of_a_core(record_property: Any) -> No
         reader, writer = await asyncio.open_connection(
             "127.0.0.1", int(exchange.ws_url.rpartition(":")[2])
         )
-        # By hand, so that the client's own cost is next to none.
-        writer.write(
-            f"GET /stream?streams={'/'.join(names)} HTTP/1.1\r\nHost: here\r\n"
-            "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
-        )
+        writer.write(upgrade(names))  # by hand, so that the client costs next to nothing
         await reader.readuntil(b"\r\n\r\n")
         finals, used, began = 0, time.process_time(), time.monotonic()
         while time.monotonic() - began < 4:

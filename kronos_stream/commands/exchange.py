@@ -153,7 +153,7 @@ def exchange(
         stop = _stop_signals(with_parent=with_parent)
         async with served:
             _announce(served, chosen, as_json=as_json)
-            await stop.wait()
+            await served.run(stop)
 
     asyncio.run(serve())
 

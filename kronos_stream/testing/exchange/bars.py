@@ -149,8 +149,7 @@ class Bars:
         for _ in range(history):  # whole bars of the longest, so whole ones of all
             self.start = opening(longest, self.start - 1)
         self.opened = self.start
-        today = now - now % base
-        feed.begin(self.start, (today - self.start) // base)
+        feed.begin(self.start, (now - self.start) // base)
         self._coming = self._draw()
         self.advance(now)
 

@@ -42,7 +42,8 @@ class Pushes:
     async def run(self) -> None:
         """Until cancelled."""
         now = self._clock.now()
-        close = self._next_close(now)
+        self._bars.advance(now)
+        close = self._next_close()
         push = self._next_push(now)
         while True:
             due = min(close, push, self._later[0][0] if self._later else push)
@@ -51,7 +52,7 @@ class Pushes:
             self._bars.advance(now)
             if now >= close:
                 self._say_closed(now)
-                close = self._next_close(now)
+                close = self._next_close()
             while self._later and self._later[0][0] <= now:
                 heapq.heappop(self._later)[2](now)
             if now >= push:
@@ -59,9 +60,9 @@ class Pushes:
                 push = self._next_push(now)
             self._streams.flush()
 
-    def _next_close(self, now: int) -> int:
+    def _next_close(self) -> int:
         """When the next closed bars are said: a little after their close, now more, now less."""
-        close = now - now % self._bars.base_ms + self._bars.base_ms
+        close = self._bars.opened + self._bars.base_ms
         return close + self._fate.random("lag", close).randint(*_LAG_MS)
 
     def _next_push(self, now: int) -> int:

@@ -143,7 +143,7 @@ class Rest:
         )
 
     def _klines(self, query: Query) -> bytes:
-        index, instrument = self._one(query)
+        index, _ = self._one(query)
         interval = _mandatory(query, "interval")
         book = self._bars.books.get(interval)
         if book is None:
@@ -155,31 +155,38 @@ class Rest:
         limit = 500 if limit is None else limit
         if not limit or (self._rules.perpetual and limit > self._rules.most_rows):
             raise ApiError(400, -1130, "Data sent for parameter 'limit' is not valid.")
-        rows = self._rows(book, index, instrument, start or 0, _FAR if end is None else end)
+        rows = self._rows(book, index, start or 0, _FAR if end is None else end)
         limit = min(limit, self._rules.most_rows)
-        chosen = rows[-limit:] if start is None else rows[:limit]
-        return b"[%s]" % b",".join(chosen)
+        writer = self._writer(index, interval)
+        return b"[%s]" % b",".join(
+            writer.row(bar, opened, book.timeframe.after(opened))
+            for opened, bar in (rows[-limit:] if start is None else rows[:limit])
+        )
 
-    def _rows(
-        self, book: Book, index: int, instrument: Instrument, start: int, end: int
-    ) -> list[bytes]:
-        interval = str(book.timeframe)
-        writer = self._writers.setdefault((index, interval), KlineWriter(instrument, interval))
+    def _rows(self, book: Book, index: int, start: int, end: int) -> list[tuple[int, list[float]]]:
+        """Opens and bars of what the venue shows, the unfinished one at the end."""
         now = self._clock.now()
         self._bars.advance(now)
         opens, bars = book.between(start, end)
         rows = [
-            writer.row(bar, opened, book.timeframe.after(opened))
+            (opened, bar)
             for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
-            if bar[0] == bar[0]  # NaN: the venue has no such bar
+            if bar[CLOSE] == bar[CLOSE]  # NaN: there is no such bar
             and self._ledger.shows(book, opened, index, now)
         ]
         if start <= book.opened <= min(end, now):
             bar = self._bars.unfinished(book, now)[index].tolist()
-            lost = self._fate.loses(instrument.symbol, interval, book.opened, book.closes)
-            if bar[0] == bar[0] and not lost:
-                rows.append(writer.row(bar, book.opened, book.closes))
+            symbol, interval = self._bars.instruments[index].symbol, str(book.timeframe)
+            lost = self._fate.loses(symbol, interval, book.opened, book.closes)
+            if bar[CLOSE] == bar[CLOSE] and not lost:
+                rows.append((book.opened, bar))
         return rows
+
+    def _writer(self, index: int, interval: str) -> KlineWriter:
+        if (index, interval) not in self._writers:
+            writer = KlineWriter(self._bars.instruments[index], interval)
+            self._writers[index, interval] = writer
+        return self._writers[index, interval]
 
     def _tickers(self, query: Query) -> bytes:
         self._bars.advance(self._clock.now())

@@ -23,6 +23,7 @@ from kronos_stream.testing.exchange.ledger import Ledger
 from kronos_stream.testing.exchange.pushes import Pushes
 from kronos_stream.testing.exchange.rest import FUTURES, SPOT, Rest
 from kronos_stream.testing.exchange.sockets import Streams
+from kronos_stream.testing.seasons import WEEK_MS
 
 _log = structlog.get_logger()
 
@@ -75,6 +76,8 @@ class SimulatedExchange:
         else:
             offered = offered or [Timeframe(1, "s")]
             shortest = min(t.milliseconds or _FAR for t in offered)
+            if shortest > WEEK_MS:
+                raise ExchangeError("the shortest timeframe must be a week at most")
             self._feed = GeneratedFeed(symbols, perpetuals, shortest, seed)
         for timeframe in offered:
             _check(timeframe, self._feed.timeframe_ms, history)
@@ -113,7 +116,7 @@ class SimulatedExchange:
         """Which faults have struck: ``fate.counts`` by kind, ``fate.incidents``."""
         self._bars = Bars(self._feed, self._timeframes, now, history=self._history, keep=self._keep)
         self._ledger = Ledger(self._bars, self.fate)
-        streams = Streams(self._bars)
+        streams = self._streams = Streams(self._bars)
         pushes = Pushes(self._bars, self._ledger, streams, self.clock, self.fate)
         self._gate = Gate(streams, self.clock, self.fate, spot=self._has_spot())
         app = web.Application()
@@ -130,10 +133,8 @@ class SimulatedExchange:
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
         self._port = self._runner.addresses[0][1]
-        self._running = [
-            asyncio.create_task(pushes.run(), name="pushes"),
-            asyncio.create_task(self._gate.run(), name="gate"),
-        ]
+        self._pushing = asyncio.create_task(pushes.run(), name="pushes")
+        self._running = [self._pushing, asyncio.create_task(self._gate.run(), name="gate")]
         for task in self._running:
             task.add_done_callback(_report)
         return self
@@ -147,6 +148,12 @@ class SimulatedExchange:
         for task in self._running:
             if not task.cancelled():
                 task.result()  # what went wrong must be seen
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until ``stop`` is set, or the exchange has failed; leaving it then says why."""
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([stopping, self._pushing], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
 
     def _has_spot(self) -> bool:
         return not all(instrument.perpetual for instrument in self._feed.instruments)

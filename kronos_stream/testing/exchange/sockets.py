@@ -162,6 +162,8 @@ class Connection:
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(PING_SECONDS)
+            if self._stalled:
+                return
             if loop.time() - self._ponged > PONG_SECONDS:
                 self.abort()
                 return

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,6 @@ def exchange(
     and ends with Ctrl-C.
     """
     from kronos_stream.market.clock import LoopClock, SystemClock
-    from kronos_stream.market.files import CandleFileError
     from kronos_stream.testing.exchange import (
         ExchangeError,
         Faults,
@@ -148,10 +147,14 @@ def exchange(
                 host=host,
                 port=port,
             )
-        except (ExchangeError, CandleFileError) as error:
+        except ExchangeError as error:
             raise click.UsageError(str(error)) from None
         stop = _stop_signals(with_parent=with_parent)
-        async with served:
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(served)
+            except OSError as error:
+                raise click.ClickException(f"cannot listen: {error.strerror or error}") from None
             _announce(served, chosen, as_json=as_json)
             await served.run(stop)
 

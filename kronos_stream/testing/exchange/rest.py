@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import orjson
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
 from kronos_stream.testing.exchange.bars import Bars, Book
 from kronos_stream.testing.exchange.fate import Fate
-from kronos_stream.testing.exchange.frames import CLOSE, HIGH, LOW, OPEN, TRADES, KlineWriter
+from kronos_stream.testing.exchange.frames import CLOSE, KlineWriter
 from kronos_stream.testing.exchange.garbage import bad_answer, bad_response
 from kronos_stream.testing.exchange.instruments import Instrument
 from kronos_stream.testing.exchange.ledger import Ledger
 from kronos_stream.testing.exchange.limits import ApiError, WeightLimit, banned, too_much
+from kronos_stream.testing.exchange.listings import listing, ticker_of
 
 Query = Mapping[str, str]
 
@@ -138,7 +138,7 @@ class Rest:
                 "serverTime": self._clock.now(),
                 "rateLimits": [limit],
                 "exchangeFilters": [],
-                "symbols": [_listing(instrument) for instrument in chosen],
+                "symbols": [listing(instrument) for instrument in chosen],
             }
         )
 
@@ -193,7 +193,7 @@ class Rest:
         book = next(iter(self._bars.books.values()))
         now = self._clock.now()
         _, bars = book.between(now - _DAY_MS, now)
-        tickers = [_ticker(instrument, bars[:, i], now) for i, instrument in self._chosen(query)]
+        tickers = [ticker_of(instrument, bars[:, i], now) for i, instrument in self._chosen(query)]
         return orjson.dumps(tickers[0] if "symbol" in query else tickers)
 
     def _tickers_weight(self, query: Query) -> int:
@@ -256,70 +256,3 @@ def _futures_klines_weight(query: Query) -> int:
     limit = query.get("limit", "500")
     rows = int(limit[:9]) if limit.isascii() and limit.isdecimal() else 500
     return 1 if rows < 100 else 2 if rows < 500 else 5 if rows <= 1000 else 10
-
-
-def _listing(instrument: Instrument) -> dict[str, object]:
-    price, volume = instrument.digits
-    listing: dict[str, object] = {
-        "symbol": instrument.name,
-        "status": "TRADING",
-        "baseAsset": instrument.base,
-        "quoteAsset": instrument.quote,
-        "filters": [
-            {"filterType": "PRICE_FILTER", "tickSize": f"{instrument.tick:.8f}"},
-            {"filterType": "LOT_SIZE", "stepSize": f"{instrument.lot:.8f}"},
-        ],
-    }
-    if instrument.perpetual:
-        return listing | {
-            "pair": instrument.name,
-            "contractType": "PERPETUAL",
-            "marginAsset": instrument.quote,
-            "pricePrecision": price,
-            "quantityPrecision": volume,
-            "underlyingType": "COIN",
-        }
-    return listing | {
-        "baseAssetPrecision": 8,
-        "quoteAssetPrecision": 8,
-        "isSpotTradingAllowed": True,
-        "isMarginTradingAllowed": False,
-        "permissionSets": [["SPOT"]],
-    }
-
-
-def _ticker(instrument: Instrument, bars: np.ndarray, now: int) -> dict[str, object]:
-    """Of the last 24 hours, or of what is known of them."""
-    price, volume = (f".{digits}f" for digits in instrument.digits)
-    bars = bars[~np.isnan(bars[:, 0])]
-    if not len(bars):
-        bars = np.zeros((1, 8))
-    opened, last = float(bars[0, OPEN]), float(bars[-1, CLOSE])
-    base, quote = (float(total) for total in bars[:, 4:6].sum(0))
-    ticker: dict[str, object] = {
-        "symbol": instrument.name,
-        "priceChange": format(last - opened, price),
-        "priceChangePercent": f"{100 * (last / opened - 1) if opened else 0:.3f}",
-        "weightedAvgPrice": format(quote / base if base else last, price),
-        "lastPrice": format(last, price),
-        "lastQty": format(instrument.lot, volume),
-        "openPrice": format(opened, price),
-        "highPrice": format(float(bars[:, HIGH].max()), price),
-        "lowPrice": format(float(bars[:, LOW].min()), price),
-        "volume": format(base, volume),
-        "quoteVolume": format(quote, price),
-        "openTime": now - _DAY_MS,
-        "closeTime": now,
-        "firstId": int(bars[0, 7]),
-        "lastId": int(bars[-1, 7] + bars[-1, TRADES]) - 1,
-        "count": int(bars[:, TRADES].sum()),
-    }
-    if not instrument.perpetual:
-        ticker |= {
-            "prevClosePrice": format(opened, price),
-            "bidPrice": format(last, price),
-            "bidQty": format(instrument.lot, volume),
-            "askPrice": format(last + instrument.tick, price),
-            "askQty": format(instrument.lot, volume),
-        }
-    return ticker

@@ -131,7 +131,11 @@ class SimulatedExchange:
             max_line_size=_LONGEST_URL,
         )
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._host, self._port).start()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError:  # the port is taken
+            await self._runner.cleanup()
+            raise
         self._port = self._runner.addresses[0][1]
         self._pushing = asyncio.create_task(pushes.run(), name="pushes")
         self._running = [self._pushing, asyncio.create_task(self._gate.run(), name="gate")]

@@ -177,6 +177,12 @@ class State:
         statement = "DELETE FROM outbox WHERE sequence = ? AND sink = ?"
         await self._write(lambda: self._db.executemany(statement, rows))
 
+    async def waiting(self) -> int:
+        """Records that are undelivered, of all sinks."""
+        query = "SELECT count(*) FROM outbox"
+        row = await self._call(lambda: self._db.execute(query).fetchone())
+        return int(row[0])
+
     async def outcomes(self, series: Series, since: int) -> list[Outcome]:
         """What became of the bars from ``since`` on, UTC ms of their opens."""
         query = (

@@ -1,0 +1,50 @@
+"""``kronos-stream run``: the daemon, told by the environment."""
+
+from __future__ import annotations
+
+import click
+
+
+class _Run(click.Command):
+    """Its help lists the settings, from where they are defined."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from kronos_stream.daemon.environment import describe
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Environment"):
+            formatter.write_dl(
+                [(f"{one.name}", f"{one.about} [{one.default}]") for one in describe()]
+            )
+
+
+@click.command(cls=_Run)
+@click.option(
+    "--check", is_flag=True, help="Check the settings and the venues' symbols, then exit."
+)
+def run(check: bool) -> None:  # noqa: FBT001
+    """Forecast live candles at every bar close, until stopped.
+
+    Everything is set by environment variables, listed below; a secret may be given in a file,
+    by the variable's name with _FILE at its end. At least KRONOS_STREAM_SYMBOLS and
+    KRONOS_STREAM_SINKS are needed:
+
+    \b
+      KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT \\
+      KRONOS_STREAM_TIMEFRAMES=1m,5m \\
+      KRONOS_STREAM_SINKS=kafka \\
+      KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092 kronos-stream run
+
+    SIGTERM or Ctrl-C: no more candles are taken in, the batch in hand is finished and delivered;
+    a second one ends at once, and nothing is lost. SIGHUP reads the symbols file again.
+    """
+    import asyncio
+    import os
+
+    from kronos_stream.daemon import service
+    from kronos_stream.daemon.environment import read_settings
+    from kronos_stream.daemon.logs import configure
+
+    settings = read_settings(os.environ)
+    configure(settings.log.format, settings.log.level)
+    asyncio.run(service.main(settings, check=check))

@@ -1,0 +1,288 @@
+"""The daemon put together: sources, desk, scheduler, worker, outbox and sinks, from start to stop.
+
+Two groups of tasks. The outer one delivers what is due; the inner one takes candles in and ends
+first, so that what has been taken in can still be forecast and sent. A task that fails takes the
+daemon down, loudly; the state file keeps what was not delivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
+from random import Random
+from typing import Any
+
+import structlog
+
+from kronos_stream.daemon.desk import Desk
+from kronos_stream.daemon.health import Health, watch_loop_lag
+from kronos_stream.daemon.job import Identity
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.outbox import Outbox
+from kronos_stream.daemon.press import Graveyard, Press, composer, refused
+from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.scheduler import Scheduler
+from kronos_stream.daemon.settings import Settings, SettingsError
+from kronos_stream.daemon.state import State
+from kronos_stream.daemon.worker import Worker
+from kronos_stream.forecast.sink import Sink
+from kronos_stream.market.clock import Clock, SystemClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Source, SourceError, VenueRefused
+
+_log = structlog.get_logger()
+
+_ASK_AGAIN_SECONDS = 5.0
+_PRUNE_SECONDS = 600.0
+_BARS_FACTOR = 4
+"""Bars kept per series, in lookbacks."""
+_OUTCOMES_MS = 30 * 86_400_000
+
+
+class Daemon:
+    """One process's series, from candles to delivered forecasts."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sources: Mapping[str, Source],
+        sinks: Sequence[Sink],
+        *,
+        clock: Clock,
+        random: Random,
+        wall: Clock | None = None,
+        metrics: Metrics | None = None,
+        watch: Callable[[Sequence[Result]], None] | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        clock: the market's time. wall: what records are stamped with. watch: told every result,
+        once it is durable.
+        """
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self.ready = asyncio.Event()
+        """Set once the model is loaded and the venues are followed."""
+        self._sources, self._sinks = dict(sources), list(sinks)
+        self._clock, self._wall, self._random = clock, wall or SystemClock(), random
+        self._watch = watch
+        self._series: frozenset[Series] = frozenset(settings.series())
+        self._lost: dict[str, str] = {}
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take in no more, finish the batch in hand, deliver, and let :meth:`run` return."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Work until :meth:`stop`, or until every source has ended.
+
+        Raises SettingsError, StateError or WorkerError for what the user can mend.
+        """
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            self._state = await State.open(settings.state_file)
+            stack.push_async_callback(self._state.close)
+            self._worker = Worker(settings.plan(), self.metrics)
+            stack.push_async_callback(self._worker.close)
+            for source in self._sources.values():
+                stack.push_async_callback(source.close)
+            self._outbox = Outbox(
+                self._state,
+                self._sinks,
+                self._wall,
+                self._random,
+                self.metrics,
+                max_age_seconds=settings.outbox_max_age,
+                bury=lambda refusal: refused(refusal, self._wall.now()),
+            )
+            health = Health(settings.http.host, settings.http.port, self.metrics, self.checks)
+            await stack.enter_async_context(health)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    sending = tasks.create_task(self._outbox.run())
+                    lag = tasks.create_task(watch_loop_lag(self.metrics))
+                    pruning = tasks.create_task(self._prune())
+                    await self._forecast_until_stopped()
+                    for task in (sending, lag, pruning):
+                        task.cancel()
+            except* Exception as failures:
+                raise _first(failures) from None
+
+    def checks(self) -> dict[str, str]:
+        """What readiness hangs on: what it is → why it is not so, empty if it is."""
+        found = {f"sink {name}": why for name, why in self._outbox.healthy().items()}
+        found["worker"] = self._worker.healthy()
+        for venue in self._sources:
+            found[f"source {venue}"] = self._lost.get(venue, "")
+        if not self.ready.is_set():
+            found["start"] = "candles are not followed yet"
+        return found
+
+    async def follow(self, series: Collection[Series]) -> None:
+        """Change the set of series; those that stay lose no bar. SettingsError: nothing changed."""
+        wanted = frozenset(series)
+        unknown = await self._unknown(wanted - self._series)
+        if unknown:
+            raise SettingsError(unknown)
+        gone, new = self._series - wanted, wanted - self._series
+        self._series = wanted
+        await self._desk.follow(wanted)
+        self._point_sources()
+        _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
+
+    async def _forecast_until_stopped(self) -> None:
+        if not await self._unless_stopped(self._start()):
+            return
+        async with asyncio.TaskGroup() as tasks:
+            working = tasks.create_task(self._worker.run())
+            scheduling = tasks.create_task(self._scheduler.run())
+            burying = tasks.create_task(self._graveyard.run())
+            await self._take_in()
+            await self._finish()
+            for task in (working, scheduling, burying):
+                task.cancel()
+
+    async def _start(self) -> None:
+        """Load the model, ask the venues whether they have what is asked for, load the state."""
+        identity, unknown = await asyncio.gather(
+            self._worker.start(), self._unknown_retrying(self._series)
+        )
+        if unknown:
+            raise SettingsError(unknown)
+        self._put_together(identity)
+        await self._desk.start(self._series)
+
+    def _put_together(self, identity: Identity) -> None:
+        settings = self.settings
+        press = Press(composer(settings.plan(), identity), self._outbox, self._clock, self._wall)
+        self._graveyard = Graveyard(self._outbox, self._wall)
+
+        async def publish(results: Sequence[Result]) -> None:
+            await press.publish(results)
+            if self._watch is not None:
+                self._watch(results)
+
+        # Desk and scheduler know each other by one call each way.
+        self._desk = Desk(
+            self._sources,
+            self._state,
+            lambda due: self._scheduler.due(due),
+            self._clock,
+            self._random,
+            self.metrics,
+            lookback=settings.lookback,
+            catch_up=settings.catch_up,
+            degraded=settings.degraded,
+            bury=self._graveyard.bury,
+        )
+        self._scheduler = Scheduler(
+            self._worker,
+            self._desk.window,
+            self._desk.awaited,
+            publish,
+            self._clock,
+            self.metrics,
+            catch_up=settings.catch_up,
+            batch_wait=settings.batch_wait,
+            batch_deadline=settings.batch_deadline,
+        )
+
+    async def _take_in(self) -> None:
+        """Follow the venues until told to stop, or until their data end."""
+        self._point_sources()
+        async with asyncio.TaskGroup() as tasks:
+            desk = tasks.create_task(self._desk.run())
+            sources = [
+                tasks.create_task(self._run_source(venue, source))
+                for venue, source in self._sources.items()
+            ]
+            self.ready.set()
+            _log.info("following", series=len(self._series), venues=sorted(self._sources))
+            stopped = tasks.create_task(self._stop.wait())
+            ended = asyncio.gather(*sources)
+            await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
+            self.ready.clear()
+            if not self._stop.is_set():
+                await self._desk.settled()
+                await self._scheduler.settled()
+            for task in (stopped, desk, *sources):
+                task.cancel()
+
+    async def _run_source(self, venue: str, source: Source) -> None:
+        try:
+            await source.run(self._desk.intake(venue))
+        except VenueRefused as error:
+            self._lost[venue] = str(error)
+            _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
+            if len(self._lost) == len(self._sources):
+                raise
+
+    async def _finish(self) -> None:
+        """Forecast what is in hand and deliver, within the grace."""
+        began = asyncio.get_running_loop().time()
+        whole = await self._scheduler.finish(self.settings.stop_grace)
+        await self._graveyard.flush()
+        left = self.settings.stop_grace - (asyncio.get_running_loop().time() - began)
+        waiting = await self._outbox.drain(max(0.0, left))
+        _log.info("stopped", batch_finished=whole, undelivered=waiting)
+
+    def _point_sources(self) -> None:
+        for venue, source in self._sources.items():
+            source.follow([one for one in self._series if one.venue == venue])
+
+    async def _unknown_retrying(self, series: Collection[Series]) -> list[str]:
+        """As :meth:`_unknown`, for as long as it takes a venue to answer."""
+        while True:
+            try:
+                return await self._unknown(series)
+            except VenueRefused:
+                raise
+            except SourceError as error:
+                _log.warning("venue does not answer yet", why=str(error))
+                await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
+
+    async def _unknown(self, series: Collection[Series]) -> list[str]:
+        """A line for each series that its venue does not have."""
+        lines = []
+        for venue, source in self._sources.items():
+            asked = [one for one in series if one.venue == venue]
+            if asked:
+                found = await source.unknown(asked)
+                lines += [f"{one}: {why}" for one, why in sorted(found.items())]
+        return lines
+
+    async def _prune(self) -> None:
+        while True:
+            await asyncio.sleep(_PRUNE_SECONDS)
+            kept = self._wall.now() - _OUTCOMES_MS
+            await self._state.prune(_BARS_FACTOR * self.settings.lookback, kept)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run ``work``; given up, and False, when told to stop before it is done."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+                return True
+            return False
+        finally:
+            await _cancelled(task, stop)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
+    """What failed first: the groups around it say nothing to a reader."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    assert isinstance(failure, Exception)
+    return failure

@@ -1,0 +1,120 @@
+"""The daemon as a process: built from settings, stopped and reloaded by signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import structlog
+
+from kronos_stream.daemon import connectors
+from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.settings import Settings, SettingsError
+from kronos_stream.forecast.sink import Sink
+from kronos_stream.market.clock import Clock, SystemClock
+from kronos_stream.market.source import Source
+
+_log = structlog.get_logger()
+
+_BY_SIGNAL = 128
+
+
+def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str, Source]:
+    """The sources of the settings' venues, by venue. Raises SettingsError, ConnectorError."""
+    venues = sorted({series.venue for series in settings.series()})
+    return {
+        venue: connector.build(_options(settings, venue, connector.options), clock, _child(random))
+        for venue in venues
+        for connector in [connectors.source(venue)]
+    }
+
+
+def build_sinks(settings: Settings, clock: Clock, random: Random) -> list[Sink]:
+    """The settings' sinks. Raises ConnectorError."""
+    return [
+        connector.build(_options(settings, name, connector.options), clock, _child(random))
+        for name in settings.sinks
+        for connector in [connectors.sink(name)]
+    ]
+
+
+def build(
+    settings: Settings,
+    *,
+    sinks: Sequence[Sink] | None = None,
+    watch: Callable[[Sequence[Result]], None] | None = None,
+) -> Daemon:
+    """A daemon on the wall clock.
+
+    sinks: in place of the settings'. watch: told every result once it is durable.
+    """
+    clock = SystemClock()
+    random = Random()  # noqa: S311 - it spreads retries, and hides nothing
+    return Daemon(
+        settings,
+        build_sources(settings, clock, random),
+        build_sinks(settings, clock, random) if sinks is None else sinks,
+        clock=clock,
+        random=random,
+        watch=watch,
+    )
+
+
+async def serve(daemon: Daemon) -> None:
+    """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once."""
+    with _signals(daemon):
+        await daemon.run()
+
+
+@contextmanager
+def _signals(daemon: Daemon) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    told = False
+    reloads: set[asyncio.Task[None]] = set()
+
+    def stop(number: int) -> None:
+        nonlocal told
+        if told:
+            # The state file is consistent at any moment, and the worker ends with us.
+            os._exit(_BY_SIGNAL + number)
+        told = True
+        _log.info("stopping; once more ends at once", signal=signal.Signals(number).name)
+        daemon.stop()
+
+    def reload() -> None:
+        task = loop.create_task(_reload(daemon))
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+
+
+async def _reload(daemon: Daemon) -> None:
+    """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
+    try:
+        await daemon.follow(daemon.settings.series())
+    except SettingsError as error:
+        _log.error("symbols not changed", why=str(error))  # noqa: TRY400 - it says all
+    except Exception:
+        _log.exception("symbols not changed")
+
+
+def _options(settings: Settings, name: str, kind: type[Any]) -> Any:  # noqa: ANN401
+    return settings.options[name] if name in settings.options else kind()
+
+
+def _child(random: Random) -> Random:
+    return Random(random.getrandbits(64))  # noqa: S311

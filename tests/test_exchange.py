@@ -472,6 +472,34 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
     visit(scene, symbols=200, history=2, keep=100)
 
 
+class Sleeper(LoopClock):
+    """The clock of a machine that is put to sleep."""
+
+    slept = 0
+
+    def now(self) -> int:
+        return super().now() + self.slept
+
+
+def test_a_machine_that_slept_goes_on_from_now() -> None:
+    async def main() -> None:
+        clock = Sleeper(START)
+        faults = Faults(late=0.5, late_seconds=60, duplicate=0.5, revised=0.5)
+        async with (
+            SimulatedExchange(2, clock=clock, history=2, keep=100, faults=faults) as exchange,
+            websockets.connect(f"{exchange.ws_url}/ws/sim00usdt@kline_1s") as socket,
+        ):
+            await asyncio.sleep(30)
+            clock.slept = 10_000_000
+            await asyncio.sleep(5)
+            while True:
+                event = orjson.loads(await socket.recv())
+                if event["k"]["t"] > START + 10_031_000:
+                    return
+
+    run_virtual(main())
+
+
 # -- cost ----------------------------------------------------------------------------------
 
 

@@ -98,6 +98,8 @@ class Pushes:
 
     def _say_closed(self, now: int) -> None:
         for book, opened in self._ledger.take_closed():
+            if opened < book.oldest:  # the machine has slept for longer than we remember
+                continue
             rows = book.bars(opened).tolist()
             strikes = self._ledger.strikes(book, opened)
             for stream in self._streams.heard(str(book.timeframe)):
@@ -155,7 +157,7 @@ class Pushes:
         return now
 
     def _say_final(self, stream: Stream, book: Book, opened: int, event: int) -> None:
-        if not self._silent(stream, self._clock.now()):
+        if opened >= book.oldest and not self._silent(stream, self._clock.now()):
             bar = book.bars(opened)[stream.index].tolist()
             self._say(stream, bar, opened, final=True, event=event)
 
@@ -172,6 +174,8 @@ class Pushes:
     def _revise(self, stream: Stream, book: Book, opened: int, now: int) -> None:
         """Change a closed bar, unless nobody would be told of it and so could not know."""
         if self._silent(stream, now) or not any(c.hears for c in stream.listeners):
+            return
+        if opened < book.oldest:
             return
         bar = book.bars(opened)[stream.index]
         self._ledger.keep_version(book, opened, stream.index)

@@ -45,10 +45,11 @@ class SimulatedExchange:
     ``/market`` or ``/futures`` is a futures one, and so is any where only perpetuals are listed.
 
     symbols, perpetuals: how many spot markets SIM00/USDT, … and perpetuals SIM00/USDT:USDT, …
-    timeframes: the intervals offered, the files' own if empty; the shortest is drawn and the
-    others are made of it.
+    timeframes: the intervals offered, Binance's or any other such as 10s; the files' own if empty.
+    The shortest is drawn and the others are made of it.
     candles: files to be replayed instead, see :class:`FileFeed`.
-    history: bars of the longest timeframe that there are at the start.
+    history: bars of the longest timeframe that there are at the start; a hundred thousand bars of
+    the shortest take half a minute.
     keep: bars per timeframe that are remembered, ``max(2 * history, 2000)`` if None.
     clock: the market's time; faults may set the exchange's own, :attr:`clock`, off it. Pings and
     the limit of messages per second are in the event loop's time.

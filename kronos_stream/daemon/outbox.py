@@ -252,7 +252,7 @@ class _Lane:
 
     def _pause(self, tries: int) -> float:
         most = min(_SHORTEST_PAUSE_SECONDS * 2 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
-        return most * (0.5 + self._random.random() / 2)
+        return float(most * (0.5 + self._random.random() / 2))
 
     def _full(self) -> bool:
         return len(self._fresh) >= _LANE_RECORDS or self._bytes > _LANE_BYTES

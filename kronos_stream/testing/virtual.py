@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, TypeVarTuple
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
-_SETTLE_SECONDS = 0.0005
+_SETTLE_SECONDS = 0.0001
 """Real time given to the kernel to hand over what is on its way, before time leaps."""
 
 
@@ -35,7 +36,10 @@ class _LeapingSelector(selectors.DefaultSelector):
             return super().select(timeout)
         if self.held:
             return super().select(0.05)
-        ready = super().select(_SETTLE_SECONDS)
+        if ready := super().select(0):
+            return ready
+        time.sleep(_SETTLE_SECONDS)
+        ready = super().select(0)
         if not ready:
             self.elapsed += timeout
         return ready

@@ -1,0 +1,68 @@
+"""Sources and sinks by name: what the entry points of installed packages offer."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal, TypeVar
+
+from kronos_stream.forecast.sink import SinkConnector
+from kronos_stream.market.source import SourceConnector
+
+Group = Literal["sources", "sinks"]
+
+_Connector = TypeVar("_Connector", SourceConnector, SinkConnector)
+
+
+class ConnectorError(Exception):
+    """A connector is not there, or cannot be used; one clause for people."""
+
+
+def names(group: Group) -> list[str]:
+    """What is installed of a group."""
+    return sorted(_found(group))
+
+
+def source(venue: str) -> SourceConnector:
+    """The connector of a venue. Raises ConnectorError."""
+    return _load("sources", venue, SourceConnector)
+
+
+def sink(name: str) -> SinkConnector:
+    """The connector of a sink. Raises ConnectorError."""
+    return _load("sinks", name, SinkConnector)
+
+
+def options(name: str) -> type[Any] | None:
+    """The options of the source or sink called ``name``; None if there is neither.
+
+    A source and a sink of one name share their options. Raises ConnectorError.
+    """
+    if name in _found("sources"):
+        return source(name).options
+    return sink(name).options if name in _found("sinks") else None
+
+
+@cache
+def _found(group: Group) -> dict[str, EntryPoint]:
+    # Names become parts of variables: lower-case words.
+    return {
+        point.name: point
+        for point in entry_points(group=f"kronos_stream.{group}")
+        if point.name.isidentifier() and point.name.islower()
+    }
+
+
+def _load(group: Group, name: str, kind: type[_Connector]) -> _Connector:
+    point = _found(group).get(name)
+    if point is None:
+        raise ConnectorError(
+            f"none of the {group} is called {name!r}; there are {', '.join(names(group))}"
+        )
+    try:
+        connector = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConnectorError(f"{point.value} cannot be loaded: {error}") from error
+    if not isinstance(connector, kind):
+        raise ConnectorError(f"{point.value} is no {kind.__name__}")
+    return connector

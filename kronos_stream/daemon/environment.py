@@ -1,0 +1,260 @@
+"""Settings out of the environment: variables, files with secrets, and what is wrong with them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, get_origin
+
+from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic_core import PydanticUndefined
+
+from kronos_stream.daemon import connectors
+from kronos_stream.daemon.connectors import ConnectorError
+from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_FILE = "_FILE"
+
+_LISTS = {tuple, list, set, frozenset}
+
+_SHOWN = 60
+"""Characters of a bad value that an error repeats."""
+
+# What Kubernetes tells every container about a Service whose name begins with kronos-stream.
+_SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
+_SERVICE_PORT = re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_SERVICE_URL = ("tcp://", "udp://", "sctp://")
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The settings that ``environ`` asks for, checked. Raises SettingsError with all problems.
+
+    A variable with an empty value counts as not set. Secrets may stand in files: one whose path
+    is the value of a connector's variable with ``_FILE`` behind it, or one in the secrets folder
+    that is called like the variable.
+    """
+    given = _given(environ)
+    settings = _parse(Settings, given)
+    problems = [] if settings.sinks else [_no_sink()]
+    try:
+        venues = dict.fromkeys(series.venue for series in settings.series())
+    except SettingsError as error:
+        raise SettingsError([*error.problems, *problems]) from None
+    options: dict[str, Any] = {}
+    for field, load, wanted in (
+        ("symbols", connectors.source, venues),
+        ("sinks", connectors.sink, settings.sinks),
+    ):
+        for name in wanted:
+            try:
+                options[name] = _parse(load(name).options, given, name)
+            except ConnectorError as error:
+                problems.append(f"{variable(field)}: {error}")
+            except SettingsError as error:
+                problems.extend(error.problems)
+    if problems:
+        raise SettingsError(problems)
+    return settings.model_copy(update={"options": options})
+
+
+def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
+    """What ``environ`` tells the connector ``name``: its options. Raises SettingsError."""
+    try:
+        kind = connectors.options(name)
+    except ConnectorError as error:
+        raise SettingsError(str(error)) from error
+    if kind is None:
+        raise SettingsError(f"no connector is called {name}")
+    return _parse(kind, _given(environ), name)
+
+
+class Setting(NamedTuple):
+    """A line of help."""
+
+    variable: str
+    default: str
+    meaning: str
+
+
+def describe() -> Iterator[Setting]:
+    """Every setting there is, of the installed connectors, too."""
+    yield from _describe(Settings)
+    for name in sorted({*connectors.names("sources"), *connectors.names("sinks")}):
+        with suppress(ConnectorError):  # said where it is asked for
+            yield from _describe(connectors.options(name), name)
+
+
+def _describe(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a class of pydantic's
+    for name, field in model.model_fields.items():
+        if name in _own_fields(model):
+            default = field.get_default(call_default_factory=True)
+            meaning = " ".join((field.description or "").split())
+            yield Setting(variable(*path, name), _shown(default), meaning)
+    for name, group in _groups(model):
+        yield from _describe(group, *path, name)
+
+
+def _shown(value: object) -> str:
+    if value is None or value is PydanticUndefined or isinstance(value, SecretStr):
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    return ",".join(map(_shown, value)) if isinstance(value, tuple) else str(value)
+
+
+def _groups(model: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
+    """Fields that are models themselves, and these."""
+    fields = [(name, field.annotation) for name, field in model.model_fields.items()]
+    return [
+        (n, kind) for n, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)
+    ]
+
+
+def _own_fields(model: Any) -> list[str]:  # noqa: ANN401
+    """Fields that are variables."""
+    groups = {name for name, _ in _groups(model)}
+    return [
+        name
+        for name, field in model.model_fields.items()
+        if name not in groups and not (field.exclude and issubclass(model, Settings))
+    ]
+
+
+def _given(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our variables that are set, those in files included. SettingsError for any unknown."""
+    given = {
+        name: value
+        for name, value in environ.items()
+        if value and name.upper().startswith(PREFIX) and not _from_kubernetes(name, value)
+    }
+    folder = Path(
+        given.get(variable("secrets_dir")) or Settings.model_fields["secrets_dir"].default
+    )
+    given = _in_folder(folder) | given
+    known = _known(given)
+    problems: list[str] = []
+    for name in [*given]:
+        owner = name.removesuffix(_FILE)
+        if name in known:
+            continue
+        if "__" in owner and owner in known and name != owner:
+            try:
+                given.setdefault(owner, _read(Path(given.pop(name)), name))
+            except SettingsError as error:
+                problems.extend(error.problems)
+        else:
+            problems.append(_unknown(name, known))
+    if problems:
+        raise SettingsError(problems)
+    return given
+
+
+def _from_kubernetes(name: str, value: str) -> bool:
+    tail = name.removeprefix(PREFIX)
+    return bool(
+        _SERVICE.fullmatch(tail)
+        or _SERVICE_PORT.fullmatch(tail)
+        or (tail.endswith("PORT") and value.startswith(_SERVICE_URL))
+    )
+
+
+def _in_folder(folder: Path) -> dict[str, str]:
+    """Files called like variables, in either case."""
+    name = variable("secrets_dir")
+    try:
+        files = [path for path in folder.iterdir() if path.name.upper().startswith(PREFIX)]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise SettingsError(f"{name}: {folder}: {error.strerror}") from None
+    texts = {path.name.upper(): _read(path, name) for path in sorted(files)}
+    return {owner: text for owner, text in texts.items() if text}
+
+
+def _read(path: Path, name: str) -> str:
+    """A secret, which ``name`` leads to: a file's text without the line end that editors add."""
+    try:
+        return path.read_text("utf-8").removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        raise SettingsError(f"{name}: {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{name}: {path}: not UTF-8") from None
+
+
+def _known(given: Iterable[str]) -> set[str]:
+    """The variables there are; of connectors, those that are spoken to."""
+    known = {variable(name) for name in _own_fields(Settings)}
+    groups = dict(_groups(Settings))
+    spoken = {
+        name.removeprefix(PREFIX).partition("__")[0].lower() for name in given if "__" in name
+    }
+    for name in sorted(spoken - groups.keys()):
+        try:
+            kind = connectors.options(name)
+        except ConnectorError as error:
+            raise SettingsError(f"{variable(name)}__*: {error}") from error
+        if kind is not None:
+            groups[name] = kind
+    for name, group in groups.items():
+        known |= {variable(name, field) for field in group.model_fields}
+    return known
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    names = [one.removeprefix(PREFIX) for one in known]
+    near = get_close_matches(name.upper().removeprefix(PREFIX), sorted(names), n=1, cutoff=0.7)
+    cure = f"did you mean {PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
+    return f"{name}: there is no such setting; {cure}"
+
+
+def _no_sink() -> str:
+    return (
+        f"{variable('sinks')} is empty, so forecasts would go nowhere: set it to any of "
+        f"{','.join(connectors.names('sinks'))}"
+    )
+
+
+def _parse(kind: type[_Model], given: Mapping[str, str], *path: str) -> _Model:
+    try:
+        return kind(**_values(kind, given, *path))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, given, *path)) from None
+
+
+def _values(model: Any, given: Mapping[str, str], *path: str) -> dict[str, Any]:  # noqa: ANN401
+    """What is said of a model's fields; comma lists as lists."""
+    values: dict[str, Any] = {}
+    for name in _own_fields(model):
+        text = given.get(variable(*path, name))
+        if text is not None and get_origin(model.model_fields[name].annotation) in _LISTS:
+            values[name] = [part.strip() for part in text.split(",") if part.strip()]
+        elif text is not None:
+            values[name] = text
+    for name, group in _groups(model):
+        values[name] = _values(group, given, *path, name)
+    return values
+
+
+def _explain(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:
+    """A line per variable. Values of connectors are not repeated: they may hold secrets."""
+    lines: dict[str, str] = {}
+    for fault in error.errors(include_url=False, include_input=False):
+        within = [part for part in fault["loc"] if isinstance(part, str)]
+        name = variable(*path, *within) if within else variable(*path, "*")
+        reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        line = f"{name}: {reason}"
+        if fault["type"] == "missing":
+            line = f"{name} is not set, and has no default"
+        elif name in given and not path:
+            value = given[name]
+            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+            line = f"{name}={shown}: {reason}"
+        lines.setdefault(name, line)
+    return list(lines.values())

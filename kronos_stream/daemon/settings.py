@@ -1,0 +1,283 @@
+"""What the daemon can be told, and what it does untold.
+
+Every field is an environment variable: ``KRONOS_STREAM_`` and its name, upper case, parts joined
+by ``__``. The attribute docstrings are the help of ``kronos-stream run``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+
+from kronos_stream.daemon.job import Plan
+from kronos_stream.forecast.quantiles import check_supported, required_paths
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+
+PREFIX = "KRONOS_STREAM_"
+
+
+class SettingsError(Exception):
+    """Settings that cannot work: one line per problem, saying what it is and what to do."""
+
+    def __init__(self, problems: Sequence[str] | str) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+def variable(*path: str) -> str:
+    """The environment variable of a field: ``("http", "port")`` → KRONOS_STREAM_HTTP__PORT."""
+    return PREFIX + "__".join(path).upper()
+
+
+def _timeframe(value: object) -> Timeframe:
+    return value if isinstance(value, Timeframe) else Timeframe.parse(str(value))
+
+
+def _symbol(text: str) -> str:
+    """``venue:symbol``, as it is. Raises ValueError."""
+    venue, _, symbol = text.partition(":")
+    if not venue or not symbol:
+        raise ValueError(f"{text!r}: expected venue:symbol, such as binance:BTC/USDT")
+    last = symbol.rpartition(":")[2]
+    if re.fullmatch(r"\d+[smhdwM]", last):
+        raise ValueError(
+            f"{text!r} ends in a timeframe; leave it out: every symbol is forecast in each of "
+            f"{variable('timeframes')}"
+        )
+    Series.of(venue, symbol, Timeframe(1, "m"))
+    return text
+
+
+def _probability(p: float) -> float:
+    required_paths(p)
+    return p
+
+
+def _state_file() -> Path:
+    """Where systemd says, else the user's own state; see the XDG base directories."""
+    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if given:
+        return Path(given) / "state.sqlite"
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(home).expanduser() / "kronos-stream" / "state.sqlite"
+
+
+def _threads() -> int:
+    """One core is left to the daemon itself."""
+    ours = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return max(1, len(ours(0)) - 1)
+
+
+_Path = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),  # a field may be called model_revision
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
+
+
+class Http(_Group):
+    """Where /metrics, /readyz and /healthz are served."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all. There is no authentication."""
+    port: int = Field(default=8080, ge=0, le=65_535)
+    """Port to listen on; 0 takes any that is free."""
+
+
+class Log(_Group):
+    """What is logged, on stderr."""
+
+    format: Literal["console", "json"] = "console"
+    """Lines for people, or one JSON object per line."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
+
+
+class Settings(_Group):
+    """All settings of the daemon; those of its connectors in ``options``, by connector."""
+
+    role: Literal["all"] = "all"
+    """What this process does: all of it."""
+    symbols: tuple[Annotated[str, AfterValidator(_symbol)], ...] = ()
+    """What to forecast: venue:symbol, a comma list. binance:BTC/USDT is spot,
+    binance:BTC/USDT:USDT the linear perpetual."""
+    symbols_file: _Path | None = None
+    """A file with more of them, one per line, # for comments; read again on SIGHUP."""
+    timeframes: tuple[Annotated[Timeframe, PlainValidator(_timeframe)], ...] = Field(
+        (Timeframe(5, "m"),), min_length=1
+    )
+    """Lengths of bars, such as 1m,5m; every symbol is forecast in each."""
+    sinks: tuple[str, ...] = ()
+    """Where forecasts go: a comma list of installed sinks."""
+
+    model: str = Field("NeoQuasar/Kronos-small", min_length=1)
+    """Hub id, folder, or nano, the bundled one."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer, where the model does not know its own."""
+    model_revision: str | None = None
+    """Commit of the model on the hub; else the one this version was tested with."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto takes the fastest."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the device multiplies it natively."""
+    threads: int = Field(default_factory=_threads, ge=1)
+    """CPU threads of the model; one core less than there are."""
+    max_context: int | None = Field(None, ge=8)
+    """Bars the model may see, lookback and horizon together; else what it was trained on."""
+    lookback: int = Field(488, ge=2)
+    """Bars a forecast starts from."""
+    horizon: int = Field(24, ge=1)
+    """Bars to forecast."""
+    paths: int = Field(32, ge=1)
+    """Sample paths per forecast."""
+    temperature: float = Field(1.0, ge=1e-3)
+    """Of sampling; below 1 narrower bands, above 1 wider."""
+    top_k: int = Field(0, ge=0)
+    """Tokens that compete; 0: all, 1: always the likeliest."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Share of the probability that competes."""
+    seed: int = 0
+    """Fixes the noise; the same bars and seed give the same forecast."""
+    anchor: bool = True
+    """Scale paths so that the model's view of the last bar closes where it did."""
+    quantiles: tuple[Annotated[float, AfterValidator(_probability)], ...] = Field(
+        (0.05, 0.25, 0.5, 0.75, 0.95), min_length=1
+    )
+    """Quantiles to publish, between 0 and 1."""
+    keep_paths: bool = False
+    """Put the closes of every path into the messages."""
+
+    catch_up: Literal["newest", "all"] = "newest"
+    """After falling behind: forecast the newest bar and skip the others, or all in order."""
+    degraded: Literal["forecast", "skip"] = "forecast"
+    """What becomes of a bar whose context has flaws: forecast and marked, or skipped."""
+    batch_wait: float | None = Field(None, ge=0)
+    """Seconds that a batch waits for bars of the same close; else a quarter of the timeframe, at
+    most 2."""
+    batch_deadline: float | None = Field(None, gt=0)
+    """Seconds for a batch before the worker is replaced; else 0.8 of the timeframe, between 2 and
+    60."""
+    state_file: _Path = Field(default_factory=_state_file)
+    """Bars, outcomes and undelivered messages, on a local disk; one daemon per file."""
+    outbox_max_age: float = Field(86_400.0, gt=0)
+    """Seconds after which an undelivered message is given up."""
+    stop_grace: float = Field(20.0, ge=0)
+    """Seconds to finish and deliver after SIGTERM."""
+    secrets_dir: _Path = Path("/run/secrets")
+    """Folder of files named like variables, such as kronos_stream_kafka__sasl_password."""
+
+    http: Http = Field(default_factory=Http)
+    log: Log = Field(default_factory=Log)
+
+    options: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    """What connectors were told, by name; those missing here take their defaults."""
+
+    @field_validator("symbols", "timeframes", "sinks", "quantiles")
+    @classmethod
+    def _none_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [str(value) for i, value in enumerate(values) if value in values[:i]]:
+            raise ValueError(f"{twice[0]} stands there twice")
+        return values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = list(self._misfits())
+        if problems:
+            raise SettingsError(problems)
+        return self
+
+    def series(self) -> tuple[Series, ...]:
+        """What to forecast; reads the symbols file. Raises SettingsError."""
+        symbols = [*self.symbols, *self._listed()]
+        if not symbols:
+            raise SettingsError(
+                f"{variable('symbols')} is empty: set it to what to forecast, such as "
+                "binance:BTC/USDT,binance:ETH/USDT"
+            )
+        parts = [symbol.split(":", 1) for symbol in symbols]
+        return tuple(
+            Series.of(venue, symbol, timeframe)
+            for venue, symbol in parts
+            for timeframe in self.timeframes
+        )
+
+    def plan(self) -> Plan:
+        """What the worker is to draw."""
+        return Plan(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            revision=self.model_revision,
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            max_context=self.max_context,
+            lookback=self.lookback,
+            horizon=self.horizon,
+            paths=self.paths,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            anchor=self.anchor,
+            quantiles=self.quantiles,
+            keep_paths=self.keep_paths,
+        )
+
+    def _listed(self) -> Sequence[str]:
+        if self.symbols_file is None:
+            return ()
+        name = variable("symbols_file")
+        try:
+            lines = self.symbols_file.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise SettingsError(f"{name}={self.symbols_file}: {reason}") from None
+        symbols: list[str] = []
+        problems = []
+        for number, line in enumerate(lines, 1):
+            text = line.partition("#")[0].strip()
+            if not text:
+                continue
+            try:
+                symbols.append(_symbol(text))
+                if text in symbols[:-1] or text in self.symbols:
+                    raise ValueError(f"{text} stands there twice")  # noqa: TRY301
+            except ValueError as error:
+                problems.append(f"{name}={self.symbols_file}, line {number}: {error}")
+        if problems:
+            raise SettingsError(problems)
+        return symbols
+
+    def _misfits(self) -> Iterator[str]:
+        try:
+            check_supported(self.quantiles, self.paths)
+        except ValueError as error:
+            yield f"{variable('quantiles')}: {error}; change it, or raise {variable('paths')}"
+        bars = self.lookback + self.horizon
+        if self.max_context is not None and bars > self.max_context:
+            yield (
+                f"{variable('lookback')}={self.lookback}: with {variable('horizon')}="
+                f"{self.horizon} it exceeds {variable('max_context')}={self.max_context}; lower "
+                "either"
+            )

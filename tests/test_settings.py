@@ -1,0 +1,318 @@
+"""Settings from the environment: what is asked for is what comes, and each fault is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kronos_stream.daemon import connectors
+from kronos_stream.daemon.environment import describe, read_options, read_settings
+from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError
+
+_ACME = """
+from pydantic import BaseModel, SecretStr, model_validator
+from kronos_stream.forecast.sink import SinkConnector
+from kronos_stream.market.source import SourceConnector
+
+class Market(BaseModel):
+    url: str = "wss://acme.example"
+    boards: tuple[int, ...] = (1,)
+
+class Post(BaseModel):
+    address: str
+    password: SecretStr = SecretStr("")
+    weight: float = 1.0
+
+    @model_validator(mode="after")
+    def check(self):
+        if self.weight > 100:
+            raise ValueError("weight is more than a letter's")
+        return self
+
+def build(options, clock, random):
+    return None
+
+SOURCE = SourceConnector(Market, build)
+SINK = SinkConnector(Post, build)
+"""
+
+_POINTS = """
+[kronos_stream.sources]
+acme = acme_exchange:SOURCE
+lost = acme_missing:SOURCE
+[kronos_stream.sinks]
+post = acme_exchange:SINK
+upside = acme_exchange:SOURCE
+"""
+
+_TOLD = "told"
+_BASE = {"SYMBOLS": "acme:BTC/USDT", "SINKS": "post", "POST__ADDRESS": "Main Street 1"}
+
+
+@pytest.fixture(autouse=True)
+def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A user's own package with a source and a sink, installed."""
+    (tmp_path / "acme_exchange.py").write_text(_ACME)
+    info = tmp_path / "acme_exchange-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-exchange\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(_POINTS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    connectors._found.cache_clear()
+    yield
+    connectors._found.cache_clear()
+
+
+def _read(given: dict[str, str], *, base: bool = True) -> Settings:
+    # No test may find what happens to lie in this machine's own /run/secrets.
+    own = {"SECRETS_DIR": "/nowhere", **(_BASE if base else {}), **given}
+    return read_settings({PREFIX + name: value for name, value in own.items()})
+
+
+def test_untold_it_does_what_the_design_says() -> None:
+    settings = _read({})
+    assert [series.name for series in settings.series()] == ["acme:BTC/USDT:5m"]
+    plan = settings.plan()
+    assert (plan.model, plan.lookback, plan.horizon) == ("NeoQuasar/Kronos-small", 488, 24)
+    assert (plan.paths, plan.temperature, plan.top_k, plan.top_p) == (32, 1.0, 0, 0.9)
+    assert plan.anchor
+    assert plan.quantiles == (0.05, 0.25, 0.5, 0.75, 0.95)
+    assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8080)
+    assert settings.catch_up == "newest"
+
+
+def test_what_is_asked_for_is_what_comes() -> None:
+    settings = _read(
+        {
+            "SYMBOLS": "acme:BTC/USDT, acme:BTC/USDT:USDT,acme:X:Y:Z",
+            "TIMEFRAMES": "1m,4h",
+            "QUANTILES": "0.1,0.9",
+            "PATHS": "20",
+            "ANCHOR": "false",
+            "CATCH_UP": "all",
+            "STATE_FILE": "/data/x.sqlite",
+            "HTTP__PORT": "0",
+            "LOG__FORMAT": "json",
+            "TOKENIZER": "",
+            "ACME__BOARDS": "1,2,3",
+        }
+    )
+    assert [series.name for series in settings.series()] == [
+        "acme:BTC/USDT:1m",
+        "acme:BTC/USDT:4h",
+        "acme:BTC/USDT:USDT:1m",
+        "acme:BTC/USDT:USDT:4h",
+        "acme:X:Y:Z:1m",
+        "acme:X:Y:Z:4h",
+    ]
+    assert settings.series()[2].symbol == "BTC/USDT:USDT"
+    assert settings.quantiles == (0.1, 0.9)
+    assert not settings.plan().anchor
+    assert settings.tokenizer is None
+    assert settings.state_file == Path("/data/x.sqlite")
+    assert settings.log.format == "json"
+    assert settings.options["acme"].boards == (1, 2, 3)
+    assert settings.options["post"].address == "Main Street 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "cure"),
+    [
+        ({"SYMBOLS": ""}, "SYMBOLS", "set it to what to forecast"),
+        ({"SYMBOLS": "BTC/USDT"}, "SYMBOLS", "expected venue:symbol"),
+        ({"SYMBOLS": "acme:"}, "SYMBOLS", "expected venue:symbol"),
+        ({"SYMBOLS": "acme:BTC/USDT:5m"}, "SYMBOLS", "each of KRONOS_STREAM_TIMEFRAMES"),
+        ({"SYMBOLS": "acme:A,acme:B,acme:A"}, "SYMBOLS", "acme:A stands there twice"),
+        ({"SYMBOLS": "nyse:IBM"}, "SYMBOLS", "none of the sources is called 'nyse'; there are"),
+        ({"SYMBOLS": "lost:IBM"}, "SYMBOLS", "acme_missing:SOURCE cannot be loaded"),
+        ({"TIMEFRAMES": "5 min"}, "TIMEFRAMES", "expected a count and a unit"),
+        ({"TIMEFRAMES": "5m,1m,5m"}, "TIMEFRAMES", "5m stands there twice"),
+        ({"TIMEFRAMES": ","}, "TIMEFRAMES", "at least 1 item"),
+        ({"SINKS": ""}, "SINKS", "would go nowhere: set it to any of"),
+        ({"SINKS": "carrier_pigeon"}, "SINKS", "none of the sinks is called 'carrier_pigeon'"),
+        ({"SINKS": "post,post"}, "SINKS", "post stands there twice"),
+        ({"SINKS": "upside"}, "SINKS", "acme_exchange:SOURCE is no SinkConnector"),
+        ({"ROLE": "chef"}, "ROLE", "should be 'all'"),
+        ({"CATCH_UP": "some"}, "CATCH_UP", "should be 'newest' or 'all'"),
+        ({"DEGRADED": "maybe"}, "DEGRADED", "should be 'forecast' or 'skip'"),
+        ({"PATHS": "many"}, "PATHS", "valid integer"),
+        ({"PATHS": "18"}, "QUANTILES", "needs at least 19 paths, not 18"),
+        ({"QUANTILES": "0.001"}, "QUANTILES", "needs at least 999 paths, not 32"),
+        ({"QUANTILES": "0.5,1"}, "QUANTILES", "not between 0 and 1"),
+        ({"QUANTILES": "0.5,0.5"}, "QUANTILES", "0.5 stands there twice"),
+        ({"LOOKBACK": "1"}, "LOOKBACK", "greater than or equal to 2"),
+        ({"HORIZON": "0"}, "HORIZON", "greater than or equal to 1"),
+        ({"MAX_CONTEXT": "511"}, "LOOKBACK", "exceeds KRONOS_STREAM_MAX_CONTEXT=511"),
+        ({"TEMPERATURE": "0"}, "TEMPERATURE", "greater than or equal to 0.001"),
+        ({"TEMPERATURE": "inf"}, "TEMPERATURE", "finite number"),
+        ({"TOP_P": "1.5"}, "TOP_P", "less than or equal to 1"),
+        ({"ANCHOR": "perhaps"}, "ANCHOR", "valid boolean"),
+        ({"DTYPE": "float16"}, "DTYPE", "should be 'auto', 'float32' or 'bfloat16'"),
+        ({"THREADS": "0"}, "THREADS", "greater than or equal to 1"),
+        ({"HTTP__PORT": "65536"}, "HTTP__PORT", "less than or equal to 65535"),
+        ({"LOG__LEVEL": "loud"}, "LOG__LEVEL", "should be 'debug', 'info', 'warning' or 'error'"),
+        ({"SYMBOLS_FILE": "/no/such/file"}, "SYMBOLS_FILE", "No such file or directory"),
+        ({"SYMBOL": "acme:A"}, "SYMBOL", "did you mean KRONOS_STREAM_SYMBOLS?"),
+        ({"HTTP_PORT": "1"}, "HTTP_PORT", "did you mean KRONOS_STREAM_HTTP__PORT?"),
+        ({"POST__ADRESS": "x"}, "POST__ADRESS", "did you mean KRONOS_STREAM_POST__ADDRESS?"),
+        ({"POST__ADDRESS": ""}, "POST__ADDRESS", "is not set, and has no default"),
+        ({"POST__WEIGHT": "heavy"}, "POST__WEIGHT", "should be a valid number"),
+        ({"POST__WEIGHT": "101"}, "POST__*", "more than a letter's"),
+        ({"POST__PASSWORD_FILE": "/no/such"}, "POST__PASSWORD_FILE", "No such file"),
+        ({"PORT": "8080"}, "PORT", "there is no such setting"),
+        ({"WIBBLE": "1"}, "WIBBLE", "kronos-stream run --help lists them"),
+        ({"lookback": "96"}, "lookback", "did you mean KRONOS_STREAM_LOOKBACK?"),
+        ({"OPTIONS": "{}"}, "OPTIONS", "there is no such setting"),
+        ({"NOSUCH__URL": "x"}, "NOSUCH__URL", "there is no such setting"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_the_variable_and_the_cure(
+    given: dict[str, str], variable: str, cure: str
+) -> None:
+    with pytest.raises(SettingsError) as raised:
+        _read(given)
+    (problem,) = raised.value.problems
+    assert problem.startswith(PREFIX + variable)
+    assert problem[len(PREFIX + variable)] in ":= "
+    assert cure in problem
+    assert "\n" not in problem
+    assert str(raised.value) == problem
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(SettingsError) as raised:
+        _read({"PATHS": "no", "LOOKBACK": "no", "LOG__LEVEL": "no"})
+    assert len(raised.value.problems) == 3
+    with pytest.raises(SettingsError) as raised:
+        _read({"SINKS": "", "SYMBOLS": ""})
+    assert len(raised.value.problems) == 2
+
+
+def test_what_kubernetes_injects_is_no_setting() -> None:
+    host = "10.0.0.1"
+    _read(
+        {
+            "SERVICE_HOST": host,
+            "SERVICE_PORT": "8080",
+            "SERVICE_PORT_HTTP": "8080",
+            "PORT": f"tcp://{host}:8080",
+            "PORT_8080_TCP": f"tcp://{host}:8080",
+            "PORT_8080_TCP_PROTO": "tcp",
+            "PORT_8080_TCP_PORT": "8080",
+            "PORT_8080_TCP_ADDR": host,
+            "METRICS_SERVICE_HOST": host,
+            "METRICS_SERVICE_PORT": "9090",
+            "METRICS_PORT": f"tcp://{host}:9090",
+            "METRICS_PORT_9090_TCP_ADDR": host,
+        }
+    )
+
+
+def test_other_programs_variables_are_none_of_ours() -> None:
+    read_settings(
+        {"KRONOS_STREAMS": "x", "PATHS": "x", PREFIX + "SECRETS_DIR": "/nowhere"} | _full()
+    )
+
+
+def test_secrets_come_from_files_and_the_variable_wins(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("from file \n")
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    (folder / "unrelated").write_bytes(b"\xff")
+
+    def password(**given: str) -> str:
+        found: str = _read(given).options["post"].password.get_secret_value()
+        return found
+
+    assert password(POST__PASSWORD_FILE=str(file)) == "from file "
+    assert password(POST__PASSWORD_FILE=str(file), POST__PASSWORD=_TOLD) == _TOLD
+    (folder / "kronos_stream_post__password").write_text("from folder\n")
+    assert password(SECRETS_DIR=str(folder)) == "from folder"
+    assert password(SECRETS_DIR=str(folder), POST__PASSWORD=_TOLD) == _TOLD
+    (folder / "kronos_stream_post__pasword").write_text("x")
+    with pytest.raises(SettingsError, match=r"did you mean KRONOS_STREAM_POST__PASSWORD\?"):
+        password(SECRETS_DIR=str(folder))
+
+
+def test_secrets_are_never_shown(tmp_path: Path) -> None:
+    secret = "h3r-m4j3sty"  # noqa: S105 - what must not be seen
+    shown = repr(_read({"POST__PASSWORD": secret})) + str(_read({"POST__PASSWORD": secret}))
+    file = tmp_path / "secret"
+    file.write_bytes(secret.encode() + b"\xff")
+    for bad in (
+        {"POST__PASSWORD": secret, "POST__WEIGHT": "1000"},
+        {"POST__WEIGHT": secret},
+        {"POST__PASWORD": secret},
+        {"POST__PASSWORD_FILE": str(file)},
+    ):
+        with pytest.raises(SettingsError) as raised:
+            _read(bad)
+        shown += str(raised.value) + repr(raised.value.__cause__)
+    assert secret not in shown
+
+
+def test_the_symbols_file_is_read_anew_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "symbols"
+    file.write_text("# majors\nacme:ETH/USDT\n\n  acme:SOL/USDT  # lively\n")
+    settings = _read({"SYMBOLS_FILE": str(file)})
+    assert [one.symbol for one in settings.series()] == ["BTC/USDT", "ETH/USDT", "SOL/USDT"]
+    file.write_text("acme:ADA/USDT\n")
+    assert [one.symbol for one in settings.series()] == ["BTC/USDT", "ADA/USDT"]
+    file.write_text("acme:A\nwhat\nacme:A\nacme:BTC/USDT\n")
+    with pytest.raises(SettingsError) as raised:
+        settings.series()
+    lines = [f"line {n}" for n in (2, 3, 4)]
+    assert all(line in problem for line, problem in zip(lines, raised.value.problems, strict=True))
+    file.write_text("acme:ADA/USDT\n")
+    assert len(_read({"SYMBOLS": "", "SYMBOLS_FILE": str(file)}).series()) == 1
+
+
+def test_the_state_file_stands_where_the_system_keeps_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/home/me/state")
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    assert _read({}).state_file == Path("/home/me/state/kronos-stream/state.sqlite")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/kronos-stream:/var/lib/more")
+    assert _read({}).state_file == Path("/var/lib/kronos-stream/state.sqlite")
+    monkeypatch.delenv("STATE_DIRECTORY")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert _read({}).state_file == Path("/home/me/.local/state/kronos-stream/state.sqlite")
+    assert _read({"STATE_FILE": "~/x"}).state_file == Path("/home/me/x")
+
+
+def test_help_names_every_setting_with_its_default_and_meaning() -> None:
+    rows = {row.variable: row for row in describe()}
+    assert rows[PREFIX + "QUANTILES"].default == "0.05,0.25,0.5,0.75,0.95"
+    assert rows[PREFIX + "ANCHOR"].default == "true"
+    assert rows[PREFIX + "HTTP__PORT"].default == "8080"
+    assert rows[PREFIX + "ACME__URL"].default == "wss://acme.example"
+    assert rows[PREFIX + "POST__PASSWORD"].default == ""
+    own = [row for row in rows.values() if row.variable.partition("__")[0] not in _CONNECTED]
+    assert all(row.meaning.endswith((".", ".)")) for row in own)
+    # What help names can be set, and to what it says.
+    told = {
+        row.variable.removeprefix(PREFIX): row.default
+        for row in own
+        if row.default and not row.variable.endswith("SECRETS_DIR")
+    }
+    assert _read(told) == _read({})
+
+
+def test_one_connectors_options_can_be_read_alone() -> None:
+    assert read_options("post", _full()).address == "Main Street 1"
+    with pytest.raises(SettingsError, match="POST__ADDRESS is not set"):
+        read_options("post", {PREFIX + "SECRETS_DIR": "/nowhere"})
+
+
+def _full() -> dict[str, str]:
+    return {PREFIX + name: value for name, value in _BASE.items()}
+
+
+_CONNECTED = {
+    PREFIX + name for name in ("ACME", "POST", "UPSIDE", "BINANCE", "REPLAY", "KAFKA", "JSONL")
+}

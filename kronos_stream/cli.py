@@ -21,6 +21,11 @@ _PROGRAM = "kronos-stream"
 
 # Name: (module, what it does). The line stands here so that the overview imports no command.
 _COMMANDS = {
+    "demo": ("kronos_stream.commands.demo", "Show forecasts flowing, all on this machine."),
+    "run": ("kronos_stream.commands.run", "Forecast live candles; the daemon."),
+    "topics": ("kronos_stream.commands.topics", "Create or check the Kafka topics."),
+    "schema": ("kronos_stream.commands.schema", "Print the messages' JSON Schema or AsyncAPI."),
+    "exchange": ("kronos_stream.commands.exchange", "Run a simulated exchange, with faults."),
     "forecast": ("kronos_stream.commands.forecast", "Forecast the candles in a file."),
     "train": ("kronos_stream.commands.train", "Train or fine-tune a tokenizer and a predictor."),
     "evaluate": ("kronos_stream.commands.evaluate", "Score a model against a random walk."),
@@ -29,6 +34,10 @@ _COMMANDS = {
 
 # By name, since importing them would import torch.
 _USER_ERRORS = {
+    "kronos_stream.daemon.child.WorkerError",
+    "kronos_stream.daemon.connectors.ConnectorError",
+    "kronos_stream.daemon.settings.SettingsError",
+    "kronos_stream.daemon.state.StateError",
     "kronos_stream.engine.context.ContextError",
     "kronos_stream.market.files.CandleFileError",
     "kronos_stream.model.checkpoint.CheckpointError",

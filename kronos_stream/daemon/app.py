@@ -201,13 +201,13 @@ class Daemon:
             self.ready.set()
             _log.info("following", series=len(self._series), venues=sorted(self._sources))
             stopped = tasks.create_task(self._stop.wait())
-            ended = asyncio.gather(*sources)
+            ended = tasks.create_task(_all(sources))
             await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
             self.ready.clear()
             if not self._stop.is_set():
                 await self._desk.settled()
                 await self._scheduler.settled()
-            for task in (stopped, desk, *sources):
+            for task in (stopped, ended, desk, *sources):
                 task.cancel()
 
     async def _run_source(self, venue: str, source: Source) -> None:
@@ -271,6 +271,11 @@ class Daemon:
             return False
         finally:
             await _cancelled(task, stop)
+
+
+async def _all(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Return once all are done, however."""
+    await asyncio.wait(tasks)
 
 
 async def _cancelled(*tasks: asyncio.Future[Any]) -> None:

@@ -35,8 +35,9 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
     }
 
 
-def build_sinks(settings: Settings, clock: Clock, random: Random) -> list[Sink]:
+def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) -> list[Sink]:
     """The settings' sinks. Raises ConnectorError."""
+    random = random or Random()  # noqa: S311 - it spreads retries
     return [
         connector.build(_options(settings, name, connector.options), clock, _child(random))
         for name in settings.sinks

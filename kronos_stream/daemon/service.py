@@ -37,7 +37,7 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
 
 def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) -> list[Sink]:
     """The settings' sinks. Raises ConnectorError."""
-    random = random or Random()  # noqa: S311 - it spreads retries
+    random = random or Random()
     return [
         connector.build(_options(settings, name, connector.options), clock, _child(random))
         for name in settings.sinks
@@ -56,7 +56,7 @@ def build(
     sinks: in place of the settings'. watch: told every result once it is durable.
     """
     clock = SystemClock()
-    random = Random()  # noqa: S311 - it spreads retries, and hides nothing
+    random = Random()
     return Daemon(
         settings,
         build_sources(settings, clock, random),
@@ -118,4 +118,4 @@ def _options(settings: Settings, name: str, kind: type[Any]) -> Any:  # noqa: AN
 
 
 def _child(random: Random) -> Random:
-    return Random(random.getrandbits(64))  # noqa: S311
+    return Random(random.getrandbits(64))

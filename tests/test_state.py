@@ -1,0 +1,178 @@
+"""The state file: what was acknowledged is there, whoever was killed; one owner at a time."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from kronos_stream.daemon.due import Outcome
+from kronos_stream.daemon.state import Draft, State, StateError
+from kronos_stream.market import Bar, Candle, Series
+
+A, B = Series.parse("v:A/X:1m"), Series.parse("v:B/X:1m")
+
+
+def bar(minute: int, close: float = 1.0, amount: float | None = 2.5, **more: int) -> Bar:
+    return Bar(Candle(60_000 * minute, 1.0, 2.0, 0.5, close, 3.0, amount), **more)  # type: ignore[arg-type]
+
+
+def outcome(series: Series, minute: int, revision: int = 0) -> Outcome:
+    return Outcome(series.name, 60_000 * minute, revision, "forecast")
+
+
+def draft(sink: str, number: int) -> Draft:
+    return Draft(sink, "forecast", A.name, b"%d" % number, (("ce_id", b"x"),), 1_000 + number)
+
+
+@pytest.fixture
+async def state(tmp_path: Path) -> AsyncIterator[State]:
+    opened = await State.open(tmp_path / "deep" / "state.sqlite")
+    yield opened
+    await opened.close()
+
+
+async def test_bars_come_back_as_they_were(state: State) -> None:
+    bars = [bar(1), bar(2, amount=None), bar(3, revision=4, synthetic=True, received=99)]
+    await state.save_bars([(A, one) for one in bars] + [(B, bar(9))])
+    assert await state.load(A, 10) == bars
+    assert await state.load(A, 2) == bars[1:]
+    assert await state.load(A, 2, until=120_000) == bars[:2]
+    assert await state.load(Series.parse("v:C/X:1m"), 5) == []
+
+
+async def test_a_revised_bar_replaces_the_old_one(state: State) -> None:
+    await state.save_bars([(A, bar(1))])
+    await state.save_bars([(A, bar(1, close=1.5, revision=1))])
+    assert await state.load(A, 5) == [bar(1, close=1.5, revision=1)]
+
+
+async def test_the_mark_begins_once_and_only_goes_on(state: State) -> None:
+    assert await state.mark(A) is None
+    await state.begin(A, 60_000)
+    await state.begin(A, 600_000)
+    assert await state.mark(A) == (60_000, 0)
+    await state.record([outcome(A, 3), outcome(A, 3, 1)], [])
+    await state.record([outcome(A, 2)], [])
+    assert await state.mark(A) == (180_000, 1)
+    assert await state.mark(B) is None
+
+
+async def test_a_bar_has_one_outcome_only(state: State) -> None:
+    await state.record([outcome(A, 1)], [])
+    await state.record([outcome(A, 1)._replace(result="skipped", reason="gap")], [])
+    assert await state.outcomes(A, 0) == [outcome(A, 1)]
+    assert await state.outcomes(A, 60_001) == []
+
+
+async def test_records_wait_per_sink_in_order_until_delivered(state: State) -> None:
+    put = await state.record([], [draft("k", 1), draft("m", 2), draft("k", 3)])
+    assert [sink for sink, _ in put] == ["k", "m", "k"]
+    ours = [record for sink, record in put if sink == "k"]
+    assert await state.undelivered("k", 0, 10) == ours
+    assert await state.undelivered("k", ours[0].sequence, 10) == ours[1:]
+    await state.delivered("k", [ours[0].sequence])
+    assert await state.undelivered("k", 0, 10) == ours[1:]
+    assert await state.waiting() == 2
+
+
+async def test_numbers_are_never_given_twice(state: State) -> None:
+    [(_, first)] = await state.record([], [draft("k", 1)])
+    await state.delivered("k", [first.sequence])
+    [(_, second)] = await state.record([], [draft("k", 2)])
+    assert second.sequence > first.sequence
+
+
+async def test_a_transaction_is_kept_whole_or_not_at_all(state: State) -> None:
+    bad = draft("k", 2)._replace(value=None)  # type: ignore[arg-type]
+    with pytest.raises(StateError):
+        await state.record([outcome(B, 1)], [draft("k", 1), bad])
+    assert await state.outcomes(B, 0) == []
+    assert await state.waiting() == 0
+    await state.record([outcome(B, 1)], [])  # nor is the number of B's name remembered wrongly
+    assert await state.outcomes(B, 0) == [outcome(B, 1)]
+
+
+async def test_pruning_keeps_the_newest(state: State) -> None:
+    await state.save_bars([(A, bar(i)) for i in range(10)] + [(B, bar(1))])
+    await state.record([outcome(A, i) for i in range(10)], [])
+    await state.prune(3, 8 * 60_000)
+    assert [one.candle.time for one in await state.load(A, 99)] == [420_000, 480_000, 540_000]
+    assert len(await state.load(B, 99)) == 1
+    assert await state.outcomes(A, 0) == [outcome(A, 8), outcome(A, 9)]
+    assert await state.mark(A) == (540_000, 0)
+
+
+async def test_a_second_owner_is_refused_and_told_who_has_it(state: State) -> None:
+    with pytest.raises(StateError, match=r"in use by process \d+; stop it"):
+        await State.open(state.path)
+
+
+_VICTIM = textwrap.dedent("""
+    import asyncio, sys
+    from pathlib import Path
+    from kronos_stream.daemon.state import State
+    from kronos_stream.market import Bar, Candle, Series
+
+    async def main():
+        state = await State.open(Path(sys.argv[1]))
+        for i in range(1_000_000):
+            candle = Candle(60_000 * i, 1.0, 2.0, 0.5, 1.0, 3.0)
+            await state.save_bars([(Series.parse("v:A/X:1m"), Bar(candle))])
+            print(i, flush=True)
+
+    asyncio.run(main())
+""")
+
+
+async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    command = [sys.executable, "-c", _VICTIM, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:  # noqa: ASYNC220, S603
+        assert victim.stdout is not None
+        for _ in range(200):
+            acknowledged = int(victim.stdout.readline())
+        victim.kill()
+        rest = victim.stdout.read().split(b"\n")[:-1]
+    acknowledged = int(rest[-1]) if rest else acknowledged
+    state = await State.open(path)
+    saved = [one.candle.time // 60_000 for one in await state.load(A, 10**6)]
+    await state.close()
+    assert saved[: acknowledged + 1] == list(range(acknowledged + 1))
+    assert len(saved) <= acknowledged + 2
+
+
+async def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "other.sqlite"
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(StateError, match="none of ours"):
+        await State.open(path)
+
+
+async def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "letter.txt"
+    path.write_text("Dear Sir or Madam, " * 1_000)
+    with pytest.raises(StateError, match=r"letter.txt: not a state file"):
+        await State.open(path)
+
+
+async def test_a_newer_schema_is_refused(state: State, tmp_path: Path) -> None:
+    await state.save_bars([(A, bar(1))])
+    newer = tmp_path / "newer.sqlite"
+    with sqlite3.connect(state.path) as ours, sqlite3.connect(newer) as copy:
+        ours.backup(copy)
+        copy.execute("PRAGMA user_version = 99")
+    with pytest.raises(StateError, match=r"newer version \(schema 99"):
+        await State.open(newer)
+
+
+async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateError, match="writable folder"):
+        await State.open(tmp_path / "file" / "state.sqlite")

@@ -142,6 +142,7 @@ class _Lane:
     async def run(self) -> None:
         tries = 0
         try:
+            await self._start()
             while True:
                 batch = await self._next()
                 while batch:
@@ -158,6 +159,21 @@ class _Lane:
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._sink.close()
 
+    async def _start(self) -> None:
+        """Make the sink ready, for as long as it takes; what is published meanwhile waits."""
+        tries = 0
+        while True:
+            try:
+                async with asyncio.timeout(_DELIVER_SECONDS):
+                    await self._sink.start()
+            except Exception as error:  # noqa: BLE001 - a sink may raise anything
+                self._failed(error, [])
+                await asyncio.sleep(self._pause(tries))
+                tries += 1
+            else:
+                self.trouble = ""
+                return
+
     async def _next(self) -> list[Record]:
         """The next records, once there are any."""
         while True:
@@ -173,7 +189,6 @@ class _Lane:
                 self._taken = batch[-1].sequence
                 return batch
             if not self._behind:
-                self.trouble = "" if self.trouble == "not started yet" else self.trouble
                 self.empty.set()
                 await self._news.wait()
 

@@ -1,0 +1,8 @@
+"""Replay: candle files and recorded frames as a venue."""
+
+from __future__ import annotations
+
+from kronos_connectors.replay.options import ReplayOptions, build
+from kronos_stream.market.source import SourceConnector
+
+CONNECTOR = SourceConnector(ReplayOptions, build)

@@ -1,0 +1,108 @@
+"""Candle files: each bar is known from its close on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from kronos_connectors.replay.tracks import VENUE, Wanted
+from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.files import CandleFileError, CandleTable, read_candles
+from kronos_stream.market.series import Series
+
+_CHUNK = 4096
+"""Rows turned into candles at a time."""
+
+_SUFFIXES = {
+    *(".csv", ".txt", ".tsv", ".parquet", ".pq", ".feather", ".arrow"),
+    *(".gz", ".bz2", ".xz", ".zip", ".zst"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CandleTrack:
+    """The bars of one series, a :class:`~kronos_connectors.replay.tracks.Track`."""
+
+    one: Series
+    table: CandleTable
+
+    @classmethod
+    def read(cls, wanted: Wanted) -> Self:
+        """Raises CandleFileError, also where the series has no possible name."""
+        table = read_candles(wanted.path, wanted.timeframe)
+        symbol = wanted.symbol or symbol_of(wanted.path)
+        try:
+            return cls(Series.of(wanted.venue or VENUE, symbol, table.timeframe), table)
+        except ValueError as error:
+            raise CandleFileError(
+                f"{wanted.path}: {error}; name it: SERIES={wanted.path}"
+            ) from None
+
+    @property
+    def path(self) -> Path:
+        return self.table.path
+
+    @property
+    def series(self) -> frozenset[Series]:
+        return frozenset((self.one,))
+
+    def start(self, bars: int) -> int:
+        """Holes count as bars: they will be filled."""
+        return self.one.timeframe.after(int(self.table.times[0]), bars - 1)
+
+    def count(self, start: int) -> int:
+        return len(self.table) - self._closed(start)
+
+    def told(self, start: int) -> Iterator[Update]:
+        after = self.one.timeframe.after
+        for first in range(self._closed(start), len(self.table), _CHUNK):
+            for candle in self._candles(first, first + _CHUNK):
+                yield Update(self.one, candle, closed=True, received=after(candle.time))
+
+    def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:  # noqa: ARG002
+        first, last = np.searchsorted(self.table.times, (start, end))
+        return self._candles(int(first), min(int(last), self._closed(now)))
+
+    def until(self, moment: int) -> Self | None:
+        """The same up to the bar that closes at ``moment``, UTC ms; None if that is nothing."""
+        bars = self._closed(moment)
+        if not bars:
+            return None
+        table = replace(self.table, times=self.table.times[:bars], values=self.table.values[:bars])
+        return replace(self, table=table)
+
+    def moved(self, milliseconds: int) -> Self:
+        """The same bars so much later."""
+        return replace(self, table=replace(self.table, times=self.table.times + milliseconds))
+
+    def _closed(self, now: int) -> int:
+        """How many bars have closed."""
+        times, after = self.table.times, self.one.timeframe.after
+        count = int(np.searchsorted(times, now))
+        while count and after(int(times[count - 1])) > now:
+            count -= 1
+        return count
+
+    def _candles(self, first: int, last: int) -> list[Candle]:
+        table = self.table
+        columns = 6 if table.has_amount else 5
+        times, rows = table.times[first:last].tolist(), table.values[first:last, :columns].tolist()
+        return [Candle(time, *row) for time, row in zip(times, rows, strict=True)]
+
+
+def symbol_of(path: Path) -> str:
+    """The symbol in a file's name: ``ETH_BTC-5m.csv.gz`` → ETH/BTC; else the name as it is."""
+    name = path.name
+    while Path(name).suffix.lower() in _SUFFIXES:
+        name = Path(name).stem
+    if match := re.fullmatch(r"(.+?)-\d+[smhdwM](-.*)?", name):
+        name = match[1]
+    base, *others = name.split("_")
+    if len(others) in {1, 2}:
+        return f"{base}/{':'.join(others)}"
+    return name

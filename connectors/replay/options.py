@@ -1,0 +1,41 @@
+"""Candle files as a venue of ``kronos-stream run``: ``KRONOS_STREAM_REPLAY__*``."""
+
+from __future__ import annotations
+
+from random import Random
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kronos_connectors.replay.candles import CandleTrack
+from kronos_connectors.replay.source import Recording, Replay
+from kronos_connectors.replay.tracks import Wanted
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.files import CandleFileError
+from kronos_stream.market.spacing import shortest_step
+
+
+class ReplayOptions(BaseModel):
+    """Candles that happen again, now and at their own speed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    files: tuple[str, ...] = Field(min_length=1)
+    """Candle files, each FILE or SERIES=FILE, such as replay:ETH/BTC=eth.csv.gz."""
+    history: int = Field(488, ge=1)
+    """Bars of each file that are history; the next one closes first."""
+
+
+def build(options: ReplayOptions, clock: Clock, random: Random) -> Replay:  # noqa: ARG001
+    """A source whose candles are moved to the present, by whole bars of the longest timeframe.
+
+    Raises CandleFileError.
+    """
+    tracks = [CandleTrack.read(Wanted.parse(text)) for text in options.files]
+    start = Recording(tracks, []).start(options.history + 1)
+    for track in tracks:
+        if track.one.timeframe.milliseconds is None:
+            raise CandleFileError(f"{track.path}: months cannot be moved; use kronos-stream replay")
+    step = max(shortest_step(track.one.timeframe) for track in tracks)
+    moved = (clock.now() - start) // step * step
+    recording = Recording([track.moved(moved) for track in tracks], [])
+    return Replay(recording, clock, start + moved)

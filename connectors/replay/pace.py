@@ -1,0 +1,74 @@
+"""How time comes to pass in a replay: by a clock, or from event to event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from kronos_stream.market.clock import DrivenClock, LoopClock
+
+Reach = Callable[[int], Awaitable[None]]
+"""Returns when the market's time is this, UTC ms."""
+
+Settled = Callable[[], Awaitable[None]]
+"""Returns when all that was taken in is dealt with, except what waits for time to pass."""
+
+
+class PacedClock:
+    """Stands still until :meth:`begin`; then it is the loop's time, ``speed`` times as fast."""
+
+    def __init__(self, start: int, speed: float = 1.0) -> None:
+        self._start, self._speed = start, speed
+        self._running: LoopClock | None = None
+        self._begun = asyncio.Event()
+
+    @property
+    def begun(self) -> bool:
+        return self._running is not None
+
+    def begin(self) -> None:
+        """Let time pass, from the start on."""
+        self._running = LoopClock(self._start, self._speed)
+        self._begun.set()
+
+    def now(self) -> int:
+        return self._start if self._running is None else self._running.now()
+
+    async def sleep(self, seconds: float) -> None:
+        await self.sleep_until(self.now() + round(seconds * 1000))
+
+    async def sleep_until(self, moment: int) -> None:
+        await asyncio.sleep(0)
+        while self.now() < moment:
+            if self._running is None:
+                await self._begun.wait()
+            else:
+                await self._running.sleep_until(moment)
+
+
+def pacing(clock: PacedClock, settled: Settled) -> Reach:
+    """Time passes by ``clock``, once what precedes the first event has ``settled``."""
+
+    async def reach(moment: int) -> None:
+        if not clock.begun:
+            await settled()
+            clock.begin()
+        await clock.sleep_until(moment)
+
+    return reach
+
+
+def driving(clock: DrivenClock, settled: Settled) -> Reach:
+    """Time leaps to whatever comes next, an event or the end of somebody's wait.
+
+    Each leap waits until everything before has ``settled``.
+    """
+
+    async def reach(moment: int) -> None:
+        await settled()
+        while (wake := clock.next_wake) is not None and wake < moment:
+            clock.advance(wake)
+            await settled()
+        clock.advance(moment)
+
+    return reach

@@ -286,19 +286,19 @@ def test_the_state_file_stands_where_the_system_keeps_state(
 
 
 def test_help_names_every_setting_with_its_default_and_meaning() -> None:
-    rows = {row.variable: row for row in describe()}
+    rows = {row.name: row for row in describe()}
     assert rows[PREFIX + "QUANTILES"].default == "0.05,0.25,0.5,0.75,0.95"
     assert rows[PREFIX + "ANCHOR"].default == "true"
     assert rows[PREFIX + "HTTP__PORT"].default == "8080"
     assert rows[PREFIX + "ACME__URL"].default == "wss://acme.example"
     assert rows[PREFIX + "POST__PASSWORD"].default == ""
-    own = [row for row in rows.values() if row.variable.partition("__")[0] not in _CONNECTED]
-    assert all(row.meaning.endswith((".", ".)")) for row in own)
+    own = [row for row in rows.values() if row.name.partition("__")[0] not in _CONNECTED]
+    assert all(row.about.endswith((".", ".)")) for row in own)
     # What help names can be set, and to what it says.
     told = {
-        row.variable.removeprefix(PREFIX): row.default
+        row.name.removeprefix(PREFIX): row.default
         for row in own
-        if row.default and not row.variable.endswith("SECRETS_DIR")
+        if row.default and not row.name.endswith("SECRETS_DIR")
     }
     assert _read(told) == _read({})
 

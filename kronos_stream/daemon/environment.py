@@ -31,18 +31,20 @@ _SERVICE_PORT = re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?"
 _SERVICE_URL = ("tcp://", "udp://", "sctp://")
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
+def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
     """The settings that ``environ`` asks for, checked. Raises SettingsError with all problems.
 
     A variable with an empty value counts as not set. Secrets may stand in files: one whose path
     is the value of a connector's variable with ``_FILE`` behind it, or one in the secrets folder
     that is called like the variable.
+
+    live: False for a replay, which needs neither symbols nor a sink.
     """
     given = _given(environ)
     settings = _parse(Settings, given)
-    problems = [] if settings.sinks else [_no_sink()]
+    problems = [] if settings.sinks or not live else [_no_sink()]
     try:
-        venues = dict.fromkeys(series.venue for series in settings.series())
+        venues = dict.fromkeys(series.venue for series in settings.series()) if live else {}
     except SettingsError as error:
         raise SettingsError([*error.problems, *problems]) from None
     options: dict[str, Any] = {}
@@ -76,9 +78,11 @@ def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
 class Setting(NamedTuple):
     """A line of help."""
 
-    variable: str
+    name: str
+    """The variable."""
     default: str
-    meaning: str
+    """As it would be set; empty if there is none."""
+    about: str
 
 
 def describe() -> Iterator[Setting]:
@@ -93,8 +97,8 @@ def _describe(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a 
     for name, field in model.model_fields.items():
         if name in _own_fields(model):
             default = field.get_default(call_default_factory=True)
-            meaning = " ".join((field.description or "").split())
-            yield Setting(variable(*path, name), _shown(default), meaning)
+            about = " ".join((field.description or "").split())
+            yield Setting(variable(*path, name), _shown(default), about)
     for name, group in _groups(model):
         yield from _describe(group, *path, name)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import orjson
@@ -25,10 +25,8 @@ from kronos_stream.forecast.message import (
     Sampling,
 )
 from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.market.contexts import Window
 from kronos_stream.market.utc import rfc3339
-
-if TYPE_CHECKING:
-    from kronos_stream.market.contexts import Window
 
 Headers = tuple[tuple[str, bytes], ...]
 

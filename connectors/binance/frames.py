@@ -11,7 +11,8 @@ import orjson
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 
-_DECIMALS = re.compile(r"(?:\d{1,40}(?:\.\d{1,40})? ?){6}", re.ASCII)
+_DECIMAL = r"\d{1,40}(?:\.\d{1,40})?"
+_DECIMALS = re.compile(f"{_DECIMAL}(?: {_DECIMAL}){{5}}", re.ASCII)
 _LATEST = 253_402_300_800_000
 """The year 10,000."""
 
@@ -59,9 +60,13 @@ def decode(frame: bytes | str, streams: Streams) -> Kline | Answer | Shutdown | 
         raise FrameError(f"not JSON: {error}") from None
     if type(message) is not dict:
         raise FrameError("not a JSON object")
-    event = message.get("data", message)
+    event = message.get("data")
+    if event is None:
+        event = message.get("event", message)
+    if type(event) is list:
+        return Other()
     if type(event) is not dict:
-        return Other() if type(event) is list else _bad("its data is no object")
+        raise FrameError("its data is no object")
     kind = event.get("e")
     if kind == "kline":
         return _kline(event, streams)
@@ -116,11 +121,7 @@ def read_candle(opened: int, numbers: list[Any]) -> Candle | None:
         text = " ".join(numbers)
     except TypeError:
         return None
-    if _DECIMALS.fullmatch(text) is None:
+    if len(numbers) != 6 or _DECIMALS.fullmatch(text) is None:
         return None
     o, h, l, c, v, q = map(float, numbers)  # noqa: E741
     return Candle(opened, o, h, l, c, v, q)
-
-
-def _bad(reason: str) -> Other:
-    raise FrameError(reason)

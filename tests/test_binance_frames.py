@@ -1,0 +1,249 @@
+"""What is read of Binance's frames: every kline, nothing else, and no exception but FrameError."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from kronos_connectors.binance.frames import (
+    Answer,
+    FrameError,
+    Kline,
+    Other,
+    Shutdown,
+    decode,
+    read_candle,
+)
+from kronos_stream.market import Candle, Series
+
+BTC = Series.parse("binance:BTC/USDT:1m")
+STREAMS = {("BTCUSDT", "1m"): BTC}
+OPEN = 1_750_000_020_000
+CANDLE = Candle(OPEN, 10.5, 12.0, 10.0, 11.25, 3.5, 39.375)
+
+
+def frame() -> dict[str, Any]:
+    kline = {"t": OPEN, "T": OPEN + 59_999, "s": "BTCUSDT", "i": "1m", "f": 1, "L": 9, "n": 9}
+    kline |= {"o": "10.5", "h": "12.0", "l": "10.0", "c": "11.25", "v": "3.5", "q": "39.375"}
+    kline |= {"x": True, "V": "1", "Q": "11", "B": "0"}
+    event = {"e": "kline", "E": OPEN + 60_004, "s": "BTCUSDT", "k": kline}
+    return {"stream": "btcusdt@kline_1m", "data": event}
+
+
+def test_a_kline_is_read_from_a_combined_and_from_a_raw_stream() -> None:
+    whole = Kline(BTC, CANDLE, closed=True)
+    assert decode(orjson.dumps(frame()), STREAMS) == whole
+    assert decode(orjson.dumps(frame()["data"]).decode(), STREAMS) == whole
+    still = frame()
+    still["data"]["k"]["x"] = False
+    still["data"]["E"] = OPEN + 5
+    assert decode(orjson.dumps(still), STREAMS) == whole._replace(closed=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"result":null,"id":7}', Answer(7, "")),
+        ('{"error":{"code":2,"msg":"Invalid request"},"id":3}', Answer(3, "Invalid request")),
+        ('{"code":2,"msg":"Invalid JSON","id":null}', Answer(None, "Invalid JSON")),
+        ('{"e":"serverShutdown","E":1}', Shutdown()),
+        ('{"stream":"!x","data":{"e":"serverShutdown","E":1}}', Shutdown()),
+        ('{"event":{"e":"serverShutdown","E":1}}', Shutdown()),
+        ('{"stream":"a@bookTicker","data":{"u":1,"s":"A"}}', Other()),
+        ('{"stream":"!ticker@arr","data":[{"e":"24hrTicker"}]}', Other()),
+        ('{"e":"trade","s":"BTCUSDT","p":"1"}', Other()),
+        ("{}", Other()),
+    ],
+)
+def test_what_else_is_said_is_known_or_let_pass(content: str, told: object) -> None:
+    assert decode(content, STREAMS) == told
+
+
+def test_klines_that_are_not_followed_are_let_pass() -> None:
+    for field, value in (("s", "ETHUSDT"), ("i", "5m")):
+        other = frame()
+        other["data"]["k"][field] = value
+        if field == "s":
+            other["data"]["s"] = value
+        assert decode(orjson.dumps(other), STREAMS) == Other()
+
+
+def _kline(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda message: message["data"]["k"].update(fields)
+
+
+def _event(**fields: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda message: message["data"].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_event(k=None), "without a kline"),
+        (_event(s="ETHUSDT"), "symbol and interval"),
+        (_kline(s=1), "symbol and interval"),
+        (_kline(t="1750000020000"), "open time"),
+        (_kline(t=-60_000), "open time"),
+        (_kline(t=True), "open time"),
+        (_kline(t=10**16, T=10**16 + 59_999), "open time"),
+        (_kline(T=OPEN + 60_000), "close time"),
+        (_kline(x=1), "closed"),
+        (_kline(x="true"), "closed"),
+        (_kline(x=None), "closed"),
+        (_event(E=OPEN + 59_000), "event time"),
+        (_event(E=None), "event time"),
+        (_kline(t=4_102_444_800_000, T=4_102_444_859_999), "event time"),
+        (_kline(c=11.25), "numbers"),
+        (_kline(c="nan"), "numbers"),
+        (_kline(c="1e5"), "numbers"),
+        (_kline(c="-11.25"), "numbers"),
+        (_kline(c="11.25 "), "numbers"),
+        (_kline(q="39.375 "), "numbers"),
+        (_kline(c="1_1"), "numbers"),
+        (_kline(c=""), "numbers"),
+        (_kline(c="\u0661\u0661"), "numbers"),
+        (_kline(v=None), "numbers"),
+        (_kline(h="9.0"), "enclose"),
+        (_kline(l="11.0"), "enclose"),
+        (_kline(l="0.0"), "not a price"),
+        (_kline(h="9" * 39), "float32"),
+    ],
+)
+def test_a_kline_that_cannot_be_is_refused_with_the_reason(
+    change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    message = frame()
+    change(message)
+    with pytest.raises(FrameError, match=reason):
+        decode(orjson.dumps(message), STREAMS)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"data":3}'])
+def test_what_is_no_object_is_refused(content: bytes) -> None:
+    with pytest.raises(FrameError):
+        decode(content, STREAMS)
+
+
+def test_numbers_need_be_six_strings() -> None:
+    assert read_candle(OPEN, ["1", "2", "1", "1.5", "0", "0"]) == Candle(OPEN, 1, 2, 1, 1.5, 0, 0)
+    assert read_candle(OPEN, ["1", "2", "1", "1.5 7", "0"]) is None
+    assert read_candle(OPEN, ["1"] * 7) is None
+
+
+def _mutated(random: random.Random, message: dict[str, Any]) -> bytes:
+    """A frame with something wrong, or only odd, in it."""
+    message = copy.deepcopy(message)
+    odd = (
+        None,
+        True,
+        -1,
+        0,
+        1e308,
+        2**63,
+        "",
+        "x",
+        "NaN",
+        "1e999",
+        [],
+        {},
+        [[[]]],
+        "\N{GRINNING FACE}",
+    )
+    for _ in range(random.randrange(3)):
+        place = random.choice([message, message["data"], message["data"].get("k")])
+        if not isinstance(place, dict) or not place:
+            continue
+        key = random.choice(list(place))
+        if random.random() < 0.2:
+            del place[key]
+        elif not (place is message and key == "data"):
+            place[key] = random.choice(odd)
+    raw = bytearray(orjson.dumps(message))
+    for _ in range(random.randrange(4)):
+        at = random.randrange(len(raw) + 1)
+        kind = random.random()
+        if kind < 0.5 and at < len(raw):
+            raw[at] = random.randrange(256)
+        elif kind < 0.7:
+            raw[at:at] = random.choice([b"\x00", b"9", b"-", b'"', b"[" * 2_000, b"\xed\xa0\x80"])
+        elif kind < 0.9:
+            del raw[at : at + random.randrange(1, 40)]
+        else:
+            del raw[at:]
+    return bytes(raw)
+
+
+def _fuzz(number: int, seed: int) -> Counter[str]:
+    source = random.Random(seed)
+    counts: Counter[str] = Counter()
+    whole = frame()
+    for _ in range(number):
+        raw = _mutated(source, whole)
+        try:
+            told = decode(raw, STREAMS)
+        except FrameError:
+            counts["refused"] += 1
+            continue
+        counts[type(told).__name__] += 1
+        if isinstance(told, Kline):
+            said = orjson.loads(raw).get("data", {})
+            kline, candle = said["k"], told.candle
+            assert kline["x"] is told.closed
+            assert candle.time == kline["t"] == kline["T"] - 59_999
+            assert told.series is BTC
+            texts = [kline[name] for name in "ohlcvq"]
+            assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) for text in texts)
+            assert list(candle[1:]) == [float(text) for text in texts]
+            assert not told.closed or (candle.fault() is None and said["E"] >= kline["T"])
+    return counts
+
+
+def test_malformed_frames_raise_nothing_and_bring_no_bad_candle() -> None:
+    counts = _fuzz(20_000, seed=1)
+    assert counts["refused"] > 8_000
+    assert counts["Kline"] > 1_000  # some mutations are harmless: the test reaches both sides
+
+
+@pytest.mark.soak
+def test_malformed_frames_by_the_hundred_thousand() -> None:
+    counts = _fuzz(200_000, seed=2)
+    print(dict(counts))  # noqa: T201
+    assert sum(counts.values()) == 200_000
+
+
+def _recorded(path: Path) -> tuple[int, int, Counter[str]]:
+    """Klines in a capture by a plain search, those decoded, and what else was."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    lines = [line.partition(b": ")[2] for line in content.splitlines()[1:]]
+    names = re.compile(rb'"e":"kline".*"s":"(\w+)","i":"(\w+)"')
+    there = [m for line in lines if (m := names.search(line))]
+    pairs = {(m[1].decode(), m[2].decode()) for m in there}
+    streams = {(s, i): Series.parse(f"binance:{s}/X:{i}") for s, i in pairs}
+    counts = Counter(type(decode(line, streams)).__name__ for line in lines)
+    return len(there), counts.pop("Kline"), counts
+
+
+@pytest.mark.parametrize("name", ["spot", "usdm"])
+def test_every_kline_of_a_recording_is_read_and_nothing_else(name: str) -> None:
+    path = Path(__file__).parent / "data" / "wire" / f"{name}.frames"
+    there, read, others = _recorded(path)
+    assert there == read > 100
+    assert set(others) == {"Other", "Answer"}
+
+
+@pytest.mark.skipif("KRONOS_WIRE_DATA" not in os.environ, reason="no recordings of one's own given")
+def test_every_kline_of_ones_own_recordings_is_read() -> None:
+    for path in sorted(Path(os.environ["KRONOS_WIRE_DATA"]).glob("*.frames*")):
+        there, read, others = _recorded(path)
+        print(path.name, there, read, dict(others))  # noqa: T201
+        assert there == read > 0

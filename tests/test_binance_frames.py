@@ -160,7 +160,8 @@ def _mutated(random: random.Random, message: dict[str, Any]) -> bytes:
         "\N{GRINNING FACE}",
     )
     for _ in range(random.randrange(3)):
-        place = random.choice([message, message["data"], message["data"].get("k")])
+        event = message.get("data", {})
+        place = random.choice([message, event, event.get("k")])
         if not isinstance(place, dict) or not place:
             continue
         key = random.choice(list(place))

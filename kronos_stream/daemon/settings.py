@@ -125,13 +125,13 @@ class Settings(_Group):
     symbols_file: _Path | None = None
     """A file with more of them, one per line, # for comments; read again on SIGHUP."""
     timeframes: tuple[Annotated[Timeframe, PlainValidator(_timeframe)], ...] = Field(
-        (Timeframe(5, "m"),), min_length=1
+        default=(Timeframe(5, "m"),), min_length=1
     )
     """Lengths of bars, such as 1m,5m; every symbol is forecast in each."""
     sinks: tuple[str, ...] = ()
     """Where forecasts go: a comma list of installed sinks."""
 
-    model: str = Field("NeoQuasar/Kronos-small", min_length=1)
+    model: str = Field(default="NeoQuasar/Kronos-small", min_length=1)
     """Hub id, folder, or nano, the bundled one."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer, where the model does not know its own."""
@@ -143,26 +143,26 @@ class Settings(_Group):
     """auto: bfloat16 where the device multiplies it natively."""
     threads: int = Field(default_factory=_threads, ge=1)
     """CPU threads of the model; one core less than there are."""
-    max_context: int | None = Field(None, ge=8)
+    max_context: int | None = Field(default=None, ge=8)
     """Bars the model may see, lookback and horizon together; else what it was trained on."""
-    lookback: int = Field(488, ge=2)
+    lookback: int = Field(default=488, ge=2)
     """Bars a forecast starts from."""
-    horizon: int = Field(24, ge=1)
+    horizon: int = Field(default=24, ge=1)
     """Bars to forecast."""
-    paths: int = Field(32, ge=1)
+    paths: int = Field(default=32, ge=1)
     """Sample paths per forecast."""
-    temperature: float = Field(1.0, ge=1e-3)
+    temperature: float = Field(default=1.0, ge=1e-3)
     """Of sampling; below 1 narrower bands, above 1 wider."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Tokens that compete; 0: all, 1: always the likeliest."""
-    top_p: float = Field(0.9, gt=0, le=1)
+    top_p: float = Field(default=0.9, gt=0, le=1)
     """Share of the probability that competes."""
     seed: int = 0
     """Fixes the noise; the same bars and seed give the same forecast."""
     anchor: bool = True
     """Scale paths so that the model's view of the last bar closes where it did."""
     quantiles: tuple[Annotated[float, AfterValidator(_probability)], ...] = Field(
-        (0.05, 0.25, 0.5, 0.75, 0.95), min_length=1
+        default=(0.05, 0.25, 0.5, 0.75, 0.95), min_length=1
     )
     """Quantiles to publish, between 0 and 1."""
     keep_paths: bool = False
@@ -172,17 +172,17 @@ class Settings(_Group):
     """After falling behind: forecast the newest bar and skip the others, or all in order."""
     degraded: Literal["forecast", "skip"] = "forecast"
     """What becomes of a bar whose context has flaws: forecast and marked, or skipped."""
-    batch_wait: float | None = Field(None, ge=0)
+    batch_wait: float | None = Field(default=None, ge=0)
     """Seconds that a batch waits for bars of the same close; else a quarter of the timeframe, at
     most 2."""
-    batch_deadline: float | None = Field(None, gt=0)
+    batch_deadline: float | None = Field(default=None, gt=0)
     """Seconds for a batch before the worker is replaced; else 0.8 of the timeframe, between 2 and
     60."""
     state_file: _Path = Field(default_factory=_state_file)
     """Bars, outcomes and undelivered messages, on a local disk; one daemon per file."""
-    outbox_max_age: float = Field(86_400.0, gt=0)
+    outbox_max_age: float = Field(default=86_400.0, gt=0)
     """Seconds after which an undelivered message is given up."""
-    stop_grace: float = Field(20.0, ge=0)
+    stop_grace: float = Field(default=20.0, ge=0)
     """Seconds to finish and deliver after SIGTERM."""
     secrets_dir: _Path = Path("/run/secrets")
     """Folder of files named like variables, such as kronos_stream_kafka__sasl_password."""

@@ -1,84 +1,81 @@
-"""The desk keeps the tapes: what venues push is put in order, saved, and handed on to be forecast.
+"""The desk: drives the tapes, saves what closes, and only then hands it on to be forecast.
 
-Pushes are taken in at once and never wait. A bar is saved before anything else knows of it. What
-is missing is asked for at the venue, exactly and again with growing pauses; a bar becomes
-synthetic only where a venue that answers shows later ones.
+Everything a venue says is taken in at once. What follows from it waits in one list, in order, to
+be committed together; a bar that is committed goes into its context and becomes due. One timer
+serves all series.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import orjson
 import structlog
 
+from kronos_stream.daemon.alarms import Alarms
+from kronos_stream.daemon.backfill import Backfill, Question
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window, window_of
+from kronos_stream.market.effects import (
+    Append,
+    Begin,
+    Confirm,
+    Effect,
+    Fetch,
+    Gap,
+    Reject,
+    Revise,
+    Silence,
+)
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
-from kronos_stream.market.tape import Change, Tape
+from kronos_stream.market.tape import NEVER, Tape
 
 _log = structlog.get_logger()
 
-LEAST_BARS = 32
-"""A series shorter than its lookback is forecast from this many bars on, if it has no more."""
+MARGIN = 64
+"""Bars kept in memory beyond the lookback, for origins that are forecast late."""
 
-_MARGIN = 64
-"""Bars kept beyond the lookback, for origins that wait to be forecast."""
+_FEWEST_BARS = 32
+"""A series that has no more than so many is forecast all the same."""
 
-_TICK_SECONDS = 0.2
-_SOON_MS = 200
-"""A frame may overtake another: so long its bar is awaited before the venue is asked."""
+_COMMIT, _TURN = 5_000, 256
+"""Bars committed together; bars handed on before other tasks have their turn."""
 
-_LONGEST_PAUSE_SECONDS = 30.0
-_SHORTEST_PATIENCE_SECONDS, _LONGEST_PATIENCE_SECONDS = 10.0, 120.0
-_ANSWERS = 3
-"""Answers without a bar before it is held to be none, at least."""
+_MANY_UNSAVED, _MOST_UNSAVED = 20_000, 200_000
+"""Closed bars not saved yet: when no more history is asked for, and when it is too many."""
 
-_FETCHES = 16
-_FETCH_SECONDS = 120.0
-_MOST_UNSAVED = 200_000
-_SKEW_MS = 60_000
-"""How far our clock may be behind the venue's."""
+_LONGEST_SLEEP_MS = 30_000
+_REFUSED_SECONDS = 3_600.0
+"""Until a venue is asked again that will not serve us."""
 
-_LONGEST_MONTH_MS = 31 * 86_400_000
-_AUDIT_SECONDS = 600.0
-_AUDITED = 60
-"""Bars compared with the venue's history every ten minutes: it may have revised them unseen."""
+_Saved: TypeAlias = Begin | Append | Revise | Confirm
 
 
 @dataclass(slots=True, eq=False)
-class _Follow:
-    """A series that is followed."""
+class _Followed:
+    """What the desk knows of one series."""
 
+    series: Series
     tape: Tape
-    source: Source
-    mark: tuple[int, int] | None = None
-    """Origin and revision of the newest bar that needs no outcome."""
-    whole: bool = False
-    """Whether the venue's history has been read up to now once."""
-    handed: int | None = None
-    """Close of the next bar to be handed on, UTC ms, where it is awaited."""
-    check: int = 0
-    """When to ask the venue if nothing has come, UTC ms."""
-    audit: int = 0
-    tries: int = 0
-    """Answers, or failures to answer, since the last bar."""
-    silent: bool = False
-    fetching: bool = False
-    gap_told: bool = False
+    mark: tuple[int, int] | None
+    """Origin and revision up to which no bar is due; None until the history has come."""
+    awaited: int = 0
+    """Close of the bar that is to be handed on next, 0 where none is known."""
+    alarm: int = NEVER
 
 
 class Desk:
-    """Drives one tape per series. Used from one event loop."""
+    """The only owner of what is known of each series."""
 
     def __init__(
         self,
@@ -90,63 +87,61 @@ class Desk:
         metrics: Metrics,
         *,
         lookback: int,
-        catch_up: Literal["newest", "all"] = "newest",
+        catch_up: Literal["newest", "all"],
         degraded: Literal["forecast", "skip"] = "forecast",
         bury: Callable[[Series | None, str, bytes], None],
     ) -> None:
-        """Nothing runs before :meth:`start` and :meth:`run`.
+        """Where bars come from, are kept, and go.
 
-        due: told of every bar that needs a forecast, in order per series. bury: told of what cannot
-        be: series, reason, content.
+        due: told each saved bar that asks for a forecast, in order per series.
+        catch_up: "newest" begins anew after an absence of more bars than a context has; "all"
+            fetches and hands on every one.
+        degraded: "skip" gives bars an obstacle while bars of their context are missing.
+        bury: told what cannot be: series if known, reason, content.
         """
         self._sources, self._state, self._due = sources, state, due
         self._clock, self._random, self._metrics = clock, random, metrics
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
         self._bury = bury
-        self._follows: dict[Series, _Follow] = {}
-        self._contexts = Contexts(lookback + _MARGIN)
-        self._expected: Counter[int] = Counter()
-        self._unsaved: list[tuple[Series, Bar, Change]] = []
-        self._venue_time: dict[str, int] = {}
-        self._news, self._wake, self._calm = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._capacity = lookback + MARGIN
+        self._contexts = Contexts(self._capacity)
+        self._followed: dict[Series, _Followed] = {}
+        self._alarms: Alarms[_Followed] = Alarms(clock)
+        self._backfill = Backfill(sources, self._room)
+        self._unsaved: deque[tuple[_Followed, _Saved]] = deque()
+        self._updates: Counter[str] = Counter()
         self._saving = False
-        self._fetches = asyncio.Semaphore(_FETCHES)
-        self._refused: set[str] = set()
+        self._news, self._calm, self._roomy = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._roomy.set()
 
     async def start(self, series: Collection[Series]) -> None:
-        """Take over what the state knows of ``series``."""
-        for one in sorted(series):
-            await self._begin(one)
+        """Take over what is known of ``series``; saved bars without an outcome are due again."""
+        await self.follow(series)
 
     async def follow(self, series: Collection[Series]) -> None:
-        """Follow exactly these from now on."""
-        for one in set(self._follows) - set(series):
-            self._expect(self._follows.pop(one), None)
-            self._contexts.forget(one)
-        for one in sorted(set(series) - set(self._follows)):
-            await self._begin(one)
-        self._news.set()
+        """Set what is followed, before the sources are told; those kept lose nothing."""
+        for gone in self._followed.keys() - set(series):
+            del self._followed[gone]
+            self._contexts.forget(gone)
+        for new in sorted(set(series) - self._followed.keys()):
+            await self._enter(new)
 
     def intake(self, venue: str) -> Intake:
-        """What the source of ``venue`` tells us by."""
-        updates = self._metrics.updates.labels(venue)
-        rejected = self._metrics.rejected.labels(venue)
+        """What the source of ``venue`` is given to talk to."""
+        followed, counts, apply, arm = self._followed, self._updates, self._apply, self._arm
 
         def update(update: Update) -> None:
-            updates.inc()
-            follow = self._follows.get(update.series)
-            if follow is None:
-                return
-            opened = update.candle.time
-            if opened > self._venue_time.get(venue, 0):
-                self._venue_time[venue] = opened
-            if update.closed:
-                self._push(follow, update)
-            elif follow.tape.glimpse(opened):
-                self._hole(follow)
+            counts[venue] += 1
+            one = followed.get(update.series)
+            if one is not None:
+                effects = one.tape.update(update.candle, update.closed, update.received)
+                if effects:
+                    apply(one, effects)
+                if one.tape.wake < one.alarm:
+                    arm(one)
 
         def reject(series: Series | None, reason: str, raw: bytes) -> None:
-            rejected.inc()
+            self._metrics.rejected.labels(venue).inc()
             self._bury(series, reason, raw)
 
         def note(event: str) -> None:
@@ -155,282 +150,269 @@ class Desk:
         return Intake(update, reject, note)
 
     async def run(self) -> None:
-        """Save, hand on, ask for what is missing; until cancelled."""
+        """Save, hand on, ask for what is missing; until cancelled.
+
+        Raises StateError if bars come faster than they can be saved.
+        """
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._save())
-            tasks.create_task(self._watch(tasks))
-            tasks.create_task(self._tick())
+            tasks.create_task(self._backfill.run())
+            tasks.create_task(self._watch())
 
     async def window(self, due: Due) -> Window | None:
-        """What ``due`` is forecast from; None where that is degraded and not to be forecast."""
+        """What ``due`` is forecast from; None if that is gone."""
         window = self._contexts.window(due.series, due.origin, self._lookback)
         if window is None:
             bars = await self._state.load(due.series, self._lookback, due.origin)
-            if not bars or bars[-1].candle.time != due.origin:
-                return None
-            window = window_of(due.series, bars)
-        return None if window.reasons and self._degraded == "skip" else window
+            bars = _contiguous(due.series, bars)
+            if bars and bars[-1].candle.time == due.origin:
+                window = window_of(due.series, bars)
+        return window
 
     def awaited(self, close: int) -> int:
-        """Live series whose bar that closes at ``close``, UTC ms, has not come yet."""
-        return self._expected[close]
+        """Live series whose bar that closes at ``close``, UTC ms, has not been handed on yet."""
+        return sum(one.awaited == close and one.tape.live for one in self._followed.values())
+
+    @property
+    def next_alarm(self) -> int | None:
+        """When there is something to be done even if nothing comes, UTC ms."""
+        return self._alarms.next
 
     async def settled(self) -> None:
-        """Return once all that was taken in is handed on, and nothing is to be asked for now."""
-        while self._busy():
+        """Return once all that was taken in is saved and handed on, and no question is open."""
+        while True:
+            self._alarms.ring(self._wake)
+            if not (self._unsaved or self._saving or self._backfill.open):
+                return
             self._calm.clear()
-            self._news.set()
-            self._wake.set()
             await self._calm.wait()
 
-    def _busy(self) -> bool:
-        now = self._clock.now()
-        return bool(
-            self._unsaved
-            or self._saving
-            or any(follow.fetching or follow.check <= now for follow in self._live())
+    # Taking over.
+
+    async def _enter(self, series: Series) -> None:
+        mark = await self._state.mark(series)
+        bars = _contiguous(series, await self._state.load(series, self._capacity))
+        if bars and mark is None:
+            mark = bars[-1].candle.time, 0
+            await self._state.begin(series, mark[0])
+        enough = len(bars) >= self._lookback
+        anew = bool(bars) and self._outdated(series, bars[-1])
+        traits = self._sources[series.venue].traits
+        tape = Tape(
+            series.timeframe,
+            self._random,
+            grace_seconds=traits.grace_seconds,
+            patience_seconds=traits.patience_seconds,
+            fills_empty=traits.fills_empty,
+            history=self._capacity,
+            known=() if anew else bars,
+            whole=enough,
         )
+        one = self._followed[series] = _Followed(series, tape, mark)
+        self._contexts.load(series, bars if enough or anew else (), whole=not enough)
+        if mark is not None and (enough or anew):
+            for bar in await self._since(series, bars, mark):
+                self._hand_on(one, bar)
+            one.mark = bars[-1].candle.time, bars[-1].revision
+        elif mark is not None and bars and bars[-1].candle.time > mark[0]:
+            one.mark = mark[0], NEVER  # a revision of it would be a late one
+        if anew:
+            _log.info("too long away; begins anew", series=series.name)
+            one.mark = None
+            self._contexts.load(series, (), whole=True)
+        elif enough:
+            one.awaited = series.timeframe.after(bars[-1].candle.time, 2)
+        self._arm(one)
 
-    def _live(self) -> list[_Follow]:
-        return [one for one in self._follows.values() if one.tape.series.venue not in self._refused]
+    def _outdated(self, series: Series, newest: Bar) -> bool:
+        end = series.timeframe.after(newest.candle.time, self._capacity)
+        return self._catch_up == "newest" and end < self._clock.now()
 
-    async def _begin(self, series: Series) -> None:
-        tape = Tape(series)
-        bars = await self._state.load(series, self._lookback + _MARGIN)
-        tape.restore(bars)
-        for bar in bars:
-            self._contexts.append(series, bar)
-        follow = _Follow(tape, self._sources[series.venue], await self._state.mark(series))
-        self._follows[series] = follow
-        now = self._clock.now()
-        follow.audit = now + round(_AUDIT_SECONDS * 1000 * (1 + self._random.random()))
-        if follow.mark is not None:
-            for bar in bars:
-                self._hand_on(follow, bar)
+    async def _since(self, series: Series, bars: Sequence[Bar], mark: tuple[int, int]) -> list[Bar]:
+        """The saved bars that have no outcome; ``bars`` are the newest of them."""
+        known = deque(bars)
+        while known and known[0].candle.time > mark[0]:
+            older = await self._state.load(series, _TURN, known[0].candle.time - 1)
+            known.extendleft(reversed(older))
+            if not older:
+                break
+        newest = bars[-1].candle.time
+        return [
+            bar
+            for bar in known
+            if bar.candle.time > mark[0]
+            or (bar.candle.time == newest and (newest, bar.revision) > mark)
+        ]
 
-    def _push(self, follow: _Follow, update: Update) -> None:
-        tape = follow.tape
-        try:
-            entries = tape.push(update.candle, update.received)
-        except ValueError as error:
-            self._metrics.rejected.labels(tape.series.venue).inc()
-            self._bury(tape.series, str(error), repr(update.candle).encode())
-            self._hole(follow)
-            return
-        for bar, change in entries:
-            self._keep(follow, bar, change)
-        if tape.holed:
-            self._hole(follow)
+    # Carrying out what tapes say.
 
-    def _keep(self, follow: _Follow, bar: Bar, change: Change) -> None:
-        series = follow.tape.series
-        self._unsaved.append((series, bar, change))
-        if len(self._unsaved) > _MOST_UNSAVED:
-            raise RuntimeError("the state file cannot keep up: too many bars are not saved yet")
-        if change == "new":
-            follow.tries = 0
-            follow.silent = follow.gap_told = False
-            assert follow.tape.next is not None  # noqa: S101 - it has a bar
-            closes = series.timeframe.after(follow.tape.next)
-            follow.check = closes + round(1000 * follow.source.traits.grace_seconds)
-        self._news.set()
+    def _apply(self, one: _Followed, effects: Sequence[Effect]) -> None:
+        series = one.series
+        for effect in effects:
+            if isinstance(effect, (Append, Revise, Confirm, Begin)):
+                self._unsaved.append((one, effect))
+                self._news.set()
+            elif isinstance(effect, Fetch):
+                self._backfill.ask(Question(series, effect, self._reply(one)))
+            elif isinstance(effect, Reject):
+                self._metrics.rejected.labels(series.venue).inc()
+                self._bury(series, effect.reason, orjson.dumps(effect.candle._asdict()))
+            elif isinstance(effect, Gap):
+                self._metrics.gaps.labels(series.venue).inc()
+                _log.info("bars are missing", series=series.name, start=effect.start)
+            else:
+                self._silence(one, effect)
+        if len(self._unsaved) > _MANY_UNSAVED:
+            self._roomy.clear()
+            if len(self._unsaved) > _MOST_UNSAVED:
+                self._alarms.hurry()
 
-    def _hole(self, follow: _Follow) -> None:
-        """Something is missing that the venue should have."""
-        if not follow.gap_told:
-            follow.gap_told = True
-            self._metrics.gaps.labels(follow.tape.series.venue).inc()
-            _log.info("bars are missing", series=follow.tape.series.name, after=follow.tape.last)
-            if not follow.fetching:
-                soon = 0 if follow.source.traits.patience_seconds == 0 else _SOON_MS
-                follow.check = min(follow.check, self._clock.now() + soon)
-                self._wake.set()
+    def _silence(self, one: _Followed, effect: Silence) -> None:
+        if effect.silent:
+            _log.warning("series is silent", series=one.series.name)
+        else:
+            _log.info("series is heard again", series=one.series.name)
+
+    def _reply(self, one: _Followed) -> Callable[[Fetch, Sequence[Candle] | SourceError], None]:
+        series = one.series
+        backfills = self._metrics.backfills
+
+        def reply(asked: Fetch, answer: Sequence[Candle] | SourceError) -> None:
+            now = self._clock.now()
+            if isinstance(answer, SourceError):
+                backfills.labels(series.venue, "failed").inc()
+                _log.warning("history cannot be had", series=series.name, why=str(answer))
+                refused = isinstance(answer, VenueRefused)
+                one.tape.failed(now, _REFUSED_SECONDS if refused else answer.retry_after)
+            else:
+                backfills.labels(series.venue, "filled" if answer else "empty").inc()
+                effects = one.tape.answered(asked, answer, now)
+                if self._followed.get(series) is one:
+                    self._apply(one, effects)
+            self._arm(one)
+            self._calm.set()
+
+        return reply
+
+    def _arm(self, one: _Followed) -> None:
+        """Have the tape woken when it wants to be."""
+        wake = one.tape.wake
+        if wake < one.alarm:
+            one.alarm = wake
+            self._alarms.set(wake, one)
+
+    def _wake(self, one: _Followed, now: int) -> None:
+        if one.alarm > now or self._followed.get(one.series) is not one:
+            return  # set anew for later, or gone
+        one.alarm = NEVER
+        if one.tape.wake <= now:
+            self._apply(one, one.tape.tick(now))
+        self._arm(one)
+
+    async def _watch(self) -> None:
+        """Wake tapes when it is time."""
+        while True:
+            self._alarms.ring(self._wake)
+            if len(self._unsaved) > _MOST_UNSAVED:
+                raise StateError(
+                    f"{self._state.path}: cannot keep up, {_MOST_UNSAVED} closed bars wait to be "
+                    "saved; use a faster disk or fewer series"
+                )
+            self._count()
+            self._calm.set()
+            await self._alarms.sleep(_LONGEST_SLEEP_MS)
+
+    def _count(self) -> None:
+        metrics = self._metrics
+        silent: Counter[str] = Counter()
+        held: Counter[str] = Counter()
+        for one in self._followed.values():
+            silent[one.series.venue] += one.tape.silent
+            held[one.series.venue] += one.tape.holed
+        for venue in self._sources:
+            metrics.silent.labels(venue).set(silent[venue])
+            metrics.held.labels(venue).set(held[venue])
+            metrics.updates.labels(venue).inc(self._updates[venue])
+        self._updates.clear()
+        metrics.queued.labels("unsaved").set(len(self._unsaved))
+
+    # Saving and handing on.
+
+    async def _room(self) -> None:
+        await self._roomy.wait()
 
     async def _save(self) -> None:
         while True:
             await self._news.wait()
             self._news.clear()
             while self._unsaved:
-                entries, self._unsaved = self._unsaved, []
                 self._saving = True
-                await self._state.save_bars([(series, bar) for series, bar, _ in entries])
-                for series, bar, change in entries:
-                    self._saved(series, bar, change)
+                count = min(len(self._unsaved), _COMMIT)
+                await self._commit([self._unsaved.popleft() for _ in range(count)])
                 self._saving = False
+                if len(self._unsaved) <= _MANY_UNSAVED:
+                    self._roomy.set()
             self._calm.set()
 
-    def _saved(self, series: Series, bar: Bar, change: Change) -> None:
-        follow = self._follows.get(series)
-        if follow is None:
-            return
-        if change == "new":
+    async def _commit(self, group: Sequence[tuple[_Followed, _Saved]]) -> None:
+        rows = []
+        for one, effect in group:
+            if not isinstance(effect, Begin):
+                rows.append((one.series, effect.bar))
+            elif one.mark is None:
+                await self._state.begin(one.series, effect.origin)
+                one.mark = effect.origin, 0
+        await self._state.save_bars(rows)
+        for i, (one, effect) in enumerate(group, 1):
+            if self._followed.get(one.series) is one and not isinstance(effect, Begin):
+                self._saved(one, effect)
+            if i % _TURN == 0:
+                await asyncio.sleep(0)
+
+    def _saved(self, one: _Followed, effect: Append | Revise | Confirm) -> None:
+        series, bar = one.series, effect.bar
+        if isinstance(effect, Append):
             self._contexts.append(series, bar)
             self._metrics.bars.labels(series.venue, str(series.timeframe)).inc()
             if bar.synthetic:
                 self._metrics.synthetic.labels(series.venue).inc()
-        else:
-            self._contexts.revise(series, bar)
-            age = "newest" if change == "revised" else "older"
+            one.awaited = series.timeframe.after(bar.candle.time, 2)
+            self._hand_on(one, bar)
+            return
+        self._contexts.revise(series, bar)
+        if isinstance(effect, Revise):
+            age = "newest" if effect.newest else "older"
             self._metrics.revisions.labels(series.venue, age).inc()
             _log.info("bar revised", series=series.name, time=bar.candle.time, age=age)
-        if change != "revised late":
-            self._hand_on(follow, bar)
+            if effect.newest:
+                self._hand_on(one, bar)
 
-    def _hand_on(self, follow: _Follow, bar: Bar) -> None:
-        series = follow.tape.series
-        close = series.timeframe.after(bar.candle.time)
-        self._expect(follow, series.timeframe.after(close))
-        if follow.mark is None or (bar.candle.time, bar.revision) <= follow.mark:
+    def _hand_on(self, one: _Followed, bar: Bar) -> None:
+        """Let a bar be forecast, if it is not known to have an outcome."""
+        place = bar.candle.time, bar.revision
+        if one.mark is None or place <= one.mark:
             return
-        follow.mark = (bar.candle.time, bar.revision)
-        obstacle = None if self._contexts.length(series) >= self._enough(follow) else "warming up"
-        self._due(Due(series, bar.candle.time, bar.revision, close, bar.received, obstacle))
+        one.mark = place
+        close = one.series.timeframe.after(bar.candle.time)
+        # A bar held for its close by our clock came before it; one made up never came.
+        received = max(close, bar.received or self._clock.now())
+        obstacle = self._obstacle(one.series)
+        self._due(Due(one.series, *place, close, received, obstacle))
 
-    def _enough(self, follow: _Follow) -> int:
-        return min(LEAST_BARS, self._lookback) if follow.whole else self._lookback
+    def _obstacle(self, series: Series) -> str | None:
+        if self._contexts.length(series) < min(self._lookback, _FEWEST_BARS):
+            return "warming up"
+        if self._degraded == "skip" and self._contexts.missing(series, self._lookback):
+            return "gap"
+        return None
 
-    def _expect(self, follow: _Follow, close: int | None) -> None:
-        """Await the bar that closes then, or none."""
-        if follow.handed is not None:
-            self._expected[follow.handed] -= 1
-            if not self._expected[follow.handed]:
-                del self._expected[follow.handed]
-        follow.handed = close
-        if close is not None:
-            self._expected[close] += 1
 
-    async def _watch(self, tasks: asyncio.TaskGroup) -> None:
-        """Ask for what has not come by its time."""
-        while True:
-            self._wake.clear()
-            now = self._clock.now()
-            for follow in self._live():
-                if follow.fetching:
-                    continue
-                if follow.check <= now:
-                    follow.fetching = True
-                    tasks.create_task(self._fetch(follow, *self._missing(follow, now)))
-                elif follow.audit <= now and follow.tape.last is not None:
-                    follow.fetching = True
-                    tasks.create_task(self._audit(follow, now))
-            self._gauge()
-            self._calm.set()
-            await self._wake.wait()
-
-    async def _tick(self) -> None:
-        while True:
-            await self._clock.sleep(_TICK_SECONDS)
-            self._wake.set()
-
-    def _missing(self, follow: _Follow, now: int) -> tuple[int, int]:
-        """What to ask for: from the bar that comes next to the last one missing."""
-        tape = follow.tape
-        if tape.next is not None:
-            return tape.next, tape.resumes or now + _SKEW_MS
-        step = tape.series.timeframe.milliseconds or _LONGEST_MONTH_MS
-        return now - (self._lookback + _MARGIN) * step, now + _SKEW_MS
-
-    async def _fetch(self, follow: _Follow, start: int, end: int) -> None:
-        series = follow.tape.series
-        backfills = self._metrics.backfills
-        try:
-            candles = await self._history(follow, start, end)
-            await self._answered(follow, candles)
-            backfills.labels(series.venue, "answered").inc()
-        except VenueRefused as error:
-            self._refused.add(series.venue)
-            _log.error("venue refuses its history", venue=series.venue, why=str(error))
-        except (SourceError, TimeoutError, ValueError) as error:
-            backfills.labels(series.venue, "failed").inc()
-            follow.tries += 1
-            wait = getattr(error, "retry_after", 0.0)
-            self._ask_again(follow, wait)
-            _log.warning("history cannot be had", series=series.name, why=str(error))
-        finally:
-            follow.fetching = False
-            self._wake.set()
-
-    async def _history(self, follow: _Follow, start: int, end: int) -> Sequence[Candle]:
-        async with self._fetches, asyncio.timeout(_FETCH_SECONDS):
-            return await follow.source.history(follow.tape.series, start, end)
-
-    async def _answered(self, follow: _Follow, candles: Sequence[Candle]) -> None:
-        """Put an answer on the tape; what it still lacks is asked for again or becomes synthetic.
-
-        Raises ValueError where the venue's history holds what cannot be.
-        """
-        tape, now = follow.tape, self._clock.now()
-        for bar, change in tape.answer(candles, now):
-            self._keep(follow, bar, change)
-        if tape.next is None:
-            self._ask_again(follow)
-            return
-        if not follow.whole:
-            follow.whole = True
-            if follow.mark is None:
-                assert tape.last is not None  # noqa: S101 - next follows from it
-                follow.mark = (tape.last, 0)
-                await self._state.begin(tape.series, tape.last)
-        if tape.holed or follow.check <= now:
-            follow.tries += 1
-            self._fill(follow, now)
-        if tape.holed or follow.check <= now:
-            self._ask_again(follow)
-
-    def _fill(self, follow: _Follow, now: int) -> None:
-        """Make synthetic what the venue, by all it shows, does not have."""
-        tape, traits = follow.tape, follow.source.traits
-        patience = self._patience_ms(follow)
-        answers = _ANSWERS if patience else 1
-        venue_time = self._venue_time.get(tape.series.venue, 0)
-        while tape.next is not None and follow.tries >= answers:
-            closes = tape.series.timeframe.after(tape.next)
-            shown = tape.holed or (not traits.fills_empty and venue_time >= closes + patience)
-            if not shown or now < closes + patience:
-                return
-            for bar, change in tape.fill(closes, now):
-                self._keep(follow, bar, change)
-            follow.tries = answers
-
-    def _patience_ms(self, follow: _Follow) -> int:
-        """How long after its close a bar that the venue does not show is waited for."""
-        patience = follow.source.traits.patience_seconds
-        if patience is None:
-            step = (follow.tape.series.timeframe.milliseconds or _LONGEST_MONTH_MS) / 1000
-            patience = min(max(3 * step, _SHORTEST_PATIENCE_SECONDS), _LONGEST_PATIENCE_SECONDS)
-        return round(1000 * patience)
-
-    def _ask_again(self, follow: _Follow, wait: float = 0.0) -> None:
-        """Nobody waits for this series meanwhile."""
-        self._expect(follow, None)
-        follow.silent = not follow.tape.holed
-        pause = min(0.5 * 2 ** min(follow.tries, 10), _LONGEST_PAUSE_SECONDS)
-        pause = max(wait, pause * (0.5 + self._random.random() / 2))
-        follow.check = self._clock.now() + round(1000 * pause)
-
-    async def _audit(self, follow: _Follow, now: int) -> None:
-        """Compare the newest bars with the venue's history: it may have changed them unseen."""
-        tape = follow.tape
-        follow.audit = now + round(_AUDIT_SECONDS * 1000)
-        assert tape.last is not None  # noqa: S101 - asked before
-        step = tape.series.timeframe.milliseconds or _LONGEST_MONTH_MS
-        try:
-            candles = await self._history(follow, tape.last - _AUDITED * step, tape.last + 1)
-            for bar, change in tape.answer(candles, self._clock.now()):
-                self._keep(follow, bar, change)
-            self._metrics.backfills.labels(tape.series.venue, "audited").inc()
-        except (SourceError, TimeoutError, ValueError) as error:
-            _log.info("audit put off", series=tape.series.name, why=str(error))
-        finally:
-            follow.fetching = False
-            self._wake.set()
-
-    def _gauge(self) -> None:
-        silent: Counter[str] = Counter()
-        held: Counter[str] = Counter()
-        for follow in self._follows.values():
-            silent[follow.tape.series.venue] += follow.silent
-            held[follow.tape.series.venue] += follow.tape.holed
-        for venue in self._sources:
-            self._metrics.silent.labels(venue).set(silent[venue])
-            self._metrics.held.labels(venue).set(held[venue])
+def _contiguous(series: Series, bars: Sequence[Bar]) -> list[Bar]:
+    """The last of ``bars`` before which none is missing."""
+    after = series.timeframe.after
+    first = len(bars)
+    while first and (
+        first == len(bars) or after(bars[first - 1].candle.time) == bars[first].candle.time
+    ):
+        first -= 1
+    return list(bars[first:])

@@ -1,9 +1,10 @@
-"""Rolling contexts: the newest closed bars of each series as the model will see them."""
+"""Rolling contexts: the newest closed bars of each series, ready to be forecast from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor, log2
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,17 @@ from numpy.typing import NDArray
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
-_CLIP, _STD_FLOOR = 5.0, 1e-5
-"""As the model normalises (kronos_stream.model.inputs, which cannot be imported without torch)."""
+_VOLUME, _AMOUNT = 4, 5
+_CLOSE = 3
 
-_AMOUNT = 5
+_CLIP, _STD_FLOOR = 5.0, 1e-5
+"""As the model normalises: CLIP and STD_FLOOR of kronos_stream.model.inputs, whose package needs
+torch, which has no place in this process."""
+
+_SMALL_SPREAD = 1e-3
+"""Where closes deviate by less, prices are forecast times a power of two that lifts it to 1."""
+
+_REAL, _SYNTHETIC, _MISSING = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +35,7 @@ class Window:
     times: NDArray[np.int64]
     """(L,) opens, UTC ms."""
     synthetic: int
-    """Bars among them that the venue does not have."""
+    """Bars among them that the venue does not have, or has not given."""
     revision: int
     """Of the last bar."""
     last: Candle
@@ -37,18 +45,20 @@ class Window:
 
 
 class Contexts:
-    """A buffer per series, of the newest ``capacity`` bars."""
+    """A buffer per series of its newest ``capacity`` bars, contiguous; no object per bar."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._buffers: dict[Series, _Buffer] = {}
 
+    def load(self, series: Series, bars: Sequence[Bar], *, whole: bool = False) -> None:
+        """Begin with ``bars``, oldest first; ``whole`` if the series has no older ones."""
+        buffer = self._buffers[series] = _Buffer(self._capacity, bars)
+        buffer.whole = whole
+
     def append(self, series: Series, bar: Bar) -> None:
         """Put the bar that follows the series' newest."""
-        buffer = self._buffers.get(series)
-        if buffer is None:
-            buffer = self._buffers[series] = _Buffer(self._capacity)
-        buffer.append(bar)
+        self._buffers[series].append(bar)
 
     def revise(self, series: Series, bar: Bar) -> None:
         """Replace the bar of the same open, if it is still here."""
@@ -60,112 +70,124 @@ class Contexts:
     def length(self, series: Series) -> int:
         """Bars that are here."""
         buffer = self._buffers.get(series)
-        return 0 if buffer is None else buffer.length
+        return 0 if buffer is None else buffer.end
+
+    def missing(self, series: Series, bars: int) -> bool:
+        """Whether the newest ``bars`` have one among them that the venue has not given yet."""
+        return bool((self._buffers[series].newest_marks(bars) == _MISSING).any())
 
     def window(self, series: Series, origin: int, bars: int) -> Window | None:
-        """The newest ``bars`` bars up to ``origin``, or as many as there are; a copy.
+        """The newest ``bars`` bars up to ``origin``, or as many as the series has; a copy.
 
-        None where the buffer reaches neither so far back as to hold all of them, nor all that the
-        series has.
+        None where they do not all lie here.
         """
         buffer = self._buffers.get(series)
         return None if buffer is None else buffer.window(series, origin, bars)
 
 
 def window_of(series: Series, bars: Sequence[Bar]) -> Window:
-    """The same of bars that lie elsewhere, oldest first."""
-    rows = [_row(bar) for bar in bars]
-    return _window(
-        series,
-        np.array(rows, np.float32),
-        np.array([bar.candle.time for bar in bars], np.int64),
-        sum(bar.synthetic for bar in bars),
-        bars[-1],
-    )
+    """The same of bars that lie elsewhere, oldest first, at least one."""
+    window = _Buffer(len(bars), bars).window(series, bars[-1].candle.time, len(bars))
+    assert window is not None  # noqa: S101 - it has what it was made of
+    return window
 
 
 class _Buffer:
-    """Twice the capacity, so that bars are moved only once in ``capacity`` appends."""
+    """Columns with some room at the end, so that bars are seldom moved.
 
-    def __init__(self, capacity: int) -> None:
+    Values are kept in double precision: the last bar of a window is told as it came.
+    """
+
+    __slots__ = ("_capacity", "_marks", "_revisions", "_times", "_values", "end", "whole")
+
+    def __init__(self, capacity: int, bars: Sequence[Bar] = ()) -> None:
         self._capacity = capacity
-        self._values = np.empty((2 * capacity, 6), np.float32)
-        self._times = np.empty(2 * capacity, np.int64)
-        self._synthetic = np.zeros(2 * capacity, np.bool_)
-        self._bars: dict[int, Bar] = {}
-        self._end = 0
-        self._whole = True
-        """Whether the first bar here is the first the series has had."""
-
-    @property
-    def length(self) -> int:
-        return self._end
+        size = capacity + capacity // 8 + 1
+        self._values = np.empty((size, 6), np.float64)
+        self._times = np.empty(size, np.int64)
+        self._revisions = np.empty(size, np.int32)
+        self._marks = np.empty(size, np.uint8)
+        self.end = 0
+        self.whole = True
+        """Whether the first bar here is the first the series has."""
+        for bar in bars:
+            self.append(bar)
 
     def append(self, bar: Bar) -> None:
-        if self._end == len(self._times):
-            kept = slice(self._end - self._capacity, self._end)
-            for column in (self._values, self._times, self._synthetic):
-                column[: self._capacity] = column[kept]
-            self._end, self._whole = self._capacity, False
-        self._write(self._end, bar)
-        self._end += 1
+        if self.end == len(self._times):
+            first = self.end - self._capacity
+            for column in (self._values, self._times, self._revisions, self._marks):
+                column[: self._capacity] = column[first:]
+            self.end, self.whole = self._capacity, False
+        self._write(self.end, bar)
+        self.end += 1
 
     def revise(self, bar: Bar) -> None:
-        at = self._index(bar.candle.time)
+        at = self._find(bar.candle.time)
         if at is not None:
             self._write(at, bar)
 
+    def newest_marks(self, bars: int) -> NDArray[np.uint8]:
+        return self._marks[max(0, self.end - bars) : self.end]
+
     def window(self, series: Series, origin: int, bars: int) -> Window | None:
-        at = self._index(origin)
-        if at is None or (at + 1 < bars and not self._whole):
+        at = self._find(origin)
+        if at is None or (at + 1 < bars and not self.whole):
             return None
         part = slice(max(0, at + 1 - bars), at + 1)
-        last = self._bars.get(origin)
-        if last is None:
-            return None
-        return _window(
+        values = self._values[part]
+        columns = _AMOUNT if np.isnan(values[:, _AMOUNT]).any() else _AMOUNT + 1
+        opened, high, low, close, volume, amount = values[-1].tolist()
+        last = Candle(origin, opened, high, low, close, volume, amount if amount >= 0 else None)
+        narrow = np.ascontiguousarray(values[:, :columns], np.float32)
+        reasons = _mark_reasons(self._marks[part])
+        if _clipped(narrow):
+            reasons = (*reasons, "last bar clipped")
+        return Window(
             series,
-            self._values[part].copy(),
+            narrow,
             self._times[part].copy(),
-            int(self._synthetic[part].sum()),
+            int(np.count_nonzero(self._marks[part])),
+            int(self._revisions[at]),
             last,
+            reasons,
         )
 
     def _write(self, at: int, bar: Bar) -> None:
-        self._values[at] = _row(bar)
-        self._times[at] = bar.candle.time
-        self._synthetic[at] = bar.synthetic
-        self._bars[bar.candle.time] = bar
-        if len(self._bars) > _ORIGINS:
-            del self._bars[next(iter(self._bars))]
+        (time, *prices, amount), revision, synthetic, received = bar
+        self._values[at] = (*prices, np.nan if amount is None else amount)
+        self._times[at] = time
+        self._revisions[at] = revision
+        self._marks[at] = _REAL if not synthetic else _SYNTHETIC if received else _MISSING
 
-    def _index(self, time: int) -> int | None:
-        at = int(np.searchsorted(self._times[: self._end], time))
-        return at if at < self._end and self._times[at] == time else None
-
-
-_ORIGINS = 64
-"""Newest bars kept in full precision: origins that may still be forecast from here."""
+    def _find(self, time: int) -> int | None:
+        if self.end and self._times[self.end - 1] == time:
+            return self.end - 1
+        at = int(np.searchsorted(self._times[: self.end], time))
+        return at if at < self.end and self._times[at] == time else None
 
 
-def _row(bar: Bar) -> tuple[float, ...]:
-    candle = bar.candle
-    return (*candle[1:6], np.nan if candle.amount is None else candle.amount)
+def _mark_reasons(marks: NDArray[np.uint8]) -> tuple[str, ...]:
+    counts = {
+        "synthetic": int(np.count_nonzero(marks == _SYNTHETIC)),
+        "missing": int(np.count_nonzero(marks == _MISSING)),
+    }
+    return tuple(
+        f"{count} {kind} bar{'s' if count > 1 else ''}" for kind, count in counts.items() if count
+    )
 
 
-def _window(
-    series: Series,
-    values: NDArray[np.float32],
-    times: NDArray[np.int64],
-    synthetic: int,
-    last: Bar,
-) -> Window:
-    if np.isnan(values[:, _AMOUNT]).any():
-        values = np.ascontiguousarray(values[:, :_AMOUNT])
-    reasons = []
-    if synthetic:
-        reasons.append(f"{synthetic} synthetic bars" if synthetic > 1 else "1 synthetic bar")
-    spread = values.std(axis=0) + _STD_FLOOR
-    if (np.abs(values[-1] - values.mean(axis=0)) > _CLIP * spread).any():
-        reasons.append("last bar clipped")
-    return Window(series, values, times, synthetic, last.revision, last.candle, tuple(reasons))
+def _clipped(values: NDArray[np.float32]) -> bool:
+    """Whether the model sees less of the last bar than there is, in any channel."""
+    values = values.astype(np.float64)
+    if values.shape[1] == _AMOUNT:
+        derived = values[:, _VOLUME] * values[:, :_VOLUME].mean(axis=1)
+        values = np.column_stack((values, derived))
+    std = values.std(axis=0)
+    spread = std[_CLOSE]
+    floors = np.full(len(std), _STD_FLOOR)
+    if 0 < spread < _SMALL_SPREAD:
+        # As if prices and amounts had been multiplied.
+        floors *= 2.0 ** floor(log2(spread))
+        floors[_VOLUME] = _STD_FLOOR
+    return bool((np.abs(values[-1] - values.mean(axis=0)) > _CLIP * (std + floors)).any())

@@ -36,8 +36,9 @@ class Traits:
     grace_seconds: float = 2.0
     """How long after its close a bar's last word may take before REST is asked."""
     patience_seconds: float | None = None
-    """How long after its close a bar that history lacks may still come; None follows the bars'
-    length. 0 where history is complete at once: files.
+    """How long after its close, or its change, history may not know of a bar yet; None takes 5.
+
+    0 where history is complete at once: files.
     """
     fills_empty: bool = False
     """True where the venue sends flat bars for intervals without trades."""

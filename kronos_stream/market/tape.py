@@ -63,6 +63,12 @@ _QUIET_BARS = 60
 _MEMORY = 64
 """Bars whose exact content is kept, to know a change when it is pushed."""
 
+_HELD = 256
+"""Pushed bars held at most; what comes beyond is missing, and asked for."""
+
+_AUDIT_MS, _AUDITED = 600_000, 60
+"""How often how many of the newest bars are asked for again: a change may not have been pushed."""
+
 _ASKED = 1_000
 """Bars asked for at a time."""
 
@@ -94,6 +100,7 @@ class Tape:
         random: Random,
         *,
         grace_seconds: float,
+        patience_seconds: float | None,
         fills_empty: bool,
         history: int,
         known: Sequence[Bar] = (),
@@ -101,6 +108,7 @@ class Tape:
     ) -> None:
         """A tape that goes on from ``known``, contiguous bars.
 
+        grace_seconds, patience_seconds, fills_empty: as of the venue's Traits.
         history: bars to begin with, asked for first unless ``whole`` says that ``known`` will do;
             otherwise ``known`` is appended anew in its place among them.
         """
@@ -111,6 +119,8 @@ class Tape:
         self._grid = Grid(timeframe)
         self._random = random
         self._grace = round(grace_seconds * 1000)
+        self._lag = _LAG_MS if patience_seconds is None else round(patience_seconds * 1000)
+        self._answers, self._settle = (_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
         self._patience = min(_PATIENCE_BARS * (self._grid.step or _PATIENCE_MS), _PATIENCE_MS)
         self._fills_empty = fills_empty
         self._history = history
@@ -125,11 +135,8 @@ class Tape:
         """How often REST answered without a bar."""
         self._founded = bool(whole and known)
         """Whether the tape has its beginning."""
-        self._again: int | None = None
-        """The last bar of before: it may have changed meanwhile, so it is asked for too."""
         if self._founded:
-            self._again = known[-1].candle.time
-            self.next = self._grid.after(self._again)
+            self.next = self._grid.after(known[-1].candle.time)
         self._seen, self._seen_at = -1, 0
         """Newest bar that anything was pushed of, and since when."""
         self._heard = 0
@@ -138,6 +145,7 @@ class Tape:
         self._tries = self._pause_until = 0
         self._failing_since: int | None = None
         self._gap = self._refused = -1
+        self._audit = NEVER
 
     @property
     def holed(self) -> bool:
@@ -169,8 +177,8 @@ class Tape:
             self.next = time
         if self.next is None or time >= self.next:
             self._heard = received
-            self._set_silent(False, effects)
-            if closed:
+            self._set_silent(effects, silent=False)
+            if closed and (time == self.next or len(self._held) < _HELD):
                 self._hold(Bar(candle, received=received), received)
             elif time in self._held and self._grid.after(time) > received:
                 lie = self._held.pop(time).candle
@@ -187,7 +195,7 @@ class Tape:
         self._drain(now, effects)
         self._make_up(now, effects)
         if self._asking is None and now >= self._pause_until:
-            self._asking = self._wanted(now)
+            self._asking = self._wanted(now) or self._audited(now)
             if self._asking is not None:
                 self._note_gap(self._asking, effects)
                 effects.append(self._asking)
@@ -202,11 +210,10 @@ class Tape:
         self._pause(now, round(retry_after * 1000))
         self._plan()
 
-    def answered(self, candles: Sequence[Candle], now: int) -> Sequence[Effect]:
-        """The venue's closed bars of the range asked for last."""
-        assert self._asking is not None
-        start, end = self._asking
-        self._asking, self._failing_since, self._again = None, None, None
+    def answered(self, asked: Fetch, candles: Sequence[Candle], now: int) -> Sequence[Effect]:
+        """The venue's closed bars of the range asked for."""
+        start, end = asked
+        self._asking = self._failing_since = None
         effects: list[Effect] = []
         given = self._believed(candles, start, end, now, effects)
         if not self._founded:
@@ -223,7 +230,7 @@ class Tape:
             self._tries = self._pause_until = 0
         else:
             self._pause(now)
-        self._listen(now, effects)
+        self._listen(effects)
         self._plan()
         return effects
 
@@ -277,9 +284,7 @@ class Tape:
         time = bar.candle.time
         old = self._held.get(time)
         if old is None:
-            # One too many is left out: it is missing then, and asked for.
-            if time == self.next or len(self._held) < self._history + _ASKED:
-                self._held[time] = bar
+            self._held[time] = bar
         elif old.synthetic:
             self._held[time] = bar._replace(revision=old.revision + 1)
         elif self._grid.after(time) > now:
@@ -311,7 +316,7 @@ class Tape:
             if bar is None or not start <= time < end:
                 continue
             claim.answers += 1
-            decided = claim.answers >= _ANSWERS and now >= claim.since + _LAG_MS
+            decided = claim.answers >= self._answers and now >= claim.since + self._lag
             said = given.get(time, claim.candle if decided else bar.candle)
             if not _same(said, bar.candle) and (decided or _same(said, claim.candle)):
                 self._revise(said, now, effects)
@@ -320,7 +325,7 @@ class Tape:
             elif not _same(said, bar.candle):
                 claim.candle = said
         for time, bar in list(self._owed.items()):
-            if start <= time < end and time not in given and self._gone(time) >= _ANSWERS:
+            if start <= time < end and time not in given and self._gone(time) >= self._answers:
                 del self._owed[time], self._absent[time]
                 confirmed = bar._replace(received=now)
                 if time in self._recent:
@@ -345,7 +350,7 @@ class Tape:
         self._recent[time] = bar
         if len(self._recent) > _MEMORY:
             del self._recent[next(iter(self._recent))]
-        self.next, self._again = close, None
+        self.next = close
         self._absent.pop(time, None)
         if self._failing_since is None:
             self._tries = self._pause_until = 0
@@ -353,7 +358,7 @@ class Tape:
             self._quiet += 1
         else:
             self._quiet = 0
-            self._set_silent(False, effects)
+            self._set_silent(effects, silent=False)
         effects.append(Append(bar))
 
     def _revise(self, candle: Candle, now: int, effects: list[Effect]) -> None:
@@ -378,11 +383,11 @@ class Tape:
                 self._gone(time)
         while self.next is not None and self.next not in self._held:
             close = self._grid.after(self.next)
-            lacking = self._absent.get(self.next, 0) >= _ANSWERS and close + _LAG_MS <= now
+            lacking = self._absent.get(self.next, 0) >= self._answers and close + self._lag <= now
             goes_on = bool(self._held) or self._seen > self.next
             if not lacking or not (goes_on or self._may_be_quiet):
                 return
-            self._append_flat(close, now, effects)
+            self._append_flat(self.next, close, now, effects)
             self._drain(now, effects)
 
     @property
@@ -397,23 +402,22 @@ class Tape:
             if self.next is None or not self.holed or (close := self._grid.after(self.next)) > now:
                 return
             time = self.next
-            self._append_flat(close, 0, effects)
+            self._append_flat(time, close, 0, effects)
             if time in self._recent:
                 self._owed[time] = self._recent[time]
             if len(self._owed) > self._history:
                 del self._owed[next(iter(self._owed))]
             self._drain(now, effects)
 
-    def _append_flat(self, close: int, received: int, effects: list[Effect]) -> None:
-        assert self.next is not None
+    def _append_flat(self, time: int, close: int, received: int, effects: list[Effect]) -> None:
         if not self._recent:  # what no bar stands before is not missed
-            self._absent.pop(self.next, None)
+            self._absent.pop(time, None)
             self.next = close
             return
         last = next(reversed(self._recent.values())).candle
         price = last.close
         amount = None if last.amount is None else 0.0
-        candle = Candle(self.next, price, price, price, price, 0.0, amount)
+        candle = Candle(time, price, price, price, price, 0.0, amount)
         self._append(Bar(candle, synthetic=True, received=received), close, effects)
 
     # What is asked for, and when.
@@ -430,29 +434,38 @@ class Tape:
 
     def _missing(self, now: int) -> list[int]:
         """Bars that must have closed, and of which the last word has not come."""
-        later = self._seen if self._seen_at + _SETTLE_MS <= now else 0
+        later = self._seen if self._seen_at + self._settle <= now else 0
         return list(self._lacking(max(now - self._grace, later)))
 
     def _wanted(self, now: int) -> Fetch | None:
         if self.next is None:
-            return None if self._founded else Fetch(self._grid.before(now, self._history), now)
+            return (
+                None if self._founded else Fetch(max(0, self._grid.before(now, self._history)), now)
+            )
         times = [
             time
             for time, claim in self._claims.items()
-            if time < self.next and claim.since + _SETTLE_MS <= now
+            if time < self.next and claim.since + self._settle <= now
         ]
         if missing := self._missing(now):
             times += missing[0], missing[-1]
-            times += () if self._again is None else (self._again,)
         if not times:
             times = list(self._owed)[:_ASKED]
         return Fetch(min(times), self._grid.after(max(times))) if times else None
 
+    def _audited(self, now: int) -> Fetch | None:
+        """The newest bars, from time to time; what differs is in doubt then."""
+        if self.next is None or not self._recent or now < self._audit < NEVER:
+            return None
+        due, self._audit = self._audit <= now, now + round(_AUDIT_MS * self._random.uniform(1, 2))
+        return Fetch(list(self._recent)[-_AUDITED:][0], self.next) if due else None
+
     def _note_gap(self, asked: Fetch, effects: list[Effect]) -> None:
         time = self.next
-        if time is not None and time != self._gap and (self._held or self._seen > time):
+        later = bool(self._held) or (time is not None and self._seen > time)
+        if time is not None and time != self._gap and later and asked.start <= time < asked.end:
             self._gap = time
-            effects.append(Gap(time, min(self._held, default=max(asked.end, self._seen))))
+            effects.append(Gap(time, asked.end))
 
     def _pause(self, now: int, least: int = 0) -> None:
         """Ask again later and later, no two series at the same time."""
@@ -460,15 +473,15 @@ class Tape:
         self._tries += 1
         self._pause_until = now + least + round(pause * self._random.uniform(1, 1.25))
 
-    def _listen(self, now: int, effects: list[Effect]) -> None:
+    def _listen(self, effects: list[Effect]) -> None:
         """Notice that neither pushes nor REST say anything of the bar that is due."""
         if self.next is None or self._held or self._seen > self.next or self._may_be_quiet:
             return
         close = self._grid.after(self.next)
-        if self._absent.get(self.next, 0) >= _ANSWERS and self._heard < close:
-            self._set_silent(True, effects)
+        if self._absent.get(self.next, 0) >= self._answers and self._heard < close:
+            self._set_silent(effects, silent=True)
 
-    def _set_silent(self, silent: bool, effects: list[Effect]) -> None:  # noqa: FBT001
+    def _set_silent(self, effects: list[Effect], *, silent: bool) -> None:
         if silent != self.silent:
             self.silent = silent
             effects.append(Silence(silent))
@@ -483,7 +496,7 @@ class Tape:
         if close is not None and time in self._held:
             wake = min(wake, close)
         elif self._failing_since is not None and self._held:
-            wake = min(wake, self._failing_since + self._patience)
+            wake = min(wake, max(close or 0, self._failing_since + self._patience))
         self.wake = wake
 
     def _due(self, time: int | None, close: int | None) -> int:
@@ -492,12 +505,12 @@ class Tape:
             return NEVER if self._founded else 0
         if self._owed:
             return 0
-        due = NEVER
+        due = self._audit
         if time not in self._held:
             due = close + self._grace
             if self._seen > time:
-                due = min(due, self._seen_at + _SETTLE_MS)
+                due = min(due, self._seen_at + self._settle)
         for doubtful, claim in self._claims.items():
             if doubtful < time:
-                due = min(due, claim.since + _SETTLE_MS)
+                due = min(due, claim.since + self._settle)
         return due

@@ -1,0 +1,64 @@
+"""One timer for many: who wants to be woken when."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from itertools import count
+from typing import Generic, TypeVar
+
+from kronos_stream.market.clock import Clock
+
+_T = TypeVar("_T")
+
+
+class Alarms(Generic[_T]):
+    """Items and moments, UTC ms; an item may be set several times and is woken as often."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._heap: list[tuple[int, int, _T]] = []
+        self._order = count()
+        self._asleep_until = 0
+        self._earlier = asyncio.Event()
+
+    @property
+    def next(self) -> int | None:
+        """The earliest moment that is set."""
+        return self._heap[0][0] if self._heap else None
+
+    def set(self, moment: int, item: _T) -> None:
+        heapq.heappush(self._heap, (moment, next(self._order), item))
+        if moment < self._asleep_until:
+            self._earlier.set()
+
+    def ring(self, wake: Callable[[_T, int], None]) -> None:
+        """Wake whose moment has come: called with the item and the present time."""
+        now = self._clock.now()
+        rung = []
+        while self._heap and self._heap[0][0] <= now:
+            rung.append(heapq.heappop(self._heap)[2])
+        for item in rung:
+            wake(item, now)
+
+    def hurry(self) -> None:
+        """Let :meth:`sleep` return now."""
+        self._earlier.set()
+
+    async def sleep(self, longest: int) -> None:
+        """Until the next moment, or for ``longest`` ms."""
+        self._asleep_until = self._clock.now() + longest
+        if self._heap:
+            self._asleep_until = min(self._asleep_until, self._heap[0][0])
+        time_up = asyncio.ensure_future(self._clock.sleep_until(self._asleep_until))
+        earlier = asyncio.ensure_future(self._earlier.wait())
+        try:
+            await asyncio.wait((time_up, earlier), return_when=asyncio.FIRST_COMPLETED)
+            if time_up.done():
+                time_up.result()
+        finally:
+            time_up.cancel()
+            earlier.cancel()
+            self._earlier.clear()
+            self._asleep_until = 0

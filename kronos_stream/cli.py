@@ -40,6 +40,7 @@ _USER_ERRORS = {
     "kronos_stream.daemon.state.StateError",
     "kronos_stream.engine.context.ContextError",
     "kronos_stream.market.files.CandleFileError",
+    "kronos_stream.market.source.SourceError",
     "kronos_stream.model.checkpoint.CheckpointError",
     "kronos_stream.training.errors.TrainingError",
 }

@@ -23,16 +23,16 @@ class _Run(click.Command):
     "--check", is_flag=True, help="Check the settings and the venues' symbols, then exit."
 )
 def run(check: bool) -> None:  # noqa: FBT001
-    """Forecast live candles at every bar close, until stopped.
+    r"""Forecast live candles at every bar close, until stopped.
 
     Everything is set by environment variables, listed below; a secret may be given in a file,
     by the variable's name with _FILE at its end. At least KRONOS_STREAM_SYMBOLS and
     KRONOS_STREAM_SINKS are needed:
 
     \b
-      KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT \\
-      KRONOS_STREAM_TIMEFRAMES=1m,5m \\
-      KRONOS_STREAM_SINKS=kafka \\
+      KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT \
+      KRONOS_STREAM_TIMEFRAMES=1m,5m \
+      KRONOS_STREAM_SINKS=kafka \
       KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092 kronos-stream run
 
     SIGTERM or Ctrl-C: no more candles are taken in, the batch in hand is finished and delivered;
@@ -47,4 +47,5 @@ def run(check: bool) -> None:  # noqa: FBT001
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)
-    asyncio.run(service.main(settings, check=check))
+    work = service.check(settings) if check else service.serve(service.build(settings))
+    asyncio.run(work)

@@ -67,6 +67,11 @@ def build(
     )
 
 
+async def check(settings: Settings) -> None:
+    """See whether the venues have what is asked for. Raises SettingsError, SourceError."""
+    await build(settings).check()
+
+
 async def serve(daemon: Daemon) -> None:
     """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once."""
     with _signals(daemon):
@@ -108,8 +113,8 @@ async def _reload(daemon: Daemon) -> None:
     try:
         await daemon.follow(daemon.settings.series())
     except SettingsError as error:
-        _log.error("symbols not changed", why=str(error))  # noqa: TRY400 - it says all
-    except Exception:
+        _log.error("symbols not changed", why=str(error))
+    except Exception:  # noqa: BLE001 - the daemon goes on as it was
         _log.exception("symbols not changed")
 
 

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RECIPE := kronos_stream/checkpoints/nano/recipe.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format bench nano nano-eval parity-hub soak clean
+.PHONY: help setup demo test lint format bench nano nano-eval parity-hub soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ setup: $(STAMP) ## Make or update the environment in .venv
 # deploy/venv.sh touches the stamp last, so an interrupted set-up starts over.
 $(STAMP): pyproject.toml constraints.txt deploy/venv.sh
 	@PYTHON=$(PYTHON) deploy/venv.sh $(VENV)
+
+demo: $(STAMP) ## Show forecasts flowing: exchange, daemon and broker on this machine (ARGS="--seconds 30")
+	@$(BIN)/kronos-stream demo $(ARGS)
 
 test: $(STAMP) ## Run the tests, except the soak
 	$(BIN)/python -m pytest -m "not soak" $(ARGS)
@@ -34,7 +37,8 @@ format: $(STAMP) ## Format the code and mend what can be mended mechanically
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Measure forecasting speed on this machine (ARGS="--json")
+bench: $(STAMP) ## Measure this machine: the demo's latency, intake, forecasting speed (ARGS="--json")
+	$(BIN)/kronos-stream demo --seconds 60 --json
 	$(BIN)/kronos-stream bench $(ARGS)
 
 nano: $(STAMP) ## Train the bundled model anew into build/nano (about an hour; resumes)
@@ -51,7 +55,7 @@ nano-eval: $(STAMP) ## Score the bundled model on unseen generated markets (minu
 parity-hub: $(STAMP) ## Compare with the reference on the published checkpoints (needs the hub or its cache)
 	$(BIN)/python -m pytest -m hub $(ARGS)
 
-soak: $(STAMP) ## Run the engine for a minute (KRONOS_SOAK_SECONDS=60), watch its memory and its peak
+soak: $(STAMP) ## Run what takes long: faults by the hundred, kills, outages, load, memory (hours; ARGS="-k seeds")
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
 clean: ## Remove the environment and all caches

@@ -23,6 +23,8 @@ _PROGRAM = "kronos-stream"
 _COMMANDS = {
     "demo": ("kronos_stream.commands.demo", "Show forecasts flowing, all on this machine."),
     "run": ("kronos_stream.commands.run", "Forecast live candles; the daemon."),
+    "replay": ("kronos_stream.commands.replay", "Forecast recorded candles, bar by bar."),
+    "watch": ("kronos_stream.commands.watch", "Print forecasts from Kafka as they come."),
     "topics": ("kronos_stream.commands.topics", "Create or check the Kafka topics."),
     "schema": ("kronos_stream.commands.schema", "Print the messages' JSON Schema or AsyncAPI."),
     "exchange": ("kronos_stream.commands.exchange", "Run a simulated exchange, with faults."),

@@ -6,6 +6,7 @@ The fixtures in ``data/parity`` were made with the reference implementation
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -20,9 +21,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import wanted
 from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.daemons import DaemonProcess, ExchangeProcess
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -139,6 +144,34 @@ def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def topic_prefix(tmp_path: Path) -> str:
     """A prefix for the topics of one test; no other's folder has its name."""
     return tmp_path.name
+
+
+@pytest.fixture
+def daemon_of(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]:
+    """Makes a daemon, not yet started: ``daemon_of(exchange, bootstrap, CATCH_UP="all")``.
+
+    It forecasts every market of the exchange with nano, into topics that are made here.
+    """
+
+    def make(exchange: ExchangeProcess, bootstrap: str, **settings: str) -> DaemonProcess:
+        kafka = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=topic_prefix, partitions=4)
+        asyncio.run(create(kafka, wanted(kafka)))
+        return DaemonProcess(
+            tmp_path,
+            {
+                "SINKS": "kafka",
+                "KAFKA__BOOTSTRAP_SERVERS": bootstrap,
+                "KAFKA__TOPIC_PREFIX": topic_prefix,
+                "MODEL": "nano",
+                "LOOKBACK": "96",
+                "HORIZON": "8",
+                "PATHS": "20",
+                **exchange.settings(),
+                **settings,
+            },
+        )
+
+    return make
 
 
 def _fetch(libs: Path) -> None:

@@ -118,10 +118,15 @@ class Last(_Part):
     """The origin bar, as the venue gave it: prices in quote units, volume in base units."""
 
     open: float
+    """Opening price."""
     high: float
+    """Highest price."""
     low: float
+    """Lowest price."""
     close: float
+    """Closing price: what returns are measured against."""
     volume: float
+    """What was traded."""
 
 
 class Summary(_Part):

@@ -1,0 +1,149 @@
+"""The contract with whoever reads the topics, as documents: JSON Schema and AsyncAPI 3.
+
+Both are generated from the models of :mod:`kronos_stream.forecast.message`; the files under
+``docs/`` are written by ``kronos-stream schema --write docs``, and a test holds them to the code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from kronos_stream.atomic import replacing
+from kronos_stream.forecast.compose import SOURCE
+from kronos_stream.forecast.message import DEAD_LETTER, FORECAST, DeadLetter, Forecast
+
+MESSAGES: dict[str, type[BaseModel]] = {"forecast": Forecast, "deadletter": DeadLetter}
+"""By the name of their schema file."""
+
+_NAMES = {"forecast": FORECAST, "deadletter": DEAD_LETTER}
+
+_CHANNELS = {
+    "forecasts": (
+        "{prefix}.forecasts.v1",
+        "forecast",
+        "Every forecast, at least once; in order per series.",
+    ),
+    "latest": (
+        "{prefix}.forecasts.latest.v1",
+        "forecast",
+        "The same, compacted: of each series at least the newest.",
+    ),
+    "deadletter": (
+        "{prefix}.deadletter.v1",
+        "deadletter",
+        "What could not be taken in or delivered, and why.",
+    ),
+}
+
+_KEYS = {
+    "forecast": "The series, such as binance:BTC/USDT:5m.",
+    "deadletter": "The series, if known; else empty.",
+}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema of a message's value, draft 2020-12."""
+    schema = MESSAGES[name].model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def asyncapi() -> dict[str, Any]:
+    """All topics and what is on them, as AsyncAPI 3.0."""
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in MESSAGES.values()],
+        ref_template="#/components/schemas/{model}",
+    )
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "kronos-stream",
+            "version": "1",
+            "description": "Probabilistic forecasts of market candles, made at every bar close. "
+            "Within a topic's version, messages only gain optional fields; ignore what you do not "
+            "know.",
+            "license": {"name": "MIT"},
+        },
+        "defaultContentType": "application/json",
+        "channels": {name: _channel(*about) for name, about in _CHANNELS.items()},
+        "operations": {
+            name: {
+                "action": "send",
+                "channel": {"$ref": f"#/channels/{name}"},
+                "messages": [{"$ref": f"#/channels/{name}/messages/{message}"}],
+            }
+            for name, (_, message, _) in _CHANNELS.items()
+        },
+        "components": {
+            "messages": {name: _message(name) for name in MESSAGES},
+            "schemas": schemas["$defs"],
+        },
+    }
+
+
+def documents() -> dict[str, str]:
+    """All of it as files: path → text."""
+    schemas = {f"schemas/{name}.json": _text(json_schema(name)) for name in MESSAGES}
+    return schemas | {"asyncapi.json": _text(asyncapi())}
+
+
+def write(folder: Path) -> list[Path]:
+    """Write :func:`documents` into ``folder``; returns what was written."""
+    paths = []
+    for name, text in documents().items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_text(text, "utf-8")
+        paths.append(path)
+    return paths
+
+
+def _channel(address: str, message: str, about: str) -> dict[str, Any]:
+    return {
+        "address": address,
+        "description": about,
+        "messages": {message: {"$ref": f"#/components/messages/{message}"}},
+        "parameters": {
+            "prefix": {"default": "kronos", "description": "KRONOS_STREAM_KAFKA__TOPIC_PREFIX."}
+        },
+    }
+
+
+def _message(name: str) -> dict[str, Any]:
+    model = MESSAGES[name]
+    return {
+        "name": _NAMES[name],
+        "title": model.__name__,
+        "summary": (inspect.getdoc(model) or "").partition("\n")[0],
+        "contentType": "application/json",
+        "headers": _headers(name),
+        "payload": {"$ref": f"#/components/schemas/{model.__name__}"},
+        "bindings": {"kafka": {"key": {"type": "string", "description": _KEYS[name]}}},
+    }
+
+
+def _headers(name: str) -> dict[str, Any]:
+    """CloudEvents' attributes, binary mode."""
+    attributes: dict[str, dict[str, Any]] = {
+        "ce_specversion": {"const": "1.0"},
+        "ce_id": {"description": "The message's id."},
+        "ce_type": {"const": _NAMES[name]},
+        "ce_source": {"const": SOURCE},
+        "ce_time": {"format": "date-time"},
+        "content-type": {"const": "application/json"},
+    }
+    return {
+        "type": "object",
+        "properties": {key: {"type": "string", **rest} for key, rest in attributes.items()},
+        "required": list(attributes),
+    }
+
+
+def _text(document: dict[str, Any]) -> str:
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,245 @@
+"""The published schemas: as the code has them, true of what is written, and never narrowed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+
+from kronos_connectors.kafka import topics
+from kronos_stream.cli import main
+from kronos_stream.forecast import contract
+from kronos_stream.forecast.compose import Composer, dead_letter
+from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
+from kronos_stream.forecast.outlook import outlook
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.contexts import Window
+from kronos_stream.market.series import Series
+
+_DOCS = Path(__file__).parents[1] / "docs"
+_PUBLISHED = Path(__file__).parent / "data" / "contract"
+"""The schemas of version 1 as first published. Never written again."""
+
+Json = dict[str, Any]
+
+
+def test_the_documents_are_up_to_date() -> None:
+    for name, text in contract.documents().items():
+        assert (_DOCS / name).read_text("utf-8") == text, "run: kronos-stream schema --write docs"
+
+
+@pytest.mark.parametrize("name", contract.MESSAGES)
+def test_since_it_was_published_only_optional_fields_came(name: str) -> None:
+    published = json.loads((_PUBLISHED / f"{name}.json").read_text("utf-8"))
+    assert list(_breaks(published, contract.json_schema(name))) == []
+
+
+def test_a_change_that_breaks_readers_is_seen() -> None:
+    schema = contract.json_schema("forecast")
+
+    def broken(change: str) -> list[str]:
+        other = copy.deepcopy(schema)
+        exec(change, {"s": other, "d": other["$defs"]})  # noqa: S102 - our own lines
+        return list(_breaks(schema, other))
+
+    assert broken("s['properties']['mood'] = {'type': 'string'}") == []
+    assert broken("d['Engine']['description'] = 'Other words.'") == []
+    assert broken("del s['properties']['id']; s['required'].remove('id')")
+    assert broken("s['required'].remove('id')")
+    assert broken("d['Engine']['required'].append('cores')")
+    assert broken("d['Engine']['properties']['device']['type'] = 'integer'")
+    assert broken("d['Context']['properties']['amount']['enum'].append('guessed')")
+    assert broken("s['properties']['schema']['const'] = 'kronos.forecast/2'")
+
+
+@pytest.mark.parametrize("keep_paths", [False, True])
+def test_what_is_written_is_what_the_schema_says(keep_paths: bool) -> None:  # noqa: FBT001
+    _check_all("forecast", _forecast(keep_paths=keep_paths))
+
+
+@pytest.mark.parametrize("payload", [b"{", b"\xff"])
+def test_a_dead_letter_is_what_the_schema_says(payload: bytes) -> None:
+    letter = dead_letter("frame", "not JSON", payload, at=1_718_709_300_000, series="x:A:1m")
+    _check_all("deadletter", orjson.loads(letter.value))
+
+
+def test_asyncapi_names_the_topics_that_the_sink_writes_to() -> None:
+    document = contract.asyncapi()
+    assert document["asyncapi"] == "3.0.0"
+    written = {topic: [kind] for kind, names in topics.of_kind("kronos").items() for topic in names}
+    named = {
+        channel["address"].format(prefix=channel["parameters"]["prefix"]["default"]): list(
+            channel["messages"]
+        )
+        for channel in document["channels"].values()
+    }
+    assert named == written
+
+
+def test_every_reference_of_asyncapi_leads_somewhere() -> None:
+    document = contract.asyncapi()
+    found = list(_references(document))
+    assert len(found) > 10
+    for reference in found:
+        _resolve(document, reference)
+    sent = {operation["channel"]["$ref"] for operation in document["operations"].values()}
+    assert sent == {f"#/channels/{name}" for name in document["channels"]}
+
+
+def test_asyncapi_describes_the_headers_that_are_sent() -> None:
+    letter = dead_letter("frame", "not JSON", b"{", at=1_718_709_300_000)
+    sent = {name: value.decode() for name, value in letter.headers}
+    described = contract.asyncapi()["components"]["messages"]["deadletter"]["headers"]
+    assert list(_faults(described, sent, described)) == []
+    assert list(sent) == described["required"]
+
+
+def test_every_field_is_explained() -> None:
+    for name in contract.MESSAGES:
+        schema = contract.json_schema(name)
+        for owner in (schema, *schema.get("$defs", {}).values()):
+            for field, about in owner["properties"].items():
+                if "$ref" not in about:
+                    assert about.get("description", "").endswith("."), (owner["title"], field)
+
+
+def test_the_command_prints_and_writes_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exited:
+            main(["schema", *arguments])
+        assert exited.value.code == 0
+        return capsys.readouterr().out
+
+    assert json.loads(run()) == contract.json_schema("forecast")
+    assert json.loads(run("deadletter")) == contract.json_schema("deadletter")
+    assert json.loads(run("--asyncapi")) == contract.asyncapi()
+    run("--write", str(tmp_path / "new"))
+    written = {str(p.relative_to(tmp_path / "new")) for p in tmp_path.rglob("*.json")}
+    assert written == set(contract.documents())
+
+
+def _forecast(*, keep_paths: bool) -> Json:
+    random = np.random.default_rng(0)
+    series = Series.parse("binance:BTC/USDT:5m")
+    values = random.uniform(1, 2, (10, 6)).astype(np.float32)
+    times = 300_000 * np.arange(10)
+    last = Candle(2_700_000, *values[-1].tolist())
+    paths = random.uniform(1, 2, (20, 3, 6)).astype(np.float32)
+    said = outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], keep_paths=keep_paths)
+    composer = Composer(
+        Model(name="nano", revision=None, tokenizer="nano"),
+        Engine(version="0", device="cpu", dtype="float32"),
+        Sampling(paths=20, temperature=1.0, top_k=0, top_p=0.9, seed=0, anchor=True),
+    )
+    written = composer.forecast(
+        Window(series, values, times, 1, 0, last, ("1 synthetic bar",)),
+        said,
+        created=3_000_123,
+        latency=Latency(close_to_received=1, queued=2, compute=3),
+    )
+    message: Json = orjson.loads(written.value)
+    return message
+
+
+def _check_all(name: str, message: Json) -> None:
+    """Whole it fits; without any one field that must be there, or with nonsense in it, not."""
+    schema = contract.json_schema(name)
+    assert list(_faults(schema, message, schema)) == []
+    for field in message:
+        bad = message | {field: {"nonsense": [[]]}}
+        assert list(_faults(schema, bad, schema)), field
+    for field in schema["required"]:
+        bad = {key: value for key, value in message.items() if key != field}
+        assert list(_faults(schema, bad, schema)), field
+
+
+_KINDS: dict[str, Any] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "null": type(None),
+}
+_WORDS = {"title", "description", "default", "format", "$schema", "$defs", "examples"}
+
+
+def _faults(  # noqa: C901, PLR0912 - one branch for each word of the language
+    schema: Json, value: Any, root: Json
+) -> Iterator[str]:
+    """Why ``value`` does not fit; as much of JSON Schema as ours use, and an error for more."""
+    for word, rule in schema.items():
+        if word == "$ref":
+            yield from _faults(_resolve(root, rule), value, root)
+        elif word == "anyOf":
+            if all(list(_faults(option, value, root)) for option in rule):
+                yield f"{value!r} fits nothing"
+        elif word == "type":
+            if not isinstance(value, _KINDS[rule]) or (
+                isinstance(value, bool) != (rule == "boolean")
+            ):
+                yield f"{value!r} is no {rule}"
+        elif word == "const":
+            if value != rule:
+                yield f"{value!r} is not {rule}"
+        elif word == "enum":
+            if value not in rule:
+                yield f"{value!r} is none of {rule}"
+        elif word == "required":
+            yield from (f"{name} is missing" for name in rule if name not in value)
+        elif word == "properties":
+            for name in rule.keys() & (value.keys() if isinstance(value, dict) else ()):
+                yield from _faults(rule[name], value[name], root)
+        elif word == "additionalProperties":
+            for name in value.keys() - schema.get("properties", {}).keys():
+                yield from _faults(rule, value[name], root)
+        elif word == "items":
+            for item in value if isinstance(value, list) else ():
+                yield from _faults(rule, item, root)
+        elif word not in _WORDS:
+            raise NotImplementedError(word)
+
+
+def _breaks(old: Json, new: Json, where: str = "") -> Iterator[str]:
+    """What a reader of ``old`` could stumble over in ``new``."""
+    for word in (old.keys() | new.keys()) - {"title", "description", "default", "$schema"}:
+        mine, yours = old.get(word), new.get(word)
+        if word in {"properties", "$defs"}:
+            mine, yours = mine or {}, yours or {}
+            for name in mine:
+                if name in yours:
+                    yield from _breaks(mine[name], yours[name], f"{where}/{name}")
+                else:
+                    yield f"{where}/{name} is gone"
+        elif word == "required":
+            if set(mine or ()) != set(yours or ()):
+                yield f"{where}: other fields are required"
+        elif mine != yours:
+            yield f"{where}: {word} was {mine}, is {yours}"
+
+
+def _references(part: Any) -> Iterator[str]:
+    if isinstance(part, dict):
+        if "$ref" in part:
+            yield part["$ref"]
+        for inner in part.values():
+            yield from _references(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            yield from _references(inner)
+
+
+def _resolve(root: Json, reference: str) -> Json:
+    found = root
+    for part in reference.removeprefix("#/").split("/"):
+        found = found[part]
+    return found

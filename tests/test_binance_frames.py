@@ -90,7 +90,7 @@ def _event(**fields: Any) -> Callable[[dict[str, Any]], None]:
     ("change", "reason"),
     [
         (_event(k=None), "without a kline"),
-        (_event(s="ETHUSDT"), "symbol and interval"),
+        (_event(s="ETHUSDT"), "as an event of"),
         (_kline(s=1), "symbol and interval"),
         (_kline(t="1750000020000"), "open time"),
         (_kline(t=-60_000), "open time"),
@@ -143,7 +143,7 @@ def test_numbers_need_be_six_strings() -> None:
 def _mutated(random: random.Random, message: dict[str, Any]) -> bytes:
     """A frame with something wrong, or only odd, in it."""
     message = copy.deepcopy(message)
-    odd = (
+    odd: tuple[Any, ...] = (
         None,
         True,
         -1,

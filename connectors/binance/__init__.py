@@ -7,3 +7,5 @@ from kronos_connectors.binance.source import build
 from kronos_stream.market.source import SourceConnector
 
 CONNECTOR = SourceConnector(BinanceOptions, build)
+
+__all__ = ["CONNECTOR", "BinanceOptions"]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-from kronos_stream.market.candle import Candle
+from kronos_stream.market.candle import MAX_FLOAT32, Candle
 from kronos_stream.market.series import Series
 
-_DECIMAL = r"\d{1,40}(?:\.\d{1,40})?"
-_DECIMALS = re.compile(f"{_DECIMAL}(?: {_DECIMAL}){{5}}", re.ASCII)
-_LATEST = 253_402_300_800_000
-"""The year 10,000."""
+_NUMBER = r"\d{1,40}(?:\.\d{1,40})?"
+_NUMBERS = re.compile(rf"{_NUMBER}(?: {_NUMBER}){{5}}", re.ASCII)
+"""Six decimals as Binance writes them. Python would also read NaN, 1_000 and 1e999."""
 
-Streams = Mapping[tuple[str, str], Series]
+_LATEST = 7_258_118_400_000
+"""The year 2200; no bar opens later."""
+
+Streams: TypeAlias = Mapping[tuple[str, str], Series]
 """Series by Binance's own symbol and interval, such as ("BTCUSDT", "5m")."""
 
 
@@ -53,37 +55,28 @@ class Other(NamedTuple):
 
 
 def decode(frame: bytes | str, streams: Streams) -> Kline | Answer | Shutdown | Other:
-    """Read a frame. Raises FrameError for what is no JSON object, or a kline that cannot be."""
+    """Read a frame. Raises FrameError for what is no event, or a kline that cannot be."""
     try:
         message = orjson.loads(frame)
     except orjson.JSONDecodeError as error:
-        raise FrameError(f"not JSON: {error}") from None
+        raise FrameError(f"not JSON: {error.msg}") from None
     if type(message) is not dict:
         raise FrameError("not a JSON object")
     event = message.get("data")
     if event is None:
         event = message.get("event", message)
-    if type(event) is list:
+    if type(event) is list:  # of streams such as !ticker@arr
         return Other()
     if type(event) is not dict:
-        raise FrameError("its data is no object")
+        raise FrameError("its data is no JSON object")
     kind = event.get("e")
     if kind == "kline":
         return _kline(event, streams)
     if kind == "serverShutdown":
         return Shutdown()
-    if kind is None and ("result" in message or "error" in message or "id" in message):
+    if kind is None and message.keys() & {"result", "error", "code"}:
         return _answer(message)
     return Other()
-
-
-def _answer(message: dict[str, Any]) -> Answer:
-    number = message.get("id")
-    error = message.get("error")
-    if error is None and "code" in message:
-        error = message
-    text = "" if error is None else str(error.get("msg", error) if type(error) is dict else error)
-    return Answer(number if type(number) is int else None, text[:200])
 
 
 def _kline(event: dict[str, Any], streams: Streams) -> Kline | Other:
@@ -91,37 +84,65 @@ def _kline(event: dict[str, Any], streams: Streams) -> Kline | Other:
     if type(kline) is not dict:
         raise FrameError("a kline event without a kline")
     symbol, interval = kline.get("s"), kline.get("i")
-    if type(symbol) is not str or type(interval) is not str or event.get("s") != symbol:
+    if type(symbol) is not str or type(interval) is not str:
         raise FrameError("a kline without symbol and interval")
     series = streams.get((symbol, interval))
     if series is None:
         return Other()
-    opened, ends, now = kline.get("t"), kline.get("T"), event.get("E")
+    if event.get("s") != symbol:
+        raise FrameError(f"a kline of {symbol} as an event of {_shown(event.get('s'))}", series)
+    opened, closed, said = kline.get("t"), kline.get("x"), event.get("E")
     if type(opened) is not int or not 0 <= opened < _LATEST:
-        raise FrameError(f"open time {opened!r}", series)
-    if ends != series.timeframe.after(opened) - 1:
-        raise FrameError(f"close time {ends!r} does not fit open time {opened}", series)
-    closed = kline.get("x")
+        raise FrameError(f"open time {_shown(opened)}", series)
+    ends = series.timeframe.after(opened) - 1
+    if kline.get("T") != ends:
+        raise FrameError(f"close time {_shown(kline.get('T'))}, open time {opened}", series)
     if type(closed) is not bool:
-        raise FrameError(f"whether it is closed: {closed!r}", series)
-    if type(now) is not int or now < opened or (closed and now < ends):
-        raise FrameError(f"event time {now!r} before what it tells of", series)
+        raise FrameError(f"closed or not: {_shown(closed)}", series)
+    if type(said) is not int or said < (ends if closed else opened):
+        raise FrameError(f"event time {_shown(said)}, before what it tells of", series)
+    return Kline(series, _candle(opened, kline, series), closed)
+
+
+def _candle(opened: int, kline: dict[str, Any], series: Series) -> Candle:
     numbers = [kline.get(name) for name in "ohlcvq"]
     candle = read_candle(opened, numbers)
     if candle is None:
-        raise FrameError(f"numbers {numbers!r:.200}", series)
-    if closed and (fault := candle.fault()) is not None:
-        raise FrameError(fault, series)
-    return Kline(series, candle, closed)
+        raise FrameError(f"numbers {', '.join(map(_shown, numbers))}", series)
+    _, opening, high, low, close, volume, amount = candle
+    if not (
+        0 < low <= opening <= high <= MAX_FLOAT32
+        and low <= close <= high
+        and volume <= MAX_FLOAT32 >= (amount or 0.0)
+    ):
+        raise FrameError(candle.fault() or "impossible", series)
+    return candle
 
 
-def read_candle(opened: int, numbers: list[Any]) -> Candle | None:
-    """Of open, high, low, close, volume, quote volume as decimal strings; None if they are not."""
+def read_candle(opened: int, numbers: Sequence[Any]) -> Candle | None:
+    """Of open, high, low, close, volume and quote volume as decimals; None if they are not."""
     try:
         text = " ".join(numbers)
     except TypeError:
         return None
-    if len(numbers) != 6 or _DECIMALS.fullmatch(text) is None:
+    if len(numbers) != 6 or _NUMBERS.fullmatch(text) is None:
         return None
-    o, h, l, c, v, q = map(float, numbers)  # noqa: E741
-    return Candle(opened, o, h, l, c, v, q)
+    return Candle(opened, *map(float, numbers))
+
+
+def _answer(message: dict[str, Any]) -> Answer:
+    number = message.get("id")
+    error = message.get("error")
+    if error is None and "code" in message:
+        error = message
+    if type(error) is dict:
+        error = error.get("msg", "an error without a message")
+    text = error[:200] if type(error) is str else "" if error is None else _shown(error)
+    return Answer(number if type(number) is int else None, text)
+
+
+def _shown(value: object) -> str:
+    """For people, short; what is nested is not shown, however deep it is."""
+    if value is None or type(value) in {str, int, float, bool}:
+        return repr(value)[:40]
+    return f"of type {type(value).__name__}"

@@ -6,26 +6,35 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class BinanceOptions(BaseModel):
-    """Public market data alone; no key is needed. Limits are the venue's, with a margin."""
+    """Public market data alone; no key is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ws_url: str = Field("wss://data-stream.binance.vision", pattern=r"^wss?://\S+$")
-    rest_url: str = Field("https://data-api.binance.vision", pattern=r"^https?://\S+$")
-    futures_ws_url: str = Field("wss://fstream.binance.com/market", pattern=r"^wss?://\S+$")
-    futures_rest_url: str = Field("https://fapi.binance.com", pattern=r"^https?://\S+$")
-    weight_per_minute: int = Field(
-        1_800,
-        ge=20,
-        description="request weight to use, per host; the venue allows 6,000 and 2,400",
+    ws_url: str = Field(default="wss://data-stream.binance.vision", pattern=r"^wss?://\S+$")
+    rest_url: str = Field(default="https://data-api.binance.vision", pattern=r"^https?://\S+$")
+    futures_ws_url: str = Field(default="wss://fstream.binance.com/market", pattern=r"^wss?://\S+$")
+    futures_rest_url: str = Field(default="https://fapi.binance.com", pattern=r"^https?://\S+$")
+    weight_share: float = Field(
+        default=0.75,
+        gt=0,
+        le=1,
+        description="share of the request weight per minute that the venue allows an address",
     )
     streams_per_connection: int = Field(
-        400, ge=1, le=1_024, description="klines per websocket; the venue allows 1,024"
+        default=400, ge=1, le=1_024, description="klines per websocket; the venue allows 1,024"
     )
-    timeout_seconds: float = Field(10.0, gt=0, description="for a connection or an answer")
+    timeout_seconds: float = Field(
+        default=10.0, gt=0, le=120, description="for a connection, or for an answer to begin"
+    )
     stall_seconds: float = Field(
-        30.0, gt=0, description="a socket that says nothing for so long is replaced"
+        default=10.0,
+        gt=0,
+        le=300,
+        description="a socket silent for so long is asked whether it lives",
     )
     lifetime_seconds: float = Field(
-        82_800.0, gt=0, description="a socket is replaced at this age; the venue ends it at 24 h"
+        default=82_800.0,
+        ge=10,
+        le=86_000,
+        description="a socket is replaced at about this age; the venue ends it at 24 h",
     )

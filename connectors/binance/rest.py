@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 import orjson
 import structlog
 
+from kronos_connectors.binance.budget import Budget
 from kronos_connectors.binance.frames import read_candle
-from kronos_connectors.binance.options import BinanceOptions
+from kronos_connectors.binance.http import FINAL, PATIENCE, retry_after
+from kronos_connectors.binance.venue_clock import VenueClock
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -20,107 +23,103 @@ from kronos_stream.market.source import SourceError, VenueRefused
 _log = structlog.get_logger()
 
 _TIME_WEIGHT, _INFO_WEIGHT = 1, 20
-_CLOCK_SECONDS = 600.0
-_FINAL = {403, 451}
-_PATIENCE = {418, 429}
-_UNASKED_SECONDS = 60.0
-"""How long to wait after a 429 that does not say how long."""
+_REQUESTS = 8
+"""At a time: one that hangs leaves room for others."""
 
-_BURST_SECONDS = 10.0
-"""Weight of so long may be spent at once."""
+_LONG_SECONDS = 60.0
+"""The list of symbols is megabytes; it may take so long as it keeps coming."""
 
-_NOTABLE_SKEW_MS = 2_000
+_NOTABLE_OFFSET_MS = 2_000
+_SHORTEST_MONTH_MS = 28 * 86_400_000
+_INVALID_INTERVAL = -1120
 
 
-class Budget:
-    """Request weight, refilled evenly; a host that complained is left alone as long as it asks."""
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where the REST of spot and of USD-M futures differ."""
 
-    def __init__(self, per_minute: int, clock: Clock) -> None:
-        self._rate, self._clock = per_minute / 60_000, clock
-        self._most = self._rate * _BURST_SECONDS * 1000
-        self._left, self._at = self._most, clock.now()
-        self._closed_until = 0
-        self._turn = asyncio.Lock()
+    prefix: str
+    weight_per_minute: int
+    page: int
+    """Rows asked for at a time: as many as are cheapest by weight."""
+    weights: tuple[tuple[int, int], ...]
+    """Rows up to → weight of a request for klines."""
 
-    async def spend(self, weight: int) -> None:
-        """Wait until ``weight`` may be spent; first come, first served."""
-        async with self._turn:
-            while True:
-                now = self._clock.now()
-                # The clock may have been set back.
-                self._left += max(0, now - self._at) * self._rate
-                self._left, self._at = min(self._left, max(self._most, weight)), now
-                wait = max(self._closed_until - now, (weight - self._left) / self._rate)
-                if wait <= 0:
-                    self._left -= weight
-                    return
-                await self._clock.sleep(wait / 1000)
+    def weight(self, rows: int) -> int:
+        return next(weight for most, weight in self.weights if rows <= most)
 
-    def pause(self, seconds: float) -> None:
-        """The venue asks for quiet."""
-        until = self._clock.now() + round(1000 * seconds)
-        self._closed_until = max(self._closed_until, until)
 
-    def quiet(self) -> float:
-        """Seconds that the venue still wants to be left alone."""
-        return max(0.0, (self._closed_until - self._clock.now()) / 1000)
+SPOT = Host("/api/v3", 6_000, 1_000, ((1_000, 2),))
+FUTURES = Host("/fapi/v1", 2_400, 499, ((99, 1), (499, 2)))
+
+
+class ApiError(SourceError):
+    """An error that the venue explains, with its code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Rest:
-    """One host: spot, or USD-M futures."""
+    """One host's answers. Every call raises SourceError, VenueRefused where there is no hope."""
 
-    def __init__(self, options: BinanceOptions, clock: Clock, *, futures: bool) -> None:
-        self._base = (options.futures_rest_url if futures else options.rest_url).rstrip("/")
-        self._path = "/fapi/v1" if futures else "/api/v3"
-        self._futures = futures
-        self._rows = 1_500 if futures else 1_000
-        self._clock = clock
-        self._timeout = aiohttp.ClientTimeout(total=options.timeout_seconds)
-        self._budget = Budget(options.weight_per_minute, clock)
+    def __init__(
+        self, host: Host, url: str, clock: Clock, *, weight_share: float, timeout_seconds: float
+    ) -> None:
+        self.note: Callable[[str], None] = lambda _: None
+        """Told of what is worth counting."""
+        self._host, self._url, self._clock = host, url.rstrip("/") + host.prefix, clock
+        self._timeout = timeout_seconds
+        self._budget = Budget(host.weight_per_minute, weight_share, clock)
+        self._requests = asyncio.Semaphore(_REQUESTS)
+        self._venue_clock = VenueClock()
+        self._measuring = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
-        self._skew = 0
-        self._skew_until = 0
 
     async def symbols(self) -> list[Mapping[str, Any]]:
         """What exchangeInfo says of each symbol."""
-        info = await self._get("exchangeInfo", {}, _INFO_WEIGHT)
+        info = await self._get("exchangeInfo", {}, _INFO_WEIGHT, long=True)
         listed = info.get("symbols") if isinstance(info, dict) else None
         if not isinstance(listed, list):
-            raise SourceError(f"{self._base}: exchangeInfo without symbols")
+            raise SourceError(f"{self._url}: exchangeInfo without symbols")
         return [one for one in listed if isinstance(one, dict)]
 
+    async def offers(self, symbol: str, interval: str) -> bool:
+        """Whether there are bars of ``interval``; any symbol will do."""
+        query = {"symbol": symbol, "interval": interval, "limit": "1"}
+        try:
+            await self._get("klines", query, self._host.weight(1))
+        except ApiError as error:
+            if error.code == _INVALID_INTERVAL:
+                return False
+            raise
+        return True
+
     async def klines(self, series: Series, symbol: str, start: int, end: int) -> list[Candle]:
-        """Closed bars with start <= open < end, ascending."""
+        """The closed bars with start <= open < end, ascending."""
+        timeframe = series.timeframe
+        step = timeframe.milliseconds or timeframe.count * _SHORTEST_MONTH_MS
         candles: list[Candle] = []
-        while start < end:
+        while True:
             now = await self._venue_time()
             end = min(end, now)
             if start >= end:
                 break
-            step = series.timeframe.milliseconds or 28 * 86_400_000
-            rows = min(self._rows, (end - start - 1) // step + 1)
+            rows = min(self._host.page, (end - start - 1) // step + 1)
             query = {
                 "symbol": symbol,
-                "interval": str(series.timeframe),
+                "interval": str(timeframe),
                 "startTime": str(start),
                 "endTime": str(end - 1),
                 "limit": str(rows),
             }
-            page = await self._get("klines", query, self._weight(rows))
-            if not isinstance(page, list):
-                raise SourceError(f"{self._base}: klines of {symbol} are no list")
-            read = [self._candle(row, symbol) for row in page]
-            candles += [
-                candle
-                for candle in read
-                if start <= candle.time < end and series.timeframe.after(candle.time) <= now
-            ]
-            if len(page) < rows:
+            page = await self._get("klines", query, self._host.weight(rows))
+            read = self._read(page, series, start, end)
+            candles += [candle for candle in read if timeframe.after(candle.time) <= now]
+            if len(read) < rows:
                 break
-            start = series.timeframe.after(read[-1].time)
-        times = [candle.time for candle in candles]
-        if times != sorted(set(times)):
-            raise SourceError(f"{self._base}: klines of {symbol} are out of order")
+            start = timeframe.after(read[-1].time)
         return candles
 
     async def close(self) -> None:
@@ -128,66 +127,90 @@ class Rest:
             await self._session.close()
             self._session = None
 
-    def _weight(self, rows: int) -> int:
-        if not self._futures:
-            return 2
-        return 1 if rows < 100 else 2 if rows < 500 else 5 if rows <= 1_000 else 10
+    def _read(self, page: object, series: Series, start: int, end: int) -> list[Candle]:
+        """Rows as candles: what they say may be wrong, but not how they say it."""
+        if not isinstance(page, list):
+            raise SourceError(f"{self._url}: klines of {series.symbol} are no list")
+        candles = []
+        for row in page:
+            candle = self._row(row)
+            if candle is None or not start <= candle.time < end:
+                raise SourceError(
+                    f"{self._url}: klines of {series.symbol} hold what cannot be: {row!r:.200}"
+                )
+            candles.append(candle)
+            start = candle.time + 1
+        return candles
 
-    def _candle(self, row: Any, symbol: str) -> Candle:  # noqa: ANN401 - as it came
-        if isinstance(row, list) and len(row) >= 8 and type(row[0]) is int:
-            candle = read_candle(row[0], [*row[1:6], row[7]])
-            if candle is not None and candle.fault() is None:
-                return candle
-        raise SourceError(f"{self._base}: a kline of {symbol} that cannot be: {row!r:.200}")
+    @staticmethod
+    def _row(row: object) -> Candle | None:
+        if not isinstance(row, list) or len(row) < 8 or type(row[0]) is not int:
+            return None
+        return read_candle(row[0], (*row[1:6], row[7]))
 
     async def _venue_time(self) -> int:
-        """UTC ms by the venue's clock."""
-        before = self._clock.now()
-        if before >= self._skew_until:
-            answer = await self._get("time", {}, _TIME_WEIGHT)
-            after = self._clock.now()
-            theirs = answer.get("serverTime") if isinstance(answer, dict) else None
-            if type(theirs) is not int:
-                raise SourceError(f"{self._base}: no serverTime")
-            self._skew = theirs - (before + after) // 2
-            self._skew_until = after + round(1000 * _CLOCK_SECONDS)
-            if abs(self._skew) > _NOTABLE_SKEW_MS:
-                _log.warning("our clock and the venue's differ", venue="binance", ms=self._skew)
-        return self._clock.now() + self._skew
+        """UTC ms by the venue's clock, or somewhat less."""
+        uptime = asyncio.get_running_loop().time
+        async with self._measuring:
+            before = self._clock.now()
+            if self._venue_clock.stale(before, uptime()):
+                answer = await self._get("time", {}, _TIME_WEIGHT)
+                said = answer.get("serverTime") if isinstance(answer, dict) else None
+                if type(said) is not int:
+                    raise SourceError(f"{self._url}: its time is none")
+                self._venue_clock.measured(before, said, self._clock.now(), uptime())
+                if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
+                    self.note("clock skewed")
+                    offset = self._venue_clock.offset
+                    _log.warning("our clock differs from the venue's", url=self._url, ms=-offset)
+        return self._venue_clock.at_least(self._clock.now())
 
-    async def _get(self, what: str, query: Mapping[str, str], weight: int) -> Any:  # noqa: ANN401
-        if (quiet := self._budget.quiet()) > 0:
-            raise SourceError(f"{self._base} asked us to wait", quiet)
-        await self._budget.spend(weight)
+    async def _get(
+        self, what: str, query: Mapping[str, str], weight: int, *, long: bool = False
+    ) -> Any:  # noqa: ANN401 - JSON is anything
+        async with self._requests:
+            await self._budget.spend(weight)
+            return await self._answer(f"{self._url}/{what}", query, long=long)
+
+    async def _answer(self, url: str, query: Mapping[str, str], *, long: bool) -> Any:  # noqa: ANN401
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout)
-        url = f"{self._base}{self._path}/{what}"
+            self._session = aiohttp.ClientSession()
+        timeout = aiohttp.ClientTimeout(
+            total=_LONG_SECONDS + self._timeout if long else self._timeout,
+            sock_connect=self._timeout,
+            sock_read=self._timeout,
+        )
         try:
-            async with self._session.get(url, params=query) as answer:
+            async with self._session.get(url, params=query, timeout=timeout) as answer:
                 body = await answer.read()
-                status, headers = answer.status, answer.headers
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError, too
-            raise SourceError(f"{url}: {error or type(error).__name__}") from error
-        if status in _FINAL:
-            raise VenueRefused(f"{url}: HTTP {status}, {_text(body)}")
-        if status in _PATIENCE:
-            wait = _seconds(headers.get("Retry-After"))
-            self._budget.pause(wait)
-            raise SourceError(f"{url}: HTTP {status}, too many requests", wait)
-        if status != 200:
-            raise SourceError(f"{url}: HTTP {status}, {_text(body)}")
+            raise SourceError(f"{url}: {error or type(error).__name__}") from None
+        self._account(answer.headers.get("X-MBX-USED-WEIGHT-1M"))
+        if answer.status != 200:
+            raise self._refusal(url, answer, body)
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:
-            raise SourceError(f"{url}: not JSON: {error}") from None
+            raise SourceError(f"{url}: not JSON: {error.msg}") from None
 
+    def _account(self, used: str | None) -> None:
+        if used is not None and used.isascii() and used.isdecimal() and len(used) < 10:
+            self._budget.used(int(used), self._clock.now() + self._venue_clock.offset)
 
-def _text(body: bytes) -> str:
-    return body[:200].decode(errors="replace")
-
-
-def _seconds(text: str | None) -> float:
-    try:
-        return min(max(float(text or ""), 1.0), 3 * 86_400.0)
-    except ValueError:
-        return _UNASKED_SECONDS
+    def _refusal(self, url: str, answer: aiohttp.ClientResponse, body: bytes) -> SourceError:
+        status = answer.status
+        if status in FINAL:
+            return VenueRefused(f"{url}: HTTP {status}")
+        if status in PATIENCE:
+            wait = retry_after(answer.headers.get("Retry-After"))
+            self._budget.pause(wait)
+            self.note("rate limited")
+            _log.warning("too many requests", url=url, status=status, seconds=wait)
+            return SourceError(f"{url}: HTTP {status}", wait)
+        try:
+            error = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            error = None
+        if isinstance(error, dict) and type(error.get("code")) is int:
+            return ApiError(f"{url}: {error.get('msg')!r:.200}", error["code"])
+        return SourceError(f"{url}: HTTP {status}")

@@ -1,0 +1,134 @@
+"""One of Binance's markets, spot or USD-M futures: its symbols, its history, what it pushes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from random import Random
+
+import structlog
+
+from kronos_connectors.binance.fleet import Fleet
+from kronos_connectors.binance.options import BinanceOptions
+from kronos_connectors.binance.rest import FUTURES, SPOT, Rest
+from kronos_connectors.binance.sockets import Sockets
+from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, SourceError, VenueRefused
+
+_log = structlog.get_logger()
+
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+
+
+class Market:
+    """What has the same symbols, limits and hosts."""
+
+    def __init__(
+        self, options: BinanceOptions, clock: Clock, random: Random, *, futures: bool
+    ) -> None:
+        self._options, self._clock, self._random, self._futures = options, clock, random, futures
+        ws_url = options.futures_ws_url if futures else options.ws_url
+        self._ws_url = f"{ws_url.rstrip('/')}/stream"
+        self._rest = Rest(
+            FUTURES if futures else SPOT,
+            options.futures_rest_url if futures else options.rest_url,
+            clock,
+            weight_share=options.weight_share,
+            timeout_seconds=options.timeout_seconds,
+        )
+        self._listing: Listing | None = None
+        self._listing_lock = asyncio.Lock()
+        self._intervals = dict.fromkeys(FUTURES_INTERVALS if futures else SPOT_INTERVALS, True)
+        self._series: frozenset[Series] = frozenset()
+        self._changed = asyncio.Event()
+
+    async def unknown(self, series: Collection[Series]) -> dict[Series, str]:
+        """See :class:`~kronos_stream.market.source.Source`; asks the venue anew."""
+        found = {}
+        listing = await self._list(anew=True)
+        for one in sorted(series):
+            problem = listing.problem(one.symbol)
+            name = listing.name(one.symbol)
+            if name is not None and problem is None and not await self._offers(one, name):
+                intervals = ", ".join(length for length, has in self._intervals.items() if has)
+                kind = "perpetuals" if self._futures else "spot markets"
+                problem = f"binance has no bars of {one.timeframe} for {kind}, only {intervals}"
+            if problem is not None:
+                found[one] = problem
+        return found
+
+    def follow(self, series: Collection[Series]) -> None:
+        self._series = frozenset(series)
+        self._changed.set()
+
+    async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        name = (await self._list()).name(series.symbol)
+        if name is None:
+            raise SourceError(f"binance does not list {series.symbol}")
+        return await self._rest.klines(series, name, start, end)
+
+    async def run(self, intake: Intake) -> None:
+        """Push until cancelled. Raises VenueRefused, in an exception group."""
+        self._rest.note = intake.note
+        options = self._options
+        fleet = Fleet(
+            self._random,
+            room=options.streams_per_connection,
+            stall_seconds=options.stall_seconds,
+            lifetime_seconds=options.lifetime_seconds,
+        )
+        sockets = Sockets(self._ws_url, fleet, intake, self._clock, options.timeout_seconds)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(sockets.run())
+            while True:
+                self._changed.clear()
+                sockets.follow(await self._streams())
+                await self._changed.wait()
+
+    async def close(self) -> None:
+        await self._rest.close()
+
+    async def _streams(self) -> Mapping[tuple[str, str], Series]:
+        """What is followed, by the venue's names; for as long as it takes to get these."""
+        streams: dict[tuple[str, str], Series] = {}
+        series = self._series
+        if not series:
+            return streams
+        listing = await self._list_patiently()
+        for one in series:
+            name = listing.name(one.symbol)
+            if name is None:
+                _log.error("not listed, so not followed", series=one.name)
+            else:
+                streams[name, str(one.timeframe)] = one
+        return streams
+
+    async def _list_patiently(self) -> Listing:
+        pause = _SHORTEST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self._list()
+            except VenueRefused:
+                raise
+            except SourceError as error:
+                _log.warning("symbols cannot be had", why=str(error))
+                jitter = self._random.uniform(0.5, 1.0)
+                await asyncio.sleep(max(error.retry_after, pause * jitter))
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    async def _list(self, *, anew: bool = False) -> Listing:
+        async with self._listing_lock:
+            if self._listing is None or anew:
+                infos = await self._rest.symbols()
+                self._listing = Listing(infos, futures=self._futures)
+            return self._listing
+
+    async def _offers(self, series: Series, name: str) -> bool:
+        """Whether there are such bars; a length that is not known is asked for once."""
+        interval = str(series.timeframe)
+        if interval not in self._intervals:
+            self._intervals[interval] = await self._rest.offers(name, interval)
+        return self._intervals[interval]

@@ -1,0 +1,161 @@
+"""The sockets that a :class:`Fleet` asks for: all of the websockets' input and output."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import structlog
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
+
+from kronos_connectors.binance.connection import Connection
+from kronos_connectors.binance.fleet import Close, Command, Fleet, Open, Rejected, Send
+from kronos_connectors.binance.frames import Answer, Kline, Other, Shutdown, Streams
+from kronos_connectors.binance.http import FINAL, PATIENCE, retry_after
+from kronos_stream.market.candle import Update
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.source import Intake, VenueRefused
+
+_log = structlog.get_logger()
+
+_CLOSE_SECONDS = 1.0
+_MOST_BYTES = 2**20
+_MOST_FRAMES = 256
+"""Read ahead, per socket; beyond them the kernel holds the rest."""
+
+_MOST_KEPT = 4_096
+"""Bytes of a frame that cannot be, for those who look into it."""
+
+
+class Sockets:
+    """Does what its fleet says, and tells it what happened."""
+
+    def __init__(
+        self, url: str, fleet: Fleet, intake: Intake, clock: Clock, timeout_seconds: float
+    ) -> None:
+        self._url, self._fleet, self._intake, self._clock = url, fleet, intake, clock
+        self._timeout = timeout_seconds
+        self._news = asyncio.Event()
+        self._open: dict[Connection, ClientConnection] = {}
+        self._tasks: dict[Connection, asyncio.Task[None]] = {}
+
+    def follow(self, streams: Streams) -> None:
+        self._fleet.follow(streams)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises VenueRefused, in an exception group."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._news.clear()
+                for command in self._fleet.act(_now()):
+                    self._carry_out(command, tasks)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(self._fleet.wake):
+                        await self._news.wait()
+
+    def _carry_out(self, command: Command, tasks: asyncio.TaskGroup) -> None:
+        connection = command.connection
+        if type(command) is Open:
+            self._tasks[connection] = tasks.create_task(self._serve(connection))
+        elif type(command) is Send:
+            # Never waited for here: one that does not read must not delay the others.
+            tasks.create_task(self._send(connection, command.message))
+        elif type(command) is Close:
+            if command.why:
+                self._intake.note("given up")
+                _log.info("connection given up", url=self._url, why=command.why)
+            if connection in self._tasks:
+                self._tasks[connection].cancel()
+
+    async def _serve(self, connection: Connection) -> None:
+        """One socket from its handshake to its end."""
+        try:
+            socket = await self._connect(connection)
+            if socket is None:
+                return
+            self._open[connection] = socket
+            self._intake.note("connected")
+            try:
+                self._fleet.opened(connection, _now())
+                self._news.set()
+                await self._read(connection, socket)
+            finally:
+                del self._open[connection]
+                await _close(socket)
+        finally:
+            del self._tasks[connection]
+
+    async def _connect(self, connection: Connection) -> ClientConnection | None:
+        try:
+            return await connect(
+                self._url,
+                open_timeout=self._timeout,
+                close_timeout=_CLOSE_SECONDS,
+                ping_interval=None,  # the fleet knows a silent server by asking it
+                max_size=_MOST_BYTES,
+                max_queue=_MOST_FRAMES,
+                compression=None,  # kline frames are small, and a core is dear
+                proxy=None,
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            if status in FINAL:
+                raise VenueRefused(f"{self._url}: HTTP {status}") from None
+            wait = 0.0
+            if status in PATIENCE:
+                self._intake.note("rate limited")
+                wait = retry_after(error.response.headers.get("Retry-After"))
+            self._lose(connection, "not connected", f"HTTP {status}", wait)
+        except (OSError, InvalidHandshake, InvalidURI, EOFError) as error:
+            self._lose(connection, "not connected", str(error) or type(error).__name__)
+        return None
+
+    def _lose(self, connection: Connection, note: str, why: str, wait: float = 0.0) -> None:
+        self._fleet.lost(connection, _now(), wait)
+        self._news.set()
+        self._intake.note(note)
+        _log.warning(note, url=self._url, why=why)
+
+    async def _send(self, connection: Connection, message: bytes) -> None:
+        socket = self._open.get(connection)
+        if socket is not None:
+            with suppress(ConnectionClosed):  # whoever reads will notice
+                await socket.send(message, text=True)
+
+    async def _read(self, connection: Connection, socket: ClientConnection) -> None:
+        receive, update, now = self._fleet.receive, self._intake.update, self._clock.now
+        time = asyncio.get_running_loop().time
+        try:
+            while True:
+                frame = await socket.recv(decode=False)
+                told = receive(connection, frame, time())
+                if isinstance(told, Kline):
+                    update(Update(told.series, told.candle, told.closed, now()))
+                else:
+                    self._take(told, frame)
+        except ConnectionClosed as error:
+            self._lose(connection, "lost", str(error))
+
+    def _take(self, told: Rejected | Answer | Shutdown | Other, frame: bytes) -> None:
+        """What is no kline."""
+        if type(told) is Rejected:
+            self._intake.reject(told.series, told.reason, frame[:_MOST_KEPT])
+        elif type(told) is Other:
+            self._intake.note("other frame")
+        else:
+            self._news.set()
+            if type(told) is Shutdown:
+                self._intake.note("shutdown told")
+
+
+async def _close(socket: ClientConnection) -> None:
+    """Politely, within bounds."""
+    with suppress(TimeoutError, OSError, ConnectionClosed):
+        async with asyncio.timeout(2 * _CLOSE_SECONDS):
+            await socket.close()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

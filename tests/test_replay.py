@@ -23,7 +23,7 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock, DrivenClock, LoopClock
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake
+from kronos_stream.market.source import Intake, SourceError, Traits
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.testing.virtual import run_virtual
@@ -119,7 +119,9 @@ def replayed(
     start = recording.start(lookback) if start is None else start
     clock = DrivenClock(start)
     heard = Heard(clock)
-    source = Replay(recording, clock, start, reach=driving(clock, _settled), **options)
+    source = Replay(
+        recording, clock, start, reach=driving(clock, _settled, lambda: None), **options
+    )
     source.follow(recording.series)
     asyncio.run(source.run(heard.intake))
     return heard
@@ -234,7 +236,7 @@ def test_only_what_is_followed_is_pushed(write: Write) -> None:
     recording = Recording.read([write("A_B.csv"), write("C_D.csv")])
     clock = DrivenClock(START_MS)
     heard = Heard(clock)
-    source = Replay(recording, clock, START_MS, reach=driving(clock, _settled))
+    source = Replay(recording, clock, START_MS, reach=driving(clock, _settled, lambda: None))
     source.follow([Series.parse("replay:C/D:1m")])
     asyncio.run(source.run(heard.intake))
     assert {one.series.symbol for one in heard.updates} == {"C/D"}
@@ -246,36 +248,25 @@ def test_a_series_that_is_not_recorded_is_unknown(write: Write) -> None:
     assert found == {BTC: "not recorded; there are replay:A/B:1m"}
 
 
-def test_time_stops_at_every_wait_on_its_way_and_nothing_is_left_unsettled(write: Write) -> None:
-    """A bar every minute, and somebody who waits twenty seconds at a time."""
-    recording = Recording.read([write("A_B.csv", 4)])
+def test_time_stops_at_alarms_and_goes_on_only_from_what_is_settled(write: Write) -> None:
+    """A bar every two minutes, and somebody who wants to be woken every twenty seconds."""
+    recording = Recording.read([write("A_B.csv", 3, timeframe=2 * MINUTE)])
     clock = DrivenClock(START_MS)
     heard = Heard(clock)
-    woken: list[int] = []
-    order: list[str] = []
+    settled: list[int] = []
 
-    async def settled() -> None:
-        for _ in range(3):
-            await asyncio.sleep(0)
-        order.append(f"settled {(clock.now() - START_MS) // 1000}")
+    async def settle() -> None:
+        await asyncio.sleep(0)
+        settled.append((clock.now() - START_MS) // 1000)
 
-    async def wait() -> None:
-        while True:
-            await clock.sleep(20)
-            woken.append((clock.now() - START_MS) // 1000)
+    def alarm() -> int:
+        return START_MS + (settled[-1] // 20 + 1) * 20_000
 
-    async def main() -> None:
-        source = Replay(recording, clock, START_MS, reach=driving(clock, settled))
-        source.follow(recording.series)
-        waiting = asyncio.create_task(wait())
-        await source.run(heard.intake)
-        waiting.cancel()
-
-    asyncio.run(main())
-    assert heard.times == [START_MS + (bar + 1) * MINUTE for bar in range(4)]
-    # At the closes themselves the bar comes first, and the wait ends with the next turn.
-    assert woken == list(range(20, 221, 20))
-    assert order[:5] == ["settled 0", "settled 20", "settled 40", "settled 60", "settled 80"]
+    source = Replay(recording, clock, START_MS, reach=driving(clock, settle, alarm))
+    source.follow(recording.series)
+    asyncio.run(source.run(heard.intake))
+    assert heard.times == [START_MS + bar * 2 * MINUTE for bar in (1, 2, 3)]
+    assert settled == list(range(0, 360, 20))
 
 
 @pytest.mark.parametrize("speed", [1.0, 60.0])
@@ -415,3 +406,22 @@ def test_in_a_daemon_on_the_wall_clock_the_bars_happen_now(write: Write) -> None
         assert heard.times == [one.received for one in heard.updates]
 
     run_virtual(main())
+
+
+def test_after_its_end_a_recording_knows_nothing(write: Write) -> None:
+    recording = Recording.read([write("A_B.csv", 5), write("C_D.csv", 9)])
+    ended, other = sorted(recording.series, key=lambda one: one.name)
+    end = START_MS + 5 * MINUTE
+    source = Replay(recording, DrivenClock(START_MS + 9 * MINUTE), START_MS)
+    assert len(asyncio.run(source.history(ended, end - MINUTE, end + MINUTE))) == 1
+    assert len(asyncio.run(source.history(other, end, end + MINUTE))) == 1
+    with pytest.raises(SourceError, match="its recording has ended") as raised:
+        asyncio.run(source.history(ended, end, end + MINUTE))
+    assert raised.value.retry_after > 1e8
+
+
+def test_files_are_complete_at_once_and_frames_are_not(write: Write, capture: Write) -> None:
+    files = Recording.read([write("A_B.csv", 5)])
+    assert files.traits == Traits(grace_seconds=0, patience_seconds=0)
+    frames = Recording.read([capture("frames", [kline(0, 60, closed=True)])])
+    assert frames.traits == Traits(fills_empty=True)

@@ -51,6 +51,10 @@ class CandleTrack:
     def series(self) -> frozenset[Series]:
         return frozenset((self.one,))
 
+    @property
+    def end(self) -> int:
+        return self.one.timeframe.after(int(self.table.times[-1]))
+
     def start(self, bars: int) -> int:
         """Holes count as bars: they will be filled."""
         return self.one.timeframe.after(int(self.table.times[0]), bars - 1)

@@ -47,6 +47,8 @@ class CaptureTrack:
     path: Path
     begin: int
     """UTC ms of the first frame."""
+    end: int
+    """And of the last one."""
     closed: dict[Series, list[Update]] = field(repr=False)
     """The venue's last words, by series, in the order of arrival; empty where there is none."""
 
@@ -58,6 +60,7 @@ class CaptureTrack:
             _refuse(path, "its frames name the series; give the file alone")
         closed: dict[Series, list[Update]] = {}
         begin: int | None = None
+        received = 0
         for received, told in _frames(path):
             begin = received if begin is None else begin
             if isinstance(told, Update):
@@ -66,7 +69,7 @@ class CaptureTrack:
                     words.append(told)
         if begin is None or not closed:
             _refuse(path, "no klines of Binance in it")
-        return cls(path, begin, closed)
+        return cls(path, begin, received, closed)
 
     @property
     def series(self) -> frozenset[Series]:
@@ -151,7 +154,7 @@ def _frames(path: Path) -> Iterator[tuple[int, Update | Rejected | None]]:
                 match = _LINE.fullmatch(line.rstrip(b"\r\n"))
                 if match is None:
                     _refuse(path, f"line {number}: expected 'epoch seconds: frame'")
-                # The recorder's clock may have been set back.
+                # Recorders write down two sockets out of order, and clocks are set back.
                 received = max(received, round(float(match[1]) * 1000))
                 yield received, _told(match[2], markets, received)
         except (EOFError, gzip.BadGzipFile) as error:

@@ -14,6 +14,10 @@ Settled = Callable[[], Awaitable[None]]
 """Returns when all that was taken in is dealt with, except what waits for time to pass."""
 
 
+Alarm = Callable[[], int | None]
+"""When the daemon has something to do even if nothing comes, UTC ms."""
+
+
 class PacedClock:
     """Stands still until :meth:`begin`; then it is the loop's time, ``speed`` times as fast."""
 
@@ -58,15 +62,12 @@ def pacing(clock: PacedClock, settled: Settled) -> Reach:
     return reach
 
 
-def driving(clock: DrivenClock, settled: Settled) -> Reach:
-    """Time leaps to whatever comes next, an event or the end of somebody's wait.
-
-    Each leap waits until everything before has ``settled``.
-    """
+def driving(clock: DrivenClock, settled: Settled, alarm: Alarm) -> Reach:
+    """Time leaps to whatever comes next, an event or an alarm, once all before has ``settled``."""
 
     async def reach(moment: int) -> None:
         await settled()
-        while (wake := clock.next_wake) is not None and wake < moment:
+        while (wake := alarm()) is not None and wake < moment:
             clock.advance(wake)
             await settled()
         clock.advance(moment)

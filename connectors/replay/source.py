@@ -16,7 +16,13 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Traits
+from kronos_stream.market.source import Intake, SourceError, Traits
+
+_FILES = Traits(grace_seconds=0.0, patience_seconds=0.0)
+_FRAMES = Traits(fills_empty=True)
+"""Of Binance."""
+
+_FOR_GOOD_SECONDS = 1e9
 
 _received = attrgetter("received")
 
@@ -50,6 +56,7 @@ class Recording:
                 f"{', '.join(venues)}; name files: SERIES=FILE"
             )
         (self.venue,) = venues
+        self.traits = _FRAMES if captures else _FILES
 
     @classmethod
     def read(cls, files: Sequence[str]) -> Self:
@@ -60,6 +67,10 @@ class Recording:
             [CandleTrack.read(one) for one in wanted if one not in captures],
             [CaptureTrack.read(one) for one in captures],
         )
+
+    def end(self, series: Series) -> int:
+        """After this nothing is told of ``series``."""
+        return max(track.end for track in self.tracks if series in track.series)
 
     def start(self, lookback: int) -> int:
         """The moment after which the first close is one with ``lookback`` bars, if there is any."""
@@ -87,8 +98,6 @@ class Recording:
 class Replay:
     """A venue that lives a recording. What the recording lacks, the venue does not have."""
 
-    traits = Traits()
-
     def __init__(
         self,
         recording: Recording,
@@ -104,6 +113,7 @@ class Replay:
         many moments at which bars closed.
         """
         self.venue = recording.venue
+        self.traits = recording.traits
         self._recording, self._clock, self._start = recording, clock, start
         self._reach = reach or clock.sleep_until
         self._closes = closes
@@ -128,6 +138,9 @@ class Replay:
                 left -= any(closed)
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        if start >= self._recording.end(series):
+            # What comes after is not known; to say that nothing does would make flat bars of it.
+            raise SourceError("its recording has ended", _FOR_GOOD_SECONDS)
         return self._recording.history(series, start, end, self._clock.now())
 
     async def close(self) -> None:

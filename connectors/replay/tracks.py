@@ -34,6 +34,10 @@ class Track(Protocol):
     @property
     def series(self) -> frozenset[Series]: ...
 
+    @property
+    def end(self) -> int:
+        """After this nothing is told."""
+
     def start(self, bars: int) -> int:
         """A moment after which there is a series that has ``bars`` bars at each close."""
 

@@ -72,13 +72,6 @@ class DrivenClock:
     def now(self) -> int:
         return self._now
 
-    @property
-    def next_wake(self) -> int | None:
-        """The earliest moment that is waited for; None while nobody waits."""
-        while self._waiting and self._waiting[0][2].done():
-            heapq.heappop(self._waiting)
-        return self._waiting[0][0] if self._waiting else None
-
     def advance(self, moment: int) -> None:
         """Set the time, never back, and wake whoever waited for it."""
         self._now = max(self._now, moment)

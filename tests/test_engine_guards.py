@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
@@ -150,3 +151,31 @@ def test_a_cpu_without_stable_products_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(dense, "_holds", lambda *_: False)
     with pytest.warns(UserWarning, match="depend on the batch"):
         assert dense.find_stable([(8, 8)]).block == 64
+
+
+def test_nano_products_are_stable_here() -> None:
+    """The bundled model loads without that warning, whose forecasts others recompute."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Forecaster.from_pretrained("nano", device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("block", [None, 64])
+def test_packed_products_are_products(block: int | None) -> None:
+    """oneDNN's, whole and in inner blocks, written, added and of a strided input."""
+    if not dense.can_pack():
+        pytest.skip("this torch has no oneDNN")
+    weight, bias, x = torch.randn(6, 150), torch.randn(6), torch.randn(33, 300)[:, ::2]
+    want = x @ weight.T + bias
+    product = dense.Dense(
+        weight,
+        bias,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        stable=dense.Stable(packed=True, block=block, rows=4),
+    )
+    total = torch.ones(33, 6)
+    product.add_to(x, total)
+    torch.testing.assert_close(product(x), want)
+    torch.testing.assert_close(product.into(x, torch.empty(33, 6)), want)
+    torch.testing.assert_close(total, want + 1)

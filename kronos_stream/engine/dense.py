@@ -1,11 +1,12 @@
 """Matrix products whose rows do not depend on their companions, and the buffers they write to.
 
 A CPU's matrix library picks its kernel and its blocking over the inner dimension by the number of
-rows, so the same row can come out a bit different in a larger batch (seen: inner dimension 1024,
-from 17 rows up; any, at a single row). Within a narrow inner block and from a few rows up nothing
-changes. Products are therefore taken in blocks of the inner dimension over padded rows, and
-:func:`find_stable` finds by trial, at load, limits that hold on this machine. Accelerators and
-bf16 make no such promise and take each product whole.
+rows, so the same row can come out a bit different in a larger batch. oneDNN does so at a single row
+only; MKL also at an inner dimension of 1024 from 17 rows up and, on AMD, at fewer than 8 outputs.
+Within a narrow inner block and from a few rows up nothing changes. :func:`find_stable` finds by
+trial, at load, a library and limits that hold on this machine. oneDNN comes first: on AMD it uses
+AVX-512, which MKL leaves to Intel, and takes half the time. Accelerators and bf16 make no such
+promise and take each product whole.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from torch.nn import functional as F
 _PROBE_ROWS = 16
 _BATCHES = (_PROBE_ROWS, 17, 48, 160, 512, 1536)
 
+_ONEDNN = torch.ops.mkldnn
+"""Its operations on packed weights, which torch's compiler makes of linear layers on a CPU."""
+
 _SERIAL_ELEMENTS = 32768
 """Elementwise kernels stay on one thread up to this size (at::internal::GRAIN_SIZE)."""
 
@@ -29,20 +33,29 @@ _SERIAL_ELEMENTS = 32768
 class Stable(NamedTuple):
     """Limits within which a row's product does not depend on the other rows."""
 
+    packed: bool
+    """Taken by oneDNN, from weights in its own layout."""
     block: int | None
     """Widest inner block; None takes products whole."""
     rows: int
     """Fewest rows of a product."""
 
 
-UNSTABLE = Stable(block=None, rows=1)
+UNSTABLE = Stable(packed=False, block=None, rows=1)
 """For devices and types that promise nothing."""
 
-_CANDIDATES = tuple(Stable(block, rows) for rows in (4, 16) for block in (512, 256, 128, 64))
+_CANDIDATES = (
+    *(Stable(packed=True, block=block, rows=4) for block in (None, 512, 128)),
+    *(
+        Stable(packed=False, block=block, rows=rows)
+        for rows in (4, 16)
+        for block in (512, 256, 128, 64)
+    ),
+)
 
 
 class Dense:
-    """``x @ weight.T + bias`` with the weight laid out for the product, (in, out)."""
+    """``x @ weight.T + bias`` with the weight laid out for the product: packed, or (in, out)."""
 
     def __init__(
         self,
@@ -51,21 +64,25 @@ class Dense:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        block: int | None,
+        stable: Stable,
     ) -> None:
-        """weight (out, in), bias (out,); ``block`` bounds the inner block, None leaves it whole."""
+        """weight (out, in), bias (out,); ``stable``: how products are to be taken."""
         out_features, in_features = weight.shape
-        parts = 1 if block is None else -(-in_features // block)
+        parts = 1 if stable.block is None else -(-in_features // stable.block)
         width = -(-in_features // parts)
         self.spans = [(i, min(i + width, in_features)) for i in range(0, in_features, width)]
-        laid_out = weight.detach().T.to(device, dtype)
-        self.blocks = [laid_out[lo:hi].contiguous() for lo, hi in self.spans]
+        weight = weight.detach().to(device, dtype)
+        blocks = [weight[:, lo:hi] for lo, hi in self.spans]
+        self.packed = stable.packed
+        self.blocks = [_pack(b) if self.packed else b.T.contiguous() for b in blocks]
         self.bias = None if bias is None else bias.detach().to(device, dtype)
         self.out_features = out_features
         self.dtype = dtype
 
     def into(self, x: Tensor, out: Tensor) -> Tensor:
-        """Write the product of x (R, in) to ``out`` (R, out) and return it."""
+        """The product of x (R, in), in ``out`` (R, out) unless oneDNN gives memory of its own."""
+        if self.packed:
+            return self(x)
         (lo, hi), first = self.spans[0], self.blocks[0]
         if self.bias is None:
             torch.mm(x[:, lo:hi], first, out=out)
@@ -77,7 +94,7 @@ class Dense:
 
     def add_to(self, x: Tensor, total: Tensor) -> None:
         """Add the product of x (R, in) to the float32 ``total`` (R, out)."""
-        if self.dtype != total.dtype:
+        if self.packed or self.dtype != total.dtype:
             total.add_(self(x))
             return
         for (lo, hi), block in zip(self.spans, self.blocks, strict=True):
@@ -87,6 +104,13 @@ class Dense:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The product of x (R, in) as a new tensor (R, out)."""
+        if self.packed:
+            parts = zip(self.spans, self.blocks, strict=True)
+            (lo, hi), first = next(parts)
+            out = _packed_product(x[:, lo:hi], first, self.bias)
+            for (lo, hi), block in parts:
+                out += _packed_product(x[:, lo:hi], block, None)
+            return out
         return self.into(x, x.new_empty(x.shape[0], self.out_features))
 
 
@@ -128,6 +152,8 @@ def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
     """
     distinct = sorted(set(shapes))
     for limits in _CANDIDATES:
+        if limits.packed and not can_pack():
+            continue
         if all(_holds(limits, inner, outer) for inner, outer in distinct):
             return limits
     warnings.warn(
@@ -138,11 +164,27 @@ def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
     return _CANDIDATES[-1]
 
 
+def _pack(weight: Tensor) -> Tensor:
+    """(out, in) in the layout that oneDNN's products read fastest."""
+    packed: Tensor = _ONEDNN._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
+    return packed
+
+
+def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = _ONEDNN._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+    return out
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN, and the operations on packed weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, "_linear_pointwise")
+
+
 def _holds(limits: Stable, inner: int, outer: int) -> bool:
     generator = torch.Generator().manual_seed(inner * 65537 + outer)
     weight = torch.randn(outer, inner, generator=generator)
     bias = torch.randn(outer, generator=generator)
-    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, block=limits.block)
+    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, stable=limits)
     x = torch.randn(max(_BATCHES), inner, generator=generator)
     probe = x[:_PROBE_ROWS]
     want = dense(probe)

@@ -46,7 +46,7 @@ class ContextPrefix:
         """Buffers for ``shape``; a context slot that is never filled attends to zeros."""
         like, bars, count = predictor.s2_query, shape.bars, shape.contexts
         width = predictor.stack.width
-        code_like = tokenizer.decoder.blocks[0].qkv.blocks[0]
+        code_like = like.new_empty(0, dtype=tokenizer.decoder.blocks[0].qkv.dtype)
         return cls(
             bars=bars,
             trunk=_cache(predictor.stack, count, bars, like),

@@ -37,7 +37,7 @@ class Placement(NamedTuple):
     stable: Stable
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
-        return Dense(weight, bias, device=self.device, dtype=self.dtype, block=self.stable.block)
+        return Dense(weight, bias, device=self.device, dtype=self.dtype, stable=self.stable)
 
     def table(self, values: Tensor) -> Tensor:
         """A float32 table: sums over it stay in float32."""

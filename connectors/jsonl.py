@@ -1,4 +1,4 @@
-"""Forecasts into a file: one JSON object per line, appended."""
+"""Forecasts into a file: one JSON object per line, appended, only whole lines."""
 
 from __future__ import annotations
 
@@ -6,38 +6,50 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedRandom
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+import orjson
+import structlog
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkConnector, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
+_log = structlog.get_logger()
 _T = TypeVar("_T")
 
 _BLOCK = 65_536
 
 
+def _file(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.name or path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file, such as forecasts.jsonl")
+    return path
+
+
 class JsonlOptions(BaseModel):
-    """``KRONOS_STREAM_JSONL__*``."""
+    """Settings of the file sink."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: Path = Field(description="file for forecasts; dead letters go to <path>.deadletter")
-    sync: bool = Field(
-        default=False, description="wait for the disk: what is delivered survives a power cut"
-    )
+    path: Annotated[Path, AfterValidator(_file)]
+    """File that forecasts are appended to; dead letters go to PATH.deadletter. Log rotation may
+    take either away at any time."""
+    sync: bool = True
+    """Wait for the disk after each batch, so that a power cut loses no line."""
 
 
 class JsonlSink:
-    """Appends each record's value as a line; follows a file that is renamed away and made anew."""
+    """A line is a record's value as it is; its key and its headers are in there, too."""
 
     name = "jsonl"
 
     def __init__(self, options: JsonlOptions) -> None:
-        path = options.path.expanduser()
+        path = options.path
         self._paths: dict[Kind, Path] = {
             "forecast": path,
             "deadletter": path.with_name(f"{path.name}.deadletter"),
@@ -46,13 +58,15 @@ class JsonlSink:
         self._thread = ThreadPoolExecutor(1, "jsonl")
 
     async def start(self) -> None:
-        """See that the files can be written, and end a line that a crash left unfinished."""
+        """See that the files can be written, and mend what a crash left unfinished."""
         await self._call(lambda: [_heal(path) for path in self._paths.values()])
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         lines: dict[Path, list[bytes]] = {}
         for record in records:
-            lines.setdefault(self._paths[record.kind], []).append(record.value + b"\n")
+            # Strings in JSON have no raw line breaks, so any is between tokens.
+            line = record.value.replace(b"\n", b" ") + b"\n"
+            lines.setdefault(self._paths[record.kind], []).append(line)
         await self._call(
             lambda: [self._append(path, b"".join(some)) for path, some in lines.items()]
         )
@@ -62,38 +76,79 @@ class JsonlSink:
         self._thread.shutdown(wait=False)
 
     async def _call(self, work: Callable[[], _T]) -> _T:
+        """One thread, so that a write that nobody waits for any more is over before the next."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OSError as error:
-            raise SinkUnavailable(f"{error.filename or 'file'}: {error.strerror}") from error
+            raise SinkUnavailable(f"{error.filename}: {error.strerror}") from error
 
     def _append(self, path: Path, lines: bytes) -> None:
         # Opened anew each time: log rotation may have taken the file away.
-        with path.open("ab") as file:
+        with path.open("ab", buffering=0) as file:
             start = file.tell()
             try:
-                file.write(lines)
-                file.flush()
-            except OSError:
-                os.truncate(path, start)  # a disk that is full must not leave half a line
+                rest = memoryview(lines)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError as error:
+                os.truncate(path, start)  # a full disk must not leave half a line behind
+                error.filename = str(path)
                 raise
             if self._sync:
                 os.fsync(file.fileno())
+        if self._sync and not start:
+            _sync_folder(path.parent)
 
 
 def _heal(path: Path) -> None:
-    """Make the file, or cut off what a crash left of a line: its record comes again."""
+    """Make the file, or mend its last line.
+
+    What a crash left of a record's line is cut off, for the record comes again; anything else
+    without an end, which may be somebody else's, is given one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         end = file.tell()
-        while end:
-            start = max(0, end - _BLOCK)
-            file.seek(start)
-            whole = file.read(end - start).rfind(b"\n") + 1
-            if whole or not start:
-                file.truncate(start + whole)
-                return
-            end = start
+        start = _last_line(file, end)
+        file.seek(start)
+        line = file.read(end - start)
+        if not line:
+            return
+        if line.startswith((b"{", b"\0")) and not _is_json(line):
+            _log.warning("unfinished line cut off", path=str(path), bytes=len(line))
+            file.truncate(start)
+        else:
+            file.write(b"\n")
+
+
+def _last_line(file: BufferedRandom, end: int) -> int:
+    """Where what follows the last line break begins."""
+    start = end
+    while start:
+        block = max(0, start - _BLOCK)
+        file.seek(block)
+        found = file.read(start - block).rfind(b"\n")
+        if found >= 0:
+            return block + found + 1
+        start = block
+    return 0
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the name of a new file last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def build(options: JsonlOptions, _clock: Clock, _random: Random) -> JsonlSink:

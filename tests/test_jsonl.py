@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -50,13 +52,90 @@ async def test_a_torn_line_is_cut_off_at_the_start(tmp_path: Path, length: int) 
     assert numbers(path) == [1, 3]
 
 
-async def test_a_file_of_one_torn_line_is_emptied(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("left", "mended"),
+    [
+        (b'{"n": 1', b""),
+        (b'{"n": 1}\n\0\0\0\0', b'{"n": 1}\n'),  # as a power cut may leave it
+        (b'{"n": 1}', b'{"n": 1}\n'),  # whole but for its end: nothing is lost
+        (b"x" * 65_536, b"x" * 65_536 + b"\n"),  # not ours: nothing is cut
+        (b"", b""),
+    ],
+)
+async def test_the_last_line_is_mended_at_the_start(
+    tmp_path: Path, left: bytes, mended: bytes
+) -> None:
     path = tmp_path / "out.jsonl"
-    path.write_bytes(b"x" * 65_536)
+    path.write_bytes(left)
     one = sink(path)
     await one.start()
     await one.close()
-    assert path.read_bytes() == b""
+    assert path.read_bytes() == mended
+
+
+async def test_a_value_of_many_lines_becomes_one(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    one = sink(path)
+    await one.start()
+    await one.deliver([record(1)._replace(value=b'{\n "n": 5\n}'), record(2)])
+    await one.close()
+    assert numbers(path) == [5, 2]
+
+
+_VICTIM = """
+import asyncio, sys
+from pathlib import Path
+from random import Random
+from kronos_connectors.jsonl import CONNECTOR, JsonlOptions
+from kronos_stream.forecast.sink import Record, SinkUnavailable
+from kronos_stream.market.clock import SystemClock
+
+async def main():
+    sink = CONNECTOR.build(JsonlOptions(path=Path(sys.argv[1])), SystemClock(), Random(0))
+    await sink.start()
+    for i in range(1_000_000):
+        value = b'{"n": %d, "pad": "%s"}' % (i, b"." * 20_000)
+        try:
+            await sink.deliver([Record(i, "forecast", "k", value, (), 0)])
+        except SinkUnavailable as error:
+            await sink.close()
+            sys.exit(str(error))
+        print(i, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_taken_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    command = [sys.executable, "-c", _VICTIM, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:  # noqa: ASYNC220, S603
+        assert victim.stdout is not None
+        for _ in range(30):
+            taken = int(victim.stdout.readline())
+        victim.kill()
+        rest = victim.stdout.read().split(b"\n")[:-1]
+    taken = int(rest[-1]) if rest else taken
+    one = sink(path)
+    await one.start()
+    await one.close()
+    assert numbers(path)[: taken + 1] == list(range(taken + 1))
+
+
+async def test_a_full_disk_leaves_whole_lines_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    shell = ["bash", "-c", 'ulimit -f 300; exec "$0" "$@"']  # no file above 300 kB
+    done = subprocess.run(  # noqa: ASYNC221, S603
+        [*shell, sys.executable, "-c", _VICTIM, str(path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{path}: File too large"
+    assert numbers(path) == list(range(len(done.stdout.splitlines())))
+    assert path.stat().st_size > 250_000
 
 
 async def test_rotation_is_followed(tmp_path: Path) -> None:
@@ -72,11 +151,22 @@ async def test_rotation_is_followed(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_written_is_unavailable_and_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    one = sink(tmp_path / "folder")
-    with pytest.raises(SinkUnavailable, match="folder"):
+    path = tmp_path / "file" / "out.jsonl"
+    one = sink(path)
+    path.parent.write_text("in the way")
+    with pytest.raises(SinkUnavailable, match="file"):
         await one.start()
+    path.parent.unlink()
+    await one.start()
+    await one.deliver([record(1)])
     await one.close()
+    assert numbers(path) == [1]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_refused_in_the_settings(name: str) -> None:
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        JsonlOptions(path=Path(name))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
 
 import pytest
 
+from kronos_stream.daemon.delivery import BATCH_BYTES, MEMORY_BYTES
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Message, Outbox
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.state import Draft, State, StateError
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual import run_virtual
@@ -50,8 +52,9 @@ class Memory:
         pass
 
 
-def message(number: int) -> Message:
-    return Message("forecast", f"v:{number % 3}/X:1m", b"%d" % number, ())
+def message(number: int, size: int = 0) -> Message:
+    value = (b"%d" % number).ljust(size)
+    return Message("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
 
 
 def bury(refusal: Refusal) -> Message:
@@ -65,8 +68,9 @@ def trial(
     *,
     age: float = 1e9,
     seed: int = 0,
-) -> None:
-    """Run ``body`` beside an outbox, in virtual time."""
+) -> Metrics:
+    """Run ``body`` beside an outbox, in virtual time: what was counted."""
+    metrics = Metrics()
 
     async def main() -> None:
         state = await State.open(path)
@@ -75,7 +79,7 @@ def trial(
             sinks,
             LoopClock(1_000_000),
             Random(seed),
-            Metrics(),
+            metrics,
             max_age_seconds=age,
             bury=bury,
         )
@@ -89,6 +93,11 @@ def trial(
         assert running.cancelled()
 
     run_virtual(main())
+    return metrics
+
+
+def counted(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"kronos_{name}", labels)
 
 
 def test_what_is_published_arrives_in_order_and_leaves_the_state(tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_what_is_published_arrives_in_order_and_leaves_the_state(tmp_path: Path)
         for i in range(50):
             await outbox.publish([Outcome("s", i, 0, "forecast")], [message(i), message(i + 1000)])
         assert await outbox.drain(10) == 0
-        assert await state.undelivered("one", 0, 9) == []
+        assert await state.backlogs() == {}
 
     trial(tmp_path / "s", [one, two], body)
     assert one.got == two.got == [n for i in range(50) for n in (i, i + 1000)]
@@ -151,19 +160,55 @@ def test_a_long_outage_is_kept_on_disk_and_delivered_in_order(tmp_path: Path) ->
     sink.down = True
 
     async def body(outbox: Outbox, _: State) -> None:
-        for first in range(0, 20_000, 100):
-            await outbox.publish([], [message(i) for i in range(first, first + 100)])
-        lane = outbox._lanes["memory"]
-        assert len(lane._fresh) <= 2_000
-        assert len(lane._received) <= 2_000
+        await outbox.publish([], [message(0)])
+        await asyncio.sleep(60)
+        await publish(outbox, 1, 90_000)
+        tracemalloc.start()
+        await publish(outbox, 90_000, 100_000)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 2_000_000  # of 5 MB published
+        assert await outbox.drain(0) == 100_000
         sink.down = False
-        for i in range(20_000, 20_500):
+        for i in range(100_000, 100_500):
             await outbox.publish([], [message(i)])
             await asyncio.sleep(0.05)
         assert await outbox.drain(1_000) == 0
 
+    async def publish(outbox: Outbox, first: int, last: int) -> None:
+        for start in range(first, last, 1_000):
+            padded = [message(i, 500) for i in range(start, min(start + 1_000, last))]
+            await outbox.publish([], padded)
+
     trial(tmp_path / "s", [sink], body)
-    assert sink.got == list(range(20_500))
+    assert sink.got == list(range(100_500))
+
+
+def test_large_records_are_bounded_by_their_bytes(tmp_path: Path) -> None:
+    sink = Memory()
+    sink.down = True
+    most = 0
+
+    async def measure(records: Sequence[Record]) -> Sequence[Refusal]:
+        nonlocal most
+        most = max(most, sum(len(record.value) for record in records))
+        return ()
+
+    sink.fault = measure
+
+    async def body(outbox: Outbox, _: State) -> None:
+        tracemalloc.start()
+        for i in range(60):
+            await outbox.publish([], [message(i, 1_000_000)])
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < MEMORY_BYTES + 2_000_000
+        sink.down = False
+        assert await outbox.drain(60) == 0
+
+    trial(tmp_path / "s", [sink], body)
+    assert sink.got == list(range(60))
+    assert 1_000_000 < most < BATCH_BYTES + 1_100_000
 
 
 def test_what_a_dead_daemon_left_goes_out_first(tmp_path: Path) -> None:
@@ -216,12 +261,183 @@ def test_old_records_are_given_up_in_the_end(tmp_path: Path) -> None:
     sink.down = True
 
     async def body(outbox: Outbox, _: State) -> None:
-        await outbox.publish([], [message(1)])
+        await outbox.publish([], [message(i) for i in range(5_000)])
         await asyncio.sleep(90)
-        await outbox.publish([], [message(2)])
+        await outbox.publish([], [message(5_000)])
         await asyncio.sleep(20)
+        assert await outbox.drain(0) == 1
         sink.down = False
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], body, age=100)
-    assert sink.got == [2]
+    metrics = trial(tmp_path / "s", [sink], body, age=100)
+    assert sink.got == [5_000]
+    assert counted(metrics, "expired_total", sink="memory") == 5_000
+
+
+def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
+    sink = Memory()
+
+    async def body(outbox: Outbox, _: State) -> None:
+        await asyncio.sleep(1)
+        sink.down = True
+        await outbox.publish([], [message(1), message(2)])
+        await asyncio.sleep(30)
+        measured = outbox._deliveries["memory"]._metrics
+        assert counted(measured, "queue_depth", queue="outbox:memory") == 2
+        assert counted(measured, "outbox_age_seconds", sink="memory") == 30
+        sink.down = False
+        assert await outbox.drain(60) == 0
+        assert counted(measured, "queue_depth", queue="outbox:memory") == 0
+        assert counted(measured, "outbox_age_seconds", sink="memory") == 0
+
+    measured = trial(tmp_path / "s", [sink], body)
+    assert counted(measured, "delivered_total", sink="memory", kind="forecast") == 2
+    assert (counted(measured, "sink_failures_total", sink="memory") or 0) > 3
+    seconds = counted(measured, "received_to_published_seconds_sum", sink="memory")
+    assert seconds is not None
+    assert 60 <= seconds <= 80  # two records, 30 to 40 s each
+
+
+def test_a_sink_that_hangs_is_given_up_and_asked_again(tmp_path: Path) -> None:
+    slow, quick = Memory("slow"), Memory("quick")
+    hung = 0
+
+    async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
+        nonlocal hung
+        hung += 1
+        if hung <= 2:
+            await asyncio.sleep(10_000)
+        return ()
+
+    slow.fault = fault
+
+    async def body(outbox: Outbox, _: State) -> None:
+        await outbox.publish([], [message(1)])
+        await asyncio.sleep(0.01)
+        assert quick.got == [1]
+        await asyncio.sleep(61)
+        assert outbox.healthy() == {"slow": "no answer in 60 s", "quick": ""}
+        assert await outbox.drain(180) == 0
+
+    trial(tmp_path / "s", [slow, quick], body)
+    assert slow.got == [1]
+
+
+def test_a_sink_that_cancels_itself_is_asked_again(tmp_path: Path) -> None:
+    sink = Memory()
+    tries = 0
+
+    async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise asyncio.CancelledError
+        return ()
+
+    sink.fault = fault
+
+    async def body(outbox: Outbox, _: State) -> None:
+        await outbox.publish([], [message(1)])
+        assert await outbox.drain(60) == 0
+
+    trial(tmp_path / "s", [sink], body)
+    assert sink.got == [1]
+
+
+def test_a_stop_ends_a_sink_that_makes_something_else_of_it(tmp_path: Path) -> None:
+    sink = Memory()
+
+    async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
+        try:
+            await asyncio.sleep(50)
+        except asyncio.CancelledError:
+            raise SinkUnavailable("interrupted") from None
+        return ()
+
+    sink.fault = fault
+
+    async def body(outbox: Outbox, _: State) -> None:
+        await outbox.publish([], [message(1)])
+        assert await outbox.drain(1) == 1
+
+    trial(tmp_path / "s", [sink], body)  # which waits for the end
+
+
+def test_a_publisher_given_up_leaves_no_record_behind(tmp_path: Path) -> None:
+    sink = Memory()
+
+    async def body(outbox: Outbox, state: State) -> None:
+        await outbox.publish([], [message(0)])
+        assert await outbox.drain(60) == 0
+        for i in range(1, 40):
+            publishing = asyncio.create_task(outbox.publish([], [message(i)]))
+            for _ in range(i % 4):
+                await asyncio.sleep(0)
+            publishing.cancel()
+            await asyncio.wait([publishing])
+        assert await outbox.drain(60) == 0
+        assert await state.backlogs() == {}
+        await outbox.publish([], [message(40)])
+        assert await outbox.drain(60) == 0
+
+    trial(tmp_path / "s", [sink], body)
+    assert sink.got == sorted(set(sink.got))
+    assert sink.got[0] == 0
+    assert sink.got[-1] == 40
+
+
+def test_a_state_that_fails_ends_the_daemon_not_the_record(tmp_path: Path) -> None:
+    sink = Memory()
+
+    async def main() -> None:
+        state = await State.open(tmp_path / "s")
+        wall, metrics = LoopClock(1_000_000), Metrics()
+        outbox = Outbox(state, [sink], wall, Random(0), metrics, max_age_seconds=1e9, bury=bury)
+        running = asyncio.create_task(outbox.run())
+        await outbox.publish([], [message(1)])
+        assert await outbox.drain(60) == 0
+        await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 1"))
+        with pytest.raises(StateError, match="cannot be written"):
+            await outbox.publish([], [message(2)])
+        await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 0"))
+
+        async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
+            await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 1"))
+            return ()
+
+        sink.fault = fault
+        await outbox.publish([], [message(3)])
+        with pytest.raises(ExceptionGroup) as failure:
+            await running
+        assert failure.group_contains(StateError, match="cannot be written")
+        await state.close()
+
+    run_virtual(main())
+    assert sink.got == [1, 3]
+
+
+def test_records_of_a_sink_set_up_no_more_wait_until_too_old(tmp_path: Path) -> None:
+    gone, sink = Memory("gone"), Memory()
+    gone.down = True
+
+    async def leave(outbox: Outbox, state: State) -> None:
+        await outbox.publish([], [message(1)])
+        ancient = Draft("gone", "forecast", "v:A/X:1m", b"0", (), 1_000_000)
+        await state.record([], [ancient._replace(sink="other", created=-900_000_000)])
+
+    trial(tmp_path / "s", [gone], leave)
+
+    async def without(_: Outbox, state: State) -> None:
+        await asyncio.sleep(1)
+        assert list(await state.backlogs()) == ["gone"]
+
+    trial(tmp_path / "s", [sink], without, age=86_400)
+    assert sink.got == []
+    gone.down = False
+
+    async def again(outbox: Outbox, _: State) -> None:
+        await asyncio.sleep(1)
+        assert await outbox.drain(60) == 0
+
+    trial(tmp_path / "s", [gone], again, age=86_400)
+    assert gone.got == [1]

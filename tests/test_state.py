@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import sqlite3
 import subprocess
 import sys
-import textwrap
+import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from kronos_stream.daemon.database import Database
 from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import Draft, State, StateError
+from kronos_stream.daemon.state import Backlog, Draft, State, StateError
 from kronos_stream.market import Bar, Candle, Series
 
 A, B = Series.parse("v:A/X:1m"), Series.parse("v:B/X:1m")
@@ -74,16 +78,37 @@ async def test_records_wait_per_sink_in_order_until_delivered(state: State) -> N
     put = await state.record([], [draft("k", 1), draft("m", 2), draft("k", 3)])
     assert [sink for sink, _ in put] == ["k", "m", "k"]
     ours = [record for sink, record in put if sink == "k"]
-    assert await state.undelivered("k", 0, 10) == ours
-    assert await state.undelivered("k", ours[0].sequence, 10) == ours[1:]
-    await state.delivered("k", [ours[0].sequence])
-    assert await state.undelivered("k", 0, 10) == ours[1:]
-    assert await state.waiting() == 2
+    assert await state.undelivered("k", 10) == ours
+    assert await state.undelivered("k", 1) == ours[:1]
+    assert await state.undelivered("k", 10, size=1) == ours[:1]
+    assert await state.backlogs() == {"k": Backlog(2, 1_001), "m": Backlog(1, 1_002)}
+    assert await state.delivered("k", ours[0].sequence) == []
+    assert await state.undelivered("k", 10) == ours[1:]
+    assert await state.backlogs() == {"k": Backlog(1, 1_003), "m": Backlog(1, 1_002)}
+
+
+async def test_a_delivery_and_its_dead_letters_are_one_transaction(state: State) -> None:
+    [(_, first)] = await state.record([], [draft("k", 1)])
+    bad = draft("k", 3)._replace(value=None)  # type: ignore[arg-type]
+    with pytest.raises(StateError):
+        await state.delivered("k", first.sequence, [draft("k", 2), bad])
+    assert await state.undelivered("k", 10) == [first]
+    [(_, letter)] = await state.delivered("k", first.sequence, [draft("k", 2)])
+    assert await state.undelivered("k", 10) == [letter]
+
+
+async def test_old_records_expire_from_the_front_in_small_steps(state: State) -> None:
+    put = await state.record([], [draft("k", i) for i in (1, 2, 3, 9, 4)] + [draft("m", 1)])
+    assert await state.expire("k", 1_005, limit=2) == (2, put[1][1].sequence)
+    assert await state.expire("k", 1_005, limit=2) == (1, put[2][1].sequence)
+    assert await state.expire("k", 1_005, limit=2) == (0, 0)  # what follows a newer one stays
+    assert await state.undelivered("k", 10) == [put[3][1], put[4][1]]
+    assert len(await state.undelivered("m", 10)) == 1
 
 
 async def test_numbers_are_never_given_twice(state: State) -> None:
     [(_, first)] = await state.record([], [draft("k", 1)])
-    await state.delivered("k", [first.sequence])
+    await state.delivered("k", first.sequence)
     [(_, second)] = await state.record([], [draft("k", 2)])
     assert second.sequence > first.sequence
 
@@ -93,9 +118,11 @@ async def test_a_transaction_is_kept_whole_or_not_at_all(state: State) -> None:
     with pytest.raises(StateError):
         await state.record([outcome(B, 1)], [draft("k", 1), bad])
     assert await state.outcomes(B, 0) == []
-    assert await state.waiting() == 0
+    assert await state.backlogs() == {}
+    await state.save_bars([(A, bar(1))])
     await state.record([outcome(B, 1)], [])  # nor is the number of B's name remembered wrongly
     assert await state.outcomes(B, 0) == [outcome(B, 1)]
+    assert await state.load(B, 9) == []
 
 
 async def test_pruning_keeps_the_newest(state: State) -> None:
@@ -108,57 +135,166 @@ async def test_pruning_keeps_the_newest(state: State) -> None:
     assert await state.mark(A) == (540_000, 0)
 
 
+async def test_what_an_outage_took_goes_back_to_the_disk(tmp_path: Path) -> None:
+    state = await State.open(tmp_path / "state.sqlite")
+    big = draft("k", 1)._replace(value=bytes(100_000))
+    for _ in range(30):
+        put = await state.record([], [big] * 10)
+    await state.delivered("k", put[-1][1].sequence)
+    await state.prune(1, 0)
+    await state.close()
+    assert state.path.stat().st_size < 20_000_000
+
+
+async def test_pruning_goes_in_steps(state: State) -> None:
+    await state.save_bars([(A, bar(i)) for i in range(10_001)])
+    await state.record([outcome(A, i) for i in range(5_000)], [])
+    pruning = asyncio.create_task(state.prune(10, 4_999 * 60_000))
+    await asyncio.sleep(0)
+    assert await state.mark(A) == (4_999 * 60_000, 0)
+    assert not pruning.done()  # it let others in between
+    await pruning
+    assert len(await state.load(A, 99)) == 10
+    assert await state.outcomes(A, 0) == [outcome(A, 4_999)]
+
+
 async def test_a_second_owner_is_refused_and_told_who_has_it(state: State) -> None:
     with pytest.raises(StateError, match=r"in use by process \d+; stop it"):
         await State.open(state.path)
 
 
-_VICTIM = textwrap.dedent("""
-    import asyncio, sys
-    from pathlib import Path
-    from kronos_stream.daemon.state import State
-    from kronos_stream.market import Bar, Candle, Series
+async def test_a_failed_start_lets_go_of_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    path.write_text("Dear Sir or Madam, " * 1_000)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"state\.sqlite: not a state file"):
+            await State.open(path)
+    path.unlink()
+    await (await State.open(path)).close()
 
-    async def main():
-        state = await State.open(Path(sys.argv[1]))
-        for i in range(1_000_000):
-            candle = Candle(60_000 * i, 1.0, 2.0, 0.5, 1.0, 3.0)
-            await state.save_bars([(Series.parse("v:A/X:1m"), Bar(candle))])
-            print(i, flush=True)
 
+_VICTIM = """
+import asyncio, sys
+from pathlib import Path
+from kronos_stream.daemon.due import Outcome
+from kronos_stream.daemon.state import Draft, State, StateError
+from kronos_stream.market import Bar, Candle, Series
+
+async def main():
+    state = await State.open(Path(sys.argv[1]))
+    for i in range(1_000_000):
+        candle = Candle(60_000 * i, 1.0, 2.0, 0.5, 1.0, 3.0)
+        await state.save_bars([(Series.parse("v:A/X:1m"), Bar(candle))])
+        draft = Draft("k", "forecast", "v:A/X:1m", b"%d" % i + 6_000 * b".", (), i)
+        await state.record([Outcome("v:A/X:1m", 60_000 * i, 0, "forecast")], [draft])
+        print(i, flush=True)
+
+try:
     asyncio.run(main())
-""")
+except StateError as error:
+    sys.exit(f"state error: {error}")
+"""
 
 
-async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lines", [1, 20, 150, 700])
+async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, lines: int) -> None:
     path = tmp_path / "state.sqlite"
     command = [sys.executable, "-c", _VICTIM, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:  # noqa: ASYNC220, S603
         assert victim.stdout is not None
-        for _ in range(200):
+        for _ in range(lines):
             acknowledged = int(victim.stdout.readline())
+        with pytest.raises(StateError, match=f"in use by process {victim.pid};"):
+            await State.open(path)
         victim.kill()
         rest = victim.stdout.read().split(b"\n")[:-1]
     acknowledged = int(rest[-1]) if rest else acknowledged
     state = await State.open(path)
     saved = [one.candle.time // 60_000 for one in await state.load(A, 10**6)]
+    outcomes = await state.outcomes(A, 0)
+    records = await state.undelivered("k", 10**6)
+    mark = await state.mark(A)
     await state.close()
     assert saved[: acknowledged + 1] == list(range(acknowledged + 1))
     assert len(saved) <= acknowledged + 2
+    assert len(outcomes) in {acknowledged + 1, acknowledged + 2}
+    assert [record.created for record in records] == list(range(len(outcomes)))
+    assert mark == (outcomes[-1].origin, 0)
+
+
+async def test_a_full_disk_ends_the_daemon_and_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    shell = ["bash", "-c", 'ulimit -f 2000; exec "$0" "$@"']  # no file above 2 MB
+    command = [*shell, sys.executable, "-c", _VICTIM, str(path)]
+    done = subprocess.run(  # noqa: ASYNC221, S603
+        command, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"state error: {path}: the disk ")
+    acknowledged = int(done.stdout.splitlines()[-1])
+    assert acknowledged > 20
+    state = await State.open(path)
+    assert len(await state.outcomes(A, 0)) == acknowledged + 1
+    assert len(await state.undelivered("k", 10**6)) == acknowledged + 1
+    await state.close()
+
+
+async def test_the_event_loop_does_not_wait_for_the_file(state: State) -> None:
+    with closing(sqlite3.connect(state.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        saving = asyncio.create_task(state.save_bars([(A, bar(1))]))
+        began = time.monotonic()
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 5
+        assert not saving.done()
+        other.execute("COMMIT")
+        await saving
+    assert len(await state.load(A, 9)) == 1
+
+
+async def test_a_damaged_file_is_told_with_the_cure(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    state = await State.open(path)
+    await state.save_bars([(A, bar(i)) for i in range(5_000)])
+    await state.close()
+    with path.open("r+b") as file:
+        file.seek(8 * 4096)
+        file.write(random.Random(1).randbytes(path.stat().st_size - 12 * 4096))
+    state = await State.open(path)
+    with pytest.raises(StateError, match=r"damaged; move it away .* bars come back"):
+        await state.load(A, 5_000)
+    await state.close()
+
+
+async def test_an_older_file_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "state.sqlite"
+    first = "CREATE TABLE a (x); INSERT INTO a VALUES (1)"
+    await (await Database.open(path, [first])).close()
+    with pytest.raises(StateError, match="no such table"):
+        await Database.open(path, [first, "ALTER TABLE a ADD y", "DROP TABLE missing"])
+    newer = await Database.open(path, [first, "ALTER TABLE a ADD y", "UPDATE a SET y = 2"])
+    rows = await newer.read(lambda: newer.sql.execute("SELECT x, y FROM a").fetchall())
+    await newer.close()
+    assert rows == [(1, 2)]
+    with pytest.raises(StateError, match=r"newer version \(schema 3, ours is 1\)"):
+        await Database.open(path, [first])
+
+
+async def test_a_cancelled_call_is_done_or_not_and_the_file_goes_on(state: State) -> None:
+    calls = [asyncio.create_task(state.save_bars([(A, bar(i))])) for i in range(20)]
+    await asyncio.sleep(0)
+    for call in calls[10:]:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert {one.candle.time // 60_000 for one in await state.load(A, 99)} >= set(range(10))
 
 
 async def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "other.sqlite"
-    with sqlite3.connect(path) as other:
+    with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE theirs (x)")
     with pytest.raises(StateError, match="none of ours"):
-        await State.open(path)
-
-
-async def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "letter.txt"
-    path.write_text("Dear Sir or Madam, " * 1_000)
-    with pytest.raises(StateError, match=r"letter.txt: not a state file"):
         await State.open(path)
 
 

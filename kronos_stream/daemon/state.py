@@ -1,38 +1,33 @@
 """The daemon's memory: closed bars, outcomes and undelivered records in one SQLite file.
 
-One process owns it, one thread talks to it, each call is one transaction. Write-ahead logging
-without a sync per commit: a killed process loses nothing that was committed; after a power cut
-the last moments may be missing, and the venues' histories bring the bars back.
+Each call is one transaction. An outcome, the mark it moves and its records are in the same one:
+where a power cut takes the last of them, the bars are due again, and the venues' histories bring
+the bars back.
 """
 
 from __future__ import annotations
 
-import asyncio
-import fcntl
-import os
-import sqlite3
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import orjson
 import structlog
 
+from kronos_stream.daemon.database import Database, StateError
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.forecast.sink import Kind, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
+__all__ = ["Backlog", "Draft", "State", "StateError"]
+
 _log = structlog.get_logger()
-_T = TypeVar("_T")
 
-SCHEMA_VERSION = 1
-_APPLICATION_ID = 0x4B524F4E
-"""KRON: marks the file as ours."""
-
-_SCHEMA = """
+_SCHEMA = (
+    """
 CREATE TABLE series (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
                      origin INTEGER, revision INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE bars (series INTEGER NOT NULL, time INTEGER NOT NULL,
@@ -44,16 +39,17 @@ CREATE TABLE outcomes (series INTEGER NOT NULL, origin INTEGER NOT NULL, revisio
                        result TEXT NOT NULL, reason TEXT NOT NULL,
                        PRIMARY KEY (series, origin, revision)) WITHOUT ROWID;
 CREATE TABLE outbox (sequence INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL,
-                     kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL,
-                     headers BLOB NOT NULL, created INTEGER NOT NULL);
-CREATE INDEX outbox_by_sink ON outbox (sink, sequence);
-"""
+                     created INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL,
+                     headers BLOB NOT NULL, value BLOB NOT NULL);
+CREATE INDEX outbox_by_sink ON outbox (sink, sequence, created);
+""",
+)
+"""One script per version; a file is brought up to date by those it lacks."""
 
 _BAR = "time, open, high, low, close, volume, amount, revision, synthetic, received"
-
-
-class StateError(Exception):
-    """The state file cannot be used; the message names the cause and the cure."""
+_PRUNED_ROWS = 2_000
+"""What is pruned at once: nobody waits longer for the file than that takes."""
+_VACUUMED_PAGES, _FREE_PAGES = 1_000, 4_000
 
 
 class Draft(NamedTuple):
@@ -68,34 +64,38 @@ class Draft(NamedTuple):
     """UTC ms."""
 
 
-class State:
-    """An open state file. Every call returns when its transaction is committed."""
+class Backlog(NamedTuple):
+    """What waits for a sink."""
 
-    def __init__(self, path: Path, lock: int, thread: ThreadPoolExecutor) -> None:
+    records: int
+    oldest: int | None
+    """When the first of them was put into the outbox, UTC ms."""
+
+
+class State:
+    """An open state file. Every call returns when its transaction is committed.
+
+    Every call may raise StateError: then the daemon cannot go on, and nothing is half done.
+    """
+
+    def __init__(self, database: Database) -> None:
         """:meth:`open` makes one."""
-        self.path = path
-        self._lock, self._thread = lock, thread
+        self._db = database
         self._ids: dict[str, int] = {}
-        self._db: sqlite3.Connection
+        database.forget = self._ids.clear
+
+    @property
+    def path(self) -> Path:
+        return self._db.path
 
     @classmethod
     async def open(cls, path: Path) -> Self:
         """Open or make the file and lock it. Raises StateError."""
-        thread = ThreadPoolExecutor(1, "state")
-        try:
-            lock = _locked(path)
-            state = cls(path, lock, thread)
-            await state._call(state._connect)
-        except BaseException:
-            thread.shutdown(wait=False)
-            raise
-        return state
+        return cls(await Database.open(path, _SCHEMA))
 
     async def close(self) -> None:
         """Write everything into the one file and let it go."""
-        await self._call(self._db.close)
-        self._thread.shutdown()
-        os.close(self._lock)
+        await self._db.close()
 
     async def load(self, series: Series, bars: int, until: int | None = None) -> list[Bar]:
         """The newest ``bars`` closed bars that open at ``until`` or before, oldest first."""
@@ -104,17 +104,14 @@ class State:
             "WHERE series = (SELECT id FROM series WHERE name = ?) AND time <= ? "
             "ORDER BY time DESC LIMIT ?"
         )
-        last = 2**62 if until is None else until
-        rows = await self._call(
-            lambda: self._db.execute(query, (series.name, last, bars)).fetchall()
-        )
+        rows = await self._select(query, series.name, 2**62 if until is None else until, bars)
         return [_bar(row) for row in reversed(rows)]
 
     async def save_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
         """Insert or replace."""
 
         def save() -> None:
-            self._db.executemany(
+            self._db.sql.executemany(
                 "INSERT OR REPLACE INTO bars VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 [
                     (self._id(series.name), *bar.candle, bar.revision, bar.synthetic, bar.received)
@@ -122,66 +119,40 @@ class State:
                 ],
             )
 
-        await self._write(save)
+        await self._db.write(save)
 
     async def begin(self, series: Series, origin: int) -> None:
         """Bars up to ``origin`` need no outcome; without effect if the series has a mark."""
 
         def begin() -> None:
-            self._db.execute(
+            self._db.sql.execute(
                 "UPDATE series SET origin = ? WHERE id = ? AND origin IS NULL",
                 (origin, self._id(series.name)),
             )
 
-        await self._write(begin)
+        await self._db.write(begin)
 
     async def mark(self, series: Series) -> tuple[int, int] | None:
         """Origin and revision of the newest bar with an outcome, or where the series began."""
         query = "SELECT origin, revision FROM series WHERE name = ? AND origin IS NOT NULL"
-        row = await self._call(lambda: self._db.execute(query, (series.name,)).fetchone())
-        return None if row is None else (row[0], row[1])
+        rows = await self._select(query, series.name)
+        return (rows[0][0], rows[0][1]) if rows else None
 
     async def record(
         self, outcomes: Sequence[Outcome], drafts: Sequence[Draft]
     ) -> list[tuple[str, Record]]:
-        """Keep outcomes and put records into the outbox, all or none: (sink, record) each."""
+        """Keep outcomes and put records into the outbox, all or none: (sink, record) each.
+
+        A bar has one outcome, its first; another is logged, for something went wrong then. The
+        records are kept all the same: one too many does less harm than one too few.
+        """
 
         def record() -> list[tuple[str, Record]]:
-            for one in outcomes:
-                series = self._id(one.series)
-                self._db.execute(
-                    "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?)",
-                    (series, one.origin, one.revision, one.result, one.reason),
-                )
-                self._db.execute(
-                    "UPDATE series SET origin = ?1, revision = ?2 WHERE id = ?3 "
-                    "AND (origin IS NULL OR (origin, revision) < (?1, ?2))",
-                    (one.origin, one.revision, series),
-                )
+            for outcome in outcomes:
+                self._keep(outcome)
             return [(draft.sink, self._put(draft)) for draft in drafts]
 
-        return await self._write(record)
-
-    async def undelivered(self, sink: str, after: int, limit: int) -> list[Record]:
-        """At most ``limit`` records of a sink with a sequence above ``after``, in order."""
-        query = (
-            "SELECT sequence, kind, key, value, headers, created FROM outbox "
-            "WHERE sink = ? AND sequence > ? ORDER BY sequence LIMIT ?"
-        )
-        rows = await self._call(lambda: self._db.execute(query, (sink, after, limit)).fetchall())
-        return [Record(*row[:4], _headers(row[4]), row[5]) for row in rows]
-
-    async def delivered(self, sink: str, sequences: Sequence[int]) -> None:
-        """Take records out of the outbox."""
-        rows = [(sequence, sink) for sequence in sequences]
-        statement = "DELETE FROM outbox WHERE sequence = ? AND sink = ?"
-        await self._write(lambda: self._db.executemany(statement, rows))
-
-    async def waiting(self) -> int:
-        """Records that are undelivered, of all sinks."""
-        query = "SELECT count(*) FROM outbox"
-        row = await self._call(lambda: self._db.execute(query).fetchone())
-        return int(row[0])
+        return await self._db.write(record)
 
     async def outcomes(self, series: Series, since: int) -> list[Outcome]:
         """What became of the bars from ``since`` on, UTC ms of their opens."""
@@ -190,131 +161,135 @@ class State:
             "JOIN series ON series.id = outcomes.series "
             "WHERE name = ? AND outcomes.origin >= ? ORDER BY outcomes.origin, outcomes.revision"
         )
-        rows = await self._call(lambda: self._db.execute(query, (series.name, since)).fetchall())
-        return [Outcome(*row) for row in rows]
+        return [Outcome(*row) for row in await self._select(query, series.name, since)]
+
+    async def undelivered(self, sink: str, limit: int, size: int = 2**62) -> list[Record]:
+        """A sink's first ``limit`` records; fewer if their values reach ``size`` bytes before."""
+        query = (
+            "SELECT sequence, kind, key, value, headers, created FROM outbox "
+            "WHERE sink = ? ORDER BY sequence LIMIT ?"
+        )
+
+        def read() -> list[Record]:
+            records, bytes_read = [], 0
+            for row in self._db.sql.execute(query, (sink, limit)):
+                records.append(_record(row))
+                bytes_read += len(records[-1].value)
+                if bytes_read >= size:
+                    break
+            return records
+
+        return await self._db.read(read)
+
+    async def delivered(
+        self, sink: str, through: int, letters: Sequence[Draft] = ()
+    ) -> list[tuple[str, Record]]:
+        """Take a sink's records up to ``through`` out, and put ``letters`` in, as :meth:`record`.
+
+        through: the sequence of the last that was delivered; all before it were as well.
+        """
+
+        def settle() -> list[tuple[str, Record]]:
+            self._take_out(sink, through)
+            return [(draft.sink, self._put(draft)) for draft in letters]
+
+        return await self._db.write(settle)
+
+    async def expire(self, sink: str, before: int, limit: int = _PRUNED_ROWS) -> tuple[int, int]:
+        """Take out a sink's first records that were created before a time, ``limit`` at most.
+
+        before: UTC ms. Returns how many, and the sequence of the last.
+        """
+        query = "SELECT sequence, created FROM outbox WHERE sink = ? ORDER BY sequence LIMIT ?"
+
+        def expire() -> tuple[int, int]:
+            rows = self._db.sql.execute(query, (sink, limit)).fetchall()
+            old = [row[0] for row in takewhile(lambda row: row[1] < before, rows)]
+            if not old:
+                return 0, 0
+            self._take_out(sink, old[-1])
+            return len(old), old[-1]
+
+        return await self._db.write(expire)
+
+    async def backlogs(self) -> dict[str, Backlog]:
+        """What waits, by sink; those of which nothing waits are left out."""
+        # `created` grows with `sequence`, but for steps of the clock; the index has all of it.
+        query = "SELECT sink, count(*), min(created) FROM outbox GROUP BY sink"
+        return {sink: Backlog(*rest) for sink, *rest in await self._select(query)}
 
     async def prune(self, keep: int, outcomes_before: int) -> None:
         """Forget bars beyond each series' newest ``keep``, and outcomes of older origins.
 
-        One transaction per series, so that nobody waits long. outcomes_before: UTC ms.
+        In small transactions, so that nobody waits long. outcomes_before: UTC ms.
         """
-        rows = await self._call(lambda: self._db.execute("SELECT id FROM series").fetchall())
-        for (series,) in rows:
-            await self._write(partial(self._prune_one, series, keep, outcomes_before))
-
-    def _prune_one(self, series: int, keep: int, outcomes_before: int) -> None:
-        self._db.execute(
-            "DELETE FROM bars WHERE series = ?1 AND time < "
-            "(SELECT time FROM bars WHERE series = ?1 ORDER BY time DESC LIMIT 1 OFFSET ?2)",
-            (series, keep - 1),
+        bars = (
+            "DELETE FROM bars WHERE series = ?1 AND time IN (SELECT time FROM bars "
+            "WHERE series = ?1 AND time < (SELECT time FROM bars WHERE series = ?1 "
+            "ORDER BY time DESC LIMIT 1 OFFSET ?2) ORDER BY time LIMIT ?3)"
         )
-        self._db.execute(
-            "DELETE FROM outcomes WHERE series = ? AND origin < ?", (series, outcomes_before)
+        outcomes = (
+            "DELETE FROM outcomes WHERE series = ?1 AND (origin, revision) IN (SELECT origin, "
+            "revision FROM outcomes WHERE series = ?1 AND origin < ?2 ORDER BY origin LIMIT ?3)"
+        )
+        for (series,) in await self._select("SELECT id FROM series"):
+            for statement, most in ((bars, keep - 1), (outcomes, outcomes_before)):
+                await self._delete(statement, series, most)
+        # What an outage left free goes back to the disk; what comes and goes daily stays free.
+        while (await self._select("PRAGMA freelist_count"))[0][0] > _FREE_PAGES:
+            await self._select(f"PRAGMA incremental_vacuum({_VACUUMED_PAGES})")
+
+    async def _delete(self, statement: str, series: int, most: int) -> None:
+        arguments = (series, most, _PRUNED_ROWS)
+        work = partial(self._db.sql.execute, statement, arguments)
+        while (await self._db.write(lambda: work().rowcount)) == _PRUNED_ROWS:
+            pass
+
+    async def _select(self, query: str, *arguments: str | int) -> list[Any]:
+        return await self._db.read(lambda: self._db.sql.execute(query, arguments).fetchall())
+
+    def _keep(self, outcome: Outcome) -> None:
+        series, sql = self._id(outcome.series), self._db.sql
+        kept = sql.execute(
+            "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?)", (series, *outcome[1:])
+        )
+        if not kept.rowcount:
+            _log.error("a bar's second outcome is left out", **outcome._asdict())
+        sql.execute(
+            "UPDATE series SET origin = ?1, revision = ?2 WHERE id = ?3 "
+            "AND (origin IS NULL OR (origin, revision) < (?1, ?2))",
+            (outcome.origin, outcome.revision, series),
         )
 
     def _put(self, draft: Draft) -> Record:
-        headers = orjson.dumps([(name, value.decode()) for name, value in draft.headers])
-        cursor = self._db.execute(
+        sink, kind, key, value, headers, created = draft
+        named = orjson.dumps([(name, text.decode()) for name, text in headers])
+        cursor = self._db.sql.execute(
             "INSERT INTO outbox (sink, kind, key, value, headers, created) VALUES (?,?,?,?,?,?)",
-            (*draft[:4], headers, draft.created),
+            (sink, kind, key, value, named, created),
         )
         assert cursor.lastrowid is not None  # noqa: S101 - of an insert
-        _, kind, key, value, named, created = draft
-        return Record(cursor.lastrowid, kind, key, value, named, created)
+        return Record(cursor.lastrowid, kind, key, value, headers, created)
+
+    def _take_out(self, sink: str, through: int) -> None:
+        self._db.sql.execute("DELETE FROM outbox WHERE sink = ? AND sequence <= ?", (sink, through))
 
     def _id(self, name: str) -> int:
         known = self._ids.get(name)
         if known is None:
-            self._db.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
-            row = self._db.execute("SELECT id FROM series WHERE name = ?", (name,)).fetchone()
-            known = self._ids[name] = int(row[0])
+            known = self._ids[name] = self._numbered(name)
         return known
 
-    def _connect(self) -> None:
-        try:
-            self._db = sqlite3.connect(self.path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            owner = self._db.execute("PRAGMA application_id").fetchone()[0]
-            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if tables and owner != _APPLICATION_ID:
-                raise StateError(f"{self.path}: a database, but none of ours; name another file")
-            if version > SCHEMA_VERSION:
-                raise StateError(
-                    f"{self.path}: written by a newer version (schema {version}, ours is "
-                    f"{SCHEMA_VERSION}); use that version, or another file"
-                )
-            if not tables:
-                self._db.executescript(
-                    f"BEGIN; {_SCHEMA} PRAGMA application_id = {_APPLICATION_ID}; "
-                    f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-                )
-        except sqlite3.Error as error:
-            raise self._explained(error) from error
-
-    async def _write(self, work: Callable[[], _T]) -> _T:
-        def transaction() -> _T:
-            known = dict(self._ids)
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                result = work()
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._ids = known
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-            return result
-
-        return await self._call(transaction)
-
-    async def _call(self, work: Callable[[], _T]) -> _T:
-        def guarded() -> _T:
-            try:
-                return work()
-            except sqlite3.Error as error:
-                raise self._explained(error) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, guarded)
-
-    def _explained(self, error: sqlite3.Error) -> StateError:
-        if isinstance(error, sqlite3.DatabaseError) and "not a database" in str(error):
-            return StateError(f"{self.path}: not a state file; name another or move it away")
-        if "malformed" in str(error):
-            return StateError(
-                f"{self.path}: damaged ({error}); move it away: bars come back from the venues, "
-                "records that were not delivered are lost"
-            )
-        return StateError(f"{self.path}: {error}")
-
-
-def _locked(path: Path) -> int:
-    """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
-    name = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateError(
-            f"{name}: {error.strerror}; STATE_FILE must be in a writable folder"
-        ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(lock, 20, 0).decode(errors="replace").strip()
-        os.close(lock)
-        raise StateError(
-            f"{path}: in use by process {owner or 'unknown'}; stop it, or name another file"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
-    return lock
+    def _numbered(self, name: str) -> int:
+        self._db.sql.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
+        row = self._db.sql.execute("SELECT id FROM series WHERE name = ?", (name,)).fetchone()
+        return int(row[0])
 
 
 def _bar(row: tuple[Any, ...]) -> Bar:
     return Bar(Candle(*row[:7]), row[7], bool(row[8]), row[9])
 
 
-def _headers(text: bytes) -> tuple[tuple[str, bytes], ...]:
-    return tuple((name, value.encode()) for name, value in orjson.loads(text))
+def _record(row: tuple[Any, ...]) -> Record:
+    headers = tuple((name, text.encode()) for name, text in orjson.loads(row[4]))
+    return Record(*row[:4], headers, row[5])

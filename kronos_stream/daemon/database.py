@@ -1,0 +1,189 @@
+"""An SQLite file with one owner: locked, of a known schema, used by one thread of its own.
+
+Write-ahead logging without a sync per commit: a killed process loses nothing that was committed,
+a power cut may take the last moments, but never half a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self, TypeVar
+
+import structlog
+
+_log = structlog.get_logger()
+_T = TypeVar("_T")
+
+_APPLICATION_ID = 0x4B524F4E
+"""KRON: marks the file as ours."""
+_BUSY_SECONDS = 10.0
+"""How long somebody else, with a shell on the file, may hold it up."""
+
+_CURES = {
+    sqlite3.SQLITE_NOTADB: "not a state file; name another file, or move this one away",
+    sqlite3.SQLITE_CORRUPT: (
+        "damaged; move it away with its -wal file and start again: bars come back from the venues, "
+        "messages that were not delivered are lost"
+    ),
+    sqlite3.SQLITE_FULL: "the disk is full; make room and start again, nothing recorded is lost",
+    sqlite3.SQLITE_IOERR: (
+        "the disk cannot be read or written; see to it and start again, nothing recorded is lost"
+    ),
+    sqlite3.SQLITE_READONLY: "cannot be written; see to its permissions, or name another file",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; see to its permissions, or name another file",
+    sqlite3.SQLITE_BUSY: "held by another program; close it and start again",
+}
+
+
+class StateError(Exception):
+    """The state file cannot be used; the message names the cause and the cure."""
+
+
+class Database:
+    """An open file. Calls queue for its thread, so that the event loop never waits for a disk."""
+
+    sql: sqlite3.Connection
+    """For the functions given to :meth:`read` and :meth:`write` alone."""
+
+    def __init__(self, path: Path, lock: int) -> None:
+        """:meth:`open` makes one."""
+        self.path = path
+        self.forget: Callable[[], None] = _nothing
+        """Called in the thread when a transaction did not happen, to drop what was made of it."""
+        self._lock = lock
+        self._thread = ThreadPoolExecutor(1, "state")
+
+    @classmethod
+    async def open(cls, path: Path, schema: Sequence[str]) -> Self:
+        """Open or make the file, its folder too, and lock it. Raises StateError.
+
+        schema: one script per version, each leading from the version before; never changed later.
+        """
+        loop = asyncio.get_running_loop()
+        lock = await loop.run_in_executor(None, _locked, path)
+        database = cls(path, lock)
+        try:
+            await database.read(lambda: database._connect(schema))
+        except BaseException:
+            database._thread.shutdown(wait=False)
+            os.close(lock)
+            raise
+        return database
+
+    async def close(self) -> None:
+        """Fold the log into the file and let go of it."""
+        try:
+            await self.read(self.sql.close)
+        finally:
+            self._thread.shutdown(wait=False)
+            os.close(self._lock)
+
+    async def read(self, work: Callable[[], _T]) -> _T:
+        """What ``work`` gives, in the database's thread. Raises StateError."""
+
+        def explained() -> _T:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                raise self._explained(error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, explained)
+
+    async def write(self, work: Callable[[], _T]) -> _T:
+        """As :meth:`read`, in one transaction: all of it has happened on return, or none.
+
+        A caller that is cancelled does not know which.
+        """
+
+        def transaction() -> _T:
+            self.sql.execute("BEGIN IMMEDIATE")
+            try:
+                result = work()
+                self.sql.execute("COMMIT")
+            except BaseException:
+                self.forget()
+                if self.sql.in_transaction:
+                    self.sql.execute("ROLLBACK")
+                raise
+            return result
+
+        return await self.read(transaction)
+
+    def _connect(self, schema: Sequence[str]) -> None:
+        self.sql = sqlite3.connect(self.path, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            self._check(newest=len(schema))
+            self._tune()
+            self._migrate(schema)
+        except BaseException:
+            self.sql.close()
+            raise
+
+    def _check(self, newest: int) -> None:
+        version = self._number("PRAGMA user_version")
+        tables = self._number("SELECT count(*) FROM sqlite_master")
+        if tables and self._number("PRAGMA application_id") != _APPLICATION_ID:
+            raise StateError(f"{self.path}: a database, but none of ours; name another file")
+        if version > newest:
+            raise StateError(
+                f"{self.path}: written by a newer version (schema {version}, ours is {newest}); "
+                "use that version, or another file"
+            )
+
+    def _tune(self) -> None:
+        self.sql.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file alone
+        if self.sql.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+            raise StateError(f"{self.path}: not on a local disk; name a file on one")
+        self.sql.execute("PRAGMA synchronous = NORMAL")
+
+    def _migrate(self, schema: Sequence[str]) -> None:
+        had = self._number("PRAGMA user_version")
+        for version, script in enumerate(schema[had:], had + 1):
+            if had:
+                _log.info("state file brought up to date", path=str(self.path), schema=version)
+            self.sql.executescript(
+                f"BEGIN; {script}; PRAGMA application_id = {_APPLICATION_ID}; "
+                f"PRAGMA user_version = {version}; COMMIT;"
+            )
+
+    def _number(self, query: str) -> int:
+        number: int = self.sql.execute(query).fetchone()[0]
+        return number
+
+    def _explained(self, error: sqlite3.Error) -> StateError:
+        code = getattr(error, "sqlite_errorcode", None)
+        cure = None if code is None else _CURES.get(code & 0xFF)
+        return StateError(f"{self.path}: {f'{cure} ({error})' if cure else error}")
+
+
+def _nothing() -> None:
+    pass
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
+    name = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"{name}: {error.strerror}; the state file must be in a writable folder"
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise StateError(
+            f"{path}: in use by process {owner or 'unknown'}; stop it, or name another file"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock

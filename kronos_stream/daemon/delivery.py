@@ -1,0 +1,241 @@
+"""The outbox's way to one sink: in order, at least once, for as long as it takes.
+
+The records next in line are in memory, within bounds; those behind them are read back from the
+state file when their turn comes. A record leaves the file when the sink has taken it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from random import Random
+
+import structlog
+
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.state import Draft, State
+from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkUnavailable
+from kronos_stream.market.clock import Clock
+
+_log = structlog.get_logger()
+
+BATCH_RECORDS, BATCH_BYTES = 500, 4 * 2**20
+MEMORY_RECORDS, MEMORY_BYTES = 2_000, 16 * 2**20
+DELIVER_SECONDS = 60.0
+"""Sinks have deadlines of their own; this one is for a sink that forgot."""
+_CLOSE_SECONDS = 5.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 10.0
+
+
+class Delivery:
+    """One sink's queue, and the task that empties it."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        state: State,
+        wall: Clock,
+        random: Random,
+        metrics: Metrics,
+        *,
+        max_age: int,
+        letter: Callable[[str, Refusal], Draft],
+        order: asyncio.Lock,
+    ) -> None:
+        """max_age: ms. letter: the dead letter of a refusal, for a sink.
+
+        order: held by whoever writes or reads the outbox's rows until memory has followed suit.
+        """
+        self.trouble = "not started yet"
+        """Why nothing is delivered, empty if all is well."""
+        self.waiting = 0
+        """How many records are undelivered."""
+        self.idle = asyncio.Event()
+        """Set while nothing waits."""
+        self._sink, self._state, self._wall, self._random = sink, state, wall, random
+        self._metrics, self._max_age, self._letter, self._order = metrics, max_age, letter, order
+        self._ready: deque[tuple[Record, int | None]] = deque()
+        self._bytes = 0
+        self._behind = True
+        """Whether there may be rows behind those in memory."""
+        self._news = asyncio.Event()
+        self._started = False
+        self._failures = 0
+        metrics.queued.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
+        metrics.outbox_age.labels(sink.name).set_function(self._age_seconds)
+
+    def offer(self, record: Record, received: int | None) -> None:
+        """Take in a record just recorded, the newest. received: UTC ms, for the latency."""
+        self.waiting += 1
+        if self._behind or len(self._ready) >= MEMORY_RECORDS or self._bytes >= MEMORY_BYTES:
+            self.look()
+        else:
+            self._append(record, received)
+        self.idle.clear()
+        self._news.set()
+
+    def look(self) -> None:
+        """Look for records in the state file."""
+        self._behind = True
+        self.idle.clear()
+        self._news.set()
+
+    async def run(self) -> None:
+        """Deliver until cancelled. Raises StateError, but nothing that the sink raises."""
+        async with self._order:
+            backlog = (await self._state.backlogs()).get(self._sink.name)
+            self.waiting = backlog.records if backlog else 0
+        try:
+            while True:
+                batch = await self._next()
+                if self._started and not batch:
+                    await self._news.wait()
+                    continue
+                refusals = await self._attempt(batch)
+                if refusals is None:
+                    await asyncio.sleep(self._pause())
+                elif batch:
+                    await self._settle(batch, refusals)
+        finally:
+            await self._close()
+
+    async def _next(self) -> list[Record]:
+        """The records to deliver next; empty if none wait."""
+        self._news.clear()
+        while True:
+            if not self._ready and self._behind:
+                await self._read_on()
+            if not self._ready:
+                self.idle.set()
+                return []
+            before = self._wall.now() - self._max_age
+            if self._ready[0][0].created >= before:
+                return self._batch()
+            await self._give_up(before)
+
+    def _batch(self) -> list[Record]:
+        batch, size = [], 0
+        for record, _ in self._ready:
+            batch.append(record)
+            size += len(record.value)
+            if len(batch) >= BATCH_RECORDS or size >= BATCH_BYTES:
+                break
+        return batch
+
+    async def _read_on(self) -> None:
+        async with self._order:
+            name = self._sink.name
+            records = await self._state.undelivered(name, BATCH_RECORDS, BATCH_BYTES)
+            for record in records:
+                self._append(record, None)
+            if len(records) < BATCH_RECORDS and self._bytes < BATCH_BYTES:
+                self._behind, self.waiting = False, len(records)
+
+    async def _give_up(self, before: int) -> None:
+        """Drop the first records created before a time, UTC ms."""
+        async with self._order:
+            count, last = await self._state.expire(self._sink.name, before)
+            while self._ready and self._ready[0][0].sequence <= last:
+                self._pop()
+            self.waiting -= count
+        self._metrics.expired.labels(self._sink.name).inc(count)
+        _log.error("records given up, too old to deliver", sink=self._sink.name, records=count)
+
+    async def _attempt(self, batch: Sequence[Record]) -> Sequence[Refusal] | None:
+        """What the sink refused of ``batch``; None if it all has to be given again."""
+        try:
+            async with asyncio.timeout(DELIVER_SECONDS):
+                if not self._started:
+                    await self._sink.start()
+                    self._started = True
+                refusals = await self._sink.deliver(batch) if batch else ()
+        except asyncio.CancelledError:
+            if _told_to_stop():
+                raise
+            self._failed("a task of its own was cancelled")
+        except (SinkUnavailable, TimeoutError) as error:
+            self._failed(str(error) or f"no answer in {DELIVER_SECONDS:g} s")
+        except Exception as error:  # noqa: BLE001 - whoever wrote it, it holds up its own only
+            _log.error("sink failed unexpectedly", sink=self._sink.name, exc_info=error)
+            self._failed(repr(error))
+        else:
+            self._succeeded()
+            return refusals
+        if _told_to_stop():
+            raise asyncio.CancelledError  # the sink made something else of it
+        return None
+
+    async def _settle(self, batch: Sequence[Record], refusals: Sequence[Refusal]) -> None:
+        """Take a batch out of the file and of memory; what was refused becomes dead letters."""
+        name, now = self._sink.name, self._wall.now()
+        letters = [
+            self._letter(name, refusal)
+            for refusal in refusals
+            if refusal.record.kind != "deadletter"  # it would go round for ever
+        ]
+        for refusal in refusals:
+            kind, key = refusal.record.kind, refusal.record.key
+            _log.error("record refused", sink=name, kind=kind, key=key, why=refusal.reason)
+        refused = {refusal.record.sequence for refusal in refusals}
+        self._metrics.refused.labels(name).inc(len(refused))
+        kinds: Counter[str] = Counter()
+        async with self._order:
+            put = await self._state.delivered(name, batch[-1].sequence, letters)
+            for _ in batch:
+                record, received = self._pop()
+                if record.sequence not in refused:
+                    kinds[record.kind] += 1
+                    if received is not None:
+                        seconds = max(0, now - received) / 1000
+                        self._metrics.published.labels(name).observe(seconds)
+            self.waiting -= len(batch)
+            for _, record in put:
+                self.offer(record, None)
+        for kind, count in kinds.items():
+            self._metrics.delivered.labels(name, kind).inc(count)
+
+    def _failed(self, why: str) -> None:
+        self._failures += 1
+        self._metrics.sink_failures.labels(self._sink.name).inc()
+        if why != self.trouble:
+            _log.warning("sink does not deliver, trying again", sink=self._sink.name, why=why)
+        self.trouble = why
+
+    def _succeeded(self) -> None:
+        if self._failures:
+            tries = self._failures
+            _log.info("sink delivers", sink=self._sink.name, tries=tries, waiting=self.waiting)
+        self._failures, self.trouble = 0, ""
+
+    def _pause(self) -> float:
+        """Seconds until the next try: twice as long each time, up to a point, and never in step."""
+        longest = _FIRST_PAUSE_SECONDS * 2 ** min(self._failures - 1, 10)
+        return min(longest, _LONGEST_PAUSE_SECONDS) * self._random.uniform(0.5, 1)
+
+    async def _close(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._sink.close()
+        except Exception as error:  # noqa: BLE001 - it is of no use any more anyway
+            _log.warning("sink not closed in good order", sink=self._sink.name, why=repr(error))
+
+    def _append(self, record: Record, received: int | None) -> None:
+        self._ready.append((record, received))
+        self._bytes += len(record.value)
+
+    def _pop(self) -> tuple[Record, int | None]:
+        first = self._ready.popleft()
+        self._bytes -= len(first[0].value)
+        return first
+
+    def _age_seconds(self) -> float:
+        """Of the oldest undelivered."""
+        if not self._ready:
+            return 0.0
+        return max(0, self._wall.now() - self._ready[0][0].created) / 1000
+
+
+def _told_to_stop() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-import numpy as np
 import pytest
 
 from kronos_stream.daemon.desk import Desk
-from kronos_stream.daemon.due import Due, Outcome
+from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Candle, Update
@@ -59,7 +58,6 @@ class Venue:
     venue: str = "binance"
     asked: list[tuple[Series, int, int]] = field(default_factory=list)
     truth: dict[Series, dict[int, Candle]] = field(default_factory=dict)
-    changed: dict[Series, dict[int, tuple[int, Candle]]] = field(default_factory=dict)
     first: int = 0
     """Open of the first bar that the venue has."""
     pushes: bool = True
@@ -87,10 +85,11 @@ class Venue:
             known[time] = Candle(time, opened, high, low, close, dice.randrange(1, 99), 5.0)
         return known[time]
 
-    def revised(self, series: Series, time: int) -> None:
+    def revised(self, series: Series, time: int) -> Candle:
         bar = self.bar(series, time)
-        if bar is not None:
-            self.truth[series][time] = bar._replace(volume=bar.volume + 1000)
+        assert bar is not None
+        changed = self.truth[series][time] = bar._replace(volume=bar.volume + 1000)
+        return changed
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         self.asked.append((series, start, end))
@@ -112,44 +111,47 @@ class Venue:
 
     async def _push(self, intake: Intake, one: Series) -> None:
         step = one.timeframe.milliseconds or 0
-        faults, dice = self.faults, self.random
         time = self.clock.now() // step * step
         async with asyncio.TaskGroup() as tasks:
 
-            def tell(candle: Candle, *, closed: bool, share: float, moment: int = 0) -> None:
-                bar = (candle.time - START) // step
-                cut = faults.cut[0] <= bar < faults.cut[1]
-                if not self.pushes or cut or dice.random() < share:
-                    return
-                late = dice.uniform(0, 1.5) if dice.random() < faults.late else 0
-                for _ in range(2 if dice.random() < faults.double else 1):
-                    tasks.create_task(send(candle, moment, late, closed=closed))
-                    late += dice.uniform(0, 3)
-
-            async def send(candle: Candle, moment: int, late: float, *, closed: bool) -> None:
+            async def tell(candle: Candle, moment: int, late: float, *, closed: bool) -> None:
                 await self.clock.sleep_until(moment)
                 await self.clock.sleep(late)
                 intake.update(Update(one, candle, closed, self.clock.now()))
 
             while True:
-                final = self.bar(one, time)
-                if final is not None:
-                    for part in (1, 3):
-                        await self.clock.sleep_until(time + part * step // 4)
-                        so_far = final._replace(close=final.open, volume=final.volume / part)
-                        tell(so_far, closed=False, share=faults.lose)
-                        if dice.random() < faults.lie and step // 4 > 2_000:
-                            tell(so_far, closed=True, share=0)
-                        if dice.random() < faults.absurd:
-                            tell(final._replace(high=0.5), closed=True, share=0)
-                    await self.clock.sleep_until(time + step)
-                    share = max(faults.lose, faults.lose_last)
-                    tell(final, closed=True, share=share, moment=time + step + 20)
-                    if dice.random() < faults.revise:
-                        self.revised(one, time)
-                        tell(self.truth[one][time], closed=True, share=0, moment=time + step + 700)
-                await self.clock.sleep_until(time + step)
+                for moment, candle, closed in self._said(one, time):
+                    late = self.random.uniform(0, 1.5) if self._happens(self.faults.late) else 0
+                    for _ in range(2 if self._happens(self.faults.double) else 1):
+                        tasks.create_task(tell(candle, moment, late, closed=closed))
+                        late += self.random.uniform(0, 3)
                 time += step
+                await self.clock.sleep_until(time)
+
+    def _said(self, one: Series, time: int) -> Iterator[tuple[int, Candle, bool]]:
+        """What is pushed of a bar, and when."""
+        faults, step = self.faults, one.timeframe.milliseconds or 0
+        final = self.bar(one, time)
+        bar = (time - START) // step
+        if final is None or not self.pushes or faults.cut[0] <= bar < faults.cut[1]:
+            return
+        for moment in (time + step // 4, time + step * 3 // 4):
+            so_far = final._replace(close=final.open, volume=final.volume / 2)
+            if not self._happens(faults.lose):
+                yield moment, so_far, False
+            if self._happens(faults.lie) and step // 4 > 2_000:
+                yield moment, so_far, True
+            if self._happens(faults.absurd):
+                yield moment, final._replace(high=0.5), True
+        end = time + step + 20
+        if not self._happens(max(faults.lose, faults.lose_last)):
+            yield end, final, True
+        if self._happens(faults.revise):
+            changed = self.revised(one, time)
+            yield end + 700, changed, True
+
+    def _happens(self, share: float) -> bool:
+        return self.random.random() < share
 
 
 @dataclass
@@ -240,5 +242,70 @@ def test_each_bar_is_due_once_right_after_its_close(tmp_path: Path) -> None:
             assert window.reasons == ()
             # One question for the beginning, and none since.
             assert len(here.venue.asked) == 3
+
+    run_virtual(main())
+
+
+async def check(here: House, *, since: int = START, until: int | None = None) -> None:
+    """Compare what is saved with the venue's truth, and what was due with what is saved."""
+    for one in here.venue.series:
+        step = one.timeframe.milliseconds or 0
+        bars = await here.state.load(one, 10_000)
+        times = [bar.candle.time for bar in bars]
+        assert times == list(range(times[0], times[-1] + 1, step))
+        assert until is None or times[-1] >= until
+        for bar in bars:
+            true = here.venue.bar(one, bar.candle.time)
+            if true is None:
+                assert bar.synthetic
+                assert bar.candle.volume == 0
+            else:
+                assert bar.candle == true
+                assert not bar.synthetic
+        dues = [due for due in here.due if due.series == one]
+        places = [(due.origin, due.revision) for due in dues]
+        assert places == sorted(set(places))
+        assert sorted(set(opens(dues))) == [time for time in times if time >= since]
+
+
+def some_faults(dice: Random) -> Faults:
+    """A mixture of troubles, few to many."""
+    level = dice.choice((0.02, 0.1, 0.4))
+
+    def share() -> float:
+        return dice.choice((0, 0, 1)) * dice.random() * level
+
+    return Faults(
+        lose=share(),
+        lose_last=share() * 2,
+        double=share(),
+        late=share(),
+        revise=share(),
+        lie=share(),
+        absurd=share(),
+        refuse=share(),
+        quiet=share() / 4,
+        lag_seconds=dice.choice((0, 0, 0.5, 2)),
+        cut=dice.choice(((0, 0), (10, 14), (20, 60))),
+        down=dice.choice(((0, 0), (10, 12), (-90, 3))),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_goes_wrong_the_tape_ends_as_the_truth(tmp_path: Path, seed: int) -> None:
+    dice = Random(seed)
+    faults = some_faults(dice)
+    timeframe = dice.choice(("5s", "10s", "1m"))
+
+    async def main() -> None:
+        async with house(tmp_path, timeframe, symbols=2, seed=seed, faults=faults) as here:
+            step = here.venue.series[0].timeframe.milliseconds or 0
+            await here.until(100)
+            here.venue.faults = Faults(quiet=faults.quiet)
+            # Two audits on, what was changed without a push is known as well.
+            await here.clock.sleep(45 * 60)
+            await here.desk.settled()
+            end = here.clock.now() - 15_000 - 2 * step
+            await check(here, until=end)
 
     run_virtual(main())

@@ -68,7 +68,7 @@ class _Followed:
     series: Series
     tape: Tape
     mark: tuple[int, int] | None
-    """Origin and revision up to which no bar is due; None until the history has come."""
+    """Origin and revision up to which no bar is due; None before the tape begins."""
     awaited: int = 0
     """Close of the bar that is to be handed on next, 0 where none is known."""
     alarm: int = NEVER

@@ -8,7 +8,7 @@ from kronos_stream.market.candle import Bar, Candle
 
 
 class Begin(NamedTuple):
-    """The venue's history has come: bars that open up to ``origin`` had closed before."""
+    """The tape begins: bars that open up to ``origin`` have closed already."""
 
     origin: int
 

@@ -44,6 +44,9 @@ _SKEW_MS = 2_000
 """How far the venue's clock may be ahead of ours. Within that a bar said to be closed waits for
 its close by our clock; what is further ahead is not the clocks' fault."""
 
+_EARLY_MS = 500
+"""A bar said to be closed earlier than that is compared with what REST says of it."""
+
 _SETTLE_MS = 200
 """Pushes cross on their way: the word missing now may arrive within that."""
 
@@ -60,14 +63,15 @@ _PATIENCE_BARS, _PATIENCE_MS = 10, 600_000
 _QUIET_BARS = 60
 """After so many flat bars in a row without a sign of life a quiet symbol is a silent one."""
 
-_MEMORY = 64
+_MEMORY = 96
 """Bars whose exact content is kept, to know a change when it is pushed."""
 
 _HELD = 256
 """Pushed bars held at most; what comes beyond is missing, and asked for."""
 
-_AUDIT_MS, _AUDITED = 600_000, 60
-"""How often how many of the newest bars are asked for again: a change may not have been pushed."""
+_AUDIT_BARS, _SHORTEST_AUDIT_MS, _LONGEST_AUDIT_MS, _AUDITED = 30, 60_000, 600_000, 90
+"""After how many bars the newest are asked for again, and how many: a change of theirs may not
+have been pushed."""
 
 _ASKED = 1_000
 """Bars asked for at a time."""
@@ -134,7 +138,8 @@ class Tape:
         self._absent: dict[int, int] = {}
         """How often REST answered without a bar."""
         self._founded = bool(whole and known)
-        """Whether the tape has its beginning."""
+        """Whether the tape has its first bar, or none there is."""
+        self._begun = self._founded
         if self._founded:
             self.next = self._grid.after(known[-1].candle.time)
         self._seen, self._seen_at = -1, 0
@@ -145,6 +150,8 @@ class Tape:
         self._tries = self._pause_until = 0
         self._failing_since: int | None = None
         self._gap = self._refused = -1
+        every = _AUDIT_BARS * (self._grid.step or _LONGEST_AUDIT_MS)
+        self._audit_ms = min(max(every, _SHORTEST_AUDIT_MS), _LONGEST_AUDIT_MS)
         self._audit = NEVER
 
     @property
@@ -180,8 +187,12 @@ class Tape:
             self._set_silent(effects, silent=False)
             if closed and (time == self.next or len(self._held) < _HELD):
                 self._hold(Bar(candle, received=received), received)
+                if self._grid.after(time) > received + _EARLY_MS:
+                    # One answer will do: there is nothing that REST might not know yet.
+                    self._claims[time] = _Claim(candle, received - self._lag, self._answers - 1)
             elif time in self._held and self._grid.after(time) > received:
                 lie = self._held.pop(time).candle
+                self._claims.pop(time, None)
                 effects.append(Reject(lie, "said to be closed, and then pushed as open"))
             self._drain(received, effects)
         elif closed:
@@ -196,6 +207,9 @@ class Tape:
         self._make_up(now, effects)
         if self._asking is None and now >= self._pause_until:
             self._asking = self._wanted(now) or self._audited(now)
+            if not self._begun:
+                self._begun = True
+                effects.append(Begin(self._grid.before(now)))
             if self._asking is not None:
                 self._note_gap(self._asking, effects)
                 effects.append(self._asking)
@@ -217,7 +231,7 @@ class Tape:
         effects: list[Effect] = []
         given = self._believed(candles, start, end, now, effects)
         if not self._founded:
-            self._found(given, end, effects)
+            self._found(given)
         before = self.next, len(self._owed)
         self._judge(given, start, end, now, effects)
         for candle in given.values():
@@ -270,7 +284,7 @@ class Tape:
                 effects.append(Reject(candle, fault))
         return given
 
-    def _found(self, given: dict[int, Candle], end: int, effects: list[Effect]) -> None:
+    def _found(self, given: dict[int, Candle]) -> None:
         """Begin where the venue's history, or what is known of it, begins."""
         self._founded = True
         times = given.keys() | self._held.keys()
@@ -278,7 +292,6 @@ class Tape:
             self.next = min(times)
         elif self._seen >= 0:
             self.next = self._seen
-        effects.append(Begin(max(given) if given else self._grid.before(end)))
 
     def _hold(self, bar: Bar, now: int) -> None:
         time = bar.candle.time
@@ -289,6 +302,7 @@ class Tape:
             self._held[time] = bar._replace(revision=old.revision + 1)
         elif self._grid.after(time) > now:
             self._held[time] = bar
+            self._claims.pop(time, None)
         elif not _same(old.candle, bar.candle):
             self._claims[time] = _Claim(bar.candle, now)
 
@@ -457,7 +471,10 @@ class Tape:
         """The newest bars, from time to time; what differs is in doubt then."""
         if self.next is None or not self._recent or now < self._audit < NEVER:
             return None
-        due, self._audit = self._audit <= now, now + round(_AUDIT_MS * self._random.uniform(1, 2))
+        due, self._audit = (
+            self._audit <= now,
+            now + round(self._audit_ms * self._random.uniform(1, 1.5)),
+        )
         return Fetch(list(self._recent)[-_AUDITED:][0], self.next) if due else None
 
     def _note_gap(self, asked: Fetch, effects: list[Effect]) -> None:

@@ -27,7 +27,8 @@ from kronos_connectors.kafka.topics import wanted
 from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.daemons import DaemonProcess, ExchangeProcess
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -144,6 +145,12 @@ def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def topic_prefix(tmp_path: Path) -> str:
     """A prefix for the topics of one test; no other's folder has its name."""
     return tmp_path.name
+
+
+@pytest.fixture
+def patience() -> float:
+    """How many times as long as on a quiet machine things may take: what runs, per core."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The daemon and the simulated exchange as processes, to be watched, stopped and killed.
+"""The daemon as a process, to be watched, stopped and killed.
 
 For tests of whole systems: of this package, and of programs that read its forecasts. Linux only,
 for it looks into ``/proc``. All calls block; from a coroutine use a thread.
@@ -6,15 +6,11 @@ for it looks into ``/proc``. All calls block; from a coroutine use a thread.
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import signal
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,102 +19,14 @@ from uuid import uuid4
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
+from kronos_stream.daemon.state import State
 from kronos_stream.market.series import Series
+from kronos_stream.testing.processes import COMMAND, ProcessFailed, get, wait_for
 
-_COMMAND = (sys.executable, "-m", "kronos_stream")
 _PREFIX = "KRONOS_STREAM_"
 _MARK = "KRONOS_TESTING_MARK"
 _START_SECONDS = 90.0
 _END_SECONDS = 10.0
-_HTTP_SECONDS = 5.0
-_POLL_SECONDS = 0.05
-_MOST_KLINES = 1_000
-
-
-class ProcessFailed(Exception):  # noqa: N818
-    """A process did not do in time what it should; says where its log is."""
-
-
-def wait_for(
-    what: str, happened: Callable[[], object], seconds: float, poll: float = _POLL_SECONDS
-) -> None:
-    """Return once ``happened()`` is true. Raises ProcessFailed, naming ``what``, after that."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > deadline:
-            raise ProcessFailed(f"not within {seconds:g} s: {what}")
-        time.sleep(poll)
-
-
-class ExchangeProcess:
-    """``kronos-stream exchange``, from construction to :meth:`close`."""
-
-    def __init__(self, *arguments: str) -> None:
-        """arguments: of the command, such as ``"--symbols", "5"``. Raises ProcessFailed."""
-        self._process = subprocess.Popen(  # noqa: S603
-            [*_COMMAND, "exchange", "--json", "--with-parent", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None  # noqa: S101 - asked for
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise ProcessFailed("the exchange did not start; it has said why on stderr")
-        facts = json.loads(line)
-        self.rest_url, self.ws_url = str(facts["rest"]), str(facts["ws"])
-        self.symbols: list[str] = facts["symbols"]
-        """Its spot markets and perpetuals, in ccxt's notation."""
-        self.timeframes: list[str] = facts["timeframes"]
-
-    def settings(self) -> dict[str, str]:
-        """Variables that make a daemon follow every market and timeframe of it."""
-        return {
-            "SYMBOLS": ",".join(f"binance:{symbol}" for symbol in self.symbols),
-            "TIMEFRAMES": ",".join(self.timeframes),
-            "BINANCE__REST_URL": self.rest_url,
-            "BINANCE__WS_URL": self.ws_url,
-            "BINANCE__FUTURES_REST_URL": self.rest_url,
-            "BINANCE__FUTURES_WS_URL": f"{self.ws_url}/market",
-        }
-
-    def closed(self, series: Series, first: int, last: int) -> list[int]:
-        """Opens, UTC ms, of the closed bars with first <= open <= last, as REST tells them."""
-        futures = ":" in series.symbol
-        path = "fapi/v1/klines" if futures else "api/v3/klines"
-        symbol = series.symbol.partition(":")[0].replace("/", "")
-        opens: list[int] = []
-        while first <= last:
-            rows = _get_json(
-                f"{self.rest_url}/{path}?symbol={symbol}&interval={series.timeframe}"
-                f"&startTime={first}&endTime={last}&limit={_MOST_KLINES}"
-            )
-            now = _get_json(f"{self.rest_url}/{path.rpartition('/')[0]}/time")["serverTime"]
-            opens += [row[0] for row in rows if row[6] < now]
-            if len(rows) < _MOST_KLINES:
-                break
-            first = rows[-1][0] + 1
-        return opens
-
-    def close(self) -> None:
-        """End it."""
-        self._process.terminate()
-        try:
-            self._process.communicate(timeout=_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class DaemonProcess:
@@ -162,7 +70,7 @@ class DaemonProcess:
         self._starts, self._port = self._starts + 1, 0
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603
-                [*_COMMAND, "run"],
+                [*COMMAND, "run"],
                 env=self._environ,
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
@@ -254,6 +162,17 @@ class DaemonProcess:
             self._process.kill()
             self.wait(_END_SECONDS)
 
+    def decided(self, series: Sequence[Series]) -> dict[Series, tuple[int, int]]:
+        """By series: opens of the first bar that was due, and of the newest that has an outcome.
+
+        Only while the daemon does not run; series that it never came to follow are left out.
+        """
+        return asyncio.run(_decided(self.state_file, series))
+
+    def undelivered(self) -> int:
+        """Records that wait in the state file. Only while the daemon does not run."""
+        return asyncio.run(_undelivered(self.state_file))
+
     def left_behind(self) -> Sequence[int]:
         """Processes that it started, at any time, or that are itself, and that still live."""
         mark = f"{_MARK}={self._mark}".encode()
@@ -276,24 +195,30 @@ class DaemonProcess:
         if not self._port:
             told = (e["port"] for e in self.log() if e["event"] == "metrics and health are served")
             self._port = next(told, 0)
-        return _get(f"http://127.0.0.1:{self._port}/{path}") if self._port else (0, b"")
+        return get(f"http://127.0.0.1:{self._port}/{path}") if self._port else (0, b"")
 
 
-def _get(url: str) -> tuple[int, bytes]:
+async def _decided(path: Path, names: Sequence[Series]) -> dict[Series, tuple[int, int]]:
+    state = await State.open(path)
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as answer:  # noqa: S310
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-    except OSError:
-        return 0, b""
+        found = {}
+        for series in names:
+            mark = await state.mark(series)
+            if mark is not None:
+                outcomes = await state.outcomes(series, 0)
+                first = outcomes[0].origin if outcomes else series.timeframe.after(mark[0])
+                found[series] = (first, mark[0])
+        return found
+    finally:
+        await state.close()
 
 
-def _get_json(url: str) -> Any:  # noqa: ANN401
-    status, body = _get(url)
-    if status != 200:
-        raise ProcessFailed(f"{url} answers {status}: {body.decode(errors='replace')}")
-    return orjson.loads(body)
+async def _undelivered(path: Path) -> int:
+    state = await State.open(path)
+    try:
+        return await state.waiting()
+    finally:
+        await state.close()
 
 
 def _processes() -> list[int]:

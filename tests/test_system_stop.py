@@ -1,0 +1,221 @@
+"""The daemon as systemd meets it: bad settings, SIGTERM, a second one, SIGHUP, a worker lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from kronos_stream.forecast.message import Forecast
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+GOOD = {
+    "SYMBOLS": "binance:SIM00/USDT",
+    "TIMEFRAMES": "1s",
+    "SINKS": "jsonl",
+    "MODEL": "nano",
+    "LOOKBACK": "96",
+    "HORIZON": "8",
+}
+WORKER_DEADLINE_SECONDS = 2.0
+"""Of bars of a second."""
+REPLACED_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Iterator[ExchangeProcess]:
+    """Four markets, one-second bars."""
+    with ExchangeProcess("--symbols", "4", "--history", "300") as exchange:
+        yield exchange
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS is empty"),
+        ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
+        ({"LOKBACK": "96"}, "did you mean KRONOS_STREAM_LOOKBACK?"),
+        ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
+        ({"STATE_FILE": "/proc/state.sqlite"}, "STATE_FILE must be in a writable folder"),
+        ({"MODEL": "/nowhere"}, "/nowhere"),
+        ({"SYMBOLS": "binance:NONE/USDT"}, "binance:NONE/USDT:1s: "),
+    ],
+)
+def test_a_bad_setting_is_one_line(
+    settings: dict[str, str], said: str, exchange: ExchangeProcess, tmp_path: Path
+) -> None:
+    given = {"STATE_FILE": str(tmp_path / "state"), "HTTP__PORT": "0", "LOG__LEVEL": "error"}
+    given |= {"JSONL__PATH": str(tmp_path / "forecasts.jsonl")}
+    given |= exchange.settings() | GOOD | settings
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "kronos_stream", "run"],
+        env=environ | {f"KRONOS_STREAM_{name}": value for name, value in given.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert said in ended.stderr
+
+
+def test_told_to_stop_it_delivers_and_leaves_nothing(
+    exchange: ExchangeProcess,
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    daemon_of: Callable[..., DaemonProcess],
+) -> None:
+    with daemon_of(exchange, kafka.bootstrap) as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
+        assert daemon.stop(20.0) == 0
+        assert daemon.left_behind() == []
+        assert daemon.undelivered() == 0
+        newest = {
+            series.name: end for series, (_, end) in daemon.decided(exchange.series()).items()
+        }
+    records = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
+    found = audit(records, {})
+    assert found.faults == []
+    assert found.duplicates == 0
+    origins = [(one.series, one.origin) for one in map(Forecast.parse, dict(records).values())]
+    # The newest bar decided is the last on the topic.
+    assert {name: round(1000 * origin.timestamp()) for name, origin in origins} == newest
+
+
+def test_told_twice_it_stops_at_once(
+    exchange: ExchangeProcess,
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    daemon_of: Callable[..., DaemonProcess],
+) -> None:
+    with daemon_of(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="60") as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
+        worker = daemon.worker()
+        assert worker is not None
+        os.kill(worker, signal.SIGSTOP)  # its batch does not end
+        time.sleep(2.0)
+        daemon.signal(signal.SIGTERM)
+        with pytest.raises(Exception, match="did not end"):
+            daemon.wait(1.5)
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait(2.0) == 128 + signal.SIGTERM
+        wait_for("its worker has ended", lambda: not daemon.left_behind(), 5.0)
+        with closing(sqlite3.connect(daemon.state_file)) as state:
+            assert state.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+        daemon.start()  # and nothing is lost
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 16, 60.0)
+        assert daemon.stop() == 0
+        _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
+
+
+def test_the_symbols_file_is_read_again(
+    exchange: ExchangeProcess,
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    tmp_path: Path,
+    daemon_of: Callable[..., DaemonProcess],
+) -> None:
+    listed = tmp_path / "symbols"
+    listed.write_text("binance:SIM00/USDT\nbinance:SIM01/USDT\n", "utf-8")
+    asked = {"SYMBOLS": "", "SYMBOLS_FILE": str(listed), "CATCH_UP": "all"}
+    with daemon_of(exchange, kafka.bootstrap, **asked) as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
+
+        listed.write_text("binance:SIM00/USDT\nbinance:NONE/USDT\n", "utf-8")
+        daemon.signal(signal.SIGHUP)
+        wait_for("it refuses", lambda: _has_said(daemon, "symbols not changed"), 20.0)
+
+        listed.write_text("binance:SIM00/USDT\nbinance:SIM02/USDT\n", "utf-8")
+        daemon.signal(signal.SIGHUP)
+        wait_for("it follows", lambda: _has_said(daemon, "series changed"), 20.0)
+        changed = time.time()
+        forecast = _forecast_since(kafka, topic_prefix, changed)
+        wait_for("the new one's forecast", lambda: _NEW in forecast(), 60.0, poll=0.5)
+        assert daemon.stop() == 0
+        assert forecast() == {_KEPT, _NEW}
+        _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
+
+
+_KEPT, _NEW = "binance:SIM00/USDT:1s", "binance:SIM02/USDT:1s"
+
+
+@pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_is_replaced(
+    lost_by: signal.Signals,
+    exchange: ExchangeProcess,
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    daemon_of: Callable[..., DaemonProcess],
+    patience: float,
+) -> None:
+    with daemon_of(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
+        worker = daemon.worker()
+        assert worker is not None
+        os.kill(worker, lost_by)
+        wait_for("it is noticed", lambda: daemon.metric("kronos_worker_restarts_total") == 1, 20.0)
+        wait_for("another works", lambda: daemon.worker() not in (worker, None), 20.0)
+        delivered = daemon.metric("kronos_delivered_total")
+        wait_for(
+            "forecasts", lambda: daemon.metric("kronos_delivered_total") >= delivered + 16, 60.0
+        )
+        assert daemon.checks()[0] == 200
+        assert daemon.stop() == 0
+        _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
+        assert daemon.left_behind() == []
+    values = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
+    made = [Forecast.parse(value) for _, value in values]
+    # A bar is late by its deadline, if the worker hangs, and by what its replacement takes.
+    slowest = max((one.created_at - one.times[0]).total_seconds() for one in made)
+    print(f"{lost_by.name}: a bar was forecast {slowest:.1f} s after its close at the latest")  # noqa: T201
+    assert slowest <= patience * (WORKER_DEADLINE_SECONDS + REPLACED_SECONDS)
+
+
+def _assert_every_bar_is_forecast(
+    daemon: DaemonProcess, exchange: ExchangeProcess, kafka: ApacheKafka, prefix: str
+) -> None:
+    """Of the bars that were due, none is missing, by the exchange's account; and all in order."""
+    decided = daemon.decided(exchange.series())
+    due = {series: exchange.closed(series, *span) for series, span in decided.items()}
+    found = audit(read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1"), due)
+    assert found.faults == []
+    assert sum(map(len, due.values())) > 0
+
+
+def _has_said(daemon: DaemonProcess, event: str) -> bool:
+    return any(line["event"] == event for line in daemon.log())
+
+
+def _forecast_since(kafka: ApacheKafka, prefix: str, since: float) -> Callable[[], set[str]]:
+    """Of which series bars have been forecast that closed after then, Unix seconds."""
+
+    def names() -> set[str]:
+        values = read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1")
+        made = (Forecast.parse(value) for _, value in values)
+        return {one.series for one in made if one.times[0].timestamp() > since + 1}
+
+    return names

@@ -1,0 +1,495 @@
+"""The connections to Binance as machines: no socket, no clock; the venue is played in memory."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable
+from itertools import count, pairwise
+from random import Random
+
+import orjson
+import pytest
+
+from kronos_connectors.binance import fleet as fleets
+from kronos_connectors.binance.connection import ANSWER_SECONDS, NEVER, Connection
+from kronos_connectors.binance.fleet import Close, Fleet, Open, Rejected, Send
+from kronos_connectors.binance.frames import Answer, Kline, Other, Shutdown
+from kronos_stream.market.series import Series
+
+OPEN_MS = 1_750_000_020_000
+STALL, LIFE = 10.0, 3_600.0
+
+
+def followed(*numbers: int, interval: str = "1m") -> dict[tuple[str, str], Series]:
+    return {
+        (f"S{n:04}USDT", interval): Series.parse(f"binance:S{n:04}/USDT:{interval}")
+        for n in numbers
+    }
+
+
+def name(number: int, interval: str = "1m") -> str:
+    return f"s{number:04}usdt@kline_{interval}"
+
+
+def kline(stream: str) -> bytes:
+    symbol, _, interval = stream.partition("@kline_")
+    numbers = {"o": "1", "h": "2", "l": "1", "c": "2", "v": "3", "q": "4"}
+    bar = {"t": OPEN_MS, "T": OPEN_MS + 59_999, "s": symbol.upper(), "i": interval, "x": False}
+    event = {"e": "kline", "E": OPEN_MS + 5, "s": symbol.upper(), "k": bar | numbers}
+    return orjson.dumps({"stream": stream, "data": event})
+
+
+class Socket:
+    """What the venue knows of one."""
+
+    def __init__(self) -> None:
+        self.streams: set[str] = set()
+        self.arrivals: list[float] = []
+        self.methods: list[str] = []
+
+
+class Venue:
+    """The other side of a fleet; time leaps to whatever is due next."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.now = fleet, 0.0
+        self.opens: list[float] = []
+        self.open: dict[Connection, Socket] = {}
+        self.closed: list[tuple[float, str]] = []
+        self.told: Counter[str] = Counter()
+        self.accepts: Callable[[int], bool] = lambda _: True
+        self.retry_after = 0.0
+        self.answers = self.pushes = True
+        self.error = ""
+        self._dialled: set[Connection] = set()
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._push()
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._later, (self.now + seconds, next(self._order), action))
+
+    def run(self, seconds: float) -> None:
+        until = self.now + seconds
+        while True:
+            for command in self.fleet.act(self.now):
+                self._obey(command)
+            assert self.fleet.wake > self.now  # or it would be asked without end
+            due = min(self.fleet.wake, self._later[0][0])
+            if due > until:
+                self.now = until
+                return
+            self.now = due
+            while self._later and self._later[0][0] <= self.now:
+                heapq.heappop(self._later)[2]()
+
+    def say(self, connection: Connection, frame: bytes) -> None:
+        if connection in self.open:
+            told = self.fleet.receive(connection, frame, self.now)
+            self.told[type(told).__name__] += 1
+
+    def shut_down(self) -> None:
+        for connection in self.open:
+            self.say(connection, b'{"e":"serverShutdown","E":1}')
+
+    def cut(self, connection: Connection) -> None:
+        if self.open.pop(connection, None) is not None:
+            self.fleet.lost(connection, self.now)
+
+    def covered(self) -> set[str]:
+        """What reaches the client."""
+        return {stream for socket in self.open.values() for stream in socket.streams}
+
+    def _obey(self, command: Open | Send | Close) -> None:
+        connection = command.connection
+        if isinstance(command, Open):
+            self.opens.append(self.now)
+            self._dialled.add(connection)
+            self.after(0.05, lambda: self._shake_hands(connection, len(self.opens)))
+        elif isinstance(command, Send):
+            self._take(connection, command.message)
+        else:
+            self.closed.append((self.now, command.why))
+            self._dialled.discard(connection)
+            self.open.pop(connection, None)
+
+    def _shake_hands(self, connection: Connection, number: int) -> None:
+        if connection not in self._dialled:
+            return
+        if self.accepts(number):
+            self.open[connection] = Socket()
+            self.fleet.opened(connection, self.now)
+        else:
+            self.fleet.lost(connection, self.now, self.retry_after)
+
+    def _take(self, connection: Connection, message: bytes) -> None:
+        socket = self.open.get(connection)
+        if socket is None:
+            return
+        request = orjson.loads(message)
+        socket.arrivals.append(self.now)
+        socket.methods.append(request["method"])
+        if request["method"] == "SUBSCRIBE":
+            socket.streams |= set(request["params"])
+        elif request["method"] == "UNSUBSCRIBE":
+            socket.streams -= set(request["params"])
+        assert len(socket.streams) <= 1_024
+        if self.answers:
+            answer = {"error": {"code": 2, "msg": self.error}} if self.error else {"result": None}
+            content = orjson.dumps({**answer, "id": request["id"]})
+            self.after(0.02, lambda: self.say(connection, content))
+
+    def _push(self) -> None:
+        """One stream of every socket, every second."""
+        if self.pushes:
+            for connection, socket in list(self.open.items()):
+                for stream in sorted(socket.streams)[:1]:
+                    self.say(connection, kline(stream))
+        self.after(1.0, self._push)
+
+
+def venue(streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m") -> Venue:
+    fleet = Fleet(Random(seed), room=room, stall_seconds=STALL, lifetime_seconds=LIFE)
+    fleet.follow(followed(*range(streams), interval=interval))
+    return Venue(fleet)
+
+
+def test_it_connects_subscribes_and_hears() -> None:
+    v = venue()
+    v.run(60)
+    assert v.opens == [0.0]
+    assert v.covered() == {name(n) for n in range(3)}
+    assert v.told == {"Answer": 1, "Kline": 60}
+    assert v.closed == []
+
+
+def test_without_streams_there_is_no_connection() -> None:
+    v = venue(0)
+    v.run(1_000)
+    assert v.opens == []
+
+
+def test_frames_become_what_they_tell() -> None:
+    v = venue(1)
+    v.run(1)
+    (connection,) = v.open
+
+    def receive(frame: bytes) -> object:
+        return v.fleet.receive(connection, frame, 2.0)
+
+    told = receive(kline(name(0)))
+    assert isinstance(told, Kline)
+    assert told.series.name == "binance:S0000/USDT:1m"
+    assert receive(kline(name(7))) == Other()
+    assert receive(b'{"result":null,"id":99}') == Answer(99, "")
+    garbage = receive(b"<html>")
+    assert isinstance(garbage, Rejected)
+    assert garbage.series is None
+    assert "not JSON" in garbage.reason
+    assert receive(kline(name(0)).replace(b'"x":false', b'"x":0')) == Rejected(
+        told.series, "closed or not: 0"
+    )
+    assert receive(b'{"e":"serverShutdown"}') == Shutdown()
+
+
+def test_streams_are_spread_evenly_and_asked_for_in_steps() -> None:
+    v = venue(2_500, room=1_024)
+    v.run(30)
+    assert sorted(len(socket.streams) for socket in v.open.values()) == [833, 833, 834]
+    assert len(v.covered()) == 2_500
+    for socket in v.open.values():
+        assert len(socket.arrivals) == 6
+        assert all(b - a >= 0.34 for a, b in pairwise(socket.arrivals))
+    assert all(b - a >= fleets.SPACING_SECONDS for a, b in pairwise(v.opens))
+
+
+def test_changes_ask_for_the_difference_and_touch_nothing_else() -> None:
+    v = venue(4, room=3)
+    v.run(5)
+    v.fleet.follow(followed(1, 2, 3, 4, 5))
+    v.run(5)
+    assert v.covered() == {name(n) for n in (1, 2, 3, 4, 5)}
+    assert (len(v.opens), v.closed) == (2, [])
+    assert sum(len(socket.streams) for socket in v.open.values()) == 5
+    v.fleet.follow(followed(5))
+    v.run(5)
+    assert v.covered() == {name(5)}
+    assert [why for _, why in v.closed] == [""]
+    v.fleet.follow({})
+    v.run(5)
+    assert v.open == {}
+
+
+def test_where_there_is_no_room_the_old_goes_first() -> None:
+    v = venue(1_024, room=1_024)
+    v.run(10)
+    v.fleet.follow(followed(*range(500, 1_524)))
+    v.run(10)
+    assert v.covered() == {name(n) for n in range(500, 1_524)}
+    assert len(v.opens) == 1
+
+
+def test_growth_opens_another_connection() -> None:
+    v = venue(3, room=3)
+    v.run(5)
+    v.fleet.follow(followed(*range(7)))
+    v.run(5)
+    assert sorted(len(socket.streams) for socket in v.open.values()) == [2, 2, 3]
+
+
+def _cut(v: Venue) -> None:
+    for connection in list(v.open):
+        v.cut(connection)
+
+
+def _stall(v: Venue) -> None:
+    v.answers = v.pushes = False
+    v.after(20, lambda: v.__dict__.update(answers=True, pushes=True))
+
+
+def _refuse(v: Venue) -> None:
+    v.error = "Invalid request"
+    v.fleet.follow(followed(1, 2, 3))
+    v.after(5, lambda: v.__dict__.update(error=""))
+    v.after(6, lambda: v.fleet.follow(followed(0, 1, 2)))
+
+
+def _ignore(v: Venue) -> None:
+    v.answers = False
+    v.fleet.follow(followed(1, 2))
+    v.after(20, lambda: v.__dict__.update(answers=True))
+    v.after(21, lambda: v.fleet.follow(followed(0, 1, 2)))
+
+
+def _complain(v: Venue) -> None:
+    for connection in v.open:
+        v.say(connection, b'{"code":3,"msg":"Too many requests","id":null}')
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        (_cut, None),
+        (_stall, "no answer within 5 s"),
+        (_refuse, "request refused: Invalid request"),
+        (_ignore, "no answer within 5 s"),
+        (_complain, "request refused: Too many requests"),
+    ],
+)
+def test_after_a_fault_another_connection_takes_its_place(
+    fault: Callable[[Venue], None], why: str | None
+) -> None:
+    v = venue()
+    v.run(100)
+    v.after(0, lambda: fault(v))
+    v.run(100)
+    assert len(v.opens) >= 2
+    assert v.covered() == {name(n) for n in range(3)}
+    assert len(v.open) == 1
+    if why is not None:
+        assert v.closed[0][1] == why
+
+
+def test_a_silent_server_is_asked_and_soon_left() -> None:
+    v = venue()
+    v.run(100)
+    _stall(v)
+    v.run(STALL + ANSWER_SECONDS + 3)
+    ((ended, why),) = v.closed
+    assert ended == pytest.approx(100 + STALL + ANSWER_SECONDS, abs=1.5)
+    assert why == "no answer within 5 s"
+    assert len(v.opens) == 2
+
+
+def test_a_server_of_quiet_markets_is_kept_for_as_long_as_it_answers() -> None:
+    v = venue(1, interval="1h")
+    v.pushes = False
+    v.run(3_000)
+    assert len(v.opens) == 1
+    (socket,) = v.open.values()
+    assert Counter(socket.methods) == {"SUBSCRIBE": 1, "LIST_SUBSCRIPTIONS": 299}
+
+
+def test_a_server_that_answers_but_pushes_nothing_is_left_ever_less_often() -> None:
+    v = venue(1)
+    v.pushes = False
+    v.run(80)
+    assert len(v.opens) == 1  # 60 s bars, and as long again as it may stall
+    v.run(10)
+    assert len(v.opens) == 2
+    v.run(3_510)
+    assert 5 <= len(v.opens) <= 7
+
+
+def test_before_its_time_is_up_the_successor_hears_everything() -> None:
+    v = venue(300, seed=3)
+    v.run(0.9 * LIFE - 1)
+    assert len(v.opens) == 1
+    for _ in range(5_000):
+        v.run(0.1)
+        assert len(v.covered()) == 300
+    assert len(v.opens) == 2
+    (ended, why), began = v.closed[0], v.opens[1]
+    assert why == ""
+    assert fleets.OVERLAP_SECONDS < ended - began < 5
+
+
+def test_a_farewell_is_answered_by_moving_house_first() -> None:
+    v = venue(10, room=5)
+    v.run(10)
+    v.after(0, v.shut_down)
+    for _ in range(100):
+        v.run(0.1)
+        assert len(v.covered()) == 10
+    assert (len(v.opens), len(v.open), len(v.closed)) == (4, 2, 2)
+
+
+def test_a_move_that_fails_is_tried_again_while_the_old_connection_serves() -> None:
+    v = venue()
+    v.run(10)
+    v.accepts = lambda number: number > 4
+    v.after(0, v.shut_down)
+    for _ in range(200):
+        v.run(0.1)
+        assert len(v.covered()) == 3
+    assert len(v.opens) == 5
+    assert len(v.open) == 1
+
+
+def test_failures_are_followed_by_growing_pauses_until_it_is_healthy_again() -> None:
+    v = venue()
+    v.accepts = lambda _: False
+    v.run(300)
+    gaps = [b - a for a, b in pairwise(v.opens)]
+    for tries, gap in enumerate(gaps):
+        assert 0.5 <= (gap - 0.05) / min(0.5 * 2**tries, 30.0) <= 1.01
+    assert len({round(gap, 3) for gap in gaps[7:]}) > 3  # jitter
+    v.accepts = lambda _: True
+    v.run(100)
+    opened = len(v.opens)
+    _cut(v)
+    v.run(0.6)
+    assert len(v.opens) == opened + 1
+
+
+def test_a_connection_that_never_lasts_is_not_opened_at_full_speed() -> None:
+    v = venue()
+    for _ in range(600):
+        v.run(1)
+        _cut(v)
+    assert len(v.opens) < 40
+
+
+def test_when_told_to_wait_nobody_connects() -> None:
+    v = venue(10, room=2)
+    v.accepts = lambda _: False
+    v.retry_after = 100.0
+    v.run(99)
+    assert len(v.opens) <= 1
+    v.accepts = lambda _: True
+    v.run(10)
+    assert len(v.covered()) == 10
+
+
+def test_there_are_never_more_attempts_than_the_venue_allows() -> None:
+    v = venue(100, room=1)
+
+    def cut() -> None:
+        _cut(v)
+        v.after(0.7, cut)
+
+    cut()
+    v.run(1_500)
+    for first, later in zip(v.opens, v.opens[fleets.MOST_ATTEMPTS :], strict=False):
+        assert later - first > fleets.ATTEMPTS_SECONDS - 0.001
+    assert len(v.opens) > 800  # and it makes use of them
+
+
+def test_word_of_connections_that_are_gone_changes_nothing() -> None:
+    v = venue()
+    v.run(10)
+    (old,) = v.open
+    _cut(v)
+    v.fleet.lost(old, v.now)
+    v.fleet.opened(old, v.now)
+    v.fleet.receive(old, b'{"e":"serverShutdown"}', v.now)
+    v.run(10)
+    assert len(v.opens) == 2
+    assert len(v.open) == 1
+
+
+def _fault(v: Venue, random: Random) -> None:
+    """Any of what may happen."""
+    chance, some = random.random(), random.sample(range(60), random.randrange(40))
+    change: Callable[..., None] = v.__dict__.update
+
+    def cut() -> None:
+        if v.open:
+            v.cut(random.choice(list(v.open)))
+
+    def garble() -> None:
+        for connection in list(v.open):
+            v.say(connection, random.choice((b"", b"[]", b"\xff", kline(name(0))[:-9])))
+
+    random.choice(
+        (
+            cut,
+            garble,
+            v.shut_down,
+            lambda: v.fleet.follow(followed(*some)),
+            lambda: change(accepts=lambda number: Random(f"{chance} {number}").random() < chance),
+            lambda: change(retry_after=30.0 if chance < 0.3 else 0.0),
+            lambda: change(answers=chance < 0.6),
+            lambda: change(pushes=chance < 0.6),
+            lambda: change(error="refused" if chance < 0.3 else ""),
+        )
+    )()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_it_keeps_the_rules_and_comes_back(seed: int) -> None:
+    random = Random(seed)
+    v = venue(20, room=random.choice((5, 20, 100)), seed=seed)
+    sockets: set[Socket] = set()
+    while v.now < 1_500:
+        v.run(random.expovariate(0.2))
+        sockets |= set(v.open.values())
+        _fault(v, random)
+    v.accepts, v.answers, v.pushes, v.error = lambda _: True, True, True, ""
+    v.fleet.follow(followed(*range(20)))
+    v.run(700)
+    assert v.covered() == {name(n) for n in range(20)}
+    assert sum(len(socket.streams) for socket in v.open.values()) == 20
+    for socket in sockets | set(v.open.values()):
+        for first, fifth in zip(socket.arrivals, socket.arrivals[4:], strict=False):
+            assert fifth - first >= 1.0
+    for first, later in zip(v.opens, v.opens[299:], strict=False):
+        assert later - first >= 300
+    opened = len(v.opens)
+    v.run(1_000)
+    assert len(v.opens) == opened
+
+
+def test_a_connection_that_is_not_open_has_nothing_to_say() -> None:
+    one = Connection(stall_seconds=STALL, lifetime_seconds=LIFE)
+    one.want({"a"}, 60)
+    assert one.request(0) is None
+    assert one.wake(0) == NEVER
+    assert one.broken(1e9) == ""
+    assert not one.tired(1e9)
+
+
+def test_it_wakes_no_later_than_something_is_due() -> None:
+    one = Connection(stall_seconds=STALL, lifetime_seconds=LIFE)
+    one.want({"a"}, 80)
+    one.open(100)
+    assert one.request(100) is not None
+    assert one.wake(100) == pytest.approx(100.35)  # when it may speak again
+    assert one.wake(101) == 100 + ANSWER_SECONDS
+    one.answer(Answer(1, ""), 101)
+    one.heard(101)
+    assert one.wake(101) == 101 + STALL
+    one.kline(120)
+    assert one.wake(150) == 200
+    assert one.wake(1_000) == 100 + LIFE

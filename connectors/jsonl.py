@@ -6,10 +6,11 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BufferedRandom
 from pathlib import Path
 from random import Random
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import orjson
 import structlog
@@ -19,7 +20,6 @@ from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkConnector, Si
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
-_T = TypeVar("_T")
 
 _BLOCK = 65_536
 
@@ -59,7 +59,7 @@ class JsonlSink:
 
     async def start(self) -> None:
         """See that the files can be written, and mend what a crash left unfinished."""
-        await self._call(lambda: [_heal(path) for path in self._paths.values()])
+        await self._call(self._prepare)
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         lines: dict[Path, list[bytes]] = {}
@@ -67,20 +67,23 @@ class JsonlSink:
             # Strings in JSON have no raw line breaks, so any is between tokens.
             line = record.value.replace(b"\n", b" ") + b"\n"
             lines.setdefault(self._paths[record.kind], []).append(line)
-        await self._call(
-            lambda: [self._append(path, b"".join(some)) for path, some in lines.items()]
-        )
+        for path, some in lines.items():
+            await self._call(partial(self._append, path, b"".join(some)))
         return ()
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False)
 
-    async def _call(self, work: Callable[[], _T]) -> _T:
+    async def _call(self, work: Callable[[], None]) -> None:
         """One thread, so that a write that nobody waits for any more is over before the next."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OSError as error:
             raise SinkUnavailable(f"{error.filename}: {error.strerror}") from error
+
+    def _prepare(self) -> None:
+        for path in self._paths.values():
+            _heal(path)
 
     def _append(self, path: Path, lines: bytes) -> None:
         # Opened anew each time: log rotation may have taken the file away.

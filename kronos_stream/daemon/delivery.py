@@ -174,9 +174,8 @@ class Delivery:
             for refusal in refusals
             if refusal.record.kind != "deadletter"  # it would go round for ever
         ]
-        for refusal in refusals:
-            kind, key = refusal.record.kind, refusal.record.key
-            _log.error("record refused", sink=name, kind=kind, key=key, why=refusal.reason)
+        for (_, kind, key, *_), why in refusals:
+            _log.error("record refused", sink=name, kind=kind, key=key, why=why)
         refused = {refusal.record.sequence for refusal in refusals}
         self._metrics.refused.labels(name).inc(len(refused))
         kinds: Counter[str] = Counter()
@@ -192,8 +191,8 @@ class Delivery:
             self.waiting -= len(batch)
             for _, record in put:
                 self.offer(record, None)
-        for kind, count in kinds.items():
-            self._metrics.delivered.labels(name, kind).inc(count)
+        for delivered, count in kinds.items():
+            self._metrics.delivered.labels(name, delivered).inc(count)
 
     def _failed(self, why: str) -> None:
         self._failures += 1
@@ -210,7 +209,7 @@ class Delivery:
 
     def _pause(self) -> float:
         """Seconds until the next try: twice as long each time, up to a point, and never in step."""
-        longest = _FIRST_PAUSE_SECONDS * 2 ** min(self._failures - 1, 10)
+        longest = _FIRST_PAUSE_SECONDS * (1 << min(self._failures - 1, 10))
         return min(longest, _LONGEST_PAUSE_SECONDS) * self._random.uniform(0.5, 1)
 
     async def _close(self) -> None:

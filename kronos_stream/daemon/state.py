@@ -291,5 +291,6 @@ def _bar(row: tuple[Any, ...]) -> Bar:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    headers = tuple((name, text.encode()) for name, text in orjson.loads(row[4]))
-    return Record(*row[:4], headers, row[5])
+    sequence, kind, key, value, named, created = row
+    headers = tuple((name, text.encode()) for name, text in orjson.loads(named))
+    return Record(sequence, kind, key, value, headers, created)

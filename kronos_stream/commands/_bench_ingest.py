@@ -1,0 +1,170 @@
+"""How fast kline frames are taken in: decoded, put on the tape, saved; by one core."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from time import process_time
+
+import orjson
+
+from kronos_connectors.binance.connection import Connection
+from kronos_connectors.binance.fleet import Fleet
+from kronos_connectors.binance.frames import Kline
+from kronos_stream.daemon.desk import Desk
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.state import State
+from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, Traits
+
+_SERIES = 200
+_LOOKBACK = 96
+_MINUTE_MS = 60_000
+_PUSH_MS = 2_000
+_START_MS = 1_750_000_020_000
+
+
+@dataclass(frozen=True, slots=True)
+class Ingest:
+    """Frames per second of processor time, of one-minute bars that are pushed every two seconds."""
+
+    series: int
+    frames: int
+    decoded: float
+    """From bytes to candles."""
+    taken_in: float
+    """And checked by the tapes: all that the event loop does when a frame comes."""
+    saved: float
+    """And closed bars in the state file and in their contexts."""
+    floor: float
+    """JSON parsing alone."""
+
+
+def measure(seconds: float = 3.0) -> Ingest:
+    """Take in frames for about ``seconds``; what it takes to make them is not counted."""
+    return asyncio.run(_measure(seconds))
+
+
+async def _measure(seconds: float) -> Ingest:
+    series = {
+        (f"SIM{n:03}USDT", "1m"): Series.parse(f"binance:SIM{n:03}/USDT:1m") for n in range(_SERIES)
+    }
+    clock = DrivenClock(_START_MS)
+    with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
+        state = await State.open(Path(folder) / "state.sqlite")
+        desk = Desk(
+            {"binance": _Flat()},
+            state,
+            lambda _: None,
+            clock,
+            Random(0),
+            Metrics(),
+            lookback=_LOOKBACK,
+            catch_up="newest",
+            bury=lambda *what: None,  # noqa: ARG005
+        )
+        await desk.start(series.values())
+        running = asyncio.create_task(desk.run())
+        try:
+            await desk.settled()
+            return await _feed(desk, clock, series, seconds)
+        finally:
+            running.cancel()
+            await asyncio.wait((running,))
+            await state.close()
+
+
+async def _feed(
+    desk: Desk, clock: DrivenClock, series: Mapping[tuple[str, str], Series], seconds: float
+) -> Ingest:
+    fleet = Fleet(Random(0), room=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
+    fleet.follow(series)
+    connection = Connection(stall_seconds=10, lifetime_seconds=3_600)
+    intake = desk.intake("binance")
+    frames, parsed, decoded, taken_in, saved = 0, 0.0, 0.0, 0.0, 0.0
+    opened = _START_MS
+    while parsed + decoded + taken_in + saved < seconds:
+        for event in range(opened + _PUSH_MS, opened + _MINUTE_MS + 1, _PUSH_MS):
+            clock.advance(event)
+            batch = list(_frames(series, opened, event))
+            times = [process_time()]
+            for frame in batch:
+                orjson.loads(frame)
+            times.append(process_time())
+            for frame in batch:
+                fleet.receive(connection, frame, 0.0)
+            times.append(process_time())
+            _take_in(fleet, connection, intake, clock, batch)
+            times.append(process_time())
+            await desk.settled()
+            times.append(process_time())
+            frames += len(batch)
+            parsed += times[1] - times[0]
+            decoded += times[2] - times[1]
+            taken_in += times[3] - times[2]
+            saved += times[4] - times[2]
+        opened += _MINUTE_MS
+    return Ingest(
+        _SERIES, frames, frames / decoded, frames / taken_in, frames / saved, frames / parsed
+    )
+
+
+def _take_in(
+    fleet: Fleet, connection: Connection, intake: Intake, clock: DrivenClock, frames: list[bytes]
+) -> None:
+    """As the connector's socket loop does."""
+    receive, update, now = fleet.receive, intake.update, clock.now
+    for frame in frames:
+        told = receive(connection, frame, 0.0)
+        if isinstance(told, Kline):
+            update(Update(told.series, told.candle, told.closed, now()))
+
+
+def _frames(series: Mapping[tuple[str, str], Series], opened: int, event: int) -> Iterator[bytes]:
+    """What is pushed of the bar at ``event``, the last time with its close."""
+    closed = b"true" if event == opened + _MINUTE_MS else b"false"
+    price = 43_000 + event % 977 / 100
+    for symbol, interval in series:
+        name = symbol.encode()
+        yield (
+            b'{"stream":"%s@kline_%s","data":{"e":"kline","E":%d,"s":"%s","k":{"t":%d,"T":%d,'
+            b'"s":"%s","i":"%s","f":4182,"L":4390,"o":"43000.00000000","c":"%.8f",'
+            b'"h":"43010.00000000","l":"42990.00000000","v":"12.58310000","n":208,"x":%s,'
+            b'"q":"541073.30000000","V":"6.29155000","Q":"270536.65000000","B":"0"}}}'
+        ) % (
+            name.lower(), interval.encode(), event, name, opened, opened + _MINUTE_MS - 1,
+            name, interval.encode(), price, closed,
+        )  # fmt: skip
+
+
+class _Flat:
+    """A venue where nothing ever happened, for the beginning."""
+
+    venue = "binance"
+    traits = Traits()
+
+    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:  # noqa: ARG002
+        return {}
+
+    def follow(self, series: Collection[Series]) -> None: ...
+
+    async def run(self, intake: Intake) -> None: ...
+
+    async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        first = series.timeframe.after(start - 1 - (start - 1) % _MINUTE_MS)
+        return [
+            Candle(opened, 43_000.0, 43_000.0, 43_000.0, 43_000.0, 1.0, 43_000.0)
+            for opened in range(first, end - _MINUTE_MS + 1, _MINUTE_MS)
+        ]
+
+    async def close(self) -> None: ...
+
+
+if __name__ == "__main__":
+    print(measure())  # noqa: T201

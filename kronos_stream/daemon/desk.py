@@ -22,6 +22,7 @@ from kronos_stream.daemon.backfill import Backfill, Question
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State, StateError
+from kronos_stream.market.asking import NEVER
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window, window_of
@@ -38,7 +39,7 @@ from kronos_stream.market.effects import (
 )
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
-from kronos_stream.market.tape import NEVER, Tape
+from kronos_stream.market.tape import Tape
 
 _log = structlog.get_logger()
 

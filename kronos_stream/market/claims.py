@@ -1,0 +1,89 @@
+"""What speaks against bars that are on the tape already.
+
+A closed bar that is told again with other values may have been changed by the venue, or the word
+is an old one that comes late: pushes do. So nothing is changed before the venue's history has been
+asked, and its word is the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from kronos_stream.market.candle import Bar, Candle
+
+
+@dataclass(slots=True)
+class _Claim:
+    candle: Candle
+    since: int
+    answers: int
+
+
+class Claims:
+    """At most one claim per bar, by its open; all times are UTC ms."""
+
+    def __init__(self, settle: int, lag: int, answers: int) -> None:
+        """How the venue's history is asked.
+
+        settle: ms until it is asked. lag: ms after which it is up to date. answers: how often it
+        must have spoken, before it is believed that nothing changed.
+        """
+        self._settle, self._lag, self._answers = settle, lag, answers
+        self._claims: dict[int, _Claim] = {}
+
+    def put(self, candle: Candle, now: int) -> None:
+        """Somebody says that this is the bar."""
+        claim = self._claims.get(candle.time)
+        if claim is None or not same(claim.candle, candle):
+            self._claims[candle.time] = _Claim(candle, now, 0)
+
+    def check(self, candle: Candle, now: int) -> None:
+        """Have a bar compared that is doubtful by itself; one answer will do."""
+        self._claims[candle.time] = _Claim(candle, now - self._lag, self._answers - 1)
+
+    def drop(self, time: int) -> None:
+        self._claims.pop(time, None)
+
+    def ripe(self, now: int, before: int) -> Iterator[int]:
+        """Bars that open before ``before`` and are to be asked for now."""
+        for time, claim in self._claims.items():
+            if time < before and claim.since + self._settle <= now:
+                yield time
+
+    def due(self, before: int) -> int | None:
+        """When the next of these is to be asked for."""
+        times = (claim.since for time, claim in self._claims.items() if time < before)
+        since = min(times, default=None)
+        return None if since is None else since + self._settle
+
+    def judge(
+        self, start: int, end: int, given: Mapping[int, Candle], now: int, bars: Mapping[int, Bar]
+    ) -> Iterator[Candle]:
+        """What the answer ``given`` for opens from ``start`` to ``end`` changes in ``bars``.
+
+        bars: the newest on the tape; a claim against an older one is dropped.
+        """
+        oldest = next(iter(bars), end)
+        for time, claim in list(self._claims.items()):
+            bar = bars.get(time)
+            if time < oldest:
+                del self._claims[time]
+            if bar is None or not start <= time < end:
+                continue
+            claim.answers += 1
+            decided = claim.answers >= self._answers and now >= claim.since + self._lag
+            # Where history does not reach, the claim is all there is.
+            said = given.get(time, claim.candle if decided else bar.candle)
+            changed = not same(said, bar.candle)
+            if decided or (changed and same(said, claim.candle)):
+                del self._claims[time]
+                if changed:
+                    yield said
+            elif changed:
+                claim.candle = said
+
+
+def same(a: Candle, b: Candle) -> bool:
+    """Whether they are equal as far as both say."""
+    return a[:6] == b[:6] and (a.amount == b.amount or a.amount is None or b.amount is None)

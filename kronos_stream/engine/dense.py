@@ -2,7 +2,7 @@
 
 A CPU's matrix library picks its kernel and its blocking over the inner dimension by the number of
 rows, so the same row can come out a bit different in a larger batch. oneDNN does so at a single row
-only; MKL also at an inner dimension of 1024 from 17 rows up and, on AMD, at fewer than 8 outputs.
+only; MKL also at an inner dimension of 1024 from 17 rows up and, on AMD, at fewer than 12 outputs.
 Within a narrow inner block and from a few rows up nothing changes. :func:`find_stable` finds by
 trial, at load, a library and limits that hold on this machine. oneDNN comes first: on AMD it uses
 AVX-512, which MKL leaves to Intel, and takes half the time. Accelerators and bf16 make no such

@@ -20,12 +20,11 @@ def detokenise(
 ) -> Tensor:
     """Tokens (B, P, H, 2) of the paths of B contexts to normalised candles (B, P, H, 6) float32.
 
-    rows_at_once: bars decoded together, about. On an accelerator small contexts come together; on
-    the CPU a context comes alone. Of one that comes alone, the paths come in equal pieces.
+    rows_at_once: bars decoded together, about. Small contexts come together; of one that comes
+    alone, the paths come in equal pieces.
     """
     contexts, paths, horizon, _ = tokens.shape
-    on_cpu = tokens.device.type == "cpu"
-    at_once = 1 if on_cpu else max(1, rows_at_once // (paths * horizon))
+    at_once = max(1, rows_at_once // (paths * horizon))
     pieces = -(-paths * horizon // rows_at_once) if at_once == 1 else 1
     paths_at_once = -(-paths // pieces)
     out = torch.empty(contexts, paths, horizon, 6, device=tokens.device)

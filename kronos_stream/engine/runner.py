@@ -43,8 +43,8 @@ class Tuning:
     kept: int
 
 
-# On the CPU one context at a time: its rows fill the cores and stay in their cache.
-CPU_TUNING = Tuning(bucket=8, prefix_rows=1, decode_rows=1024, kept=4)
+# On the CPU as many rows as outweigh the calls and stay in a core's cache.
+CPU_TUNING = Tuning(bucket=8, prefix_rows=512, decode_rows=1024, kept=4)
 # Elsewhere each kept shape saves a graph's capture; what they may hold is bounded by the budget.
 ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, kept=32)
 

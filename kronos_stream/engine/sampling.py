@@ -76,7 +76,8 @@ def filtered(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
     cumulated = ascending.cumsum(-1)
     dropped = (1.0 - sampling.top_p) * cumulated[:, -1:]
     threshold = ascending.gather(-1, torch.searchsorted(cumulated, dropped))
-    return torch.where(p < threshold, 0.0, p)
+    # A product with 0 and 1, because torch.where takes ten times as long on a CPU.
+    return p.clone().ge_(threshold).mul_(p)
 
 
 def _sort(p: Tensor) -> Tensor:

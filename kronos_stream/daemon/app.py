@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from math import inf
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.health import Health, watch_loop_lag
-from kronos_stream.daemon.job import Identity
+from kronos_stream.daemon.job import Identity, Plan
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Outbox
 from kronos_stream.daemon.press import Graveyard, Press, composer, refused
 from kronos_stream.daemon.due import Result
-from kronos_stream.daemon.scheduler import Scheduler
+from kronos_stream.daemon.scheduler import Forecasting, Scheduler
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
 from kronos_stream.daemon.worker import Worker
@@ -40,6 +41,18 @@ _BARS_FACTOR = 4
 _OUTCOMES_MS = 30 * 86_400_000
 
 
+class Working(Forecasting, Protocol):
+    """What the daemon needs of a worker."""
+
+    def healthy(self) -> str: ...
+
+    async def start(self) -> Identity: ...
+
+    async def run(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class Daemon:
     """One process's series, from candles to delivered forecasts."""
 
@@ -51,14 +64,17 @@ class Daemon:
         *,
         clock: Clock,
         random: Random,
+        series: Collection[Series] | None = None,
         wall: Clock | None = None,
         metrics: Metrics | None = None,
         watch: Callable[[Sequence[Result]], None] | None = None,
+        worker: Callable[[Plan, Metrics], Working] = Worker,
     ) -> None:
         """Nothing is opened yet.
 
-        clock: the market's time. wall: what records are stamped with. watch: told every result,
-        once it is durable.
+        clock: the market's time. series: what to follow; left out, what the settings say. wall:
+        what records are stamped with. watch: told every result, once it is durable.
+        worker: makes what forecasts.
         """
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -66,10 +82,22 @@ class Daemon:
         """Set once the model is loaded and the venues are followed."""
         self._sources, self._sinks = dict(sources), list(sinks)
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
-        self._watch = watch
-        self._series: frozenset[Series] = frozenset(settings.series())
+        self._watch, self._make_worker = watch, worker
+        self._series: frozenset[Series] = frozenset(settings.series() if series is None else series)
         self._lost: dict[str, str] = {}
         self._stop = asyncio.Event()
+
+    async def check(self) -> None:
+        """Ask the venues whether they have what is asked for, in place of :meth:`run`.
+
+        Raises SettingsError where they do not, SourceError where one does not answer.
+        """
+        async with AsyncExitStack() as stack:
+            for source in self._sources.values():
+                stack.push_async_callback(source.close)
+            unknown = await self._unknown(self._series)
+        if unknown:
+            raise SettingsError(unknown)
 
     def stop(self) -> None:
         """Take in no more, finish the batch in hand, deliver, and let :meth:`run` return."""
@@ -84,7 +112,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             self._state = await State.open(settings.state_file)
             stack.push_async_callback(self._state.close)
-            self._worker = Worker(settings.plan(), self.metrics)
+            self._worker = self._make_worker(settings.plan(), self.metrics)
             stack.push_async_callback(self._worker.close)
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
@@ -119,6 +147,17 @@ class Daemon:
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
+
+    @property
+    def next_alarm(self) -> int | None:
+        """When there is something to be done even if nothing comes, UTC ms; once :attr:`ready`."""
+        return self._desk.next_alarm
+
+    async def settled(self) -> None:
+        """Return once all that was taken in is forecast and delivered, but for what waits on time."""
+        await self._desk.settled()
+        await self._scheduler.settled()
+        await self._outbox.drain(inf)
 
     async def follow(self, series: Collection[Series]) -> None:
         """Change the set of series; those that stay lose no bar. SettingsError: nothing changed."""
@@ -205,8 +244,7 @@ class Daemon:
             await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
             self.ready.clear()
             if not self._stop.is_set():
-                await self._desk.settled()
-                await self._scheduler.settled()
+                await self._unless_stopped(self.settled())
             for task in (stopped, ended, desk, *sources):
                 task.cancel()
 

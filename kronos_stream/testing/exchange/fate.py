@@ -56,6 +56,7 @@ class Fate:
         self.counts: Counter[str] = Counter()
         self.incidents: deque[Incident] = deque(maxlen=_REMEMBERED)
         self._meddles = faults.befall_bars
+        self._ends = start + faults.until_seconds * 1000
 
     def struck(self, kind: str, subject: str, moment: int) -> None:
         self.counts[kind] += 1
@@ -63,17 +64,21 @@ class Fate:
 
     def random(self, *about: object) -> Random:
         """Chance that depends on the seed and ``about`` alone."""
-        return Random(self._digest(about))  # noqa: S311
+        return Random(self._digest(about))
 
     def _digest(self, about: tuple[object, ...], size: int = 8) -> bytes:
         key = "\0".join(map(str, (self.faults.seed, *about)))
         return blake2b(key.encode(), digest_size=size).digest()
 
+    def over(self, now: int) -> bool:
+        """Whether nothing goes wrong any more at ``now``."""
+        return now >= self._ends
+
     # -- bars ------------------------------------------------------------------------------
 
     def of_bar(self, symbol: str, interval: str, opened: int, closes: int) -> dict[str, float]:
         """The faults of a bar, each with a size between 0.5 and 1.5; mostly none."""
-        if not self._meddles:
+        if not self._meddles or self.over(closes):
             return {}
         digest = self._digest((symbol, interval, opened), 8 * len(PER_BAR))
         struck = {}
@@ -112,6 +117,8 @@ class Fate:
 
     def _spell(self, kind: str, subject: str, now: int, seconds: float) -> int | None:
         """When the spell of ``kind`` at ``now`` ends, UTC ms, if there is one."""
+        if self.over(now):
+            return None
         for planned in self.faults.plan:
             begins = self.start + round(planned.at * 1000)
             ends = begins + round((planned.seconds or seconds) * 1000)
@@ -138,6 +145,8 @@ class Fate:
 
     def fails_handshake(self, number: int, now: int) -> Random | None:
         """Chance, to choose how with, if the handshake of connection ``number`` fails."""
+        if self.over(now):
+            return None
         random = self.random("handshake", number)
         strikes = random.random() < self.faults.handshake
         return random if strikes or self._planned("handshake", now) else None
@@ -145,6 +154,8 @@ class Fate:
     def of_request(self, request: str, now: int) -> tuple[str, Random]:
         """The fault of a REST request at ``now``, empty for none, and chance to size it with."""
         random = self.random("request", request, now)
+        if self.over(now):
+            return "", random
         for kind in PER_REQUEST:
             rate = getattr(self.faults, kind)
             if self._planned(kind, now) or (

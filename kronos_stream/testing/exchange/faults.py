@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from math import inf
 from random import Random
 from typing import Any, Self
 
@@ -102,6 +103,9 @@ class Faults:
     drift_ppm: float = 0.0
     """How much faster it goes, in millionths."""
 
+    until_seconds: float = inf
+    """When all of this ends, from the exchange's start; what has happened by then stays so."""
+
     stall_seconds: float = 120.0
     notice_seconds: float = 10.0
     silence_seconds: float = 20.0
@@ -145,7 +149,7 @@ class Faults:
     @classmethod
     def random(cls, seed: int) -> Self:
         """A mixture of faults that the seed alone decides, some of them harsh."""
-        random = Random(f"faults:{seed}")  # noqa: S311
+        random = Random(f"faults:{seed}")
         chosen: dict[str, Any] = {}
         for kind, (low, high) in _MIXTURE.items():
             present, size = random.random() < 0.4, random.random()  # as many draws in any case

@@ -111,6 +111,8 @@ class Gate:
         await self._strike(kind, connection, subject)
 
     async def _strike(self, kind: str, connection: Connection, subject: str) -> None:
+        if self._fate.over(self._clock.now()):
+            return
         self._fate.struck(kind, subject, self._clock.now())
         if kind == "drop":
             connection.abort()
@@ -155,6 +157,8 @@ class Gate:
         """Announce the end to all who are there, and keep the word."""
         connections = list(self._streams.connections)
         now = self._clock.now()
+        if self._fate.over(now):
+            return
         self._fate.struck("shutdown", f"{len(connections)} connections", now)
         for connection in connections:
             connection.say(frame(b'{"e":"serverShutdown","E":%d}' % now))

@@ -1,0 +1,525 @@
+# ruff: noqa: SLF001 - a trial looks inside the daemon
+"""A trial: the whole daemon against an exchange that fails by its seed, in virtual time.
+
+Everything is real and in this process, sockets included, but for the two ends that a trial is not
+about: in place of the model stands a forecaster that keeps what it is given, and the sink keeps
+what is delivered. The daemon is killed and started again as the seed says, on one state file, with
+``CATCH_UP=all``. Faults end after a while, and what they have done must be mended soon after;
+:mod:`kronos_stream.testing.verdict` then compares what is there with the exchange's truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import NamedTuple, Self
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from kronos_stream.daemon import connectors
+from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.due import Due, Outcome
+from kronos_stream.daemon.job import Drawn, Identity
+from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.state import State
+from kronos_stream.daemon.worker import Batch
+from kronos_stream.forecast.outlook import CHANNELS, Outlook
+from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.forecast.summary import Summary
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.clock import LoopClock
+from kronos_stream.market.contexts import Window
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, Source
+from kronos_stream.testing.exchange import Faults, SimulatedExchange
+from kronos_stream.testing.virtual import run_virtual
+
+LOOKBACK = 48
+MEND_SECONDS = 180.0
+"""So long after the end of all faults no bar may be missing, nor made up."""
+
+AUDIT_SECONDS = 1_000.0
+"""So long after it every bar is as the venue has it, even if nobody heard of its last change."""
+
+SETTLE_MS = 10_000
+"""Bars younger than this are not looked for yet; the venue's clock may be 5 s off."""
+
+_EPOCH = 1_750_000_000_000
+_LOOK_SECONDS = 5.0
+_KILL_SECONDS = 30.0
+_HISTORY = 60
+_EVERYTHING = 1_000_000
+
+
+class Restart(NamedTuple):
+    """An end of the daemon, ``at`` seconds from the start, and ``down`` seconds until the next."""
+
+    at: float
+    down: float
+    killed: bool
+    """Cancelled wherever it is; otherwise told to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What happens in a trial."""
+
+    seed: int
+    faults: Faults
+    timeframes: tuple[str, ...] = ("1s", "1m")
+    symbols: int = 3
+    perpetuals: int = 0
+    seconds: float = 180.0
+    """Until the faults end."""
+    start: int = _EPOCH
+    """UTC ms."""
+    pace: float = 0.001
+    """Seconds that a forecast takes."""
+    restarts: tuple[Restart, ...] = ()
+    outages: tuple[tuple[float, float], ...] = ()
+    """When the sink does not deliver: from, until, in seconds."""
+
+    @classmethod
+    def of(cls, seed: int) -> Self:
+        """What the seed alone decides: minutes of seconds, or hours of minutes."""
+        random = Random(f"trial:{seed}")
+        long = random.random() < 0.25
+        seconds = 1_500.0 if long else 180.0
+        moments = sorted(random.uniform(0.02, 0.98) * seconds for _ in range(random.randrange(4)))
+        restarts = tuple(
+            Restart(round(at, 3), round(10 ** random.uniform(-1, 1.7), 3), random.random() < 0.7)
+            for at in moments
+        )
+        begins = [random.uniform(0, 0.8) * seconds for _ in range(random.randrange(3))]
+        return cls(
+            seed=seed,
+            faults=replace(Faults.random(seed), until_seconds=seconds),
+            timeframes=("1m", "5m") if long else ("1s", "1m"),
+            symbols=2 if long else 3,
+            perpetuals=1 if long else 0,
+            seconds=seconds,
+            start=_EPOCH + random.randrange(300_000),
+            pace=round(10 ** random.uniform(-3.5, -1.5), 5),
+            restarts=restarts,
+            outages=tuple((at, at + random.uniform(0.01, 0.2) * seconds) for at in begins),
+        )
+
+    def __str__(self) -> str:
+        restarts = ", ".join(
+            f"{'kill' if one.killed else 'stop'} at {one.at:g} s for {one.down:g} s"
+            for one in self.restarts
+        )
+        outages = ", ".join(f"{a:.0f}-{b:.0f} s" for a, b in self.outages)
+        return (
+            f"seed {self.seed}: {self.symbols} spot markets and {self.perpetuals} perpetuals in "
+            f"{','.join(self.timeframes)} for {self.seconds:g} s from {self.start}\n"
+            f"faults: {self.faults.dumps()}\nrestarts: {restarts or 'none'}\n"
+            f"the sink is away: {outages or 'never'}; a forecast takes {self.pace:g} s"
+        )
+
+
+class Forecast(NamedTuple):
+    """What the forecaster was given."""
+
+    life: int
+    moment: int
+    """UTC ms by the exchange's clock."""
+    window: Window
+
+
+class Question(NamedTuple):
+    """What the source was asked for, and how many bars it answered with; None if it failed."""
+
+    life: int
+    moment: int
+    series: Series
+    start: int
+    end: int
+    bars: int | None = None
+
+
+@dataclass(slots=True)
+class Life:
+    """One run of the daemon."""
+
+    began: int
+    """UTC ms by the daemon's clock."""
+    tapes: dict[Series, list[Bar]]
+    """What the state file held then."""
+    took_to_end: float = 0.0
+
+
+@dataclass(slots=True, repr=False)
+class Journal:
+    """All that happened."""
+
+    script: Script
+    series: tuple[Series, ...]
+    lives: list[Life] = field(default_factory=list)
+    forecasts: list[Forecast] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    delivered: list[Record] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+    """Exceptions that nobody expected, errors logged, tasks left."""
+    most_tasks: int = 0
+    mended: float | None = None
+    """Seconds after the faults' end until all was mended."""
+    audited: float | None = None
+    """Seconds after it until every bar was equal."""
+    strikes: dict[str, int] = field(default_factory=dict)
+    revised: list[tuple[int, str]] = field(default_factory=list)
+    """When the venue changed a closed bar, and of which symbol and timeframe."""
+    truth: dict[Series, list[Bar]] = field(default_factory=dict)
+    versions: dict[tuple[Series, int], list[Candle]] = field(default_factory=dict)
+    """All that changed bars have been, by open."""
+    tapes: dict[Series, list[Bar]] = field(default_factory=dict)
+    outcomes: dict[Series, list[Outcome]] = field(default_factory=dict)
+    until: int = 0
+    """Bars closed by then, by the exchange's clock, are there."""
+
+
+def run_trial(
+    script: Script, folder: Path, *, wrap: Callable[[Source], Source] = lambda source: source
+) -> Journal:
+    """Play ``script`` with its files in ``folder``. wrap: puts something around each source."""
+    journal = run_virtual(_Trial(script, folder, wrap).run())
+    gc.collect()  # a task's exception that nobody asked for is told when the task goes
+    return journal
+
+
+class _Trial:
+    def __init__(self, script: Script, folder: Path, wrap: Callable[[Source], Source]) -> None:
+        self._script, self._wrap = script, wrap
+        self._file = folder / "state.sqlite"
+        self._changed: set[tuple[Series, int]] = set()
+        """Bars that the venue has changed, and the daemon does not know it."""
+
+    async def run(self) -> Journal:
+        script = self._script
+        self._clock = LoopClock(script.start)
+        self._exchange = SimulatedExchange(
+            script.symbols,
+            perpetuals=script.perpetuals,
+            timeframes=script.timeframes,
+            seed=script.seed,
+            faults=script.faults,
+            history=_HISTORY,
+            keep=20_000,
+            clock=self._clock,
+        )
+        journal: Journal | None = None
+        async with self._exchange as exchange:
+            self._settings = self._make_settings()
+            journal = self._journal = Journal(script, self._settings.series())
+            with self._watched():
+                await self._play()
+                journal.strikes = dict(exchange.fate.counts)
+                journal.revised = [
+                    (one.moment, one.subject)
+                    for one in exchange.fate.incidents
+                    if one.kind == "revised"
+                ]
+        await asyncio.sleep(60)  # whatever still runs has had its chance to end
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        journal.troubles += [f"a task is left: {task!r}" for task in left]
+        return journal
+
+    def _make_settings(self) -> Settings:
+        url = {"ws_url": self._exchange.ws_url, "rest_url": self._exchange.rest_url}
+        url |= {
+            "futures_ws_url": f"{self._exchange.ws_url}/market",
+            "futures_rest_url": self._exchange.rest_url,
+        }
+        return Settings.model_validate(
+            {
+                "symbols": tuple(f"binance:{symbol}" for symbol in self._exchange.symbols),
+                "timeframes": self._script.timeframes,
+                "lookback": LOOKBACK,
+                "horizon": 1,
+                "paths": 1,
+                "quantiles": (0.5,),
+                "catch_up": "all",
+                "state_file": self._file,
+                "http": {"port": 0},
+                "options": {"binance": connectors.source("binance").options(**url)},
+            }
+        )
+
+    # -- the play ----------------------------------------------------------------------------
+
+    async def _play(self) -> None:
+        script, loop = self._script, asyncio.get_running_loop()
+        for restart in script.restarts:
+            daemon, running = await self._begin()
+            left = max(0.05, restart.at - loop.time())
+            await asyncio.wait((running,), timeout=left)
+            await self._end(daemon, running, killed=restart.killed)
+            await asyncio.sleep(restart.down)
+        daemon, running = await self._begin()
+        await asyncio.wait((running,), timeout=max(0.0, script.seconds - loop.time()))
+        await self._mend(daemon, running)
+        if self._journal.mended is not None:
+            await self._compare_contexts(daemon)
+        await self._end(daemon, running, killed=False)
+        await self._look_back()
+
+    async def _begin(self) -> tuple[Daemon, asyncio.Task[None]]:
+        journal, life = self._journal, len(self._journal.lives)
+        state = await State.open(self._file)
+        tapes = {one: await state.load(one, _EVERYTHING) for one in journal.series}
+        await state.close()
+        journal.lives.append(Life(self._clock.now(), tapes))
+        chance = f"{self._script.seed}:{life}"
+        options = self._settings.options["binance"]
+        made = connectors.source("binance").build(
+            options,
+            self._clock,
+            Random(f"source:{chance}"),
+        )
+        source = _Overheard(self._wrap(made), life, self._exchange, journal)
+        forecaster = _Forecaster(life, self._exchange, self._script.pace, journal)
+        daemon = Daemon(
+            self._settings,
+            {"binance": source},
+            [_Recorder(self._script, journal)],
+            clock=self._clock,
+            wall=self._clock,
+            random=Random(f"daemon:{chance}"),
+            worker=lambda _plan, _metrics: forecaster,
+        )
+        return daemon, asyncio.create_task(daemon.run(), name="daemon")
+
+    async def _end(self, daemon: Daemon, running: asyncio.Task[None], *, killed: bool) -> None:
+        loop, life = asyncio.get_running_loop(), self._journal.lives[-1]
+        began = loop.time()
+        if running.done():
+            self._journal.troubles.append("the daemon ended by itself")
+        elif killed:
+            running.cancel()
+        else:
+            daemon.stop()
+        await asyncio.wait((running,), timeout=_KILL_SECONDS)
+        life.took_to_end = loop.time() - began
+        if not running.done():
+            self._journal.troubles.append(f"the daemon did not end in {_KILL_SECONDS:g} s")
+        elif not running.cancelled() and (error := running.exception()) is not None:
+            self._journal.troubles.append(f"the daemon failed: {error!r}")
+
+    async def _mend(self, daemon: Daemon, running: asyncio.Task[None]) -> None:
+        """Wait until the daemon has what the exchange has, within bounds."""
+        loop, journal, ended = asyncio.get_running_loop(), self._journal, self._script.seconds
+        while not running.done():
+            since = loop.time() - ended
+            whole, equal = await self._compare(daemon)
+            if whole and journal.mended is None:
+                journal.mended = max(0.0, since)
+            if equal or since > (MEND_SECONDS if journal.mended is None else AUDIT_SECONDS):
+                journal.audited = max(0.0, since) if equal else None
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _compare(self, daemon: Daemon) -> tuple[bool, bool]:
+        """Whether no bar is missing or made up and all is forecast; and whether all are equal."""
+        if not daemon.ready.is_set():
+            return False, False
+        until = self._exchange.clock.now() - SETTLE_MS
+        changed = set()
+        for series in self._journal.series:
+            tape = {bar.candle.time: bar for bar in await daemon._state.load(series, _EVERYTHING)}
+            first = min(tape, default=0)
+            changed |= {
+                (one, opened) for one, opened in self._changed if one == series and opened < first
+            }  # the daemon has forgotten them
+            for true in self._exchange.truth(series, first):
+                opened = true.candle.time
+                if series.timeframe.after(opened) > until:
+                    break
+                ours = tape.get(opened)
+                if ours is None or ours.synthetic != true.synthetic:
+                    return False, False
+                if not true.synthetic and ours.candle != true.candle:
+                    changed.add((series, opened))
+        self._changed = changed
+        whole = daemon._scheduler._lanes.held == 0
+        return whole, whole and not changed
+
+    async def _compare_contexts(self, daemon: Daemon) -> None:
+        for series in self._journal.series:
+            bars = await daemon._state.load(series, LOOKBACK)
+            newest = bars[-1]
+            opened = newest.candle.time
+            close = series.timeframe.after(opened)
+            due = Due(series, opened, newest.revision, close, newest.received)
+            window = await daemon._desk.window(due)
+            if window is None or not np.array_equal(window.values, rows(bars)):
+                self._journal.troubles.append(f"{series}: the context is not the tape")
+
+    async def _look_back(self) -> None:
+        """Keep what the verdict is about, before exchange and state file are gone."""
+        journal, exchange = self._journal, self._exchange
+        journal.until = exchange.clock.now() - SETTLE_MS
+        state = await State.open(self._file)
+        for series in journal.series:
+            truth = journal.truth[series] = exchange.truth(series)
+            for bar in truth:
+                if bar.revision:
+                    opened = bar.candle.time
+                    journal.versions[series, opened] = exchange.versions(series, opened)
+            journal.tapes[series] = await state.load(series, _EVERYTHING)
+            journal.outcomes[series] = await state.outcomes(series, 0)
+        await state.close()
+
+    # -- what must not happen ------------------------------------------------------------------
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Keep what goes wrong unseen, and how much is under way."""
+        journal, loop = self._journal, asyncio.get_running_loop()
+        loop.set_exception_handler(
+            lambda _, context: journal.troubles.append(f"event loop: {context}")
+        )
+        handler = _Alarm(journal.troubles)
+        logging.getLogger().addHandler(handler)
+        counting = asyncio.create_task(self._count())
+        try:
+            with structlog.testing.capture_logs() as logs:
+                yield
+            journal.troubles += [f"log: {one}" for one in logs if one["log_level"] == "error"]
+        finally:
+            counting.cancel()
+            logging.getLogger().removeHandler(handler)
+
+    async def _count(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._journal.most_tasks = max(self._journal.most_tasks, len(asyncio.all_tasks()))
+
+
+class _Alarm(logging.Handler):
+    """Keeps what libraries log as an error: aiohttp tells so of a handler that has failed."""
+
+    def __init__(self, troubles: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._troubles = troubles
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._troubles.append(f"{record.name}: {self.format(record)}")
+
+
+class _Overheard:
+    """A source, and what it is asked for."""
+
+    def __init__(
+        self, source: Source, life: int, exchange: SimulatedExchange, journal: Journal
+    ) -> None:
+        self._source, self._life, self._exchange = source, life, exchange
+        self._journal = journal
+        self.venue, self.traits = source.venue, source.traits
+
+    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+        return await self._source.unknown(series)
+
+    def follow(self, series: Collection[Series]) -> None:
+        self._source.follow(series)
+
+    async def run(self, intake: Intake) -> None:
+        await self._source.run(intake)
+
+    async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        asked = Question(self._life, self._exchange.clock.now(), series, start, end)
+        try:
+            candles = await self._source.history(series, start, end)
+            asked = asked._replace(bars=len(candles))
+            return candles
+        finally:
+            self._journal.questions.append(asked)
+
+    async def close(self) -> None:
+        await self._source.close()
+
+
+class _Forecaster:
+    """Stands where the model stands: says nothing of the future, and keeps what it is given."""
+
+    def __init__(
+        self, life: int, exchange: SimulatedExchange, pace: float, journal: Journal
+    ) -> None:
+        self._life, self._exchange, self._pace = life, exchange, pace
+        self._journal = journal
+
+    def healthy(self) -> str:
+        return ""
+
+    async def start(self) -> Identity:
+        await asyncio.sleep(self._pace)
+        return Identity("none", None, "none", None, "cpu", "float32", 512, "trial")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    def expected(self, series: int) -> float:
+        return series * self._pace
+
+    def capacity(self, seconds: float) -> int:
+        return max(1, int(seconds / self._pace))
+
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+        moment = self._exchange.clock.now()
+        self._journal.forecasts += [Forecast(self._life, moment, window) for window in windows]
+        async with asyncio.timeout(deadline):
+            await asyncio.sleep(self._pace * len(windows))
+        return Batch([Drawn(_flat(window), 1.0) for window in windows], self._pace * len(windows))
+
+
+def _flat(window: Window) -> Outlook:
+    close = window.last.close
+    bands = {channel: {"mean": [close], "q50": [close]} for channel in CHANNELS}
+    summary = Summary(0.0, 0.0, {"q50": 0.0}, None, None)
+    ahead = window.series.timeframe.after(window.last.time)
+    return Outlook([ahead], bands, summary, 0)
+
+
+class _Recorder:
+    """A sink that keeps what it is given; away at times, in the middle of a delivery, too."""
+
+    name = "recorder"
+
+    def __init__(self, script: Script, journal: Journal) -> None:
+        self._script, self._journal = script, journal
+        self._random = Random(f"sink:{script.seed}:{len(journal.lives)}")
+
+    async def start(self) -> None:
+        self._check()
+
+    async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
+        try:
+            self._check()
+        except SinkUnavailable:
+            self._journal.delivered += records[: self._random.randrange(len(records) + 1)]
+            raise
+        self._journal.delivered += records
+        return []
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    def _check(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if any(begins <= now < ends for begins, ends in self._script.outages):
+            raise SinkUnavailable("away, as the script says")
+
+
+def rows(bars: Sequence[Bar]) -> NDArray[np.float32]:
+    """(L, 6): bars as a context holds them."""
+    return np.array([bar.candle[1:] for bar in bars], np.float32)

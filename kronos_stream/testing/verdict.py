@@ -1,0 +1,244 @@
+"""The verdict on a trial: what the daemon did, compared with the exchange's truth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import numpy as np
+import orjson
+
+from kronos_stream.daemon.due import Outcome
+from kronos_stream.forecast.message import VOLATILE
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.series import Series
+from kronos_stream.market.utc import rfc3339
+from kronos_stream.testing.trial import AUDIT_SECONDS, MEND_SECONDS, Forecast, Journal, rows
+
+_MOST_SAID = 12
+_MOST_TASKS = 120
+_LOOKED_BACK = 128
+"""Bars that may be asked for again now and then: the venue may have changed them."""
+
+_MOST_SECONDS_TO_END = 25.0
+
+
+def faults_found(journal: Journal) -> list[str]:
+    """Everything that should not be, a line each; empty if all is well."""
+    found = list(journal.troubles)
+    if journal.mended is None:
+        found.append(f"not mended within {MEND_SECONDS:g} s of the end of all faults")
+    elif journal.audited is None:
+        found.append(f"a change of a bar was not noticed within {AUDIT_SECONDS:g} s")
+    if journal.most_tasks > _MOST_TASKS:
+        found.append(f"{journal.most_tasks} tasks at once")
+    found += [
+        f"life {number} took {life.took_to_end:.1f} s to end"
+        for number, life in enumerate(journal.lives)
+        if life.took_to_end > _MOST_SECONDS_TO_END
+    ]
+    for series in journal.series:
+        truth = _Truth(journal, series)
+        lines = [
+            *_of_tape(journal, truth),
+            *_of_forecasts(journal, truth),
+            *_of_outcomes(journal, series),
+            *_of_deliveries(journal, series),
+            *_of_questions(journal, series),
+        ]
+        found += [f"{series}: {line}" for line in lines[:_MOST_SAID]]
+        if len(lines) > _MOST_SAID:
+            found.append(f"{series}: and {len(lines) - _MOST_SAID} more")
+    return found
+
+
+class _Truth:
+    """One series as it was, in all its versions."""
+
+    def __init__(self, journal: Journal, series: Series) -> None:
+        self.series = series
+        self.bars = {bar.candle.time: bar for bar in journal.truth[series]}
+        self._versions = {
+            opened: versions
+            for (one, opened), versions in journal.versions.items()
+            if one == series
+        }
+        self.closes = {c.close for time in self.bars for c in self.versions(time)}
+        self._rows: dict[int, list[bytes]] = {}
+
+    def versions(self, opened: int) -> list[Candle]:
+        """All that the venue ever said the closed bar was; none if it never had it."""
+        bar = self.bars.get(opened)
+        if bar is None or bar.synthetic:
+            return []
+        return self._versions.get(opened) or [bar.candle]
+
+    def knows(self, opened: int, row: bytes) -> bool:
+        """Whether a context's row is a version of the bar."""
+        known = self._rows.get(opened)
+        if known is None:
+            known = [rows([Bar(candle)]).tobytes() for candle in self.versions(opened)]
+            self._rows[opened] = known
+        return row in known
+
+
+def _of_tape(journal: Journal, truth: _Truth) -> Iterator[str]:
+    """The tape in the end: what the venue has, and flat bars for what it has not."""
+    tape = {bar.candle.time: bar for bar in journal.tapes[truth.series]}
+    after = truth.series.timeframe.after
+    if not tape:
+        yield "no bar on the tape"
+        return
+    for earlier, later in pairwise(tape):
+        if after(earlier) != later:
+            yield f"after bar {earlier} comes {later}"
+    for opened, true in truth.bars.items():
+        if opened >= min(tape) and opened not in tape and after(opened) <= journal.until:
+            yield f"bar {opened} is lost: {true}"
+    for opened, bar in tape.items():
+        wrong = _of_bar(bar, truth)
+        if wrong:
+            yield f"bar {opened} {wrong}: {bar}, but {truth.bars.get(opened)}"
+
+
+def _of_bar(bar: Bar, truth: _Truth) -> str:
+    """What is wrong with a bar on the tape; empty if nothing is."""
+    true = truth.bars.get(bar.candle.time)
+    if true is None:
+        return "is none of the venue's"
+    if bar.synthetic and true.synthetic:
+        _, opened, high, low, close, volume, _ = bar.candle
+        flat = opened == high == low == close and volume == 0
+        return "" if flat and close in truth.closes else "is not flat at a close before it"
+    if bar.synthetic:
+        return "is synthetic, but the venue has it"
+    if true.synthetic:
+        return "is not synthetic, but the venue never had it"
+    if bar.candle not in truth.versions(bar.candle.time):
+        return "was never such"
+    return "" if bar.candle == true.candle else "is not the last version"
+
+
+def _of_forecasts(journal: Journal, truth: _Truth) -> Iterator[str]:
+    """What was forecast from: closed bars without a hole, each as the venue said it was."""
+    twice: Counter[tuple[int, int, int]] = Counter()
+    for one in journal.forecasts:
+        if one.window.series != truth.series:
+            continue
+        origin, close = one.window.last.time, truth.series.timeframe.after(one.window.last.time)
+        twice[one.life, origin, one.window.revision] += 1
+        if one.moment < close:
+            yield f"bar {origin} was forecast {close - one.moment} ms before its close"
+        yield from _of_window(one, truth)
+    for (life, origin, revision), times in twice.items():
+        if times > 1:
+            yield f"bar {origin} revision {revision} was forecast {times} times in life {life}"
+
+
+def _of_window(forecast: Forecast, truth: _Truth) -> Iterator[str]:
+    window, after = forecast.window, truth.series.timeframe.after
+    times = window.times.tolist()
+    if times[-1] != window.last.time or any(after(a) != b for a, b in pairwise(times)):
+        yield f"the window of {window.last.time} has a hole"
+    flat = np.ptp(window.values[:, :4], axis=1) == 0
+    strange = [
+        i for i, time in enumerate(times) if not truth.knows(time, window.values[i].tobytes())
+    ]
+    for i in strange:
+        if not flat[i] or window.values[i, 4] != 0:
+            yield (
+                f"the window of {window.last.time}, at {forecast.moment}, holds bar {times[i]} as "
+                f"{window.values[i].tolist()}, but {truth.bars.get(times[i])}"
+            )
+    if not len(strange) <= window.synthetic <= int(flat.sum()):
+        yield (
+            f"the window of {window.last.time} has {len(strange)} synthetic bars "
+            f"and says {window.synthetic}"
+        )
+    if strange and not window.reasons:
+        yield f"the window of {window.last.time} does not say that it is degraded"
+
+
+def _of_outcomes(journal: Journal, series: Series) -> Iterator[str]:
+    """Each bar since the beginning has one outcome; all are forecast, the newest revision last."""
+    outcomes = journal.outcomes[series]
+    if not outcomes:
+        yield "no bar has an outcome"
+        return
+    after = series.timeframe.after
+    newest = {one.origin: one for one in outcomes}
+    for earlier, later in pairwise(newest):
+        if after(earlier) != later:
+            yield f"after the outcome of {earlier} comes that of {later}"
+    first, last = next(iter(newest)), next(reversed(newest))
+    began = min(one.moment for one in journal.questions if one.series == series)
+    if first > after(began):
+        yield f"the first outcome is that of {first}, {first - began} ms after the beginning"
+    for bar in journal.tapes[series]:
+        if last < bar.candle.time and after(bar.candle.time) <= journal.until:
+            yield f"bar {bar.candle.time} has no outcome"
+    made = _made(journal, series)
+    for outcome in outcomes:
+        wrong = _of_outcome(outcome, newest[outcome.origin], made)
+        if wrong:
+            yield f"bar {outcome.origin} revision {outcome.revision} was {wrong}"
+
+
+def _made(journal: Journal, series: Series) -> dict[int, int]:
+    """The newest revision of each bar that was forecast, by open."""
+    made: dict[int, int] = {}
+    for forecast in journal.forecasts:
+        if forecast.window.series == series:
+            origin = forecast.window.last.time
+            made[origin] = max(made.get(origin, 0), forecast.window.revision)
+    return made
+
+
+def _of_outcome(outcome: Outcome, newest: Outcome, made: Mapping[int, int]) -> str:
+    """What is wrong with it; empty if nothing is."""
+    if outcome.result == "forecast":
+        # A bar may be changed while it waits; then it is forecast as it has become.
+        return "" if made.get(outcome.origin, -1) >= outcome.revision else "not forecast after all"
+    superseded = outcome.reason == "revised" and newest.revision > outcome.revision
+    return "" if superseded else f"skipped: {outcome.reason}"
+
+
+def _of_deliveries(journal: Journal, series: Series) -> Iterator[str]:
+    """Each forecast arrived, first ones in order; those that came again were the same."""
+    known: dict[str, object] = {}
+    order: list[tuple[str, int]] = []
+    arrived: dict[str, int] = {}
+    for record in journal.delivered:
+        if record.kind != "forecast" or record.key != series.name:
+            continue
+        said = orjson.loads(record.value)
+        content = {name: value for name, value in said.items() if name not in VOLATILE}
+        if known.setdefault(said["id"], content) != content:
+            yield f"two forecasts from {said['origin']} have one id and differ"
+        origin, revision = said["origin"], said["revision"]
+        if arrived.get(origin, -1) < revision:
+            arrived[origin] = revision
+            order.append((origin, revision))
+    if order != sorted(order):
+        yield "forecasts arrived out of order"
+    for outcome in journal.outcomes[series]:
+        newest = arrived.get(rfc3339(outcome.origin), -1)
+        if outcome.result == "forecast" and newest < outcome.revision:
+            yield f"the forecast of bar {outcome.origin} did not arrive"
+
+
+def _of_questions(journal: Journal, series: Series) -> Iterator[str]:
+    """After a restart only what is missing is asked for, but for a look at the newest bars."""
+    after = series.timeframe.after
+    for number, life in enumerate(journal.lives):
+        known = life.tapes[series]
+        if not known:
+            continue
+        owed = [bar.candle.time for bar in known if bar.synthetic and not bar.received]
+        first = min([known[-1].candle.time, *owed])
+        for one in journal.questions:
+            if one.series != series or one.life != number or one.start >= first:
+                continue
+            if after(one.start, _LOOKED_BACK) < one.end:
+                yield f"life {number} knew bars up to {first} and asked for {one.start}-{one.end}"

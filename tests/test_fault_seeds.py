@@ -1,0 +1,135 @@
+"""Whatever the exchange does, each closed bar ends up on the tape and is forecast once.
+
+A seed is a trial (:mod:`kronos_stream.testing.trial`). One that fails is played again by
+
+    KRONOS_SEEDS=123 make test ARGS="tests/test_fault_seeds.py -k test_seed"
+
+``KRONOS_SEEDS`` takes numbers and ranges, such as ``7,100-1099``; without it, ``make test`` plays
+20 seeds and ``make soak`` 200.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, Source
+from kronos_stream.testing.exchange import Faults
+from kronos_stream.testing.trial import Journal, Script, run_trial
+from kronos_stream.testing.verdict import faults_found
+
+
+def seeds(default: range) -> list[int]:
+    """Those of KRONOS_SEEDS, or ``default``."""
+    chosen: list[int] = []
+    for part in os.environ.get("KRONOS_SEEDS", "").split(","):
+        first, _, last = part.strip().partition("-")
+        if first:
+            chosen += range(int(first), int(last or first) + 1)
+    return chosen or list(default)
+
+
+def play(seed: int, folder: Path) -> None:
+    script = Script.of(seed)
+    journal = run_trial(script, folder)
+    found = faults_found(journal)
+    if found:
+        pytest.fail("\n".join([str(script), f"struck: {journal.strikes}", *found]), pytrace=False)
+
+
+@pytest.mark.parametrize("seed", seeds(range(20)))
+def test_seed(seed: int, tmp_path: Path) -> None:
+    play(seed, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", seeds(range(1000, 1200)))
+def test_soak_seed(seed: int, tmp_path: Path) -> None:
+    play(seed, tmp_path)
+
+
+def told(journal: Journal) -> object:
+    """What a run comes to."""
+    return (
+        [(one.life, one.moment, one.window.series, one.window.last, one.window.revision,
+          one.window.values.tobytes()) for one in journal.forecasts],
+        journal.outcomes,
+        journal.tapes,
+        journal.questions,
+        journal.strikes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_a_seed_plays_the_same_way_again(seed: int, tmp_path: Path) -> None:
+    script = replace(Script.of(seed), seconds=60.0)
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    assert told(run_trial(script, first)) == told(run_trial(script, second))
+
+
+CALM = Script(seed=0, faults=Faults(), timeframes=("1s",), symbols=2, seconds=30.0)
+
+
+def test_without_faults_each_bar_is_forecast_within_a_second(tmp_path: Path) -> None:
+    journal = run_trial(CALM, tmp_path)
+    assert faults_found(journal) == []
+    after = journal.series[0].timeframe.after
+    late = [one.moment - after(one.window.last.time) for one in journal.forecasts]
+    assert len(late) >= 2 * 29
+    assert max(late) < 1000
+
+
+class Meddled:
+    """A source that lies as ``lie`` does."""
+
+    def __init__(self, source: Source, lie: Callable[[Update], Sequence[Update]]) -> None:
+        self._source, self._lie = source, lie
+        self.venue, self.traits = source.venue, source.traits
+
+    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+        return await self._source.unknown(series)
+
+    def follow(self, series: Collection[Series]) -> None:
+        self._source.follow(series)
+
+    async def run(self, intake: Intake) -> None:
+        def update(update: Update) -> None:
+            for one in self._lie(update):
+                intake.update(one)
+
+        await self._source.run(Intake(update, intake.reject, intake.note))
+
+    async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        return await self._source.history(series, start, end)
+
+    async def close(self) -> None:
+        await self._source.close()
+
+
+def a_penny_more(update: Update) -> list[Update]:
+    """Every seventh bar."""
+    candle = update.candle
+    if not update.closed or candle.time // 1000 % 7:
+        return [update]
+    return [update._replace(candle=candle._replace(high=candle.high + 0.01))]
+
+
+def closed_too_early(update: Update) -> list[Update]:
+    return [update._replace(closed=True)]
+
+
+@pytest.mark.parametrize("lie", [a_penny_more, closed_too_early])
+def test_a_source_that_lies_is_found_out(
+    lie: Callable[[Update], Sequence[Update]], tmp_path: Path
+) -> None:
+    """So a trial can fail."""
+    journal = run_trial(CALM, tmp_path, wrap=lambda source: Meddled(source, lie))
+    assert faults_found(journal) != []

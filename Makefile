@@ -39,6 +39,7 @@ format: $(STAMP) ## Format the code and mend what can be mended mechanically
 
 bench: $(STAMP) ## Measure this machine: the demo's latency, intake, forecasting speed (ARGS="--json")
 	$(BIN)/kronos-stream demo --seconds 60 --json
+	$(BIN)/kronos-stream bench --intake
 	$(BIN)/kronos-stream bench $(ARGS)
 
 nano: $(STAMP) ## Train the bundled model anew into build/nano (about an hour; resumes)

@@ -73,6 +73,11 @@ class _Shapes(click.ParamType[Any]):
 @click.option(
     "--precision-model", default="nano", show_default=True, help="A trained model, for --precision."
 )
+@click.option(
+    "--intake",
+    is_flag=True,
+    help="Measure instead how fast kline frames are decoded, put on the tape and saved.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def bench(
     models: str,
@@ -86,6 +91,7 @@ def bench(
     uncached: bool,  # noqa: FBT001
     precision: int,
     precision_model: str,
+    intake: bool,  # noqa: FBT001
     as_json: bool,  # noqa: FBT001
 ) -> None:
     """Measure speed on this machine, against its limits.
@@ -94,6 +100,11 @@ def bench(
     time by stage, path-steps per second, and which share of the time the counted operations and
     bytes explain (100 % is the floor). Run it on an otherwise idle machine.
     """
+    if intake:
+        from kronos_stream.commands import _bench_ingest
+
+        _bench_ingest.run(as_json=as_json)
+        return
     names = [name.strip() for name in models.split(",")]
     unknown = [name for name in names if name not in MODELS]
     if unknown:

@@ -38,8 +38,8 @@ _COMMANDS = {
 _USER_ERRORS = {
     "kronos_stream.daemon.child.WorkerError",
     "kronos_stream.daemon.connectors.ConnectorError",
+    "kronos_stream.daemon.database.StateError",
     "kronos_stream.daemon.settings.SettingsError",
-    "kronos_stream.daemon.state.StateError",
     "kronos_stream.engine.context.ContextError",
     "kronos_stream.market.files.CandleFileError",
     "kronos_stream.market.source.SourceError",

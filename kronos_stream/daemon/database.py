@@ -177,7 +177,7 @@ def _locked(path: Path) -> int:
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateError(
-            f"{name}: {error.strerror}; the state file must be in a writable folder"
+            f"{name}: {error.strerror}; STATE_FILE must be in a writable folder"
         ) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

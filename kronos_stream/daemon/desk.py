@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 
 import orjson
 import structlog
+from prometheus_client import Counter as PrometheusCounter
 
 from kronos_stream.daemon.alarms import Alarms
 from kronos_stream.daemon.backfill import Backfill, Question
@@ -70,6 +71,8 @@ class _Followed:
     tape: Tape
     mark: tuple[int, int] | None
     """Origin and revision up to which no bar is due; None before the tape begins."""
+    closed: PrometheusCounter
+    """Counts its bars."""
     awaited: int = 0
     """Close of the bar that is to be handed on next, 0 where none is known."""
     alarm: int = NEVER
@@ -107,6 +110,8 @@ class Desk:
         self._capacity = lookback + MARGIN
         self._contexts = Contexts(self._capacity)
         self._followed: dict[Series, _Followed] = {}
+        self._awaited: Counter[int] = Counter()
+        """How many series have their next close when, those not live included."""
         self._alarms: Alarms[_Followed] = Alarms(clock)
         self._backfill = Backfill(sources, self._room)
         self._unsaved: deque[tuple[_Followed, _Saved]] = deque()
@@ -122,7 +127,7 @@ class Desk:
     async def follow(self, series: Collection[Series]) -> None:
         """Set what is followed, before the sources are told; those kept lose nothing."""
         for gone in self._followed.keys() - set(series):
-            del self._followed[gone]
+            self._await(self._followed.pop(gone), 0)
             self._contexts.forget(gone)
         for new in sorted(set(series) - self._followed.keys()):
             await self._enter(new)
@@ -172,7 +177,18 @@ class Desk:
 
     def awaited(self, close: int) -> int:
         """Live series whose bar that closes at ``close``, UTC ms, has not been handed on yet."""
+        if not self._awaited[close]:
+            return 0
         return sum(one.awaited == close and one.tape.live for one in self._followed.values())
+
+    def _await(self, one: _Followed, close: int) -> None:
+        """Expect the bar of that close, 0 for none, to be handed on next."""
+        for moment, change in ((one.awaited, -1), (close, 1)):
+            if moment:
+                self._awaited[moment] += change
+                if not self._awaited[moment]:
+                    del self._awaited[moment]
+        one.awaited = close
 
     @property
     def next_alarm(self) -> int | None:
@@ -209,7 +225,8 @@ class Desk:
             known=() if anew else bars,
             whole=enough,
         )
-        one = self._followed[series] = _Followed(series, tape, mark)
+        counter = self._metrics.bars.labels(series.venue, str(series.timeframe))
+        one = self._followed[series] = _Followed(series, tape, mark, counter)
         self._contexts.load(series, bars if enough or anew else (), whole=not enough)
         if mark is not None and (enough or anew):
             for bar in await self._since(series, bars, mark):
@@ -222,7 +239,7 @@ class Desk:
             one.mark = None
             self._contexts.load(series, (), whole=True)
         elif enough:
-            one.awaited = series.timeframe.after(bars[-1].candle.time, 2)
+            self._await(one, series.timeframe.after(bars[-1].candle.time, 2))
         self._arm(one)
 
     def _outdated(self, series: Series, newest: Bar) -> bool:
@@ -374,10 +391,10 @@ class Desk:
         series, bar = one.series, effect.bar
         if isinstance(effect, Append):
             self._contexts.append(series, bar)
-            self._metrics.bars.labels(series.venue, str(series.timeframe)).inc()
+            one.closed.inc()
             if bar.synthetic:
                 self._metrics.synthetic.labels(series.venue).inc()
-            one.awaited = series.timeframe.after(bar.candle.time, 2)
+            self._await(one, series.timeframe.after(bar.candle.time, 2))
             self._hand_on(one, bar)
             return
         self._contexts.revise(series, bar)

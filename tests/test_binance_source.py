@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -280,5 +281,100 @@ def test_a_venue_that_refuses_us_is_not_asked_again(status: int) -> None:
         await source.close()
         await runner.cleanup()
         assert asked == 2
+
+    trial(body)
+
+
+def test_garbage_among_the_frames_costs_neither_a_bar_nor_the_connection() -> None:
+    async def body() -> None:
+        async with venue(faults=Faults(seed=5, garbage=0.3)) as v:
+            await asyncio.sleep(120)
+            assert v.exchange.fate.counts["garbage"] > 100
+            assert len(v.heard.rejected) > 50  # the rest are frames of nobody's streams
+            assert all(reason and len(raw) <= 4_096 for _, reason, raw in v.heard.rejected)
+            assert v.heard.notes["connected"] == 1
+            for one in v.series:
+                closed = v.heard.closed(one)
+                truth = {bar.candle.time: bar.candle for bar in v.exchange.truth(one, START)}
+                assert len(closed) > 80
+                assert closed.items() <= truth.items()
+
+    trial(body)
+
+
+def test_hundreds_of_streams_are_asked_for_slowly_enough() -> None:
+    async def body() -> None:
+        async with venue(700, streams_per_connection=1_024) as v:
+            await asyncio.sleep(10)
+            assert v.heard.notes["lost"] == 0
+            assert v.heard.notes["connected"] == 1
+            v.series[:] = v.series[::50]
+            assert v.missing(START + 5_000) == 0
+
+    trial(body)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_connections_of_all_sorts_of_bad_luck_come_back(seed: int) -> None:
+    faults = Faults(
+        seed=seed, drop=120, stall=60, handshake=0.4, shutdown=30, lifetime_seconds=90,
+        stall_seconds=40,
+    )  # fmt: skip
+
+    async def body() -> None:
+        async with venue(5, faults=faults, streams_per_connection=2) as v:
+            await asyncio.sleep(600)
+            counts = v.exchange.fate.counts
+            assert min(counts[kind] for kind in ("drop", "stall", "handshake", "shutdown")) > 0
+            heard = [len(v.heard.closed(one)) for one in v.series]
+            assert min(heard) > 250  # of 600; a tape asks REST for the rest
+            assert v.heard.notes["connected"] > 20
+
+    trial(body)
+
+
+def test_told_to_wait_in_the_handshake_it_waits() -> None:
+    arrivals: list[float] = []
+
+    async def busy(request: web.Request) -> web.Response:
+        if request.path.endswith("exchangeInfo"):
+            info = {"symbol": "AB", "baseAsset": "A", "quoteAsset": "B", "status": "TRADING"}
+            return web.json_response({"symbols": [info]})
+        arrivals.append(asyncio.get_running_loop().time())
+        return web.Response(status=429, headers={"Retry-After": "120"})
+
+    async def body() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", busy)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        options = BinanceOptions(rest_url=url, ws_url=url.replace("http", "ws"))
+        source = CONNECTOR.build(options, LoopClock(START), Random(1))
+        source.follow([Series.parse("binance:A/B:1m")])
+        heard = Heard()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(300):
+                await source.run(heard.intake())
+        await source.close()
+        await runner.cleanup()
+        assert [round(b - a) >= 120 for a, b in pairwise(arrivals)] == [True, True]
+        assert heard.notes["rate limited"] == 3
+
+    trial(body)
+
+
+def test_it_ends_at_once_whatever_it_is_doing() -> None:
+    """In a handshake that hangs, beside a socket that is stalled, and while it waits."""
+
+    async def body() -> None:
+        for seconds in (0, 0.01, 1.0, 12.0, 40.0):
+            plan = (Planned("handshake", 0, 8), Planned("stall", 15, 60))
+            loop = asyncio.get_running_loop()
+            async with venue(3, faults=Faults(plan=plan), streams_per_connection=1):
+                await asyncio.sleep(seconds)
+                began = loop.time()
+            assert loop.time() - began < 5
 
     trial(body)

@@ -26,7 +26,7 @@ from kronos_connectors.binance.frames import (
 from kronos_stream.market.series import Series
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
-HEALTHY_SECONDS = 60.0
+HEALTHY_SECONDS = 15.0
 """After so long a connection's shard is forgiven its failures."""
 
 OVERLAP_SECONDS = 2.0

@@ -1,11 +1,11 @@
 """Replays through the whole daemon: its forecasts are those drawn by hand from the same bars.
 
-With KRONOS_CANDLE_DATA=FOLDER also from the folder's ``*.csv.gz``, and from the captures in its
-``wire``, where there are any.
+With KRONOS_CANDLE_DATA=FOLDER also for the folder's ``SYMBOL-TIMEFRAME.csv.gz``.
 """
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,18 @@ import pytest
 from numpy.typing import NDArray
 
 from kronos_stream import Context, Forecaster
+from kronos_stream.client import forecasts
 from kronos_stream.forecast.outlook import outlook
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
+from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import START_MS, Market
 
 MINUTE = 60_000
 COLUMNS = ["open", "high", "low", "close", "volume", "amount"]
 HORIZON, PATHS, QUANTILES = 4, 19, (0.05, 0.5, 0.95)
+_SECONDS = 240
 WIRE = Path(__file__).parent / "data" / "wire"
 
 Bars = dict[int, list[float]]
@@ -69,6 +73,17 @@ def _command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "kronos_stream", "replay", *map(str, arguments)]
 
 
+def _run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # noqa: S603
+        _command(*arguments),
+        env=_environment(**settings) | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+
+
 @pytest.fixture
 def replay(tmp_path: Path) -> Replay:
     """Runs the command: ``replay(files, "--bars", 5, SEED=1)``."""
@@ -76,14 +91,7 @@ def replay(tmp_path: Path) -> Replay:
     def replay(files: Sequence[object], *arguments: object, **settings: object) -> Replayed:
         out = tmp_path / "forecasts.jsonl"
         out.unlink(missing_ok=True)
-        done = subprocess.run(  # noqa: S603
-            _command(*files, *arguments, "--out", out, "--json"),
-            env=_environment(**settings),
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
+        done = _run(*files, *arguments, "--out", out, "--json", **settings)
         assert done.returncode == 0, done.stderr
         messages = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         return Replayed(json.loads(done.stdout), messages)
@@ -289,9 +297,27 @@ def test_another_replay_goes_on_where_one_ended(
     assert origins == [START_MS + bar * 5 * MINUTE for bar in range(35, 60)]
 
 
+async def test_kafka_gets_all_of_it(market: dict[str, Path]) -> None:
+    files = [market["replay:AA/USD:5m"], market["replay:BB/USD:5m"]]
+    topics = (f"kronos.{name}.v1" for name in ("forecasts", "forecasts.latest", "deadletter"))
+    with EmbeddedBroker(topics) as broker:
+        arguments = "--lookback", 36, "--bars", 8, "--kafka", broker.bootstrap, "--json"
+        done = await asyncio.to_thread(_run, *files, *arguments)
+        assert done.returncode == 0, done.stderr
+        origins: dict[str, list[int]] = {}
+        # To a reader of today they have expired.
+        async with aclosing(forecasts(broker.bootstrap, start="earliest", expired=True)) as found:
+            for _ in range(json.loads(done.stdout)["forecasts"]):
+                one = await anext(found)
+                opened = round(one.origin.timestamp() * 1000 - START_MS) // (5 * MINUTE)
+                origins.setdefault(one.series, []).append(opened)
+    assert set(origins) == {"replay:AA/USD:5m", "replay:BB/USD:5m"}
+    assert all(opens == [*range(35, 43)] for opens in origins.values())
+
+
 @pytest.mark.parametrize("speed", ["1", "max"])
 def test_ctrl_c_ends_it_in_order(tmp_path: Path, speed: str) -> None:
-    candles = Market(1, MINUTE, seed=2).run(30_000 if speed == "max" else 100)
+    candles = Market(1, MINUTE, seed=2).run(3_000 if speed == "max" else 100)
     frame = pd.DataFrame(candles.values[:, 0], columns=COLUMNS)  # noqa: PD011
     frame.insert(0, "time", candles.times)
     path = tmp_path / "A_B.parquet"
@@ -331,14 +357,7 @@ def test_what_cannot_be_replayed_is_one_clear_line(
     market: dict[str, Path], arguments: list[str], complaint: str
 ) -> None:
     path = str(market["replay:AA/USD:5m"])
-    done = subprocess.run(  # noqa: S603
-        _command(*(path if argument == "AA" else argument for argument in arguments)),
-        env=_environment() | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = _run(*(path if argument == "AA" else argument for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr

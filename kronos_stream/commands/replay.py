@@ -65,7 +65,9 @@ def _time(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     help="Append the forecasts to FILE, one JSON object per line.",
 )
 @click.option(
-    "--kafka", metavar="HOST:PORT,...", help="Send the forecasts to Kafka by these brokers."
+    "--kafka",
+    metavar="HOST:PORT,...",
+    help="Send the forecasts to Kafka by these brokers. Readers may take them for expired.",
 )
 @click.option(
     "--state",

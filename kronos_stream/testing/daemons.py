@@ -29,6 +29,10 @@ _START_SECONDS = 90.0
 _END_SECONDS = 10.0
 
 
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+"""What a daemon measures: name and labels → number."""
+
+
 class DaemonProcess:
     """``kronos-stream run``: started as often as one likes, killed at the end of a ``with`` block.
 
@@ -100,8 +104,8 @@ class DaemonProcess:
         status, body = self._get("readyz")
         return status, orjson.loads(body)["checks"] if body else {}
 
-    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        """What /metrics says: (name, labels) → number; empty if it does not answer."""
+    def metrics(self) -> Samples:
+        """What /metrics says; empty if it does not answer."""
         families = text_string_to_metric_families(self._get("metrics")[1].decode())
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -216,7 +220,7 @@ async def _decided(path: Path, names: Sequence[Series]) -> dict[Series, tuple[in
 async def _undelivered(path: Path) -> int:
     state = await State.open(path)
     try:
-        return await state.waiting()
+        return sum(backlog.records for backlog in (await state.backlogs()).values())
     finally:
         await state.close()
 

@@ -1,0 +1,165 @@
+"""The demo as a user starts it, and a reader of its topic that no one here wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from kronos_stream.market.utc import parse_time
+
+SOAK_SECONDS = os.environ.get("KRONOS_SOAK_SECONDS", "60")
+FIRST_SECONDS = 20.0
+"""From the start of the command to the first forecast at its reader."""
+
+BAR_MS = 1_000
+
+# Reads all there is until it is killed: a key and a value a line.
+READER = """
+import sys
+from confluent_kafka import Consumer
+consumer = Consumer({"bootstrap.servers": sys.argv[1], "group.id": "reader",
+                     "auto.offset.reset": "earliest", "enable.auto.commit": False})
+consumer.subscribe(["kronos.forecasts.v1"])
+while True:
+    message = consumer.poll(1)
+    if message is not None and not message.error():
+        print(message.key().decode(), message.value().decode(), sep="\\t", flush=True)
+"""
+
+
+class Read(NamedTuple):
+    """A record as a reader had it."""
+
+    at: float
+    """Seconds, monotonic."""
+    key: str
+    forecast: dict[str, Any]
+
+
+class Shown(NamedTuple):
+    """What a demo showed."""
+
+    figures: dict[str, Any]
+    records: list[Read]
+    seconds_to_first: float
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        "6",
+        pytest.param(
+            SOAK_SECONDS, marks=[pytest.mark.soak, pytest.mark.timeout(300 + int(SOAK_SECONDS))]
+        ),
+    ],
+)
+def test_a_reader_counts_the_same_forecasts(seconds: str, tmp_path: Path, patience: float) -> None:
+    shown = _demo(tmp_path, "--seconds", seconds)
+    assert shown.seconds_to_first <= patience * FIRST_SECONDS
+    assert Counter(record.key for record in shown.records) == shown.figures["by_series"]
+    assert len(shown.figures["by_series"]) == 20
+    assert len(shown.records) == shown.figures["outcomes"]["forecast"]
+    holes = 0
+    for opens in _origins(shown.records).values():
+        assert opens == sorted(set(opens))  # in order, none twice
+        holes += (opens[-1] - opens[0]) // BAR_MS + 1 - len(opens)
+    # Every series every second; what a busy machine had to leave out is told as left out.
+    assert holes <= sum(shown.figures["outcomes"].values()) - len(shown.records)
+    print(  # noqa: T201
+        f"first forecast at the reader after {shown.seconds_to_first:.1f} s, {len(shown.records)} "
+        f"in all, {holes} left out; {shown.figures['received_to_published_ms']}"
+    )
+
+
+def test_it_shows_real_candles(tmp_path: Path) -> None:
+    closes = _write_candles(tmp_path / "BTCUSDT-1s.csv")
+    shown = _demo(tmp_path, "--seconds", "3", "--candles", str(tmp_path / "BTCUSDT-1s.csv"))
+    assert list(shown.figures["by_series"]) == ["binance:BTC/USDT:1s"]
+    lasts = [record.forecast["last"]["close"] for record in shown.records]
+    assert len(lasts) >= 2
+    # As they follow each other in the file.
+    assert any(closes[i : i + len(lasts)] == lasts for i in range(len(closes)))
+
+
+def _demo(folder: Path, *arguments: str) -> Shown:
+    began = time.monotonic()
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "kronos_stream", "demo", "--json", *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert demo.stderr is not None
+    try:
+        bootstrap = next(_bootstraps(demo.stderr))
+        threading.Thread(target=demo.stderr.read, daemon=True).start()
+        with subprocess.Popen(_reader(bootstrap), stdout=subprocess.PIPE, text=True) as reader:
+            records: list[Read] = []
+            reading = threading.Thread(target=_read, args=(reader, records))
+            reading.start()
+            figures, _ = demo.communicate()
+            reader.kill()
+            reading.join()
+    finally:
+        demo.kill()
+        demo.communicate()
+    assert demo.returncode == 0
+    return Shown(json.loads(figures), records, records[0].at - began)
+
+
+def _bootstraps(lines: Iterator[str]) -> Iterator[str]:
+    said = []
+    for line in lines:
+        said.append(line)
+        if found := re.search(r"Kafka listens at (\S+?)\.?\s", line):
+            yield found[1]
+    pytest.fail(f"the demo named no broker: {said}")
+
+
+def _reader(bootstrap: str) -> list[str]:
+    if shutil.which("kcat"):
+        options = ["-q", "-u", "-o", "beginning", "-f", "%k\t%s\n"]
+        return ["kcat", "-C", "-b", bootstrap, "-t", "kronos.forecasts.v1", *options]
+    return [sys.executable, "-c", READER, bootstrap]
+
+
+def _read(reader: subprocess.Popen[str], records: list[Read]) -> None:
+    assert reader.stdout is not None
+    for line in reader.stdout:
+        key, _, value = line.partition("\t")
+        records.append(Read(time.monotonic(), key, json.loads(value)))
+
+
+def _origins(records: list[Read]) -> dict[str, list[int]]:
+    """In the order in which they came."""
+    opens = defaultdict(list)
+    for record in records:
+        opens[record.key].append(parse_time(record.forecast["origin"]))
+    return opens
+
+
+def _write_candles(path: Path) -> list[float]:
+    """400 bars of a second; their closes."""
+    random = np.random.default_rng(0)
+    closes = np.round(100 * np.exp(random.normal(0, 0.001, 400).cumsum()), 2)
+    lines = ["timestamp,open,high,low,close,volume"]
+    for i, close in enumerate(closes):
+        opened = closes[max(0, i - 1)]
+        high, low = max(opened, close), min(opened, close)
+        lines.append(f"{1_700_000_000_000 + i * BAR_MS},{opened},{high},{low},{close},1.5")
+    path.write_text("\n".join(lines), "utf-8")
+    return [float(close) for close in closes]

@@ -1,0 +1,112 @@
+"""The daemon with as much as it can do, and with more: outcomes stay complete and truthful."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import pytest
+
+from kronos_stream.daemon.due import Outcome
+from kronos_stream.daemon.state import State
+from kronos_stream.market.series import Series
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.daemons import DaemonProcess, Samples
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_LOAD_SECONDS", "600"))
+LAG_SECONDS = 0.05
+RECEIVED_SECONDS = 0.5
+"""Within which bars that close together are taken in, the exchange's own time included."""
+GROWTH_MIB = 64.0
+"""Between the first third and the end."""
+
+
+@pytest.mark.parametrize(
+    ("symbols", "timeframe", "seconds", "keeps_up", "timed"),
+    [
+        pytest.param(300, "1s", 9.0, False, False, id="short"),
+        pytest.param(
+            300, "10s", SOAK_SECONDS, True, True,
+            id="300x10s", marks=[pytest.mark.soak, pytest.mark.timeout(SOAK_SECONDS + 600)],
+        ),
+        pytest.param(
+            1_000, "1s", SOAK_SECONDS, False, True,
+            id="1000x1s", marks=[pytest.mark.soak, pytest.mark.timeout(SOAK_SECONDS + 600)],
+        ),
+    ],
+)  # fmt: skip
+def test_outcomes_are_complete_and_truthful(
+    symbols: int,
+    timeframe: str,
+    seconds: float,
+    keeps_up: bool,  # noqa: FBT001
+    timed: bool,  # noqa: FBT001
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    daemon_of: Callable[..., DaemonProcess],
+    patience: float,
+) -> None:
+    arguments = ["--symbols", str(symbols), "--timeframe", timeframe, "--history", "120"]
+    with ExchangeProcess(*arguments) as exchange, daemon_of(exchange, kafka.bootstrap) as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= symbols, 180.0)
+        began = time.monotonic()
+        time.sleep(seconds / 3)
+        before, early = daemon.metrics(), daemon.resident_mib()
+        time.sleep(max(0.0, began + seconds - time.monotonic()))
+        after, late = daemon.metrics(), daemon.resident_mib()
+        assert daemon.stop() == 0
+        decided = daemon.decided(exchange.series())
+        outcomes = asyncio.run(_outcomes(daemon.state_file, exchange.series()))
+        due = {series: exchange.closed(series, *span) for series, span in decided.items()}
+    results = Counter(one.reason or one.result for some in outcomes.values() for one in some)
+    lag, received, published = (
+        _p99(f"kronos_{name}_seconds", before, after)
+        for name in ("event_loop_lag", "close_to_received", "received_to_published")
+    )
+    print(  # noqa: T201
+        f"{symbols} series of {timeframe}, {seconds:g} s: {dict(results)}; p99 of loop lag "
+        f"{1000 * lag:g} ms, close to received {1000 * received:g} ms, received to published "
+        f"{1000 * published:g} ms at most; {early:.0f} → {late:.0f} MiB"
+    )
+    assert len(due) == symbols
+    for series, opens in due.items():
+        assert [one.origin for one in outcomes[series]] == opens, series
+    records = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
+    said = {
+        series: [one.origin for one in some if one.result == "forecast"]
+        for series, some in outcomes.items()
+    }
+    found = audit(records, said)
+    assert found.faults == []
+    assert found.records - found.duplicates == sum(map(len, said.values()))
+    # Stale are those that came too late themselves: the last of the history at the start.
+    assert set(results) <= ({"forecast"} if keeps_up else {"forecast", "overrun", "stale"})
+    assert late - early < GROWTH_MIB
+    if timed:
+        assert received <= patience * RECEIVED_SECONDS
+        assert lag <= patience * LAG_SECONDS
+
+
+async def _outcomes(path: Path, series: Collection[Series]) -> Mapping[Series, list[Outcome]]:
+    state = await State.open(path)
+    try:
+        return {one: await state.outcomes(one, 0) for one in series}
+    finally:
+        await state.close()
+
+
+def _p99(histogram: str, before: Samples, after: Samples) -> float:
+    """Of what was observed between two looks at a histogram, by the bucket's upper end."""
+    counts: defaultdict[float, float] = defaultdict(float)
+    for (name, labels), value in after.items():
+        if name == f"{histogram}_bucket":
+            counts[float(dict(labels)["le"])] += value - before.get((name, labels), 0.0)
+    return min(bound for bound, count in counts.items() if count >= 0.99 * max(counts.values()))

@@ -1,0 +1,258 @@
+"""Kafka gone and back, and one of three brokers lost: nothing is lost, nothing grows, order stays.
+
+The daemon and the brokers are processes; an hour without a broker is one of the event loop's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import pytest
+from confluent_kafka import Producer
+
+from kronos_connectors.kafka import CONNECTOR
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import deadletter, forecasts, wanted
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.outbox import Message, Outbox
+from kronos_stream.daemon.press import refused
+from kronos_stream.daemon.state import State
+from kronos_stream.forecast.message import DeadLetter
+from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.market.clock import Clock, LoopClock, SystemClock
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+from kronos_stream.testing.virtual import run_virtual
+
+SYMBOLS = 8
+SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))
+GROWTH_MIB = 48.0
+"""Allowed of the daemon's memory: what its lanes may hold, and what allocators breathe."""
+
+FORECAST_BYTES = 6_000
+START = 1_800_000_000_000
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [10.0, pytest.param(SOAK_SECONDS, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],
+)
+def test_while_kafka_is_gone_forecasts_wait(
+    seconds: float,
+    kafka_jars: Path,
+    topic_prefix: str,
+    tmp_path: Path,
+    daemon_of: Callable[..., DaemonProcess],
+) -> None:
+    exchange = ExchangeProcess("--symbols", str(SYMBOLS), "--history", "600")
+    with exchange, ApacheKafka(kafka_jars, tmp_path / "kafka") as kafka, ExitStack() as stack:
+        daemon = stack.enter_context(daemon_of(exchange, kafka.bootstrap, CATCH_UP="all"))
+        daemon.start()
+        daemon.wait_until_ready()
+        _wait_for_more(daemon)
+        before = daemon.resident_mib()
+        kafka.kill()
+        wait_for("it notices", lambda: daemon.checks()[0] == 503, 60.0)
+        status, checks = daemon.checks()
+        assert checks.pop("sink kafka") not in {"", "ok"}
+        assert (status, set(checks.values())) == (503, {"ok"})
+        made = daemon.metric("kronos_outcomes_total", result="forecast")
+        time.sleep(seconds)
+        during = daemon.resident_mib()
+        # It goes on forecasting meanwhile.
+        assert daemon.metric("kronos_outcomes_total", result="forecast") > made
+        assert daemon.metric("kronos_outbox_age_seconds") >= seconds / 2
+        kafka.start()
+        wait_for("it delivers again", lambda: daemon.checks()[0] == 200, 60.0)
+        _wait_for_more(daemon)
+        print(  # noqa: T201
+            f"{seconds:g} s without Kafka: {before:.0f} MiB before, {during:.0f} at the end, "
+            f"{daemon.resident_mib():.0f} after"
+        )
+        assert daemon.stop(60.0) == 0
+        _assert_nothing_is_lost(daemon, exchange, kafka.bootstrap, topic_prefix)
+    assert during - before < GROWTH_MIB
+
+
+def test_one_of_three_brokers_may_die(
+    kafka_jars: Path,
+    topic_prefix: str,
+    tmp_path: Path,
+    daemon_of: Callable[..., DaemonProcess],
+) -> None:
+    exchange = ExchangeProcess("--symbols", str(SYMBOLS), "--history", "600")
+    brokers = ApacheKafka(kafka_jars, tmp_path / "kafka", nodes=3)
+    with exchange, brokers as kafka, ExitStack() as stack:
+        daemon = stack.enter_context(daemon_of(exchange, kafka.bootstrap, CATCH_UP="all"))
+        daemon.start()
+        daemon.wait_until_ready()
+        _wait_for_more(daemon)
+        leader = kafka.number(_leader_port(kafka.bootstrap, forecasts(topic_prefix)))
+        kafka.kill(leader)
+        died = time.monotonic()
+        _wait_for_more(daemon)
+        print(f"forecasts again {time.monotonic() - died:.1f} s after a leader died")  # noqa: T201
+        kafka.start(leader)
+        _wait_for_more(daemon)
+        assert daemon.stop(60.0) == 0
+        _assert_nothing_is_lost(daemon, exchange, kafka.bootstrap, topic_prefix)
+
+
+async def test_refused_records_are_buried_and_delay_nobody(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    bootstrap = kafka.bootstrap
+    options = KafkaOptions(
+        bootstrap_servers=bootstrap,
+        topic_prefix=topic_prefix,
+        partitions=4,
+        max_record_bytes=80_000,
+    )
+    await create(options, wanted(options))
+    sink = CONNECTOR.build(options, SystemClock(), Random(0))
+    clock = _Ahead()
+    state = await State.open(tmp_path / "state")
+    outbox = _outbox(state, sink, clock)
+    for i in range(40):
+        # Sooner or later of one series: the others of it and of its partition go on.
+        size = 90_000 if i == 11 else FORECAST_BYTES
+        clock.ahead_ms = 7_200_000 if i == 22 else 0  # brokers take an hour
+        await outbox.publish([], [_message(i, size)])
+    clock.ahead_ms = 0
+    running = asyncio.create_task(outbox.run())
+    left = await outbox.drain(30.0)
+    running.cancel()
+    await asyncio.wait([running])
+    await state.close()
+    assert left == 0
+
+    arrived = await asyncio.to_thread(read_topic, bootstrap, forecasts(topic_prefix))
+    by_key: dict[str, list[int]] = {}
+    for key, value in arrived:
+        by_key.setdefault(key, []).append(int(value.split()[0]))
+    assert by_key == {
+        f"binance:S{s}/USDT:1s": [i for i in range(s, 40, 4) if i not in {11, 22}] for s in range(4)
+    }
+    buried = await asyncio.to_thread(read_topic, bootstrap, deadletter(topic_prefix))
+    letters = {key: DeadLetter.parse(value) for key, value in buried}
+    assert {key: letter.what for key, letter in letters.items()} == {
+        "binance:S3/USDT:1s": "record",
+        "binance:S2/USDT:1s": "record",
+    }
+    assert letters["binance:S3/USDT:1s"].content().startswith(b"11 ")
+    assert letters["binance:S2/USDT:1s"].content().startswith(b"22 ")
+
+
+@pytest.mark.parametrize("hours", [0.05, pytest.param(1.0, marks=pytest.mark.soak)])
+def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> None:
+    """20 forecasts a second meanwhile, in the event loop's time."""
+    seconds = round(3_600 * hours)
+    before = _resident_mib()
+
+    async def live() -> None:
+        clock = LoopClock(START)
+        state, sink = await State.open(tmp_path / "state"), _Gone()
+        outbox = _outbox(state, sink, clock)
+        running = asyncio.create_task(outbox.run())
+        for second in range(seconds):
+            await outbox.publish([], [_message(20 * second + i, FORECAST_BYTES) for i in range(20)])
+            await clock.sleep(1.0)
+        assert outbox.healthy() == {"gone": "nobody there"}
+        grown = _resident_mib() - before
+        sink.there = True
+        assert await outbox.drain(3_600.0) == 0
+        assert outbox.healthy() == {"gone": ""}
+        running.cancel()
+        await asyncio.wait([running])
+        await state.close()
+        print(  # noqa: T201
+            f"{hours:g} h, {len(sink.arrived)} records of {FORECAST_BYTES} bytes: "
+            f"{grown:+.0f} MiB meanwhile, {_resident_mib() - before:+.0f} MiB after"
+        )
+        assert sink.arrived == list(range(20 * seconds))
+        assert max(grown, _resident_mib() - before) < GROWTH_MIB
+
+    run_virtual(live())
+
+
+class _Gone:
+    """A sink that is not there, until it is."""
+
+    name = "gone"
+
+    def __init__(self) -> None:
+        self.there = False
+        self.arrived: list[int] = []
+
+    async def start(self) -> None: ...
+
+    async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
+        if not self.there:
+            raise SinkUnavailable("nobody there")
+        self.arrived += [int(record.value.split()[0]) for record in records]
+        return ()
+
+    async def close(self) -> None: ...
+
+
+class _Ahead(SystemClock):
+    """A clock that can be wrong."""
+
+    ahead_ms = 0
+
+    def now(self) -> int:
+        return super().now() + self.ahead_ms
+
+
+def _outbox(state: State, sink: object, clock: Clock) -> Outbox:
+    return Outbox(
+        state,
+        [sink],  # type: ignore[list-item]
+        clock,
+        Random(0),
+        Metrics(),
+        max_age_seconds=86_400.0,
+        bury=lambda refusal: refused(refusal, clock.now()),
+    )
+
+
+def _message(number: int, size: int) -> Message:
+    value = (b"%d " % number).ljust(size, b".")
+    return Message("forecast", f"binance:S{number % 4}/USDT:1s", value, (("ce_id", b"0"),))
+
+
+def _wait_for_more(daemon: DaemonProcess) -> None:
+    """Three rounds of forecasts delivered."""
+    enough = daemon.metric("kronos_delivered_total") + 3 * SYMBOLS
+    wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough, 90.0)
+
+
+def _leader_port(bootstrap: str, topic: str) -> int:
+    """Of the topic's first partition."""
+    described = Producer({"bootstrap.servers": bootstrap}).list_topics(topic, timeout=10)
+    return int(described.brokers[described.topics[topic].partitions[0].leader].port)
+
+
+def _assert_nothing_is_lost(
+    daemon: DaemonProcess, exchange: ExchangeProcess, bootstrap: str, prefix: str
+) -> None:
+    assert daemon.undelivered() == 0
+    decided = daemon.decided(exchange.series())
+    due = {series: exchange.closed(series, *span) for series, span in decided.items()}
+    found = audit(read_topic(bootstrap, forecasts(prefix)), due)
+    assert found.faults == []
+    assert len(due) == SYMBOLS
+
+
+def _resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

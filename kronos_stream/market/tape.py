@@ -22,6 +22,7 @@ from random import Random
 from kronos_stream.market.asking import NEVER, Asking
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.claims import Claims, same
+from kronos_stream.market.debts import Debts, flat
 from kronos_stream.market.effects import (
     Append,
     Begin,
@@ -33,12 +34,9 @@ from kronos_stream.market.effects import (
     Revise,
     Silence,
 )
+from kronos_stream.market.gate import Gate
 from kronos_stream.market.grid import Grid
 from kronos_stream.market.timeframe import Timeframe
-
-_SKEW_MS = 2_000
-"""How far the venue's clock may be ahead of ours. Within that a bar said to be closed waits for
-its close by our clock; what is further ahead is not the clocks' fault."""
 
 _EARLY_MS = 500
 """A bar said to be closed earlier than that is compared with what the history says of it."""
@@ -93,32 +91,29 @@ class Tape:
         self.silent = False
         """Whether neither pushes nor the history have the bar that is due."""
         self._grid = Grid(timeframe)
+        self._gate = Gate(self._grid)
         self._grace = round(grace_seconds * 1000)
         self._lag = _LAG_MS if patience_seconds is None else round(patience_seconds * 1000)
-        self._answers, self._settle = (_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
+        answers, self._settle = (_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
         self._fills_empty, self._history = fills_empty, history
         self._asking = Asking(self._grid.step or _MONTH_MS, random)
-        self._claims = Claims(self._settle, self._lag, self._answers)
+        self._claims = Claims(self._settle, self._lag, answers)
         self._recent: dict[int, Bar] = {}
         """The newest bars on the tape."""
         self._held: dict[int, Bar] = {}
         """Closed bars that stand behind a hole, or whose close is just ahead by our clock."""
-        self._owed: dict[int, Bar] = {}
-        """Bars made up for those that could not be asked for."""
-        self._absent: dict[int, int] = {}
-        """How often the history answered without a bar."""
         self._seen, self._seen_at = -1, 0
         """Newest bar of which anything was pushed, and when that was first."""
         self._heard = self._quiet = 0
         """When anything was pushed last; flat bars at the end of the tape."""
-        self._gap = self._refused = -1
+        self._gap = -1
         self._founded = self._begun = whole and bool(known)
         """Whether the first bar is known, or that there is none yet; whether that was asked."""
+        self._debts = Debts(answers, history, known if self._founded else ())
         bars = {bar.candle.time: bar for bar in known}
         if self._founded:
             self.next = self._grid.after(known[-1].candle.time)
             self._recent = dict(list(bars.items())[-_MEMORY:])
-            self._owed = {t: bar for t, bar in bars.items() if bar.synthetic and not bar.received}
         else:
             self._held = bars
 
@@ -140,9 +135,9 @@ class Tape:
             self._heard = received
             return ()
         effects: list[Effect] = []
-        fault = self._fault(candle, received, self._anchor(), closed=closed)
+        fault = self._gate.fault(candle, received, self._anchor(), closed=closed)
         if fault is not None:
-            self._reject(candle, fault, effects)
+            self._gate.reject(candle, fault, effects)
             return effects
         if time > self._seen:
             self._seen, self._seen_at = time, received
@@ -184,10 +179,10 @@ class Tape:
         """The venue's closed bars of the range asked for."""
         self._asking.answered()
         effects: list[Effect] = []
-        given = self._believed(asked, candles, now, effects)
+        given = self._gate.believed(asked, candles, now, self._anchor(), effects)
         if not self._founded:
             self._found(given)
-        before = self.next, len(self._owed)
+        before = self.next, len(self._debts)
         for changed in self._claims.judge(*asked, given, now, self._recent):
             self._revise(changed, now, effects)
         for candle in given.values():
@@ -195,10 +190,13 @@ class Tape:
                 self._compare(candle, now, effects)
             else:
                 self._hold(Bar(candle, received=now))
-        self._settle_debts(asked, given, now, effects)
+        for bar in self._debts.settle(asked, given, now):
+            if bar.candle.time in self._recent:
+                self._recent[bar.candle.time] = bar
+            effects.append(Confirm(bar))
         self._drain(now, effects)
         self._fill(asked, now, effects)
-        if self._wanted(now) is None or before != (self.next, len(self._owed)):
+        if self._wanted(now) is None or before != (self.next, len(self._debts)):
             self._asking.ease()
         else:
             self._asking.pause(now)
@@ -210,42 +208,6 @@ class Tape:
 
     def _anchor(self) -> int | None:
         return next(iter(self._held), None) if self.next is None else self.next
-
-    def _fault(self, candle: Candle, now: int, anchor: int | None, *, closed: bool) -> str | None:
-        """Why ``candle`` cannot be; an open bar's values are not looked at."""
-        time = candle.time
-        if time > now + _SKEW_MS:
-            return f"opens {(time - now) / 1000:g} s from now"
-        if not self._grid.has(time, anchor):
-            return f"no bar of {self._grid.timeframe} opens at {time}"
-        if not closed:
-            return None
-        early = self._grid.after(time) - now
-        if early > _SKEW_MS:
-            return f"said to be closed {early / 1000:g} s before its close"
-        return candle.fault()
-
-    def _reject(self, candle: Candle, fault: str, effects: list[Effect]) -> None:
-        if candle.time != self._refused:  # once: it is pushed and asked for many times
-            self._refused = candle.time
-            effects.append(Reject(candle, fault))
-
-    def _believed(
-        self, asked: Fetch, candles: Sequence[Candle], now: int, effects: list[Effect]
-    ) -> dict[int, Candle]:
-        """What of an answer can be, by open."""
-        given: dict[int, Candle] = {}
-        anchor = self._anchor()
-        for candle in candles:
-            fault = self._fault(candle, now, anchor, closed=True)
-            if fault is None and not asked.start <= candle.time < asked.end:
-                fault = "not what was asked for"
-            if fault is None:
-                given[candle.time] = candle
-                anchor = candle.time if anchor is None else anchor
-            else:
-                self._reject(candle, fault, effects)
-        return given
 
     def _found(self, given: dict[int, Candle]) -> None:
         """Begin where the venue's history, or what is known of it, begins."""
@@ -284,7 +246,7 @@ class Tape:
 
     def _compare(self, candle: Candle, now: int, effects: list[Effect]) -> None:
         """Take in a word on a bar that stands on the tape already, if it is a new one."""
-        bar = self._recent.get(candle.time) or self._owed.get(candle.time)
+        bar = self._on_tape(candle.time)
         if bar is None:
             return  # older than the memory, where a change cannot be told from a stale push
         if bar.synthetic:
@@ -307,8 +269,7 @@ class Tape:
         if len(self._recent) > _MEMORY:
             del self._recent[next(iter(self._recent))]
         self.next = close
-        if self._absent:
-            self._absent.pop(time, None)
+        self._debts.pay(time)
         self._asking.ease()
         if bar.synthetic:
             self._quiet += 1
@@ -319,11 +280,11 @@ class Tape:
 
     def _revise(self, candle: Candle, now: int, effects: list[Effect]) -> None:
         time = candle.time
-        old = self._recent.get(time) or self._owed[time]
-        bar = Bar(candle, old.revision + 1, received=now)
+        old = self._on_tape(time)
+        bar = Bar(candle, 1 if old is None else old.revision + 1, received=now)
         if time in self._recent:
             self._recent[time] = bar
-        self._owed.pop(time, None)
+        self._debts.pay(time)
         self._claims.drop(time)
         newest = self._grid.after(time) == self.next
         if newest:
@@ -334,60 +295,48 @@ class Tape:
         """Put flat bars in the place of those that do not exist."""
         for time in self._lacking(asked.end):
             if time >= asked.start:
-                self._count_absent(time)
+                self._debts.absent(time)
         while self.next is not None and self.next not in self._held:
-            close = self._grid.after(self.next)
-            gone = self._absent.get(self.next, 0) >= self._answers and close + self._lag <= now
-            goes_on = bool(self._held) or self._seen > self.next
-            if not gone or not (goes_on or self._may_be_quiet):
+            time, close = self.next, self._grid.after(self.next)
+            goes_on = bool(self._held) or self._seen > time or self._may_be_quiet
+            if not goes_on or not self._debts.gone(time) or close + self._lag > now:
                 return
-            self._append_flat(self.next, close, now, effects)
+            last = self._last()
+            if last is None:
+                self._skip(time, close)
+            else:
+                self._append(flat(time, last, now), close, effects)
             self._drain(now, effects)
 
     @property
     def _may_be_quiet(self) -> bool:
         return not self._fills_empty and self._quiet < _QUIET_BARS
 
-    def _count_absent(self, time: int) -> int:
-        count = self._absent[time] = self._absent.get(time, 0) + 1
-        return count
-
     def _make_up(self, now: int, effects: list[Effect]) -> None:
         """Go on without the missing bars."""
         for _ in range(_ASKED):
             if self.next is None or not self.holed or (close := self._grid.after(self.next)) > now:
                 return
-            time = self.next
-            self._append_flat(time, close, 0, effects)
-            if time in self._recent:
-                self._owed[time] = self._recent[time]
-            if len(self._owed) > self._history:
-                del self._owed[next(iter(self._owed))]
+            time, last = self.next, self._last()
+            if last is None:
+                self._skip(time, close)
+            else:
+                made_up = flat(time, last)
+                self._append(made_up, close, effects)
+                self._debts.owe(made_up)
             self._drain(now, effects)
 
-    def _append_flat(self, time: int, close: int, received: int, effects: list[Effect]) -> None:
-        if not self._recent:  # what no bar stands before is not missed
-            self._absent.pop(time, None)
-            self.next = close
-            return
-        last = next(reversed(self._recent.values())).candle
-        price = last.close
-        amount = None if last.amount is None else 0.0
-        candle = Candle(time, price, price, price, price, 0.0, amount)
-        self._append(Bar(candle, synthetic=True, received=received), close, effects)
+    def _skip(self, time: int, close: int) -> None:
+        """What no bar stands before is not missed."""
+        self._debts.pay(time)
+        self.next = close
 
-    def _settle_debts(
-        self, asked: Fetch, given: dict[int, Candle], now: int, effects: list[Effect]
-    ) -> None:
-        """Bars that are owed, and that the history does not have, stay as they were made up."""
-        for time, bar in list(self._owed.items()):
-            owed = asked.start <= time < asked.end and time not in given
-            if owed and self._count_absent(time) >= self._answers:
-                del self._owed[time], self._absent[time]
-                confirmed = bar._replace(received=now)
-                if time in self._recent:
-                    self._recent[time] = confirmed
-                effects.append(Confirm(confirmed))
+    def _last(self) -> Candle | None:
+        return self._recent[next(reversed(self._recent))].candle if self._recent else None
+
+    def _on_tape(self, time: int) -> Bar | None:
+        """The bar, unless it is older than the memory."""
+        return self._recent.get(time) or self._debts.get(time)
 
     # What is asked for, and when.
 
@@ -409,7 +358,7 @@ class Tape:
         later = self._seen if self._seen_at + self._settle <= now else 0
         missing = list(self._lacking(max(now - self._grace, later)))
         times = [*self._claims.ripe(now, self.next), *missing[:1], *missing[-1:]]
-        times = times or list(self._owed)[:_ASKED]
+        times = times or self._debts.oldest(_ASKED)
         return Fetch(min(times), self._grid.after(max(times))) if times else None
 
     def _audited(self, now: int) -> Fetch | None:
@@ -430,7 +379,7 @@ class Tape:
         if self.next is None or self._held or self._seen > self.next or self._may_be_quiet:
             return
         unheard = self._heard < self._grid.after(self.next)
-        if unheard and self._absent.get(self.next, 0) >= self._answers:
+        if unheard and self._debts.gone(self.next):
             self._set_silent(effects, silent=True)
 
     def _set_silent(self, effects: list[Effect], *, silent: bool) -> None:
@@ -449,7 +398,7 @@ class Tape:
         claimed = self._claims.due(time)
         if claimed is not None:
             due = min(due, claimed)
-        if self._owed:
+        if self._debts:
             due = 0
         if time not in self._held:
             due = min(due, close + self._grace)

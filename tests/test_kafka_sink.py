@@ -51,7 +51,7 @@ def _sequences(records: Sequence[Any]) -> list[int]:
 @asynccontextmanager
 async def _sink(bootstrap: str, prefix: str, **options: Any) -> AsyncIterator[Sink]:
     settings = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=prefix, **options)
-    sink = CONNECTOR.build(settings, SystemClock(), Random(0))  # noqa: S311 - not a secret
+    sink = CONNECTOR.build(settings, SystemClock(), Random(0))
     try:
         yield sink
     finally:

@@ -489,7 +489,7 @@ class Feed:
 @pytest.mark.parametrize("seed", range(12))
 def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> None:
     """Random arrivals, obstacles, revisions, outages and speeds; and no outcome is a lie."""
-    random = Random(seed)  # noqa: S311
+    random = Random(seed)
     feed = Feed(random)
     worker = TimedWorker(random.choice([0.001, 0.02, 0.2, 1.5]), lambda _: random.random() < 0.02)
     bench = play(

@@ -312,3 +312,10 @@ async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StateError, match="writable folder"):
         await State.open(tmp_path / "file" / "state.sqlite")
+
+
+async def test_pruning_spares_bars_without_an_outcome_and_their_contexts(state: State) -> None:
+    await state.save_bars([(A, bar(i)) for i in range(10)])
+    await state.begin(A, 4 * 60_000)
+    await state.prune(3, 0)
+    assert [one.candle.time // 60_000 for one in await state.load(A, 99)] == list(range(2, 10))

@@ -20,7 +20,7 @@ from kronos_stream.commands._figures import Figures, Timed
 from kronos_stream.daemon import connectors, service
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.logs import configure
-from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.settings import Http, Settings
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 
@@ -159,7 +159,7 @@ def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
         horizon=_HORIZON,
         paths=_PATHS,
         state_file=folder / "state.sqlite",
-        http={"port": 0},
+        http=Http(port=0),
         options={
             "binance": binance(
                 ws_url=served["ws"],

@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import structlog
 
 from kronos_stream.daemon.desk import Desk
+from kronos_stream.daemon.due import Due, Result
 from kronos_stream.daemon.health import Health, watch_loop_lag
 from kronos_stream.daemon.job import Identity, Plan
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Outbox
 from kronos_stream.daemon.press import Graveyard, Press, composer, refused
-from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.scheduler import Forecasting, Scheduler
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
@@ -135,7 +135,7 @@ class Daemon:
                     await self._forecast_until_stopped()
                     for task in (sending, lag, pruning):
                         task.cancel()
-            except* Exception as failures:
+            except* Exception as failures:  # noqa: BLE001 - whatever it was, it ends the daemon
                 raise _first(failures) from None
 
     def checks(self) -> dict[str, str]:
@@ -154,7 +154,7 @@ class Daemon:
         return self._desk.next_alarm
 
     async def settled(self) -> None:
-        """Return once all that was taken in is forecast and delivered, but for what waits on time."""
+        """Return once all that was taken in is forecast and delivered; what waits on time may."""
         await self._desk.settled()
         await self._scheduler.settled()
         await self._outbox.drain(inf)
@@ -203,11 +203,10 @@ class Daemon:
             if self._watch is not None:
                 self._watch(results)
 
-        # Desk and scheduler know each other by one call each way.
         self._desk = Desk(
             self._sources,
             self._state,
-            lambda due: self._scheduler.due(due),
+            self._take_due,
             self._clock,
             self._random,
             self.metrics,
@@ -228,6 +227,10 @@ class Daemon:
             batch_deadline=settings.batch_deadline,
         )
 
+    def _take_due(self, due: Due) -> None:
+        """The desk's word to the scheduler, which is made after it."""
+        self._scheduler.due(due)
+
     async def _take_in(self) -> None:
         """Follow the venues until told to stop, or until their data end."""
         self._point_sources()
@@ -236,6 +239,7 @@ class Daemon:
             sources = [
                 tasks.create_task(self._run_source(venue, source))
                 for venue, source in self._sources.items()
+                if venue not in self._lost
             ]
             self.ready.set()
             _log.info("following", series=len(self._series), venues=sorted(self._sources))
@@ -252,10 +256,7 @@ class Daemon:
         try:
             await source.run(self._desk.intake(venue))
         except VenueRefused as error:
-            self._lost[venue] = str(error)
-            _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
-            if len(self._lost) == len(self._sources):
-                raise
+            self._lose(venue, error)
 
     async def _finish(self) -> None:
         """Forecast what is in hand and deliver, within the grace."""
@@ -286,10 +287,22 @@ class Daemon:
         lines = []
         for venue, source in self._sources.items():
             asked = [one for one in series if one.venue == venue]
-            if asked:
+            if not asked or venue in self._lost:
+                continue
+            try:
                 found = await source.unknown(asked)
+            except VenueRefused as error:
+                self._lose(venue, error)
+            else:
                 lines += [f"{one}: {why}" for one, why in sorted(found.items())]
         return lines
+
+    def _lose(self, venue: str, error: VenueRefused) -> None:
+        """Go on without a venue that will not serve us; raise where it was the last."""
+        self._lost[venue] = str(error)
+        _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
+        if len(self._lost) == len(self._sources):
+            raise error
 
     async def _prune(self) -> None:
         while True:
@@ -327,5 +340,5 @@ def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
     failure: BaseException = failures
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
-    assert isinstance(failure, Exception)
+    assert isinstance(failure, Exception)  # noqa: S101 - a group of them holds nothing else
     return failure

@@ -9,9 +9,9 @@ from typing import Literal
 
 import structlog
 
+from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.job import Identity, Plan
 from kronos_stream.daemon.outbox import Message, Outbox
-from kronos_stream.daemon.due import Result
 from kronos_stream.forecast.compose import Composer, dead_letter
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook

@@ -221,11 +221,13 @@ class State:
     async def prune(self, keep: int, outcomes_before: int) -> None:
         """Forget bars beyond each series' newest ``keep``, and outcomes of older origins.
 
+        Bars that still wait for their outcome stay, and ``keep`` before them.
         In small transactions, so that nobody waits long. outcomes_before: UTC ms.
         """
         bars = (
             "DELETE FROM bars WHERE series = ?1 AND time IN (SELECT time FROM bars "
             "WHERE series = ?1 AND time < (SELECT time FROM bars WHERE series = ?1 "
+            "AND time <= (SELECT ifnull(origin, time) FROM series WHERE id = ?1) "
             "ORDER BY time DESC LIMIT 1 OFFSET ?2) ORDER BY time LIMIT ?3)"
         )
         outcomes = (

@@ -148,14 +148,14 @@ async def test_what_an_outage_took_goes_back_to_the_disk(tmp_path: Path) -> None
 
 async def test_pruning_goes_in_steps(state: State) -> None:
     await state.save_bars([(A, bar(i)) for i in range(10_001)])
-    await state.record([outcome(A, i) for i in range(5_000)], [])
+    await state.record([outcome(A, i) for i in (*range(5_000), 10_000)], [])
     pruning = asyncio.create_task(state.prune(10, 4_999 * 60_000))
     await asyncio.sleep(0)
-    assert await state.mark(A) == (4_999 * 60_000, 0)
+    assert await state.mark(A) == (10_000 * 60_000, 0)
     assert not pruning.done()  # it let others in between
     await pruning
     assert len(await state.load(A, 99)) == 10
-    assert await state.outcomes(A, 0) == [outcome(A, 4_999)]
+    assert await state.outcomes(A, 0) == [outcome(A, 4_999), outcome(A, 10_000)]
 
 
 async def test_a_second_owner_is_refused_and_told_who_has_it(state: State) -> None:

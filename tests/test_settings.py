@@ -16,9 +16,14 @@ from pydantic import BaseModel, SecretStr, model_validator
 from kronos_stream.forecast.sink import SinkConnector
 from kronos_stream.market.source import SourceConnector
 
+class Hours(BaseModel):
+    days: tuple[str, ...] = ("mon", "fri")
+    opens: int = 9
+
 class Market(BaseModel):
     url: str = "wss://acme.example"
     boards: tuple[int, ...] = (1,)
+    hours: Hours = Hours()
 
 class Post(BaseModel):
     address: str
@@ -97,6 +102,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
             "LOG__FORMAT": "json",
             "TOKENIZER": "",
             "ACME__BOARDS": "1,2,3",
+            "ACME__HOURS__DAYS": "sat,sun",
         }
     )
     assert [series.name for series in settings.series()] == [
@@ -114,6 +120,8 @@ def test_what_is_asked_for_is_what_comes() -> None:
     assert settings.state_file == Path("/data/x.sqlite")
     assert settings.log.format == "json"
     assert settings.options["acme"].boards == (1, 2, 3)
+    assert settings.options["acme"].hours.days == ("sat", "sun")
+    assert settings.options["acme"].hours.opens == 9
     assert settings.options["post"].address == "Main Street 1"
 
 
@@ -159,6 +167,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"POST__ADRESS": "x"}, "POST__ADRESS", "did you mean KRONOS_STREAM_POST__ADDRESS?"),
         ({"POST__ADDRESS": ""}, "POST__ADDRESS", "is not set, and has no default"),
         ({"POST__WEIGHT": "heavy"}, "POST__WEIGHT", "should be a valid number"),
+        ({"ACME__HOURS__OPENS": "noon"}, "ACME__HOURS__OPENS", "valid integer"),
         ({"POST__WEIGHT": "101"}, "POST__*", "more than a letter's"),
         ({"POST__PASSWORD_FILE": "/no/such"}, "POST__PASSWORD_FILE", "No such file"),
         ({"PORT": "8080"}, "PORT", "there is no such setting"),
@@ -214,6 +223,16 @@ def test_other_programs_variables_are_none_of_ours() -> None:
     read_settings(
         {"KRONOS_STREAMS": "x", "PATHS": "x", PREFIX + "SECRETS_DIR": "/nowhere"} | _full()
     )
+
+
+def test_settings_made_of_keywords_do_not_look_at_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(PREFIX + "PATHS", "many")
+    monkeypatch.setenv(PREFIX + "SEED", "7")
+    assert Settings(seed=1).seed == 1
+    assert Settings().seed == 0
+    assert _read({}).seed == 0
 
 
 def test_secrets_come_from_files_and_the_variable_wins(tmp_path: Path) -> None:

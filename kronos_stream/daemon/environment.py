@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
@@ -94,13 +96,9 @@ def describe() -> Iterator[Setting]:
 
 
 def _describe(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a class of pydantic's
-    for name, field in model.model_fields.items():
-        if name in _own_fields(model):
-            default = field.get_default(call_default_factory=True)
-            about = " ".join((field.description or "").split())
-            yield Setting(variable(*path, name), _shown(default), about)
-    for name, group in _groups(model):
-        yield from _describe(group, *path, name)
+    for name, field in _variables(model, *path):
+        default = field.get_default(call_default_factory=True)
+        yield Setting(name, _shown(default), " ".join((field.description or "").split()))
 
 
 def _shown(value: object) -> str:
@@ -113,22 +111,13 @@ def _shown(value: object) -> str:
     return ",".join(map(_shown, value)) if isinstance(value, tuple) else str(value)
 
 
-def _groups(model: Any) -> list[tuple[str, Any]]:  # noqa: ANN401
-    """Fields that are models themselves, and these."""
-    fields = [(name, field.annotation) for name, field in model.model_fields.items()]
-    return [
-        (n, kind) for n, kind in fields if isinstance(kind, type) and issubclass(kind, BaseModel)
-    ]
-
-
-def _own_fields(model: Any) -> list[str]:  # noqa: ANN401
-    """Fields that are variables."""
-    groups = {name for name, _ in _groups(model)}
-    return [
-        name
-        for name, field in model.model_fields.items()
-        if name not in groups and not (field.exclude and issubclass(model, Settings))
-    ]
+def _variables(model: Any, *path: str) -> Iterator[tuple[str, FieldInfo]]:  # noqa: ANN401
+    """The variables of a model, and of the models in it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, *path, name)
+        elif not (field.exclude and model is Settings):
+            yield variable(*path, name), field
 
 
 def _given(environ: Mapping[str, str]) -> dict[str, str]:
@@ -194,20 +183,15 @@ def _read(path: Path, name: str) -> str:
 
 def _known(given: Iterable[str]) -> set[str]:
     """The variables there are; of connectors, those that are spoken to."""
-    known = {variable(name) for name in _own_fields(Settings)}
-    groups = dict(_groups(Settings))
-    spoken = {
-        name.removeprefix(PREFIX).partition("__")[0].lower() for name in given if "__" in name
-    }
-    for name in sorted(spoken - groups.keys()):
+    known = {name for name, _ in _variables(Settings)}
+    others = {name.removeprefix(PREFIX) for name in given if name not in known}
+    for connector in sorted({name.partition("__")[0].lower() for name in others if "__" in name}):
         try:
-            kind = connectors.options(name)
+            options = connectors.options(connector)
         except ConnectorError as error:
-            raise SettingsError(f"{variable(name)}__*: {error}") from error
-        if kind is not None:
-            groups[name] = kind
-    for name, group in groups.items():
-        known |= {variable(name, field) for field in group.model_fields}
+            raise SettingsError(f"{variable(connector)}__*: {error}") from error
+        if options is not None:
+            known |= {name for name, _ in _variables(options, connector)}
     return known
 
 
@@ -225,25 +209,24 @@ def _no_sink() -> str:
     )
 
 
+class _Variables(EnvSettingsSource):
+    """A model's variables, out of those that are given; lists with commas in place of JSON."""
+
+    def __init__(self, model: Any, given: Mapping[str, str], *path: str) -> None:  # noqa: ANN401
+        super().__init__(model, env_prefix=variable(*path, ""), env_nested_delimiter="__")
+        self.env_vars = {name.lower(): value for name, value in given.items()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: str) -> Any:  # noqa: ANN401, ARG002
+        if get_origin(field.annotation) not in _LISTS:
+            return value
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+
 def _parse(kind: type[_Model], given: Mapping[str, str], *path: str) -> _Model:
     try:
-        return kind(**_values(kind, given, *path))
+        return kind(**_Variables(kind, given, *path)())
     except ValidationError as error:
         raise SettingsError(_explain(error, given, *path)) from None
-
-
-def _values(model: Any, given: Mapping[str, str], *path: str) -> dict[str, Any]:  # noqa: ANN401
-    """What is said of a model's fields; comma lists as lists."""
-    values: dict[str, Any] = {}
-    for name in _own_fields(model):
-        text = given.get(variable(*path, name))
-        if text is not None and get_origin(model.model_fields[name].annotation) in _LISTS:
-            values[name] = [part.strip() for part in text.split(",") if part.strip()]
-        elif text is not None:
-            values[name] = text
-    for name, group in _groups(model):
-        values[name] = _values(group, given, *path, name)
-    return values
 
 
 def _explain(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:

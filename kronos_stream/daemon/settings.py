@@ -15,14 +15,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     PlainValidator,
     field_validator,
     model_validator,
 )
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kronos_stream.daemon.job import Plan
+from kronos_stream.daemon.worker import usable_cores
 from kronos_stream.forecast.quantiles import check_supported, required_paths
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
@@ -78,26 +79,26 @@ def _state_file() -> Path:
 
 def _threads() -> int:
     """One core is left to the daemon itself."""
-    ours = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    return max(1, len(ours(0)) - 1)
+    return max(1, usable_cores() - 1)
 
 
 _Path = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
-class _Group(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        protected_namespaces=(),  # a field may be called model_revision
-        use_attribute_docstrings=True,
-        validate_default=True,
-    )
+_CONFIG = SettingsConfigDict(
+    frozen=True,
+    extra="forbid",
+    allow_inf_nan=False,
+    protected_namespaces=(),  # a field may be called model_revision
+    use_attribute_docstrings=True,
+    validate_default=True,
+)
 
 
-class Http(_Group):
+class Http(BaseModel):
     """Where /metrics, /readyz and /healthz are served."""
+
+    model_config = _CONFIG
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all. There is no authentication."""
@@ -105,8 +106,10 @@ class Http(_Group):
     """Port to listen on; 0 takes any that is free."""
 
 
-class Log(_Group):
+class Log(BaseModel):
     """What is logged, on stderr."""
+
+    model_config = _CONFIG
 
     format: Literal["console", "json"] = "console"
     """Lines for people, or one JSON object per line."""
@@ -114,8 +117,13 @@ class Log(_Group):
     """The least that is logged."""
 
 
-class Settings(_Group):
-    """All settings of the daemon; those of its connectors in ``options``, by connector."""
+class Settings(BaseSettings):
+    """All settings of the daemon; those of its connectors in ``options``, by connector.
+
+    Made of keywords alone; what is in the environment, ``read_settings`` passes by them.
+    """
+
+    model_config = _CONFIG
 
     role: Literal["all"] = "all"
     """What this process does: all of it."""
@@ -142,7 +150,10 @@ class Settings(_Group):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively."""
     threads: int = Field(default_factory=_threads, ge=1)
-    """CPU threads of the model; one core less than there are."""
+    """CPU threads of the model; one less than the cores we may use."""
+    standby: bool = False
+    """Keep a second worker process started, so that a broken one is replaced sooner; it takes some
+    280 MB."""
     max_context: int | None = Field(default=None, ge=8)
     """Bars the model may see, lookback and horizon together; else what it was trained on."""
     lookback: int = Field(default=488, ge=2)
@@ -192,6 +203,16 @@ class Settings(_Group):
 
     options: dict[str, Any] = Field(default_factory=dict, exclude=True)
     """What connectors were told, by name; those missing here take their defaults."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        *_: object,
+        **__: object,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
     @field_validator("symbols", "timeframes", "sinks", "quantiles")
     @classmethod

@@ -1,0 +1,165 @@
+"""Contexts: rolling buffers that give exactly the last bars, and say what is odd about them."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.contexts import Contexts, window_of
+from kronos_stream.market.series import Series
+from kronos_stream.model.inputs import complete, normalise
+
+SERIES = Series.parse("binance:BTC/USDT:1m")
+MINUTE = 60_000
+
+
+def random_bars(count: int, *, scale: float = 100.0, amount: bool = True) -> list[Bar]:
+    dice = Random(count)
+    bars = []
+    price = scale
+    for i in range(count):
+        close = price * dice.uniform(0.99, 1.01)
+        high, low = max(price, close) * 1.001, min(price, close) * 0.999
+        volume = dice.uniform(1, 2)
+        turnover = volume * close if amount else None
+        bars.append(Bar(Candle(i * MINUTE, price, high, low, close, volume, turnover), received=1))
+        price = close
+    return bars
+
+
+def filled(bars: list[Bar], capacity: int = 50) -> Contexts:
+    contexts = Contexts(capacity)
+    contexts.load(SERIES, (), whole=True)
+    for bar in bars:
+        contexts.append(SERIES, bar)
+    return contexts
+
+
+@pytest.mark.parametrize("count", [1, 40, 49, 50, 51, 56, 57, 58, 300])
+def test_a_window_is_the_newest_bars_up_to_its_origin(count: int) -> None:
+    bars = random_bars(count)
+    contexts = filled(bars)
+    for back in (0, 5, 9):
+        if back >= count:
+            break
+        part = bars[max(0, count - back - 40) : count - back]
+        window = contexts.window(SERIES, part[-1].candle.time, 40)
+        assert window is not None
+        np.testing.assert_array_equal(
+            window.values, np.array([bar.candle[1:] for bar in part], np.float32)
+        )
+        assert window.times.tolist() == [bar.candle.time for bar in part]
+        assert window.last == part[-1].candle  # to the last bit
+        assert window.reasons == ()
+
+
+def test_a_window_is_a_copy() -> None:
+    bars = random_bars(80)
+    contexts = filled(bars)
+    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    assert window is not None
+    before = window.values.copy()
+    for bar in random_bars(80):
+        contexts.append(SERIES, bar._replace(candle=bar.candle._replace(close=1.0)))
+    np.testing.assert_array_equal(window.values, before)
+
+
+def test_what_does_not_lie_here_whole_is_not_given() -> None:
+    bars = random_bars(300)
+    contexts = filled(bars)
+    assert contexts.window(SERIES, bars[100].candle.time, 40) is None
+    assert contexts.window(SERIES, bars[-1].candle.time + 1, 40) is None
+    assert contexts.window(SERIES, bars[-1].candle.time + MINUTE, 40) is None
+    # The series has older bars than were loaded: not a window of what is left.
+    contexts.load(SERIES, bars[-50:])
+    assert contexts.window(SERIES, bars[-20].candle.time, 40) is None
+    assert contexts.window(SERIES, bars[-1].candle.time, 40) is not None
+    contexts.forget(SERIES)
+    assert contexts.window(SERIES, bars[-1].candle.time, 40) is None
+
+
+def test_a_revision_replaces_its_bar() -> None:
+    bars = random_bars(60)
+    contexts = filled(bars)
+    changed = Bar(bars[-3].candle._replace(volume=9.0), revision=2, received=5)
+    contexts.revise(SERIES, changed)
+    contexts.revise(SERIES, Bar(bars[0].candle, revision=7))  # long gone
+    window = contexts.window(SERIES, changed.candle.time, 40)
+    assert window is not None
+    assert window.revision == 2
+    assert window.last.volume == 9.0
+    newest = contexts.window(SERIES, bars[-1].candle.time, 40)
+    assert newest is not None
+    assert newest.values[-3, 4] == 9.0
+    assert newest.revision == 0
+
+
+def test_one_bar_without_its_amount_leaves_out_the_column() -> None:
+    bars = random_bars(60)
+    bars[-10] = Bar(bars[-10].candle._replace(amount=None), received=1)
+    contexts = filled(bars)
+    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    assert window is not None
+    assert window.values.shape == (40, 5)
+    assert window.values.flags.c_contiguous
+    assert window.last.amount == bars[-1].candle.amount
+    without = contexts.window(SERIES, bars[-10].candle.time, 5)
+    assert without is not None
+    assert without.last.amount is None
+    before = contexts.window(SERIES, bars[-11].candle.time, 5)
+    assert before is not None
+    assert before.values.shape == (5, 6)
+
+
+def test_synthetic_and_missing_bars_are_counted_and_said() -> None:
+    bars = random_bars(60)
+    for i in (-2, -5, -9):
+        bars[i] = bars[i]._replace(synthetic=True)
+    bars[-12] = bars[-12]._replace(synthetic=True, received=0)
+    contexts = filled(bars)
+    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    assert window is not None
+    assert window.synthetic == 4
+    assert window.reasons == ("3 synthetic bars", "1 missing bar")
+    assert contexts.missing(SERIES, 40)
+    assert not contexts.missing(SERIES, 10)
+
+
+@pytest.mark.parametrize("amount", [True, False])
+@pytest.mark.parametrize("column", [1, 2, 3, 4])
+def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> None:  # noqa: FBT001
+    seen = set()
+    for factor in np.linspace(1, 8, 60):
+        bars = random_bars(60, amount=amount)
+        last = list(bars[-1].candle)
+        spread = np.std([bar.candle[column] for bar in bars[:-1]])
+        mean = np.mean([bar.candle[column] for bar in bars[:-1]])
+        last[column] = float(mean + factor * spread)
+        bars[-1] = Bar(Candle(*last), received=1)  # type: ignore[arg-type]
+        window = window_of(SERIES, bars)
+        # What the model sees, before it clips.
+        z = normalise(complete(window.values), clip=np.inf)[2][-1]
+        if np.abs(np.abs(z) - 5).min() > 1e-3:
+            clipped = bool((np.abs(z) > 5).any())
+            assert ("last bar clipped" in window.reasons) == clipped
+            seen.add(clipped)
+    assert seen == {True, False}
+
+
+def test_a_tiny_price_is_judged_as_it_is_forecast() -> None:
+    """Prices that hardly move are forecast times a power of two: a jump is clipped there too."""
+    bars = random_bars(200, scale=1e-6)
+    assert window_of(SERIES, bars).reasons == ()
+    bars[-1] = Bar(bars[-1].candle._replace(high=1e-4), received=1)
+    assert window_of(SERIES, bars).reasons == ("last bar clipped",)
+
+
+def test_a_thousand_series_stay_small() -> None:
+    contexts = Contexts(552)
+    contexts.load(SERIES, random_bars(600))
+    (buffer,) = contexts._buffers.values()
+    columns = (buffer._values, buffer._times, buffer._revisions, buffer._marks)
+    assert sum(column.nbytes for column in columns) < 45_000

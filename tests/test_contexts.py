@@ -135,9 +135,8 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
     for factor in np.linspace(1, 8, 60):
         bars = random_bars(60, amount=amount)
         last = list(bars[-1].candle)
-        spread = np.std([bar.candle[column] for bar in bars[:-1]])
-        mean = np.mean([bar.candle[column] for bar in bars[:-1]])
-        last[column] = float(mean + factor * spread)
+        others = np.array([bar.candle[column] for bar in bars[:-1]], np.float64)
+        last[column] = float(others.mean() + factor * others.std())
         bars[-1] = Bar(Candle(*last), received=1)  # type: ignore[arg-type]
         window = window_of(SERIES, bars)
         # What the model sees, before it clips.

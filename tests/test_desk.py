@@ -8,14 +8,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Literal
 
+import numpy as np
 import pytest
 
 from kronos_stream.daemon.desk import Desk
-from kronos_stream.daemon.due import Due
+from kronos_stream.daemon.due import Due, Outcome
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import State
-from kronos_stream.market.candle import Candle, Update
+from kronos_stream.daemon.state import State, StateError
+from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock, LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Intake, SourceError, Traits
@@ -58,6 +60,9 @@ class Venue:
     venue: str = "binance"
     asked: list[tuple[Series, int, int]] = field(default_factory=list)
     truth: dict[Series, dict[int, Candle]] = field(default_factory=dict)
+    changes: dict[tuple[Series, int], tuple[int, Candle]] = field(default_factory=dict)
+    halted: dict[Series, tuple[int, int]] = field(default_factory=dict)
+    """From when and before when a series has no bars at all."""
     first: int = 0
     """Open of the first bar that the venue has."""
     pushes: bool = True
@@ -74,8 +79,12 @@ class Venue:
     def bar(self, series: Series, time: int) -> Candle | None:
         """The venue's present word on a bar."""
         known = self.truth.setdefault(series, {})
-        if time < self.first:
+        since, until = self.halted.get(series, (0, 0))
+        if time < self.first or since <= time < until:
             return None
+        moment, changed = self.changes.get((series, time), (0, None))
+        if changed is not None and self.clock.now() >= moment:
+            return changed
         if time not in known:
             dice = Random(f"{series} {time}")
             if dice.random() < self.faults.quiet:
@@ -85,10 +94,12 @@ class Venue:
             known[time] = Candle(time, opened, high, low, close, dice.randrange(1, 99), 5.0)
         return known[time]
 
-    def revised(self, series: Series, time: int) -> Candle:
+    def revise(self, series: Series, time: int, moment: int) -> Candle:
+        """Have a bar changed at that moment."""
         bar = self.bar(series, time)
         assert bar is not None
-        changed = self.truth[series][time] = bar._replace(volume=bar.volume + 1000)
+        changed = bar._replace(volume=bar.volume + 1000)
+        self.changes[series, time] = moment, changed
         return changed
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
@@ -146,9 +157,8 @@ class Venue:
         end = time + step + 20
         if not self._happens(max(faults.lose, faults.lose_last)):
             yield end, final, True
-        if self._happens(faults.revise):
-            changed = self.revised(one, time)
-            yield end + 700, changed, True
+        if self._happens(faults.revise) and (one, time) not in self.changes:
+            yield end + 700, self.revise(one, time, end + 600), True
 
     def _happens(self, share: float) -> bool:
         return self.random.random() < share
@@ -161,7 +171,7 @@ class House:
     desk: Desk
     state: State
     venue: Venue
-    clock: LoopClock
+    clock: Clock
     metrics: Metrics
     due: list[Due] = field(default_factory=list)
     buried: list[str] = field(default_factory=list)
@@ -175,20 +185,15 @@ class House:
 @asynccontextmanager
 async def house(
     path: Path,
-    timeframe: str = "10s",
+    venue: Venue,
     *,
-    symbols: int = 1,
     seed: int = 0,
-    faults: Faults | None = None,
-    clock: LoopClock | None = None,
-    venue: Venue | None = None,
-    degraded: str = "forecast",
-    catch_up: str = "all",
+    degraded: Literal["forecast", "skip"] = "forecast",
+    catch_up: Literal["newest", "all"] = "all",
+    series: Sequence[Series] | None = None,
 ) -> AsyncIterator[House]:
-    clock = clock or LoopClock(START + 1_234)
-    series = [Series.parse(f"binance:S{i}/USDT:{timeframe}") for i in range(symbols)]
-    venue = venue or Venue(series, clock, Random(seed), faults or Faults())
-    metrics = Metrics()
+    """Open for business; what is not saved at the end is lost, as in a kill."""
+    clock, metrics = venue.clock, Metrics()
     state = await State.open(path / "state.sqlite")
     here: House
 
@@ -204,13 +209,13 @@ async def house(
         Random(seed),
         metrics,
         lookback=LOOKBACK,
-        catch_up=catch_up,  # type: ignore[arg-type]
-        degraded=degraded,  # type: ignore[arg-type]
+        catch_up=catch_up,
+        degraded=degraded,
         bury=lambda _, reason, __: here.buried.append(reason),
     )
     here = House(desk, state, venue, clock, metrics)
     try:
-        await desk.start(series)
+        await desk.start(venue.series if series is None else series)
         async with asyncio.TaskGroup() as tasks:
             work = [
                 tasks.create_task(desk.run()),
@@ -223,13 +228,20 @@ async def house(
         await state.close()
 
 
+def a_venue(
+    timeframe: str = "10s", *, symbols: int = 1, seed: int = 0, faults: Faults | None = None
+) -> Venue:
+    series = [Series.parse(f"binance:S{i}/USDT:{timeframe}") for i in range(symbols)]
+    return Venue(series, LoopClock(START + 1_234), Random(seed), faults or Faults())
+
+
 def opens(dues: Sequence[Due]) -> list[int]:
     return [one.origin for one in dues]
 
 
 def test_each_bar_is_due_once_right_after_its_close(tmp_path: Path) -> None:
     async def main() -> None:
-        async with house(tmp_path, symbols=3) as here:
+        async with house(tmp_path, a_venue(symbols=3)) as here:
             await here.until(20.1)
             step = 10_000
             for one in here.venue.series:
@@ -246,14 +258,14 @@ def test_each_bar_is_due_once_right_after_its_close(tmp_path: Path) -> None:
     run_virtual(main())
 
 
-async def check(here: House, *, since: int = START, until: int | None = None) -> None:
+async def check(here: House, *, until: int, since: int = START) -> None:
     """Compare what is saved with the venue's truth, and what was due with what is saved."""
     for one in here.venue.series:
         step = one.timeframe.milliseconds or 0
         bars = await here.state.load(one, 10_000)
         times = [bar.candle.time for bar in bars]
         assert times == list(range(times[0], times[-1] + 1, step))
-        assert until is None or times[-1] >= until
+        assert times[-1] >= until
         for bar in bars:
             true = here.venue.bar(one, bar.candle.time)
             if true is None:
@@ -298,7 +310,8 @@ def test_whatever_goes_wrong_the_tape_ends_as_the_truth(tmp_path: Path, seed: in
     timeframe = dice.choice(("5s", "10s", "1m"))
 
     async def main() -> None:
-        async with house(tmp_path, timeframe, symbols=2, seed=seed, faults=faults) as here:
+        venue = a_venue(timeframe, symbols=2, seed=seed, faults=faults)
+        async with house(tmp_path, venue, seed=seed) as here:
             step = here.venue.series[0].timeframe.milliseconds or 0
             await here.until(100)
             here.venue.faults = Faults(quiet=faults.quiet)
@@ -309,3 +322,322 @@ def test_whatever_goes_wrong_the_tape_ends_as_the_truth(tmp_path: Path, seed: in
             await check(here, until=end)
 
     run_virtual(main())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_at_any_moment_no_bar_is_lost_or_settled_twice(tmp_path: Path, seed: int) -> None:
+    """Outcomes are recorded for some of what was due; the rest is due again after the kill."""
+    dice = Random(seed)
+    faults = some_faults(dice)
+    step = 10_000
+
+    async def main() -> None:
+        venue = a_venue(seed=seed, faults=faults)
+        (one,) = venue.series
+        settled: list[tuple[int, int]] = []
+        for life in range(8):
+            async with house(tmp_path, venue, seed=seed + life) as here:
+                await here.clock.sleep(dice.choice((0, 0.01, 3, 30, 200, 700)))
+                places = [(due.origin, due.revision) for due in here.due]
+                assert places == sorted(set(places))
+                # A revision is due after its bar had an outcome, nothing else is due again.
+                assert not set(places) & set(settled)
+                done = here.due[: dice.randrange(len(here.due) + 1)]
+                settled += [(due.origin, due.revision) for due in done]
+                outcomes = [
+                    Outcome(due.series.name, due.origin, due.revision, "forecast") for due in done
+                ]
+                await here.state.record(outcomes, [])
+            await venue.clock.sleep(dice.choice((0, 5, 100)))
+        venue.faults = Faults(quiet=faults.quiet)
+        async with house(tmp_path, venue, seed=seed) as here:
+            await here.clock.sleep(40 * 60)
+            settled += [(due.origin, due.revision) for due in here.due]
+            bars = await here.state.load(one, 10_000)
+            times = [bar.candle.time for bar in bars if bar.candle.time >= START]
+            assert times == list(range(START, times[-1] + 1, step))
+            assert times[-1] >= here.clock.now() - 2 * step - 15_000
+            assert sorted({origin for origin, _ in settled}) == times
+            for bar in bars:
+                true = venue.bar(one, bar.candle.time)
+                assert bar.synthetic if true is None else bar.candle == true
+
+    run_virtual(main())
+
+
+def test_after_a_restart_only_what_is_missing_is_asked_for(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue("1m")
+        (one,) = venue.series
+        async with house(tmp_path, venue) as here:
+            await here.until(3.1)
+            await record(here)
+        venue.asked.clear()
+        await venue.clock.sleep(5 * 60)
+        async with house(tmp_path, venue) as here:
+            await here.clock.sleep(1)
+            minute = 60_000
+            assert venue.asked == [(one, START + 3 * minute, START + 8 * minute)]
+            assert opens(here.due) == [START + i * minute for i in range(3, 8)]
+            await here.until(9.1)
+            assert len(here.due) == 6
+            assert all(due.obstacle is None for due in here.due)
+            window = await here.desk.window(here.due[0])
+            assert window is not None
+            assert len(window.times) == LOOKBACK
+
+    run_virtual(main())
+
+
+async def record(here: House) -> None:
+    """Let everything that was due have its outcome."""
+    outcomes = [
+        Outcome(due.series.name, due.origin, due.revision, "skipped", "stale") for due in here.due
+    ]
+    await here.state.record(outcomes, [])
+
+
+@pytest.mark.parametrize("catch_up", ["newest", "all"])
+def test_after_a_long_absence(tmp_path: Path, catch_up: Literal["newest", "all"]) -> None:
+    async def main() -> None:
+        venue = a_venue()
+        (one,) = venue.series
+        async with house(tmp_path, venue) as here:
+            await here.until(3.1)
+            await record(here)
+        await venue.clock.sleep(86_400)
+        async with house(tmp_path, venue, catch_up=catch_up) as here:
+            begun = here.clock.now()
+            await here.clock.sleep(60)
+            bars = (here.clock.now() - START) // 10_000
+            if catch_up == "all":
+                assert opens(here.due) == [START + i * 10_000 for i in range(3, bars)]
+            else:
+                # What lies further back than a context is not history that matters.
+                assert all(due.close > begun for due in here.due)
+                assert 5 <= len(here.due) <= 6
+            window = await here.desk.window(here.due[-1])
+            assert window is not None
+            assert len(window.times) == LOOKBACK
+            assert (np.diff(window.times) == 10_000).all()
+            assert window.values[0, 4] == here.venue.bar(one, int(window.times[0])).volume  # type: ignore[union-attr]
+
+    run_virtual(main())
+
+
+def test_saved_bars_without_an_outcome_are_due_again_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue()
+        async with house(tmp_path, venue) as here:
+            await here.until(200.1)
+            first = here.due[:20]
+            here.due[:] = first
+            await record(here)
+        async with house(tmp_path, venue) as here:
+            # More of them than a context holds.
+            assert opens(here.due) == [START + i * 10_000 for i in range(20, 200)]
+            window = await here.desk.window(here.due[0])
+            assert window is not None
+            assert window.last.time == here.due[0].origin
+            assert len(window.times) == LOOKBACK
+
+    run_virtual(main())
+
+
+def test_a_revision_of_the_newest_bar_is_due_again_even_after_a_kill(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue("1m")
+        (one,) = venue.series
+        async with house(tmp_path, venue) as here:
+            await here.until(2.01)
+            await record(here)
+            here.due.clear()
+            changed = venue.revise(one, START + 60_000, here.clock.now())
+            intake = here.desk.intake("binance")
+            intake.update(Update(one, changed, True, here.clock.now()))  # noqa: FBT003
+            await here.clock.sleep(1)
+            assert [(due.origin, due.revision) for due in here.due] == [(START + 60_000, 1)]
+            window = await here.desk.window(here.due[0])
+            assert window is not None
+            assert (window.revision, window.last) == (1, changed)
+        async with house(tmp_path, venue) as here:
+            assert [(due.origin, due.revision) for due in here.due] == [(START + 60_000, 1)]
+            await record(here)
+        async with house(tmp_path, venue) as here:
+            assert here.due == []
+
+    run_virtual(main())
+
+
+@pytest.mark.parametrize("degraded", ["forecast", "skip"])
+def test_a_hole_that_cannot_be_filled(
+    tmp_path: Path, degraded: Literal["forecast", "skip"]
+) -> None:
+    async def main() -> None:
+        faults = Faults(cut=(10, 12), down=(10, 60))
+        async with house(tmp_path, a_venue(faults=faults), degraded=degraded) as here:
+            await here.until(15.5)
+            assert len(here.due) == 10  # held
+            assert here.desk.awaited(START + 160_000) == 0
+            await here.until(40.5)
+            assert opens(here.due) == [START + i * 10_000 for i in range(40)]
+            last = here.due[-1]
+            window = await here.desk.window(last)
+            assert window is not None
+            assert window.reasons == ("2 missing bars",)
+            assert last.obstacle == ("gap" if degraded == "skip" else None)
+            assert here.desk.awaited(START + 410_000) == 1
+            # REST is back: the hole is filled, and the windows are whole again.
+            await here.until(70.5)
+            window = await here.desk.window(here.due[-1])
+            assert window is not None
+            assert window.reasons == ()
+            assert here.due[-1].obstacle is None
+            await check(here, until=START + 69 * 10_000)
+
+    run_virtual(main())
+
+
+def test_silence_of_one_symbol_among_live_ones(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue("1m", symbols=3)
+        mute = venue.series[1]
+        async with house(tmp_path, venue) as here:
+            await here.until(3.5)
+            venue.halted[mute] = START + 4 * 60_000, START + 9 * 60_000
+            assert here.desk.awaited(START + 5 * 60_000) == 0
+            await here.until(4.5)
+            assert here.desk.awaited(START + 5 * 60_000) == 3
+            await here.until(5.5)
+            # Its bar is past its grace; nobody waits for it any more.
+            assert here.desk.awaited(START + 5 * 60_000) == 0
+            assert b'silent_series{venue="binance"} 1.0' in here.metrics.render()
+            assert here.desk.awaited(START + 6 * 60_000) == 2
+            others = [due for due in here.due if due.series != mute]
+            assert len(others) == 10
+            await here.until(12.5)
+            assert b'silent_series{venue="binance"} 0.0' in here.metrics.render()
+            # What it did not have is flat, and was due all the same.
+            dues = [due for due in here.due if due.series == mute]
+            assert opens(dues) == [START + i * 60_000 for i in range(12)]
+            window = await here.desk.window(dues[-1])
+            assert window is not None
+            assert window.synthetic == 5
+            await check(here, until=START + 11 * 60_000)
+
+    run_virtual(main())
+
+
+def test_a_new_listing_warms_up_and_is_forecast_before_its_lookback_is_full(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        venue = a_venue()
+        venue.first = START - 28 * 10_000
+        async with house(tmp_path, venue) as here:
+            await here.until(10.5)
+            obstacles = [due.obstacle for due in here.due]
+            assert obstacles == ["warming up"] * 3 + [None] * 7
+            window = await here.desk.window(here.due[-1])
+            assert window is not None
+            assert len(window.times) == 38
+            await record(here)
+        async with house(tmp_path, venue) as here:
+            # The same after a restart, once the venue has said that there is no more.
+            await here.until(12.5)
+            assert [due.obstacle for due in here.due] == [None, None]
+
+    run_virtual(main())
+
+
+def test_a_longer_lookback_after_a_restart_is_filled_from_the_venue(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue()
+        (one,) = venue.series
+        state = await State.open(tmp_path / "state.sqlite")
+        saved = [START - i * 10_000 for i in range(12, 2, -1)]
+        candles = [venue.bar(one, time) for time in saved]
+        await state.save_bars([(one, Bar(c, received=1)) for c in candles if c is not None])
+        await state.begin(one, saved[-3])
+        await state.close()
+        async with house(tmp_path, venue) as here:
+            await here.until(2.5)
+            assert opens(here.due) == [START + i * 10_000 for i in range(-4, 2)]
+            assert all(due.obstacle is None for due in here.due)
+            window = await here.desk.window(here.due[0])
+            assert window is not None
+            assert len(window.times) == LOOKBACK
+
+    run_virtual(main())
+
+
+def test_the_set_of_series_changes_without_a_bar_of_the_others_lost(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue(symbols=3)
+        first, second, third = venue.series
+        async with house(tmp_path, venue, series=[first, second]) as here:
+            await here.until(5.5)
+            await here.desk.follow([second, third])
+            await here.until(10.5)
+            await here.desk.follow([first, second, third])
+            await here.until(15.5)
+            came: dict[Series, list[int]] = {one: [] for one in venue.series}
+            for due in here.due:
+                came[due.series].append((due.origin - START) // 10_000)
+            assert came[first] == list(range(15))
+            assert came[second] == list(range(15))
+            assert came[third] == list(range(5, 15))
+            assert here.desk.awaited(START + 160_000) == 3
+
+    run_virtual(main())
+
+
+def test_settled_means_saved_and_handed_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue()
+        (one,) = venue.series
+        venue.pushes = False
+        async with house(tmp_path, venue) as here:
+            await here.until(1)
+            final = venue.bar(one, START)
+            assert final is not None
+            here.desk.intake("binance").update(Update(one, final, True, here.clock.now()))  # noqa: FBT003
+            assert here.due == []
+            await here.desk.settled()
+            assert opens(here.due) == [START]
+            assert (await here.state.load(one, 1))[0].candle == final
+
+    run_virtual(main())
+
+
+def test_bad_frames_and_candles_are_buried_with_a_reason(tmp_path: Path) -> None:
+    async def main() -> None:
+        venue = a_venue(faults=Faults(absurd=1))
+        async with house(tmp_path, venue) as here:
+            here.desk.intake("binance").reject(None, "not JSON", b"{")
+            await here.until(5.5)
+            assert here.buried[0] == "not JSON"
+            assert len(here.buried) == 1 + 6  # once per bar
+            assert "said to be closed" in here.buried[1]
+            assert opens(here.due) == [START + i * 10_000 for i in range(5)]
+
+    run_virtual(main())
+
+
+def test_a_disk_that_cannot_keep_up_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kronos_stream.daemon.desk._MOST_UNSAVED", 50)
+
+    async def stuck(*_: object) -> None:
+        await asyncio.sleep(10_000)
+
+    async def main() -> None:
+        venue = a_venue()
+        async with house(tmp_path, venue) as here:
+            monkeypatch.setattr(here.state, "save_bars", stuck)
+            await here.clock.sleep(10_000)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        run_virtual(main())
+    assert caught.group_contains(StateError, match="faster disk")

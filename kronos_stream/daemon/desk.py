@@ -110,6 +110,8 @@ class Desk:
         self._capacity = lookback + MARGIN
         self._contexts = Contexts(self._capacity)
         self._followed: dict[Series, _Followed] = {}
+        self._former: dict[Series, tuple[int, int] | None] = {}
+        """Marks of series given up: what they had due may not have its outcome yet."""
         self._awaited: Counter[int] = Counter()
         """How many series have their next close when, those not live included."""
         self._alarms: Alarms[_Followed] = Alarms(clock)
@@ -127,7 +129,9 @@ class Desk:
     async def follow(self, series: Collection[Series]) -> None:
         """Set what is followed, before the sources are told; those kept lose nothing."""
         for gone in self._followed.keys() - set(series):
-            self._await(self._followed.pop(gone), 0)
+            one = self._followed.pop(gone)
+            self._await(one, 0)
+            self._former[gone] = one.mark
             self._contexts.forget(gone)
         for new in sorted(set(series) - self._followed.keys()):
             await self._enter(new)
@@ -207,7 +211,7 @@ class Desk:
     # Taking over.
 
     async def _enter(self, series: Series) -> None:
-        mark = await self._state.mark(series)
+        mark = self._former.pop(series, None) or await self._state.mark(series)
         bars = _contiguous(series, await self._state.load(series, self._capacity))
         if bars and mark is None:
             mark = bars[-1].candle.time, 0

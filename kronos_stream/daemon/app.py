@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from math import inf
 from random import Random
 from typing import Any, Protocol
@@ -68,13 +69,13 @@ class Daemon:
         wall: Clock | None = None,
         metrics: Metrics | None = None,
         watch: Callable[[Sequence[Result]], None] | None = None,
-        worker: Callable[[Plan, Metrics], Working] = Worker,
+        worker: Callable[[Plan, Metrics], Working] | None = None,
     ) -> None:
         """Nothing is opened yet.
 
         clock: the market's time. series: what to follow; left out, what the settings say. wall:
         what records are stamped with. watch: told every result, once it is durable.
-        worker: makes what forecasts.
+        worker: makes what forecasts; left out, a process.
         """
         self.settings = settings
         self.metrics = metrics or Metrics()
@@ -82,7 +83,8 @@ class Daemon:
         """Set once the model is loaded and the venues are followed."""
         self._sources, self._sinks = dict(sources), list(sinks)
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
-        self._watch, self._make_worker = watch, worker
+        self._watch = watch
+        self._make_worker = worker or partial(Worker, standby=settings.standby)
         self._series: frozenset[Series] = frozenset(settings.series() if series is None else series)
         self._lost: dict[str, str] = {}
         self._stop = asyncio.Event()

@@ -1,7 +1,7 @@
 """The ``kronos-stream`` command.
 
 Sub-commands are imported when they run, so that ``--help`` answers at once; and errors meant for
-the user leave as one line on stderr and exit code 2, never as a traceback.
+the user leave as a line each on stderr and exit code 2, never as a traceback.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _drop_output() -> None:
 
 
 def _explain(error: Exception) -> None:
-    """Exit with one line on stderr for what is no fault of the program; else return."""
+    """Exit with a line on stderr for what is no fault of the program; else return."""
     if isinstance(error, OSError):
         _drop_output()
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
@@ -153,13 +153,20 @@ def _explain(error: Exception) -> None:
     ):
         _fail(f"not enough memory: {str(error)[:200]}", _FAILED)
     if _is_for_user(error):
-        _fail(str(error), _USAGE_ERROR)
+        *others, last = getattr(error, "problems", [str(error)])
+        for problem in others:
+            _say(problem)
+        _fail(last, _USAGE_ERROR)
 
 
 def _fail(message: str, status: int) -> NoReturn:
+    _say(message)
+    sys.exit(status)
+
+
+def _say(message: str) -> None:
     line = " ".join(message.split())
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
-    sys.exit(status)
 
 
 def _is_for_user(error: Exception) -> bool:

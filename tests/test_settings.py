@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kronos_stream.cli import main
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.environment import describe, read_options, read_settings
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError
@@ -199,6 +202,20 @@ def test_all_faults_are_named_at_once() -> None:
     assert len(raised.value.problems) == 2
 
 
+def test_the_command_says_each_on_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"SECRETS_DIR": "/nowhere", "PATHS": "no", "SEED": "no"}.items():
+        monkeypatch.setenv(PREFIX + name, value)
+    with pytest.raises(SystemExit) as exited:
+        main(["run"])
+    assert exited.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("=")[0] for line in lines] == [
+        f"kronos-stream: error: {PREFIX}{name}" for name in ("PATHS", "SEED")
+    ]
+
+
 def test_what_kubernetes_injects_is_no_setting() -> None:
     host = "10.0.0.1"
     _read(
@@ -320,6 +337,14 @@ def test_help_names_every_setting_with_its_default_and_meaning() -> None:
         if row.default and not row.name.endswith("SECRETS_DIR")
     }
     assert _read(told) == _read({})
+
+
+def test_help_waits_for_no_heavy_library() -> None:
+    code = (
+        "import sys; from kronos_stream.daemon.environment import describe; list(describe());"
+        "print({'pandas', 'pyarrow', 'torch'} & sys.modules.keys() or 'none')"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "none\n"  # noqa: S603
 
 
 def test_one_connectors_options_can_be_read_alone() -> None:

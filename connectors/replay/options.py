@@ -6,12 +6,8 @@ from random import Random
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kronos_connectors.replay.candles import CandleTrack
-from kronos_connectors.replay.source import Recording, Replay
-from kronos_connectors.replay.tracks import Wanted
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.files import CandleFileError
-from kronos_stream.market.spacing import shortest_step
+from kronos_stream.market.source import Source
 
 
 class ReplayOptions(BaseModel):
@@ -25,11 +21,18 @@ class ReplayOptions(BaseModel):
     """Bars of each file that are history; the next one closes first."""
 
 
-def build(options: ReplayOptions, clock: Clock, random: Random) -> Replay:  # noqa: ARG001
+def build(options: ReplayOptions, clock: Clock, random: Random) -> Source:  # noqa: ARG001
     """A source whose candles are moved to the present, by whole bars of the longest timeframe.
 
     Raises CandleFileError.
     """
+    # Not above: help reads the options, and pandas takes a second to import.
+    from kronos_connectors.replay.candles import CandleTrack
+    from kronos_connectors.replay.source import Recording, Replay
+    from kronos_connectors.replay.tracks import Wanted
+    from kronos_stream.market.files import CandleFileError
+    from kronos_stream.market.spacing import shortest_step
+
     tracks = [CandleTrack.read(Wanted.parse(text)) for text in options.files]
     start = Recording(tracks, []).start(options.history + 1)
     for track in tracks:

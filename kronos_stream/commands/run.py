@@ -14,7 +14,10 @@ class _Run(click.Command):
         super().format_options(ctx, formatter)
         with formatter.section("Environment"):
             formatter.write_dl(
-                [(f"{one.name}", f"{one.about} [{one.default}]") for one in describe()]
+                [
+                    (one.name, f"{one.about} [{one.default}]" if one.default else one.about)
+                    for one in describe()
+                ]
             )
 
 
@@ -23,21 +26,22 @@ class _Run(click.Command):
     "--check", is_flag=True, help="Check the settings and the venues' symbols, then exit."
 )
 def run(check: bool) -> None:  # noqa: FBT001
-    r"""Forecast live candles at every bar close, until stopped.
+    """Forecast live candles at every bar close, until stopped.
 
     Everything is set by environment variables, listed below; a secret may be given in a file,
     by the variable's name with _FILE at its end. At least KRONOS_STREAM_SYMBOLS and
     KRONOS_STREAM_SINKS are needed:
 
     \b
-      KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT \
-      KRONOS_STREAM_TIMEFRAMES=1m,5m \
-      KRONOS_STREAM_SINKS=kafka \
-      KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092 kronos-stream run
+      export KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT
+      export KRONOS_STREAM_TIMEFRAMES=1m,5m
+      export KRONOS_STREAM_SINKS=kafka
+      export KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092
+      kronos-stream run
 
     SIGTERM or Ctrl-C: no more candles are taken in, the batch in hand is finished and delivered;
     a second one ends at once, and nothing is lost. SIGHUP reads the symbols file again.
-    """
+    """  # noqa: D301 - click's mark for a paragraph to be left as it is
     import asyncio
     import os
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candles, wanted
 from kronos_stream.commands.topics import topics
+from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.apache import ApacheKafka
 
@@ -79,14 +80,18 @@ def test_what_differs_is_named_with_the_cure(
     assert "deadletter" not in said  # it was missing, and is made
 
 
-def test_bad_settings_are_one_line_each(run: Run) -> None:
+def test_bad_settings_are_named(run: Run) -> None:
     for settings, said in (
-        ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS: not set"),
+        ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
         ({"BOOTSTRAP_SERVERS": "x:1", "PARTITIONS": 0}, "KRONOS_STREAM_KAFKA__PARTITIONS: "),
+        (
+            {"BOOTSTRAP_SERVERS": "x:1", "PARTITION": 3},
+            "did you mean KRONOS_STREAM_KAFKA__PARTITIONS",
+        ),
     ):
-        result = run("check", **settings)
-        assert result.exit_code == 2
-        assert said in result.stderr
+        raised = run("check", **settings).exception
+        assert isinstance(raised, SettingsError)
+        assert said in str(raised)
     result = run("check", "--candles", "5x", BOOTSTRAP_SERVERS="x:1", PARTITIONS=1)
     assert result.exit_code == 2
     assert "timeframe '5x'" in result.stderr

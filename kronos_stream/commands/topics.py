@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -60,37 +61,14 @@ def check(timeframes: str) -> None:
 
 def _wanted(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
     from kronos_connectors.kafka.topics import wanted
+    from kronos_stream.daemon.environment import read_options
 
     try:
         parsed = [Timeframe.parse(text) for text in timeframes.split(",") if text]
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    options = _options()
+    options = read_options("kafka", os.environ)
     return options, wanted(options, parsed)
-
-
-def _options() -> KafkaOptions:
-    """The daemon's settings of Kafka, from the environment."""
-    from pydantic import ValidationError
-    from pydantic_settings import BaseSettings, SettingsConfigDict
-
-    from kronos_connectors.kafka.options import KafkaOptions as Kafka
-
-    class Settings(BaseSettings):
-        model_config = SettingsConfigDict(
-            env_prefix="KRONOS_STREAM_", env_nested_delimiter="__", extra="ignore"
-        )
-        kafka: Kafka
-
-    try:
-        return Settings().kafka  # type: ignore[call-arg]  # from the environment
-    except ValidationError as invalid:
-        first = invalid.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "missing":
-            raise click.UsageError("KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS: not set") from None
-        field = "__".join(str(part).upper() for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise click.UsageError(f"KRONOS_STREAM_{field}: {message}") from None
 
 
 def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:

@@ -345,6 +345,21 @@ def test_a_farewell_is_answered_by_moving_house_first() -> None:
     assert (len(v.opens), len(v.open), len(v.closed)) == (4, 2, 2)
 
 
+def test_the_old_connection_stays_until_the_new_one_has_what_was_added_meanwhile() -> None:
+    v = venue(3)
+    v.run(10)
+    v.after(0, v.shut_down)
+    v.run(0.5)
+    v.answers = False
+    v.fleet.follow(followed(*range(5)))
+    v.run(3.5)
+    assert len(v.open) == 2
+    v.answers = True
+    v.run(10)
+    assert len(v.open) == 1
+    assert len(v.covered()) == 5
+
+
 def test_a_move_that_fails_is_tried_again_while_the_old_connection_serves() -> None:
     v = venue()
     v.run(10)

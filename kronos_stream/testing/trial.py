@@ -42,7 +42,7 @@ from kronos_stream.market.source import Intake, Source
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
 from kronos_stream.testing.virtual import run_virtual
 
-LOOKBACK = 48
+LOOKBACK = 32
 MEND_SECONDS = 180.0
 """So long after the end of all faults no bar may be missing, nor made up."""
 
@@ -55,7 +55,7 @@ SETTLE_MS = 10_000
 _EPOCH = 1_750_000_000_000
 _LOOK_SECONDS = 5.0
 _KILL_SECONDS = 30.0
-_HISTORY = 60
+_HISTORY = 40
 _EVERYTHING = 1_000_000
 
 
@@ -75,9 +75,9 @@ class Script:
     seed: int
     faults: Faults
     timeframes: tuple[str, ...] = ("1s", "1m")
-    symbols: int = 3
+    symbols: int = 2
     perpetuals: int = 0
-    seconds: float = 180.0
+    seconds: float = 120.0
     """Until the faults end."""
     start: int = _EPOCH
     """UTC ms."""
@@ -92,7 +92,7 @@ class Script:
         """What the seed alone decides: minutes of seconds, or hours of minutes."""
         random = Random(f"trial:{seed}")
         long = random.random() < 0.25
-        seconds = 1_500.0 if long else 180.0
+        seconds = 1_200.0 if long else 120.0
         moments = sorted(random.uniform(0.02, 0.98) * seconds for _ in range(random.randrange(4)))
         restarts = tuple(
             Restart(round(at, 3), round(10 ** random.uniform(-1, 1.7), 3), random.random() < 0.7)
@@ -103,7 +103,7 @@ class Script:
             seed=seed,
             faults=replace(Faults.random(seed), until_seconds=seconds),
             timeframes=("1m", "5m") if long else ("1s", "1m"),
-            symbols=2 if long else 3,
+            symbols=2,
             perpetuals=1 if long else 0,
             seconds=seconds,
             start=_EPOCH + random.randrange(300_000),
@@ -183,7 +183,7 @@ class Journal:
     tapes: dict[Series, list[Bar]] = field(default_factory=dict)
     outcomes: dict[Series, list[Outcome]] = field(default_factory=dict)
     until: int = 0
-    """Bars closed by then, by the exchange's clock, are there."""
+    """Bars closed by then, by the exchange's clock, were looked for last."""
 
 
 def run_trial(
@@ -330,7 +330,7 @@ class _Trial:
         """Whether no bar is missing or made up and all is forecast; and whether all are equal."""
         if not daemon.ready.is_set():
             return False, False
-        until = self._exchange.clock.now() - SETTLE_MS
+        until = self._journal.until = self._exchange.clock.now() - SETTLE_MS
         changed = set()
         for series in self._journal.series:
             tape = {bar.candle.time: bar for bar in await daemon._state.load(series, _EVERYTHING)}
@@ -365,7 +365,6 @@ class _Trial:
     async def _look_back(self) -> None:
         """Keep what the verdict is about, before exchange and state file are gone."""
         journal, exchange = self._journal, self._exchange
-        journal.until = exchange.clock.now() - SETTLE_MS
         state = await State.open(self._file)
         for series in journal.series:
             truth = journal.truth[series] = exchange.truth(series)

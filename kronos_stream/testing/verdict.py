@@ -89,16 +89,15 @@ def _of_tape(journal: Journal, truth: _Truth) -> Iterator[str]:
     after = truth.series.timeframe.after
     if not tape:
         yield "no bar on the tape"
-        return
     for earlier, later in pairwise(tape):
         if after(earlier) != later:
             yield f"after bar {earlier} comes {later}"
     for opened, true in truth.bars.items():
-        if opened >= min(tape) and opened not in tape and after(opened) <= journal.until:
+        if opened >= min(tape, default=0) and opened not in tape and after(opened) <= journal.until:
             yield f"bar {opened} is lost: {true}"
     for opened, bar in tape.items():
         wrong = _of_bar(bar, truth)
-        if wrong:
+        if wrong and after(opened) <= journal.until:
             yield f"bar {opened} {wrong}: {bar}, but {truth.bars.get(opened)}"
 
 
@@ -163,7 +162,7 @@ def _of_window(forecast: Forecast, truth: _Truth) -> Iterator[str]:
 def _of_outcomes(journal: Journal, series: Series) -> Iterator[str]:
     """Each bar since the beginning has one outcome; all are forecast, the newest revision last."""
     outcomes = journal.outcomes[series]
-    if not outcomes:
+    if not outcomes or not journal.questions:
         yield "no bar has an outcome"
         return
     after = series.timeframe.after
@@ -173,7 +172,8 @@ def _of_outcomes(journal: Journal, series: Series) -> Iterator[str]:
             yield f"after the outcome of {earlier} comes that of {later}"
     first, last = next(iter(newest)), next(reversed(newest))
     began = min(one.moment for one in journal.questions if one.series == series)
-    if first > after(began):
+    skew = 1000 * (abs(journal.script.faults.skew_seconds) + 1)
+    if first - after(began) > skew:
         yield f"the first outcome is that of {first}, {first - began} ms after the beginning"
     for bar in journal.tapes[series]:
         if last < bar.candle.time and after(bar.candle.time) <= journal.until:

@@ -1,0 +1,43 @@
+"""What trials of the whole daemon have found in the tape, each in its smallest form."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.effects import Fetch, Revise
+from kronos_stream.market.tape import Tape
+from kronos_stream.market.timeframe import Timeframe
+
+START = 1_750_000_000_000
+
+
+def bar(time: int) -> Candle:
+    return Candle(time, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.xfail(
+    reason="debts are asked for only when no bar is late, and one always is", strict=True
+)
+def test_a_debt_is_paid_though_the_venues_clock_is_behind_ours() -> None:
+    """Fault seed 125: 4 s behind, so that each bar seems late and is asked for in vain."""
+    behind = 4_000
+    known = [Bar(bar(START + 1000 * i)) for i in range(-44, -4)]
+    known[-5] = Bar(bar(known[-5].candle.time)._replace(volume=0.0), synthetic=True)  # owed
+    tape = Tape(
+        Timeframe(1, "s"), Random(1), grace_seconds=2.0, patience_seconds=None, fills_empty=True,
+        history=40, known=known, whole=True,
+    )  # fmt: skip
+    paid = []
+    for now in range(START, START + 180_000, 100):
+        if (now - behind - 1) // 1000 != (now - behind - 101) // 1000:  # a bar has closed there
+            tape.update(bar((now - behind) // 1000 * 1000 - 1000), True, now)  # noqa: FBT003
+        for effect in tape.tick(now):
+            if isinstance(effect, Fetch):
+                last = min(effect.end, (now - behind) // 1000 * 1000)
+                answer = [bar(time) for time in range(effect.start, last, 1000)]
+                effects = tape.answered(effect, answer, now)
+                paid += [one for one in effects if isinstance(one, Revise)]
+    assert [one.bar.candle.time for one in paid] == [known[-5].candle.time]

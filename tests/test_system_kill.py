@@ -45,7 +45,9 @@ def test_killed_at_any_moment_it_forecasts_every_bar(
         first: dict[Series, int] = {}
         for _ in range(kills):
             daemon.start()
-            time.sleep(random.uniform(0.3, 8.0))  # it is ready after two to four seconds
+            if random.random() < 0.6:  # otherwise somewhere in its start
+                daemon.wait_until_ready()
+            time.sleep(random.uniform(0.0, 4.0))
             daemon.kill()
             # At once, but for a worker that imports torch just then and sees no one.
             wait_for("its worker has ended", lambda: not daemon.left_behind(), 60.0)

@@ -30,7 +30,7 @@ GROWTH_MIB = 64.0
 @pytest.mark.parametrize(
     ("symbols", "timeframe", "seconds", "keeps_up", "timed"),
     [
-        pytest.param(300, "1s", 9.0, False, False, id="short"),
+        pytest.param(100, "1s", 9.0, False, False, id="short"),
         pytest.param(
             300, "10s", SOAK_SECONDS, True, True,
             id="300x10s", marks=[pytest.mark.soak, pytest.mark.timeout(SOAK_SECONDS + 600)],

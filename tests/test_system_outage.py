@@ -36,7 +36,7 @@ from kronos_stream.testing.virtual import run_virtual
 SYMBOLS = 8
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))
 GROWTH_MIB = 64.0
-"""Allowed in memory: what waits there (16), the state file's cache (16), what allocators breathe."""
+"""Allowed in memory: what waits there (16), the state file's cache (16), allocators' breath."""
 
 FORECAST_BYTES = 6_000
 START = 1_800_000_000_000

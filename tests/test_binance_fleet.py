@@ -462,8 +462,18 @@ def _fault(v: Venue, random: Random) -> None:
     )()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(10))
 def test_whatever_happens_it_keeps_the_rules_and_comes_back(seed: int) -> None:
+    _live_through(seed)
+
+
+@pytest.mark.soak
+def test_whatever_happens_in_hundreds_of_lives() -> None:
+    for seed in range(10, 310):
+        _live_through(seed)
+
+
+def _live_through(seed: int) -> None:
     random = Random(seed)
     v = venue(20, room=random.choice((5, 20, 100)), seed=seed)
     sockets: set[Socket] = set()

@@ -55,15 +55,14 @@ def test_soak_seed(seed: int, tmp_path: Path) -> None:
 
 
 def told(journal: Journal) -> object:
-    """What a run comes to."""
-    return (
-        [(one.life, one.moment, one.window.series, one.window.last, one.window.revision,
-          one.window.values.tobytes()) for one in journal.forecasts],
-        journal.outcomes,
-        journal.tapes,
-        journal.questions,
-        journal.strikes,
-    )  # fmt: skip
+    """What a run comes to. Sockets that are ready at one moment are read in any order."""
+    forecasts = [
+        (one.moment, window.series, window.last, window.revision, window.values.tobytes())
+        for one in journal.forecasts
+        for window in [one.window]
+    ]
+    questions = sorted((one.moment, one.series, one.start, one.end) for one in journal.questions)
+    return sorted(forecasts), journal.outcomes, journal.tapes, questions, journal.strikes
 
 
 @pytest.mark.parametrize("seed", [3, 5])

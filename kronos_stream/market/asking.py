@@ -66,6 +66,9 @@ class Asking:
         """When bars need no longer be held for an answer."""
         return NEVER if self._failing_since is None else self._failing_since + self._patience
 
+    def audit_by(self, moment: int) -> None:
+        self.audit = min(self.audit, moment)
+
     def audit_due(self, now: int) -> bool:
         """Whether to ask for the newest bars again; if so, not soon again."""
         first = self.audit == NEVER

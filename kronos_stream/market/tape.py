@@ -54,6 +54,12 @@ _QUIET_BARS = 60
 _MEMORY, _AUDITED = 96, 90
 """Bars whose exact content is kept, to know a change; how many of them an audit asks for."""
 
+_ODD_MS = 60_000
+"""After that a bar is asked for again that a venue should have had."""
+
+_LATEST_MS = 30_000
+"""A last word so much later than the close is no measure of when the next is to be expected."""
+
 _HELD = 256
 """Pushed bars held at most; what comes beyond is missing, and asked for."""
 
@@ -106,6 +112,9 @@ class Tape:
         """Newest bar of which anything was pushed, and when that was first."""
         self._heard = self._quiet = 0
         """When anything was pushed last; flat bars at the end of the tape."""
+        self._late = 0.0
+        """How long after its close, by our clock, a bar's last word comes: the venue's clock may
+        be behind ours. Averaged over some bars, in ms."""
         self._gap = -1
         self._founded = self._begun = whole and bool(known)
         """Whether the first bar is known, or that there is none yet; whether that was asked."""
@@ -163,7 +172,7 @@ class Tape:
             if not self._begun:
                 self._begun = True
                 effects.append(Begin(self._grid.before(now)))
-            asked = self._asking.open = self._wanted(now) or self._audited(now)
+            asked = self._asking.open = self._audited(now, self._wanted(now))
             if asked is not None:
                 self._note_gap(asked, effects)
                 effects.append(asked)
@@ -232,6 +241,8 @@ class Tape:
             if early > _EARLY_MS:
                 self._claims.check(candle, now)
         elif time == self.next or len(self._held) < _HELD:
+            if time == self.next and -early < _LATEST_MS:
+                self._late += (-early - self._late) / 8
             self._hold(Bar(candle, received=now))
 
     def _hold(self, bar: Bar) -> None:
@@ -306,6 +317,8 @@ class Tape:
                 self._skip(time, close)
             else:
                 self._append(flat(time, last, now), close, effects)
+                if self._fills_empty:  # odd: it should have had the bar
+                    self._asking.audit_by(now + _ODD_MS)
             self._drain(now, effects)
 
     @property
@@ -340,6 +353,10 @@ class Tape:
 
     # What is asked for, and when.
 
+    @property
+    def _grace_now(self) -> int:
+        return self._grace + int(self._late)
+
     def _lacking(self, end: int) -> Iterator[int]:
         """The next bars, as far as they close by ``end`` and are not held."""
         time = self.next
@@ -356,15 +373,17 @@ class Tape:
             first = max(0, self._grid.before(now, self._history))
             return None if self._founded else Fetch(first, now)
         later = self._seen if self._seen_at + self._settle <= now else 0
-        missing = list(self._lacking(max(now - self._grace, later)))
+        missing = list(self._lacking(max(now - self._grace_now, later)))
         times = [*self._claims.ripe(now, self.next), *missing[:1], *missing[-1:]]
         times = times or self._debts.oldest(_ASKED)
         return Fetch(min(times), self._grid.after(max(times))) if times else None
 
-    def _audited(self, now: int) -> Fetch | None:
+    def _audited(self, now: int, wanted: Fetch | None) -> Fetch | None:
+        """What is wanted; from time to time the newest bars on the tape with it."""
         if self.next is None or not self._recent or not self._asking.audit_due(now):
-            return None
-        return Fetch(list(self._recent)[-_AUDITED:][0], self.next)
+            return wanted
+        first = list(self._recent)[-_AUDITED:][0]
+        return Fetch(first, self.next if wanted is None else max(wanted.end, self.next))
 
     def _note_gap(self, asked: Fetch, effects: list[Effect]) -> None:
         time = self.next
@@ -401,7 +420,7 @@ class Tape:
         if self._debts:
             due = 0
         if time not in self._held:
-            due = min(due, close + self._grace)
+            due = min(due, close + self._grace_now)
             if self._seen > time:
                 due = min(due, self._seen_at + self._settle)
         wake = asking.earliest(due)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from random import Random
 
-import pytest
-
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.effects import Fetch, Revise
 from kronos_stream.market.tape import Tape
@@ -18,9 +16,6 @@ def bar(time: int) -> Candle:
     return Candle(time, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-@pytest.mark.xfail(
-    reason="debts are asked for only when no bar is late, and one always is", strict=True
-)
 def test_a_debt_is_paid_though_the_venues_clock_is_behind_ours() -> None:
     """Fault seed 125: 4 s behind, so that each bar seems late and is asked for in vain."""
     behind = 4_000

@@ -23,11 +23,11 @@ from kronos_stream.daemon.backfill import Backfill, Question
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State, StateError
-from kronos_stream.market.asking import NEVER
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window, window_of
 from kronos_stream.market.effects import (
+    NEVER,
     Append,
     Begin,
     Confirm,

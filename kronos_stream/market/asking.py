@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kronos_stream.market.effects import Fetch
-
-NEVER = 1 << 62
-"""A moment that does not come."""
+from kronos_stream.market.effects import NEVER, Fetch
 
 _PAUSE_MS, _LONGEST_PAUSE_MS = 1_000, 60_000
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.effects import NEVER
 
 
 @dataclass(slots=True)
@@ -51,11 +52,12 @@ class Claims:
             if time < before and claim.since + self._settle <= now:
                 yield time
 
-    def due(self, before: int) -> int | None:
+    def due(self, before: int) -> int:
         """When the next of these is to be asked for."""
+        if not self._claims:
+            return NEVER
         times = (claim.since for time, claim in self._claims.items() if time < before)
-        since = min(times, default=None)
-        return None if since is None else since + self._settle
+        return min(times, default=NEVER) + self._settle
 
     def judge(
         self, start: int, end: int, given: Mapping[int, Candle], now: int, bars: Mapping[int, Bar]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 
-from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.candle import Bar
 from kronos_stream.market.effects import Fetch
 
 
@@ -14,17 +14,11 @@ class Debts:
     On the tape such a bar is synthetic and was never received.
     """
 
-    def __init__(self, answers: int, most: int, known: Sequence[Bar] = ()) -> None:
-        """answers: without a bar, until it does not exist. most: bars owed; older ones are let go.
-
-        known: bars on the tape; those owed among them stay so.
-        """
+    def __init__(self, answers: int, most: int) -> None:
+        """answers: without a bar, until it does not exist. most: bars owed; older are let go."""
         self._answers, self._most = answers, most
         self._absent: dict[int, int] = {}
         self._owed: dict[int, Bar] = {}
-        for bar in known:
-            if bar.synthetic and not bar.received:
-                self.owe(bar)
 
     def __len__(self) -> int:
         return len(self._owed)
@@ -66,11 +60,3 @@ class Debts:
                     self.pay(time)
                     settled.append(bar._replace(received=now))
         return settled
-
-
-def flat(time: int, last: Candle, received: int = 0) -> Bar:
-    """The bar that opens at ``time`` after ``last`` if nothing was traded."""
-    price = last.close
-    amount = None if last.amount is None else 0.0
-    candle = Candle(time, price, price, price, price, 0.0, amount)
-    return Bar(candle, synthetic=True, received=received)

@@ -6,6 +6,9 @@ from typing import NamedTuple, TypeAlias
 
 from kronos_stream.market.candle import Bar, Candle
 
+NEVER = 1 << 62
+"""A moment that does not come, UTC ms."""
+
 
 class Begin(NamedTuple):
     """The tape begins: bars that open up to ``origin`` have closed already."""

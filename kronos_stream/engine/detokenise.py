@@ -30,8 +30,10 @@ def detokenise(
     out = torch.empty(contexts, paths, horizon, 6, device=tokens.device)
     for first in range(0, contexts, at_once):
         for path in range(0, paths, paths_at_once):
-            own = slice(first, first + at_once), slice(path, path + paths_at_once)
-            out[own] = _decode(weights, prefix, own[0], tokens[own], scratch)
+            # Behind the last context the prefix may have slots that none fills.
+            slots = slice(first, min(first + at_once, contexts))
+            own = slots, slice(path, path + paths_at_once)
+            out[own] = _decode(weights, prefix, slots, tokens[own], scratch)
     return out
 
 

@@ -71,5 +71,7 @@ class Asking:
         first = self.audit == NEVER
         if not first and now < self.audit:
             return False
-        self.audit = now + round(self._every * self._random.uniform(1, 1.5))
+        # The first comes early: while the daemon was away, nobody listened to changes.
+        share = self._random.uniform(0.1, 0.5) if first else self._random.uniform(0.6, 1)
+        self.audit = now + round(self._every * share)
         return not first

@@ -46,8 +46,8 @@ _QUIET_BARS = 60
 _ODD_MS = 60_000
 """After that a bar is asked for again that a venue should have had."""
 
-_AUDITED = 90
-"""Bars on the tape that an audit asks for."""
+_AUDITED, _LATE_MS = 90, 15_000
+"""Bars on the tape that an audit asks for, and how long it waits for other questions."""
 
 _HELD = 256
 """Pushed bars held at most; what comes beyond is missing, and asked for."""
@@ -266,9 +266,10 @@ class Tape:
         return Fetch(min(times), self._grid.after(max(times))) if times else None
 
     def _audited(self, now: int, wanted: Fetch | None) -> Fetch | None:
-        """What is wanted; from time to time the newest bars on the tape with it."""
+        """What is wanted; from time to time the newest bars on the tape, or these with it."""
         time, first = self._ledger.next, self._ledger.newest(_AUDITED)
-        if time is None or first is None or not self._asking.audit_due(now):
+        late = _LATE_MS if wanted is not None else 0
+        if time is None or first is None or not self._asking.audit_due(now - late):
             return wanted
         return Fetch(first, time if wanted is None else max(wanted.end, time))
 

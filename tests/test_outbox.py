@@ -57,7 +57,7 @@ def message(number: int, size: int = 0) -> Message:
     return Message("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
 
 
-def bury(refusal: Refusal) -> Message:
+def bury(_sink: str, refusal: Refusal) -> Message:
     return Message("deadletter", refusal.record.key, refusal.reason.encode(), ())
 
 

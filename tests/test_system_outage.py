@@ -221,7 +221,7 @@ def _outbox(state: State, sink: object, clock: Clock) -> Outbox:
         Random(0),
         Metrics(),
         max_age_seconds=86_400.0,
-        bury=lambda refusal: refused(refusal, clock.now()),
+        bury=lambda sink, refusal: refused(sink, refusal, clock.now()),
     )
 
 

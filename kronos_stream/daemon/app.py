@@ -88,6 +88,7 @@ class Daemon:
         self._series: frozenset[Series] = frozenset(settings.series() if series is None else series)
         self._lost: dict[str, str] = {}
         self._stop = asyncio.Event()
+        self._changing = asyncio.Lock()
 
     async def check(self) -> None:
         """Ask the venues whether they have what is asked for, in place of :meth:`run`.
@@ -125,7 +126,7 @@ class Daemon:
                 self._random,
                 self.metrics,
                 max_age_seconds=settings.outbox_max_age,
-                bury=lambda refusal: refused(refusal, self._wall.now()),
+                bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
             )
             health = Health(settings.http.host, settings.http.port, self.metrics, self.checks)
             await stack.enter_async_context(health)
@@ -162,15 +163,22 @@ class Daemon:
         await self._outbox.drain(inf)
 
     async def follow(self, series: Collection[Series]) -> None:
-        """Change the set of series; those that stay lose no bar. SettingsError: nothing changed."""
+        """Change the set of series, once :attr:`ready`; those that stay lose no bar.
+
+        SettingsError: nothing changed.
+        """
         wanted = frozenset(series)
-        unknown = await self._unknown(wanted - self._series)
-        if unknown:
-            raise SettingsError(unknown)
-        gone, new = self._series - wanted, wanted - self._series
-        self._series = wanted
-        await self._desk.follow(wanted)
-        self._point_sources()
+        async with self._changing:
+            await self.ready.wait()
+            strange = sorted({one.venue for one in wanted} - self._sources.keys())
+            unknown = [f"{venue}: not among the venues at the start; restart" for venue in strange]
+            unknown = unknown or await self._unknown(wanted - self._series)
+            if unknown:
+                raise SettingsError(unknown)
+            gone, new = self._series - wanted, wanted - self._series
+            self._series = wanted
+            await self._desk.follow(wanted)
+            self._point_sources()
         _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
 
     async def _forecast_until_stopped(self) -> None:
@@ -187,12 +195,12 @@ class Daemon:
 
     async def _start(self) -> None:
         """Load the model, ask the venues whether they have what is asked for, load the state."""
-        identity, unknown = await asyncio.gather(
-            self._worker.start(), self._unknown_retrying(self._series)
-        )
-        if unknown:
+        async with asyncio.TaskGroup() as tasks:  # where one fails, the other is not left running
+            loading = tasks.create_task(self._worker.start())
+            asking = tasks.create_task(self._unknown_retrying(self._series))
+        if unknown := asking.result():
             raise SettingsError(unknown)
-        self._put_together(identity)
+        self._put_together(loading.result())
         await self._desk.start(self._series)
 
     def _put_together(self, identity: Identity) -> None:

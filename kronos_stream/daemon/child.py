@@ -68,20 +68,25 @@ class Child:
 
     @classmethod
     async def launch(cls, command: Sequence[str], threads: int) -> Self:
-        """Start the process; it imports what it needs and waits to load."""
+        """Start the process; it imports what it needs and waits to load. Raises Broken."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=(theirs.fileno(),),
-                # Ctrl-C is for the daemon to judge: it may want the batch in hand.
-                process_group=0,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.STDOUT,
+                    pass_fds=(theirs.fileno(),),
+                    # Ctrl-C is for the daemon to judge: it may want the batch in hand.
+                    process_group=0,
+                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                )
+            except OSError as error:  # no memory or no number left for a process, just now
+                ours.close()
+                _log.error("worker cannot be started", why=str(error))
+                raise Broken("crash") from error
         assert process.stdout is not None  # noqa: S101 - asked for above
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(process, reader, writer, asyncio.create_task(_relay(process.stdout)))

@@ -48,9 +48,9 @@ class Outbox:
         metrics: Metrics,
         *,
         max_age_seconds: float,
-        bury: Callable[[Refusal], Message],
+        bury: Callable[[str, Refusal], Message],
     ) -> None:
-        """max_age_seconds: what waits longer is given up. bury: the dead letter of a refusal."""
+        """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink."""
         self._state, self._wall, self._bury = state, wall, bury
         self._max_age = round(1000 * max_age_seconds)
         order = self._order = asyncio.Lock()
@@ -121,4 +121,4 @@ class Outbox:
         return Draft(sink, kind, key, value, headers, self._wall.now())
 
     def _letter(self, sink: str, refusal: Refusal) -> Draft:
-        return self._draft(sink, self._bury(refusal))
+        return self._draft(sink, self._bury(sink, refusal))

@@ -127,8 +127,9 @@ class Graveyard:
             await self._outbox.publish([], messages)
 
 
-def refused(refusal: Refusal, at: int) -> Message:
-    """The dead letter of a record that a sink will never take. at: UTC ms."""
+def refused(sink: str, refusal: Refusal, at: int) -> Message:
+    """The dead letter of a record that ``sink`` will never take. at: UTC ms."""
     record = refusal.record
-    letter = dead_letter("record", refusal.reason, record.value, at=at, series=record.key or None)
+    series = record.key or None
+    letter = dead_letter("record", refusal.reason, record.value, at=at, series=series, sink=sink)
     return Message("deadletter", letter.key, letter.value, letter.headers)

@@ -192,7 +192,11 @@ class _Choice:
     ) -> Iterator[tuple[ConsumerRecord, Forecast | None]]:
         """Each record with its forecast, or None if that is not passed on."""
         parsed = [(record, self._parse(record)) for record in records]
-        final = {(_stream(f), f.origin): f.revision for _, f in parsed if f is not None}
+        final: dict[object, int] = {}
+        for _, forecast in parsed:
+            if forecast is not None:
+                place = _stream(forecast), forecast.origin
+                final[place] = max(forecast.revision, final.get(place, 0))
         for record, forecast in parsed:
             wanted = (
                 forecast is not None

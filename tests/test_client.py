@@ -142,6 +142,9 @@ def test_a_superseded_forecast_is_not_passed_on_if_its_successor_is_there() -> N
     records = [_Taken(_forecast(1)), _Taken(_forecast(1, revision=1)), _Taken(_forecast(2))]
     passed = [forecast and forecast.id for _, forecast in chosen.among(records)]
     assert passed == [None, *_names(1, revision=1), *_names(2)]
+    again = [*records[:2], *records[:1]]  # a delivery that was repeated, and read half
+    chosen = _Choice(None, None, DrivenClock(_START), False, False, False)  # noqa: FBT003
+    assert [forecast is not None for _, forecast in chosen.among(again)] == [False, True, False]
     # One at a time, each is the newest when it comes; an older one is never passed on later.
     three = [_forecast(1), _forecast(1, revision=1), _forecast(1)]
     assert _passed(three) == [*_names(1), *_names(1, revision=1)]

@@ -35,6 +35,8 @@ def watch(
     """
     import asyncio
 
+    from aiokafka.errors import KafkaError
+
     from kronos_stream.client import forecasts
 
     async def read() -> None:
@@ -48,7 +50,10 @@ def watch(
         async for forecast in stream:
             click.echo(forecast.encode().decode() if as_json else _line(forecast))
 
-    asyncio.run(read())
+    try:
+        asyncio.run(read())
+    except KafkaError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _line(forecast: Forecast) -> str:

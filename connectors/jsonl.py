@@ -94,7 +94,7 @@ class JsonlSink:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError as error:
-                os.truncate(path, start)  # a full disk must not leave half a line behind
+                os.ftruncate(file.fileno(), start)  # a full disk must not leave half a line behind
                 error.filename = str(path)
                 raise
             if self._sync:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import NoReturn
@@ -46,6 +46,9 @@ _USER_ERRORS = {
     "kronos_stream.model.checkpoint.CheckpointError",
     "kronos_stream.training.errors.TrainingError",
 }
+
+# Likewise, of what the machine did.
+_MACHINE_ERRORS = {"kronos_stream.daemon.worker.WorkerLost"}
 
 _FAILED = 1
 _USAGE_ERROR = 2
@@ -152,7 +155,9 @@ def _explain(error: Exception) -> None:
         isinstance(error, RuntimeError) and "allocate" in str(error)
     ):
         _fail(f"not enough memory: {str(error)[:200]}", _FAILED)
-    if _is_for_user(error):
+    if _is_one_of(error, _MACHINE_ERRORS):
+        _fail(str(error), _FAILED)
+    if _is_one_of(error, _USER_ERRORS):
         *others, last = getattr(error, "problems", [str(error)])
         for problem in others:
             _say(problem)
@@ -169,10 +174,8 @@ def _say(message: str) -> None:
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
 
 
-def _is_for_user(error: Exception) -> bool:
-    return any(
-        f"{kind.__module__}.{kind.__qualname__}" in _USER_ERRORS for kind in type(error).__mro__
-    )
+def _is_one_of(error: Exception, names: Collection[str]) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 
 if __name__ == "__main__":

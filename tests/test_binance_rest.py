@@ -191,15 +191,18 @@ def test_symbols_are_mapped_by_what_the_venue_says_of_them() -> None:
         ("BTCUSDT", "did you mean BTC/USDT?"),
         ("btc/usdt", "did you mean BTC/USDT?"),
         ("QQQ/ZZZ", "does not list it"),
-        ("LUNA/USDT", "does not trade (status BREAK)"),
     ],
 )
 def test_what_is_not_there_is_explained(symbol: str, reason: str) -> None:
     assert reason in str(Listing(SPOT_INFO, futures=False).problem(symbol))
 
 
-def test_perpetuals_that_settle_are_not_followed() -> None:
-    assert "SETTLING" in str(Listing(FUTURES_INFO, futures=True).problem("OLD/USDT:USDT"))
+def test_what_does_not_trade_now_is_said_but_no_reason_to_fail() -> None:
+    spot, futures = Listing(SPOT_INFO, futures=False), Listing(FUTURES_INFO, futures=True)
+    assert spot.halted("LUNA/USDT") == "BREAK"
+    assert futures.halted("OLD/USDT:USDT") == "SETTLING"
+    assert spot.problem("LUNA/USDT") is futures.problem("OLD/USDT:USDT") is None
+    assert spot.halted("BTC/USDT") is None
 
 
 # -- requests ------------------------------------------------------------------------------

@@ -58,6 +58,9 @@ class Market:
                 problem = f"binance has no bars of {one.timeframe} for {kind}, only {intervals}"
             if problem is not None:
                 found[one] = problem
+            elif (status := listing.halted(one.symbol)) is not None:
+                # It may trade again; a restart must not fail for it.
+                _log.warning("symbol does not trade now", series=one.name, status=status)
         return found
 
     def follow(self, series: Collection[Series]) -> None:

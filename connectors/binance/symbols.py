@@ -39,10 +39,12 @@ class Listing:
         """Binance's own name of it."""
         return self._names.get(symbol)
 
+    def halted(self, symbol: str) -> str | None:
+        """The status of a symbol that is listed but does not trade now."""
+        return self._halted.get(symbol)
+
     def problem(self, symbol: str) -> str | None:
-        """Why there are no new bars of ``symbol``, if so."""
-        if symbol in self._halted:
-            return f"binance lists it, but it does not trade (status {self._halted[symbol]})"
+        """Why there can be no bars of ``symbol``, if so."""
         if symbol in self._names:
             return None
         return "binance does not list it" + self._hint(symbol)

@@ -95,7 +95,7 @@ class Figures:
 def run(options: Options) -> None:
     """Replay to the end of the data, or until told to stop, and print the figures."""
     if options.out is not None and options.kafka is not None:
-        raise click.UsageError("--out and --kafka: give one; settings can name both as sinks")
+        raise click.UsageError("--out and --kafka: give one")
     console = Console(stderr=True)
     with ExitStack() as stack:
         state = options.state
@@ -167,7 +167,8 @@ def _environment(options: Options, state: Path) -> Mapping[str, str]:
         "symbols_file": "",
         "model": options.model,
         "lookback": options.lookback,
-        "sinks": "jsonl" if options.out else "kafka" if options.kafka else None,
+        # Never the daemon's own: old forecasts have no place in live topics.
+        "sinks": "jsonl" if options.out else "kafka" if options.kafka else "",
         "jsonl__path": options.out,
         "kafka__bootstrap_servers": options.kafka,
     }

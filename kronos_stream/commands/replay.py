@@ -85,8 +85,8 @@ def replay(**options: Any) -> None:  # noqa: ANN401 - click has checked them
     (ETH_BTC-5m.csv is replay:ETH/BTC:5m); SERIES=FILE says it, [venue:]symbol[:timeframe]. What
     a file lacks, the venue never had: such bars become synthetic, as they would live.
 
-    Everything else is set as for the run command, by KRONOS_STREAM_* variables; sinks are
-    optional here.
+    Everything else is set as for the run command, by KRONOS_STREAM_* variables, but sinks are
+    those named here alone.
 
     \b
     kronos-stream replay ETH_BTC-5m.csv.gz LTC_BTC-5m.csv.gz --model nano --out forecasts.jsonl

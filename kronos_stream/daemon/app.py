@@ -39,7 +39,8 @@ _ASK_AGAIN_SECONDS = 5.0
 _PRUNE_SECONDS = 600.0
 _BARS_FACTOR = 4
 """Bars kept per series, in lookbacks."""
-_OUTCOMES_MS = 30 * 86_400_000
+_OUTCOMES_MS = 3 * 86_400_000
+"""How long outcomes are kept: at one a second and series they are many."""
 
 
 class Working(Forecasting, Protocol):

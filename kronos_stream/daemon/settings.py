@@ -182,7 +182,8 @@ class Settings(BaseSettings):
     catch_up: Literal["newest", "all"] = "newest"
     """After falling behind: forecast the newest bar and skip the others, or all in order."""
     degraded: Literal["forecast", "skip"] = "forecast"
-    """What becomes of a bar whose context has flaws: forecast and marked, or skipped."""
+    """What becomes of a bar while bars before it cannot be had: forecast and marked, or
+    skipped."""
     batch_wait: float | None = Field(default=None, ge=0)
     """Seconds that a batch waits for bars of the same close; else a quarter of the timeframe, at
     most 2."""

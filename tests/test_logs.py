@@ -100,13 +100,13 @@ def test_failures_show_where_they_came_from(start: Start, format_: Format) -> No
 
 def test_libraries_speak_in_the_same_form_but_only_when_it_matters(start: Start) -> None:
     lines = start("json", "debug")
-    logging.getLogger("aiokafka.producer").info("everyday %s", "life")
-    logging.getLogger("aiokafka.producer").error("broker %d is gone", 3)
+    logging.getLogger("websockets.client").info("everyday %s", "life")
+    logging.getLogger("websockets.client").error("broker %d is gone", 3)
     logging.getLogger("somebody").info("hello")
     warnings.warn("old ways", stacklevel=1)
     said = [(line["event"], line.get("logger"), line["level"]) for line in lines.parsed()]
     assert said[:2] == [
-        ("broker 3 is gone", "aiokafka.producer", "error"),
+        ("broker 3 is gone", "websockets.client", "error"),
         ("hello", "somebody", "info"),
     ]
     assert "old ways" in str(said[2][0])

@@ -42,10 +42,6 @@ class Alarms(Generic[_T]):
         for item in rung:
             wake(item, now)
 
-    def hurry(self) -> None:
-        """Let :meth:`sleep` return now."""
-        self._earlier.set()
-
     async def sleep(self, longest: int) -> None:
         """Until the next moment, or for ``longest`` ms."""
         self._asleep_until = self._clock.now() + longest

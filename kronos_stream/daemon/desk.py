@@ -8,11 +8,11 @@ serves all series.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import orjson
 import structlog
@@ -22,10 +22,12 @@ from kronos_stream.daemon.alarms import Alarms
 from kronos_stream.daemon.backfill import Backfill, Question
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import State, StateError
+from kronos_stream.daemon.recall import newest_bars, saved_window, without_outcome
+from kronos_stream.daemon.saving import Change, Saving
+from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Contexts, Window, window_of
+from kronos_stream.market.contexts import Contexts, Window
 from kronos_stream.market.effects import (
     NEVER,
     Append,
@@ -50,17 +52,9 @@ MARGIN = 64
 _FEWEST_BARS = 32
 """A series that has no more than so many is forecast all the same."""
 
-_COMMIT, _TURN = 5_000, 256
-"""Bars committed together; bars handed on before other tasks have their turn."""
-
-_MANY_UNSAVED, _MOST_UNSAVED = 20_000, 200_000
-"""Closed bars not saved yet: when no more history is asked for, and when it is too many."""
-
 _LONGEST_SLEEP_MS = 30_000
 _REFUSED_SECONDS = 3_600.0
 """Until a venue is asked again that will not serve us."""
-
-_Saved: TypeAlias = Begin | Append | Revise | Confirm
 
 
 @dataclass(slots=True, eq=False)
@@ -115,12 +109,11 @@ class Desk:
         self._awaited: Counter[int] = Counter()
         """How many series have their next close when, those not live included."""
         self._alarms: Alarms[_Followed] = Alarms(clock)
-        self._backfill = Backfill(sources, self._room)
-        self._unsaved: deque[tuple[_Followed, _Saved]] = deque()
+        self._saving: Saving[_Followed] = Saving(state, self._saved)
+        self._backfill = Backfill(sources, self._saving.room)
         self._updates: Counter[str] = Counter()
-        self._saving = False
-        self._news, self._calm, self._roomy = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._roomy.set()
+        self._calm = asyncio.Event()
+        """Set when it may be that nothing is left to do."""
 
     async def start(self, series: Collection[Series]) -> None:
         """Take over what is known of ``series``; saved bars without an outcome are due again."""
@@ -165,19 +158,14 @@ class Desk:
         Raises StateError if bars come faster than they can be saved.
         """
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._save())
+            tasks.create_task(self._saving.run(self._calm))
             tasks.create_task(self._backfill.run())
             tasks.create_task(self._watch())
 
     async def window(self, due: Due) -> Window | None:
         """What ``due`` is forecast from; None if that is gone."""
         window = self._contexts.window(due.series, due.origin, self._lookback)
-        if window is None:
-            bars = await self._state.load(due.series, self._lookback, due.origin)
-            bars = _contiguous(due.series, bars)
-            if bars and bars[-1].candle.time == due.origin:
-                window = window_of(due.series, bars)
-        return window
+        return window or await saved_window(self._state, due, self._lookback)
 
     def awaited(self, close: int) -> int:
         """Live series whose bar that closes at ``close``, UTC ms, has not been handed on yet."""
@@ -203,7 +191,7 @@ class Desk:
         """Return once all that was taken in is saved and handed on, and no question is open."""
         while True:
             self._alarms.ring(self._wake)
-            if not (self._unsaved or self._saving or self._backfill.open):
+            if self._saving.idle and not self._backfill.open:
                 return
             self._calm.clear()
             await self._calm.wait()
@@ -212,7 +200,7 @@ class Desk:
 
     async def _enter(self, series: Series) -> None:
         mark = self._former.pop(series, None) or await self._state.mark(series)
-        bars = _contiguous(series, await self._state.load(series, self._capacity))
+        bars = await newest_bars(self._state, series, self._capacity)
         if bars and mark is None:
             mark = bars[-1].candle.time, 0
             await self._state.begin(series, mark[0])
@@ -233,7 +221,7 @@ class Desk:
         one = self._followed[series] = _Followed(series, tape, mark, counter)
         self._contexts.load(series, bars if enough or anew else (), whole=not enough)
         if mark is not None and (enough or anew):
-            for bar in await self._since(series, bars, mark):
+            for bar in await without_outcome(self._state, series, bars, mark):
                 self._hand_on(one, bar)
             one.mark = bars[-1].candle.time, bars[-1].revision
         elif mark is not None and bars and bars[-1].candle.time > mark[0]:
@@ -250,30 +238,13 @@ class Desk:
         end = series.timeframe.after(newest.candle.time, self._capacity)
         return self._catch_up == "newest" and end < self._clock.now()
 
-    async def _since(self, series: Series, bars: Sequence[Bar], mark: tuple[int, int]) -> list[Bar]:
-        """The saved bars that have no outcome; ``bars`` are the newest of them."""
-        known = deque(bars)
-        while known and known[0].candle.time > mark[0]:
-            older = await self._state.load(series, _TURN, known[0].candle.time - 1)
-            known.extendleft(reversed(older))
-            if not older:
-                break
-        newest = bars[-1].candle.time
-        return [
-            bar
-            for bar in known
-            if bar.candle.time > mark[0]
-            or (bar.candle.time == newest and (newest, bar.revision) > mark)
-        ]
-
     # Carrying out what tapes say.
 
     def _apply(self, one: _Followed, effects: Sequence[Effect]) -> None:
         series = one.series
         for effect in effects:
             if isinstance(effect, (Append, Revise, Confirm, Begin)):
-                self._unsaved.append((one, effect))
-                self._news.set()
+                self._saving.put(one, effect)
             elif isinstance(effect, Fetch):
                 self._backfill.ask(Question(series, effect, self._reply(one)))
             elif isinstance(effect, Reject):
@@ -284,10 +255,6 @@ class Desk:
                 _log.info("bars are missing", series=series.name, start=effect.start)
             else:
                 self._silence(one, effect)
-        if len(self._unsaved) > _MANY_UNSAVED:
-            self._roomy.clear()
-            if len(self._unsaved) > _MOST_UNSAVED:
-                self._alarms.hurry()
 
     def _silence(self, one: _Followed, effect: Silence) -> None:
         if effect.silent:
@@ -335,11 +302,7 @@ class Desk:
         """Wake tapes when it is time."""
         while True:
             self._alarms.ring(self._wake)
-            if len(self._unsaved) > _MOST_UNSAVED:
-                raise StateError(
-                    f"{self._state.path}: cannot keep up, {_MOST_UNSAVED} closed bars wait to be "
-                    "saved; use a faster disk or fewer series"
-                )
+            self._saving.check()
             self._count()
             self._calm.set()
             await self._alarms.sleep(_LONGEST_SLEEP_MS)
@@ -356,43 +319,17 @@ class Desk:
             metrics.held.labels(venue).set(held[venue])
             metrics.updates.labels(venue).inc(self._updates[venue])
         self._updates.clear()
-        metrics.queued.labels("unsaved").set(len(self._unsaved))
+        metrics.queued.labels("unsaved").set(len(self._saving))
 
-    # Saving and handing on.
+    # Handing on what is saved.
 
-    async def _room(self) -> None:
-        await self._roomy.wait()
-
-    async def _save(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            while self._unsaved:
-                self._saving = True
-                count = min(len(self._unsaved), _COMMIT)
-                await self._commit([self._unsaved.popleft() for _ in range(count)])
-                self._saving = False
-                if len(self._unsaved) <= _MANY_UNSAVED:
-                    self._roomy.set()
-            self._calm.set()
-
-    async def _commit(self, group: Sequence[tuple[_Followed, _Saved]]) -> None:
-        rows = []
-        for one, effect in group:
-            if not isinstance(effect, Begin):
-                rows.append((one.series, effect.bar))
-            elif one.mark is None:
-                await self._state.begin(one.series, effect.origin)
-                one.mark = effect.origin, 0
-        await self._state.save_bars(rows)
-        for i, (one, effect) in enumerate(group, 1):
-            if self._followed.get(one.series) is one and not isinstance(effect, Begin):
-                self._saved(one, effect)
-            if i % _TURN == 0:
-                await asyncio.sleep(0)
-
-    def _saved(self, one: _Followed, effect: Append | Revise | Confirm) -> None:
+    def _saved(self, one: _Followed, effect: Change) -> None:
+        if isinstance(effect, Begin):
+            one.mark = one.mark or (effect.origin, 0)
+            return
         series, bar = one.series, effect.bar
+        if self._followed.get(series) is not one:
+            return
         if isinstance(effect, Append):
             self._contexts.append(series, bar)
             one.closed.inc()
@@ -427,14 +364,3 @@ class Desk:
         if self._degraded == "skip" and self._contexts.missing(series, self._lookback):
             return "gap"
         return None
-
-
-def _contiguous(series: Series, bars: Sequence[Bar]) -> list[Bar]:
-    """The last of ``bars`` before which none is missing."""
-    after = series.timeframe.after
-    first = len(bars)
-    while first and (
-        first == len(bars) or after(bars[first - 1].candle.time) == bars[first].candle.time
-    ):
-        first -= 1
-    return list(bars[first:])

@@ -1,0 +1,93 @@
+"""Closed bars on their way into the state file: those that come together are committed together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from kronos_stream.daemon.state import State, StateError
+from kronos_stream.market.effects import Append, Begin, Confirm, Revise
+from kronos_stream.market.series import Series
+
+Change: TypeAlias = Begin | Append | Revise | Confirm
+"""What of a tape's effects is to be saved."""
+
+_COMMIT, _TURN = 5_000, 256
+"""Changes committed together; changes handed on before other tasks have their turn."""
+
+_MANY, _MOST = 20_000, 200_000
+"""Changes not saved yet: when no more history is asked for, and when they are too many."""
+
+
+class _Owner(Protocol):
+    @property
+    def series(self) -> Series: ...
+
+
+_T = TypeVar("_T", bound=_Owner)
+
+
+class Saving(Generic[_T]):
+    """Saves changes in the order in which they are put, and tells each one when it is safe."""
+
+    def __init__(self, state: State, saved: Callable[[_T, Change], None]) -> None:
+        self._state, self._saved = state, saved
+        self._unsaved: deque[tuple[_T, Change]] = deque()
+        self._in_hand = False
+        self._news, self._room = asyncio.Event(), asyncio.Event()
+        self._room.set()
+
+    def __len__(self) -> int:
+        """Changes that are not saved yet."""
+        return len(self._unsaved)
+
+    @property
+    def idle(self) -> bool:
+        return not self._unsaved and not self._in_hand
+
+    def put(self, owner: _T, change: Change) -> None:
+        self._unsaved.append((owner, change))
+        self._news.set()
+        if len(self._unsaved) > _MANY:
+            self._room.clear()
+
+    async def room(self) -> None:
+        """Return when it makes sense to ask for more."""
+        await self._room.wait()
+
+    def check(self) -> None:
+        """Raises StateError if bars come faster than they can be saved."""
+        if len(self._unsaved) > _MOST:
+            raise StateError(
+                f"{self._state.path}: cannot keep up, {len(self._unsaved)} closed bars wait to be "
+                "saved; use a faster disk or fewer series"
+            )
+
+    async def run(self, calm: asyncio.Event) -> None:
+        """Until cancelled. calm: set whenever nothing is left to save."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._unsaved:
+                self._in_hand = True
+                group = [self._unsaved.popleft() for _ in range(min(len(self._unsaved), _COMMIT))]
+                await self._commit(group)
+                self._in_hand = False
+                if len(self._unsaved) <= _MANY:
+                    self._room.set()
+            calm.set()
+
+    async def _commit(self, group: list[tuple[_T, Change]]) -> None:
+        rows = []
+        for owner, change in group:
+            if isinstance(change, Begin):
+                await self._state.begin(owner.series, change.origin)
+            else:
+                rows.append((owner.series, change.bar))
+        await self._state.save_bars(rows)
+        for i, (owner, change) in enumerate(group, 1):
+            self._saved(owner, change)
+            if i % _TURN == 0:
+                await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from errno import EINVAL
 from functools import partial
 from io import BufferedRandom
 from pathlib import Path
@@ -110,6 +111,8 @@ def _heal(path: Path) -> None:
     without an end, which may be somebody else's, is given one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise OSError(EINVAL, "not an ordinary file", str(path))
     with path.open("ab+") as file:
         end = file.tell()
         start = _last_line(file, end)

@@ -133,7 +133,7 @@ async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
         async with asyncio.timeout(_START_SECONDS):
             line = await process.stdout.readline()
         if not line:  # it has said why on stderr
-            raise click.ClickException("the simulated exchange did not start")
+            raise click.exceptions.Exit(await process.wait() or 1)
         yield json.loads(line)
     finally:
         process.stdin.close()

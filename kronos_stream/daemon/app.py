@@ -99,7 +99,9 @@ class Daemon:
         async with AsyncExitStack() as stack:
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
-            unknown = await self._unknown(self._series)
+            unknown = [
+                line for venue in self._sources for line in await self._unknown(venue, self._series)
+            ]
         if unknown:
             raise SettingsError(unknown)
 
@@ -166,14 +168,18 @@ class Daemon:
     async def follow(self, series: Collection[Series]) -> None:
         """Change the set of series, once :attr:`ready`; those that stay lose no bar.
 
-        SettingsError: nothing changed.
+        SettingsError: nothing changed; SourceError: nor then, and it may be tried again.
         """
         wanted = frozenset(series)
         async with self._changing:
             await self.ready.wait()
             strange = sorted({one.venue for one in wanted} - self._sources.keys())
             unknown = [f"{venue}: not among the venues at the start; restart" for venue in strange]
-            unknown = unknown or await self._unknown(wanted - self._series)
+            if not unknown:
+                new = wanted - self._series
+                unknown = [
+                    line for venue in self._sources for line in await self._unknown(venue, new)
+                ]
             if unknown:
                 raise SettingsError(unknown)
             gone, new = self._series - wanted, wanted - self._series
@@ -198,7 +204,7 @@ class Daemon:
         """Load the model, ask the venues whether they have what is asked for, load the state."""
         async with asyncio.TaskGroup() as tasks:  # where one fails, the other is not left running
             loading = tasks.create_task(self._worker.start())
-            asking = tasks.create_task(self._unknown_retrying(self._series))
+            asking = tasks.create_task(self._unknown_at_start())
         if unknown := asking.result():
             raise SettingsError(unknown)
         self._put_together(loading.result())
@@ -282,31 +288,29 @@ class Daemon:
         for venue, source in self._sources.items():
             source.follow([one for one in self._series if one.venue == venue])
 
-    async def _unknown_retrying(self, series: Collection[Series]) -> list[str]:
-        """As :meth:`_unknown`, for as long as it takes a venue to answer."""
-        while True:
-            try:
-                return await self._unknown(series)
-            except VenueRefused:
-                raise
-            except SourceError as error:
-                _log.warning("venue does not answer yet", why=str(error))
-                await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
-
-    async def _unknown(self, series: Collection[Series]) -> list[str]:
-        """A line for each series that its venue does not have."""
+    async def _unknown_at_start(self) -> list[str]:
+        """What no venue has, asked for as long as it takes; one that refuses us is lost."""
         lines = []
-        for venue, source in self._sources.items():
-            asked = [one for one in series if one.venue == venue]
-            if not asked or venue in self._lost:
-                continue
-            try:
-                found = await source.unknown(asked)
-            except VenueRefused as error:
-                self._lose(venue, error)
-            else:
-                lines += [f"{one}: {why}" for one, why in sorted(found.items())]
+        for venue in self._sources:
+            while True:
+                try:
+                    lines += await self._unknown(venue, self._series)
+                except VenueRefused as error:
+                    self._lose(venue, error)
+                except SourceError as error:
+                    _log.warning("venue does not answer yet", venue=venue, why=str(error))
+                    await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
+                    continue
+                break
         return lines
+
+    async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
+        """A line for each of ``series`` that its venue, if it is this one, does not have."""
+        asked = [one for one in series if one.venue == venue]
+        if not asked:
+            return []
+        found = await self._sources[venue].unknown(asked)
+        return [f"{one}: {why}" for one, why in sorted(found.items())]
 
     def _lose(self, venue: str, error: VenueRefused) -> None:
         """Go on without a venue that will not serve us; raise where it was the last."""

@@ -18,7 +18,7 @@ from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
-from kronos_stream.market.source import Source
+from kronos_stream.market.source import Source, SourceError
 
 _log = structlog.get_logger()
 
@@ -112,7 +112,7 @@ async def _reload(daemon: Daemon) -> None:
     """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
     try:
         await daemon.follow(daemon.settings.series())
-    except SettingsError as error:
+    except (SettingsError, SourceError) as error:
         _log.error("symbols not changed", why=str(error))
     except Exception:  # noqa: BLE001 - the daemon goes on as it was
         _log.exception("symbols not changed")

@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     """cpu, cuda, cuda:1, mps; auto takes the fastest."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively."""
-    threads: int = Field(default_factory=_threads, ge=1)
+    threads: int = Field(default_factory=_threads, ge=1, le=1_024)
     """CPU threads of the model; one less than the cores we may use."""
     standby: bool = False
     """Keep a second worker process started, so that a broken one is replaced sooner; it takes some
@@ -160,15 +160,15 @@ class Settings(BaseSettings):
     """Bars a forecast starts from."""
     horizon: int = Field(default=24, ge=1)
     """Bars to forecast."""
-    paths: int = Field(default=32, ge=1)
+    paths: int = Field(default=32, ge=1, le=10_000)
     """Sample paths per forecast."""
     temperature: float = Field(default=1.0, ge=1e-3)
     """Of sampling; below 1 narrower bands, above 1 wider."""
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     """Tokens that compete; 0: all, 1: always the likeliest."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Share of the probability that competes."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Fixes the noise; the same bars and seed give the same forecast."""
     anchor: bool = True
     """Scale paths so that the model's view of the last bar closes where it did."""
@@ -271,7 +271,7 @@ class Settings(BaseSettings):
             return ()
         name = variable("symbols_file")
         try:
-            lines = self.symbols_file.read_text("utf-8").splitlines()
+            lines = self.symbols_file.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise SettingsError(f"{name}={self.symbols_file}: {reason}") from None

@@ -112,6 +112,8 @@ class Desk:
         self._saving: Saving[_Followed] = Saving(state, self._saved)
         self._backfill = Backfill(sources, self._saving.room)
         self._updates: Counter[str] = Counter()
+        self._mute: set[str] = set()
+        """Venues whose history did not answer when it was asked last."""
         self._calm = asyncio.Event()
         """Set when it may be that nothing is left to do."""
 
@@ -252,7 +254,7 @@ class Desk:
                 self._bury(series, effect.reason, orjson.dumps(effect.candle._asdict()))
             elif isinstance(effect, Gap):
                 self._metrics.gaps.labels(series.venue).inc()
-                _log.info("bars are missing", series=series.name, start=effect.start)
+                _log.debug("bars are missing", series=series.name, start=effect.start)
             else:
                 self._silence(one, effect)
 
@@ -270,11 +272,16 @@ class Desk:
             now = self._clock.now()
             if isinstance(answer, SourceError):
                 backfills.labels(series.venue, "failed").inc()
-                _log.warning("history cannot be had", series=series.name, why=str(answer))
+                if series.venue not in self._mute:
+                    self._mute.add(series.venue)
+                    _log.warning("history cannot be had", series=series.name, why=str(answer))
                 refused = isinstance(answer, VenueRefused)
                 one.tape.failed(now, _REFUSED_SECONDS if refused else answer.retry_after)
             else:
                 backfills.labels(series.venue, "filled" if answer else "empty").inc()
+                if series.venue in self._mute:
+                    self._mute.discard(series.venue)
+                    _log.info("history can be had again", venue=series.venue)
                 effects = one.tape.answered(asked, answer, now)
                 if self._followed.get(series) is one:
                     self._apply(one, effects)

@@ -82,8 +82,6 @@ class Claims:
                 del self._claims[time]
                 if changed:
                     yield said
-            elif changed:
-                claim.candle = said
 
 
 def same(a: Candle, b: Candle) -> bool:

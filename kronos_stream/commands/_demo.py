@@ -76,7 +76,7 @@ async def _forecast(
     sinks = [Timed(sink, figures) for sink in service.build_sinks(settings, clock)]
     daemon = service.build(settings, sinks=sinks, watch=figures.watch)
     console.print(f"Kafka listens at [bold]{bootstrap}[/bold]. Read the forecasts elsewhere with:")
-    console.print(f"  kcat -q -b {bootstrap} -t kronos.forecasts.v1", soft_wrap=True)
+    console.print(f"  kcat -C -q -b {bootstrap} -t kronos.forecasts.v1", soft_wrap=True)
     console.print(f"  {_reader(bootstrap)}", soft_wrap=True)
     showing = asyncio.create_task(_show(figures, console))
     ending = asyncio.create_task(_end(figures, daemon, options.seconds))

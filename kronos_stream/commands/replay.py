@@ -89,7 +89,7 @@ def replay(**options: Any) -> None:  # noqa: ANN401 - click has checked them
     those named here alone.
 
     \b
-    kronos-stream replay ETH_BTC-5m.csv.gz LTC_BTC-5m.csv.gz --model nano --out forecasts.jsonl
+    kronos-stream replay ETH_BTC-5m.csv.gz --model nano --lookback 96 --out forecasts.jsonl
     kronos-stream replay binance:BTC/USDT:1m=btc.parquet --speed 60 --kafka localhost:9092
     """  # noqa: D301 - click's mark for a paragraph to be left as it is
     from kronos_stream.commands import _replay

@@ -170,7 +170,8 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _say(message: str) -> None:
-    line = " ".join(message.split())
+    # A name from outside may hold what a terminal would take for a command.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
 
 

@@ -8,8 +8,10 @@ import socket
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from click.testing import CliRunner
 from confluent_kafka import Consumer
 
+from kronos_stream.commands.topics import topics
 from kronos_stream.testing.broker import PARTITIONS, EmbeddedBroker
 
 RECORDS = 200
@@ -74,6 +76,18 @@ async def test_confluent_and_kcat_see_all() -> None:
         kcat = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         printed, _ = await asyncio.wait_for(kcat.communicate(), 20)
         assert sorted(map(int, printed.split())) == list(range(RECORDS))
+
+
+@pytest.mark.parametrize("command", ["create", "check"])
+def test_topics_are_none_of_its_business_and_that_is_said(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmbeddedBroker(["kronos.forecasts.v1"]) as broker:
+        monkeypatch.setenv("KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS", broker.bootstrap)
+        ended = CliRunner().invoke(topics, [command])
+    assert ended.exit_code == 1
+    assert "does not know the requests" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_it_is_gone_once_closed() -> None:

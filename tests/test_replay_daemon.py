@@ -285,6 +285,20 @@ def test_at_a_speed_every_bar_has_an_outcome_and_forecasts_are_the_same(
     assert figures["forecasts"] >= 15
 
 
+def test_hours_the_market_was_closed_are_forecast_too_and_nothing_is_late(
+    replay: Replay, market: dict[str, Path], nano: Forecaster, tmp_path: Path
+) -> None:
+    bars = pd.read_csv(market["replay:AA/USD:5m"])
+    path = tmp_path / "AA_USD-5m.csv"
+    closed = 30
+    pd.concat((bars[:20], bars[20 + closed :])).to_csv(path, index=False)
+    figures, messages = replay([path], "--lookback", 16)
+    assert figures["skipped"] == {}
+    assert figures["synthetic"] == closed
+    assert figures["bars"] == figures["forecasts"] == len(bars) - 15
+    assert check(nano, messages, {"replay:AA/USD:5m": read(path)}, 16) == figures["forecasts"]
+
+
 def test_another_replay_goes_on_where_one_ended(
     replay: Replay, market: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -40,6 +40,31 @@ def exchange() -> Iterator[ExchangeProcess]:
         yield exchange
 
 
+def _run(
+    exchange: ExchangeProcess, folder: Path, settings: dict[str, str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    given = {"STATE_FILE": str(folder / "state"), "HTTP__PORT": "0", "LOG__LEVEL": "error"}
+    given |= {"JSONL__PATH": str(folder / "forecasts.jsonl")}
+    given |= exchange.settings() | GOOD | settings
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "kronos_stream", "run", *arguments],
+        env=environ | {f"KRONOS_STREAM_{name}": value for name, value in given.items()},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_check_says_what_would_be_forecast(exchange: ExchangeProcess, tmp_path: Path) -> None:
+    ended = _run(exchange, tmp_path, {}, "--check")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("1 series to forecast with nano on ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [(), ("--check",)], ids=["run", "check"])
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -47,30 +72,30 @@ def exchange() -> Iterator[ExchangeProcess]:
         ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
         ({"LOKBACK": "96"}, "did you mean KRONOS_STREAM_LOOKBACK?"),
         ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
-        ({"STATE_FILE": "/proc/state.sqlite"}, "STATE_FILE must be in a writable folder"),
         ({"MODEL": "/nowhere"}, "/nowhere"),
+        ({"LOOKBACK": "250"}, "set KRONOS_STREAM_LOOKBACK to at most 248"),
         ({"SYMBOLS": "binance:NONE/USDT"}, "binance:NONE/USDT:1s: "),
     ],
 )
 def test_a_bad_setting_is_one_line(
-    settings: dict[str, str], said: str, exchange: ExchangeProcess, tmp_path: Path
+    settings: dict[str, str],
+    said: str,
+    arguments: tuple[str, ...],
+    exchange: ExchangeProcess,
+    tmp_path: Path,
 ) -> None:
-    given = {"STATE_FILE": str(tmp_path / "state"), "HTTP__PORT": "0", "LOG__LEVEL": "error"}
-    given |= {"JSONL__PATH": str(tmp_path / "forecasts.jsonl")}
-    given |= exchange.settings() | GOOD | settings
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "kronos_stream", "run"],
-        env=environ | {f"KRONOS_STREAM_{name}": value for name, value in given.items()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = _run(exchange, tmp_path, settings, *arguments)
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert said in ended.stderr
+
+
+def test_a_state_file_that_cannot_be_is_one_line(exchange: ExchangeProcess, tmp_path: Path) -> None:
+    ended = _run(exchange, tmp_path, {"STATE_FILE": "/proc/state.sqlite"})
+    assert ended.returncode == 2, ended.stderr
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert "STATE_FILE must be in a writable folder" in ended.stderr
 
 
 def test_told_to_stop_it_delivers_and_leaves_nothing(

@@ -8,7 +8,13 @@ from contextlib import asynccontextmanager
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, NoError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    IncompatibleBrokerVersion,
+    KafkaError,
+    NoError,
+    TopicAlreadyExistsError,
+    for_code,
+)
 
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
@@ -24,7 +30,10 @@ class TopicsError(Exception):
 async def create(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
     """Create what is missing; one line per topic. What exists is left as it is."""
     async with _admin(options) as admin:
-        brokers = len((await admin.describe_cluster())["brokers"])
+        cluster = await admin.describe_cluster()
+        brokers = len(cluster["brokers"])
+        if cluster["controller_id"] not in {broker["node_id"] for broker in cluster["brokers"]}:
+            raise IncompatibleBrokerVersion("it has no controller")
         copies = options.replication or min(3, brokers)
         # One copy may be lost and writing goes on; never with one copy left of several.
         safety = {"min.insync.replicas": str(max(1, copies - 1))}
@@ -125,6 +134,11 @@ async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
                 yield admin
             finally:
                 await admin.close()
+    except IncompatibleBrokerVersion as error:
+        raise TopicsError(
+            f"{options.bootstrap_servers}: this broker does not know the requests that create and "
+            f"describe topics ({error.args[0]}); an embedded one has its topics from the start"
+        ) from error
     except (KafkaError, OSError) as error:
         what = f"no answer in {_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
         raise TopicsError(f"{options.bootstrap_servers}: {chatter.last or what}") from error

@@ -23,7 +23,9 @@ class _Run(click.Command):
 
 @click.command(cls=_Run)
 @click.option(
-    "--check", is_flag=True, help="Check the settings and the venues' symbols, then exit."
+    "--check",
+    is_flag=True,
+    help="Check the settings, the venues' symbols and the model, then exit.",
 )
 def run(check: bool) -> None:  # noqa: FBT001
     """Forecast live candles at every bar close, until stopped.
@@ -44,6 +46,10 @@ def run(check: bool) -> None:  # noqa: FBT001
     """  # noqa: D301 - click's mark for a paragraph to be left as it is
     import asyncio
     import os
+    import signal
+
+    # Until the daemon takes it, it must not end us: whoever reloads does not know how far we are.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from kronos_stream.daemon import service
     from kronos_stream.daemon.environment import read_settings
@@ -51,5 +57,7 @@ def run(check: bool) -> None:  # noqa: FBT001
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)
-    work = service.check(settings) if check else service.serve(service.build(settings))
-    asyncio.run(work)
+    if check:
+        click.echo(asyncio.run(service.check(settings)))
+    else:
+        asyncio.run(service.serve(service.build(settings)))

@@ -39,6 +39,8 @@ def watch(
 
     from kronos_stream.client import forecasts
 
+    click.echo(f"Reading {prefix}.forecasts.v1 at {bootstrap}; Ctrl-C ends", err=True)
+
     async def read() -> None:
         stream = forecasts(
             bootstrap,

@@ -91,19 +91,23 @@ class Daemon:
         self._stop = asyncio.Event()
         self._changing = asyncio.Lock()
 
-    async def check(self) -> None:
-        """Ask the venues whether they have what is asked for, in place of :meth:`run`.
+    async def check(self) -> Identity:
+        """Load the model and ask the venues for what is wanted, in place of :meth:`run`.
 
-        Raises SettingsError where they do not, SourceError where one does not answer.
+        Raises SettingsError and WorkerError for what the user can mend, SourceError where a venue
+        does not answer.
         """
         async with AsyncExitStack() as stack:
+            worker = self._make_worker(self.settings.plan(), self.metrics)
+            stack.push_async_callback(worker.close)
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
             unknown = [
                 line for venue in self._sources for line in await self._unknown(venue, self._series)
             ]
-        if unknown:
-            raise SettingsError(unknown)
+            if unknown:
+                raise SettingsError(unknown)
+            return await worker.start()
 
     def stop(self) -> None:
         """Take in no more, finish the batch in hand, deliver, and let :meth:`run` return."""

@@ -67,9 +67,18 @@ def build(
     )
 
 
-async def check(settings: Settings) -> None:
-    """See whether the venues have what is asked for. Raises SettingsError, SourceError."""
-    await build(settings).check()
+async def check(settings: Settings) -> str:
+    """See whether the venues have what is asked for, and the model loads; what was found.
+
+    Raises SettingsError, WorkerError, SourceError.
+    """
+    daemon = build(settings)
+    identity = await daemon.check()
+    count = len(settings.series())
+    return (
+        f"{count} series to forecast with {identity.model} on {identity.device}, to "
+        f"{', '.join(settings.sinks)}: settings, symbols and model are fine"
+    )
 
 
 async def serve(daemon: Daemon) -> None:

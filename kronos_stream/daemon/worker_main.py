@@ -79,7 +79,9 @@ class Drawer:
         if plan.lookback + plan.horizon > room:
             raise ValueError(
                 f"a lookback of {plan.lookback} bars and a horizon of {plan.horizon} exceed the "
-                f"{room} bars that {plan.model} was trained on; shorten either"
+                f"{room} bars that {plan.model} was trained on; set KRONOS_STREAM_LOOKBACK to at "
+                f"most {max(room - plan.horizon, 2)}"
+                + ("" if plan.horizon <= room - 2 else ", and KRONOS_STREAM_HORIZON lower")
             )
 
     def identity(self) -> Identity:

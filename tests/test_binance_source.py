@@ -80,7 +80,8 @@ async def venue(
             "futures_ws_url": f"{exchange.ws_url}/market",
             "futures_rest_url": exchange.rest_url,
         }
-        source = CONNECTOR.build(BinanceOptions(**urls, **options), clock, Random(1))  # type: ignore[arg-type]
+        chosen = BinanceOptions(**urls, **options)  # type: ignore[arg-type]
+        source = CONNECTOR.build("binance", chosen, clock, Random(1))
         frames = {True: "1m", False: "1s"}
         series = [Series.parse(f"binance:{s}:{frames[':' in s]}") for s in exchange.symbols]
         heard = Heard()
@@ -268,6 +269,7 @@ def test_a_venue_that_refuses_us_is_not_asked_again(status: int) -> None:
         await site.start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         source = CONNECTOR.build(
+            "binance",
             BinanceOptions(rest_url=url, ws_url=url.replace("http", "ws")),
             LoopClock(START),
             Random(1),
@@ -351,7 +353,7 @@ def test_told_to_wait_in_the_handshake_it_waits() -> None:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         options = BinanceOptions(rest_url=url, ws_url=url.replace("http", "ws"))
-        source = CONNECTOR.build(options, LoopClock(START), Random(1))
+        source = CONNECTOR.build("binance", options, LoopClock(START), Random(1))
         source.follow([Series.parse("binance:A/B:1m")])
         heard = Heard()
         with pytest.raises(TimeoutError):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 
-from kronos_connectors.kafka import CONNECTOR
+from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter, forecasts, latest, of_kind, wanted
@@ -51,7 +51,7 @@ def _sequences(records: Sequence[Any]) -> list[int]:
 @asynccontextmanager
 async def _sink(bootstrap: str, prefix: str, **options: Any) -> AsyncIterator[Sink]:
     settings = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=prefix, **options)
-    sink = CONNECTOR.build(settings, SystemClock(), Random(0))
+    sink = SINK.build(settings, SystemClock(), Random(0))
     try:
         yield sink
     finally:

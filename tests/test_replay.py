@@ -393,7 +393,7 @@ def test_in_a_daemon_on_the_wall_clock_the_bars_happen_now(write: Write) -> None
         now = START_MS + 1_000_000 * MINUTE + 12_345
         clock = LoopClock(now)
         heard = Heard(clock)
-        source = CONNECTOR.build(options, clock, random.Random(0))
+        source = CONNECTOR.build("replay", options, clock, random.Random(0))
         series = Series.parse("replay:A/B:1m")
         source.follow([series])
         known = await source.history(series, 0, now + MINUTE)

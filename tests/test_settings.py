@@ -39,10 +39,10 @@ class Post(BaseModel):
             raise ValueError("weight is more than a letter's")
         return self
 
-def build(options, clock, random):
+def build(*told):
     return None
 
-SOURCE = SourceConnector(Market, build)
+SOURCE = SourceConnector(Market, build, lambda: ("acme_west",))
 SINK = SinkConnector(Post, build)
 """
 

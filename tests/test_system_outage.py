@@ -16,7 +16,7 @@ from random import Random
 import pytest
 from confluent_kafka import Producer
 
-from kronos_connectors.kafka import CONNECTOR
+from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter, forecasts, wanted
@@ -118,7 +118,7 @@ async def test_refused_records_are_buried_and_delay_nobody(
         max_record_bytes=80_000,
     )
     await create(options, wanted(options))
-    sink = CONNECTOR.build(options, SystemClock(), Random(0))
+    sink = SINK.build(options, SystemClock(), Random(0))
     clock = _Ahead()
     state = await State.open(tmp_path / "state")
     outbox = _outbox(state, sink, clock)

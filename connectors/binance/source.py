@@ -67,6 +67,6 @@ def _first(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
     return error
 
 
-def build(options: BinanceOptions, clock: Clock, random: Random) -> BinanceSource:
+def build(_: str, options: BinanceOptions, clock: Clock, random: Random) -> BinanceSource:
     """A source; it connects when it runs."""
     return BinanceSource(options, clock, random)

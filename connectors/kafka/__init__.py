@@ -6,4 +6,4 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.sink import build
 from kronos_stream.forecast.sink import SinkConnector
 
-CONNECTOR = SinkConnector(KafkaOptions, build)
+SINK = SinkConnector(KafkaOptions, build)

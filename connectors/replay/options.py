@@ -21,7 +21,7 @@ class ReplayOptions(BaseModel):
     """Bars of each file that are history; the next one closes first."""
 
 
-def build(options: ReplayOptions, clock: Clock, random: Random) -> Source:  # noqa: ARG001
+def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Source:  # noqa: ARG001
     """A source whose candles are moved to the present, by whole bars of the longest timeframe.
 
     Raises CandleFileError.

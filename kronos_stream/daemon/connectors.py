@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
@@ -23,9 +24,17 @@ def names(group: Group) -> list[str]:
     return sorted(_found(group))
 
 
-def source(venue: str) -> SourceConnector:
-    """The connector of a venue. Raises ConnectorError."""
-    return _load("sources", venue, SourceConnector)
+def source(venue: str) -> tuple[str, SourceConnector]:
+    """The connector of a venue, and that connector's name. Raises ConnectorError."""
+    for name in (venue, venue.partition(".")[0]):
+        if name in _found("sources"):
+            return name, _load("sources", name, SourceConnector)
+    for name in names("sources"):
+        with suppress(ConnectorError):  # that one is not what was asked for
+            connector = _load("sources", name, SourceConnector)
+            if venue in connector.venues():
+                return name, connector
+    raise _missing("sources", venue)
 
 
 def sink(name: str) -> SinkConnector:
@@ -39,7 +48,7 @@ def options(name: str) -> type[Any] | None:
     A source and a sink of one name share their options. Raises ConnectorError.
     """
     if name in _found("sources"):
-        return source(name).options
+        return source(name)[1].options
     return sink(name).options if name in _found("sinks") else None
 
 
@@ -53,12 +62,16 @@ def _found(group: Group) -> dict[str, EntryPoint]:
     }
 
 
+def _missing(group: Group, name: str) -> ConnectorError:
+    return ConnectorError(
+        f"none of the {group} is called {name!r}; there are {', '.join(names(group))}"
+    )
+
+
 def _load(group: Group, name: str, kind: type[_Connector]) -> _Connector:
     point = _found(group).get(name)
     if point is None:
-        raise ConnectorError(
-            f"none of the {group} is called {name!r}; there are {', '.join(names(group))}"
-        )
+        raise _missing(group, name)
     try:
         connector = point.load()
     except (ImportError, AttributeError) as error:

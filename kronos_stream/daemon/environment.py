@@ -52,11 +52,12 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
     options: dict[str, Any] = {}
     for field, load, wanted in (
         ("symbols", connectors.source, venues),
-        ("sinks", connectors.sink, settings.sinks),
+        ("sinks", lambda name: (name, connectors.sink(name)), settings.sinks),
     ):
-        for name in wanted:
+        for asked in wanted:
             try:
-                options[name] = _parse(load(name).options, given, name)
+                name, connector = load(asked)
+                options[name] = _parse(connector.options, given, name)
             except ConnectorError as error:
                 problems.append(f"{variable(field)}: {error}")
             except SettingsError as error:

@@ -29,9 +29,11 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
     """The sources of the settings' venues, by venue. Raises SettingsError, ConnectorError."""
     venues = sorted({series.venue for series in settings.series()})
     return {
-        venue: connector.build(_options(settings, venue, connector.options), clock, _child(random))
+        venue: connector.build(
+            venue, _options(settings, name, connector.options), clock, _child(random)
+        )
         for venue in venues
-        for connector in [connectors.source(venue)]
+        for name, connector in [connectors.source(venue)]
     }
 
 

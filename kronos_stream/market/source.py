@@ -88,9 +88,13 @@ class Source(Protocol):
 class SourceConnector:
     """What an entry point of the group ``kronos_stream.sources`` names.
 
-    The entry point's name is the venue; its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
+    It serves the venue of the entry point's name, and those whose names begin with that and a dot;
+    its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
     """
 
     options: type[Any]
     """A pydantic model, every field with a default or a clear error."""
-    build: Callable[[Any, Clock, Random], Source]
+    build: Callable[[str, Any, Clock, Random], Source]
+    """Makes the source of a venue, with these options."""
+    venues: Callable[[], Collection[str]] = tuple
+    """What else it serves, where no other connector is called so."""

@@ -249,7 +249,7 @@ class _Trial:
                 "catch_up": "all",
                 "state_file": self._file,
                 "http": {"port": 0},
-                "options": {"binance": connectors.source("binance").options(**url)},
+                "options": {"binance": connectors.source("binance")[1].options(**url)},
             }
         )
 
@@ -279,7 +279,8 @@ class _Trial:
         journal.lives.append(Life(self._clock.now(), tapes))
         chance = f"{self._script.seed}:{life}"
         options = self._settings.options["binance"]
-        made = connectors.source("binance").build(
+        made = connectors.source("binance")[1].build(
+            "binance",
             options,
             self._clock,
             Random(f"source:{chance}"),

@@ -24,6 +24,8 @@ BATCH_RECORDS, BATCH_BYTES = 500, 4 * 2**20
 MEMORY_RECORDS, MEMORY_BYTES = 2_000, 16 * 2**20
 DELIVER_SECONDS = 60.0
 """Sinks have deadlines of their own; this one is for a sink that forgot."""
+LATE_SECONDS = 120.0
+"""A record that waits longer is said to be late, even where no delivery fails."""
 _CLOSE_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 10.0
 
@@ -80,6 +82,12 @@ class Delivery:
         self._behind = True
         self.idle.clear()
         self._news.set()
+
+    def lateness(self) -> str:
+        """That records wait for long, in words; empty if they do not."""
+        seconds = self._age_seconds()
+        late = seconds > LATE_SECONDS
+        return f"{self.waiting} records wait, the oldest for {seconds:.0f} s" if late else ""
 
     async def run(self) -> None:
         """Deliver until cancelled. Raises StateError, but nothing that the sink raises."""

@@ -101,7 +101,7 @@ class Outbox:
 
     def healthy(self) -> dict[str, str]:
         """By sink: why it does not deliver; empty if it does."""
-        return {name: delivery.trouble for name, delivery in self._deliveries.items()}
+        return {name: one.trouble or one.lateness() for name, one in self._deliveries.items()}
 
     async def _forsake(self, sink: str, records: int) -> None:
         """Records of a sink that is not set up wait for its return, until they are too old."""

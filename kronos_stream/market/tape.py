@@ -114,6 +114,22 @@ class Tape:
         """Whether bars are held because those before them are missing."""
         return self._ledger.holed
 
+    @property
+    def held(self) -> int:
+        """Bars that wait for those before them."""
+        return len(self._held) if self.holed else 0
+
+    @property
+    def owed(self) -> int:
+        """Bars that are made up for now, for the history could not be had."""
+        return len(self._debts)
+
+    @property
+    def last(self) -> Bar | None:
+        """The newest bar on it."""
+        recent = self._ledger.recent
+        return recent[next(reversed(recent))] if recent else None
+
     def update(self, candle: Candle, closed: bool, received: int) -> Sequence[Effect]:  # noqa: FBT001
         """Take in a push: a bar so far, or the venue's last word on it."""
         time, ledger, pulse = candle.time, self._ledger, self._pulse

@@ -198,6 +198,11 @@ class Desk:
             self._calm.clear()
             await self._calm.wait()
 
+    @property
+    def followed(self) -> Mapping[Series, _Followed]:
+        """For whoever looks; not to be changed."""
+        return self._followed
+
     # Taking over.
 
     async def _enter(self, series: Series) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from kronos_stream import Context, Forecaster
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.mosquitto import Mosquitto, MosquittoFailed
+from kronos_stream.testing.mosquitto import program as mosquitto_program
 from kronos_stream.testing.processes import ExchangeProcess
 
 
@@ -198,3 +201,19 @@ def _do_without_kafka(reason: str) -> None:
     if os.environ.get("KRONOS_REQUIRE_KAFKA") == "1":
         pytest.fail(f"no Apache Kafka: {reason}")
     pytest.skip(f"not tested with Apache Kafka: {reason}")
+
+
+# Mosquitto. Where it is not installed, the tests that ask for it are skipped, and say so; with
+# KRONOS_REQUIRE_MOSQUITTO=1, as in CI, they fail instead.
+
+
+@pytest.fixture
+def mosquitto_of(tmp_path: Path) -> Callable[..., Mosquitto]:
+    """Makes a broker, not yet started: ``mosquitto_of(users={"me": "secret"})``."""
+    try:
+        mosquitto_program()
+    except MosquittoFailed as error:
+        if os.environ.get("KRONOS_REQUIRE_MOSQUITTO") == "1":
+            pytest.fail(f"no Mosquitto: {error}")
+        pytest.skip(f"not tested with Mosquitto: {error}")
+    return partial(Mosquitto, tmp_path / "mosquitto")

@@ -1,0 +1,299 @@
+"""One connection to the broker: aiomqtt, and what it leaves out.
+
+aiomqtt takes a refused publish for a delivered one, has those who wait for an answer go on waiting
+when the connection is lost, drops messages that do not fit its queue after it has acknowledged
+them, and may leave a socket behind where connecting fails. So what the broker answers is heard
+here, messages are taken in before they are acknowledged, without a queue, and a socket is let go
+whatever happens. Hence the look inside: this module alone knows aiomqtt and paho from within.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import aiomqtt
+from aiomqtt.exceptions import MqttCodeError
+from paho.mqtt import client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from kronos_connectors.mqtt.options import MqttOptions
+from kronos_connectors.mqtt.reasons import SILENCE, Answer
+
+_T = TypeVar("_T")
+
+_CLOSE_SECONDS = 1.0
+_LOST = 128
+"""What paho calls an end without a word."""
+
+_silent = logging.getLogger("kronos_connectors.mqtt.paho")
+_silent.setLevel(logging.CRITICAL)  # what it has to say we say ourselves, once
+
+_ONCE_LIVE = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+
+
+class LinkError(Exception):
+    """There is no connection, or no more, or no answer; one clause for people.
+
+    answer: what the broker said, SILENCE if nothing.
+    """
+
+    def __init__(self, why: object, answer: Answer = SILENCE) -> None:
+        super().__init__(str(why))
+        self.answer = answer
+
+
+class Link(aiomqtt.Client):
+    """From :meth:`open` to :meth:`close`; opened once."""
+
+    def __init__(
+        self,
+        options: MqttOptions,
+        identifier: str,
+        *,
+        session_seconds: int = 0,
+        will: aiomqtt.Will | None = None,
+        take: Callable[[str, bytes], None] | None = None,
+    ) -> None:
+        """session_seconds: how long the broker keeps the session once we are gone; 0 begins anew.
+
+        will: what the broker publishes when we are gone without a word. take: told topic and
+        payload of what arrives, which counts as delivered when it returns.
+        """
+        properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = session_seconds
+        properties.MaximumPacketSize = options.max_record_bytes
+        super().__init__(
+            options.host,
+            options.port,
+            username=options.username or None,
+            password=options.password.get_secret_value() or None,
+            logger=_silent,
+            identifier=identifier,
+            protocol=aiomqtt.ProtocolVersion.V5,
+            will=will,
+            timeout=options.connect_seconds,
+            keepalive=options.keepalive,
+            clean_start=not session_seconds,
+            max_queued_incoming_messages=1,  # not used, see _on_message
+            max_queued_outgoing_messages=options.inflight,
+            max_inflight_messages=options.inflight,
+            properties=properties,
+            tls_context=options.tls(),
+        )
+        self._client.connect_timeout = options.connect_seconds
+        self.lost: asyncio.Future[LinkError] = self._loop.create_future()
+        """Done once the connection has ended: why. Not to be awaited, but waited for: whoever is
+        cancelled while awaiting it would cancel it."""
+        self.resumed = False
+        """Whether the broker still had our session."""
+        self.window = options.inflight
+        """How many publishes may be unanswered."""
+        self.most_bytes = options.max_record_bytes
+        """The largest message that the broker takes."""
+        self.retains = True
+        """Whether the broker retains messages."""
+        self._take = take
+        self._answers: dict[int, asyncio.Future[Answer | None]] = {}
+        self._connecting = self._dropped = False
+        self._disconnected.add_done_callback(self._ended)
+
+    # -- from open to close ------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect and log in. Raises LinkError; bounded by ``connect_seconds``."""
+        seconds = self.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await self.__aenter__()
+        except aiomqtt.MqttError as error:
+            self._drop()
+            raise _explained(error) from None
+        except TimeoutError:
+            self._drop()
+            raise LinkError(f"no answer in {seconds:g} s") from None
+        except (OSError, ValueError) as error:  # a host name that cannot be one
+            self._drop()
+            raise LinkError(str(error)) from None
+        except BaseException:
+            self._drop()
+            raise
+
+    def give_up(self, why: str) -> None:
+        """Count it as lost."""
+        self._lose(LinkError(why))
+        self._drop()
+
+    async def close(self) -> None:
+        """Say goodbye if anyone hears it, within a second; the socket is let go in any case.
+
+        What still arrives meanwhile is not acknowledged, and so comes again in the next session.
+        """
+        self._take = None
+        self._client.manual_ack_set(on=True)
+        if self._connected.done() and not self.lost.done():
+            with suppress(aiomqtt.MqttError, TimeoutError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await self.__aexit__(None, None, None)
+        self.give_up("closed")
+        if self._misc_task is not None:
+            await asyncio.wait((self._misc_task,), timeout=_CLOSE_SECONDS)
+
+    # -- what goes through it ----------------------------------------------------------------
+
+    def send(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool,
+        content_type: str = "text/plain",
+        attributes: Sequence[tuple[str, str]] = (),
+    ) -> asyncio.Future[Answer | None]:
+        """Publish at once, QoS 1: the future is the broker's answer, None once the link is lost.
+
+        No more than :attr:`window` may wait for one. attributes: user properties.
+        """
+        answer: asyncio.Future[Answer | None] = self._loop.create_future()
+        if self.lost.done():
+            answer.set_result(None)
+            return answer
+        properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        properties.ContentType = content_type
+        if attributes:
+            properties.UserProperty = list(attributes)
+        info = self._client.publish(topic, payload, 1, retain, properties)
+        if info.rc != paho.MQTT_ERR_SUCCESS:
+            self.give_up(paho.error_string(info.rc))
+            answer.set_result(None)
+        else:
+            self._answers[info.mid] = answer
+        return answer
+
+    async def follow(self, topics: Sequence[str]) -> dict[str, str]:
+        """Subscribe, QoS 1, without what is retained: why which are refused. Raises LinkError."""
+        asked = [(topic, _ONCE_LIVE) for topic in topics]
+        codes = await self._answered(self.subscribe(asked))
+        return {
+            topic: str(_answer(code))
+            for topic, code in zip(topics, codes, strict=False)
+            if isinstance(code, ReasonCode) and code.is_failure
+        }
+
+    async def unfollow(self, topics: Sequence[str]) -> None:
+        """Unsubscribe. Raises LinkError."""
+        await self._answered(self.unsubscribe(list(topics)))
+
+    async def _answered(self, asking: Awaitable[_T]) -> _T:
+        """The answer, or LinkError as soon as the link is lost."""
+        task = asyncio.ensure_future(asking)
+        try:
+            await asyncio.wait((task, self.lost), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            error = self.lost.result()
+            raise LinkError(error, error.answer)
+        except aiomqtt.MqttError as error:
+            raise _explained(error) from None
+        finally:
+            task.cancel()
+
+    # -- what aiomqtt does otherwise ---------------------------------------------------------
+
+    def _client_connect(self) -> None:
+        """Runs in a thread, which goes on where whoever waited for it does not."""
+        self._connecting = True
+        try:
+            super()._client_connect()
+        finally:
+            self._connecting = False
+            if self._dropped:
+                with suppress(RuntimeError):  # nor is there a loop any more
+                    self._loop.call_soon_threadsafe(self._client._sock_close)  # noqa: SLF001
+
+    def _drop(self) -> None:
+        """Let go of the socket, behind whatever the loop was asked to do with it."""
+        self._dropped = True
+        if not self._connecting:
+            self._loop.call_soon(self._client._sock_close)  # noqa: SLF001
+
+    def _on_connect(
+        self,
+        client: paho.Client,
+        userdata: Any,  # noqa: ANN401
+        flags: paho.ConnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        self.resumed = flags.session_present
+        self.window = min(self.window, getattr(properties, "ReceiveMaximum", self.window))
+        self.most_bytes = min(
+            self.most_bytes, getattr(properties, "MaximumPacketSize", self.most_bytes)
+        )
+        self.retains = bool(getattr(properties, "RetainAvailable", True))
+        super()._on_connect(client, userdata, flags, reason_code, properties)
+
+    def _on_disconnect(
+        self,
+        client: paho.Client,
+        userdata: Any,  # noqa: ANN401
+        flags: paho.DisconnectFlags,
+        reason_code: ReasonCode,
+        properties: Properties | None = None,
+    ) -> None:
+        if not self._connected.done():
+            hung_up = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
+            self._connected.set_exception(aiomqtt.MqttError(hung_up))
+            return
+        super()._on_disconnect(client, userdata, flags, reason_code, properties)
+
+    def _on_publish(
+        self,
+        client: paho.Client,  # noqa: ARG002
+        userdata: Any,  # noqa: ANN401, ARG002
+        mid: int,
+        reason_code: ReasonCode,
+        properties: Properties,  # noqa: ARG002
+    ) -> None:
+        answer = self._answers.pop(mid, None)
+        if answer is not None and not answer.done():
+            answer.set_result(_answer(reason_code))
+
+    def _on_message(
+        self,
+        client: paho.Client,  # noqa: ARG002
+        userdata: Any,  # noqa: ANN401, ARG002
+        message: paho.MQTTMessage,
+    ) -> None:
+        # paho acknowledges once this returns.
+        if self._take is not None:
+            self._take(message.topic, bytes(message.payload))
+
+    def _ended(self, disconnected: asyncio.Future[None]) -> None:
+        error = None if disconnected.cancelled() else disconnected.exception()
+        self._lose(LinkError("closed") if error is None else _explained(error))
+
+    def _lose(self, why: LinkError) -> None:
+        if not self.lost.done():
+            self.lost.set_result(why)
+        answers, self._answers = self._answers, {}
+        for answer in answers.values():
+            if not answer.done():
+                answer.set_result(None)
+
+
+def _answer(code: ReasonCode) -> Answer:
+    return Answer(code.value, code.getName())
+
+
+def _explained(error: BaseException) -> LinkError:
+    if isinstance(error, MqttCodeError) and isinstance(error.rc, ReasonCode):
+        answer = SILENCE if error.rc.value == _LOST else _answer(error.rc)
+        return LinkError(answer, answer)
+    return LinkError(str(error) or type(error).__name__)

@@ -1,0 +1,163 @@
+"""How to reach the broker, and which topics: ``KRONOS_STREAM_MQTT__*``."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from kronos_connectors.mqtt.topics import SERIES, Template
+
+_PORTS = {"mqtt": 1883, "mqtts": 8883}
+
+
+def _url(text: str) -> str:
+    # The text is not repeated: it may hold a password.
+    expected = "expected mqtt://host:1883, or mqtts://host:8883 for an encrypted connection"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError(expected) from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            "no user name or password belongs into it: set KRONOS_STREAM_MQTT__USERNAME and "
+            "KRONOS_STREAM_MQTT__PASSWORD"
+        )
+    rest = parts.path.strip("/") or parts.query or parts.fragment
+    if parts.scheme not in _PORTS or not parts.hostname or rest or port == 0:
+        raise ValueError(expected)
+    return text
+
+
+def _topic(needed: Collection[str], known: Collection[str]) -> AfterValidator:
+    def check(text: str) -> str:
+        Template(text, needed=needed, known=known)
+        return text
+
+    return AfterValidator(check)
+
+
+def _client_id() -> str:
+    """Of this machine, for a session is only found again under the same name."""
+    return "kronos-stream-" + (re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100] or "0")
+
+
+class MqttOptions(BaseModel):
+    """Settings of the MQTT source and sink, which speak MQTT 5."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    url: Annotated[str, AfterValidator(_url)]
+    """The broker: mqtt://host:1883, or encrypted mqtts://host:8883."""
+    username: str = ""
+    """As whom to log in."""
+    password: SecretStr = SecretStr("")
+    """With which password."""
+    tls_cafile: Path | None = None
+    """Who vouches for the broker, PEM; else the system's authorities."""
+    tls_certfile: Path | None = None
+    """Our certificate, PEM, where the broker asks for one."""
+    tls_keyfile: Path | None = None
+    """Its key, PEM, if not in the same file."""
+    client_id: str = Field(default_factory=_client_id, pattern=r"^[A-Za-z0-9._-]{1,200}$")
+    """How our names at the broker begin. Always the same for one daemon, and different for each:
+    brokers let only one client of a name in."""
+
+    candle_topic: Annotated[str, _topic({"symbol", "timeframe"}, SERIES)] = (
+        "kronos/candles/{venue}/{symbol}/{timeframe}"
+    )
+    """Where a series' candles come from."""
+    forecast_topic: Annotated[str, _topic(SERIES, SERIES)] = (
+        "kronos/forecasts/{venue}/{symbol}/{timeframe}"
+    )
+    """Where its forecasts go; the broker retains the latest."""
+    deadletter_topic: Annotated[str, _topic((), ())] = "kronos/deadletter"
+    """Where what went no further goes, and why."""
+    status_topic: Annotated[str, _topic((), {"client_id"})] = "kronos/status/{client_id}"
+    """Where online or offline stands, retained."""
+
+    keepalive: int = Field(default=20, ge=2, le=65_535)
+    """Seconds of silence after which the broker is asked whether it is there, and we by it."""
+    session_seconds: int = Field(default=3_600, ge=0, lt=2**32 - 1)
+    """How long the broker is to keep candles for us while we are away."""
+    connect_seconds: float = Field(default=5.0, gt=0, le=300)
+    """How long connecting and logging in may take."""
+    delivery_seconds: float = Field(default=15.0, gt=0, le=50)
+    """How long a delivery may take before it is given up and tried anew."""
+    inflight: int = Field(default=100, ge=1, le=65_535)
+    """Records on their way at once; fewer if the broker says so."""
+    max_record_bytes: int = Field(default=1_000_000, ge=1_000, le=268_435_455)
+    """Larger records are refused unsent, and larger messages not taken in."""
+    history_bars: int = Field(default=256, ge=100, le=100_000)
+    """Closed bars per series that are kept in memory: MQTT has no other history."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.password.get_secret_value() and not self.username:
+            raise ValueError("password is set, but username is not")
+        paths = (self.tls_cafile, self.tls_certfile, self.tls_keyfile)
+        if any(paths) and not self.encrypted:
+            raise ValueError(
+                "a certificate is set, but the url is not encrypted: expected mqtts://"
+            )
+        if self.tls_keyfile and not self.tls_certfile:
+            raise ValueError("tls_keyfile is set, but tls_certfile is not")
+        for path in paths:
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path}: no such file")
+        try:
+            self.tls()
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"certificate or key cannot be used: {error}") from None
+        return self
+
+    @property
+    def encrypted(self) -> bool:
+        return self._parts.scheme == "mqtts"
+
+    @property
+    def host(self) -> str:
+        return self._parts.hostname or ""
+
+    @property
+    def port(self) -> int:
+        return self._parts.port or _PORTS[self._parts.scheme]
+
+    @property
+    def address(self) -> str:
+        """For people."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self._parts.scheme}://{host}:{self.port}"
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What encrypts, if anything does; reads the certificates."""
+        if not self.encrypted:
+            return None
+        context = ssl.create_default_context(cafile=self.tls_cafile)
+        if self.tls_certfile:
+            # Without a password, or OpenSSL asks for one at the terminal.
+            context.load_cert_chain(self.tls_certfile, self.tls_keyfile, password="")
+        return context
+
+    def candles(self) -> Template:
+        return Template(self.candle_topic, needed={"symbol", "timeframe"}, known=SERIES)
+
+    def forecasts(self) -> Template:
+        return Template(self.forecast_topic, needed=SERIES, known=SERIES)
+
+    def status(self) -> str:
+        """The status topic."""
+        return Template(self.status_topic, known={"client_id"}).filled(client_id=self.client_id)
+
+    @property
+    def _parts(self) -> SplitResult:
+        return urlsplit(self.url)

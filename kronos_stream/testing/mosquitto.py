@@ -1,0 +1,295 @@
+"""Mosquitto, a real MQTT broker, as a process: to be stopped, killed and started again at will.
+
+Needs its programs: the broker and mosquitto_passwd (Debian and Ubuntu: package ``mosquitto``),
+mosquitto_sub and mosquitto_pub (``mosquitto-clients``). It is up in some hundredths of a second.
+All calls block; from a coroutine use a thread.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+_PORTS = count(os.getpid() * 41)
+_READY_SECONDS = 20.0
+_STOP_SECONDS = 10.0
+_PLACES = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+"""Where it may be installed without being on a user's PATH."""
+
+
+class MosquittoFailed(Exception):  # noqa: N818
+    """It is not installed, or did not come up; says where its log is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificates:
+    """PEM files of a broker that speaks TLS."""
+
+    certificate: Path
+    key: Path
+    clients: Path | None = None
+    """Who vouches for clients, which must then show a certificate of their own."""
+
+
+class Mosquitto:
+    """A broker in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
+
+    users: passwords by name; clients must then log in.
+    tls: its certificate; clients must then encrypt.
+    persistent: whether it saves its memory at every change, so that what it retains and the
+        sessions it holds survive :meth:`kill`, all but what came in the last moment.
+    settings: further lines of ``mosquitto.conf``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        users: Mapping[str, str] | None = None,
+        tls: Certificates | None = None,
+        persistent: bool = True,
+        settings: Sequence[str] = (),
+    ) -> None:
+        self._program = program()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self.port = _free_port()
+        """It stays the same through restarts."""
+        self.url = f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self.port}"
+        self.log_file = folder / "mosquitto.log"
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        lines = [
+            f"listener {self.port} 127.0.0.1",
+            f"allow_anonymous {'false' if users else 'true'}",
+            # It would leave root's rights for those of a user who cannot write here.
+            f"user {getpass.getuser()}",
+            "log_type all",
+            f"persistence {'true' if persistent else 'false'}",
+            f"persistence_location {folder / 'data'}/",
+            "autosave_on_changes true",
+            "autosave_interval 1",
+        ]
+        if users:
+            lines.append(f"password_file {self._passwords(users)}")
+        if tls:
+            lines += [f"certfile {tls.certificate}", f"keyfile {tls.key}"]
+            if tls.clients:
+                lines += [f"cafile {tls.clients}", "require_certificate true"]
+        lines += settings
+        (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n", "utf-8")
+
+    def start(self) -> None:
+        """Start it, and wait until it takes connections. Raises MosquittoFailed."""
+        with self.log_file.open("ab") as log:
+            # A session of its own: Ctrl-C is for the tests, which then end their broker.
+            self._process = subprocess.Popen(  # noqa: S603
+                [self._program, "-c", str(self._folder / "mosquitto.conf")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        # Ends a broker whose tests were killed: the pipe closes with this process.
+        self._guard = subprocess.Popen(  # noqa: S603
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + _READY_SECONDS
+        while not _listens(self.port):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise MosquittoFailed(f"mosquitto did not come up; see {self.log_file}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End it in good order: it saves what it knows."""
+        self._signal(signal.SIGTERM)
+        self._end(_STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End it with SIGKILL: no farewell to anyone, and nothing more is saved."""
+        self._end(0)
+
+    def freeze(self) -> None:
+        """Let it hang: connected, and silent."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        """End it by force; its folder remains."""
+        self.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _passwords(self, users: Mapping[str, str]) -> Path:
+        path = self._folder / "passwords"
+        path.write_text("".join(f"{name}:{word}\n" for name, word in users.items()), "utf-8")
+        path.chmod(0o600)
+        hashing = [_found("mosquitto_passwd"), "-U", str(path)]
+        subprocess.run(hashing, check=True, capture_output=True)  # noqa: S603
+        return path
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+
+    def _end(self, patience: float) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()  # closes the pipe, too
+        self._process = self._guard = None
+
+
+class Arrived(NamedTuple):
+    """A message, as a subscriber got it."""
+
+    topic: str
+    payload: bytes
+    qos: int
+    retained: bool
+    """Whether it was there before the subscription."""
+    properties: dict[str, Any]
+    """Of MQTT 5, as mosquitto_sub writes them."""
+
+
+class Subscriber:
+    """mosquitto_sub on a broker without a login: keeps its session, comes back after each outage.
+
+    From construction, which returns once it has subscribed, to :meth:`close`.
+    """
+
+    def __init__(self, broker: Mosquitto, folder: Path, topic: str = "#") -> None:
+        name = f"subscriber-{next(_PORTS)}"
+        self._file = folder / f"{name}.jsonl"
+        command = _sub(broker, topic, "-c", "-i", name, "-x", "86400")
+        with self._file.open("wb") as file:
+            self._process = subprocess.Popen(command, stdout=file)  # noqa: S603
+        deadline = time.monotonic() + _READY_SECONDS
+        while f"Sending SUBACK to {name}" not in broker.log_file.read_text("utf-8", "replace"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise MosquittoFailed(f"mosquitto_sub did not subscribe; see {broker.log_file}")
+            time.sleep(0.02)
+
+    def messages(self) -> list[Arrived]:
+        """All that has come so far, in order."""
+        return _arrived(self._file.read_bytes())
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def publish(broker: Mosquitto, topic: str, *payloads: bytes) -> None:
+    """Publish to a broker without a login, QoS 1; no payload may have a line break.
+
+    Returns once the broker has acknowledged them. Raises subprocess.CalledProcessError.
+    """
+    where = ("-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-q", "1", "-t", topic)
+    lines = b"".join(payload + b"\n" for payload in payloads)
+    subprocess.run(  # noqa: S603
+        [_found("mosquitto_pub"), *where, "-l"], input=lines, check=True, capture_output=True
+    )
+
+
+def retained(broker: Mosquitto, topic: str = "#") -> dict[str, bytes]:
+    """What a broker without a login retains: topic → payload. Takes a second."""
+    command = _sub(broker, topic, "--retained-only", "-W", "1")
+    said = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+    return {message.topic: message.payload for message in _arrived(said.stdout)}
+
+
+def program() -> str:
+    """Where the broker is installed. Raises MosquittoFailed."""
+    return _found("mosquitto")
+
+
+def _found(name: str) -> str:
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), _PLACES))
+    if (found := shutil.which(name, path=path)) is None:
+        raise MosquittoFailed(f"no {name} on PATH; Debian and Ubuntu have it in package mosquitto")
+    return found
+
+
+def _sub(broker: Mosquitto, topic: str, *options: str) -> list[str]:
+    where = ("-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-q", "1", "-t", topic)
+    return [_found("mosquitto_sub"), *where, *options, "-F", "%j"]
+
+
+def _arrived(lines: bytes) -> list[Arrived]:
+    whole = lines[: lines.rfind(b"\n") + 1]
+    return [
+        Arrived(
+            one["topic"],
+            one["payload"].encode(),
+            one["qos"],
+            bool(one["retain"]),
+            one.get("properties", {}),
+        )
+        for one in map(json.loads, whole.splitlines())
+    ]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_port() -> int:
+    """A port free now, and not the kernel's to give to others while the broker is down."""
+    for _ in range(10_000):
+        port = 20_000 + next(_PORTS) % 10_000
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise MosquittoFailed("no free port from 20000 to 30000")

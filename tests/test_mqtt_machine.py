@@ -1,0 +1,305 @@
+"""What MQTT's connectors decide without a broker: topics, settings, reasons, pauses, suspects."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kronos_connectors.mqtt.backoff import Backoff
+from kronos_connectors.mqtt.options import MqttOptions
+from kronos_connectors.mqtt.reasons import SILENCE, Answer
+from kronos_connectors.mqtt.subscriptions import (
+    PER_REQUEST,
+    Subscribe,
+    Subscriptions,
+    Unsubscribe,
+)
+from kronos_connectors.mqtt.suspects import Suspects
+from kronos_connectors.mqtt.topics import SERIES, Template, encoded, fault
+from kronos_stream.daemon.environment import read_options
+from kronos_stream.daemon.settings import SettingsError
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+
+_URL = {"KRONOS_STREAM_MQTT__URL": "mqtt://localhost"}
+
+
+# Topics.
+
+
+def test_a_series_has_a_topic_of_its_own() -> None:
+    template = Template("kronos/{venue}/{symbol}/{timeframe}", needed=SERIES, known=SERIES)
+    perpetual = Series.parse("binance:BTC/USDT:USDT:5m")
+    assert template.of(perpetual) == "kronos/binance/BTC%2FUSDT:USDT/5m"
+    odd = Series.parse("mqtt:50%+#1 é:1M")
+    assert template.of(odd) == "kronos/mqtt/50%25%2B%231 é/1M"
+
+
+_SYMBOLS = st.text(min_size=1).filter(lambda text: text.strip(" :") == text)
+
+
+@given(_SYMBOLS, _SYMBOLS)
+def test_no_two_symbols_share_a_topic(one: str, other: str) -> None:
+    template = Template("c/{symbol}/{timeframe}", needed={"symbol"}, known=SERIES)
+    topics = [template.of(Series.of("mqtt", symbol, Timeframe(1, "m"))) for symbol in (one, other)]
+    assert (topics[0] == topics[1]) == (one == other)
+    for topic, symbol in zip(topics, (one, other), strict=True):
+        assert topic.count("/") == 2
+        assert not set("+#") & set(topic)
+        assert unquote(topic.split("/")[1]) == symbol
+
+
+def test_what_no_topic_can_hold_is_said() -> None:
+    assert fault("kronos/candles/mqtt/BTC%2FUSDT/1m") is None
+    assert "U+0000" in (fault("a\0b") or "")
+    assert "surrogate" in (fault("\ud800") or "")
+    assert fault("é" * 32_767) is None
+    assert "65,536 bytes" in (fault("é" * 32_768) or "")
+    assert encoded("plain") == "plain"
+
+
+# Settings.
+
+
+def _told(**variables: str) -> MqttOptions:
+    given = {f"KRONOS_STREAM_MQTT__{name}": value for name, value in variables.items()}
+    options = read_options("mqtt", {**_URL, **given})
+    assert isinstance(options, MqttOptions)
+    return options
+
+
+def test_defaults_are_enough_once_the_broker_is_named() -> None:
+    options = _told()
+    assert (options.host, options.port, options.tls()) == ("localhost", 1883, None)
+    assert options.candles().of(Series.parse("mqtt:A/B:1m")) == "kronos/candles/mqtt/A%2FB/1m"
+    assert options.status() == f"kronos/status/{options.client_id}"
+    encrypted = _told(URL="mqtts://[::1]/")
+    assert (encrypted.host, encrypted.port) == ("::1", 8883)
+    assert encrypted.address == "mqtts://[::1]:8883"
+    assert encrypted.tls() is not None
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"URL": "localhost:1883"}, "MQTT__URL: expected mqtt://host:1883"),
+        ({"URL": "http://localhost"}, "MQTT__URL: expected mqtt://host:1883"),
+        ({"URL": "mqtt://localhost:99999"}, "MQTT__URL: expected mqtt://host:1883"),
+        ({"URL": "mqtt://localhost/prefix"}, "MQTT__URL: expected mqtt://host:1883"),
+        (
+            {"URL": "mqtt://me:hunter2@localhost"},
+            "MQTT__URL: no user name or password belongs into it: set KRONOS_STREAM_MQTT__USERNAME",
+        ),
+        ({"PASSWORD": "hunter2"}, "password is set, but username is not"),
+        ({"CLIENT_ID": "a/b"}, "MQTT__CLIENT_ID: "),
+        ({"CANDLE_TOPIC": "c/{symbol}"}, "MQTT__CANDLE_TOPIC: 'c/{symbol}' lacks {timeframe}"),
+        (
+            {"FORECAST_TOPIC": "f/{timeframe}"},
+            "MQTT__FORECAST_TOPIC: 'f/{timeframe}' lacks {symbol} and {venue}",
+        ),
+        ({"FORECAST_TOPIC": "{venue}/{symbol}/{timeframe}/+"}, "MQTT__FORECAST_TOPIC: "),
+        ({"CANDLE_TOPIC": "{symbol}/{timeframe}/{origin}"}, "MQTT__CANDLE_TOPIC: "),
+        ({"CANDLE_TOPIC": "{symbol!r}/{timeframe}"}, "MQTT__CANDLE_TOPIC: "),
+        ({"CANDLE_TOPIC": "{symbol/{timeframe}"}, "MQTT__CANDLE_TOPIC: "),
+        ({"CANDLE_TOPIC": "$SYS/{symbol}/{timeframe}"}, "MQTT__CANDLE_TOPIC: "),
+        ({"DEADLETTER_TOPIC": "dead/{symbol}"}, "MQTT__DEADLETTER_TOPIC: "),
+        ({"TLS_CAFILE": "/nowhere.pem"}, "a certificate is set, but the url is not encrypted"),
+        ({"URL": "mqtts://h", "TLS_CAFILE": "/nowhere.pem"}, "/nowhere.pem: no such file"),
+        ({"URL": "mqtts://h", "TLS_CAFILE": __file__}, "certificate or key cannot be used"),
+        ({"URL": "mqtts://h", "TLS_KEYFILE": __file__}, "tls_certfile is not"),
+        ({"HISTORY_BARS": "50"}, "MQTT__HISTORY_BARS: "),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(variables: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        _told(**variables)
+    (problem,) = error.value.problems
+    assert problem.startswith("KRONOS_STREAM_MQTT__")
+    assert said in problem
+    assert "hunter2" not in problem
+
+
+def test_a_password_may_stand_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter2\n", "utf-8")
+    options = _told(USERNAME="me", PASSWORD_FILE=str(file))
+    assert options.password.get_secret_value() == "hunter2"
+    assert "hunter2" not in repr(options) + str(options) + options.model_dump_json()
+
+
+# What a broker means.
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        (0, "taken"),
+        (16, "taken"),  # nobody listens; the broker has it all the same
+        (128, "later"),
+        (131, "later"),
+        (135, "later"),
+        (144, "refused"),
+        (149, "refused"),
+        (151, "later"),
+        (153, "refused"),
+    ],
+)
+def test_what_becomes_of_a_record(code: int, verdict: str) -> None:
+    assert Answer(code, "Whatever").verdict == verdict
+
+
+def test_refused_logins_are_final_and_come_with_a_cure() -> None:
+    for code in (134, 135):
+        answer = Answer(code, "Not authorized")
+        assert answer.final
+        assert "KRONOS_STREAM_MQTT__PASSWORD" in str(answer)
+    for code in (136, 137, 151, 159):  # unavailable, busy, quota, rate
+        assert not Answer(code, "Busy").final
+    assert "KRONOS_STREAM_MQTT__CLIENT_ID" in str(Answer(142, "Session taken over"))
+    assert not SILENCE.final
+    assert not SILENCE.over_a_message
+    assert str(SILENCE) == "connection lost"
+
+
+# Pauses.
+
+
+def test_pauses_grow_up_to_a_point_and_differ() -> None:
+    backoff = Backoff(Random(0))
+    pauses = [backoff.pause() for _ in range(2_000)]
+    assert 0.125 <= pauses[0] <= 0.25
+    assert all(pause <= 30.0 for pause in pauses)
+    assert min(pauses[7:]) >= 15.0
+    assert len({round(pause, 6) for pause in pauses[7:]}) > 1_900
+
+
+def test_a_connection_that_held_makes_pauses_short_again() -> None:
+    backoff = Backoff(Random(0))
+    for i in range(10):
+        backoff.ended(1.0)  # one that ends at once is no success
+        assert backoff.cut_short == i + 1
+        backoff.pause()
+    assert backoff.pause() >= 15.0
+    backoff.ended(31.0)
+    assert backoff.cut_short == 0
+    assert backoff.pause() <= 0.25
+    backoff.ended(1.0)
+    backoff.ended(None)
+    assert backoff.cut_short == 0
+
+
+# Subscriptions.
+
+
+def _settle(subscriptions: Subscriptions) -> list[Any]:
+    """Grant whatever is asked for: the requests."""
+    requests: list[Any] = []
+    while request := subscriptions.request():
+        requests.append(request)
+        if isinstance(request, Subscribe):
+            subscriptions.granted(request.topics)
+        else:
+            subscriptions.ended(request.topics)
+    return requests
+
+
+def test_only_the_difference_is_asked_for() -> None:
+    subscriptions = Subscriptions()
+    subscriptions.want({"b", "a"})
+    assert _settle(subscriptions) == [Subscribe(["a", "b"])]
+    subscriptions.want({"b", "c"})
+    assert _settle(subscriptions) == [Unsubscribe(["a"]), Subscribe(["c"])]
+    assert _settle(subscriptions) == []
+
+
+def test_a_new_connection_asks_for_all_in_parts() -> None:
+    subscriptions = Subscriptions()
+    topics = [f"t{i:04}" for i in range(2 * PER_REQUEST + 1)]
+    subscriptions.want(topics)
+    _settle(subscriptions)
+    subscriptions.connected()
+    requests = _settle(subscriptions)
+    assert [len(request.topics) for request in requests] == [PER_REQUEST, PER_REQUEST, 1]
+    assert [topic for request in requests for topic in request.topics] == topics
+
+
+def test_what_a_former_session_left_behind_is_ended() -> None:
+    subscriptions = Subscriptions()
+    subscriptions.want({"a"})
+    _settle(subscriptions)
+    assert subscriptions.arrived("a")
+    assert not subscriptions.arrived("old")
+    assert _settle(subscriptions) == [Unsubscribe(["old"])]
+    subscriptions.arrived("b")
+    subscriptions.want({"a", "b"})  # wanted before it could be ended
+    assert _settle(subscriptions) == [Subscribe(["b"])]
+
+
+def test_a_flood_of_strange_topics_takes_no_memory() -> None:
+    subscriptions = Subscriptions()
+    for i in range(100_000):
+        subscriptions.arrived(f"strange/{i}")
+    assert sys.getsizeof(subscriptions._strange) < 2**20
+    assert sum(len(request.topics) for request in _settle(subscriptions)) == 10_000
+
+
+def test_what_is_refused_is_asked_for_again_later_only() -> None:
+    subscriptions = Subscriptions()
+    subscriptions.want({"a", "b"})
+    assert subscriptions.request() == Subscribe(["a", "b"])
+    subscriptions.granted({"a"})
+    subscriptions.refused["b"] = "not authorized"
+    assert subscriptions.request() is None
+    subscriptions.again()
+    assert subscriptions.request() == Subscribe(["b"])
+
+
+# Suspects.
+
+
+@given(st.sets(st.integers(0, 40), max_size=3), st.integers(1, 12), st.randoms())
+def test_the_culprits_are_found_and_nobody_else(bad: set[int], window: int, chance: Random) -> None:
+    """A broker that hangs up over some records; those sent with them are in doubt each time."""
+    suspects, taken = Suspects(), set[int]()
+    records = list(range(20))
+    refused: list[int] = []
+    for _ in range(200):
+        under_way: list[int] = []
+        for record in records:
+            if suspects.guilty(record):
+                continue
+            if suspects.alone(record) or len(under_way) >= window:
+                taken.update(under_way)
+                under_way.clear()
+            under_way.append(record)
+            if record in bad:
+                # Of those sent before it any number may have been answered.
+                answered = chance.randint(0, len(under_way) - 1)
+                suspects.hung_up(under_way[answered:], "too large")
+                break
+            if suspects.alone(record):
+                taken.update(under_way)
+                under_way.clear()
+        else:
+            refused = [record for record in records if suspects.guilty(record)]
+            break
+    assert set(refused) == bad & set(records)
+    assert taken.isdisjoint(refused)
+    suspects.delivered(records)
+    assert not any(suspects.alone(record) or suspects.guilty(record) for record in records)
+
+
+def test_one_accident_condemns_nobody() -> None:
+    suspects = Suspects()
+    suspects.hung_up([7], "protocol error")
+    assert suspects.alone(7)
+    assert suspects.guilty(7) is None
+    suspects.hung_up([7], "packet too large")
+    assert suspects.guilty(7) == "packet too large"

@@ -1,0 +1,249 @@
+"""The MQTT source and sink on Mosquitto, through what brokers do to a client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from kronos_connectors.mqtt import SINK, MqttOptions
+from kronos_connectors.mqtt.sink import MqttSink
+from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkUnavailable
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, retained
+
+BrokerOf = Callable[..., Mosquitto]
+
+_SERIES = [f"binance:S{i}/USDT:1s" for i in range(20)]
+_SIZE = 6_000
+
+
+def _options(broker: Mosquitto, **options: Any) -> MqttOptions:
+    return MqttOptions(**{"url": broker.url, "client_id": "test", **options})
+
+
+# The sink.
+
+
+def _record(sequence: int, *, size: int = _SIZE, kind: Kind = "forecast") -> Record:
+    value = (b"%d " % sequence).ljust(size, b".")
+    key = _SERIES[sequence % len(_SERIES)]
+    headers = (("ce_id", b"%d" % sequence), ("content-type", b"application/json"))
+    return Record(sequence, kind, key, value, headers, time.time_ns() // 1_000_000)
+
+
+def _topic(sequence: int) -> str:
+    return f"kronos/forecasts/binance/S{sequence % len(_SERIES)}%2FUSDT/1s"
+
+
+@asynccontextmanager
+async def _sink(broker: Mosquitto, **options: Any) -> AsyncIterator[MqttSink]:
+    sink = SINK.build(_options(broker, **options), SystemClock(), Random(0))
+    assert isinstance(sink, MqttSink)
+    try:
+        yield sink
+    finally:
+        await sink.close()
+
+
+async def _give(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
+    """What the outbox does: give again until the sink has taken them."""
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await sink.start()
+                return list(await sink.deliver(records))
+            except SinkUnavailable:
+                await asyncio.sleep(0.1)
+
+
+async def _in_time(what: Callable[[], object], seconds: float = 20.0) -> None:
+    """Return once it is so; it may block."""
+    async with asyncio.timeout(seconds):
+        while not await asyncio.to_thread(what):  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0.05)
+
+
+def _first_in_order(subscriber: Subscriber, expected: Sequence[int]) -> None:
+    """None is missing, and per topic the first occurrences are in order."""
+    first: dict[str, list[int]] = {}
+    seen: set[int] = set()
+    for message in subscriber.messages():
+        if message.topic.startswith("kronos/forecasts/"):
+            sequence = int(message.payload.split()[0])
+            assert message.topic == _topic(sequence)
+            if sequence not in seen:
+                seen.add(sequence)
+                first.setdefault(message.topic, []).append(sequence)
+    assert seen == set(expected)
+    assert all(sequences == sorted(sequences) for sequences in first.values())
+
+
+async def test_records_arrive_as_given(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
+    with mosquitto_of() as broker, Subscriber(broker, tmp_path) as subscriber:
+        records = [_record(i) for i in range(200)]
+        async with _sink(broker) as sink:
+            await sink.start()
+            for first in range(0, 200, 50):
+                assert not await sink.deliver(records[first : first + 50])
+            assert not await sink.deliver([])
+            assert not await sink.deliver([_record(200, kind="deadletter")])
+            await _in_time(lambda: len(subscriber.messages()) == 202)
+            kept = await asyncio.to_thread(retained, broker)
+        assert kept["kronos/status/test"] == b"online"
+        assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
+            _topic(i): i for i in range(180, 200)
+        }
+        assert len(kept) == 21  # no dead letter among them
+        _first_in_order(subscriber, range(200))
+        for message in subscriber.messages()[1:201]:
+            given = records[int(message.payload.split()[0])]
+            assert (message.payload, message.qos) == (given.value, 1)
+            assert message.properties["content-type"] == "application/json"
+            assert message.properties["user-properties"] == {"id": str(given.sequence)}
+        assert subscriber.messages()[201].topic == "kronos/deadletter"
+        await _in_time(lambda: subscriber.messages()[-1].payload == b"offline")
+        assert (await asyncio.to_thread(retained, broker))["kronos/status/test"] == b"offline"
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize("window", [1, 5])
+async def test_the_broker_says_how_much_may_be_under_way(
+    mosquitto_of: BrokerOf, tmp_path: Path, window: int
+) -> None:
+    settings = [f"max_inflight_messages {window}"]
+    with mosquitto_of(settings=settings) as broker, Subscriber(broker, tmp_path) as subscriber:
+        async with _sink(broker) as sink:
+            await sink.start()
+            assert not await sink.deliver([_record(i) for i in range(300)])
+            await _in_time(lambda: len(subscriber.messages()) >= 301)
+        _first_in_order(subscriber, range(300))
+        assert len(subscriber.messages()) == 302  # none twice; and online, offline
+
+
+@pytest.mark.parametrize("setting", ["message_size_limit 9000", "max_packet_size 9000"])
+async def test_refused_records_are_named_and_delay_nobody(
+    mosquitto_of: BrokerOf, tmp_path: Path, setting: str
+) -> None:
+    """One of these limits the broker tells us, the other shows when it is exceeded."""
+    with mosquitto_of(settings=[setting]) as broker, Subscriber(broker, tmp_path) as subscriber:
+        big = {7, 30, 31}
+        records = [_record(i, size=12_000 if i in big else 3_000) for i in range(60)]
+        async with _sink(broker, max_record_bytes=40_000) as sink:
+            refusals = await _give(sink, [*records, _record(99, size=50_000)])
+            assert [refusal.record.sequence for refusal in refusals] == [*sorted(big), 99]
+            assert all(refusal.reason for refusal in refusals)
+            assert not await _give(sink, [_record(i, size=3_000) for i in range(60, 80)])
+            await _in_time(lambda: len({m.payload for m in subscriber.messages()}) >= 78)
+        _first_in_order(subscriber, sorted(set(range(80)) - big))
+
+
+async def test_a_right_that_is_missing_holds_records_back(
+    mosquitto_of: BrokerOf, tmp_path: Path
+) -> None:
+    rules = tmp_path / "acl"
+    rules.write_text("topic read #\ntopic write kronos/status/#\n", "utf-8")
+    with mosquitto_of(settings=[f"acl_file {rules}"]) as broker:
+        async with _sink(broker) as sink:
+            await sink.start()
+            with pytest.raises(SinkUnavailable, match=r"forecasts/binance/S3%2FUSDT/1s: not auth"):
+                await sink.deliver([_record(3), _record(4)])
+            # It is no reason to hang up.
+            assert (await asyncio.to_thread(retained, broker))["kronos/status/test"] == b"online"
+
+
+async def test_a_broker_that_is_not_there_is_named_at_once(mosquitto_of: BrokerOf) -> None:
+    broker = mosquitto_of()
+    began = time.monotonic()
+    async with _sink(broker) as sink:
+        with pytest.raises(SinkUnavailable, match=rf"127\.0\.0\.1:{broker.port}.*refused"):
+            await sink.start()
+        with pytest.raises(SinkUnavailable):
+            await sink.deliver([_record(0)])
+        assert time.monotonic() - began < 2
+        with broker:
+            assert not await _give(sink, [_record(0)])
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_refused_login_is_called_that(mosquitto_of: BrokerOf) -> None:
+    with mosquitto_of(users={"me": "right"}) as broker:
+        async with _sink(broker, username="me", password="wrong-secret") as sink:  # noqa: S106
+            with pytest.raises(SinkUnavailable, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
+                await sink.start()
+            assert "wrong-secret" not in str(refused.value)
+        async with _sink(broker, username="me", password="right") as sink:  # noqa: S106
+            await sink.start()
+            assert not await sink.deliver([_record(0)])
+
+
+async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
+    with mosquitto_of() as broker, Subscriber(broker, tmp_path) as subscriber:
+        async with _sink(broker, delivery_seconds=1, connect_seconds=1) as sink:
+            await sink.start()
+            broker.freeze()
+            began = time.monotonic()
+            with pytest.raises(SinkUnavailable, match="no acknowledgement in 1 s"):
+                await sink.deliver([_record(i) for i in range(10)])
+            assert time.monotonic() - began < 1.5
+            await _in_time(lambda: "no answer in 1 s" in sink._keeper.trouble)
+            broker.thaw()
+            assert not await _give(sink, [_record(i) for i in range(10)])
+            broker.freeze()
+            delivery = asyncio.create_task(sink.deliver([_record(10)]))
+            await asyncio.sleep(0.1)
+            delivery.cancel()
+            with suppress(asyncio.CancelledError):
+                await delivery
+            began = time.monotonic()
+            await sink.close()
+            assert time.monotonic() - began < 3
+            broker.thaw()
+        async with _sink(broker) as sink:
+            assert not await _give(sink, [_record(i) for i in range(12)])
+            await _in_time(lambda: subscriber.messages()[-1].payload.startswith(b"11 "))
+        _first_in_order(subscriber, range(12))
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize(
+    "outage", [2.0, *(pytest.param(s, marks=pytest.mark.soak) for s in (30.0, 120.0))]
+)
+async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
+    mosquitto_of: BrokerOf, outage: float
+) -> None:
+    """Killed, and without a disk: no later record reminds it of the first ten series."""
+    with mosquitto_of(persistent=False) as broker:
+        async with _sink(broker) as sink:
+            assert not await _give(sink, [_record(i) for i in range(40)])
+            await asyncio.to_thread(broker.kill)
+            with pytest.raises(SinkUnavailable):
+                await sink.deliver([_record(40)])
+            await asyncio.sleep(outage)
+            await asyncio.to_thread(broker.start)
+            assert not await _give(sink, [_record(i) for i in range(40, 50)])
+            kept = await asyncio.to_thread(retained, broker)
+        assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
+            _topic(i): i for i in range(30, 50)
+        }
+        assert kept["kronos/status/test"] == b"online"
+
+
+async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf) -> None:
+    with mosquitto_of() as broker:
+        async with _sink(broker) as sink:
+            await sink.start()
+            assert sink._keeping is not None
+            assert sink._link is not None
+            assert sink._link._client._sock is not None
+            sink._link._client._sock.close()  # as the kernel does for a killed process
+            sink._keeping.cancel()
+            await asyncio.wait([sink._keeping])
+            kept = await asyncio.to_thread(retained, broker)
+        assert kept["kronos/status/test"] == b"offline"

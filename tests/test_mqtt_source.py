@@ -1,0 +1,326 @@
+"""The MQTT source on Mosquitto: candles in, through outages, sessions and bad messages."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import ipaddress
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import NameOID
+
+from kronos_connectors.mqtt import SOURCE, MqttOptions
+from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
+from kronos_stream.market.wire import encode
+from kronos_stream.testing.mosquitto import Certificates, Mosquitto, publish
+
+BrokerOf = Callable[..., Mosquitto]
+
+_BTC, _ETH = (Series.parse(f"mqtt:{name}/USDT:1m") for name in ("BTC", "ETH"))
+_TOPICS = {_BTC: "kronos/candles/mqtt/BTC%2FUSDT/1m", _ETH: "kronos/candles/mqtt/ETH%2FUSDT/1m"}
+_START = 1_700_000_040_000
+
+
+def _candle(number: int) -> Candle:
+    price = 100.0 + number
+    return Candle(_START + 60_000 * number, price, price + 2, price - 2, price + 1, 5.0)
+
+
+def _send(broker: Mosquitto, series: Series, *numbers: int) -> None:
+    publish(broker, _TOPICS[series], *(encode(series, _candle(n)) for n in numbers))
+
+
+class _Heard:
+    """An intake that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+        self.rejected: list[tuple[Series | None, str, bytes]] = []
+        self.notes: list[str] = []
+        self.intake = Intake(self.updates.append, self._reject, self.notes.append)
+
+    def _reject(self, series: Series | None, reason: str, raw: bytes) -> None:
+        self.rejected.append((series, reason, raw))
+
+    def numbers(self, series: Series) -> list[int]:
+        return [
+            (update.candle.time - _START) // 60_000
+            for update in self.updates
+            if update.series == series
+        ]
+
+
+def _source(broker: Mosquitto, *, venue: str = "mqtt", **options: Any) -> Source:
+    told = MqttOptions(**{"url": broker.url, "client_id": "test", **options})
+    return SOURCE.build(venue, told, SystemClock(), Random(0))
+
+
+@asynccontextmanager
+async def _running(
+    broker: Mosquitto, heard: _Heard, series: Collection[Series] = (_BTC, _ETH), **options: Any
+) -> AsyncIterator[Source]:
+    """A source that follows ``series``, subscribed."""
+    source = _source(broker, **options)
+    source.follow(series)
+    running = asyncio.create_task(source.run(heard.intake))
+    try:
+        await _in_time(lambda: _is_up(source, running))
+        yield source
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await source.close()
+
+
+def _is_up(source: Any, running: asyncio.Task[None]) -> bool:
+    if running.done():
+        running.result()
+    return not source._keeper.trouble
+
+
+def _counted(heard: _Heard, note: str, times: int) -> bool:
+    return heard.notes.count(note) == times
+
+
+async def _in_time(what: Callable[[], object], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not what():  # noqa: ASYNC110 - nobody tells us
+            await asyncio.sleep(0.02)
+
+
+async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None:
+    heard = _Heard()
+    with mosquitto_of() as broker:
+        async with _running(broker, heard) as source:
+            before = time.time_ns() // 1_000_000
+            await asyncio.to_thread(_send, broker, _BTC, 0, 1, 2)
+            still_open = encode(_ETH, _candle(7), closed=False)
+            await asyncio.to_thread(publish, broker, _TOPICS[_ETH], still_open)
+            await _in_time(lambda: len(heard.updates) == 4)
+            assert heard.numbers(_BTC) == [0, 1, 2]
+            assert [update.closed for update in heard.updates] == [True, True, True, False]
+            assert heard.updates[3].candle == _candle(7)
+            assert before <= heard.updates[0].received <= time.time_ns() // 1_000_000
+            # Its history is what has closed lately.
+            minute = 60_000
+            bars = await source.history(_BTC, _START + minute, _START + 9 * minute)
+            assert bars == [_candle(1), _candle(2)]
+            assert await source.history(_ETH, _START, _START + 9 * minute) == []
+    assert not heard.rejected
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: BrokerOf) -> None:
+    heard = _Heard()
+    with mosquitto_of() as broker:
+        async with _running(broker, heard) as source:
+            await asyncio.to_thread(
+                publish,
+                broker,
+                _TOPICS[_BTC],
+                b"no JSON",
+                b'{"time": 0, "open": 1}',
+                encode(_ETH, _candle(0)),
+                b"x" * 9_000,
+                encode(_BTC, _candle(1)._replace(high=1.0)),
+                encode(_BTC, _candle(2)),
+            )
+            await _in_time(lambda: heard.numbers(_BTC) == [1, 2])
+            reasons = [reason for _, reason, _ in heard.rejected]
+            assert len(reasons) == 4
+            assert reasons[1].startswith("high")
+            assert "it says series mqtt:ETH/USDT:1m, its key or topic mqtt:BTC" in reasons[2]
+            assert {series for series, _, _ in heard.rejected} == {_BTC}
+            assert len(heard.rejected[3][2]) == 4_096
+            # The tape judges values; history must not repeat what cannot be.
+            assert await source.history(_BTC, 0, 2 * _START) == [_candle(2)]
+
+
+async def test_what_was_sent_while_we_were_away_comes(mosquitto_of: BrokerOf) -> None:
+    with mosquitto_of() as broker:
+        first = _Heard()
+        async with _running(broker, first):
+            await asyncio.to_thread(_send, broker, _BTC, 0)
+            await _in_time(lambda: first.numbers(_BTC) == [0])
+        await asyncio.to_thread(_send, broker, _BTC, *range(1, 101))
+        again = _Heard()
+        async with _running(broker, again):
+            await _in_time(lambda: len(again.updates) >= 100)
+            assert again.numbers(_BTC) == list(range(1, 101))
+        # Unless no session is wanted.
+        async with _running(broker, _Heard(), session_seconds=0):
+            pass
+        await asyncio.to_thread(_send, broker, _BTC, 101)
+        without = _Heard()
+        async with _running(broker, without, session_seconds=0):
+            await asyncio.to_thread(_send, broker, _BTC, 102)
+            await _in_time(lambda: without.numbers(_BTC) == [102])
+
+
+async def test_a_killed_broker_is_come_back_to(mosquitto_of: BrokerOf) -> None:
+    heard = _Heard()
+    with mosquitto_of() as broker:
+        async with _running(broker, heard) as source:
+            await asyncio.to_thread(_send, broker, _BTC, 0)
+            await _in_time(lambda: heard.numbers(_BTC) == [0])
+            for number in (1, 2, 3):
+                await asyncio.to_thread(broker.kill)
+                await _in_time(partial(_counted, heard, "lost", number))
+                with pytest.raises(SourceError, match="mqtt://127"):
+                    await source.history(_BTC, _START, _START + 60_000)
+                await asyncio.to_thread(broker.start)
+                # The session was saved: this may come before we are back.
+                await asyncio.to_thread(_send, broker, _BTC, number)
+                await _in_time(lambda: len(heard.updates) == 1 + heard.notes.count("lost"))
+            assert heard.numbers(_BTC) == [0, 1, 2, 3]
+            assert heard.notes.count("connected") == 4
+
+
+async def test_what_is_followed_changes_while_it_runs(mosquitto_of: BrokerOf) -> None:
+    heard = _Heard()
+    with mosquitto_of() as broker:
+        async with _running(broker, heard, [_BTC]) as source:
+            await asyncio.to_thread(_send, broker, _BTC, 0)
+            await _in_time(lambda: heard.numbers(_BTC) == [0])
+            assert await source.unknown([_ETH]) == {}  # as at a reload
+            source.follow([_BTC, _ETH])
+            await _in_time(lambda: "SUBACK" in broker.log_file.read_text().rpartition("ETH")[2])
+            await asyncio.to_thread(_send, broker, _ETH, 1)
+            await _in_time(lambda: heard.numbers(_ETH) == [1])
+            source.follow([_ETH])
+            await _in_time(lambda: "UNSUBACK" in broker.log_file.read_text())
+            await asyncio.to_thread(_send, broker, _BTC, 2)
+            await asyncio.to_thread(_send, broker, _ETH, 3)
+            await _in_time(lambda: heard.numbers(_ETH) == [1, 3])
+            assert heard.numbers(_BTC) == [0]
+        # The session still knows what is not followed at the next start, until it shows.
+        async with _running(broker, heard, [_BTC]):
+            await asyncio.to_thread(_send, broker, _ETH, 4)
+            await _in_time(lambda: "not followed" in heard.notes)
+            await _in_time(lambda: broker.log_file.read_text().count("UNSUBACK") == 2)
+            await asyncio.to_thread(_send, broker, _ETH, 5)
+            await asyncio.to_thread(_send, broker, _BTC, 6)
+            await _in_time(lambda: heard.numbers(_BTC) == [0, 6])
+            assert heard.notes.count("not followed") == 1
+
+
+async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: BrokerOf) -> None:
+    broker = mosquitto_of(users={"me": "right"})
+    login = {"username": "me", "password": "right"}
+    with pytest.raises(SourceError, match=rf"mqtt://127\.0\.0\.1:{broker.port}: .*refused") as away:
+        await _source(broker, **login).unknown([_BTC])
+    assert not isinstance(away.value, VenueRefused)
+    with broker:
+        with pytest.raises(VenueRefused, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
+            await _source(broker, username="me", password="wrong-secret").unknown([_BTC])  # noqa: S106
+        assert "wrong-secret" not in str(refused.value)
+        source = _source(broker, **login)
+        odd = Series.of("mqtt", "A\nB", _BTC.timeframe)
+        assert await source.unknown([_BTC, odd]) == {
+            odd: "a topic cannot hold the control character U+000A"
+        }
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
+    with mosquitto_of() as broker:
+        async with _running(broker, _Heard()) as one, _running(broker, _Heard()) as other:
+            keepers: list[Any] = [getattr(source, "_keeper") for source in (one, other)]  # noqa: B009
+            await _in_time(
+                lambda: any("KRONOS_STREAM_MQTT__CLIENT_ID" in keeper.trouble for keeper in keepers)
+            )
+
+
+async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:
+    heard, desk = _Heard(), _Heard()
+    theirs = Series.parse("mqtt.desk:BTC/USDT:1m")
+    with mosquitto_of() as broker:
+        async with _running(broker, heard), _running(broker, desk, [theirs], venue="mqtt.desk"):
+            await asyncio.to_thread(
+                publish,
+                broker,
+                "kronos/candles/mqtt.desk/BTC%2FUSDT/1m",
+                encode(theirs, _candle(1)),
+            )
+            await asyncio.to_thread(_send, broker, _BTC, 2)
+            await _in_time(lambda: heard.updates and desk.updates)
+            assert desk.numbers(theirs) == [1]
+            assert heard.numbers(_BTC) == [2]
+
+
+async def test_candles_travel_encrypted(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
+    authority = _Authority(tmp_path)
+    tls = Certificates(*authority.sign("broker"), clients=authority.file)
+    cert, key = authority.sign("client")
+    ours: dict[str, Any] = {"tls_cafile": authority.file, "tls_certfile": cert, "tls_keyfile": key}
+    with mosquitto_of(tls=tls) as broker:
+        async with _running(broker, _Heard(), **ours):
+            pass
+        with pytest.raises(SourceError, match="CERTIFICATE_VERIFY_FAILED"):
+            await _source(broker).unknown([_BTC])
+        with pytest.raises(SourceError):  # it asks for our certificate
+            await _source(broker, tls_cafile=authority.file).unknown([_BTC])
+        began = time.monotonic()
+        with pytest.raises(SourceError, match="is it MQTT, and encrypted if the URL says so"):
+            await _source(broker, url=broker.url.replace("mqtts", "mqtt")).unknown([_BTC])
+        assert time.monotonic() - began < 2
+
+
+class _Authority:
+    """Makes itself, and certificates for 127.0.0.1."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._key = folder, ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+        self.file = folder / "ca.pem"
+        self._write("ca", self._key, self._name, x509.BasicConstraints(ca=True, path_length=0))
+
+    def sign(self, name: str) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        return self._write(name, key, subject, address)
+
+    def _write(
+        self,
+        name: str,
+        key: ec.EllipticCurvePrivateKey,
+        subject: x509.Name,
+        extension: x509.ExtensionType,
+    ) -> tuple[Path, Path]:
+        now = dt.datetime.now(dt.UTC)
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - dt.timedelta(days=1))
+            .not_valid_after(now + dt.timedelta(days=1))
+            .add_extension(extension, critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        paths = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        paths[0].write_bytes(made.public_bytes(Encoding.PEM))
+        paths[1].write_bytes(
+            key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
+        )
+        return paths

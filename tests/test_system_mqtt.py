@@ -1,0 +1,263 @@
+"""Candles in and forecasts out over MQTT: the daemon, Mosquitto and other clients as processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from threading import Event, Thread
+from urllib.parse import unquote
+
+import pytest
+from paho.mqtt.client import Client, MQTTv5
+from paho.mqtt.enums import CallbackAPIVersion
+
+from kronos_stream.forecast.message import DeadLetter, Forecast
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.series import Series
+from kronos_stream.market.wire import encode
+from kronos_stream.testing.audit import audit
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
+from kronos_stream.testing.processes import wait_for
+
+BrokerOf = Callable[..., Mosquitto]
+
+SERIES = [Series.parse(f"mqtt:{name}/USDT:1s") for name in ("BTC", "ETH", "50%+#")]
+SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_MQTT_SECONDS", "600"))
+LOOKBACK = 32
+
+
+def _topic(series: Series) -> str:
+    symbol = series.symbol.replace("%", "%25").replace("/", "%2F")
+    symbol = symbol.replace("+", "%2B").replace("#", "%23")
+    return f"kronos/candles/mqtt/{symbol}/1s"
+
+
+class Feed:
+    """Publishes every bar of every series as it closes, by a client of its own, until the end.
+
+    What the broker has not acknowledged is sent again when it is back.
+    """
+
+    def __init__(self, broker: Mosquitto) -> None:
+        self.sent: dict[Series, list[int]] = {series: [] for series in SERIES}
+        self._client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
+        self._client.reconnect_delay_set(0.1, 0.2)  # type: ignore[arg-type] # any number will do
+        self._client.connect("127.0.0.1", broker.port)
+        self._client.loop_start()
+        self._end = Event()
+        self._thread = Thread(target=self._run)
+
+    def start(self) -> None:
+        """Begin with as many bars of the past as a context needs."""
+        now = time.time_ns() // 1_000_000_000
+        for second in range(now - LOOKBACK - 8, now):
+            self._publish(second)
+        self._next = now
+        self._thread.start()
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _run(self) -> None:
+        while not self._end.wait(max(0.0, self._next + 1.02 - time.time())):
+            self._publish(self._next)
+            self._next += 1
+
+    def _publish(self, second: int) -> None:
+        for i, series in enumerate(SERIES):
+            price = 100.0 + i + (second * (7 + i)) % 13
+            bar = Candle(1_000 * second, price, price + 1.5, price - 1.5, price + 1, 3.0 + i)
+            self._client.publish(_topic(series), encode(series, bar), qos=1)
+            self.sent[series].append(bar.time)
+
+
+@contextmanager
+def _feed(broker: Mosquitto) -> Iterator[Feed]:
+    feed = Feed(broker)
+    feed.start()
+    try:
+        yield feed
+    finally:
+        feed.close()
+
+
+def _daemon(folder: Path, broker: Mosquitto, **settings: str) -> DaemonProcess:
+    return DaemonProcess(
+        folder,
+        {
+            "SYMBOLS": ",".join(f"mqtt:{series.symbol}" for series in SERIES),
+            "TIMEFRAMES": "1s",
+            "SINKS": "mqtt",
+            "MQTT__URL": broker.url,
+            "MQTT__CLIENT_ID": "kronos",
+            "MODEL": "nano",
+            "LOOKBACK": str(LOOKBACK),
+            "HORIZON": "8",
+            "PATHS": "20",
+            "CATCH_UP": "all",
+            **settings,
+        },
+    )
+
+
+def _wait_for_more(daemon: DaemonProcess, patience: float) -> None:
+    """Three rounds of forecasts delivered."""
+    enough = daemon.metric("kronos_delivered_total") + 3 * len(SERIES)
+    wait_for(
+        "forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough, 60.0 * patience
+    )
+
+
+def _quiet_moment() -> None:
+    """Between two closes, when nothing is under way; a broker saves what it has, and is killed."""
+    time.sleep(1.7 - time.time() % 1)
+
+
+def _forecasts(subscriber: Subscriber) -> list[tuple[str, bytes]]:
+    """Key and value of each, in the order in which they came."""
+    found = []
+    for message in subscriber.messages():
+        kind, _, rest = message.topic.removeprefix("kronos/").partition("/")
+        if kind == "forecasts":
+            venue, symbol, timeframe = rest.split("/")
+            found.append((f"{venue}:{unquote(symbol)}:{timeframe}", message.payload))
+            assert message.properties["content-type"] == "application/json"
+            assert dict(message.properties["user-properties"])["type"] == "kronos.forecast/1"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("outages", "outage"),
+    [
+        (1, 3.0),
+        pytest.param(
+            round(SOAK_SECONDS / 40), 8.0, marks=[pytest.mark.soak, pytest.mark.timeout(7_200)]
+        ),
+    ],
+)
+def test_a_broker_may_be_killed_between_candles_and_forecasts(
+    outages: int, outage: float, mosquitto_of: BrokerOf, tmp_path: Path, patience: float
+) -> None:
+    with ExitStack() as stack:
+        broker = stack.enter_context(mosquitto_of())
+        subscriber = stack.enter_context(Subscriber(broker, tmp_path, "kronos/#"))
+        daemon = stack.enter_context(_daemon(tmp_path, broker))
+        daemon.start()
+        daemon.wait_until_ready(90.0 * patience)
+        with _feed(broker) as feed:
+            _wait_for_more(daemon, patience)
+            publish(broker, _topic(SERIES[0]), b"no candle")
+            before = daemon.resident_mib()
+            for number in range(1, outages + 1):
+                _quiet_moment()
+                broker.kill()
+                wait_for("it notices", partial(_lost, daemon, number), 20.0 * patience)
+                time.sleep(outage)
+                broker.start()
+                _wait_for_more(daemon, patience)
+            grown = daemon.resident_mib() - before
+            synthetic = daemon.metric("kronos_synthetic_bars_total")
+            skipped = daemon.metric("kronos_outcomes_total", result="skipped")
+        _wait_for_more_or_all(daemon, feed, patience)
+        assert daemon.stop(60.0) == 0
+        kept = retained(broker)
+        decided = daemon.decided(SERIES)
+        assert daemon.undelivered() == 0
+        found = _forecasts(subscriber)
+        letters = [m for m in subscriber.messages() if m.topic == "kronos/deadletter"]
+
+    due = {series: [t for t in feed.sent[series] if first <= t <= last]
+           for series, (first, last) in decided.items()}  # fmt: skip
+    result = audit(found, due)
+    print(  # noqa: T201
+        f"{outages} times {outage:g} s without a broker: {result.records} forecasts of "
+        f"{sum(map(len, due.values()))} bars, {result.duplicates} twice, {skipped:g} skipped, "
+        f"{synthetic:g} bars made up, {grown:+.0f} MiB"
+    )
+    assert len(due) == len(SERIES)
+    assert result.faults == []
+    assert synthetic == 0  # no bar was lost, although nothing but MQTT brought them
+    assert min(last for _, last in decided.values()) >= max(map(max, feed.sent.values()))
+    newest = {series.name: last for series, (_, last) in decided.items()}
+    latest = [Forecast.parse(kept[topic]) for topic in kept if topic.startswith("kronos/forecasts")]
+    assert {one.series: round(one.origin.timestamp() * 1_000) for one in latest} == newest
+    assert kept["kronos/status/kronos"] == b"offline"
+    assert [DeadLetter.parse(letter.payload).series for letter in letters] == [SERIES[0].name]
+    assert not any(letter.topic in kept for letter in letters)
+    assert grown < 64
+
+
+def _lost(daemon: DaemonProcess, times: int) -> bool:
+    return daemon.metric("kronos_source_events_total", event="lost") == times
+
+
+def _wait_for_more_or_all(daemon: DaemonProcess, feed: Feed, patience: float) -> None:
+    """Until the last bar that was sent has its forecast, delivered."""
+    number = sum(map(len, feed.sent.values()))
+    wait_for(
+        "the last bars",
+        lambda: (
+            daemon.metric("kronos_bars_total") >= number
+            and daemon.metric("kronos_queue_depth", queue="outbox:mqtt") == 0
+        ),
+        60.0 * patience,
+    )
+    time.sleep(2.0)  # of the newest the batch may be under way
+
+
+def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
+    mosquitto_of: BrokerOf, tmp_path: Path, patience: float
+) -> None:
+    with ExitStack() as stack:
+        broker = stack.enter_context(mosquitto_of())
+        subscriber = stack.enter_context(Subscriber(broker, tmp_path, "kronos/#"))
+        daemon = stack.enter_context(_daemon(tmp_path, broker))
+        daemon.start()
+        daemon.wait_until_ready(90.0 * patience)
+        with _feed(broker) as feed:
+            _wait_for_more(daemon, patience)
+            _quiet_moment()
+            daemon.kill()
+            wait_for("the last will", lambda: _status(subscriber) == b"offline", 20.0)
+            time.sleep(3.0)
+            daemon.start()
+            daemon.wait_until_ready(90.0 * patience)
+            assert _status(subscriber) == b"online"
+            _wait_for_more(daemon, patience)
+            assert daemon.metric("kronos_synthetic_bars_total") == 0
+        assert daemon.stop(60.0) == 0
+        decided = daemon.decided(SERIES)
+        found = _forecasts(subscriber)
+    due = {series: [t for t in feed.sent[series] if first <= t <= last]
+           for series, (first, last) in decided.items()}  # fmt: skip
+    assert audit(found, due).faults == []
+    assert len(due) == len(SERIES)
+
+
+def _status(subscriber: Subscriber) -> bytes:
+    return [m.payload for m in subscriber.messages() if m.topic.startswith("kronos/status/")][-1]
+
+
+def test_a_wrong_password_is_one_clear_line(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
+    with mosquitto_of(users={"me": "right"}) as broker, ExitStack() as stack:
+        login = {"MQTT__USERNAME": "me", "MQTT__PASSWORD": "wrong-secret"}
+        daemon = stack.enter_context(_daemon(tmp_path, broker, **login))
+        daemon.start()
+        assert daemon.wait(60.0) == 2
+        last = daemon.log_file.read_text("utf-8").splitlines()[-1]
+        assert last == (
+            f"kronos-stream: error: mqtt://127.0.0.1:{broker.port}: not authorized; see "
+            "KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD, and what the broker "
+            "lets this user do"
+        )
+        text = daemon.log_file.read_text("utf-8")
+        assert "Traceback" not in text
+        assert "wrong-secret" not in text

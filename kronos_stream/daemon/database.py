@@ -20,7 +20,7 @@ import structlog
 _log = structlog.get_logger()
 _T = TypeVar("_T")
 
-_APPLICATION_ID = 0x4B524F4E
+APPLICATION_ID = 0x4B524F4E
 """KRON: marks the file as ours."""
 _BUSY_SECONDS = 10.0
 """How long somebody else, with a shell on the file, may hold it up."""
@@ -130,7 +130,7 @@ class Database:
     def _check(self, newest: int) -> None:
         version = self._number("PRAGMA user_version")
         tables = self._number("SELECT count(*) FROM sqlite_master")
-        if tables and self._number("PRAGMA application_id") != _APPLICATION_ID:
+        if tables and self._number("PRAGMA application_id") != APPLICATION_ID:
             raise StateError(f"{self.path}: a database, but none of ours; name another file")
         if version > newest:
             raise StateError(
@@ -151,7 +151,7 @@ class Database:
             if had:
                 _log.info("state file brought up to date", path=str(self.path), schema=version)
             self.sql.executescript(
-                f"BEGIN; {script}; PRAGMA application_id = {_APPLICATION_ID}; "
+                f"BEGIN; {script}; PRAGMA application_id = {APPLICATION_ID}; "
                 f"PRAGMA user_version = {version}; COMMIT;"
             )
 
@@ -169,9 +169,14 @@ def _nothing() -> None:
     pass
 
 
+def lock_name(path: Path) -> Path:
+    """The file that whoever has ``path`` open holds locked; its process number is in there."""
+    return path.with_name(path.name + ".lock")
+
+
 def _locked(path: Path) -> int:
     """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
-    name = path.with_name(path.name + ".lock")
+    name = lock_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

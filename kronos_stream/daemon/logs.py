@@ -73,6 +73,11 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
     return end
 
 
+def without_passwords(text: str) -> str:
+    """``mqtt://me:secret@host`` → ``mqtt://me:***@host``, wherever it stands."""
+    return _PASSWORD.sub(r"\1:***@", text)
+
+
 def _stderr() -> TextIO:
     """What stderr writes to, without its buffer.
 
@@ -99,7 +104,7 @@ class _Formatter(structlog.stdlib.ProcessorFormatter):
     """Takes passwords out of URLs, wherever in a line they stand."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _PASSWORD.sub(r"\1:***@", super().format(record))
+        return without_passwords(super().format(record))
 
 
 class _Handler(logging.Handler):

@@ -1,0 +1,111 @@
+"""What ``kronos-stream doctor`` asks the brokers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from aiokafka.errors import IncompatibleBrokerVersion
+from confluent_kafka import KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient
+
+from kronos_connectors.kafka import admin
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import Topic, wanted
+from kronos_stream.checkup import Check, Finding
+
+_SECONDS, _PART = 50.0, 15.0
+
+_silent = logging.getLogger("kronos_connectors.kafka.librdkafka")
+_silent.disabled = True  # what it has to say is in its errors, too
+
+
+def checks(options: KafkaOptions) -> Sequence[Check]:
+    """Whether the brokers let us in, the topics are as they should be, and ours to write to."""
+    return [Check("kafka", partial(_look, options, wanted(options)), _SECONDS)]
+
+
+async def _look(options: KafkaOptions, topics: Sequence[Topic]) -> Sequence[Finding]:
+    """The login is tried by asking for the topics."""
+    try:
+        problems = await admin.check(options, topics)
+    except admin.TopicsError as error:
+        if isinstance(error.__cause__, IncompatibleBrokerVersion):
+            return [Finding("warn", str(error), "fine for trying things out, and not to rely on")]
+        return [Finding("fail", str(error), _cure(options, str(error)))]
+    findings = [Finding("fail", *_parted(problem)) for problem in problems]
+    if not problems:
+        found = f"{options.bootstrap_servers} answers; {len(topics)} topics are as they should be"
+        findings.append(Finding("ok", found))
+    missing = {problem.partition(":")[0] for problem in problems if ": missing" in problem}
+    there = [topic.name for topic in topics if topic.name not in missing]
+    return [*findings, *await _rights(options, there)] if there else findings
+
+
+async def _rights(options: KafkaOptions, names: Sequence[str]) -> Sequence[Finding]:
+    """Whether we may write to these topics, by the brokers' word; nothing is sent."""
+    client = AdminClient(_librdkafka(options), logger=_silent)
+    answers = client.describe_topics(
+        TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_PART
+    )
+    closed = []
+    for name, answer in answers.items():
+        try:
+            topic = await asyncio.wrap_future(answer)
+        except KafkaException as error:
+            why = f"{name}: what we may do is not told: {error.args[0].str()}"
+            return [Finding("warn", why, _grant(options, name))]
+        if not any(one.name == "WRITE" for one in topic.authorized_operations or ()):
+            closed.append(name)
+    if closed:
+        return [
+            Finding("fail", f"{name}: not ours to write to", _grant(options, name))
+            for name in closed
+        ]
+    return [Finding("ok", f"{len(names)} topics are ours to write to")]
+
+
+def _librdkafka(options: KafkaOptions) -> dict[str, Any]:
+    """The same connection, in librdkafka's words."""
+    given = {
+        "bootstrap.servers": options.bootstrap_servers,
+        "client.id": "kronos-stream",
+        "security.protocol": options.security_protocol,
+        "ssl.ca.location": options.ssl_cafile and str(options.ssl_cafile),
+        "ssl.certificate.location": options.ssl_certfile and str(options.ssl_certfile),
+        "ssl.key.location": options.ssl_keyfile and str(options.ssl_keyfile),
+    }
+    if options.security_protocol.startswith("SASL"):
+        given |= {
+            "sasl.mechanism": options.sasl_mechanism,
+            "sasl.username": options.sasl_username,
+            "sasl.password": options.sasl_password.get_secret_value(),
+        }
+    return {name: value for name, value in given.items() if value}
+
+
+def _parted(problem: str) -> tuple[str, str]:
+    """A problem as :func:`admin.check` tells it: what it is, and what to do."""
+    found, _, cure = problem.partition("; ")
+    return found, cure
+
+
+def _cure(options: KafkaOptions, why: str) -> str:
+    prefix = "KRONOS_STREAM_KAFKA__"
+    if "uthentication" in why:
+        return f"see {prefix}SASL_USERNAME, {prefix}SASL_PASSWORD and {prefix}SASL_MECHANISM"
+    return (
+        f"see {prefix}BOOTSTRAP_SERVERS, whether a broker listens there, and whether it is "
+        f"{options.security_protocol} ({prefix}SECURITY_PROTOCOL)"
+    )
+
+
+def _grant(options: KafkaOptions, name: str) -> str:
+    return (
+        f"let an administrator allow it: kafka-acls.sh --add --allow-principal "
+        f"User:{options.sasl_username or 'NAME'} --operation Write --operation Describe "
+        f"--topic {name}"
+    )

@@ -1,0 +1,113 @@
+"""``kronos-stream doctor``: what is wrong, or will be, and what to do about it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kronos_stream.checkup import Finding, Told
+    from kronos_stream.daemon.settings import Settings
+
+_FAILED, _UNREADABLE = 1, 2
+_CLEAR = "\r\x1b[K"
+"""Back to the beginning of an empty line."""
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
+@click.option(
+    "--skip",
+    type=click.Choice(["state", "http", "venues", "sinks", "model"]),
+    multiple=True,
+    help="Leave something out: the model, say, while a daemon needs the memory. May be given "
+    "several times.",
+)
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  # noqa: FBT001
+    """Look over what the daemon depends on, as it is set to run now.
+
+    A line per finding: ok, warn or fail, what was found, and the cure. Asks for settings, the
+    state file and its disk, the HTTP port, the venues (reachable, clock, symbols), the sinks
+    (reachable, login, topics, rights) and the model (it is loaded and makes a timed forecast).
+    It sends no record and changes nothing; a daemon may run meanwhile.
+
+    Exit code 0: nothing failed. 1: something did. 2: the settings cannot be read.
+    """
+    import asyncio
+    import os
+
+    from kronos_stream.daemon.doctor import found_in
+    from kronos_stream.daemon.environment import read_settings
+    from kronos_stream.daemon.logs import configure
+    from kronos_stream.daemon.settings import SettingsError
+
+    report = _Report(as_json=as_json)
+    try:
+        settings = read_settings(os.environ)
+    except SettingsError as error:
+        for problem in error.problems:
+            report.unreadable(problem)
+        report.end()
+        ctx.exit(_UNREADABLE)
+    configure("console", "error")
+    report.add("settings", found_in(os.environ))
+    asyncio.run(_examine(settings, skip, report))
+    report.end()
+    if report.failed:
+        ctx.exit(_FAILED)
+
+
+async def _examine(settings: Settings, skip: tuple[str, ...], report: _Report) -> None:
+    from kronos_stream.daemon.doctor import Doctor
+
+    async for told in Doctor(settings).examine(report.begins, skip):
+        report.told(told)
+
+
+class _Report:
+    """Lines as they come, or one object at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.failed = False
+        self._as_json = as_json
+        self._watched = sys.stderr.isatty()
+        self._findings: list[dict[str, Any]] = []
+
+    def begins(self, name: str) -> None:
+        """Let whoever waits see for what."""
+        if self._watched:
+            click.echo(f"{_CLEAR}...   {name}", err=True, nl=False)
+
+    def told(self, told: Told) -> None:
+        self.add(told.name, told.finding)
+
+    def unreadable(self, problem: str) -> None:
+        from kronos_stream.checkup import Finding
+
+        self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
+
+    def add(self, name: str, finding: Finding) -> None:
+        level, found, cure = finding
+        self.failed = self.failed or level == "fail"
+        self._findings.append({"check": name, "level": level, "found": found, "cure": cure or None})
+        if self._watched:
+            click.echo(_CLEAR, err=True, nl=False)
+        if not self._as_json:
+            line = _printable(f"{name}: {found}" + (f"; {cure}" if cure else ""))
+            click.echo(f"{click.style(f'{level:4}', fg=_COLOURS[level])}  {line}")
+
+    def end(self) -> None:
+        import json
+
+        if self._as_json:
+            whole = {"ok": not self.failed, "findings": self._findings}
+            click.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+
+
+def _printable(text: str) -> str:
+    """A line; what comes from outside may hold what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -1,0 +1,141 @@
+"""All that a daemon with these settings would depend on, to be looked at before it runs.
+
+What a venue or a broker depends on, its connector says (:mod:`kronos_stream.checkup`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from random import Random
+
+from kronos_stream.checkup import Check, CheckedSink, CheckedSource, Finding, Told, examine
+from kronos_stream.daemon import checks
+from kronos_stream.daemon.environment import told
+from kronos_stream.daemon.service import build_sinks, build_sources
+from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError
+from kronos_stream.daemon.universe import resolve
+from kronos_stream.forecast.sink import Sink
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Source, SourceError, VenueRefused
+
+_MODEL_SECONDS = 900.0
+"""It may have to be fetched."""
+_SYMBOLS_SECONDS = 90.0
+"""A venue's list of them is megabytes."""
+
+
+def found_in(environ: Mapping[str, str]) -> Finding:
+    """Which variables are set, secrets withheld; for settings that can be read."""
+    found = sorted(told(environ).items())
+    said = ", ".join(f"{name.removeprefix(PREFIX)}={value}" for name, value in found)
+    return Finding("ok", said or "nothing is set")
+
+
+class Doctor:
+    """Looks over what ``settings`` name. Nothing is opened but for a moment, and nothing sent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._series: set[Series] = set(settings.series())
+        """What would be followed, as far as it is known by now."""
+
+    async def examine(
+        self, begins: Callable[[str], None], without: Collection[str] = ()
+    ) -> AsyncIterator[Told]:
+        """Every finding, as it is found.
+
+        begins: told the name of each check that begins. without: areas left out, of :data:`AREAS`.
+        """
+        async with AsyncExitStack() as stack:
+            for area in AREAS:
+                if area not in without:
+                    async for one in examine(self._checks(area, stack), begins):
+                        yield one
+
+    def _checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
+        settings = self._settings
+        if area == "venues":
+            return self._of_sources(stack)
+        if area == "sinks":
+            return self._of_sinks(stack)
+        if area == "state":
+            return [Check("state file", partial(checks.state_file, settings.state_file))]
+        if area == "http":
+            return [Check("http port", partial(checks.port, settings.http, settings.state_file))]
+        return [Check("model", self._model, _MODEL_SECONDS)]
+
+    def _of_sources(self, stack: AsyncExitStack) -> Sequence[Check]:
+        try:
+            sources = build_sources(self._settings, SystemClock(), Random())
+        except (SettingsError, SourceError) as error:
+            return [Check("venues", partial(_known, Finding("fail", str(error), _SYMBOL)))]
+        found: list[Check] = []
+        for venue, source in sources.items():
+            stack.push_async_callback(source.close)
+            series = [one for one in self._series if one.venue == venue]
+            if isinstance(source, CheckedSource):
+                found += [_explained(check) for check in source.checks(series)]
+            symbols = partial(self._symbols, venue, source)
+            found.append(_explained(Check(f"{venue} symbols", symbols, _SYMBOLS_SECONDS)))
+        return found
+
+    async def _symbols(self, venue: str, source: Source) -> Sequence[Finding]:
+        """Whether the venue has all that is wanted of it."""
+        entries = [one for one in self._settings.watchlist() if one.venue == venue]
+        try:
+            series = await resolve(entries, {venue: source}, ())
+        except SettingsError as error:
+            return [Finding("fail", problem, _SYMBOL) for problem in error.problems]
+        self._series |= series
+        unknown = await source.unknown(series)
+        self._series -= unknown.keys()
+        if unknown:
+            return [Finding("fail", f"{one}: {why}", _SYMBOL) for one, why in unknown.items()]
+        return [Finding("ok", f"{venue} has all {len(series)} series that are wanted")]
+
+    def _of_sinks(self, stack: AsyncExitStack) -> Sequence[Check]:
+        found: list[Check] = []
+        for sink in build_sinks(self._settings, SystemClock()):
+            stack.push_async_callback(sink.close)
+            if isinstance(sink, CheckedSink):
+                found += sink.checks()
+            else:
+                found.append(Check(sink.name, partial(_unchecked, sink)))
+        return found
+
+    async def _model(self) -> Sequence[Finding]:
+        return await checks.model(self._settings.plan(), self._series)
+
+
+AREAS = ("state", "http", "venues", "sinks", "model")
+"""In the order of looking: what is quick first."""
+
+_SYMBOL = "see KRONOS_STREAM_SYMBOLS, KRONOS_STREAM_SYMBOLS_FILE and KRONOS_STREAM_TIMEFRAMES"
+
+
+def _explained(check: Check) -> Check:
+    """The same, with a cure for what keeps a venue from answering."""
+
+    async def look() -> Sequence[Finding]:
+        try:
+            return await check.look()
+        except VenueRefused as error:
+            cure = "it does not serve this address: run from another one, or leave the venue out"
+            return [Finding("fail", str(error), cure)]
+        except SourceError as error:
+            cure = "see whether this machine reaches it: network, firewall, and the venue's URLs"
+            return [Finding("fail", str(error), cure)]
+
+    return check._replace(look=look)
+
+
+async def _known(finding: Finding) -> Sequence[Finding]:
+    return [finding]
+
+
+async def _unchecked(sink: Sink) -> Sequence[Finding]:
+    found = f"not looked at: the sink {sink.name} brings no checks"
+    return [Finding("warn", found, "kronos-stream run tells whether it delivers, in /readyz")]

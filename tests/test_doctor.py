@@ -1,0 +1,316 @@
+"""What ``kronos-stream doctor`` finds: causes and cures, with real venues, brokers and disks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined] # it says so in no __all__
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+from pydantic import SecretStr
+
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import wanted
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.processes import ExchangeProcess
+
+PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
+
+
+class Found:
+    """What it said, and how it ended."""
+
+    def __init__(self, ended: subprocess.CompletedProcess[str]) -> None:
+        self.status, self.text = ended.returncode, ended.stdout + ended.stderr
+        assert PASSWORD not in self.text
+        self.findings: list[dict[str, str]] = json.loads(ended.stdout)["findings"]
+
+    def of(self, name: str, level: str) -> str:
+        """All that was found of something, with cures; it must all be of one level."""
+        some = [one for one in self.findings if one["check"].startswith(name)]
+        assert some, name
+        assert {one["level"] for one in some} == {level}, some
+        return "\n".join(f"{one['found']}; {one['cure']}" for one in some)
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Iterator[ExchangeProcess]:
+    with ExchangeProcess("--symbols", "2", "--history", "300") as exchange:
+        yield exchange
+
+
+@pytest.fixture
+def environ(exchange: ExchangeProcess, tmp_path: Path) -> dict[str, str]:
+    """Of a daemon that could run."""
+    return {
+        **exchange.settings(),
+        "SINKS": "jsonl",
+        "JSONL__PATH": str(tmp_path / "forecasts.jsonl"),
+        "STATE_FILE": str(tmp_path / "state" / "state.sqlite"),
+        "MODEL": "nano",
+        "LOOKBACK": "96",
+        "HORIZON": "8",
+        "HTTP__PORT": "0",
+        "HTTP__TOKEN": PASSWORD,
+    }
+
+
+def _environ(given: Mapping[str, str]) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    return clean | {f"KRONOS_STREAM_{name}": value for name, value in given.items()}
+
+
+def _doctor(given: Mapping[str, str], *skip: str) -> Found:
+    arguments = [argument for area in skip for argument in ("--skip", area)]
+    return Found(
+        subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "kronos_stream", "doctor", "--json", *arguments],
+            env=_environ(given),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    )
+
+
+def test_where_all_is_well_it_says_so_and_leaves_nothing(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    found = _doctor(environ)
+    assert found.status == 0, found.text
+    names = {one["check"] for one in found.findings}
+    assert names == {
+        "settings", "state file", "http port", "binance spot clock", "binance spot websocket",
+        "binance symbols", "jsonl file", "model",
+    }  # fmt: skip
+    assert "HTTP__TOKEN=***" in found.of("settings", "ok")
+    assert "nano on cpu in float32" in found.of("model", "ok")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_it_is_a_line_each_for_people(environ: dict[str, str]) -> None:
+    environ["SYMBOLS"] = "binance:SIM00/USDT,binance:SIM0/USDT"
+    command = [sys.executable, "-m", "kronos_stream", "doctor", "--skip", "model"]
+    ended = subprocess.run(  # noqa: S603
+        command, env=_environ(environ), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 1
+    lines = ended.stdout.splitlines()
+    assert {line[:6] for line in lines} == {"ok    ", "fail  "}
+    (failed,) = (line for line in lines if line.startswith("fail"))
+    assert "did you mean SIM0" in failed
+    assert "see KRONOS_STREAM_SYMBOLS" in failed
+
+
+def test_settings_that_cannot_be_read_are_all_it_says(environ: dict[str, str]) -> None:
+    found = _doctor(environ | {"HORIZON": "0", "LOKBACK": "9"}, "model")
+    assert found.status == 2
+    assert "did you mean KRONOS_STREAM_LOOKBACK?" in found.of("settings", "fail")
+    short = "sesame"
+    found = _doctor(environ | {"HORIZON": "0", "HTTP__TOKEN": short}, "model")
+    said = found.of("settings", "fail")
+    assert "KRONOS_STREAM_HORIZON=0: " in said
+    assert "KRONOS_STREAM_HTTP__TOKEN: expected at least 16" in said
+    assert short not in found.text
+
+
+def test_where_nothing_runs_it_says_what_is_missing(environ: dict[str, str]) -> None:
+    nobody = f"127.0.0.1:{_free_port()}"
+    environ |= {"BINANCE__REST_URL": f"http://{nobody}", "BINANCE__WS_URL": f"ws://{nobody}"}
+    environ |= {"SINKS": "kafka,jsonl", "KAFKA__BOOTSTRAP_SERVERS": nobody}
+    found = _doctor(environ | {"MODEL": "/nowhere"})
+    assert found.status == 1
+    for name in ("binance spot clock", "binance spot websocket", "binance symbols"):
+        assert nobody in found.of(name, "fail")
+        assert "see whether this machine reaches it" in found.of(name, "fail")
+    assert "see KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS" in found.of("kafka", "fail")
+    assert "/nowhere" in found.of("model", "fail")
+    assert "can be written" in found.of("jsonl", "ok")  # the others are looked at all the same
+
+
+def test_an_unreadable_model_is_named(environ: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{", "utf-8")
+    said = _doctor(environ | {"MODEL": str(folder)}, "venues").of("model", "fail")
+    assert str(folder) in said
+    assert "KRONOS_STREAM_LOOKBACK" in _doctor(environ | {"LOOKBACK": "250"}).of("model", "fail")
+
+
+@pytest.mark.parametrize(("timeframe", "level"), [("1s", "fail"), ("5m", "warn")])
+def test_a_skewed_clock_is_told(timeframe: str, level: str, environ: dict[str, str]) -> None:
+    arguments = ("--timeframe", timeframe, "--faults", '{"skew_seconds": 2.5}', "--history", "120")
+    with ExchangeProcess("--symbols", "1", *arguments) as skewed:
+        found = _doctor(environ | skewed.settings(), "model")
+    said = found.of("binance spot clock", level)
+    assert "our clock is 2.5" in said or "our clock is 2.4" in said
+    assert "behind the venue's" in said
+    assert "NTP" in said
+    assert found.status == (1 if level == "fail" else 0)
+
+
+# Kafka.
+
+
+def test_topics_are_looked_at(
+    environ: dict[str, str], kafka: ApacheKafka, topic_prefix: str
+) -> None:
+    environ |= {"SINKS": "kafka", "KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap}
+    environ |= {"KAFKA__TOPIC_PREFIX": topic_prefix, "KAFKA__PARTITIONS": "3"}
+    skip = ("model", "venues")
+    found = _doctor(environ, *skip)
+    assert found.status == 1
+    said = found.of("kafka", "fail")
+    assert f"{topic_prefix}.forecasts.v1: missing" in said
+    assert "kronos-stream topics create" in said
+    options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=topic_prefix)
+    options = options.model_copy(update={"partitions": 3})
+    asyncio.run(create(options, wanted(options)))
+    found = _doctor(environ, *skip)
+    assert found.status == 0, found.text
+    assert "3 topics are as they should be" in found.of("kafka", "ok")
+    assert "3 topics are ours to write to" in found.of("kafka", "ok")
+    assert "3 partitions, not 4" in _doctor(environ | {"KAFKA__PARTITIONS": "4"}, *skip).text
+
+
+@pytest.fixture(scope="module")
+def locked_kafka(
+    kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], KafkaOptions]]:
+    """Kafka with a login: who may do anything, and who may only look. Gives options by name."""
+    users = {"owner": PASSWORD, "guest": PASSWORD}
+    settings = {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS;User:owner",
+    }
+    folder = tmp_path_factory.mktemp("locked")
+    with ApacheKafka(kafka_jars, folder, users=users, settings=settings) as broker:
+
+        def options(name: str) -> KafkaOptions:
+            return KafkaOptions(
+                bootstrap_servers=broker.bootstrap, security_protocol="SASL_PLAINTEXT",
+                sasl_username=name, sasl_password=SecretStr(PASSWORD), partitions=3,
+            )  # fmt: skip
+
+        asyncio.run(create(options("owner"), wanted(options("owner"))))
+        _let_look(broker.bootstrap, "guest")
+        yield options
+
+
+def _let_look(bootstrap: str, user: str) -> None:
+    login = {"sasl.mechanism": "PLAIN", "sasl.username": "owner", "sasl.password": PASSWORD}
+    conf: dict[str, Any] = {
+        "bootstrap.servers": bootstrap,
+        "security.protocol": "SASL_PLAINTEXT",
+        **login,
+    }
+    client = AdminClient(conf)
+    for operation in (AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS):
+        rule = AclBinding(
+            ResourceType.TOPIC, "kronos", ResourcePatternType.PREFIXED, f"User:{user}", "*",
+            operation, AclPermissionType.ALLOW,
+        )  # fmt: skip
+        for done in client.create_acls([rule]).values():
+            done.result(20)
+
+
+def _login(options: KafkaOptions, password: str = PASSWORD) -> dict[str, str]:
+    return {
+        "SINKS": "kafka",
+        "KAFKA__BOOTSTRAP_SERVERS": options.bootstrap_servers,
+        "KAFKA__SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+        "KAFKA__SASL_USERNAME": options.sasl_username,
+        "KAFKA__SASL_PASSWORD": password,
+        "KAFKA__PARTITIONS": "3",
+    }
+
+
+def test_a_wrong_password_and_missing_rights_are_told_apart(
+    environ: dict[str, str], locked_kafka: Callable[[str], KafkaOptions]
+) -> None:
+    skip = ("model", "venues")
+    found = _doctor(environ | _login(locked_kafka("owner")), *skip)
+    assert found.status == 0, found.text
+    assert "KAFKA__SASL_PASSWORD=***" in found.of("settings", "ok")
+
+    found = _doctor(environ | _login(locked_kafka("owner"), "wrong"), *skip)
+    assert found.status == 1
+    said = found.of("kafka", "fail")
+    assert "uthentication failed" in said, said
+    assert "see KRONOS_STREAM_KAFKA__SASL_USERNAME, KRONOS_STREAM_KAFKA__SASL_PASS" in said
+
+    found = _doctor(environ | _login(locked_kafka("guest")), *skip)
+    assert found.status == 1
+    assert "3 topics are as they should be" in found.text
+    said = found.text
+    assert "kronos.forecasts.v1: not ours to write to" in said
+    assert "kafka-acls.sh --add --allow-principal User:guest --operation Write" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one MiB. Where it cannot be had, as without root, the test is skipped."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(  # noqa: S603
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder],  # noqa: S607
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)  # noqa: S603, S607
+
+
+def test_a_full_disk_is_told(environ: dict[str, str], small_disk: Path) -> None:
+    environ["STATE_FILE"] = str(small_disk / "state.sqlite")
+    assert "MiB free" in _doctor(environ, "model", "venues").of("state file", "fail")
+    with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space left"):
+        file.write(bytes(2 * 2**20))
+    environ["JSONL__PATH"] = str(small_disk / "forecasts.jsonl")
+    found = _doctor(environ, "model", "venues")
+    assert found.status == 1
+    for name, setting in (("state file", "STATE_FILE"), ("jsonl file", "JSONL__PATH")):
+        said = found.of(name, "fail")
+        assert "the disk is full; make room there" in said
+        assert setting in said
+
+
+def test_ctrl_c_ends_it_at_once(environ: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and says nothing
+        environ["BINANCE__REST_URL"] = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kronos_stream", "doctor"],
+            env=_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        seen = [process.stdout.readline() for _ in range(3)]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=5)
+    assert all(line.startswith("ok") for line in seen)
+    assert (process.returncode, err.strip()) == (130, "")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,306 @@
+"""The daemon's pages while it works: asked a thousand times a second, and abused, no bar is late.
+
+As a program this file is the crowd: ``test_system_pages.py PORT TOKEN RATE SECONDS SERIES…``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from jsonschema import Draft202012Validator
+from prometheus_client.parser import text_string_to_metric_families
+
+from kronos_stream.daemon import openapi
+from kronos_stream.forecast.message import Forecast
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+TOKEN = "only-for-this-test-1"  # noqa: S105
+SYMBOLS = 8
+CONNECTIONS = 40
+"""That ask; the daemon takes 64."""
+ABUSERS = 20
+LATER_SECONDS = 0.1
+"""By how much the 99th percentile of all bars may be later with the crowd than without it."""
+LAG_SECONDS = 0.05
+SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_PAGES_SECONDS", "120"))
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Iterator[ExchangeProcess]:
+    with ExchangeProcess("--symbols", str(SYMBOLS), "--history", "300") as exchange:
+        yield exchange
+
+
+@pytest.fixture
+def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]:
+    """Forecasts one-second bars into a file, and is ready."""
+    settings = {
+        **exchange.settings(),
+        "SINKS": "jsonl",
+        "JSONL__PATH": str(tmp_path / "forecasts.jsonl"),
+        "MODEL": "nano",
+        "LOOKBACK": "96",
+        "HORIZON": "8",
+        "PATHS": "20",
+        "HTTP__TOKEN": TOKEN,
+    }
+    with DaemonProcess(tmp_path, settings) as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        wait_for("forecasts", lambda: len(_forecasts(tmp_path)) >= 3 * SYMBOLS, 60.0)
+        yield daemon
+
+
+def test_pages_tell_what_the_daemon_does(
+    daemon: DaemonProcess, exchange: ExchangeProcess, tmp_path: Path
+) -> None:
+    for path in ("/metrics", "/series", "/openapi.json", "/forecasts/x"):
+        assert _get(daemon, path, "wrong-token-of-someone")[0] == _get(daemon, path, "")[0] == 401
+    assert _get(daemon, "/readyz", "")[0] == _get(daemon, "/healthz", "")[0] == 200
+
+    status, body = _get(daemon, "/series")
+    page = json.loads(body)
+    assert status == 200
+    document = openapi.document()
+    schema = {"$ref": "#/components/schemas/AllSeries", "components": document["components"]}
+    assert list(Draft202012Validator(schema).iter_errors(page)) == []
+    names = [one.name for one in exchange.series()]
+    assert [row["series"] for row in page["series"]] == names
+    assert {row["state"] for row in page["series"]} == {"live"}
+    assert all(row["last_outcome"]["result"] == "forecast" for row in page["series"])
+
+    for path in (names[0], quote(names[0]), quote(names[0], safe="")):
+        status, body = _get(daemon, f"/forecasts/{path}")
+        assert status == 200
+        assert Forecast.parse(body).series == names[0]
+        told = json.loads(body)["id"]
+        wait_for("the file has it", lambda told=told: told in _ids(tmp_path), 5.0)  # type: ignore[misc]
+    assert _get(daemon, "/forecasts/binance:NONE/USDT:1s")[0] == 404
+
+
+def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
+    daemon.checks()  # finds its port
+    environ = daemon._environ | {"KRONOS_STREAM_HTTP__PORT": str(daemon._port)}
+    command = [sys.executable, "-m", "kronos_stream", "doctor", "--json", "--skip", "model"]
+    ended = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    found = [one["found"] for one in json.loads(ended.stdout)["findings"]]
+    assert ended.returncode == 0, ended.stdout
+    assert any(f"in use by process {daemon.pid}: a daemon runs on it" in one for one in found)
+    assert f"127.0.0.1:{daemon._port} is served by the daemon that runs" in found
+    assert daemon.ready()
+
+
+@pytest.mark.parametrize(
+    ("rate", "seconds"),
+    [
+        pytest.param(200, 8.0, id="short"),
+        pytest.param(
+            1_000, SOAK_SECONDS, id="full",
+            marks=[pytest.mark.soak, pytest.mark.timeout(3 * SOAK_SECONDS + 300)],
+        ),
+    ],
+)  # fmt: skip
+def test_no_bar_is_late_for_the_crowd(
+    rate: int,
+    seconds: float,
+    daemon: DaemonProcess,
+    exchange: ExchangeProcess,
+    tmp_path: Path,
+    patience: float,
+) -> None:
+    daemon.checks()  # finds its port
+    began, start = time.time(), _metrics(daemon)
+    time.sleep(seconds)
+    calm, before = time.time(), _metrics(daemon)
+    names = [one.name for one in exchange.series()]
+    command = [sys.executable, __file__, str(daemon._port), TOKEN, str(rate), str(seconds), *names]
+    crowd = json.loads(subprocess.check_output(command, timeout=seconds + 60))
+    after, end = _metrics(daemon), time.time()
+    assert daemon.ready()
+    assert daemon.stop() == 0
+
+    made = _forecasts(tmp_path)
+    alone = _lateness(made, began, calm)
+    crowded = _lateness(made, calm, end - 1)
+    lag = _p99("kronos_event_loop_lag_seconds", before, after)
+    print(  # noqa: T201
+        f"{crowd['answers'] / crowd['seconds']:.0f} requests/s for {crowd['seconds']:.0f} s, "
+        f"statuses {crowd['statuses']}, answered within {1000 * crowd['p99']:.0f} ms (p99), "
+        f"{crowd['abused']} abuses; bars from close to forecast, p50/p99/worst: alone "
+        f"{_described(alone)}, crowded {_described(crowded)}; loop lag p99 "
+        f"{1000 * _p99('kronos_event_loop_lag_seconds', start, before):g} → {1000 * lag:g} ms; "
+        f"{_cores(start, before):.2f} → {_cores(before, after):.2f} cores"
+    )
+    assert crowd["answers"] >= 0.9 * rate * seconds / patience
+    assert set(crowd["statuses"]) <= {"200", "401"}
+    assert crowd["statuses"]["401"] > 0
+    assert crowd["abused"] > 0
+    # Every bar has its forecast, and in time.
+    skipped = _skipped(after) - _skipped(start)
+    assert skipped == 0
+    assert len(crowded) >= SYMBOLS * (seconds - 3)
+    assert _at(crowded, 0.99) <= _at(alone, 0.99) + patience * LATER_SECONDS
+    assert lag <= patience * LAG_SECONDS
+
+
+def _get(daemon: DaemonProcess, path: str, token: str = TOKEN) -> tuple[int, bytes]:
+    daemon.checks()
+    url = f"http://127.0.0.1:{daemon._port}{path}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def _forecasts(folder: Path) -> list[dict[str, Any]]:
+    with suppress(FileNotFoundError):
+        lines = (folder / "forecasts.jsonl").read_bytes().split(b"\n")[:-1]
+        return [json.loads(line) for line in lines]
+    return []
+
+
+def _ids(folder: Path) -> set[str]:
+    return {one["id"] for one in _forecasts(folder)}
+
+
+def _lateness(made: Sequence[Mapping[str, Any]], since: float, until: float) -> list[float]:
+    """Seconds from bar close to message, of those made between two moments, in order."""
+    seen = [Forecast.model_validate(one) for one in made]
+    late = [
+        (one.created_at - one.times[0]).total_seconds()
+        for one in seen
+        if since <= one.created_at.timestamp() < until
+    ]
+    return sorted(late)
+
+
+def _at(values: Sequence[float], share: float) -> float:
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+def _described(late: Sequence[float]) -> str:
+    return "/".join(f"{1000 * one:.0f}" for one in (_at(late, 0.5), _at(late, 0.99), late[-1]))
+
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def _metrics(daemon: DaemonProcess) -> Samples:
+    ticks = Path(f"/proc/{daemon.pid}/stat").read_text("ascii").rpartition(")")[2].split()[11:13]
+    text = _get(daemon, "/metrics")[1].decode()
+    samples: Samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    seconds = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return samples | {("cpu", frozenset()): seconds, ("at", frozenset()): time.monotonic()}
+
+
+def _cores(before: Samples, after: Samples) -> float:
+    """Cores that the daemon's own process kept busy between two looks."""
+    cpu, at = (after[name, frozenset()] - before[name, frozenset()] for name in ("cpu", "at"))
+    return cpu / at
+
+
+def _skipped(samples: Samples) -> float:
+    return sum(
+        value
+        for (name, labels), value in samples.items()
+        if name == "kronos_outcomes_total" and ("result", "skipped") in labels
+    )
+
+
+def _p99(histogram: str, before: Samples, after: Samples) -> float:
+    counts = {
+        float(dict(labels)["le"]): value - before.get((name, labels), 0.0)
+        for (name, labels), value in after.items()
+        if name == f"{histogram}_bucket"
+    }
+    return min(bound for bound, count in counts.items() if count >= 0.99 * max(counts.values()))
+
+
+# The crowd.
+
+
+async def _crowd(port: int, token: str, rate: float, seconds: float, series: Sequence[str]) -> None:
+    """Ask in step, a little in bad faith; what came of it goes to stdout."""
+    statuses: Counter[str] = Counter()
+    took: list[float] = []
+    abused = [0]
+    paths = ["/healthz", "/readyz", "/metrics", "/series", *(f"/forecasts/{one}" for one in series)]
+    began = time.monotonic()
+    end = began + seconds
+
+    async def asker(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        due = began + number / rate
+        for turn, path in enumerate(cycle(paths[number % len(paths) :] + paths)):
+            if due >= end:
+                break
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due += CONNECTIONS / rate
+            shown = token if turn % 10 else "wrong"
+            asked = time.monotonic()
+            writer.write(
+                f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {shown}\r\n\r\n".encode()
+            )
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            await reader.readexactly(length)
+            statuses[head[9:12].decode()] += 1
+            took.append(time.monotonic() - asked)
+        writer.close()
+
+    async def abuser(number: int) -> None:
+        random = Random(number)
+        while time.monotonic() < end:
+            with suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                if number % 2:  # never ends its request, nor reads
+                    writer.write(b"GET /series HTTP/1.1\r\nX-Slow: ")
+                    await asyncio.sleep(min(3.0, max(0.0, end - time.monotonic())))
+                else:
+                    writer.write(random.randbytes(2_000))
+                    await asyncio.wait_for(reader.read(), 5)
+                    await asyncio.sleep(0.05)
+                abused[0] += 1
+                writer.close()
+
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(CONNECTIONS):
+            tasks.create_task(asker(number))
+        for number in range(ABUSERS):
+            tasks.create_task(abuser(number))
+    took.sort()
+    told = {
+        "answers": sum(statuses.values()), "seconds": time.monotonic() - began,
+        "statuses": dict(statuses), "p99": _at(took, 0.99), "abused": abused[0],
+    }  # fmt: skip
+    print(json.dumps(told))  # noqa: T201
+
+
+if __name__ == "__main__":
+    _port, _token, _rate, _seconds, *_series = sys.argv[1:]
+    asyncio.run(_crowd(int(_port), _token, float(_rate), float(_seconds), _series))

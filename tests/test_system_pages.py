@@ -48,20 +48,23 @@ def exchange() -> Iterator[ExchangeProcess]:
         yield exchange
 
 
-@pytest.fixture
-def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]:
-    """Forecasts one-second bars into a file, and is ready."""
-    settings = {
+def _settings(exchange: ExchangeProcess, folder: Path) -> dict[str, str]:
+    return {
         **exchange.settings(),
         "SINKS": "jsonl",
-        "JSONL__PATH": str(tmp_path / "forecasts.jsonl"),
+        "JSONL__PATH": str(folder / "forecasts.jsonl"),
         "MODEL": "nano",
         "LOOKBACK": "96",
         "HORIZON": "8",
         "PATHS": "20",
         "HTTP__TOKEN": TOKEN,
     }
-    with DaemonProcess(tmp_path, settings) as daemon:
+
+
+@pytest.fixture
+def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]:
+    """Forecasts one-second bars into a file, and is ready."""
+    with DaemonProcess(tmp_path, _settings(exchange, tmp_path)) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: len(_forecasts(tmp_path)) >= 3 * SYMBOLS, 60.0)
@@ -160,6 +163,25 @@ def test_no_bar_is_late_for_the_crowd(
     assert len(crowded) >= SYMBOLS * (seconds - 3)
     assert _at(crowded, 0.99) <= _at(alone, 0.99) + patience * LATER_SECONDS
     assert lag <= patience * LAG_SECONDS
+
+
+@pytest.mark.soak
+def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
+    with (
+        ExchangeProcess("--symbols", "3", "--history", "300") as exchange,
+        DaemonProcess(tmp_path, _settings(exchange, tmp_path)) as daemon,
+    ):
+        daemon.start()
+        daemon.wait_until_ready()
+        exchange.close()
+        gone = time.monotonic()
+        wait_for("it is told", lambda: daemon.checks()[0] == 503, 120.0)
+        assert time.monotonic() - gone > 50  # a minute may pass without a word
+        why = {name: said for name, said in daemon.checks()[1].items() if said != "ok"}
+        assert why == {"source binance": "nothing is heard of any of its 3 series"}
+        rows = json.loads(_get(daemon, "/series")[1])["series"]
+        assert {row["state"] for row in rows} == {"late"}
+        assert daemon.stop() == 0
 
 
 def _get(daemon: DaemonProcess, path: str, token: str = TOKEN) -> tuple[int, bytes]:

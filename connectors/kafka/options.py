@@ -13,7 +13,7 @@ SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
 
 class KafkaOptions(BaseModel):
-    """Settings of the Kafka sink and of ``kronos-stream topics``."""
+    """Settings of Kafka as a sink, as a source, and of ``kronos-stream topics``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -36,6 +36,13 @@ class KafkaOptions(BaseModel):
     """Our certificate, PEM, where brokers ask for one."""
     ssl_keyfile: Path | None = None
     """Its key, PEM, if not in the same file."""
+
+    group: str = Field(default="", max_length=200)
+    """Consumer group that candles are read as; else PREFIX-ingest. Its members share the partitions
+    of a topic, so a daemon that has series of its own needs a group of its own."""
+    history_bars: int = Field(default=2_112, ge=100, le=100_000)
+    """Bars of each series that are read back at the start and kept in memory: at least LOOKBACK and
+    64. The default will do for any model."""
 
     max_record_bytes: int = Field(default=1_000_000, ge=1_000)
     """Larger records are refused unsent; brokers take 1,048,588 bytes unless told otherwise."""

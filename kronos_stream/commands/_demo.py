@@ -91,7 +91,7 @@ async def _forecast(
 
 def _reader(bootstrap: str) -> str:
     """A command that reads with the client in this package."""
-    return f"{sys.executable} -m kronos_stream watch {bootstrap}"
+    return f"{sys.executable} -m kronos_stream tail {bootstrap}"
 
 
 async def _show(figures: Figures, console: Console) -> None:

@@ -1,0 +1,242 @@
+"""Candles from Kafka: a member of a consumer group reads the topics of the series it follows.
+
+Here is what talks to the brokers; what records mean is :mod:`kronos_connectors.kafka.reading`'s.
+A consumer of aiokafka outlives most outages by itself, but says nothing of them: one that hears
+from no broker for a while is let go, and another one is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from random import Random
+
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+from kronos_connectors.kafka import member
+from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.member import ANSWER_SECONDS
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.reading import Bounds, Reading, Rejected
+from kronos_connectors.kafka.topics import candles
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, SourceError, Traits
+
+_log = structlog.get_logger()
+
+_POLL_MS, _POLL_RECORDS = 500, 500
+_COMMIT_SECONDS, _COMMIT_PATIENCE_SECONDS = 5.0, 2.0
+_HISTORY_SECONDS, _LOOK_SECONDS = 30.0, 0.05
+_CLOSE_SECONDS = 2.0
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
+
+
+class KafkaSource:
+    """Candles that others produce to ``PREFIX.candles.<timeframe>.v1``; their history, too."""
+
+    # Nothing comes by itself: silence means that the producer is away, not that nothing trades.
+    traits = Traits(fills_empty=True)
+
+    def __init__(self, venue: str, options: KafkaOptions, clock: Clock, random: Random) -> None:
+        self.venue = venue
+        self._options, self._clock, self._random = options, clock, random
+        # Venues such as kafka.us beside kafka must not take each other's partitions.
+        self._group = options.group or f"{options.topic_prefix}-ingest"
+        self._group += venue.removeprefix("kafka")
+        self._reading = Reading(options.topic_prefix, options.history_bars)
+        self._consumer: AIOKafkaConsumer | None = None
+        self._chatter = listen()
+        self._wanted = asyncio.Event()
+        self._trouble = ""
+
+    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+        options = self._options
+        self._chatter.last = ""
+        client = AIOKafkaClient(**options.connection())
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await client.bootstrap()
+                # All topics, since a broker may create what it is asked about by name.
+                topics = (await client.fetch_all_metadata()).topics()
+        except (KafkaError, OSError) as error:
+            raise SourceError(f"kafka: {self._explain(error)}") from error
+        finally:
+            with suppress(KafkaError, OSError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await client.close()
+        wanted = {one: candles(options.topic_prefix, one.timeframe) for one in series}
+        return {
+            one: f"no topic {name}, or no right to see it; to create it: "
+            f"kronos-stream topics create --candles {one.timeframe}"
+            for one, name in wanted.items()
+            if name not in topics
+        }
+
+    def follow(self, series: Collection[Series]) -> None:
+        self._reading.follow(series)
+        if series:
+            self._wanted.set()
+        else:
+            self._wanted.clear()
+
+    async def run(self, intake: Intake) -> None:
+        tries = 0
+        while True:
+            await self._wanted.wait()
+            began = self._now()
+            try:
+                await self._read(intake)
+            except Exception as error:  # noqa: BLE001 - whatever it was, a new consumer begins anew
+                if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
+                    _log.exception("unexpected failure of the kafka consumer")
+                intake.note("lost")
+                why = self._explain(error)
+                if why != self._trouble:  # an outage is told of once
+                    _log.warning("candles cannot be read from kafka", why=why)
+                self._trouble = why
+            await self._let_go()
+            tries = 0 if self._now() - began > _HEALTHY_SECONDS else tries + 1
+            await self._clock.sleep(self._pause(tries))
+
+    async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
+        """What was read back and has come since; waits a while until all was read back."""
+        began = self._now()
+        while lack := self._reading.lacks(series, self._group):
+            if self._now() - began > _HISTORY_SECONDS:
+                raise SourceError(f"{lack} ({self._trouble})" if self._trouble else lack)
+            await asyncio.sleep(_LOOK_SECONDS)
+        return self._reading.history(series, start, end, self._clock.now())
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            await self._commit(self._consumer)
+        await self._let_go()
+
+    # -- one consumer ----------------------------------------------------------------------
+
+    async def _read(self, intake: Intake) -> None:
+        """Read until there is nothing to follow. Raises KafkaError or OSError."""
+        self._chatter.last = ""
+        consumer = self._consumer = member.make(self._options, self._group)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await consumer.start()
+        intake.note("connected")
+        listener, topics = member.Listener(self._reading, consumer), frozenset[str]()
+        pulse, commit_at = member.Pulse(self._now()), self._now()
+        while self._reading.topics:
+            if self._reading.topics != topics:
+                topics = self._reading.topics
+                consumer.subscribe(sorted(topics), listener=listener)
+            await self._begin(consumer)
+            await self._take(consumer, intake)
+            pulse.check(consumer, self._now())
+            if self._now() >= commit_at:
+                done = await self._commit(consumer)
+                commit_at = self._now() + (1 if done else 10) * _COMMIT_SECONDS
+            await asyncio.sleep(0)  # records that wait already must not starve the others
+
+    async def _begin(self, consumer: AIOKafkaConsumer) -> None:
+        """Look up where partitions begin that are ours since just now."""
+        reading, now = self._reading, self._clock.now()
+        places = [TopicPartition(*place) for place in reading.unplaced]
+        if not places:
+            return
+        async with asyncio.timeout(ANSWER_SECONDS):
+            firsts = await consumer.beginning_offsets(places)
+            ends = await consumer.end_offsets(places)
+            times = {place: reading.since(place, now) for place in places}
+            since = await consumer.offsets_for_times(times)
+            committed = await asyncio.gather(*map(consumer.committed, places))
+        behind = 0
+        for place, offset in zip(places, committed, strict=True):
+            if place in reading.unplaced and place in consumer.assignment():
+                at = since.get(place)
+                bounds = Bounds(firsts[place], ends[place], at and at.offset, offset)
+                start = reading.begin(place, bounds)
+                consumer.seek(place, start)
+                behind += ends[place] - start
+        self._trouble = self._chatter.last = ""
+        _log.info("reads candles from kafka", partitions=len(places), records_back=behind)
+        if shared := reading.shared:
+            _log.warning(
+                "others read these topics with us, and take series from us; if they should not, "
+                "set KRONOS_STREAM_KAFKA__GROUP to a name of our own",
+                topics=shared,
+                group=self._group,
+            )
+
+    async def _take(self, consumer: AIOKafkaConsumer, intake: Intake) -> None:
+        """Wait a moment for records, and pass them on."""
+        reading = self._reading
+        try:
+            # While the group shares out anew, aiokafka waits for that without end.
+            async with asyncio.timeout(2 * _POLL_MS / 1000):
+                batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+        except TimeoutError:
+            batches = {}
+        now = self._clock.now()
+        for place, records in batches.items():
+            for told in reading.take(place, records, now):
+                if isinstance(told, Rejected):
+                    intake.reject(*told)
+                else:
+                    intake.update(told)
+        for place in reading.behind:
+            if place in consumer.assignment():
+                reading.passed(place, await consumer.position(place))
+
+    async def _commit(self, consumer: AIOKafkaConsumer) -> bool:
+        """Let the brokers know how far we are: for those who watch the lag, not for ourselves."""
+        ours = consumer.assignment()
+        offsets = {
+            TopicPartition(*place): offset
+            for place, offset in self._reading.offsets().items()
+            if place in ours
+        }
+        if not offsets:
+            return True
+        try:
+            async with asyncio.timeout(_COMMIT_PATIENCE_SECONDS):
+                await consumer.commit(offsets)
+        except (KafkaError, OSError) as error:
+            _log.debug("offsets not committed", why=str(error))
+            return False
+        self._reading.committed(offsets)
+        return True
+
+    async def _let_go(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        self._reading.lost()
+        if consumer is not None:
+            await member.end(consumer)
+
+    # -- small things ----------------------------------------------------------------------
+
+    def _explain(self, error: BaseException) -> str:
+        said = self._chatter.last  # which address, and why
+        what = f"no answer in {ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else error
+        why = f"{what} ({said})" if said else f"{what}"
+        if isinstance(error, KafkaConnectionError) and said:
+            why = said
+        if "authentication" in why.lower():
+            why += "; see KRONOS_STREAM_KAFKA__SASL_USERNAME and KRONOS_STREAM_KAFKA__SASL_PASSWORD"
+        return why
+
+    def _pause(self, tries: int) -> float:
+        most = min(_SHORTEST_PAUSE_SECONDS * 2.0 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
+        return most * self._random.uniform(0.5, 1.0)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def build_source(venue: str, options: KafkaOptions, clock: Clock, random: Random) -> KafkaSource:
+    """A source; it connects when it runs."""
+    return KafkaSource(venue, options, clock, random)

@@ -1,0 +1,99 @@
+"""What ``kronos-stream tail`` shows: the newest forecast of each series, as rows and as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from kronos_stream.forecast.message import Forecast
+
+_MOST_SERIES = 10_000
+"""Remembered; of more, those go that were not heard of for longest."""
+
+_FRAME_LINES = 6
+"""Lines of a table that are no rows."""
+
+
+class Board:
+    """The newest forecast of each series. Times are UTC ms."""
+
+    def __init__(self, title: str, *, newest_first: bool) -> None:
+        self._title, self._newest_first = title, newest_first
+        self._rows: dict[str, Forecast] = {}
+        self._seen = 0
+
+    def put(self, forecast: Forecast) -> None:
+        """The newest of its series, by its origin and revision, stays."""
+        self._seen += 1
+        old = self._rows.pop(forecast.series, None)
+        if old is not None and (old.origin, old.revision) > (forecast.origin, forecast.revision):
+            forecast = old
+        self._rows[forecast.series] = forecast
+        if len(self._rows) > _MOST_SERIES:
+            del self._rows[next(iter(self._rows))]
+
+    def table(self, now: int, height: int) -> Table:
+        """As many rows as ``height`` lines have room for; expired ones are dim."""
+        shown = self._ordered()[: max(1, height - _FRAME_LINES)]
+        names = {bands(forecast) for forecast in shown}
+        title = f"{self._title}: {self._seen:,} forecasts of {len(self._rows):,} series"
+        table = Table(title=title, title_justify="left", title_style="")
+        table.add_column("series", no_wrap=True)
+        low, middle, high = names.pop() if len(names) == 1 else ("low", "middle", "high")
+        for name in ("origin", "last", low, middle, high, "P(up)", "volatility", "age"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("")
+        for forecast in shown:
+            expired = forecast.valid_until.timestamp() * 1000 <= now
+            table.add_row(*_cells(forecast, now), style="dim" if expired else None)
+        if len(shown) < len(self._rows):
+            table.caption = f"and {len(self._rows) - len(shown):,} more"
+        return table
+
+    def _ordered(self) -> Sequence[Forecast]:
+        if self._newest_first:
+            return sorted(self._rows.values(), key=lambda one: one.created_at, reverse=True)
+        return [self._rows[name] for name in sorted(self._rows)]
+
+
+def bands(forecast: Forecast) -> tuple[str, str, str]:
+    """The bands that are shown: 5 %, median and 95 %, or the outermost and the middle there are."""
+    names = sorted(name for name in forecast.close if name != "mean")
+    low = "q05" if "q05" in names else names[0]
+    high = "q95" if "q95" in names else names[-1]
+    return low, "q50" if "q50" in names else "mean", high
+
+
+def line(forecast: Forecast) -> str:
+    """Final close: its median, its outer bands, and the chance that it is up."""
+    names = bands(forecast)
+    low, middle, high = (f"{forecast.close[name][-1]:.6g}" for name in names)
+    return (
+        f"{forecast.origin:%Y-%m-%d %H:%M:%S}  {forecast.series}  last {forecast.last.close:.6g}  "
+        f"in {len(forecast.times)} bars {middle} ({names[0]} {low}, {names[2]} {high})"
+        f"  P(up) {forecast.summary.p_up:.2f}" + ("  degraded" if forecast.degraded else "")
+    )
+
+
+def _cells(forecast: Forecast, now: int) -> tuple[str, ...]:
+    volatility = forecast.summary.volatility
+    return (
+        forecast.series,
+        f"{forecast.origin:%m-%d %H:%M:%S}",
+        f"{forecast.last.close:.6g}",
+        *(f"{forecast.close[name][-1]:.6g}" for name in bands(forecast)),
+        f"{forecast.summary.p_up:.2f}",
+        "" if volatility is None else f"{volatility:.3%}",
+        _age(now - forecast.created_at.timestamp() * 1000),
+        "degraded" if forecast.degraded else "",
+    )
+
+
+def _age(milliseconds: float) -> str:
+    """In the largest unit of which there are two at least."""
+    seconds = max(0, int(milliseconds / 1000))
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,0 +1,171 @@
+"""Forecasts from Kafka on the terminal, or as lines, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, Protocol, TypeAlias
+
+import click
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.live import Live
+
+from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import forecasts as topic_of
+from kronos_stream.client import Forecast, forecasts
+from kronos_stream.commands._board import Board, line
+from kronos_stream.daemon.environment import read_options
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+
+Start: TypeAlias = Literal["latest", "earliest"] | datetime
+
+_FRAME_SECONDS = 0.5
+_PATIENCE_SECONDS = 10.0
+_BACK = timedelta(minutes=2)
+"""A table begins with what was published lately, so that it is not empty for a whole bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command was told."""
+
+    bootstrap: str | None
+    series: tuple[str, ...]
+    prefix: str | None
+    from_start: bool
+    newest: bool
+    plain: bool
+    as_json: bool
+
+
+class _Screen(Protocol):
+    def put(self, forecast: Forecast) -> None: ...
+
+    def refresh(self) -> None: ...
+
+
+class _Lines:
+    """A line per forecast."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def put(self, forecast: Forecast) -> None:
+        click.echo(forecast.encode().decode() if self._as_json else line(forecast))
+
+    def refresh(self) -> None:
+        pass
+
+
+class _Table:
+    """A row per series, drawn anew now and then: ages grow even if nothing comes."""
+
+    def __init__(self, board: Board, live: Live) -> None:
+        self._board, self._live, self._clock = board, live, SystemClock()
+        self.put = board.put
+
+    def refresh(self) -> None:
+        height = self._live.console.height
+        self._live.update(self._board.table(self._clock.now(), height), refresh=True)
+
+
+def run(options: Options) -> None:
+    """Show until interrupted. Raises click's exceptions and SettingsError."""
+    kafka = _kafka(options)
+    topic = f"{topic_of(kafka.topic_prefix)} at {kafka.bootstrap_servers}"
+    console = Console()
+    if options.plain or options.as_json or not console.is_terminal:
+        click.echo(f"Reading {topic}; Ctrl-C ends", err=True)
+        start: Start = "earliest" if options.from_start else "latest"
+        stream = _stream(options, kafka, start, expired=options.from_start)
+        _finish(_show(stream, _Lines(as_json=options.as_json), topic, options.series), topic)
+        return
+    start = "earliest" if options.from_start else datetime.now(UTC) - _BACK
+    stream = _stream(options, kafka, start, expired=True)
+    with Live(console=console, auto_refresh=False) as live:
+        screen = _Table(Board(topic, newest_first=options.newest), live)
+        _finish(_show(stream, screen, topic, options.series), topic)
+
+
+def _kafka(options: Options) -> KafkaOptions:
+    """Where and as whom to read."""
+    for name in options.series:
+        try:
+            Series.parse(name)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+    try:
+        if options.bootstrap is None:
+            kafka: KafkaOptions = read_options("kafka", os.environ)
+        else:
+            kafka = KafkaOptions(bootstrap_servers=options.bootstrap)
+        if options.prefix is not None:
+            kafka = KafkaOptions(**{**dict(kafka), "topic_prefix": options.prefix})
+    except ValidationError as error:
+        raise click.UsageError(error.errors()[0]["msg"]) from None
+    return kafka
+
+
+def _stream(
+    options: Options, kafka: KafkaOptions, start: Start, *, expired: bool
+) -> AsyncGenerator[Forecast, None]:
+    connection = kafka.connection()
+    return forecasts(
+        connection.pop("bootstrap_servers"),
+        series=options.series or None,
+        topic_prefix=kafka.topic_prefix,
+        start=start,
+        expired=expired,
+        **connection,
+    )
+
+
+async def _show(
+    stream: AsyncGenerator[Forecast, None], screen: _Screen, topic: str, series: Sequence[str]
+) -> None:
+    """Show what comes; say so, once, if nothing does."""
+    chatter = listen()
+    loop = asyncio.get_running_loop()
+    waiting_since: float | None = loop.time()
+    async with aclosing(stream):
+        coming = asyncio.ensure_future(anext(stream))
+        try:
+            while True:
+                await asyncio.wait((coming,), timeout=_FRAME_SECONDS)
+                if coming.done():
+                    waiting_since = None
+                    screen.put(coming.result())
+                    coming = asyncio.ensure_future(anext(stream))
+                elif waiting_since is not None and loop.time() - waiting_since > _PATIENCE_SECONDS:
+                    waiting_since = None
+                    click.echo(_in_vain(topic, series, chatter.last), err=True)
+                screen.refresh()
+        finally:
+            coming.cancel()
+            await asyncio.wait((coming,))
+
+
+def _in_vain(topic: str, series: Sequence[str], trouble: str) -> str:
+    of = f" of {', '.join(series)}" if series else ""
+    return f"No forecast{of} for {_PATIENCE_SECONDS:g} s; still waiting for {topic}" + (
+        f" ({trouble})" if trouble else ": does a daemon publish there?"
+    )
+
+
+def _finish(work: Coroutine[Any, Any, None], topic: str) -> None:
+    try:
+        asyncio.run(work)
+    except UnknownTopicOrPartitionError:
+        raise click.ClickException(
+            f"no topic {topic}, or no right to see it; to create it: kronos-stream topics create"
+        ) from None
+    except KafkaError as error:
+        raise click.ClickException(listen().last or str(error)) from error

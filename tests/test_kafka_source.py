@@ -1,0 +1,321 @@
+"""The Kafka source on real brokers: history and news, outages, groups, and clear words."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from kronos_connectors.kafka import SOURCE, member
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.source import KafkaSource
+from kronos_connectors.kafka.topics import candles, wanted
+from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import Intake, SourceError
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.wire import encode
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.broker import EmbeddedBroker
+
+STEP = 60_000
+MINUTE, FIVE = Timeframe(1, "m"), Timeframe(5, "m")
+BTC, ETH = (Series.of("kafka", f"{base}/USDT", MINUTE) for base in ("BTC", "ETH"))
+BTC_FIVE = Series.of("kafka", "BTC/USDT", FIVE)
+
+
+@dataclass
+class Following:
+    """A source at work, and what it says."""
+
+    source: KafkaSource
+    updates: list[Update] = field(default_factory=list)
+    rejected: list[tuple[Series | None, str, bytes]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def bars(self, series: Series = BTC) -> list[float]:
+        """Closes, which name the bars."""
+        return [one.candle.close for one in self.updates if one.series == series]
+
+    async def past(self, series: Series = BTC) -> list[float]:
+        return [one.close for one in await self.source.history(series, 0, 2**60)]
+
+
+def _source(bootstrap: str, prefix: str, venue: str = "kafka", **options: Any) -> KafkaSource:
+    settings = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=prefix, **options)
+    source = SOURCE.build(venue, settings, SystemClock(), Random(0))
+    assert isinstance(source, KafkaSource)
+    return source
+
+
+@asynccontextmanager
+async def _following(
+    bootstrap: str, prefix: str, *series: Series, **options: Any
+) -> AsyncIterator[Following]:
+    one = Following(_source(bootstrap, prefix, **options))
+    one.source.follow(series or (BTC,))
+    intake = Intake(
+        one.updates.append,
+        lambda series, reason, raw: one.rejected.append((series, reason, raw)),
+        one.notes.append,
+    )
+    running = asyncio.create_task(one.source.run(intake))
+    try:
+        yield one
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await one.source.close()
+    assert running.cancelled()
+
+
+async def _create(bootstrap: str, prefix: str, *timeframes: Timeframe, **options: Any) -> None:
+    settings = KafkaOptions(
+        bootstrap_servers=bootstrap, topic_prefix=prefix, **{"partitions": 4, **options}
+    )
+    await create(settings, wanted(settings, timeframes or (MINUTE,)))
+
+
+def _bar(number: int, series: Series = BTC) -> bytes:
+    """The bar that closed ``1000 - number`` bars ago, with ``number`` as its close."""
+    newest = time.time_ns() // 1_000_000 // STEP - 1
+    price = float(number)
+    opened = (newest - 1_000 + number) * STEP
+    return encode(series, Candle(opened, price, price, price, price, 1.0))
+
+
+async def _produce(
+    bootstrap: str,
+    prefix: str,
+    numbers: Iterable[int],
+    series: Series = BTC,
+    *,
+    values: Iterable[bytes] = (),
+    key: bool = True,
+    **connection: Any,
+) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=bootstrap, **connection)
+    await producer.start()
+    try:
+        topic = candles(prefix, series.timeframe)
+        for value in [*(_bar(number, series) for number in numbers), *values]:
+            await producer.send_and_wait(topic, value, series.name.encode() if key else None)
+    finally:
+        await producer.stop()
+
+
+async def _until(happened: Callable[[], object], seconds: float = 30.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not happened():  # noqa: ASYNC110 - what is waited for is another's
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture(params=["embedded", "apache"])
+async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
+    """A broker with the topic of minutes, of either make."""
+    if request.param == "embedded":
+        with EmbeddedBroker([candles(topic_prefix, MINUTE)]) as broker:
+            yield broker.bootstrap
+    else:
+        kafka: ApacheKafka = request.getfixturevalue("kafka")
+        await _create(kafka.bootstrap, topic_prefix)
+        yield kafka.bootstrap
+
+
+async def test_the_topic_is_history_and_news(bootstrap: str, topic_prefix: str) -> None:
+    await _produce(bootstrap, topic_prefix, range(1, 500))
+    await _produce(bootstrap, topic_prefix, range(1, 9), ETH)
+    async with _following(bootstrap, topic_prefix) as one:
+        assert await one.source.unknown([BTC, ETH]) == {}
+        assert await one.past() == list(map(float, range(1, 500)))
+        await _produce(bootstrap, topic_prefix, [500, 501, 501, 400])
+        await _produce(bootstrap, topic_prefix, [502], key=False)
+        await _produce(bootstrap, topic_prefix, [9], ETH)
+        await _produce(bootstrap, topic_prefix, [503], values=[b"{", b"[]"])
+        await _until(lambda: len(one.updates) == 6 and len(one.rejected) == 2)
+        assert sorted(one.bars()) == [400, 500, 501, 501, 502, 503]
+        keyed = [close for close in one.bars() if close <= 501]
+        assert keyed == [500, 501, 501, 400]  # in order; partitions have none between them
+        assert len(await one.past()) == 503
+        assert one.notes == ["connected"]
+        assert [series for series, _, _ in one.rejected] == [BTC, BTC]
+    # Another day: what was rejected is not rejected again, and the past is there at once.
+    async with _following(bootstrap, topic_prefix) as one:
+        assert len(await one.past()) == 503
+        await _produce(bootstrap, topic_prefix, [504])
+        await _until(lambda: one.updates)
+        assert one.bars() == [504]
+        assert one.rejected == []
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_is_followed_changes_while_it_runs(
+    kafka: ApacheKafka, topic_prefix: str
+) -> None:
+    where = kafka.bootstrap, topic_prefix
+    await _create(*where, MINUTE, FIVE)
+    for series in (BTC, ETH, BTC_FIVE):
+        await _produce(*where, range(1, 200), series)
+    async with _following(*where, BTC) as one:
+        assert len(await one.past()) == 199
+        produced = asyncio.create_task(_slowly(where, BTC, range(200, 300)))
+        one.source.follow([BTC, ETH])
+        assert len(await one.past(ETH)) == 199
+        one.source.follow([BTC, ETH, BTC_FIVE])
+        assert len(await one.past(BTC_FIVE)) == 199
+        await _produce(*where, [200], BTC_FIVE)
+        one.source.follow([BTC, BTC_FIVE])
+        await _until(lambda: one.bars(BTC_FIVE) == [200.0])
+        one.source.follow([])
+        await asyncio.sleep(1)
+        one.source.follow([BTC])
+        await produced
+        await _until(lambda: one.bars()[-1:] == [299.0])
+        # None is missing, and none comes twice.
+        assert one.bars() == list(map(float, range(200, 300)))
+        assert await one.past() == list(map(float, range(1, 300)))
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def _slowly(where: tuple[str, str], series: Series, numbers: Iterable[int]) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=where[0])
+    await producer.start()
+    try:
+        for number in numbers:
+            topic = candles(where[1], series.timeframe)
+            await producer.send_and_wait(topic, _bar(number, series), series.name.encode())
+            await asyncio.sleep(0.05)
+    finally:
+        await producer.stop()
+
+
+async def test_how_far_it_is_can_be_seen_in_the_group(
+    kafka: ApacheKafka, topic_prefix: str
+) -> None:
+    await _create(kafka.bootstrap, topic_prefix, partitions=1)
+    await _produce(kafka.bootstrap, topic_prefix, range(1, 31))
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    for group, name in (("", f"{topic_prefix}-ingest"), ("mine", "mine")):
+        async with _following(kafka.bootstrap, topic_prefix, group=group) as one:
+            assert len(await one.past()) == 30
+        committed = await admin.list_consumer_group_offsets(name)
+        assert committed[TopicPartition(candles(topic_prefix, MINUTE), 0)].offset == 30
+    await admin.close()
+    assert _source("x:1", topic_prefix, "kafka.us")._group == f"{topic_prefix}-ingest.us"
+
+
+async def test_a_member_is_told_apart_from_its_companions(
+    kafka: ApacheKafka, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _create(kafka.bootstrap, topic_prefix, partitions=2)
+    names = [Series.of("kafka", f"S{i}/USDT", MINUTE) for i in range(8)]
+    for series in names:
+        await _produce(kafka.bootstrap, topic_prefix, [1], series)
+    async with _following(kafka.bootstrap, topic_prefix, *names) as one:
+        assert [await one.past(series) for series in names] == [[1.0]] * 8
+        async with _following(kafka.bootstrap, topic_prefix, *names) as other:
+            both = [one.source._reading, other.source._reading]
+            await _until(lambda: all(one.shared and not one.unplaced for one in both))
+            monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.5)
+            lacking = [[await _lacks(who, name) for who in (one, other)] for name in names]
+            # Whoever comes later has seen no more than the partition that it got.
+            assert sorted(map(sum, lacking)) == [1] * 8
+            assert {lacks for _, lacks in lacking} == {True, False}
+        monkeypatch.undo()
+        await _until(lambda: not one.source._reading.shared)
+        await _produce(kafka.bootstrap, topic_prefix, [2], names[0])
+        await _until(lambda: one.bars(names[0]) == [2.0])
+        assert [len(await one.past(series)) for series in names] == [2] + [1] * 7
+
+
+async def _lacks(who: Following, series: Series) -> bool:
+    try:
+        return await who.past(series) != [1.0]
+    except SourceError as error:
+        return "1 of its 2 partitions" in str(error)
+
+
+@pytest.mark.parametrize("outage", [1.0, 5.0])
+async def test_an_outage_costs_no_bar(
+    kafka_jars: Path, tmp_path: Path, outage: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(member, "_SILENCE_SECONDS", 2.0)
+    with ApacheKafka(kafka_jars, tmp_path) as kafka:
+        await _create(kafka.bootstrap, "kronos")
+        await _produce(kafka.bootstrap, "kronos", range(1, 100))
+        async with _following(kafka.bootstrap, "kronos") as one:
+            assert len(await one.past()) == 99
+            await _produce(kafka.bootstrap, "kronos", range(100, 110))
+            await _until(lambda: len(one.updates) == 10)
+            await asyncio.to_thread(kafka.kill)
+            await asyncio.sleep(outage)
+            if outage > 2:
+                await _until(lambda: "lost" in one.notes)
+                monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.1)
+                with pytest.raises(SourceError, match=r"Connect|connect|no answer"):
+                    await one.past()
+                monkeypatch.undo()
+            await asyncio.to_thread(kafka.start)
+            await _produce(kafka.bootstrap, "kronos", range(110, 120))
+            await _until(lambda: len(one.updates) == 20, 60)
+            assert one.bars() == list(map(float, range(100, 120)))
+            assert len(await one.past()) == 119
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_hanging_broker_costs_bounded_time_at_the_end(
+    kafka_jars: Path, tmp_path: Path
+) -> None:
+    with ApacheKafka(kafka_jars, tmp_path) as kafka:
+        await _create(kafka.bootstrap, "kronos")
+        async with _following(kafka.bootstrap, "kronos") as one:
+            assert await one.past() == []
+            await _produce(kafka.bootstrap, "kronos", [1])
+            await _until(lambda: one.updates)
+            kafka.freeze()
+            began = time.monotonic()
+        assert time.monotonic() - began < 6
+        kafka.thaw()
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: Path) -> None:
+    login = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "kronos"}
+    right, wrong = ({**login, "sasl_password": password} for password in ("right", "hunter2"))
+    with ApacheKafka(kafka_jars, tmp_path, users={"kronos": "right"}) as kafka:
+        await _create(kafka.bootstrap, "kronos", **right)
+        found = await _source(kafka.bootstrap, "kronos", **right).unknown([BTC, BTC_FIVE])
+        assert list(found) == [BTC_FIVE]
+        assert "no topic kronos.candles.5m.v1" in found[BTC_FIVE]
+        assert "kronos-stream topics create --candles 5m" in found[BTC_FIVE]
+        with pytest.raises(SourceError, match="KAFKA__SASL_PASSWORD") as refused:
+            await _source(kafka.bootstrap, "kronos", **wrong).unknown([BTC])
+        assert "hunter2" not in str(refused.value)
+        async with _following(kafka.bootstrap, "kronos", **wrong) as one:
+            await _until(lambda: "lost" in one.notes)
+            assert "SASL_PASSWORD" in one.source._trouble
+        async with _following(kafka.bootstrap, "kronos", **right) as one:
+            assert await one.past() == []
+    with pytest.raises(SourceError, match=r"127\.0\.0\.1:1"):
+        await _source("127.0.0.1:1", "kronos").unknown([BTC])
+    assert len(asyncio.all_tasks()) == 1
+
+
+def test_it_waits_longer_after_every_failure_and_never_for_ever() -> None:
+    source = _source("x:1", "kronos")
+    pauses = [source._pause(tries) for tries in range(200)]
+    assert all(0.25 <= pause <= 30 for pause in pauses)
+    assert max(pauses[:2]) <= 1 < min(pauses[7:])
+    assert len(set(pauses)) == len(pauses)

@@ -91,6 +91,12 @@ class Ledger:
         elif not same(bar.candle, candle):
             self.claims.put(candle, now)
 
+    def doubt(self, candle: Candle, now: int) -> None:
+        """Take in a push that is no last word on a bar that stands here: have it compared."""
+        bar = self._find(candle.time)
+        if bar is not None and not same(bar.candle, candle):
+            self.claims.put(bar.candle, now)
+
     def judge(
         self, asked: Fetch, given: Mapping[int, Candle], now: int, effects: list[Effect]
     ) -> None:

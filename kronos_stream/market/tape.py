@@ -151,6 +151,8 @@ class Tape:
             self._drain(received, effects)
         elif closed:
             ledger.compare(candle, received, effects)
+        else:
+            ledger.doubt(candle, received)
         self._plan()
         return effects
 

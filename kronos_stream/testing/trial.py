@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import structlog
@@ -126,6 +126,30 @@ class Script:
         )
 
 
+def _binance_options(exchange: SimulatedExchange) -> Any:  # noqa: ANN401 - a connector's own
+    return connectors.source("binance")[1].options(
+        ws_url=exchange.ws_url,
+        rest_url=exchange.rest_url,
+        futures_ws_url=f"{exchange.ws_url}/market",
+        futures_rest_url=exchange.rest_url,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """Which connector stands between the daemon and the exchange."""
+
+    venue: str = "binance"
+    options: Callable[[SimulatedExchange], Any] = _binance_options
+    """What the connector is told, so that it finds the exchange."""
+    amounts: bool = True
+    """Whether it tells amounts."""
+
+    def heard(self, candle: Candle) -> Candle:
+        """A candle of the exchange's as the daemon can know it."""
+        return candle if self.amounts else candle._replace(amount=None)
+
+
 class Forecast(NamedTuple):
     """What the forecaster was given."""
 
@@ -187,17 +211,23 @@ class Journal:
 
 
 def run_trial(
-    script: Script, folder: Path, *, wrap: Callable[[Source], Source] = lambda source: source
+    script: Script,
+    folder: Path,
+    *,
+    wrap: Callable[[Source], Source] = lambda source: source,
+    wire: Wire = Wire(),
 ) -> Journal:
     """Play ``script`` with its files in ``folder``. wrap: puts something around each source."""
-    journal = run_virtual(_Trial(script, folder, wrap).run())
+    journal = run_virtual(_Trial(script, folder, wrap, wire).run())
     gc.collect()  # a task's exception that nobody asked for is told when the task goes
     return journal
 
 
 class _Trial:
-    def __init__(self, script: Script, folder: Path, wrap: Callable[[Source], Source]) -> None:
-        self._script, self._wrap = script, wrap
+    def __init__(
+        self, script: Script, folder: Path, wrap: Callable[[Source], Source], wire: Wire
+    ) -> None:
+        self._script, self._wrap, self._wire = script, wrap, wire
         self._file = folder / "state.sqlite"
         self._changed: set[tuple[Series, int]] = set()
         """Bars that the venue has changed, and the daemon does not know it."""
@@ -233,14 +263,11 @@ class _Trial:
         return journal
 
     def _make_settings(self) -> Settings:
-        url = {"ws_url": self._exchange.ws_url, "rest_url": self._exchange.rest_url}
-        url |= {
-            "futures_ws_url": f"{self._exchange.ws_url}/market",
-            "futures_rest_url": self._exchange.rest_url,
-        }
+        venue = self._wire.venue
+        connector, _ = connectors.source(venue)
         return Settings.model_validate(
             {
-                "symbols": tuple(f"binance:{symbol}" for symbol in self._exchange.symbols),
+                "symbols": tuple(f"{venue}:{symbol}" for symbol in self._exchange.symbols),
                 "timeframes": self._script.timeframes,
                 "lookback": LOOKBACK,
                 "horizon": 1,
@@ -249,7 +276,7 @@ class _Trial:
                 "catch_up": "all",
                 "state_file": self._file,
                 "http": {"port": 0},
-                "options": {"binance": connectors.source("binance")[1].options(**url)},
+                "options": {connector: self._wire.options(self._exchange)},
             }
         )
 
@@ -278,18 +305,15 @@ class _Trial:
         await state.close()
         journal.lives.append(Life(self._clock.now(), tapes))
         chance = f"{self._script.seed}:{life}"
-        options = self._settings.options["binance"]
-        made = connectors.source("binance")[1].build(
-            "binance",
-            options,
-            self._clock,
-            Random(f"source:{chance}"),
-        )
+        venue = self._wire.venue
+        name, connector = connectors.source(venue)
+        options = self._settings.options[name]
+        made = connector.build(venue, options, self._clock, Random(f"source:{chance}"))
         source = _Overheard(self._wrap(made), life, self._exchange, journal)
         forecaster = _Forecaster(life, self._exchange, self._script.pace, journal)
         daemon = Daemon(
             self._settings,
-            {"binance": source},
+            {venue: source},
             [_Recorder(self._script, journal)],
             clock=self._clock,
             wall=self._clock,
@@ -346,7 +370,7 @@ class _Trial:
                 ours = tape.get(opened)
                 if ours is None or ours.synthetic != true.synthetic:
                     return False, False
-                if not true.synthetic and ours.candle != true.candle:
+                if not true.synthetic and ours.candle != self._wire.heard(true.candle):
                     changed.add((series, opened))
         self._changed = changed
         whole = daemon._scheduler._lanes.held == 0
@@ -368,11 +392,14 @@ class _Trial:
         journal, exchange = self._journal, self._exchange
         state = await State.open(self._file)
         for series in journal.series:
-            truth = journal.truth[series] = exchange.truth(series)
+            heard = self._wire.heard
+            truth = [bar._replace(candle=heard(bar.candle)) for bar in exchange.truth(series)]
+            journal.truth[series] = truth
             for bar in truth:
                 if bar.revision:
                     opened = bar.candle.time
-                    journal.versions[series, opened] = exchange.versions(series, opened)
+                    versions = exchange.versions(series, opened)
+                    journal.versions[series, opened] = list(map(heard, versions))
             journal.tapes[series] = await state.load(series, _EVERYTHING)
             journal.outcomes[series] = await state.outcomes(series, 0)
         await state.close()
@@ -521,5 +548,6 @@ class _Recorder:
 
 
 def rows(bars: Sequence[Bar]) -> NDArray[np.float32]:
-    """(L, 6): bars as a context holds them."""
-    return np.array([bar.candle[1:] for bar in bars], np.float32)
+    """(L, 6): bars as a context holds them; (L, 5) where amounts are not told."""
+    columns = 7 if all(bar.candle.amount is not None for bar in bars) else 6
+    return np.array([bar.candle[1:columns] for bar in bars], np.float32)

@@ -1,0 +1,91 @@
+"""What ccxt's exceptions mean to us: wait, try again, leave a series aside, or give up a venue."""
+
+from __future__ import annotations
+
+import re
+
+from kronos_stream.market.source import SourceError, VenueRefused
+
+_UNASKED_SECONDS = 60.0
+"""To wait after too many requests where the exchange does not say how long."""
+
+_BARRED_SECONDS = 600.0
+"""To wait after HTTP 403, which exchanges answer both to wrong addresses and to hasty ones."""
+
+_LONGEST_WAIT_SECONDS = 3 * 86_400.0
+
+_MOST_SAID = 200
+
+_PLACE = r"(countr|region|location|jurisdiction|territor)"
+_RESTRICTED = re.compile(
+    rf"(restricted|prohibited|unsupported|ineligible) {_PLACE}"
+    rf"|(not|un)\W?(available|supported|permitted|allowed) (in|from|for) (your|this) {_PLACE}",
+    re.IGNORECASE,
+)
+_SECRETS = re.compile(r"(?i)\b(api[-_]?key|key|secret|sign(ature)?|token|password)=[^&\s]+")
+
+
+class HttpStatus(Exception):  # noqa: N818 - what was answered, which need not be an error
+    """An HTTP status by which an exchange means more than ccxt tells."""
+
+    def __init__(self, status: int, body: str, retry_after: str | None = None) -> None:
+        super().__init__(f"HTTP {status} {body}")
+        self.status, self.body, self.retry_after = status, body, retry_after
+
+
+class SeriesRefused(SourceError):  # noqa: N818 - as VenueRefused is
+    """The exchange, or ccxt, will not do what was asked for this series; others may do."""
+
+
+def told(error: Exception, venue: str) -> SourceError:
+    """``error``, raised while ccxt spoke with ``venue``, in our terms.
+
+    SeriesRefused where it may be about the series alone, VenueRefused where there is no hope;
+    otherwise it is to be tried again, after :attr:`SourceError.retry_after`.
+    """
+    if isinstance(error, SourceError):
+        return error
+    said = f"{venue}: {_shown(error)}"
+    status = error if isinstance(error, HttpStatus) else _of_handshake(error)
+    if status is not None:
+        return _of_status(status, said)
+    # By name: this needs no ccxt, and ccxt has each class twice.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "AuthenticationError" in kinds:
+        said += "; keys are set by KRONOS_STREAM_CCXT__CONFIG"
+    if kinds & {"AuthenticationError", "RestrictedLocation"} or _RESTRICTED.search(str(error)):
+        return VenueRefused(said)
+    if kinds & {"RateLimitExceeded", "DDoSProtection", "OnMaintenance"}:
+        return SourceError(said, _UNASKED_SECONDS)
+    return SeriesRefused(said) if "ExchangeError" in kinds else SourceError(said)
+
+
+def _of_handshake(error: Exception) -> HttpStatus | None:
+    """The status that a websocket was refused with: ccxt wraps up what aiohttp raised."""
+    cause = error.args[0] if error.args else None
+    status, headers = getattr(cause, "status", None), getattr(cause, "headers", None) or {}
+    if status not in {403, 418, 429, 451}:
+        return None
+    return HttpStatus(status, str(cause), headers.get("Retry-After"))
+
+
+def _of_status(error: HttpStatus, said: str) -> SourceError:
+    if error.status == 451 or _RESTRICTED.search(error.body):
+        return VenueRefused(said)
+    if error.status in {418, 429}:
+        return SourceError(said, _seconds(error.retry_after))
+    return SourceError(said, _BARRED_SECONDS if error.status == 403 else 0.0)
+
+
+def _seconds(text: str | None) -> float:
+    """What a ``Retry-After`` header asks for."""
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10):
+        return _UNASKED_SECONDS
+    return min(max(float(text), 1.0), _LONGEST_WAIT_SECONDS)
+
+
+def _shown(error: Exception) -> str:
+    """One line, short, without what may be secret in a URL."""
+    text = _SECRETS.sub(r"\1=***", " ".join(str(error).split()))
+    short = text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+    return f"{type(error).__name__} {short}".strip()

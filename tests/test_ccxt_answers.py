@@ -1,0 +1,107 @@
+"""The real ccxt, and what an exchange may answer; over real sockets, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from random import Random
+
+import orjson
+import pytest
+from aiohttp import web
+
+from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
+from kronos_stream.market import Series
+from kronos_stream.market.clock import LoopClock
+from kronos_stream.market.source import Intake, Source, VenueRefused
+from kronos_stream.testing.virtual import run_virtual
+
+START = 1_750_000_000_000
+SERIES = Series.parse("ccxt.binance:A/B:1m")
+NOBODY = Intake(lambda _: None, lambda *_: None, lambda _: None)
+
+
+def trial(body: Callable[[], Awaitable[None]]) -> None:
+    async def main() -> None:
+        await body()
+
+    run_virtual(main())
+
+
+@asynccontextmanager
+async def answering(
+    handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+) -> AsyncIterator[Source]:
+    """A source of an exchange that answers everything like that."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host = f"127.0.0.1:{runner.addresses[0][1]}"
+    urls = {"public": f"http://{host}", "ws": {"spot": f"ws://{host}/stream"}}
+    config = {"urls": {"api": urls}, "options": {"fetchMarkets": {"types": ["spot"]}}}
+    told = CcxtOptions.model_validate({"config": orjson.dumps({"binance": config}).decode()})
+    source = CONNECTOR.build("ccxt.binance", told, LoopClock(START), Random(1))
+    source.follow([SERIES])
+    try:
+        yield source
+    finally:
+        await source.close()
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("status", [451, 403])
+def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> None:
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=status, text="service unavailable from a restricted location")
+
+    async def body() -> None:
+        async with answering(refuse) as source:
+            with pytest.raises(VenueRefused, match=str(status)):
+                await source.unknown([SERIES])
+            with pytest.raises(VenueRefused):
+                await source.run(NOBODY)
+
+    trial(body)
+
+
+def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
+    answers = 0
+
+    async def falter(_: web.Request) -> web.Response:
+        nonlocal answers
+        answers += 1
+        some = {"symbol": "CD", "baseAsset": "C", "quoteAsset": "D", "status": "TRADING"}
+        symbol = {"symbol": "AB", "baseAsset": "A", "quoteAsset": "B", "status": "BREAK"}
+        return web.json_response({"symbols": [some] if answers == 1 else [some, symbol]})
+
+    async def body() -> None:
+        async with answering(falter) as source:
+            assert await source.unknown([SERIES]) == {}
+            assert answers == 2
+
+    trial(body)
+
+
+@pytest.mark.parametrize("wait", [None, "30"])
+def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str | None) -> None:
+    arrivals: list[float] = []
+
+    async def busy(request: web.Request) -> web.Response:
+        if request.path.endswith("exchangeInfo"):
+            symbol = {"symbol": "AB", "baseAsset": "A", "quoteAsset": "B", "status": "TRADING"}
+            return web.json_response({"symbols": [symbol]})
+        arrivals.append(asyncio.get_running_loop().time())
+        headers = {} if wait is None else {"Retry-After": wait}
+        return web.Response(status=429, headers=headers)
+
+    async def body() -> None:
+        async with answering(busy) as source:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(300):
+                    await source.run(NOBODY)
+        assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
+
+    trial(body)

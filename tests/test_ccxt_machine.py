@@ -1,0 +1,224 @@
+"""The clients of ccxt as a machine: no ccxt, no clock; the exchange is played in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import pytest
+
+from kronos_connectors.ccxt.shards import (
+    NEVER,
+    OVERLAP_SECONDS,
+    Begin,
+    Client,
+    End,
+    Leave,
+    Shards,
+    Watch,
+)
+from kronos_stream.market.series import Series
+
+STALL, LIFE, ROOM = 30.0, 3_600.0, 4
+
+
+def several(*numbers: int, timeframe: str = "1m") -> set[Series]:
+    return {Series.parse(f"kraken:S{number:03}/USD:{timeframe}") for number in numbers}
+
+
+class World:
+    """The clients that shards ask for; each pushes what it watches every second while it works."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.shards = Shards(Random(seed), room=ROOM, stall_seconds=STALL, lifetime_seconds=LIFE)
+        self.now = 0.0
+        self.watched: dict[Client, set[Series]] = {}
+        self.dumb: set[Client] = set()
+        self.pinging: set[Client] = set()
+        self.quiet = False
+        self.mute: set[Series] = set()
+        self.ended: list[str] = []
+        self.begun = 0
+
+    def act(self) -> None:
+        for command in self.shards.act(self.now):
+            client = command.client
+            if isinstance(command, Begin):
+                assert client not in self.watched
+                self.watched[client] = set()
+                self.begun += 1
+            elif isinstance(command, Watch):
+                assert command.series not in self.watched[client]
+                self.watched[client].add(command.series)
+            elif isinstance(command, Leave):
+                self.watched[client].remove(command.series)
+            elif isinstance(command, End):
+                del self.watched[client]
+                self.ended.append(command.why)
+
+    def fail(self, client: Client, retry_after: float = 0.0) -> None:
+        self.shards.failed(client, self.now, retry_after)
+        del self.watched[client]
+
+    def run(self, seconds: float, events: Callable[[], None] = lambda: None) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            events()
+            self.act()
+            for client, series in self.watched.items():
+                if client in self.dumb:
+                    continue
+                self.shards.heard(client, self.now)
+                if client not in self.pinging and not self.quiet:
+                    for one in series - self.mute:
+                        self.shards.pushed(client, one, self.now)
+            self.now += 1.0
+
+    def counts(self) -> dict[Series, int]:
+        """By how many clients each series is watched."""
+        all_of_them = [one for series in self.watched.values() for one in series]
+        return {one: all_of_them.count(one) for one in all_of_them}
+
+
+def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
+    world = World()
+    world.shards.follow(several(*range(10)))
+    world.run(20)
+    assert sorted(map(len, world.watched.values())) == [3, 3, 4]
+    assert world.counts() == dict.fromkeys(several(*range(10)), 1)
+
+
+def test_an_old_client_goes_on_until_its_successor_is_heard() -> None:
+    world = World()
+    world.shards.follow(several(1, 2))
+    lowest: list[int] = []
+    world.run(10)
+    world.run(3 * LIFE, lambda: lowest.append(min(world.counts().values())))
+    assert 3 <= world.begun <= 5
+    assert min(lowest) == 1
+    assert set(world.ended) == {""}
+    assert len(world.watched) <= 2
+
+
+def test_a_client_that_hears_nothing_at_all_is_replaced_soon() -> None:
+    world = World()
+    world.shards.follow(several(1))
+    world.run(50)
+    world.dumb = set(world.watched)
+    world.run(STALL + 5)
+    assert world.ended == [f"silent for {STALL:g} s"]
+    assert not world.dumb & world.watched.keys()
+    assert world.counts() == dict.fromkeys(several(1), 1)
+
+
+def test_a_market_that_is_merely_quiet_is_borne_with_longer_and_longer() -> None:
+    world = World()
+    world.shards.follow(several(1))
+    world.quiet = True
+    world.run(6 * 3_600)
+    assert 4 <= world.begun <= 9
+    assert all(why.startswith("no candle for") for why in world.ended)
+
+
+def test_failures_are_met_with_growing_pauses_and_forgiven() -> None:
+    world = World()
+    world.shards.follow(several(1))
+    begun: list[float] = []
+
+    def break_it() -> None:
+        for client in list(world.watched):
+            begun.append(world.now)
+            world.fail(client)
+
+    world.run(600, break_it)
+    assert 15 < len(begun) < 60
+    assert begun[-1] - begun[-2] > 10
+    world.run(120)
+    world.fail(next(iter(world.watched)))
+    world.run(3)
+    assert world.counts() == dict.fromkeys(several(1), 1)
+
+
+def test_told_to_wait_no_client_is_begun_for_any_shard() -> None:
+    world = World()
+    world.shards.follow(several(*range(8)))
+    world.run(10)
+    for client in list(world.watched):
+        world.fail(client, retry_after=120.0)
+    world.run(118)
+    assert world.begun == 2
+    world.run(10)
+    assert world.begun == 4
+
+
+def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() -> None:
+    world = World()
+    bad, good = sorted(several(1, 2))
+    world.shards.follow([bad, good])
+    world.mute = {bad}
+    tried = 0
+
+    def refuse() -> None:
+        nonlocal tried
+        for client, series in world.watched.items():
+            if bad in series:
+                tried += 1
+                series.remove(bad)
+                world.shards.refused(client, bad, world.now)
+
+    world.run(1_800, refuse)
+    assert 3 <= tried <= 8
+    assert world.begun == 1
+    assert world.counts()[good] == 1
+
+
+def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
+    world = World()
+    world.shards.follow(several(1, 2, 3))
+    world.run(10)
+    (client,) = world.watched
+    world.shards.follow(several(2, 3, 4))
+    world.run(10)
+    assert world.watched == {client: several(2, 3, 4)}
+    world.shards.follow([])
+    world.run(2)
+    assert world.watched == {}
+    assert world.shards.wake == NEVER
+
+
+def test_a_client_that_hears_much_of_no_use_is_replaced() -> None:
+    world = World()
+    for first in range(6):
+        world.shards.follow(several(first, 100))
+        world.run(5)
+    world.run(2 * STALL + OVERLAP_SECONDS)
+    assert world.begun == 2
+    assert world.counts() == dict.fromkeys(several(5, 100), 1)
+    assert set(world.ended) == {""}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_all_is_watched_in_the_end(seed: int) -> None:
+    random, world = Random(seed), World(seed)
+    wanted = several(*range(random.randrange(1, 14)))
+    world.shards.follow(wanted)
+
+    def trouble() -> None:
+        nonlocal wanted
+        clients = list(world.watched)
+        if clients and random.random() < 0.05:
+            world.fail(random.choice(clients), random.choice((0.0, 0.0, 5.0)))
+        elif clients and random.random() < 0.02:
+            world.dumb.add(random.choice(clients))
+        elif clients and random.random() < 0.02:
+            world.pinging.add(random.choice(clients))
+        elif random.random() < 0.05:
+            wanted = several(*random.sample(range(20), random.randrange(15)))
+            world.shards.follow(wanted)
+        assert all(count <= 2 for count in world.counts().values())
+
+    world.run(1_000, trouble)
+    world.dumb, world.pinging = set(), set()
+    world.run(STALL + 30 + 64 + OVERLAP_SECONDS)
+    assert world.counts() == dict.fromkeys(wanted, 1)
+    assert len(world.watched) <= -(-20 // ROOM) + 1

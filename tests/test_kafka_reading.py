@@ -19,6 +19,7 @@ NOW = START + 10_000 * MINUTE
 TOPIC = "kronos.candles.1m.v1"
 PLACE = Place(TOPIC, 0)
 BTC, ETH = (Series.parse(f"kafka:{base}/USDT:1m") for base in ("BTC", "ETH"))
+FIVE = Series.parse("kafka:BTC/USDT:5m")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def test_other_series_are_not_even_decoded() -> None:
         (BTC.name.encode(), encode(BTC, _candle(0, -1.0)), BTC, "is not a price"),
         (None, b"{}", None, "required"),
         (b"BTC", encode(BTC, _candle(0)).replace(BTC.name.encode(), b"BTC"), None, "series 'BTC'"),
-        (b"kafka:BTC/USDT:5m", b"{}", Series.parse("kafka:BTC/USDT:5m"), "among those of 1m"),
+        (FIVE.name.encode(), b"{}", FIVE, "among those of 1m"),
+        (None, encode(FIVE, Candle(START, 1.0, 1.0, 1.0, 1.0, 1.0)), FIVE, "among those of 1m"),
     ],
 )
 def test_what_cannot_be_is_rejected_with_its_place(
@@ -133,6 +135,12 @@ def test_records_that_the_group_has_judged_are_not_rejected_again() -> None:
     assert len(_placed(_reading(), end=4).take(PLACE, bad, NOW)) == 4
     # A topic made anew has fewer than were committed.
     assert len(_placed(_reading(), end=4, committed=9).take(PLACE, bad, NOW)) == 4
+    reading = _placed(_reading(BTC))
+    assert len(reading.take(PLACE, bad, NOW)) == 4
+    assert reading.take(PLACE, bad, NOW) == []
+    reading.follow([BTC, ETH])  # they are read once more for its sake
+    assert reading.begin(PLACE, Bounds(0, 4, 0, None)) == 0
+    assert reading.take(PLACE, bad, NOW) == []
 
 
 def test_an_open_bar_is_a_sign_of_life_and_no_history() -> None:

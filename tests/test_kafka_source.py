@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.codec import has_lz4
+from confluent_kafka import Producer
 
 from kronos_connectors.kafka import SOURCE, member
 from kronos_connectors.kafka.admin import create
@@ -311,6 +313,21 @@ async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: P
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:1"):
         await _source("127.0.0.1:1", "kronos").unknown([BTC])
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_what_cannot_be_unpacked_is_said_with_its_cure() -> None:
+    with EmbeddedBroker([candles("kronos", MINUTE)]) as broker:
+        async with _following(broker.bootstrap, "kronos") as one:
+            assert await one.past() == []
+            packed = Producer({"bootstrap.servers": broker.bootstrap, "compression.type": "lz4"})
+            for _ in range(50):  # fewer are sent as they are
+                packed.produce(candles("kronos", MINUTE), _bar(1), BTC.name)
+            await asyncio.to_thread(packed.flush)
+            if has_lz4():
+                await _until(lambda: len(one.updates) == 50)
+            else:
+                await _until(lambda: "lost" in one.notes)
+                assert "pip install 'aiokafka[all]'" in one.source._trouble
 
 
 def test_it_waits_longer_after_every_failure_and_never_for_ever() -> None:

@@ -15,7 +15,7 @@ from random import Random
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError, UnsupportedCodecError
 
 from kronos_connectors.kafka import member
 from kronos_connectors.kafka.chatter import listen
@@ -226,6 +226,8 @@ class KafkaSource:
             why = said
         if "authentication" in why.lower():
             why += "; see KRONOS_STREAM_KAFKA__SASL_USERNAME and KRONOS_STREAM_KAFKA__SASL_PASSWORD"
+        if isinstance(error, UnsupportedCodecError):
+            why += "; to have them all: pip install 'aiokafka[all]'"
         return why
 
     def _pause(self, tries: int) -> float:

@@ -29,6 +29,8 @@ Start: TypeAlias = Literal["latest", "earliest"] | datetime
 
 _FRAME_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0
+_ANSWER_MS = 15_000
+"""After so long a topic that is not there is said to be missing."""
 _BACK = timedelta(minutes=2)
 """A table begins with what was published lately, so that it is not empty for a whole bar."""
 
@@ -124,6 +126,7 @@ def _stream(
         topic_prefix=kafka.topic_prefix,
         start=start,
         expired=expired,
+        request_timeout_ms=_ANSWER_MS,
         **connection,
     )
 

@@ -14,9 +14,10 @@ import pytest
 
 from kronos_connectors.mqtt import SINK, MqttOptions
 from kronos_connectors.mqtt.sink import MqttSink
+from kronos_stream.checkup import CheckedSink, Finding
 from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, retained
+from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
 
 BrokerOf = Callable[..., Mosquitto]
 
@@ -247,3 +248,50 @@ async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf
             await asyncio.wait([sink._keeping])
             kept = await asyncio.to_thread(retained, broker)
         assert kept["kronos/status/test"] == b"offline"
+
+
+async def test_a_series_that_is_given_up_is_retained_no_more(
+    mosquitto_of: BrokerOf, tmp_path: Path
+) -> None:
+    with mosquitto_of(persistent=False) as broker:
+        async with _sink(broker) as sink:
+            with Subscriber(broker, tmp_path) as subscriber:
+                removal = _record(22, kind="removal")
+                assert not await _give(sink, [_record(1), _record(2), removal])
+                await _in_time(lambda: len(subscriber.messages()) == 5)
+                told = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
+                assert told == [_record(2).value, removal.value, b""]
+            kept = await asyncio.to_thread(retained, broker)
+            assert _topic(1) in kept
+            assert _topic(2) not in kept
+            # Nor is it once a broker has come to remember it again.
+            await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
+            sink._link.give_up("test")  # type: ignore[union-attr]
+            assert not await _give(sink, [_record(3)])
+            assert _topic(2) not in await asyncio.to_thread(retained, broker)
+
+
+async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
+    async def found(broker: Mosquitto, **options: Any) -> Finding:
+        sink = SINK.build(_options(broker, **options), SystemClock(), Random(0))
+        assert isinstance(sink, CheckedSink)
+        (check,) = sink.checks()
+        (finding,) = await check.look()
+        return finding
+
+    with mosquitto_of(users={"me": "right"}, settings=["max_packet_size 50000"]) as broker:
+        fine = await found(broker, username="me", password="right")  # noqa: S106
+        assert fine.level == "ok"
+        assert "50,000 bytes a message, 20 messages at once" in fine.found
+        refused = await found(broker, username="me", password="wrong-secret")  # noqa: S106
+        assert refused.level == "fail"
+        assert "KRONOS_STREAM_MQTT__PASSWORD" in refused.found
+        await asyncio.to_thread(broker.stop)
+        away = await found(broker)
+        assert away.level == "fail"
+        assert "KRONOS_STREAM_MQTT__URL" in away.cure
+    with mosquitto_of(settings=["retain_available false"]) as forgetful:
+        assert "retains no messages" in (await found(forgetful)).found
+        async with _sink(forgetful) as sink:
+            with pytest.raises(SinkUnavailable, match=r"retain not supported; nobody"):
+                await sink.start()

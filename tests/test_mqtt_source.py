@@ -7,7 +7,7 @@ import datetime as dt
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -98,6 +98,14 @@ def _is_up(source: Any, running: asyncio.Task[None]) -> bool:
 
 def _counted(heard: _Heard, note: str, times: int) -> bool:
     return heard.notes.count(note) == times
+
+
+def _sockets() -> int:
+    found = 0
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the one by which we look
+            found += path.readlink().name.startswith("socket:")
+    return found
 
 
 async def _in_time(what: Callable[[], object], seconds: float = 20.0) -> None:
@@ -247,6 +255,22 @@ async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
             await _in_time(
                 lambda: any("KRONOS_STREAM_MQTT__CLIENT_ID" in keeper.trouble for keeper in keepers)
             )
+
+
+async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
+    with mosquitto_of() as broker:
+        sockets = _sockets()
+        for turn in range(200):
+            source = _source(broker)
+            source.follow([_BTC])
+            running = asyncio.create_task(source.run(_Heard().intake))
+            for _ in range(turn % 40):  # turns of the event loop, most of them in connecting
+                await asyncio.sleep(0 if turn % 3 else 0.0005)
+            running.cancel()
+            done, _ = await asyncio.wait([running], timeout=10)
+            assert done, f"turn {turn}: it goes on"
+        await _in_time(lambda: _sockets() == sockets)  # a thread may still have been connecting
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-_FIRST_SECONDS, _LONGEST_SECONDS = 0.25, 30.0
+_FIRST_SECONDS, _LONGEST_SECONDS = 0.25, 10.0
 
 
 class Backoff:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -86,6 +87,8 @@ class Link(aiomqtt.Client):
             max_inflight_messages=options.inflight,
             properties=properties,
             tls_context=options.tls(),
+            # Or the last of what is sent waits, some 40 ms, for the broker to acknowledge the rest.
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self._client.connect_timeout = options.connect_seconds
         self.lost: asyncio.Future[LinkError] = self._loop.create_future()
@@ -110,8 +113,7 @@ class Link(aiomqtt.Client):
         """Connect and log in. Raises LinkError; bounded by ``connect_seconds``."""
         seconds = self.timeout
         try:
-            async with asyncio.timeout(seconds):
-                await self.__aenter__()
+            await _within(seconds, self.__aenter__())
         except aiomqtt.MqttError as error:
             self._drop()
             raise _explained(error) from None
@@ -139,8 +141,7 @@ class Link(aiomqtt.Client):
         self._client.manual_ack_set(on=True)
         if self._connected.done() and not self.lost.done():
             with suppress(aiomqtt.MqttError, TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await self.__aexit__(None, None, None)
+                await _within(_CLOSE_SECONDS, self.__aexit__(None, None, None))
         self.give_up("closed")
         if self._misc_task is not None:
             await asyncio.wait((self._misc_task,), timeout=_CLOSE_SECONDS)
@@ -286,6 +287,22 @@ class Link(aiomqtt.Client):
         for answer in answers.values():
             if not answer.done():
                 answer.set_result(None)
+
+
+async def _within(seconds: float, work: Awaitable[object]) -> None:
+    """Wait for what aiomqtt does, or TimeoutError.
+
+    It has a task of its own: aiomqtt waits by asyncio.wait_for, which up to Python 3.11 forgets
+    that it was cancelled if at the same moment what it waits for happens.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait((task,), timeout=seconds)
+    finally:
+        task.cancel()
+    if not done:
+        raise TimeoutError
+    task.result()
 
 
 def _answer(code: ReasonCode) -> Answer:

@@ -104,6 +104,8 @@ class MqttOptions(BaseModel):
     def _complete(self) -> Self:
         if self.password.get_secret_value() and not self.username:
             raise ValueError("password is set, but username is not")
+        if self.candle_topic == self.forecast_topic:
+            raise ValueError("candle_topic is forecast_topic: forecasts would come in as candles")
         paths = (self.tls_cafile, self.tls_certfile, self.tls_keyfile)
         if any(paths) and not self.encrypted:
             raise ValueError(

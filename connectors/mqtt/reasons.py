@@ -13,6 +13,8 @@ _CURES = {
     138: "the broker has banned us",
     140: "it asks for another way of logging in than a password",
     142: "another client has the same name: give each daemon its own KRONOS_STREAM_MQTT__CLIENT_ID",
+    154: "nobody could have the latest forecasts: allow it in the broker's settings",
+    155: "only QoS 1 is of use here: allow it in the broker's settings",
 }
 
 _FINAL = frozenset({132, 133, 134, 135, 138, 140})

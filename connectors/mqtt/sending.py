@@ -16,35 +16,39 @@ _OVERHEAD, _PROPERTY_OVERHEAD = 32, 5
 """Bytes of a packet, and of a property in it, beyond their texts; at most."""
 
 
-class Addressed(NamedTuple):
-    """A record and its topic."""
+class Publication(NamedTuple):
+    """What of a record goes to a topic."""
 
     record: Record
     topic: str
+    payload: bytes
+    retain: bool
 
-    def bytes(self) -> int:
-        """Of the packet, at most."""
-        record = self.record
-        texts = [self.topic.encode(), record.value, *(value for _, value in record.headers)]
-        names = sum(_PROPERTY_OVERHEAD + len(name) for name, _ in record.headers)
+    def size(self) -> int:
+        """Bytes of the packet, at most."""
+        headers = self.record.headers
+        texts = [self.topic.encode(), self.payload, *(value for _, value in headers)]
+        names = sum(_PROPERTY_OVERHEAD + len(name) for name, _ in headers)
         return _OVERHEAD + names + sum(map(len, texts))
 
 
 class Sending:
     """One delivery. An answer that is not yes stops it, and those under way are waited for."""
 
-    def __init__(self, link: Link, suspects: Suspects, taken: Callable[[Addressed], None]) -> None:
-        """taken: told each record that the broker has accepted."""
+    def __init__(
+        self, link: Link, suspects: Suspects, taken: Callable[[Publication], None]
+    ) -> None:
+        """taken: told each that the broker has accepted."""
         self.refusals: list[Refusal] = []
         """What the broker will never take."""
         self.postponed = ""
         """Why it did not take something that it may take another time; empty if there was none."""
         self._link, self._suspects, self._taken = link, suspects, taken
-        self._under_way: deque[tuple[Addressed, asyncio.Future[Answer | None]]] = deque()
+        self._under_way: deque[tuple[Publication, asyncio.Future[Answer | None]]] = deque()
 
-    async def run(self, records: Sequence[Addressed]) -> None:
+    async def run(self, publications: Sequence[Publication]) -> None:
         """Send and hear of each. Raises LinkError where the link is lost."""
-        for one in records:
+        for one in publications:
             alone = self._suspects.alone(one.record.sequence)
             await self._hear_until(0 if alone else self._link.window - 1)
             if self.postponed:
@@ -68,19 +72,19 @@ class Sending:
             self._under_way.popleft()
             self._judge(one, said)
 
-    def _send(self, one: Addressed) -> asyncio.Future[Answer | None]:
+    def _send(self, one: Publication) -> asyncio.Future[Answer | None]:
         """CloudEvents' attributes go as MQTT 5 has them: without prefix, the content type apart."""
         headers = {name: value.decode() for name, value in one.record.headers}
         content_type = headers.pop("content-type", "application/json")
         return self._link.send(
             one.topic,
-            one.record.value,
-            retain=one.record.kind == "forecast",
+            one.payload,
+            retain=one.retain,
             content_type=content_type,
             attributes=[(name.removeprefix("ce_"), value) for name, value in headers.items()],
         )
 
-    def _judge(self, one: Addressed, said: Answer) -> None:
+    def _judge(self, one: Publication, said: Answer) -> None:
         if said.verdict == "taken":
             self._taken(one)
         elif said.verdict == "refused":

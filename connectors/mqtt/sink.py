@@ -14,12 +14,14 @@ from random import Random
 
 import aiomqtt
 
+from kronos_connectors.mqtt.checks import checks
 from kronos_connectors.mqtt.keeper import Keeper
 from kronos_connectors.mqtt.link import Link, LinkError
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.sending import Addressed, Sending
+from kronos_connectors.mqtt.sending import Publication, Sending
 from kronos_connectors.mqtt.suspects import Suspects
 from kronos_connectors.mqtt.topics import fault
+from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -45,9 +47,12 @@ class MqttSink:
         self._link: Link | None = None
         """The connection, once all is said on it that comes first."""
         self._ready = asyncio.Event()
-        self._latest: dict[str, Addressed] = {}
-        """By topic: the forecast that the broker took last."""
+        self._latest: dict[str, Publication] = {}
+        """By topic: what the broker was given last to retain, and has taken."""
         self._suspects = Suspects()
+
+    def checks(self) -> Sequence[Check]:
+        return checks(self._options)
 
     async def start(self) -> None:
         """Connect; where that fails, it is tried on."""
@@ -68,14 +73,17 @@ class MqttSink:
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         link = self._there()
-        fit: list[Addressed] = []
+        fit: list[Publication] = []
         refusals: list[Refusal] = []
         for record in records:
-            addressed = self._addressed(record, link.most_bytes)
-            if isinstance(addressed, Refusal):
-                refusals.append(addressed)
+            found = self._publications(record)
+            if isinstance(found, Refusal):
+                refusals.append(found)
+            elif (size := max(one.size() for one in found)) > link.most_bytes:
+                why = f"{size:,} bytes, over the limit of {link.most_bytes:,}"
+                refusals.append(Refusal(record, why))
             else:
-                fit.append(addressed)
+                fit += found
         refusals += await self._bounded(link, fit)
         self._suspects.delivered([record.sequence for record in records])
         return sorted(refusals, key=lambda refusal: refusal.record.sequence)
@@ -103,8 +111,6 @@ class MqttSink:
 
     async def _serve(self, link: Link) -> None:
         """Say what comes first, and let the link be used until it is lost."""
-        if not link.retains:
-            raise LinkError("it retains no messages, so nobody could have the latest forecasts")
         seconds = self._options.delivery_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -147,13 +153,13 @@ class MqttSink:
 
     # -- records -----------------------------------------------------------------------------
 
-    async def _bounded(self, link: Link, records: Sequence[Addressed]) -> Sequence[Refusal]:
+    async def _bounded(self, link: Link, publications: Sequence[Publication]) -> Sequence[Refusal]:
         """Send within the deadline; if that fails or is cancelled, the link goes with it."""
         seconds = self._options.delivery_seconds
         sending = self._sending(link)
         try:
             async with asyncio.timeout(seconds):
-                await sending.run(records)
+                await sending.run(publications)
         except LinkError as error:
             raise self._unavailable(error) from None
         except TimeoutError:
@@ -170,28 +176,30 @@ class MqttSink:
     def _sending(self, link: Link) -> Sending:
         return Sending(link, self._suspects, self._taken)
 
-    def _taken(self, one: Addressed) -> None:
-        if one.record.kind == "forecast":
+    def _taken(self, one: Publication) -> None:
+        if one.retain:
             self._latest[one.topic] = one
 
-    def _addressed(self, record: Record, most_bytes: int) -> Addressed | Refusal:
-        """Where a record goes, or why no broker, or not this one, would ever take it."""
+    def _publications(self, record: Record) -> list[Publication] | Refusal:
+        """What to publish of a record, or why no broker would ever take it."""
         if why := self._suspects.guilty(record.sequence):
             return Refusal(record, why)
         if record.kind == "deadletter":
             topic = self._options.deadletter_topic
-        else:
-            try:
-                topic = self._topic(Series.parse(record.key))
-            except ValueError as error:
-                return Refusal(record, str(error))
-            if why := fault(topic):
-                return Refusal(record, why)
-        addressed = Addressed(record, topic)
-        size = addressed.bytes()
-        if size > most_bytes:
-            return Refusal(record, f"{size:,} bytes, over the limit of {most_bytes:,}")
-        return addressed
+            return [Publication(record, topic, record.value, retain=False)]
+        try:
+            topic = self._topic(Series.parse(record.key))
+        except ValueError as error:
+            return Refusal(record, str(error))
+        if why := fault(topic):
+            return Refusal(record, why)
+        if record.kind == "forecast":
+            return [Publication(record, topic, record.value, retain=True)]
+        # An empty message takes away what is retained.
+        return [
+            Publication(record, topic, record.value, retain=False),
+            Publication(record, topic, b"", retain=True),
+        ]
 
 
 def _uncounted(_: str) -> None:

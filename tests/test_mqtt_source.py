@@ -302,6 +302,10 @@ async def test_candles_travel_encrypted(mosquitto_of: BrokerOf, tmp_path: Path) 
             await _source(broker).unknown([_BTC])
         with pytest.raises(SourceError):  # it asks for our certificate
             await _source(broker, tls_cafile=authority.file).unknown([_BTC])
+        source = _source(broker, **ours)
+        cert.write_text("spoiled", "utf-8")  # after the start
+        with pytest.raises(SourceError, match="certificate or key cannot be used"):
+            await source.unknown([_BTC])
         began = time.monotonic()
         with pytest.raises(SourceError, match="is it MQTT, and encrypted if the URL says so"):
             await _source(broker, url=broker.url.replace("mqtts", "mqtt")).unknown([_BTC])

@@ -86,7 +86,6 @@ class Link(aiomqtt.Client):
             max_queued_outgoing_messages=options.inflight,
             max_inflight_messages=options.inflight,
             properties=properties,
-            tls_context=options.tls(),
             # Or the last of what is sent waits, some 40 ms, for the broker to acknowledge the rest.
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
@@ -102,7 +101,7 @@ class Link(aiomqtt.Client):
         """The largest message that the broker takes."""
         self.retains = True
         """Whether the broker retains messages."""
-        self._take = take
+        self._options, self._take = options, take
         self._answers: dict[int, asyncio.Future[Answer | None]] = {}
         self._connecting = self._dropped = False
         self._disconnected.add_done_callback(self._ended)
@@ -113,6 +112,9 @@ class Link(aiomqtt.Client):
         """Connect and log in. Raises LinkError; bounded by ``connect_seconds``."""
         seconds = self.timeout
         try:
+            # Read each time: certificates are renewed while a daemon runs.
+            if (context := self._options.tls()) is not None:
+                self._client.tls_set_context(context)
             await _within(seconds, self.__aenter__())
         except aiomqtt.MqttError as error:
             self._drop()
@@ -120,7 +122,7 @@ class Link(aiomqtt.Client):
         except TimeoutError:
             self._drop()
             raise LinkError(f"no answer in {seconds:g} s") from None
-        except (OSError, ValueError) as error:  # a host name that cannot be one
+        except (OSError, ValueError) as error:  # a name that no host can have, a lost certificate
             self._drop()
             raise LinkError(str(error)) from None
         except BaseException:

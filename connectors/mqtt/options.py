@@ -116,10 +116,7 @@ class MqttOptions(BaseModel):
         for path in paths:
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        try:
-            self.tls()
-        except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"certificate or key cannot be used: {error}") from None
+        self.tls()
         return self
 
     @property
@@ -141,13 +138,16 @@ class MqttOptions(BaseModel):
         return f"{self._parts.scheme}://{host}:{self.port}"
 
     def tls(self) -> ssl.SSLContext | None:
-        """What encrypts, if anything does; reads the certificates."""
+        """What encrypts, if anything does; reads the certificates. Raises ValueError."""
         if not self.encrypted:
             return None
-        context = ssl.create_default_context(cafile=self.tls_cafile)
-        if self.tls_certfile:
-            # Without a password, or OpenSSL asks for one at the terminal.
-            context.load_cert_chain(self.tls_certfile, self.tls_keyfile, password="")
+        try:
+            context = ssl.create_default_context(cafile=self.tls_cafile)
+            if self.tls_certfile:
+                # Without a password, or OpenSSL asks for one at the terminal.
+                context.load_cert_chain(self.tls_certfile, self.tls_keyfile, password="")
+        except OSError as error:
+            raise ValueError(f"certificate or key cannot be used: {error}") from None
         return context
 
     def candles(self) -> Template:

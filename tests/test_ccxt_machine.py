@@ -88,6 +88,18 @@ def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
     assert world.counts() == dict.fromkeys(several(*range(10)), 1)
 
 
+def test_a_client_watches_one_timeframe_alone() -> None:
+    world = World()
+    world.shards.follow(several(1, 2) | several(1, 2, timeframe="5m"))
+    world.run(20)
+    world.shards.follow(several(1, 2, 3) | several(3, timeframe="1h"))
+    world.run(20)
+    assert sorted(map(sorted, world.watched.values())) == [
+        sorted(several(1, 2, 3)),
+        sorted(several(3, timeframe="1h")),
+    ]
+
+
 def test_an_old_client_goes_on_until_its_successor_is_heard() -> None:
     world = World()
     world.shards.follow(several(1, 2))

@@ -92,7 +92,7 @@ def play(seed: int, mode: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", seeds(range(4)))
+@pytest.mark.parametrize("seed", seeds(range(3)))
 def test_seed(seed: int, mode: str, tmp_path: Path) -> None:
     play(seed, mode, tmp_path)
 
@@ -191,15 +191,15 @@ def test_spot_and_perpetuals_are_watched_and_never_called_closed() -> None:
             assert not any(u.closed for u in v.heard.updates)
             assert all(u.candle.amount is None for u in v.heard.updates)
             assert v.heard.rejected == []
-            assert v.heard.notes == {"connected": 1}
+            assert v.heard.notes == {"connected": 2}  # one for each timeframe
 
     trial(body)
 
 
 def test_many_series_are_subscribed_to_slowly_enough() -> None:
     async def body() -> None:
-        async with venue(60) as v:
-            await asyncio.sleep(60)
+        async with venue(100) as v:
+            await asyncio.sleep(90)
             assert v.heard.notes == {"connected": 2}
             assert max(v.late(START + 30_000).values()) < 5_000
 

@@ -130,7 +130,7 @@ class Instance:
 
     def share(self, other: Instance) -> None:
         """Take over the markets that another instance has loaded."""
-        if self._exchange.markets is not other._exchange.markets:
+        if other.markets and self._exchange.markets is not other._exchange.markets:
             self._exchange.set_markets_from_exchange(other._exchange)
 
     async def time(self) -> int:

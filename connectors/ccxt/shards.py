@@ -13,6 +13,7 @@ from random import Random
 from typing import NamedTuple, TypeAlias
 
 from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
 
 NEVER = float("inf")
 
@@ -22,7 +23,11 @@ HEALTHY_SECONDS = 15.0
 """A client that has lived so long is no failure when it ends."""
 
 OVERLAP_SECONDS = 30.0
-"""How long an old client goes on once its successor is heard: subscribing takes its time."""
+"""How long an old client goes on once its successor is heard, and was told of all its series."""
+
+PACE_SECONDS = 0.35
+"""Between two series of a client: with pings and pongs, Binance allows five messages a second, and
+ccxt would make use of all of them."""
 
 SPACING_SECONDS = 0.2
 """Between the beginnings of clients."""
@@ -46,6 +51,8 @@ class Client:
     """When a candle came."""
     first: float = NEVER
     """When the first one came."""
+    told: float = 0.0
+    """When it was last told to watch a series."""
     watched: set[Series] = field(default_factory=set)
     """All that was ever asked of it: ccxt goes on to hear what nobody wants any more."""
     watching: set[Series] = field(default_factory=set)
@@ -87,8 +94,13 @@ Command: TypeAlias = Begin | Watch | Leave | End
 
 @dataclass(eq=False, slots=True)
 class _Shard:
-    """Series that share a client."""
+    """Series that share a client; all of one timeframe.
 
+    Some exchanges' classes in ccxt (Kraken's) do not tell apart what is pushed of one symbol in
+    two of them.
+    """
+
+    timeframe: Timeframe
     series: set[Series] = field(default_factory=set)
     clients: list[Client] = field(default_factory=list)
     """The oldest first."""
@@ -122,11 +134,14 @@ class Shards:
         wanted = set(series)
         for shard in self._shards:
             shard.series &= wanted
-        new = sorted(wanted - {one for shard in self._shards for one in shard.series})
-        most = max(-(-len(wanted) // self._room), 1 if new else 0)
-        self._shards += [_Shard() for _ in range(most - len(self._shards))]
-        for one in new:
-            min(self._shards, key=lambda shard: len(shard.series)).series.add(one)
+        new = wanted - {one for shard in self._shards for one in shard.series}
+        for timeframe in dict.fromkeys(one.timeframe for one in sorted(new)):
+            shards = [shard for shard in self._shards if shard.timeframe == timeframe]
+            most = -(-sum(one.timeframe == timeframe for one in wanted) // self._room)
+            made = [_Shard(timeframe) for _ in range(most - len(shards))]
+            self._shards += made
+            for one in sorted(one for one in new if one.timeframe == timeframe):
+                min(shards + made, key=lambda shard: len(shard.series)).series.add(one)
 
     def heard(self, client: Client, now: float) -> None:
         """Anything came."""
@@ -181,7 +196,7 @@ class Shards:
                     shard.patience = min(2 * shard.patience, _MOST_PATIENCE)
                 self._forget(shard, client, now)
         kept = shard.clients[-1:] if shard.series else []
-        if kept and now < kept[0].first + OVERLAP_SECONDS:
+        if kept and now < self._relieved_at(shard, kept[0]):
             return
         for client in shard.clients:
             if client not in kept:
@@ -202,13 +217,17 @@ class Shards:
 
     def _quiet_at(self, shard: _Shard, client: Client) -> float:
         """When some candle should have come by: bars of quiet markets are not pushed."""
-        shortest = min((_seconds(one) for one in shard.series), default=NEVER)
-        return client.pushed + shard.patience * (shortest + 2 * self._stall)
+        return client.pushed + shard.patience * (_seconds(shard.timeframe) + 2 * self._stall)
 
     def _tired_at(self, shard: _Shard, client: Client) -> float:
         """When another should take its place while it still works."""
         useless = len(client.watched - shard.series)
         return 0.0 if useless > self._room // 2 else client.tired_at
+
+    def _relieved_at(self, shard: _Shard, successor: Client) -> float:
+        if _untold(shard, successor):
+            return NEVER
+        return max(successor.first, successor.told) + OVERLAP_SECONDS
 
     def _needs(self, shard: _Shard, now: float) -> bool:
         if len(shard.clients) != 1:
@@ -221,7 +240,7 @@ class Shards:
         shard.retry_at = now + self._pause(shard.tries)
         # Not all of them at the same moment.
         tired_at = now + self._lifetime * self._random.uniform(0.8, 1.0)
-        client = Client(now, tired_at, heard=now, pushed=now)
+        client = Client(now, tired_at, heard=now, pushed=now, told=now - PACE_SECONDS)
         shard.clients.append(client)
         return client
 
@@ -233,7 +252,10 @@ class Shards:
         for one in sorted(client.watching - shard.series):
             client.watching.discard(one)
             commands.append(Leave(client, one))
-        for one in sorted(shard.series - client.watching - client.aside.keys()):
+        untold = _untold(shard, client)
+        if untold and now >= client.told + PACE_SECONDS:
+            one = min(untold)
+            client.told = now
             client.watching.add(one)
             client.watched.add(one)
             commands.append(Watch(client, one))
@@ -254,13 +276,20 @@ class Shards:
             yield self._silent_at(client)
             yield self._quiet_at(shard, client)
             yield from client.aside.values()
+            if _untold(shard, client):
+                yield client.told + PACE_SECONDS
         if len(shard.clients) > 1:
-            yield shard.clients[-1].first + OVERLAP_SECONDS
+            yield self._relieved_at(shard, shard.clients[-1])
         else:
             tired_at = max((self._tired_at(shard, one) for one in shard.clients), default=0.0)
             yield max(tired_at, shard.retry_at, self._begin_at)
 
 
-def _seconds(series: Series) -> float:
-    length = series.timeframe.milliseconds
-    return _LONGEST_MONTH_SECONDS * series.timeframe.count if length is None else length / 1000
+def _untold(shard: _Shard, client: Client) -> set[Series]:
+    """What the client is still to be told to watch."""
+    return shard.series - client.watching - client.aside.keys()
+
+
+def _seconds(timeframe: Timeframe) -> float:
+    length = timeframe.milliseconds
+    return _LONGEST_MONTH_SECONDS * timeframe.count if length is None else length / 1000

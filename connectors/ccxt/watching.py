@@ -87,6 +87,8 @@ class Watching:
             while True:
                 rows = await instance.watch(series)
                 self._take(client, series, rows, pushed)
+                # Whatever ccxt keeps ready, others have their turn.
+                await asyncio.sleep(0)
         except VenueRefused:
             raise
         except SeriesRefused as error:

@@ -17,6 +17,7 @@ import orjson
 import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from kronos_stream.checkup import Check, Finding, in_thread, look_at_disk
 from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkConnector, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
@@ -53,10 +54,18 @@ class JsonlSink:
         path = options.path
         self._paths: dict[Kind, Path] = {
             "forecast": path,
+            "removal": path,
             "deadletter": path.with_name(f"{path.name}.deadletter"),
         }
         self._sync = options.sync
         self._thread = ThreadPoolExecutor(1, "jsonl")
+
+    def checks(self) -> Sequence[Check]:
+        async def look() -> Sequence[Finding]:
+            disk = partial(look_at_disk, self._paths["forecast"], "KRONOS_STREAM_JSONL__PATH")
+            return [await in_thread(disk)]
+
+        return [Check("jsonl file", look)]
 
     async def start(self) -> None:
         """See that the files can be written, and mend what a crash left unfinished."""

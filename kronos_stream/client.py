@@ -26,7 +26,7 @@ from typing import Any, Literal
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
-from kronos_stream.forecast.message import Forecast
+from kronos_stream.forecast.message import REMOVAL, Forecast
 from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 
@@ -34,6 +34,7 @@ __all__ = ["Forecast", "forecasts"]
 
 _log = logging.getLogger(__name__)  # the standard library's: this runs in other people's programs
 
+_REMOVAL = REMOVAL.encode()
 _POLL_MS = 1_000
 _POLL_RECORDS = 500
 _COMMIT_SECONDS = 1.0
@@ -210,6 +211,8 @@ class _Choice:
             yield record, forecast if wanted else None
 
     def _parse(self, record: ConsumerRecord) -> Forecast | None:
+        if dict(record.headers).get("ce_type") == _REMOVAL:
+            return None
         try:
             series = Series.parse(record.key.decode())
             if self._series is not None and series.name not in self._series:

@@ -16,7 +16,7 @@ from aiohttp import web
 from kronos_connectors.binance import CONNECTOR, BinanceOptions
 from kronos_stream.market import Candle, Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
+from kronos_stream.market.source import Intake, Ranking, Source, SourceError, VenueRefused
 from kronos_stream.testing.exchange import Faults, Planned, SimulatedExchange
 from kronos_stream.testing.virtual import run_virtual
 
@@ -176,6 +176,25 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
             assert late == set(last)
             v.series[:] = v.series[2:4]
             assert v.missing(START + 5_000) == 0
+
+    trial(body)
+
+
+def test_symbols_are_ranked_by_what_was_traded() -> None:
+    async def body() -> None:
+        async with venue(6, perpetuals=3) as v:
+            assert isinstance(v.source, Ranking)
+            for pattern, futures in (("*/USDT", False), ("*/USDT:USDT", True)):
+                ranked = await v.source.ranked(pattern)
+                assert set(ranked) == {s for s in v.exchange.symbols if (":" in s) is futures}
+                traded = [
+                    sum(bar.candle.amount or 0 for bar in v.exchange.truth(one, START - 86_400_000))
+                    for symbol in ranked
+                    for one in v.series
+                    if one.symbol == symbol
+                ]
+                assert traded == sorted(traded, reverse=True)
+                assert len(set(traded)) == len(ranked) > 1
 
     trial(body)
 

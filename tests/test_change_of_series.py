@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.settings import Http, Settings, SettingsError
+from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.clock import DrivenClock
 from kronos_stream.market.series import Series
 
@@ -46,13 +47,27 @@ class _Desk:
         self._venue.under_way -= 1
 
 
+class _Press:
+    """What readers are told, in order; the first time, it fails."""
+
+    def __init__(self) -> None:
+        self.tried = 0
+        self.gone: list[list[str]] = []
+
+    async def retract(self, series: Sequence[str]) -> None:
+        self.tried += 1
+        if self.tried == 1:
+            raise StateError("the disk is full")
+        self.gone.append(list(series))
+
+
 @pytest.fixture
 def venue() -> _Venue:
     return _Venue()
 
 
 @pytest.fixture
-def daemon(venue: _Venue, tmp_path: Path) -> Daemon:
+async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[Daemon]:
     settings = Settings(model="nano", state_file=tmp_path / "state.sqlite", http=Http(port=0))
     source: Any = venue
     daemon = Daemon(
@@ -60,7 +75,12 @@ def daemon(venue: _Venue, tmp_path: Path) -> Daemon:
     )
     desk: Any = _Desk(venue)
     daemon._desk = desk
-    return daemon
+    daemon._state = await State.open(tmp_path / "state.sqlite")
+    press: Any = _Press()
+    press.tried = 1
+    daemon._press = press
+    yield daemon
+    await daemon._state.close()
 
 
 async def test_a_venue_that_was_not_there_at_the_start_changes_nothing(
@@ -79,3 +99,26 @@ async def test_changes_wait_for_the_start_and_for_each_other(daemon: Daemon, ven
     daemon.ready.set()
     await asyncio.gather(*changes)
     assert venue.followed == venue.pointed == [{SECOND}, {THIRD}, {FIRST}]
+
+
+async def test_readers_are_told_once_what_is_gone(daemon: Daemon) -> None:
+    press: Any = daemon._press
+    daemon.ready.set()
+    await daemon.follow([FIRST, SECOND, THIRD])
+    assert press.gone == []
+    await daemon.follow([SECOND])
+    await daemon.follow([SECOND])
+    assert press.gone == [[FIRST.name, THIRD.name]]
+    await daemon.follow([FIRST])
+    assert press.gone[1:] == [[SECOND.name]]
+
+
+async def test_what_could_not_be_told_is_told_later(daemon: Daemon) -> None:
+    press: Any = daemon._press
+    daemon.ready.set()
+    await daemon.follow([FIRST, SECOND])
+    press.tried = 0
+    with pytest.raises(StateError):
+        await daemon.follow([SECOND])
+    await daemon.follow([SECOND])
+    assert press.gone == [[FIRST.name]]

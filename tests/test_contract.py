@@ -18,10 +18,11 @@ from kronos_stream.cli import main
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Composer, dead_letter
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
-from kronos_stream.forecast.outlook import outlook
+from kronos_stream.forecast.outlook import Kept, outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _PUBLISHED = Path(__file__).parent / "data" / "contract"
@@ -59,9 +60,9 @@ def test_a_change_that_breaks_readers_is_seen() -> None:
     assert broken("s['properties']['schema']['const'] = 'kronos.forecast/2'")
 
 
-@pytest.mark.parametrize("keep_paths", [False, True])
-def test_what_is_written_is_what_the_schema_says(keep_paths: bool) -> None:  # noqa: FBT001
-    _check_all("forecast", _forecast(keep_paths=keep_paths))
+@pytest.mark.parametrize("keep", ["none", "close", "ohlcva"])
+def test_what_is_written_is_what_the_schema_says(keep: Kept) -> None:
+    _check_all("forecast", _forecast(keep=keep))
 
 
 @pytest.mark.parametrize("payload", [b"{", b"\xff"])
@@ -73,11 +74,14 @@ def test_a_dead_letter_is_what_the_schema_says(payload: bytes) -> None:
 def test_asyncapi_names_the_topics_that_the_sink_writes_to() -> None:
     document = contract.asyncapi()
     assert document["asyncapi"] == "3.0.0"
-    written = {topic: [kind] for kind, names in topics.of_kind("kronos").items() for topic in names}
+    written: dict[str, list[str]] = {}
+    for kind, names in topics.of_kind("kronos").items():
+        for topic in names:
+            written.setdefault(topic, []).append(kind)
+    written[topics.latest("kronos")].remove("removal")  # no message: a record without a value
+    written[topics.candles("kronos", Timeframe(5, "m"))] = ["candle"]
     named = {
-        channel["address"].format(prefix=channel["parameters"]["prefix"]["default"]): list(
-            channel["messages"]
-        )
+        channel["address"].format(prefix="kronos", timeframe="5m"): list(channel["messages"])
         for channel in document["channels"].values()
     }
     assert named == written
@@ -124,17 +128,17 @@ def test_the_command_prints_and_writes_them(
     assert json.loads(run("--asyncapi")) == contract.asyncapi()
     run("--write", str(tmp_path / "new"))
     written = {str(p.relative_to(tmp_path / "new")) for p in tmp_path.rglob("*.json")}
-    assert written == set(contract.documents())
+    assert written == {*contract.documents(), "openapi.json"}
 
 
-def _forecast(*, keep_paths: bool) -> Json:
+def _forecast(*, keep: Kept) -> Json:
     random = np.random.default_rng(0)
     series = Series.parse("binance:BTC/USDT:5m")
     values = random.uniform(1, 2, (10, 6)).astype(np.float32)
     times = 300_000 * np.arange(10)
     last = Candle(2_700_000, *values[-1].tolist())
     paths = random.uniform(1, 2, (20, 3, 6)).astype(np.float32)
-    said = outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], keep_paths=keep_paths)
+    said = outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], keep=keep)
     composer = Composer(
         Model(name="nano", revision=None, tokenizer="nano"),
         Engine(version="0", device="cpu", dtype="float32"),
@@ -155,7 +159,7 @@ def _check_all(name: str, message: Json) -> None:
     schema = contract.json_schema(name)
     assert _faults(schema, message) == []
     for field in message:
-        bad = message | {field: {"nonsense": [[]]}}
+        bad = message | {field: {"nonsense": [[[]]]}}
         assert _faults(schema, bad), field
     for field in schema["required"]:
         bad = {key: value for key, value in message.items() if key != field}

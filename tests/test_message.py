@@ -32,7 +32,7 @@ from kronos_stream.forecast.message import (
     Sampling,
     same,
 )
-from kronos_stream.forecast.outlook import Outlook, outlook
+from kronos_stream.forecast.outlook import Kept, Outlook, outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -56,11 +56,11 @@ def _window(**changes: Any) -> Window:
     return replace(Window(_SERIES, values, times, 0, 0, last, ()), **changes)
 
 
-def _outlook(*, horizon: int = 8, keep_paths: bool = False) -> Outlook:
+def _outlook(*, horizon: int = 8, keep: Kept = "none") -> Outlook:
     random = np.random.default_rng(4)
     paths = (62_000 * np.exp(random.normal(0, 0.001, (20, horizon, 6)))).astype(np.float32)
     times = [_ORIGIN + _STEP * step for step in range(1, horizon + 1)]
-    return outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), keep_paths=keep_paths)
+    return outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), keep=keep)
 
 
 def _compose(
@@ -84,7 +84,7 @@ def _compose(
         _compose(),
         _compose(_window(reasons=("3 synthetic bars", "last bar clipped"), synthetic=3)),
         _compose(_window(values=_window().values[:, :5])),
-        _compose(said=_outlook(horizon=24, keep_paths=True), scale=1024.0),
+        _compose(said=_outlook(horizon=24, keep="ohlcva"), scale=1024.0),
         _compose(created=_NOW // 1000 * 1000),
     ],
 )
@@ -149,7 +149,8 @@ _OTHER_VALUES = _window().values * np.float32(1.0000002)
         lambda: _compose(_window(synthetic=1)),
         lambda: _compose(_window(reasons=("stale",))),
         lambda: _compose(said=_outlook(horizon=7)),
-        lambda: _compose(said=_outlook(keep_paths=True)),
+        lambda: _compose(said=_outlook(keep="close")),
+        lambda: _compose(said=_outlook(keep="ohlcva")),
         lambda: _compose(scale=2.0),
         lambda: _compose(by=_composer(model=_MODEL.model_copy(update={"revision": "ffff"}))),
         lambda: _compose(by=_composer(engine=_ENGINE.model_copy(update={"dtype": "bfloat16"}))),

@@ -66,7 +66,7 @@ def test_bands_are_the_repaired_paths_quantiles_in_float32() -> None:
 
 @pytest.mark.parametrize("price", [1.7e-8, 0.0123, 62_145.37, 9.9e20])
 def test_numbers_are_the_shortest_that_name_their_float32(price: float) -> None:
-    said = outlook(_drawn(price=price), _TIMES, price, _PROBS, keep_paths=True)
+    said = outlook(_drawn(price=price), _TIMES, price, _PROBS, keep="close")
     for number in said.channels["close"]["q25"]:
         assert type(number) is float
         assert len(Decimal(repr(number)).normalize().as_tuple().digits) <= 9
@@ -76,8 +76,23 @@ def test_numbers_are_the_shortest_that_name_their_float32(price: float) -> None:
 def test_paths_are_kept_only_if_asked_for_and_exactly() -> None:
     drawn = _drawn(20, 8)
     assert outlook(drawn, _TIMES[:8], 62_000.0, _PROBS).paths is None
-    kept = outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, keep_paths=True).paths
-    assert np.array_equal(np.array(kept, np.float32), drawn[..., 3])
+    said = outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, keep="close")
+    assert np.array_equal(np.array(said.paths, np.float32), drawn[..., 3])
+    assert said.other_paths is None
+
+
+def test_all_channels_of_the_paths_are_kept_as_published() -> None:
+    drawn = _drawn(20, 8)
+    drawn[0, 0, 5] = -1
+    said = outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, keep="ohlcva")
+    assert said.other_paths is not None
+    assert said.other_paths.keys() == {"open", "high", "low", "volume", "amount"}
+    candles, _ = repair(drawn)
+    for column, channel in ((0, "open"), (1, "high"), (2, "low"), (4, "volume")):
+        kept = np.array(said.other_paths[channel], np.float32)
+        assert np.array_equal(kept, candles[..., column])
+    amounts = np.array(said.other_paths["amount"], np.float32)
+    assert np.array_equal(amounts, np.maximum(drawn[..., 5], 0))
 
 
 def test_what_is_undefined_is_none() -> None:

@@ -62,7 +62,7 @@ def _environment(**settings: object) -> dict[str, str]:
         "HORIZON": HORIZON,
         "PATHS": PATHS,
         "QUANTILES": ",".join(map(str, QUANTILES)),
-        "KEEP_PATHS": "true",
+        "FORECAST__PATHS": "ohlcva",
         **settings,
     }
     others = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
@@ -160,11 +160,12 @@ def _compare(
     assert paths[..., 3].tobytes() == np.array(message["paths"], np.float32).tobytes()
     after = Series.parse(message["series"]).timeframe.after
     times = [after(opens[-1], step) for step in range(1, HORIZON + 1)]
-    made = outlook(paths, times, message["last"]["close"], QUANTILES, keep_paths=True)
+    made = outlook(paths, times, message["last"]["close"], QUANTILES, keep="ohlcva")
     assert message["times"] == [rfc3339(time) for time in times]
     assert {name: message[name] for name in COLUMNS[:5]} == made.channels
     assert message["summary"] == made.summary.to_dict()
     assert message["repaired"] == made.repaired
+    assert message["other_paths"] == made.other_paths
     assert message["context"]["synthetic"] == missing
     assert message["context"]["bars"] == len(opens)
     assert message["degraded"] or not missing

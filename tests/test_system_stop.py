@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from kronos_stream.forecast.message import Forecast
+from kronos_stream.forecast.message import Forecast, Removal
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.audit import audit, is_removal, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 
@@ -180,10 +180,26 @@ def test_the_symbols_file_is_read_again(
         wait_for("the new one's forecast", lambda: _NEW in forecast(), 60.0, poll=0.5)
         assert daemon.stop() == 0
         assert forecast() == {_KEPT, _NEW}
+        _assert_gone(kafka, topic_prefix, _GONE)
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
 
 
-_KEPT, _NEW = "binance:SIM00/USDT:1s", "binance:SIM02/USDT:1s"
+_KEPT, _NEW, _GONE = (f"binance:SIM0{i}/USDT:1s" for i in (0, 2, 1))
+
+
+def _assert_gone(kafka: ApacheKafka, topic_prefix: str, series: str) -> None:
+    """Its last word is that it is gone, and where the newest is kept, nothing is."""
+    words = [
+        [
+            value
+            for key, value in read_topic(kafka.bootstrap, f"{topic_prefix}.{topic}")
+            if key == series
+        ]
+        for topic in ("forecasts.v1", "forecasts.latest.v1")
+    ]
+    assert Removal.parse(words[0][-1]).series == series
+    assert words[1][-1] == b""
+    assert all(len(some) > 1 for some in words)
 
 
 @pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
@@ -240,7 +256,7 @@ def _forecast_since(kafka: ApacheKafka, prefix: str, since: float) -> Callable[[
 
     def names() -> set[str]:
         values = read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1")
-        made = (Forecast.parse(value) for _, value in values)
+        made = (Forecast.parse(value) for _, value in values if not is_removal(value))
         return {one.series for one in made if one.times[0].timestamp() > since + 1}
 
     return names

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from random import Random
 
 import structlog
 
+from kronos_connectors.binance import checks
 from kronos_connectors.binance.fleet import Fleet
 from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, Rest
 from kronos_connectors.binance.sockets import Sockets
 from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
+from kronos_stream.checkup import Check
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -62,6 +65,28 @@ class Market:
                 # It may trade again; a restart must not fail for it.
                 _log.warning("symbol does not trade now", series=one.name, status=status)
         return found
+
+    async def ranked(self) -> Sequence[str]:
+        """See :class:`~kronos_stream.market.source.Ranking`."""
+        listing = await self._list(anew=True)
+        return listing.ranked(await self._rest.turnover())
+
+    def checks(self, series: Collection[Series]) -> Sequence[Check]:
+        """Of its hosts, for :class:`~kronos_stream.checkup.CheckedSource`."""
+        kind = "futures" if self._futures else "spot"
+        timeout = self._options.timeout_seconds
+        return [
+            Check(
+                f"binance {kind} clock",
+                partial(checks.clock, self._rest, self._clock, series),
+                3 * timeout,
+            ),
+            Check(
+                f"binance {kind} websocket",
+                partial(checks.websocket, self._ws_url, timeout),
+                2 * timeout,
+            ),
+        ]
 
     def follow(self, series: Collection[Series]) -> None:
         self._series = frozenset(series)

@@ -44,13 +44,15 @@ class Host:
     """Rows asked for at a time: as many as are cheapest by weight."""
     weights: tuple[tuple[int, int], ...]
     """Rows up to → weight of a request for klines."""
+    tickers_weight: int
+    """Of the 24 h figures of all symbols."""
 
     def weight(self, rows: int) -> int:
         return next(weight for most, weight in self.weights if rows <= most)
 
 
-SPOT = Host("/api/v3", 6_000, 1_000, ((1_000, 2),))
-FUTURES = Host("/fapi/v1", 2_400, 499, ((99, 1), (499, 2)))
+SPOT = Host("/api/v3", 6_000, 1_000, ((1_000, 2),), 80)
+FUTURES = Host("/fapi/v1", 2_400, 499, ((99, 1), (499, 2)), 40)
 
 
 class ApiError(SourceError):
@@ -84,6 +86,22 @@ class Rest:
         if not isinstance(listed, list):
             raise SourceError(f"{self._url}: exchangeInfo without symbols")
         return [one for one in listed if isinstance(one, dict)]
+
+    async def turnover(self) -> dict[str, float]:
+        """What was traded of each symbol in the last 24 hours, in quote units."""
+        tickers = await self._get("ticker/24hr", {}, self._host.tickers_weight, long=True)
+        try:
+            return {one["symbol"]: float(one["quoteVolume"]) for one in tickers}
+        except (KeyError, TypeError, ValueError):
+            raise SourceError(f"{self._url}: 24 h figures that are none") from None
+
+    async def time(self) -> int:
+        """UTC ms, as the venue says."""
+        answer = await self._get("time", {}, _TIME_WEIGHT)
+        said = answer.get("serverTime") if isinstance(answer, dict) else None
+        if type(said) is not int:
+            raise SourceError(f"{self._url}: its time is none")
+        return said
 
     async def offers(self, symbol: str, interval: str) -> bool:
         """Whether there are bars of ``interval``; any symbol will do."""
@@ -154,10 +172,7 @@ class Rest:
         async with self._measuring:
             before = self._clock.now()
             if self._venue_clock.stale(before, uptime()):
-                answer = await self._get("time", {}, _TIME_WEIGHT)
-                said = answer.get("serverTime") if isinstance(answer, dict) else None
-                if type(said) is not int:
-                    raise SourceError(f"{self._url}: its time is none")
+                said = await self.time()
                 self._venue_clock.measured(before, said, self._clock.now(), uptime())
                 if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
                     self.note("clock skewed")

@@ -8,6 +8,7 @@ from random import Random
 
 from kronos_connectors.binance.market import Market
 from kronos_connectors.binance.options import BinanceOptions
+from kronos_stream.checkup import Check
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -33,6 +34,16 @@ class BinanceSource:
             asked = [one for one in series if _is_futures(one) is futures]
             if asked:
                 found |= await market.unknown(asked)
+        return found
+
+    async def ranked(self, pattern: str) -> Sequence[str]:
+        return await self._markets[":" in pattern].ranked()
+
+    def checks(self, series: Collection[Series]) -> Sequence[Check]:
+        found: list[Check] = []
+        for futures, market in self._markets.items():
+            if asked := [one for one in series if _is_futures(one) is futures]:
+                found += market.checks(asked)
         return found
 
     def follow(self, series: Collection[Series]) -> None:

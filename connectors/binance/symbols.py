@@ -49,6 +49,11 @@ class Listing:
             return None
         return "binance does not list it" + self._hint(symbol)
 
+    def ranked(self, turnover: Mapping[str, float]) -> list[str]:
+        """What trades now, by ``turnover`` under Binance's names, the largest first."""
+        trading = self._names.keys() - self._halted.keys()
+        return sorted(trading, key=lambda one: (-turnover.get(self._names[one], 0.0), one))
+
     def _hint(self, symbol: str) -> str:
         # People write BTCUSDT or btc/usdt for BTC/USDT; the letters are the same.
         plain = {_letters(known): known for known in self._names if known not in self._halted}

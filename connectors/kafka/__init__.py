@@ -10,4 +10,3 @@ from kronos_stream.market.source import SourceConnector
 
 SOURCE = SourceConnector(KafkaOptions, build_source)
 SINK = SinkConnector(KafkaOptions, build)
-CONNECTOR = SINK  # its name in the entry point of the sinks

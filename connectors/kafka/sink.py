@@ -30,8 +30,10 @@ from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.producer.message_accumulator import BatchBuilder
 
 from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.checks import checks
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import of_kind
+from kronos_connectors.kafka.topics import latest, of_kind
+from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
@@ -56,8 +58,9 @@ _CLOSE_SECONDS = 2.0
 class _Lane:
     """What goes to one partition, in order."""
 
-    def __init__(self, topic: str, partition: int) -> None:
+    def __init__(self, topic: str, partition: int, *, compacted: bool) -> None:
         self.topic, self.partition = topic, partition
+        self._compacted = compacted
         self.waiting: deque[Record] = deque()
         self.singly = 0
         """How many of the next are to be sent alone, for one among them is refused."""
@@ -69,7 +72,8 @@ class _Lane:
             added = batch.append(
                 timestamp=record.created,
                 key=record.key.encode(),
-                value=record.value,
+                # Without a value, compaction takes the key's records away.
+                value=None if self._compacted and record.kind == "removal" else record.value,
                 headers=list(record.headers),
             )
             if added is None:
@@ -102,9 +106,13 @@ class KafkaSink:
     def __init__(self, options: KafkaOptions) -> None:
         self._options = options
         self._topics = of_kind(options.topic_prefix)
+        self._latest = latest(options.topic_prefix)
         self._partition = DefaultPartitioner()  # the one of Kafka's own clients
         self._producer: AIOKafkaProducer | None = None
         self._chatter = listen()
+
+    def checks(self) -> Sequence[Check]:
+        return checks(self._options)
 
     async def start(self) -> None:
         """Connect, and see that the topics are there."""
@@ -207,7 +215,8 @@ class KafkaSink:
             for topic in self._topics[record.kind]:
                 partitions = sorted(await producer.partitions_for(topic))
                 place = topic, self._partition(record.key.encode(), partitions, None)
-                lanes.setdefault(place, _Lane(*place)).waiting.append(record)
+                lane = lanes.setdefault(place, _Lane(*place, compacted=topic == self._latest))
+                lane.waiting.append(record)
         return list(lanes.values())
 
     async def _round(

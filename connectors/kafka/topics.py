@@ -47,6 +47,7 @@ def of_kind(prefix: str) -> dict[Kind, tuple[str, ...]]:
     """To which topics a record of each kind goes."""
     return {
         "forecast": (forecasts(prefix), latest(prefix)),
+        "removal": (forecasts(prefix), latest(prefix)),
         "deadletter": (deadletter(prefix),),
     }
 

@@ -9,24 +9,32 @@ import click
 
 
 @click.command()
-@click.argument("message", type=click.Choice(["forecast", "deadletter"]), default="forecast")
+@click.argument(
+    "message",
+    type=click.Choice(["forecast", "removal", "deadletter", "candle"]),
+    default="forecast",
+)
 @click.option("--asyncapi", is_flag=True, help="Print AsyncAPI 3.0 of all topics and messages.")
+@click.option("--openapi", is_flag=True, help="Print OpenAPI 3.1 of the daemon's HTTP pages.")
 @click.option(
     "--write",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Write all of it into a folder: schemas/*.json and asyncapi.json.",
+    help="Write all of it into a folder: schemas/*.json, asyncapi.json, openapi.json.",
 )
-def schema(message: str, asyncapi: bool, write: Path | None) -> None:  # noqa: FBT001
-    """Print the JSON Schema of a message's value: of a forecast, or of a dead letter.
+def schema(message: str, asyncapi: bool, openapi: bool, write: Path | None) -> None:  # noqa: FBT001
+    """Print the JSON Schema of a message's value; by default, of a forecast.
 
     Within a version, messages only gain optional fields: ignore what you do not know.
     """
+    from kronos_stream.daemon import openapi as pages
     from kronos_stream.forecast import contract
 
     if write is not None:
-        for path in contract.write(write):
+        for path in contract.write(write, contract.documents() | pages.documents()):
             click.echo(path)
         return
     document = contract.asyncapi() if asyncapi else contract.json_schema(message)
+    if openapi:
+        document = pages.document()
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))

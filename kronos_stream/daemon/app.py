@@ -17,16 +17,20 @@ from typing import Any, Protocol
 
 import structlog
 
+from kronos_stream.daemon.board import Board
 from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.due import Due, Result
-from kronos_stream.daemon.health import Health, watch_loop_lag
+from kronos_stream.daemon.health import watch_loop_lag
+from kronos_stream.daemon.http import Served
 from kronos_stream.daemon.job import Identity, Plan
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Outbox
+from kronos_stream.daemon.pages import Pages
 from kronos_stream.daemon.press import Graveyard, Press, composer, refused
 from kronos_stream.daemon.scheduler import Forecasting, Scheduler
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
+from kronos_stream.daemon.universe import REFRESH_SECONDS, resolve
 from kronos_stream.daemon.worker import Worker
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
@@ -86,7 +90,11 @@ class Daemon:
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
         self._watch = watch
         self._make_worker = worker or partial(Worker, standby=settings.standby)
-        self._series: frozenset[Series] = frozenset(settings.series() if series is None else series)
+        self._watchlist = settings.watchlist() if series is None else ()
+        self._series: frozenset[Series] = frozenset(series or ())
+        self._held: frozenset[Series] = frozenset()
+        """What was followed when the state was left."""
+        self._board = Board(clock)
         self._lost: dict[str, str] = {}
         self._stop = asyncio.Event()
         self._changing = asyncio.Lock()
@@ -102,9 +110,7 @@ class Daemon:
             stack.push_async_callback(worker.close)
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
-            unknown = [
-                line for venue in self._sources for line in await self._unknown(venue, self._series)
-            ]
+            unknown = [line for venue in self._sources for line in await self._choose(venue)]
             if unknown:
                 raise SettingsError(unknown)
             return await worker.start()
@@ -122,6 +128,7 @@ class Daemon:
         async with AsyncExitStack() as stack:
             self._state = await State.open(settings.state_file)
             stack.push_async_callback(self._state.close)
+            self._held = frozenset(map(Series.parse, await self._state.followed()))
             self._worker = self._make_worker(settings.plan(), self.metrics)
             stack.push_async_callback(self._worker.close)
             for source in self._sources.values():
@@ -135,8 +142,10 @@ class Daemon:
                 max_age_seconds=settings.outbox_max_age,
                 bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
             )
-            health = Health(settings.http.host, settings.http.port, self.metrics, self.checks)
-            await stack.enter_async_context(health)
+            pages = Pages(
+                self.metrics, self.checks, self._board, self._clock, token=settings.http.token
+            )
+            await stack.enter_async_context(Served(settings.http, pages))
             try:
                 async with asyncio.TaskGroup() as tasks:
                     sending = tasks.create_task(self._outbox.run())
@@ -152,8 +161,9 @@ class Daemon:
         """What readiness hangs on: what it is → why it is not so, empty if it is."""
         found = {f"sink {name}": why for name, why in self._outbox.healthy().items()}
         found["worker"] = self._worker.healthy()
+        silent = self._board.silent(self._sources)
         for venue in self._sources:
-            found[f"source {venue}"] = self._lost.get(venue, "")
+            found[f"source {venue}"] = self._lost.get(venue) or silent.get(venue, "")
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
@@ -168,6 +178,11 @@ class Daemon:
         await self._desk.settled()
         await self._scheduler.settled()
         await self._outbox.drain(inf)
+
+    async def reload(self) -> None:
+        """Follow what the settings want now, once :attr:`ready`; raises as :meth:`follow`."""
+        self._watchlist = self.settings.watchlist()
+        await self._follow_watchlist()
 
     async def follow(self, series: Collection[Series]) -> None:
         """Change the set of series, once :attr:`ready`; those that stay lose no bar.
@@ -190,6 +205,7 @@ class Daemon:
             self._series = wanted
             await self._desk.follow(wanted)
             self._point_sources()
+            await self._say_what_is_gone()
         _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
 
     async def _forecast_until_stopped(self) -> None:
@@ -213,10 +229,18 @@ class Daemon:
             raise SettingsError(unknown)
         self._put_together(loading.result())
         await self._desk.start(self._series)
+        await self._say_what_is_gone()
 
     def _put_together(self, identity: Identity) -> None:
         settings = self.settings
-        press = Press(composer(settings.plan(), identity), self._outbox, self._clock, self._wall)
+        press = self._press = Press(
+            composer(settings.plan(), identity),
+            self._outbox,
+            self._clock,
+            self._wall,
+            follows=lambda series: series in self._series,
+            told=self._board.told,
+        )
         self._graveyard = Graveyard(self._outbox, self._wall)
 
         async def publish(results: Sequence[Result]) -> None:
@@ -236,6 +260,7 @@ class Daemon:
             degraded=settings.degraded,
             bury=self._graveyard.bury,
         )
+        self._board.look_at(lambda: self._desk.followed)
         self._scheduler = Scheduler(
             self._worker,
             self._desk.window,
@@ -257,6 +282,7 @@ class Daemon:
         self._point_sources()
         async with asyncio.TaskGroup() as tasks:
             desk = tasks.create_task(self._desk.run())
+            refreshing = tasks.create_task(self._refresh())
             sources = [
                 tasks.create_task(self._run_source(venue, source))
                 for venue, source in self._sources.items()
@@ -270,7 +296,7 @@ class Daemon:
             self.ready.clear()
             if not self._stop.is_set():
                 await self._unless_stopped(self.settled())
-            for task in (stopped, ended, desk, *sources):
+            for task in (stopped, ended, desk, refreshing, *sources):
                 task.cancel()
 
     async def _run_source(self, venue: str, source: Source) -> None:
@@ -298,7 +324,7 @@ class Daemon:
         for venue in self._sources:
             while True:
                 try:
-                    lines += await self._unknown(venue, self._series)
+                    lines += await self._choose(venue)
                 except VenueRefused as error:
                     self._lose(venue, error)
                 except SourceError as error:
@@ -307,6 +333,37 @@ class Daemon:
                     continue
                 break
         return lines
+
+    async def _choose(self, venue: str) -> list[str]:
+        """Settle what of the watchlist this venue is to serve; a line for each it does not have."""
+        entries = [entry for entry in self._watchlist if entry.venue == venue]
+        chosen = await resolve(entries, self._sources, self._held)
+        self._series |= chosen
+        return await self._unknown(venue, self._series)
+
+    async def _follow_watchlist(self) -> None:
+        await self.ready.wait()
+        entries = [entry for entry in self._watchlist if entry.venue not in self._lost]
+        lost = {one for one in self._series if one.venue in self._lost}
+        await self.follow(lost | await resolve(entries, self._sources, self._series))
+
+    async def _refresh(self) -> None:
+        """Look daily what patterns stand for; until cancelled."""
+        while True:
+            await self._clock.sleep(REFRESH_SECONDS)
+            if not any(entry.is_pattern for entry in self._watchlist):
+                continue
+            try:
+                await self._follow_watchlist()
+            except (SettingsError, SourceError) as error:
+                _log.warning("symbols cannot be looked up; they stay", why=str(error))
+
+    async def _say_what_is_gone(self) -> None:
+        """Tell readers which series are followed no more, once it cannot be undone."""
+        names = {one.name for one in self._series}
+        if gone := sorted(await self._state.followed() - names):
+            await self._press.retract(gone)
+        await self._state.follow(names)
 
     async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
         """A line for each of ``series`` that its venue, if it is this one, does not have."""

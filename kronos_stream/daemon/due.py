@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     revision: int
     result: Literal["forecast", "skipped"]
     reason: str = ""
-    """Why it was skipped: overrun, revised, gap, warming up, stale, failed."""
+    """Why it was skipped: overrun, revised, gap, warming up, stale, failed, removed."""
 
 
 class Result(NamedTuple):
@@ -49,6 +49,11 @@ class Result(NamedTuple):
     """From the bar's arrival to the worker."""
     compute_ms: int = 0
     """What its batch took in the worker."""
+
+    @property
+    def removed(self) -> Result:
+        """The same for a series that is followed no more."""
+        return Result(self.due, reason="removed")
 
     @property
     def outcome(self) -> Outcome:

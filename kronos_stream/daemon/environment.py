@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_origin
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -16,6 +16,7 @@ from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
+from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -25,7 +26,7 @@ _FILE = "_FILE"
 _LISTS = {tuple, list, set, frozenset}
 
 _SHOWN = 60
-"""Characters of a bad value that an error repeats."""
+"""Characters of a value that are shown."""
 
 # What Kubernetes tells every container about a Service whose name begins with kronos-stream.
 _SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
@@ -46,7 +47,7 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
     settings = _parse(Settings, given)
     problems = [] if settings.sinks or not live else [_no_sink()]
     try:
-        venues = dict.fromkeys(series.venue for series in settings.series()) if live else {}
+        venues = dict.fromkeys(entry.venue for entry in settings.watchlist()) if live else {}
     except SettingsError as error:
         raise SettingsError([*error.problems, *problems]) from None
     options: dict[str, Any] = {}
@@ -76,6 +77,16 @@ def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
     if kind is None:
         raise SettingsError(f"no connector is called {name}")
     return _parse(kind, _given(environ), name)
+
+
+def told(environ: Mapping[str, str]) -> dict[str, str]:
+    """Our variables that are set, and to what; secrets withheld. Raises SettingsError."""
+    shown = {}
+    for name, value in _given(environ).items():
+        from_file = environ.get(name) != value
+        withheld = from_file or _secret(name)
+        shown[name] = "***" if withheld else _short(without_passwords(value))
+    return shown
 
 
 class Setting(NamedTuple):
@@ -210,6 +221,16 @@ def _no_sink() -> str:
     )
 
 
+def _secret(name: str) -> bool:
+    """Whether a variable's value is never shown."""
+    fields = dict(_variables(Settings))
+    connector = name.removeprefix(PREFIX).partition("__")[0].lower()
+    if name not in fields and (options := connectors.options(connector)) is not None:
+        fields |= dict(_variables(options, connector))
+    kind = fields[name].annotation
+    return SecretStr in {kind, *get_args(kind)}
+
+
 class _Variables(EnvSettingsSource):
     """A model's variables, out of those that are given; lists with commas in place of JSON."""
 
@@ -240,9 +261,11 @@ def _explain(error: ValidationError, given: Mapping[str, str], *path: str) -> li
         line = f"{name}: {reason}"
         if fault["type"] == "missing":
             line = f"{name} is not set, and has no default"
-        elif name in given and not path:
-            value = given[name]
-            shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
-            line = f"{name}={shown}: {reason}"
+        elif name in given and not path and not _secret(name):
+            line = f"{name}={_short(given[name])}: {reason}"
         lines.setdefault(name, line)
     return list(lines.values())
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"

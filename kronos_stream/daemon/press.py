@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import structlog
@@ -12,7 +12,7 @@ import structlog
 from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.job import Identity, Plan
 from kronos_stream.daemon.outbox import Message, Outbox
-from kronos_stream.forecast.compose import Composer, dead_letter
+from kronos_stream.forecast.compose import Composer, dead_letter, removal
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.sink import Refusal
@@ -54,20 +54,49 @@ def composer(plan: Plan, identity: Identity) -> Composer:
 class Press:
     """Writes what came of due bars, and what could not be taken in, into the outbox."""
 
-    def __init__(self, compose: Composer, outbox: Outbox, clock: Clock, wall: Clock) -> None:
-        """``clock`` is the market's, records carry the time of ``wall``."""
+    def __init__(
+        self,
+        compose: Composer,
+        outbox: Outbox,
+        clock: Clock,
+        wall: Clock,
+        *,
+        follows: Callable[[Series], bool],
+        told: Callable[[Sequence[Result], Sequence[Message]], None],
+    ) -> None:
+        """``clock`` is the market's, records carry the time of ``wall``.
+
+        follows: whether a series is still followed. Once readers were told that it is not, no
+            forecast that was under way may come.
+        told: results and the forecasts among them, once they are durable.
+        """
         self._compose, self._outbox = compose, outbox
-        self._clock, self._wall = clock, wall
+        self._clock, self._wall, self._follows, self._told = clock, wall, follows, told
 
     async def publish(self, results: Sequence[Result]) -> None:
         """Compose the forecasts; all is durable when this returns."""
-        messages = []
+        composed: list[tuple[Result, Message | None]] = []
         for i, result in enumerate(results, 1):
+            message = None
             if result.window is not None and result.outlook is not None:
-                messages.append(self._forecast(result, result.window, result.outlook))
+                message = self._forecast(result, result.window, result.outlook)
+            composed.append((result, message))
             if i % _TURN == 0:
                 await asyncio.sleep(0)
-        await self._outbox.publish([result.outcome for result in results], messages)
+        outcomes, messages = [], []
+        for result, message in composed:
+            followed = self._follows(result.due.series)
+            outcomes.append(result.outcome if followed else result.removed.outcome)
+            if followed and message is not None:
+                messages.append(message)
+        await self._outbox.publish(outcomes, messages)
+        self._told(results, messages)
+
+    async def retract(self, series: Sequence[str]) -> None:
+        """Tell readers that these series are not forecast any more; durable on return."""
+        now = self._wall.now()
+        gone = [removal(name, at=now) for name in series]
+        await self._outbox.publish([], [Message("removal", *one[1:]) for one in gone])
 
     def _forecast(self, result: Result, window: Window, outlook: Outlook) -> Message:
         due = result.due

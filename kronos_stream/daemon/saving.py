@@ -14,7 +14,7 @@ from kronos_stream.market.series import Series
 Change: TypeAlias = Begin | Append | Revise | Confirm
 """What of a tape's effects is to be saved."""
 
-_COMMIT, _TURN = 5_000, 256
+_COMMIT, _TURN = 5_000, 64
 """Changes committed together; changes handed on before other tasks have their turn."""
 
 _MANY, _MOST = 20_000, 200_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,13 @@ _log = structlog.get_logger()
 
 _BY_SIGNAL = 128
 
+_COLLECT_SECONDS = 600.0
+_NEVER = 2**31 - 1
+
 
 def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str, Source]:
     """The sources of the settings' venues, by venue. Raises SettingsError, ConnectorError."""
-    venues = sorted({series.venue for series in settings.series()})
+    venues = sorted({entry.venue for entry in settings.watchlist()})
     return {
         venue: connector.build(
             venue, _options(settings, name, connector.options), clock, _child(random)
@@ -86,7 +90,32 @@ async def check(settings: Settings) -> str:
 async def serve(daemon: Daemon) -> None:
     """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once."""
     with _signals(daemon):
-        await daemon.run()
+        collecting = asyncio.create_task(_collect_seldom(daemon))
+        try:
+            await daemon.run()
+        finally:
+            collecting.cancel()
+            await asyncio.wait([collecting])
+
+
+async def _collect_seldom(daemon: Daemon) -> None:
+    """Have Python look for garbage among all there is only now and then; until cancelled.
+
+    With a thousand series that stops everything for a quarter of a second, and left to itself it
+    happens every few seconds. What was made for good by the start is not looked at again.
+    """
+    await daemon.ready.wait()
+    young, middle, old = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    try:
+        gc.set_threshold(young, middle, _NEVER)
+        while True:
+            await asyncio.sleep(_COLLECT_SECONDS)
+            gc.collect()
+    finally:
+        gc.set_threshold(young, middle, old)
+        gc.unfreeze()
 
 
 @contextmanager
@@ -122,7 +151,7 @@ def _signals(daemon: Daemon) -> Iterator[None]:
 async def _reload(daemon: Daemon) -> None:
     """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
     try:
-        await daemon.follow(daemon.settings.series())
+        await daemon.reload()
     except (SettingsError, SourceError) as error:
         _log.error("symbols not changed", why=str(error))
     except Exception:  # noqa: BLE001 - the daemon goes on as it was

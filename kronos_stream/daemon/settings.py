@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     Field,
     PlainValidator,
+    SecretStr,
     field_validator,
     model_validator,
 )
@@ -24,9 +25,11 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from kronos_stream.daemon.job import Plan
 from kronos_stream.daemon.worker import usable_cores
+from kronos_stream.forecast.outlook import Kept
 from kronos_stream.forecast.quantiles import check_supported, required_paths
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.watchlist import Entry
 
 PREFIX = "KRONOS_STREAM_"
 
@@ -48,19 +51,8 @@ def _timeframe(value: object) -> Timeframe:
     return value if isinstance(value, Timeframe) else Timeframe.parse(str(value))
 
 
-def _symbol(text: str) -> str:
-    """``venue:symbol``, as it is. Raises ValueError."""
-    venue, _, symbol = text.partition(":")
-    if not venue or not symbol:
-        raise ValueError(f"{text!r}: expected venue:symbol, such as binance:BTC/USDT")
-    last = symbol.rpartition(":")[2]
-    if re.fullmatch(r"\d+[smhdwM]", last):
-        raise ValueError(
-            f"{text!r} ends in a timeframe; leave it out: every symbol is forecast in each of "
-            f"{variable('timeframes')}"
-        )
-    Series.of(venue, symbol, Timeframe(1, "m"))
-    return text
+def _entry(value: object) -> Entry:
+    return value if isinstance(value, Entry) else Entry.parse(str(value))
 
 
 def _probability(p: float) -> float:
@@ -95,15 +87,34 @@ _CONFIG = SettingsConfigDict(
 )
 
 
+class Messages(BaseModel):
+    """What goes into a forecast's message beside the bands."""
+
+    model_config = _CONFIG
+
+    paths: Kept = "none"
+    """Of the sample paths themselves: none, their closes, or all channels (ohlcva)."""
+
+
 class Http(BaseModel):
-    """Where /metrics, /readyz and /healthz are served."""
+    """Where /metrics, /series, /forecasts, /readyz and /healthz are served."""
 
     model_config = _CONFIG
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all. There is no authentication."""
+    """Address to listen on; 0.0.0.0 for all. Without a token, others than this machine are then
+    shown /metrics, /readyz and /healthz, but neither /series nor /forecasts."""
     port: int = Field(default=8080, ge=0, le=65_535)
     """Port to listen on; 0 takes any that is free."""
+    token: SecretStr | None = None
+    """Whoever asks must show it: Authorization: Bearer. /readyz and /healthz never need it."""
+
+    @field_validator("token")
+    @classmethod
+    def _hard_to_guess(cls, token: SecretStr | None) -> SecretStr | None:
+        if token and not re.fullmatch(r"[\w.~+/=-]{16,}", token.get_secret_value(), re.ASCII):
+            raise ValueError("expected at least 16 of the characters A-Z a-z 0-9 . _ ~ + / = -")
+        return token
 
 
 class Log(BaseModel):
@@ -127,11 +138,13 @@ class Settings(BaseSettings):
 
     role: Literal["all"] = "all"
     """What this process does: all of it."""
-    symbols: tuple[Annotated[str, AfterValidator(_symbol)], ...] = ()
+    symbols: tuple[Annotated[Entry, PlainValidator(_entry)], ...] = ()
     """What to forecast: venue:symbol, a comma list. binance:BTC/USDT is spot,
-    binance:BTC/USDT:USDT the linear perpetual."""
+    binance:BTC/USDT:USDT the linear perpetual, binance:*/USDT?top=50 the fifty most traded of
+    those, looked up daily."""
     symbols_file: _Path | None = None
-    """A file with more of them, one per line, # for comments; read again on SIGHUP."""
+    """A file with more of them, one per line, # for comments; a line may name its timeframes
+    behind the symbol: binance:BTC/USDT 1m,1h. Read again on SIGHUP."""
     timeframes: tuple[Annotated[Timeframe, PlainValidator(_timeframe)], ...] = Field(
         default=(Timeframe(5, "m"),), min_length=1
     )
@@ -176,9 +189,6 @@ class Settings(BaseSettings):
         default=(0.05, 0.25, 0.5, 0.75, 0.95), min_length=1
     )
     """Quantiles to publish, between 0 and 1."""
-    keep_paths: bool = False
-    """Put the closes of every path into the messages."""
-
     catch_up: Literal["newest", "all"] = "newest"
     """After falling behind: forecast the newest bar and skip the others, or all in order."""
     degraded: Literal["forecast", "skip"] = "forecast"
@@ -199,6 +209,7 @@ class Settings(BaseSettings):
     secrets_dir: _Path = Path("/run/secrets")
     """Folder of files named like variables, such as kronos_stream_kafka__sasl_password."""
 
+    forecast: Messages = Field(default_factory=Messages)
     http: Http = Field(default_factory=Http)
     log: Log = Field(default_factory=Log)
 
@@ -229,20 +240,23 @@ class Settings(BaseSettings):
             raise SettingsError(problems)
         return self
 
-    def series(self) -> tuple[Series, ...]:
-        """What to forecast; reads the symbols file. Raises SettingsError."""
-        symbols = [*self.symbols, *self._listed()]
-        if not symbols:
+    def watchlist(self) -> tuple[Entry, ...]:
+        """What to forecast, in which timeframes; reads the symbols file. Raises SettingsError."""
+        entries = [*self.symbols, *self._listed()]
+        if not entries:
             raise SettingsError(
                 f"{variable('symbols')} is empty: set it to what to forecast, such as "
                 "binance:BTC/USDT,binance:ETH/USDT"
             )
-        parts = [symbol.split(":", 1) for symbol in symbols]
         return tuple(
-            Series.of(venue, symbol, timeframe)
-            for venue, symbol in parts
-            for timeframe in self.timeframes
+            entry if entry.timeframes else entry._replace(timeframes=self.timeframes)
+            for entry in entries
         )
+
+    def series(self) -> tuple[Series, ...]:
+        """Those of the watchlist's symbols; its patterns are the venues' to resolve."""
+        named = [entry for entry in self.watchlist() if not entry.is_pattern]
+        return tuple(series for entry in named for series in entry.series())
 
     def plan(self) -> Plan:
         """What the worker is to draw."""
@@ -263,10 +277,10 @@ class Settings(BaseSettings):
             seed=self.seed,
             anchor=self.anchor,
             quantiles=self.quantiles,
-            keep_paths=self.keep_paths,
+            keep=self.forecast.paths,
         )
 
-    def _listed(self) -> Sequence[str]:
+    def _listed(self) -> Sequence[Entry]:
         if self.symbols_file is None:
             return ()
         name = variable("symbols_file")
@@ -275,21 +289,22 @@ class Settings(BaseSettings):
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise SettingsError(f"{name}={self.symbols_file}: {reason}") from None
-        symbols: list[str] = []
+        entries: list[Entry] = []
         problems = []
         for number, line in enumerate(lines, 1):
             text = line.partition("#")[0].strip()
             if not text:
                 continue
             try:
-                symbols.append(_symbol(text))
-                if text in symbols[:-1] or text in self.symbols:
+                entry = Entry.parse(text)
+                if any(entry[:2] == other[:2] for other in (*self.symbols, *entries)):
                     raise ValueError(f"{text} stands there twice")  # noqa: TRY301
+                entries.append(entry)
             except ValueError as error:
                 problems.append(f"{name}={self.symbols_file}, line {number}: {error}")
         if problems:
             raise SettingsError(problems)
-        return symbols
+        return entries
 
     def _misfits(self) -> Iterator[str]:
         try:

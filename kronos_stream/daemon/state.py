@@ -7,7 +7,7 @@ the bars back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -43,8 +43,12 @@ CREATE TABLE outbox (sequence INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT N
                      headers BLOB NOT NULL, value BLOB NOT NULL);
 CREATE INDEX outbox_by_sink ON outbox (sink, sequence, created);
 """,
+    """
+ALTER TABLE series ADD COLUMN followed INTEGER NOT NULL DEFAULT 0;
+""",
 )
 """One script per version; a file is brought up to date by those it lacks."""
+SCHEMA_VERSION = len(_SCHEMA)
 
 _BAR = "time, open, high, low, close, volume, amount, revision, synthetic, received"
 _PRUNED_ROWS = 2_000
@@ -137,6 +141,21 @@ class State:
         query = "SELECT origin, revision FROM series WHERE name = ? AND origin IS NOT NULL"
         rows = await self._select(query, series.name)
         return (rows[0][0], rows[0][1]) if rows else None
+
+    async def followed(self) -> set[str]:
+        """Names of the series that readers were not told to be gone."""
+        return {name for (name,) in await self._select("SELECT name FROM series WHERE followed")}
+
+    async def follow(self, names: Collection[str]) -> None:
+        """Keep that exactly these are followed."""
+
+        def follow() -> None:
+            self._db.sql.execute("UPDATE series SET followed = 0")
+            self._db.sql.executemany(
+                "UPDATE series SET followed = 1 WHERE id = ?", [(self._id(name),) for name in names]
+            )
+
+        await self._db.write(follow)
 
     async def record(
         self, outcomes: Sequence[Outcome], drafts: Sequence[Draft]

@@ -135,7 +135,7 @@ class Drawer:
                 draw.times,
                 task.last,
                 self.plan.quantiles,
-                keep_paths=self.plan.keep_paths,
+                keep=self.plan.keep,
             )
         except ValueError as error:
             return Failed(str(error))

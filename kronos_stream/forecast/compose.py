@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kronos_stream.forecast.message import (
     DEAD_LETTER,
     FORECAST,
+    REMOVAL,
     VOLATILE,
     Engine,
     Latency,
@@ -39,7 +40,8 @@ MAX_PAYLOAD = 64 * 1024
 _MAX_REASON = 2_000
 _DIGEST_BYTES = 16
 _BANDS = ("close", "open", "high", "low", "volume")
-_NOT_INPUTS = {"id", *VOLATILE, *_BANDS, "summary", "repaired", "paths"}
+_PATHS = ("paths", "other_paths")
+_NOT_INPUTS = {"id", *VOLATILE, *_BANDS, *_PATHS, "summary", "repaired"}
 
 
 class Composed(NamedTuple):
@@ -109,6 +111,8 @@ class Composer:
         drawn["latency_ms"] = latency.to_dict()
         if outlook.paths is not None:
             drawn["paths"] = outlook.paths
+        if outlook.other_paths is not None:
+            drawn["other_paths"] = outlook.other_paths
         message = {"schema": FORECAST, "id": "", **given, "created_at": moment, **known, **drawn}
         message["id"] = forecast_id(message)
         return _composed(message, series.name, moment)
@@ -143,16 +147,24 @@ def dead_letter(
     return _composed(message, series or "", moment)
 
 
+def removal(series: str, *, at: int) -> Composed:
+    """The message that says that a series is not forecast any more. at: UTC ms."""
+    moment = rfc3339(at)
+    message = {"schema": REMOVAL, "id": "", "at": moment, "series": series}
+    message["id"] = _digest(orjson.dumps(message))
+    return _composed(message, series, moment)
+
+
 def forecast_id(message: Mapping[str, Any]) -> str:
     """The id of a forecast given as in JSON: a hash of all that its numbers follow from.
 
     That is every field but ``id``, ``created_at``, ``latency_ms`` and what was drawn; of the
-    latter, which bands there are, and whether there are paths. On a CPU in float32 the same
+    latter, which bands there are, and which paths. On a CPU in float32 the same
     inputs give the same numbers; on a GPU they may differ in a token's worth.
     """
     inputs = {name: value for name, value in message.items() if name not in _NOT_INPUTS}
     inputs["bands"] = list(message["close"])
-    inputs["with_paths"] = message.get("paths") is not None
+    inputs["with_paths"] = [name for name in _PATHS if message.get(name) is not None]
     return _digest(orjson.dumps(inputs, option=orjson.OPT_SORT_KEYS))
 
 

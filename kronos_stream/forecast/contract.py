@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,54 @@ from pydantic.json_schema import models_json_schema
 
 from kronos_stream.atomic import replacing
 from kronos_stream.forecast.compose import SOURCE
-from kronos_stream.forecast.message import DEAD_LETTER, FORECAST, DeadLetter, Forecast
+from kronos_stream.forecast.message import (
+    DEAD_LETTER,
+    FORECAST,
+    REMOVAL,
+    DeadLetter,
+    Forecast,
+    Removal,
+)
+from kronos_stream.market.wire import CANDLE, CandleMessage
 
-MESSAGES: dict[str, type[BaseModel]] = {"forecast": Forecast, "deadletter": DeadLetter}
+MESSAGES: dict[str, type[BaseModel]] = {
+    "forecast": Forecast,
+    "removal": Removal,
+    "deadletter": DeadLetter,
+    "candle": CandleMessage,
+}
 """By the name of their schema file."""
 
-_NAMES = {"forecast": FORECAST, "deadletter": DEAD_LETTER}
+_NAMES = {"forecast": FORECAST, "removal": REMOVAL, "deadletter": DEAD_LETTER, "candle": CANDLE}
 
 _CHANNELS = {
     "forecasts": (
         "{prefix}.forecasts.v1",
-        "forecast",
-        "Every forecast, at least once; in order per series.",
+        ("forecast", "removal"),
+        "Every forecast, at least once; in order per series. Also which series are given up.",
     ),
     "latest": (
         "{prefix}.forecasts.latest.v1",
-        "forecast",
-        "The same, compacted: of each series at least the newest.",
+        ("forecast",),
+        "The same, compacted: of each series at least the newest; no value where it is given up.",
     ),
     "deadletter": (
         "{prefix}.deadletter.v1",
-        "deadletter",
+        ("deadletter",),
         "What could not be taken in or delivered, and why.",
+    ),
+    "candles": (
+        "{prefix}.candles.{timeframe}.v1",
+        ("candle",),
+        "Candles to forecast from, of venue kafka; in order per series.",
     ),
 }
 
 _KEYS = {
     "forecast": "The series, such as binance:BTC/USDT:5m.",
+    "removal": "The series, such as binance:BTC/USDT:5m.",
     "deadletter": "The series, if known; else empty.",
+    "candle": "The series, such as kafka:BTC/USDT:5m; may be left out where the value says it.",
 }
 
 
@@ -73,11 +94,11 @@ def asyncapi() -> dict[str, Any]:
         "channels": {name: _channel(*about) for name, about in _CHANNELS.items()},
         "operations": {
             name: {
-                "action": "send",
+                "action": "receive" if name == "candles" else "send",
                 "channel": {"$ref": f"#/channels/{name}"},
-                "messages": [{"$ref": f"#/channels/{name}/messages/{message}"}],
+                "messages": [{"$ref": f"#/channels/{name}/messages/{one}"} for one in messages],
             }
-            for name, (_, message, _) in _CHANNELS.items()
+            for name, (_, messages, _) in _CHANNELS.items()
         },
         "components": {
             "messages": {name: _message(name) for name in MESSAGES},
@@ -92,10 +113,10 @@ def documents() -> dict[str, str]:
     return schemas | {"asyncapi.json": _text(asyncapi())}
 
 
-def write(folder: Path) -> list[Path]:
-    """Write :func:`documents` into ``folder``; returns what was written."""
+def write(folder: Path, documents: Mapping[str, str]) -> list[Path]:
+    """Write ``documents``, path → text, into ``folder``; returns what was written."""
     paths = []
-    for name, text in documents().items():
+    for name, text in documents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
@@ -104,25 +125,29 @@ def write(folder: Path) -> list[Path]:
     return paths
 
 
-def _channel(address: str, message: str, about: str) -> dict[str, Any]:
+def _channel(address: str, messages: Sequence[str], about: str) -> dict[str, Any]:
+    parameters = {
+        "prefix": {"default": "kronos", "description": "KRONOS_STREAM_KAFKA__TOPIC_PREFIX."},
+        "timeframe": {"description": "Length of a bar, such as 5m."},
+    }
     return {
         "address": address,
         "description": about,
-        "messages": {message: {"$ref": f"#/components/messages/{message}"}},
-        "parameters": {
-            "prefix": {"default": "kronos", "description": "KRONOS_STREAM_KAFKA__TOPIC_PREFIX."}
-        },
+        "messages": {one: {"$ref": f"#/components/messages/{one}"} for one in messages},
+        "parameters": {name: one for name, one in parameters.items() if f"{{{name}}}" in address},
     }
 
 
 def _message(name: str) -> dict[str, Any]:
     model = MESSAGES[name]
+    # Whoever sends candles need not know of CloudEvents.
+    headers = {} if name == "candle" else {"headers": _headers(name)}
     return {
         "name": _NAMES[name],
         "title": model.__name__,
         "summary": (inspect.getdoc(model) or "").partition("\n")[0],
         "contentType": "application/json",
-        "headers": _headers(name),
+        **headers,
         "payload": {"$ref": f"#/components/schemas/{model.__name__}"},
         "bindings": {"kafka": {"key": {"type": "string", "description": _KEYS[name]}}},
     }

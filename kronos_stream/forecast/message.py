@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerialize
 from kronos_stream.market.utc import rfc3339
 
 FORECAST = "kronos.forecast/1"
+REMOVAL = "kronos.removal/1"
 DEAD_LETTER = "kronos.deadletter/1"
 
 VOLATILE = frozenset({"created_at", "latency_ms"})
@@ -215,6 +216,8 @@ class Forecast(_Message):
     latency_ms: Latency
     paths: tuple[tuple[float, ...], ...] | None = None
     """Closes of every path, if asked for."""
+    other_paths: dict[str, tuple[tuple[float, ...], ...]] | None = None
+    """Likewise open, high, low, volume and amount of every path, by channel, if asked for."""
 
     @model_validator(mode="after")
     def _columns_are_as_long_as_the_horizon(self) -> Self:
@@ -224,6 +227,22 @@ class Forecast(_Message):
                 if len(numbers) != steps:
                     raise ValueError(f"{name}.{band} has {len(numbers)} numbers, times {steps}")
         return self
+
+
+class Removal(_Message):
+    """A series is not forecast any more; what was said of it is out of date.
+
+    On the topic of all forecasts it comes after the series' last. It may be forecast again.
+    """
+
+    schema_: Literal["kronos.removal/1"] = Field(alias="schema")
+    """Name and version of this schema."""
+    id: str
+    """BLAKE2b (128 bits, hex) of all other fields."""
+    at: Time
+    """When it was given up, by the daemon's clock."""
+    series: str
+    """venue:symbol:timeframe, such as binance:BTC/USDT:5m."""
 
 
 class DeadLetter(_Message):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -21,7 +21,10 @@ from kronos_stream.forecast.summary import CLOSE, Summary, summarise
 CHANNELS = ("open", "high", "low", "close", "volume")
 """What is published of a candle, in the order of its columns."""
 
-_OPEN, _HIGH, _LOW, _VOLUME = 0, 1, 2, 4
+Kept = Literal["none", "close", "ohlcva"]
+"""What of the paths themselves is published."""
+
+_OPEN, _HIGH, _LOW, _VOLUME, _AMOUNT = 0, 1, 2, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Outlook:
     """How many candles, of all steps of all paths, had to be made possible."""
     paths: list[list[float]] | None = None
     """Closes of every path, if asked for."""
+    other_paths: dict[str, list[list[float]]] | None = None
+    """Likewise opens, highs, lows, volumes and amounts, by channel."""
 
 
 def outlook(
@@ -45,7 +50,7 @@ def outlook(
     last: float,
     probs: Sequence[float],
     *,
-    keep_paths: bool = False,
+    keep: Kept = "none",
 ) -> Outlook:
     """What ``paths`` (paths, horizon, 6) say, after :func:`repair`.
 
@@ -67,7 +72,8 @@ def outlook(
         },
         summary=summarise(candles, last, probs),
         repaired=repaired,
-        paths=_short(candles[..., CLOSE]) if keep_paths else None,
+        paths=None if keep == "none" else _short(candles[..., CLOSE]),
+        other_paths=_others(candles, paths[..., _AMOUNT]) if keep == "ohlcva" else None,
     )
 
 
@@ -84,6 +90,18 @@ def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
     np.minimum(candles[..., _LOW], body.min(axis=-1), out=candles[..., _LOW])
     np.maximum(candles[..., _VOLUME], 0, out=candles[..., _VOLUME])
     return candles, int((candles != drawn).any(axis=-1).sum())
+
+
+def _others(
+    candles: NDArray[np.float32], amounts: NDArray[np.float32]
+) -> dict[str, list[list[float]]]:
+    """What there is of the paths beside the closes; an amount, like a volume, is at least 0."""
+    others = {
+        channel: _short(candles[..., column])
+        for column, channel in enumerate(CHANNELS)
+        if column != CLOSE
+    }
+    return others | {"amount": _short(np.maximum(amounts, 0))}
 
 
 def _short(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists as deep as the array

@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from kronos_stream.market.clock import Clock
 
-Kind = Literal["forecast", "deadletter"]
+Kind = Literal["forecast", "removal", "deadletter"]
+"""A removal says that its series is not forecast any more; where only the newest forecast of each
+series is kept, it takes that away."""
 
 
 class Record(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock
@@ -82,6 +82,17 @@ class Source(Protocol):
 
     async def close(self) -> None:
         """Let go of sockets; bounded."""
+
+
+@runtime_checkable
+class Ranking(Protocol):
+    """A source that knows which symbols are traded most."""
+
+    async def ranked(self, pattern: str) -> Sequence[str]:
+        """Symbols that trade now, of the kind that ``pattern`` is, the most traded first.
+
+        By the turnover of the last 24 hours. SourceError when it must be asked again.
+        """
 
 
 @dataclass(frozen=True, slots=True)

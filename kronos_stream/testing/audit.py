@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import orjson
 from confluent_kafka import Consumer, TopicPartition
 
-from kronos_stream.forecast.message import Forecast, same
+from kronos_stream.forecast.message import REMOVAL, Forecast, same
 from kronos_stream.market.series import Series
 
 _SECONDS = 30.0
@@ -18,7 +19,7 @@ Place = tuple[str, int, int]
 
 
 def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
-    """All records there are now, key and value, in order per partition.
+    """All records there are now, key and value (empty for none), in order per partition.
 
     Raises confluent_kafka.KafkaException or TimeoutError.
     """
@@ -76,6 +77,8 @@ def audit(records: Iterable[tuple[str, bytes]], due: Mapping[Series, Iterable[in
     firsts: dict[Place, Forecast] = {}
     newest: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for key, value in records:
+        if is_removal(value):
+            continue
         number += 1
         forecast = Forecast.parse(value)
         origin, revision = _ms(forecast.origin.timestamp()), forecast.revision
@@ -102,6 +105,11 @@ def audit(records: Iterable[tuple[str, bytes]], due: Mapping[Series, Iterable[in
         if (series.name, opened) not in there
     ]
     return Audit(number, duplicates, missing, misordered, unequal, early)
+
+
+def is_removal(value: bytes) -> bool:
+    """Whether a record of the topic of forecasts says that its series is given up."""
+    return bool(orjson.loads(value).get("schema") == REMOVAL)
 
 
 def _ms(seconds: float) -> int:

@@ -1,0 +1,121 @@
+"""The watchlist: what a line of it means, and what a pattern chooses from day to day."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from kronos_stream.daemon.settings import SettingsError
+from kronos_stream.daemon.universe import resolve
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.watchlist import Entry
+
+MINUTE, HOUR = Timeframe(1, "m"), Timeframe(1, "h")
+
+
+@pytest.mark.parametrize(
+    ("line", "entry"),
+    [
+        ("binance:BTC/USDT", Entry("binance", "BTC/USDT")),
+        ("binance:BTC/USDT:USDT", Entry("binance", "BTC/USDT:USDT")),
+        ("binance:*/USDT?top=50", Entry("binance", "*/USDT", 50)),
+        ("binance:*/USDT:USDT", Entry("binance", "*/USDT:USDT")),
+        ("ccxt.kraken:BTC/USD 1m,1h", Entry("ccxt.kraken", "BTC/USD", None, (MINUTE, HOUR))),
+        ("binance:*/USDT?top=2  1m, 1h", Entry("binance", "*/USDT", 2, (MINUTE, HOUR))),
+    ],
+)
+def test_what_a_line_means(line: str, entry: Entry) -> None:
+    assert Entry.parse(line) == entry
+    assert line.startswith(str(entry))
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("", "expected venue:symbol"),
+        ("BTC/USDT", "expected venue:symbol"),
+        ("binance:", "expected venue:symbol"),
+        ("binance:BTC/USDT:1m", "ends in a timeframe"),
+        ("binance:BTC/USDT?top=5", "expected a pattern"),
+        ("binance:*/USDT?top=0", "expected a pattern"),
+        ("binance:*/USDT?best=5", "expected a pattern"),
+        ("binance:*/USDT?", "expected a pattern"),
+        ("binance:BTC/USDT 1x", "timeframe '1x'"),
+        ("binance:BTC/USDT 1m,", "timeframe ''"),
+    ],
+)
+def test_what_a_line_cannot_be(line: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        Entry.parse(line)
+
+
+def test_a_pattern_means_the_most_traded_that_are_called_so() -> None:
+    ranked = ["A/USDT", "A/BTC", "B/USDT", "[C]/USDT", "D/USDT"]
+    assert Entry.parse("x:*/USDT?top=2").chosen(ranked, ()) == ["A/USDT", "B/USDT"]
+    assert Entry.parse("x:*/BTC?top=2").chosen(ranked, ()) == ["A/BTC"]
+    assert Entry.parse("x:[C]/*").chosen(ranked, ()) == ["[C]/USDT"]
+    assert Entry.parse("x:*/USDT").chosen(ranked, ()) == ["A/USDT", "B/USDT", "[C]/USDT", "D/USDT"]
+
+
+def test_who_was_chosen_stays_at_the_margin_and_goes_when_far_down() -> None:
+    ten = Entry.parse("x:*?top=10")
+    ranked = [f"S{i}" for i in range(30)]
+    chosen = ten.chosen(ranked, ())
+    assert chosen == ranked[:10]
+    # S9 falls behind S10 and S11, and stays; the number asked for is kept to.
+    ranked.remove("S9")
+    ranked.insert(11, "S9")
+    assert set(ten.chosen(ranked, chosen)) == set(chosen)
+    ranked.remove("S9")
+    ranked.insert(12, "S9")
+    assert set(ten.chosen(ranked, chosen)) == {*chosen, "S10"} - {"S9"}
+
+
+def test_never_more_than_asked_for_even_if_more_were_held() -> None:
+    ranked = [f"S{i}" for i in range(30)]
+    assert Entry.parse("x:*?top=5").chosen(ranked, ranked) == ranked[:5]
+
+
+class _Ranking:
+    def __init__(self, *ranked: str) -> None:
+        self._ranked = ranked
+
+    async def ranked(self, pattern: str) -> Sequence[str]:  # noqa: ARG002
+        return self._ranked
+
+
+async def _resolved(
+    lines: Sequence[str], sources: Mapping[str, Any], held: Collection[str] = ()
+) -> set[str]:
+    entries = [Entry.parse(line)._replace(timeframes=(MINUTE,)) for line in lines]
+    known = [Series.parse(name) for name in held]
+    return {one.name for one in await resolve(entries, sources, known)}
+
+
+async def test_named_and_chosen_symbols_together() -> None:
+    sources = {"x": _Ranking("A/B", "C/B", "D/B"), "y": object()}
+    names = await _resolved(["x:*?top=2", "y:Q/B", "x:D/B", "x:A/B"], sources)
+    assert names == {"x:A/B:1m", "x:C/B:1m", "x:D/B:1m", "y:Q/B:1m"}
+
+
+async def test_what_one_venue_held_does_not_count_for_another() -> None:
+    sources = {"x": _Ranking("A/B", "C/B"), "y": _Ranking("A/B", "C/B")}
+    names = await _resolved(["x:*?top=1", "y:*?top=1"], sources, ["x:C/B:1m"])
+    assert names == {"x:A/B:1m", "y:A/B:1m"}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("x:*/USDT", "x:*/USDT: nothing that trades there is called so"),
+        ("y:*?top=3", "y:*?top=3: y cannot say what is traded most; name symbols"),
+        ("z:A/B", "z: not among the venues at the start; restart"),
+    ],
+)
+async def test_what_cannot_be_resolved_is_said(line: str, why: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        await _resolved([line], {"x": _Ranking("A/B"), "y": object()})
+    assert raised.value.problems == (why,)

@@ -162,10 +162,14 @@ class _Reader:
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
-        try:
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                await consumer.stop()
-        except (KafkaError, OSError) as error:
+        # A task of its own: with a fetch under way, aiokafka's stop raises a cancellation that is
+        # none, and ours would be the loop that ends.
+        ending = asyncio.ensure_future(consumer.stop())
+        await asyncio.wait([ending], timeout=_CLOSE_SECONDS)
+        if not ending.done():
+            ending.cancel()
+            _log.warning("consumer not closed in good order: it takes too long")
+        elif not ending.cancelled() and (error := ending.exception()) is not None:
             _log.warning("consumer not closed in good order: %r", error)
 
 

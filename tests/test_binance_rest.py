@@ -13,7 +13,7 @@ from kronos_connectors.binance.budget import Budget
 from kronos_connectors.binance.http import retry_after
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, Rest
 from kronos_connectors.binance.symbols import Listing
-from kronos_connectors.binance.venue_clock import VenueClock
+from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.market.clock import DrivenClock, LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError, VenueRefused

@@ -21,6 +21,7 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream.client import Forecast, _Choice, forecasts
+from kronos_stream.forecast.compose import removal
 from kronos_stream.market.clock import DrivenClock
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.testing.apache import ApacheKafka
@@ -106,8 +107,10 @@ class _Taken:
 
     topic, partition, offset = "t", 0, 0
 
-    def __init__(self, value: bytes, key: bytes | None = None) -> None:
-        self.value = value
+    def __init__(
+        self, value: bytes, key: bytes | None = None, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> None:
+        self.value, self.headers = value, headers
         self.key = key if key is not None else (ETH if b"ETH" in value else BTC).encode()
 
 
@@ -170,6 +173,13 @@ def test_bad_records_are_skipped_with_a_warning(caplog: pytest.LogCaptureFixture
         assert _passed([*bad, _forecast(0)]) == _names(0)
     assert len(caplog.records) == len(bad)
     assert "t[0]@0" in caplog.text
+
+
+def test_a_removal_is_no_forecast_and_nothing_to_warn_of(caplog: pytest.LogCaptureFixture) -> None:
+    gone = removal(BTC, at=_START)
+    with caplog.at_level(logging.WARNING):
+        assert _passed([_Taken(gone.value, BTC.encode(), gone.headers), _forecast(0)]) == _names(0)
+    assert not caplog.records
 
 
 def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

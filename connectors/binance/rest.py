@@ -14,7 +14,7 @@ import structlog
 from kronos_connectors.binance.budget import Budget
 from kronos_connectors.binance.frames import read_candle
 from kronos_connectors.binance.http import FINAL, PATIENCE, retry_after
-from kronos_connectors.binance.venue_clock import VenueClock
+from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series

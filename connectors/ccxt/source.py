@@ -13,13 +13,13 @@ from random import Random
 
 import structlog
 
-from kronos_connectors.binance.venue_clock import VenueClock
 from kronos_connectors.ccxt.exchange import Exchanges
 from kronos_connectors.ccxt.markets import inactive, problem
 from kronos_connectors.ccxt.options import CcxtOptions
 from kronos_connectors.ccxt.rows import Pages, RowError
 from kronos_connectors.ccxt.shards import Shards
 from kronos_connectors.ccxt.watching import Watching
+from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.checkup import Check, Finding, compare_clocks
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock

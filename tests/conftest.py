@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,12 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream import Context, Forecaster
+from kronos_stream.forecast.compose import Composed, Composer
+from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
+from kronos_stream.forecast.outlook import outlook
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.contexts import Window
+from kronos_stream.market.series import Series
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.daemons import DaemonProcess
@@ -217,3 +224,49 @@ def mosquitto_of(tmp_path: Path) -> Callable[..., Mosquitto]:
             pytest.fail(f"no Mosquitto: {error}")
         pytest.skip(f"not tested with Mosquitto: {error}")
     return partial(Mosquitto, tmp_path / "mosquitto")
+
+
+# What bots read, without a daemon that says it.
+
+
+@pytest.fixture(scope="session")
+def forecast_of() -> Callable[..., Composed]:
+    """Makes a forecast of the newest closed bar: ``forecast_of("binance:BTC/USDT:5m")``.
+
+    p_up: in twentieths. ago: bars by which it is out of date. reasons: why it is degraded.
+    """
+
+    def make(
+        name: str,
+        *,
+        p_up: float = 0.7,
+        ago: int = 0,
+        revision: int = 0,
+        reasons: Sequence[str] = (),
+    ) -> Composed:
+        series, now = Series.parse(name), time.time_ns() // 1_000_000
+        length = series.timeframe.milliseconds or 0
+        origin = now - now % length - (1 + ago) * length
+        paths = np.full((20, 3, 6), 100.0, np.float32)
+        paths[:, :, 1] = 110.0
+        paths[: round(20 * p_up), :, 3] = 105.0
+        return Composer(
+            Model(name="nano", revision=None, tokenizer="nano"),
+            Engine(version="0", device="cpu", dtype="float32"),
+            Sampling(paths=20, temperature=1.0, top_k=0, top_p=0.9, seed=0, anchor=True),
+        ).forecast(
+            Window(
+                series,
+                np.full((10, 6), 100.0, np.float32),
+                origin + length * np.arange(-9, 1),
+                0,
+                revision,
+                Candle(origin, 100.0, 100.0, 100.0, 100.0, 1.0),
+                tuple(reasons),
+            ),
+            outlook(paths, origin + length * np.arange(1, 4), 100.0, [0.05, 0.5, 0.95]),
+            created=now,
+            latency=Latency(close_to_received=1, queued=1, compute=1),
+        )
+
+    return make

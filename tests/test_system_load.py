@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
-from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import State
-from kronos_stream.market.series import Series
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.audit import audit, read_topic
 from kronos_stream.testing.daemons import DaemonProcess, Samples
@@ -64,7 +59,7 @@ def test_outcomes_are_complete_and_truthful(
         after, late = daemon.metrics(), daemon.resident_mib()
         assert daemon.stop() == 0
         decided = daemon.decided(exchange.series())
-        outcomes = asyncio.run(_outcomes(daemon.state_file, exchange.series()))
+        outcomes = daemon.outcomes(exchange.series())
         due = {series: exchange.closed(series, *span) for series, span in decided.items()}
     results = Counter(one.reason or one.result for some in outcomes.values() for one in some)
     lag, received, published = (
@@ -93,14 +88,6 @@ def test_outcomes_are_complete_and_truthful(
     if timed:
         assert received <= patience * RECEIVED_SECONDS
         assert lag <= patience * LAG_SECONDS
-
-
-async def _outcomes(path: Path, series: Collection[Series]) -> Mapping[Series, list[Outcome]]:
-    state = await State.open(path)
-    try:
-        return {one: await state.outcomes(one, 0) for one in series}
-    finally:
-        await state.close()
 
 
 def _p99(histogram: str, before: Samples, after: Samples) -> float:

@@ -51,6 +51,7 @@ class Metrics:
         self.sink_failures = counter("sink_failures", "Deliveries to try again", "sink")
         self.worker_restarts = counter("worker_restarts", "Workers replaced", "cause")
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes")
+        self.tasks = gauge("tasks", "Tasks of the event loop")
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

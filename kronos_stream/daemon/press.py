@@ -83,14 +83,13 @@ class Press:
             composed.append((result, message))
             if i % _TURN == 0:
                 await asyncio.sleep(0)
-        outcomes, messages = [], []
-        for result, message in composed:
-            followed = self._follows(result.due.series)
-            outcomes.append(result.outcome if followed else result.removed.outcome)
-            if followed and message is not None:
-                messages.append(message)
-        await self._outbox.publish(outcomes, messages)
-        self._told(results, messages)
+        final = [
+            (result, message) if self._follows(result.due.series) else (result.removed, None)
+            for result, message in composed
+        ]
+        messages = [message for _, message in final if message is not None]
+        await self._outbox.publish([result.outcome for result, _ in final], messages)
+        self._told([result for result, _ in final], messages)
 
     async def retract(self, series: Sequence[str]) -> None:
         """Tell readers that these series are not forecast any more; durable on return."""

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from uuid import uuid4
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
+from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.state import State
 from kronos_stream.market.series import Series
 from kronos_stream.testing.processes import COMMAND, ProcessFailed, get, wait_for
@@ -139,6 +141,14 @@ class DaemonProcess:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
+    def descriptors(self) -> Sequence[str]:
+        """What its own process has open: paths, and such as ``socket:[4711]``."""
+        found = []
+        for link in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                found.append(str(link.readlink()))
+        return found
+
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -172,6 +182,10 @@ class DaemonProcess:
         Only while the daemon does not run; series that it never came to follow are left out.
         """
         return asyncio.run(_decided(self.state_file, series))
+
+    def outcomes(self, series: Sequence[Series]) -> dict[Series, list[Outcome]]:
+        """What became of each one's due bars, in order. Only while the daemon does not run."""
+        return asyncio.run(_outcomes(self.state_file, series))
 
     def undelivered(self) -> int:
         """Records that wait in the state file. Only while the daemon does not run."""
@@ -213,6 +227,14 @@ async def _decided(path: Path, names: Sequence[Series]) -> dict[Series, tuple[in
                 first = outcomes[0].origin if outcomes else series.timeframe.after(mark[0])
                 found[series] = (first, mark[0])
         return found
+    finally:
+        await state.close()
+
+
+async def _outcomes(path: Path, names: Sequence[Series]) -> dict[Series, list[Outcome]]:
+    state = await State.open(path)
+    try:
+        return {series: await state.outcomes(series, 0) for series in names}
     finally:
         await state.close()
 

@@ -1,0 +1,305 @@
+"""Two venues whose symbols change all the time: no bar lost, nothing stale, nothing left behind.
+
+What can be promised of a series that comes and goes: while it is followed every bar has one
+outcome, and so have those that closed in between, once it is back. A bar whose forecast was under
+way when the series was given up has none: its outcome is "removed". So a bar must be forecast that
+opens a moment after the series was taken in and closes a moment before it was given up; of a
+series that stays those are all. A failure's changes are made again with KRONOS_SEEDS=<its seed>.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import inf
+from operator import le
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from kronos_stream.daemon.due import Outcome
+from kronos_stream.forecast.message import Forecast, Removal
+from kronos_stream.market.series import Series
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import audit, is_removal, read_topic
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+SEED = int(os.environ.get("KRONOS_SEEDS", "6").split(",")[0].partition("-")[0])
+SOAK_CHANGES = int(os.environ.get("KRONOS_SOAK_CHANGES", "200"))
+LONG = pytest.param(
+    SOAK_CHANGES, marks=[pytest.mark.soak, pytest.mark.timeout(5 * SOAK_CHANGES + 300)]
+)
+
+VENUES = ("binance", "ccxt.binance")
+SYMBOLS = 20
+LEAST = "SIM12/USDT"
+"""Bars of a second come and go from this symbol on; those before it stay throughout."""
+LONGER = range(8, 16)
+"""These symbols' bars of five seconds come and go, too."""
+CALM_SECONDS = 2.4
+"""Between two changes at most; now and then there is no pause at all."""
+
+TAKEN_IN_SECONDS = 1.0
+"""After that a new series' tape has begun."""
+UNDER_WAY_SECONDS = 4.0
+"""From a bar's close, or from its series' return, to its forecast: ccxt's bars are settled for one
+of them, and asked for. Times what else the machine does."""
+COMPOSED_SECONDS = 0.25
+"""A forecast may be written so long before it is known that its series is followed again."""
+WATCHED_SECONDS = SYMBOLS * 0.4
+"""A client of ccxt's is told one series after the other, and has a task for each."""
+SPARE = 4
+"""So many descriptors and tasks more than at the start may those have who just ask for bars."""
+
+BAD = (
+    "binance:NONE/USDT",
+    "binance:SIM01/USDT 1x",
+    "ccxt.binance:NONE/USDT 1s",
+    "ccxt.binance:SIM01/USDT 7m",
+    "kraken:BTC/USDT",
+    "SIM01/USDT",
+)
+ANSWERS = ("series changed", "symbols not changed")
+
+Records = Sequence[tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is followed since then. Unix seconds."""
+
+    asked: float
+    done: float
+    series: frozenset[Series]
+
+
+def _lines(series: Collection[Series]) -> list[str]:
+    """What a symbols file says of them."""
+    lengths: defaultdict[str, list[str]] = defaultdict(list)
+    for one in sorted(series):
+        lengths[f"{one.venue}:{one.symbol}"].append(str(one.timeframe))
+    return [f"{name} {','.join(some)}" for name, some in lengths.items()]
+
+
+class Changer:
+    """Changes the symbols file of a running daemon, and keeps what was changed when."""
+
+    def __init__(self, daemon: DaemonProcess, listed: Path, random: Random) -> None:
+        self.changes: list[Change] = []
+        self.refused = 0
+        self._daemon, self._listed, self._random = daemon, listed, random
+        seconds = [Series.parse(f"{v}:SIM{i:02}/USDT:1s") for v in VENUES for i in range(SYMBOLS)]
+        longer = [Series.parse(f"{v}:SIM{i:02}/USDT:5s") for v in VENUES for i in LONGER]
+        self.first = frozenset(seconds)
+        self.all = [*seconds, *longer]
+        self._changing = [one for one in self.all if one.symbol >= LEAST or one in longer]
+        self._write(_lines(self.first))
+
+    def began(self) -> None:
+        """The daemon has taken in what the file says first."""
+        self.changes.append(Change(time.time(), time.time(), self.first))
+
+    def change(self) -> None:
+        """Add and remove a few."""
+        followed = self.changes[-1].series
+        there = [one for one in self._changing if one in followed]
+        absent = [one for one in self._changing if one not in followed]
+        removed = self._random.sample(there, min(len(there), self._random.randint(1, 4)))
+        added = self._random.sample(absent, min(len(absent), self._random.randint(1, 4)))
+        self.follow((followed - set(removed)) | set(added))
+        if self._random.random() < 0.75:
+            time.sleep(self._random.uniform(0.0, CALM_SECONDS))
+
+    def err(self) -> None:
+        """Remove all but one, with a line that cannot be: refused whole, it changes nothing."""
+        bad = BAD[self.refused % len(BAD)]
+        assert self._told([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
+        self.refused += 1
+
+    def follow(self, series: Collection[Series]) -> None:
+        asked = time.time()
+        assert self._told(_lines(series)) == ANSWERS[0]
+        self.changes.append(Change(asked, time.time(), frozenset(series)))
+
+    def spans(self, series: Series) -> list[tuple[Change, Change | None]]:
+        """From when until when it was followed; None where it still is."""
+        found: list[tuple[Change, Change | None]] = []
+        for change in self.changes:
+            following = bool(found) and found[-1][1] is None
+            if series in change.series and not following:
+                found.append((change, None))
+            elif series not in change.series and following:
+                found[-1] = found[-1][0], change
+        return found
+
+    def _told(self, lines: Sequence[str]) -> str:
+        """What the daemon makes of them."""
+        before = len(self._answers())
+        self._write(lines)
+        self._daemon.signal(signal.SIGHUP)
+        wait_for("an answer", lambda: len(self._answers()) > before, 20.0, poll=0.02)
+        return self._answers()[before]
+
+    def _answers(self) -> list[str]:
+        return [line["event"] for line in self._daemon.log() if line["event"] in ANSWERS]
+
+    def _write(self, lines: Sequence[str]) -> None:
+        self._listed.write_text("\n".join(lines), "utf-8")
+
+
+@pytest.mark.parametrize("number", [20, LONG], ids=["short", "long"])
+def test_symbols_change_under_load(
+    number: int,
+    kafka: ApacheKafka,
+    topic_prefix: str,
+    tmp_path: Path,
+    daemon_of: Callable[..., DaemonProcess],
+    patience: float,
+) -> None:
+    listed, late = tmp_path / "symbols", UNDER_WAY_SECONDS * patience
+
+    def read(topic: str) -> Records:
+        return read_topic(kafka.bootstrap, f"{topic_prefix}.{topic}.v1")
+
+    with ExitStack() as stack:
+        arguments = ["--symbols", str(SYMBOLS), "--timeframe", "1s,5s", "--history", "120"]
+        exchanges = {
+            venue: stack.enter_context(ExchangeProcess(*arguments, "--seed", str(seed)))
+            for seed, venue in enumerate(VENUES)
+        }
+        settings = _settings(listed, exchanges["ccxt.binance"])
+        daemon = stack.enter_context(daemon_of(exchanges["binance"], kafka.bootstrap, **settings))
+        changer = Changer(daemon, listed, Random(SEED))
+
+        def forecast(since: float) -> bool:
+            """Whether all that is followed has a forecast of a bar that opened after then."""
+            values = dict(read("forecasts.latest")).values()
+            made = (Forecast.parse(value) for value in values if value)
+            found = {one.series for one in made if one.origin.timestamp() >= since}
+            return {one.name for one in changer.changes[-1].series} <= found
+
+        began = time.time()
+        daemon.start()
+        daemon.wait_until_ready()
+        changer.began()
+        wait_for("forecasts of all", lambda: forecast(0.0), 60.0, poll=1.0)
+        time.sleep(WATCHED_SECONDS)
+        before = _held(daemon)
+        for i in range(number):
+            changer.change()
+            if i % 4 == 0:
+                changer.err()
+        changer.follow(changer.first)
+        last = changer.changes[-1].done
+        wait_for("forecasts of all", lambda: forecast(last), 90.0, poll=1.0)
+        most = [count + SPARE for count in before]
+        wait_for(f"it holds at most {most}", lambda: all(map(le, _held(daemon), most)), 40.0)
+        print(f"seed {SEED}: {number} changes; {before} → {_held(daemon)}")  # noqa: T201
+        assert daemon.stop() == 0
+        assert {e["event"] for e in daemon.log() if e.get("level") == "error"} <= set(ANSWERS)
+        outcomes = daemon.outcomes(changer.all)
+        end = time.time()
+        truth = {
+            one: exchanges[one.venue].closed(one, round(1000 * began), round(1000 * end))
+            for one in changer.all
+        }
+    records, newest = read("forecasts"), read("forecasts.latest")
+    _assert_no_bar_is_lost(changer, outcomes, truth, records, late)
+    _assert_nothing_is_stale(changer, records, newest)
+
+
+def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
+    """Both venues' symbols by file, the second one led to ``exchange``."""
+    lengths = {length: length for length in exchange.timeframes}
+    urls = {"public": f"{exchange.rest_url}/api/v3", "ws": {"spot": f"{exchange.ws_url}/ws/stream"}}
+    markets = {"fetchMarkets": {"types": ["spot"]}}
+    config = {"binance": {"urls": {"api": urls}, "options": markets, "timeframes": lengths}}
+    return {
+        "SYMBOLS": "",
+        "SYMBOLS_FILE": str(listed),
+        "CATCH_UP": "all",
+        "CCXT__CONFIG": json.dumps(config),
+    }
+
+
+def _held(daemon: DaemonProcess) -> list[int]:
+    """How many descriptors, sockets and tasks it has."""
+    opened = daemon.descriptors()
+    sockets = sum(one.startswith("socket:") for one in opened)
+    return [len(opened), sockets, round(daemon.metric("kronos_tasks"))]
+
+
+def _assert_no_bar_is_lost(
+    changer: Changer,
+    outcomes: Mapping[Series, Sequence[Outcome]],
+    truth: Mapping[Series, Sequence[int]],
+    records: Records,
+    late: float,
+) -> None:
+    due: dict[Series, list[int]] = {}
+    longest, last = 0.0, changer.changes[-1].done
+    for series, closed in truth.items():
+        some, spans = outcomes[series], changer.spans(series)
+        had = [one.origin for one in some]
+        assert had == [bar for bar in closed if had and had[0] <= bar <= had[-1]], series
+        must = [
+            (began.done + TAKEN_IN_SECONDS, last if ended is None else ended.asked - late)
+            for began, ended in spans
+        ]
+        closes = {bar: series.timeframe.after(bar) / 1000 for bar in closed}
+        due[series] = [
+            bar for bar in closed if any(a <= bar / 1000 and closes[bar] <= b for a, b in must)
+        ]
+        for one in some:
+            if one.result != "forecast":
+                assert one.reason == "removed", series
+                # Under way it was since its close, or since its series was back.
+                close = closes[one.origin]
+                ends = [(a.asked, b.done) for a, b in spans if b is not None and close <= b.done]
+                under_way = min((end - max(close, began) for began, end in ends), default=inf)
+                longest = max(longest, under_way)
+                assert under_way <= late, series
+    found = audit(records, due)
+    assert found.faults == []
+    assert found.duplicates == 0
+    counted = Counter(one.result for some in outcomes.values() for one in some)
+    assert found.records == counted["forecast"]
+    print(f"{sum(map(len, due.values()))} bars due, {dict(counted)}; {longest:.1f} s under way")  # noqa: T201
+
+
+def _assert_nothing_is_stale(changer: Changer, records: Records, newest: Records) -> None:
+    said: defaultdict[str, list[bytes]] = defaultdict(list)
+    for key, value in records:
+        said[key].append(value)
+    last = dict(newest)
+    assert {one.name for change in changer.changes for one in change.series} >= said.keys()
+    removals = 0
+    for name, values in said.items():
+        spans = changer.spans(Series.parse(name))
+        ends = [ended for _, ended in spans if ended is not None]
+        told = 0
+        for value in values:
+            if is_removal(value):
+                at = Removal.parse(value).at.timestamp()
+                assert ends[told].asked - 0.001 <= at <= ends[told].done, name
+                told += 1
+                continue
+            # After its k-th end a series is heard of again only once it was taken in again.
+            assert told < len(spans), f"{name} was forecast after it was given up"
+            made = Forecast.parse(value).created_at.timestamp()
+            assert made >= spans[told][0].asked - COMPOSED_SECONDS or told == 0, name
+            assert told == len(ends) or made <= ends[told].done, name
+        assert told == len(ends), name
+        removals += told
+        assert last[name] == (values[-1] if spans[-1][1] is None else b""), name
+    again = sum(len(changer.spans(one)) > 1 for one in changer.all)
+    print(f"{removals} removals of {len(said)} series told; {again} series came back")  # noqa: T201
+    assert min(again, removals) > 0

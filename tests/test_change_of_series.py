@@ -31,6 +31,10 @@ class _Venue:
         await asyncio.sleep(0)
         return {}
 
+    async def ranked(self, pattern: str) -> Sequence[str]:  # noqa: ARG002
+        await asyncio.sleep(0.05)
+        return ["C/USDT"]
+
     def follow(self, series: Collection[Series]) -> None:
         self.pointed.append(frozenset(series))
 
@@ -68,7 +72,12 @@ def venue() -> _Venue:
 
 @pytest.fixture
 async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[Daemon]:
-    settings = Settings(model="nano", state_file=tmp_path / "state.sqlite", http=Http(port=0))
+    settings = Settings(
+        model="nano",
+        state_file=tmp_path / "state.sqlite",
+        http=Http(port=0),
+        symbols_file=tmp_path / "symbols",
+    )
     source: Any = venue
     daemon = Daemon(
         settings, {"venue": source}, [], clock=DrivenClock(0), random=Random(0), series=[FIRST]
@@ -122,3 +131,32 @@ async def test_what_could_not_be_told_is_told_later(daemon: Daemon) -> None:
         await daemon.follow([SECOND])
     await daemon.follow([SECOND])
     assert press.gone == [[FIRST.name]]
+
+
+async def test_of_two_readings_of_the_file_the_last_counts(
+    daemon: Daemon, venue: _Venue, tmp_path: Path
+) -> None:
+    """The first has to ask what its pattern stands for, and must not come last for that."""
+    daemon.ready.set()
+    (tmp_path / "symbols").write_text("venue:*/USDT?top=1 1m", "utf-8")
+    slow = asyncio.create_task(daemon.reload())
+    await asyncio.sleep(0.01)
+    (tmp_path / "symbols").write_text("venue:B/USDT 1m", "utf-8")
+    await daemon.reload()
+    await slow
+    assert venue.followed == [{THIRD}, {SECOND}]
+
+
+async def test_a_file_that_is_refused_is_forgotten(
+    daemon: Daemon, venue: _Venue, tmp_path: Path
+) -> None:
+    """Also when the patterns' symbols are looked up anew, a day later."""
+    daemon.ready.set()
+    (tmp_path / "symbols").write_text("venue:*/USDT?top=1 1m", "utf-8")
+    await daemon.reload()
+    kept = daemon._universe.watchlist
+    (tmp_path / "symbols").write_text("venue:*/USDT?top=1 1m\nother:A/USDT 1m", "utf-8")
+    with pytest.raises(SettingsError, match="other: not among the venues at the start"):
+        await daemon.reload()
+    assert daemon._universe.watchlist == kept
+    assert venue.followed == [{THIRD}]

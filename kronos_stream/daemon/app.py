@@ -30,7 +30,7 @@ from kronos_stream.daemon.press import Graveyard, Press, composer, refused
 from kronos_stream.daemon.scheduler import Forecasting, Scheduler
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
-from kronos_stream.daemon.universe import REFRESH_SECONDS, resolve
+from kronos_stream.daemon.universe import Universe
 from kronos_stream.daemon.worker import Worker
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
@@ -39,7 +39,8 @@ from kronos_stream.market.source import Source, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 
-_ASK_AGAIN_SECONDS = 5.0
+_REFRESH_SECONDS = 86_400.0
+"""How often venues are asked anew what patterns stand for."""
 _PRUNE_SECONDS = 600.0
 _BARS_FACTOR = 4
 """Bars kept per series, in lookbacks."""
@@ -90,12 +91,9 @@ class Daemon:
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
         self._watch = watch
         self._make_worker = worker or partial(Worker, standby=settings.standby)
-        self._watchlist = settings.watchlist() if series is None else ()
-        self._series: frozenset[Series] = frozenset(series or ())
-        self._held: frozenset[Series] = frozenset()
-        """What was followed when the state was left."""
+        watchlist = settings.watchlist() if series is None else ()
+        self._universe = Universe(watchlist, series or (), self._sources, clock)
         self._board = Board(clock)
-        self._lost: dict[str, str] = {}
         self._stop = asyncio.Event()
         self._changing = asyncio.Lock()
 
@@ -110,9 +108,7 @@ class Daemon:
             stack.push_async_callback(worker.close)
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
-            unknown = [line for venue in self._sources for line in await self._choose(venue)]
-            if unknown:
-                raise SettingsError(unknown)
+            await self._universe.check()
             return await worker.start()
 
     def stop(self) -> None:
@@ -128,7 +124,6 @@ class Daemon:
         async with AsyncExitStack() as stack:
             self._state = await State.open(settings.state_file)
             stack.push_async_callback(self._state.close)
-            self._held = frozenset(map(Series.parse, await self._state.followed()))
             self._worker = self._make_worker(settings.plan(), self.metrics)
             stack.push_async_callback(self._worker.close)
             for source in self._sources.values():
@@ -163,7 +158,7 @@ class Daemon:
         found["worker"] = self._worker.healthy()
         silent = self._board.silent(self._sources)
         for venue in self._sources:
-            found[f"source {venue}"] = self._lost.get(venue) or silent.get(venue, "")
+            found[f"source {venue}"] = self._universe.lost.get(venue) or silent.get(venue, "")
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
@@ -181,32 +176,21 @@ class Daemon:
 
     async def reload(self) -> None:
         """Follow what the settings want now, once :attr:`ready`; raises as :meth:`follow`."""
-        self._watchlist = self.settings.watchlist()
-        await self._follow_watchlist()
+        async with self._changing:
+            await self.ready.wait()
+            # Read only now: where one change waits for another, the last one counts.
+            watchlist = self.settings.watchlist()
+            await self._change(await self._universe.today(watchlist))
+            self._universe.watchlist = watchlist
 
     async def follow(self, series: Collection[Series]) -> None:
         """Change the set of series, once :attr:`ready`; those that stay lose no bar.
 
         SettingsError: nothing changed; SourceError: nor then, and it may be tried again.
         """
-        wanted = frozenset(series)
         async with self._changing:
             await self.ready.wait()
-            strange = sorted({one.venue for one in wanted} - self._sources.keys())
-            unknown = [f"{venue}: not among the venues at the start; restart" for venue in strange]
-            if not unknown:
-                new = wanted - self._series
-                unknown = [
-                    line for venue in self._sources for line in await self._unknown(venue, new)
-                ]
-            if unknown:
-                raise SettingsError(unknown)
-            gone, new = self._series - wanted, wanted - self._series
-            self._series = wanted
-            await self._desk.follow(wanted)
-            self._point_sources()
-            await self._say_what_is_gone()
-        _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
+            await self._change(frozenset(series))
 
     async def _forecast_until_stopped(self) -> None:
         if not await self._unless_stopped(self._start()):
@@ -224,11 +208,10 @@ class Daemon:
         """Load the model, ask the venues whether they have what is asked for, load the state."""
         async with asyncio.TaskGroup() as tasks:  # where one fails, the other is not left running
             loading = tasks.create_task(self._worker.start())
-            asking = tasks.create_task(self._unknown_at_start())
-        if unknown := asking.result():
-            raise SettingsError(unknown)
+            held = map(Series.parse, await self._state.followed())
+            tasks.create_task(self._universe.settle(frozenset(held)))
         self._put_together(loading.result())
-        await self._desk.start(self._series)
+        await self._desk.start(self._universe.series)
         await self._say_what_is_gone()
 
     def _put_together(self, identity: Identity) -> None:
@@ -238,7 +221,7 @@ class Daemon:
             self._outbox,
             self._clock,
             self._wall,
-            follows=lambda series: series in self._series,
+            follows=lambda series: series in self._universe.series,
             told=self._board.told,
         )
         self._graveyard = Graveyard(self._outbox, self._wall)
@@ -279,17 +262,17 @@ class Daemon:
 
     async def _take_in(self) -> None:
         """Follow the venues until told to stop, or until their data end."""
-        self._point_sources()
+        self._universe.point_sources()
         async with asyncio.TaskGroup() as tasks:
             desk = tasks.create_task(self._desk.run())
             refreshing = tasks.create_task(self._refresh())
             sources = [
                 tasks.create_task(self._run_source(venue, source))
                 for venue, source in self._sources.items()
-                if venue not in self._lost
+                if venue not in self._universe.lost
             ]
             self.ready.set()
-            _log.info("following", series=len(self._series), venues=sorted(self._sources))
+            _log.info("following", series=len(self._universe.series), venues=sorted(self._sources))
             stopped = tasks.create_task(self._stop.wait())
             ended = tasks.create_task(_all(sources))
             await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -303,7 +286,7 @@ class Daemon:
         try:
             await source.run(self._desk.intake(venue))
         except VenueRefused as error:
-            self._lose(venue, error)
+            self._universe.lose(venue, error)
 
     async def _finish(self) -> None:
         """Forecast what is in hand and deliver, within the grace."""
@@ -314,71 +297,38 @@ class Daemon:
         waiting = await self._outbox.drain(max(0.0, left))
         _log.info("stopped", batch_finished=whole, undelivered=waiting)
 
-    def _point_sources(self) -> None:
-        for venue, source in self._sources.items():
-            source.follow([one for one in self._series if one.venue == venue])
-
-    async def _unknown_at_start(self) -> list[str]:
-        """What no venue has, asked for as long as it takes; one that refuses us is lost."""
-        lines = []
-        for venue in self._sources:
-            while True:
-                try:
-                    lines += await self._choose(venue)
-                except VenueRefused as error:
-                    self._lose(venue, error)
-                except SourceError as error:
-                    _log.warning("venue does not answer yet", venue=venue, why=str(error))
-                    await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
-                    continue
-                break
-        return lines
-
-    async def _choose(self, venue: str) -> list[str]:
-        """Settle what of the watchlist this venue is to serve; a line for each it does not have."""
-        entries = [entry for entry in self._watchlist if entry.venue == venue]
-        chosen = await resolve(entries, self._sources, self._held)
-        self._series |= chosen
-        return await self._unknown(venue, self._series)
-
-    async def _follow_watchlist(self) -> None:
-        await self.ready.wait()
-        entries = [entry for entry in self._watchlist if entry.venue not in self._lost]
-        lost = {one for one in self._series if one.venue in self._lost}
-        await self.follow(lost | await resolve(entries, self._sources, self._series))
+    async def _change(self, wanted: frozenset[Series]) -> None:
+        """See :meth:`follow`; one at a time."""
+        universe = self._universe
+        await universe.refuse_unknown(wanted)
+        gone, new = universe.series - wanted, wanted - universe.series
+        universe.series = wanted
+        await self._desk.follow(wanted)
+        universe.point_sources()
+        await self._say_what_is_gone()
+        _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
 
     async def _refresh(self) -> None:
         """Look daily what patterns stand for; until cancelled."""
         while True:
-            await self._clock.sleep(REFRESH_SECONDS)
-            if not any(entry.is_pattern for entry in self._watchlist):
+            await self._clock.sleep(_REFRESH_SECONDS)
+            if not any(entry.is_pattern for entry in self._universe.watchlist):
                 continue
             try:
-                await self._follow_watchlist()
+                async with self._changing:
+                    await self._change(await self._universe.today(self._universe.watchlist))
             except (SettingsError, SourceError) as error:
                 _log.warning("symbols cannot be looked up; they stay", why=str(error))
 
     async def _say_what_is_gone(self) -> None:
         """Tell readers which series are followed no more, once it cannot be undone."""
-        names = {one.name for one in self._series}
-        if gone := sorted(await self._state.followed() - names):
+        names = {one.name for one in self._universe.series}
+        # What a venue that is lost should have said is not known.
+        former = await self._state.followed()
+        names |= {name for name in former if Series.parse(name).venue in self._universe.lost}
+        if gone := sorted(former - names):
             await self._press.retract(gone)
         await self._state.follow(names)
-
-    async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
-        """A line for each of ``series`` that its venue, if it is this one, does not have."""
-        asked = [one for one in series if one.venue == venue]
-        if not asked:
-            return []
-        found = await self._sources[venue].unknown(asked)
-        return [f"{one}: {why}" for one, why in sorted(found.items())]
-
-    def _lose(self, venue: str, error: VenueRefused) -> None:
-        """Go on without a venue that will not serve us; raise where it was the last."""
-        self._lost[venue] = str(error)
-        _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
-        if len(self._lost) == len(self._sources):
-            raise error
 
     async def _prune(self) -> None:
         while True:

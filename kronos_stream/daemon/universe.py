@@ -4,13 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import structlog
+
 from kronos_stream.daemon.settings import SettingsError
+from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Ranking, Source
+from kronos_stream.market.source import Ranking, Source, SourceError, VenueRefused
 from kronos_stream.market.watchlist import Entry
 
-REFRESH_SECONDS = 86_400.0
-"""How often a venue is asked anew what a pattern stands for."""
+_log = structlog.get_logger()
+
+_ASK_AGAIN_SECONDS = 5.0
+
+
+class Universe:
+    """A daemon's series, its venues, and which of these are lost."""
+
+    def __init__(
+        self,
+        watchlist: Sequence[Entry],
+        series: Collection[Series],
+        sources: Mapping[str, Source],
+        clock: Clock,
+    ) -> None:
+        """series: what is followed beside the watchlist."""
+        self.watchlist = watchlist
+        self.series = frozenset(series)
+        self.lost: dict[str, str] = {}
+        """Venues that will not serve us, and why."""
+        self._sources, self._clock = sources, clock
+
+    async def settle(self, held: Collection[Series]) -> None:
+        """Find out what to follow at the start, for as long as it takes; who refuses us is lost.
+
+        held: what was followed before. Raises SettingsError for what no venue has, VenueRefused
+        where every venue is lost.
+        """
+        problems: list[str] = []
+        for venue in self._sources:
+            while True:
+                try:
+                    problems += await self._settle(venue, held)
+                except VenueRefused as error:
+                    self.lose(venue, error)
+                except SourceError as error:
+                    _log.warning("venue does not answer yet", venue=venue, why=str(error))
+                    await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
+                    continue
+                break
+        if problems:
+            raise SettingsError(problems)
+
+    async def check(self) -> None:
+        """As :meth:`settle`, but ask once. Raises SourceError, too."""
+        lines = [line for venue in self._sources for line in await self._settle(venue, ())]
+        if lines:
+            raise SettingsError(lines)
+
+    async def today(self, watchlist: Sequence[Entry]) -> frozenset[Series]:
+        """What ``watchlist`` stands for now; what is followed of lost venues stays.
+
+        Raises SettingsError for what no venue can answer, SourceError where one does not.
+        """
+        entries = [entry for entry in watchlist if entry.venue not in self.lost]
+        stays = {one for one in self.series if one.venue in self.lost}
+        return await resolve(entries, self._sources, self.series) | stays
+
+    async def refuse_unknown(self, wanted: Collection[Series]) -> None:
+        """Raises SettingsError where of ``wanted`` something new is nowhere to be had."""
+        strange = sorted({one.venue for one in wanted} - self._sources.keys())
+        lines = [f"{venue}: not among the venues at the start; restart" for venue in strange]
+        if not lines:
+            new = frozenset(wanted) - self.series
+            lines = [line for venue in self._sources for line in await self._unknown(venue, new)]
+        if lines:
+            raise SettingsError(lines)
+
+    def point_sources(self) -> None:
+        """Tell the venues what is followed."""
+        for venue, source in self._sources.items():
+            source.follow([one for one in self.series if one.venue == venue])
+
+    def lose(self, venue: str, error: VenueRefused) -> None:
+        """Go on without a venue that will not serve us; raise where it was the last."""
+        self.lost[venue] = str(error)
+        _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
+        if len(self.lost) == len(self._sources):
+            raise error
+
+    async def _settle(self, venue: str, held: Collection[Series]) -> list[str]:
+        """Follow what of the watchlist is the venue's; a line for each series it does not have."""
+        entries = [entry for entry in self.watchlist if entry.venue == venue]
+        self.series |= await resolve(entries, self._sources, held)
+        return await self._unknown(venue, self.series)
+
+    async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
+        asked = [one for one in series if one.venue == venue]
+        if not asked:
+            return []
+        found = await self._sources[venue].unknown(asked)
+        return [f"{one}: {why}" for one, why in sorted(found.items())]
 
 
 async def resolve(

@@ -107,6 +107,14 @@ async def test_what_one_venue_held_does_not_count_for_another() -> None:
     assert names == {"x:A/B:1m", "y:A/B:1m"}
 
 
+async def test_a_symbol_that_is_named_takes_no_place_among_the_chosen() -> None:
+    ranked = [f"S{i}/B" for i in range(20)]
+    sources = {"x": _Ranking(*ranked)}
+    held = [f"x:{symbol}:1m" for symbol in [*ranked[:10], "S11/B"]]
+    names = await _resolved(["x:*?top=10", "x:S11/B"], sources, held)
+    assert names == set(held)
+
+
 @pytest.mark.parametrize(
     ("line", "why"),
     [

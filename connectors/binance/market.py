@@ -69,7 +69,10 @@ class Market:
     async def ranked(self) -> Sequence[str]:
         """See :class:`~kronos_stream.market.source.Ranking`."""
         listing = await self._list(anew=True)
-        return listing.ranked(await self._rest.turnover())
+        ranked = listing.ranked(await self._rest.turnover())
+        if not ranked:
+            raise SourceError("nothing trades on binance just now")
+        return ranked
 
     def checks(self, series: Collection[Series]) -> Sequence[Check]:
         """Of its hosts, for :class:`~kronos_stream.checkup.CheckedSource`."""

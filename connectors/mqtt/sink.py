@@ -72,6 +72,8 @@ class MqttSink:
         self._there()
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
+        if self._keeping is None:  # it ended by a mistake of ours, which was told
+            await self.start()
         link = self._there()
         fit: list[Publication] = []
         refusals: list[Refusal] = []

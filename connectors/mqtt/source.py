@@ -149,7 +149,12 @@ class MqttSource:
         except WireError as error:
             intake.reject(series, str(error), payload[:_MOST_KEPT])
             return
-        if update.closed and update.candle.fault() is None:
+        # What opens only later would crowd out what is real.
+        if (
+            update.closed
+            and update.candle.fault() is None
+            and update.candle.time <= update.received
+        ):
             self._shelf.put(series, update.candle)
         intake.update(update)
 

@@ -41,6 +41,7 @@ _log = structlog.get_logger()
 
 _REFRESH_SECONDS = 86_400.0
 """How often venues are asked anew what patterns stand for."""
+_REFRESH_AGAIN_SECONDS = 600.0
 _PRUNE_SECONDS = 600.0
 _BARS_FACTOR = 4
 """Bars kept per series, in lookbacks."""
@@ -97,11 +98,11 @@ class Daemon:
         self._stop = asyncio.Event()
         self._changing = asyncio.Lock()
 
-    async def check(self) -> Identity:
+    async def check(self) -> tuple[Identity, int]:
         """Load the model and ask the venues for what is wanted, in place of :meth:`run`.
 
         Raises SettingsError and WorkerError for what the user can mend, SourceError where a venue
-        does not answer.
+        does not answer. Returns who forecasts, and how many series.
         """
         async with AsyncExitStack() as stack:
             worker = self._make_worker(self.settings.plan(), self.metrics)
@@ -109,7 +110,7 @@ class Daemon:
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
             await self._universe.check()
-            return await worker.start()
+            return await worker.start(), len(self._universe.series)
 
     def stop(self) -> None:
         """Take in no more, finish the batch in hand, deliver, and let :meth:`run` return."""
@@ -158,7 +159,7 @@ class Daemon:
         found["worker"] = self._worker.healthy()
         silent = self._board.silent(self._sources)
         for venue in self._sources:
-            found[f"source {venue}"] = self._universe.lost.get(venue) or silent.get(venue, "")
+            found[f"source {venue}"] = self._universe.waits(venue) or silent.get(venue, "")
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
@@ -310,8 +311,10 @@ class Daemon:
 
     async def _refresh(self) -> None:
         """Look daily what patterns stand for; until cancelled."""
+        pause = _REFRESH_SECONDS
         while True:
-            await self._clock.sleep(_REFRESH_SECONDS)
+            await self._clock.sleep(pause)
+            pause = _REFRESH_SECONDS
             if not any(entry.is_pattern for entry in self._universe.watchlist):
                 continue
             try:
@@ -319,6 +322,7 @@ class Daemon:
                     await self._change(await self._universe.today(self._universe.watchlist))
             except (SettingsError, SourceError) as error:
                 _log.warning("symbols cannot be looked up; they stay", why=str(error))
+                pause = _REFRESH_AGAIN_SECONDS
 
     async def _say_what_is_gone(self) -> None:
         """Tell readers which series are followed no more, once it cannot be undone."""

@@ -18,6 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
 from kronos_stream.daemon.board import Board
+from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.openapi import document
 from kronos_stream.daemon.settings import variable
@@ -116,7 +117,8 @@ class Pages:
     async def _readiness(self) -> Answer:
         checks = self._checks()
         ready = not any(checks.values())
-        said = {"ready": ready, "checks": {name: why or "ok" for name, why in checks.items()}}
+        told = {name: without_passwords(why) or "ok" for name, why in checks.items()}
+        said = {"ready": ready, "checks": told}
         return Answer(200 if ready else 503, orjson.dumps(said))
 
     async def _render_series(self) -> bytes:

@@ -79,8 +79,7 @@ async def check(settings: Settings) -> str:
     Raises SettingsError, WorkerError, SourceError.
     """
     daemon = build(settings)
-    identity = await daemon.check()
-    count = len(settings.series())
+    identity, count = await daemon.check()
     return (
         f"{count} series to forecast with {identity.model} on {identity.device}, to "
         f"{', '.join(settings.sinks)}: settings, symbols and model are fine"
@@ -144,6 +143,8 @@ def _signals(daemon: Daemon) -> Iterator[None]:
     try:
         yield
     finally:
+        for task in reloads:
+            task.cancel()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
 
@@ -154,8 +155,9 @@ async def _reload(daemon: Daemon) -> None:
         await daemon.reload()
     except (SettingsError, SourceError) as error:
         _log.error("symbols not changed", why=str(error))
-    except Exception:  # noqa: BLE001 - the daemon goes on as it was
-        _log.exception("symbols not changed")
+    except Exception:  # noqa: BLE001 - what it was is not known, nor is what is followed
+        _log.exception("symbols changed in part; stopping")
+        daemon.stop()
 
 
 def _options(settings: Settings, name: str, kind: type[Any]) -> Any:  # noqa: ANN401

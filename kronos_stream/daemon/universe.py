@@ -32,6 +32,8 @@ class Universe:
         self.series = frozenset(series)
         self.lost: dict[str, str] = {}
         """Venues that will not serve us, and why."""
+        self.trouble: dict[str, str] = {}
+        """Which venue the start waits for, and why."""
         self._sources, self._clock = sources, clock
 
     async def settle(self, held: Collection[Series]) -> None:
@@ -49,8 +51,10 @@ class Universe:
                     self.lose(venue, error)
                 except SourceError as error:
                     _log.warning("venue does not answer yet", venue=venue, why=str(error))
+                    self.trouble = {venue: str(error)}
                     await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
                     continue
+                self.trouble = {}
                 break
         if problems:
             raise SettingsError(problems)
@@ -80,6 +84,10 @@ class Universe:
         if lines:
             raise SettingsError(lines)
 
+    def waits(self, venue: str) -> str:
+        """Why nothing comes of a venue, if it is known."""
+        return self.lost.get(venue) or self.trouble.get(venue, "")
+
     def point_sources(self) -> None:
         """Tell the venues what is followed."""
         for venue, source in self._sources.items():
@@ -95,8 +103,10 @@ class Universe:
     async def _settle(self, venue: str, held: Collection[Series]) -> list[str]:
         """Follow what of the watchlist is the venue's; a line for each series it does not have."""
         entries = [entry for entry in self.watchlist if entry.venue == venue]
-        self.series |= await resolve(entries, self._sources, held)
-        return await self._unknown(venue, self.series)
+        chosen = self.series | await resolve(entries, self._sources, held)
+        lines = await self._unknown(venue, chosen)
+        self.series = chosen
+        return lines
 
     async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
         asked = [one for one in series if one.venue == venue]
@@ -125,7 +135,8 @@ async def resolve(
         elif not isinstance(source, Ranking):
             problems.append(f"{entry}: {entry.venue} cannot say what is traded most; name symbols")
         else:
-            known = {one.symbol for one in held if one.venue == entry.venue}
+            named = {other.symbol for other in entries if other.venue == entry.venue}
+            known = {one.symbol for one in held if one.venue == entry.venue} - named
             symbols = entry.chosen(await source.ranked(entry.symbol), known)
             if not symbols:
                 problems.append(f"{entry}: nothing that trades there is called so")

@@ -91,11 +91,12 @@ def _doctor(given: Mapping[str, str], *skip: str) -> Found:
     )
 
 
+@pytest.mark.parametrize("symbols", ["binance:SIM00/USDT", "binance:*/USDT?top=2"])
 def test_where_all_is_well_it_says_so_and_leaves_nothing(
-    environ: dict[str, str], tmp_path: Path
+    symbols: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    found = _doctor(environ)
+    found = _doctor(environ | {"SYMBOLS": symbols})
     assert found.status == 0, found.text
     names = {one["check"] for one in found.findings}
     assert names == {

@@ -131,7 +131,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
 @pytest.mark.parametrize(
     ("given", "variable", "cure"),
     [
-        ({"SYMBOLS": ""}, "SYMBOLS", "set it to what to forecast"),
+        ({"SYMBOLS": ""}, "SYMBOLS", "set one to what to forecast"),
         ({"SYMBOLS": "BTC/USDT"}, "SYMBOLS", "expected venue:symbol"),
         ({"SYMBOLS": "acme:"}, "SYMBOLS", "expected venue:symbol"),
         ({"SYMBOLS": "acme:BTC/USDT:5m"}, "SYMBOLS", "each of KRONOS_STREAM_TIMEFRAMES"),

@@ -68,7 +68,7 @@ def test_a_check_says_what_would_be_forecast(exchange: ExchangeProcess, tmp_path
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS is empty"),
+        ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS_FILE name nothing"),
         ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
         ({"LOKBACK": "96"}, "did you mean KRONOS_STREAM_LOOKBACK?"),
         ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),

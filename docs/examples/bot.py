@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from contextlib import suppress
 
 from kronos_stream.client import forecasts
 
@@ -15,4 +16,5 @@ async def main(bootstrap: str, *symbols: str) -> None:
             print(forecast.series, f"{forecast.origin:%FT%TZ}", f"{p_up:.2f}", action, flush=True)
 
 
-asyncio.run(main(*sys.argv[1:]))
+with suppress(KeyboardInterrupt):
+    asyncio.run(main(*sys.argv[1:]))

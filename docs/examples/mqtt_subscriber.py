@@ -8,6 +8,7 @@ begins with what is known and goes on with what is new.
 import asyncio
 import json
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import aiomqtt
@@ -61,4 +62,5 @@ async def main(host: str = "localhost", port: str = "1883") -> None:
             await asyncio.sleep(RECONNECT_SECONDS)
 
 
-asyncio.run(main(*sys.argv[1:]))
+with suppress(KeyboardInterrupt):
+    asyncio.run(main(*sys.argv[1:]))

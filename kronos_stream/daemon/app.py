@@ -30,7 +30,7 @@ from kronos_stream.daemon.press import Graveyard, Press, composer, refused
 from kronos_stream.daemon.scheduler import Forecasting, Scheduler
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
-from kronos_stream.daemon.universe import Universe
+from kronos_stream.daemon.universe import ASK_AGAIN_SECONDS, Universe
 from kronos_stream.daemon.worker import Worker
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
@@ -267,6 +267,7 @@ class Daemon:
         async with asyncio.TaskGroup() as tasks:
             desk = tasks.create_task(self._desk.run())
             refreshing = tasks.create_task(self._refresh())
+            welcoming = tasks.create_task(self._welcome())
             sources = [
                 tasks.create_task(self._run_source(venue, source))
                 for venue, source in self._sources.items()
@@ -280,7 +281,7 @@ class Daemon:
             self.ready.clear()
             if not self._stop.is_set():
                 await self._unless_stopped(self.settled())
-            for task in (stopped, ended, desk, refreshing, *sources):
+            for task in (stopped, ended, desk, refreshing, welcoming, *sources):
                 task.cancel()
 
     async def _run_source(self, venue: str, source: Source) -> None:
@@ -324,12 +325,36 @@ class Daemon:
                 _log.warning("symbols cannot be looked up; they stay", why=str(error))
                 pause = _REFRESH_AGAIN_SECONDS
 
+    async def _welcome(self) -> None:
+        """Follow venues that did not answer at the start, once they do; until there is none."""
+        universe = self._universe
+        while universe.absent:
+            await self._clock.sleep(ASK_AGAIN_SECONDS)
+            for venue in sorted(universe.absent):
+                try:
+                    async with self._changing:
+                        wanted = await universe.welcome(venue)
+                        universe.absent.discard(venue)
+                        await self._change(wanted)
+                    universe.trouble.pop(venue, None)
+                except VenueRefused as error:
+                    universe.absent.discard(venue)
+                    universe.lose(venue, error)
+                except SourceError as error:
+                    universe.absent.add(venue)
+                    universe.trouble[venue] = str(error)
+                except SettingsError as error:
+                    universe.absent.discard(venue)
+                    universe.trouble[venue] = str(error)
+                    _log.error("symbols of a venue are not followed", venue=venue, why=str(error))
+
     async def _say_what_is_gone(self) -> None:
         """Tell readers which series are followed no more, once it cannot be undone."""
         names = {one.name for one in self._universe.series}
-        # What a venue that is lost should have said is not known.
+        # What a venue should have said that is lost, or does not answer yet, is not known.
         former = await self._state.followed()
-        names |= {name for name in former if Series.parse(name).venue in self._universe.lost}
+        away = self._universe.lost.keys() | self._universe.absent
+        names |= {name for name in former if Series.parse(name).venue in away}
         if gone := sorted(former - names):
             await self._press.retract(gone)
         await self._state.follow(names)

@@ -75,7 +75,9 @@ class Doctor:
         found: list[Check] = []
         for venue, source in sources.items():
             stack.push_async_callback(source.close)
-            series = [one for one in self._series if one.venue == venue]
+            # Of a pattern it tells which of the venue's markets, and how long the bars are.
+            entries = [one for one in self._settings.watchlist() if one.venue == venue]
+            series = [one for entry in entries for one in entry.series()]
             if isinstance(source, CheckedSource):
                 found += [_explained(check) for check in source.checks(series)]
             symbols = partial(self._symbols, venue, source)

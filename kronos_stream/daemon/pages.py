@@ -164,6 +164,6 @@ async def _ready(value: _T) -> _T:
 
 
 _CLOSED = (
-    "this page is for this machine alone, unless a token is set: set "
+    "without a token this page is shown only where 127.0.0.1 is all that is listened on: set "
     f"{variable('http', 'token')}, or listen on 127.0.0.1 ({variable('http', 'host')})"
 )

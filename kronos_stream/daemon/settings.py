@@ -102,8 +102,8 @@ class Http(BaseModel):
     model_config = _CONFIG
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all. Without a token, others than this machine are then
-    shown /metrics, /readyz and /healthz, but neither /series nor /forecasts."""
+    """Address to listen on; 0.0.0.0 for all. Without a token, only /metrics, /readyz and
+    /healthz are then shown, but neither /series nor /forecasts."""
     port: int = Field(default=8080, ge=0, le=65_535)
     """Port to listen on; 0 takes any that is free."""
     token: SecretStr | None = None
@@ -245,8 +245,8 @@ class Settings(BaseSettings):
         entries = [*self.symbols, *self._listed()]
         if not entries:
             raise SettingsError(
-                f"{variable('symbols')} is empty: set it to what to forecast, such as "
-                "binance:BTC/USDT,binance:ETH/USDT"
+                f"{variable('symbols')} and {variable('symbols_file')} name nothing: set one to "
+                "what to forecast, such as binance:BTC/USDT,binance:ETH/USDT"
             )
         return tuple(
             entry if entry.timeframes else entry._replace(timeframes=self.timeframes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
 import structlog
@@ -14,7 +15,8 @@ from kronos_stream.market.watchlist import Entry
 
 _log = structlog.get_logger()
 
-_ASK_AGAIN_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 5.0
+_PATIENCE_SECONDS = 30.0
 
 
 class Universe:
@@ -33,31 +35,45 @@ class Universe:
         self.lost: dict[str, str] = {}
         """Venues that will not serve us, and why."""
         self.trouble: dict[str, str] = {}
-        """Which venue the start waits for, and why."""
+        """Venues that do not answer yet, and why."""
+        self.absent: set[str] = set()
+        """Venues that did not answer at the start: nothing of them is followed so far."""
         self._sources, self._clock = sources, clock
 
     async def settle(self, held: Collection[Series]) -> None:
-        """Find out what to follow at the start, for as long as it takes; who refuses us is lost.
+        """Find out what to follow at the start; returns once the venues have answered.
 
+        One that refuses us is lost. One that does not answer is waited for no longer than others
+        can be expected to wait for it; it is :attr:`absent` then. Where none answers, there is
+        nothing to begin with: then the first one that does is waited for, however long it takes.
         held: what was followed before. Raises SettingsError for what no venue has, VenueRefused
         where every venue is lost.
         """
-        problems: list[str] = []
-        for venue in self._sources:
-            while True:
-                try:
-                    problems += await self._settle(venue, held)
-                except VenueRefused as error:
-                    self.lose(venue, error)
-                except SourceError as error:
-                    _log.warning("venue does not answer yet", venue=venue, why=str(error))
-                    self.trouble = {venue: str(error)}
-                    await self._clock.sleep(max(_ASK_AGAIN_SECONDS, error.retry_after))
-                    continue
-                self.trouble = {}
-                break
-        if problems:
+        asked = {
+            asyncio.ensure_future(self._settle_patiently(venue, held)): venue
+            for venue in self._sources
+        }
+        try:
+            done, waiting = await asyncio.wait(asked, timeout=_PATIENCE_SECONDS)
+            if not done:
+                done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        if problems := [line for task in done for line in task.result()]:
             raise SettingsError(problems)
+        self.absent = {asked[task] for task in waiting}
+        if self.absent:
+            _log.error("begins without venues that do not answer", venues=sorted(self.absent))
+
+    async def welcome(self, venue: str) -> frozenset[Series]:
+        """What is to be followed now that an absent venue may answer.
+
+        Raises SettingsError for what it cannot answer, SourceError where it is still away.
+        """
+        entries = [entry for entry in self.watchlist if entry.venue == venue]
+        return self.series | await resolve(entries, self._sources, ())
 
     async def check(self) -> None:
         """As :meth:`settle`, but ask once. Raises SourceError, too."""
@@ -70,7 +86,8 @@ class Universe:
 
         Raises SettingsError for what no venue can answer, SourceError where one does not.
         """
-        entries = [entry for entry in watchlist if entry.venue not in self.lost]
+        away = self.lost.keys() | self.absent
+        entries = [entry for entry in watchlist if entry.venue not in away]
         stays = {one for one in self.series if one.venue in self.lost}
         return await resolve(entries, self._sources, self.series) | stays
 
@@ -100,12 +117,28 @@ class Universe:
         if len(self.lost) == len(self._sources):
             raise error
 
+    async def _settle_patiently(self, venue: str, held: Collection[Series]) -> list[str]:
+        """As :meth:`_settle`, for as long as it takes."""
+        while True:
+            try:
+                lines = await self._settle(venue, held)
+            except VenueRefused as error:
+                self.lose(venue, error)
+                lines = []
+            except SourceError as error:
+                _log.warning("venue does not answer yet", venue=venue, why=str(error))
+                self.trouble[venue] = str(error)
+                await self._clock.sleep(max(ASK_AGAIN_SECONDS, error.retry_after))
+                continue
+            self.trouble.pop(venue, None)
+            return lines
+
     async def _settle(self, venue: str, held: Collection[Series]) -> list[str]:
         """Follow what of the watchlist is the venue's; a line for each series it does not have."""
         entries = [entry for entry in self.watchlist if entry.venue == venue]
-        chosen = self.series | await resolve(entries, self._sources, held)
-        lines = await self._unknown(venue, chosen)
-        self.series = chosen
+        chosen = await resolve(entries, self._sources, held)
+        lines = await self._unknown(venue, self.series | chosen)
+        self.series |= chosen
         return lines
 
     async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:

@@ -1,0 +1,164 @@
+"""Venues that are away at the start: the others do not wait, and nothing of them is told gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from kronos_stream.daemon import app, universe
+from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.settings import Http, Settings, SettingsError
+from kronos_stream.daemon.state import State
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+from kronos_stream.market.source import SourceError, VenueRefused
+from kronos_stream.market.watchlist import Entry
+
+HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")
+
+
+class _Venue:
+    """Answers once it is back."""
+
+    def __init__(self, *, back: bool, refuses: bool = False, has: bool = True) -> None:
+        self.back, self.refuses, self.has = back, refuses, has
+        self.pointed: list[frozenset[Series]] = []
+
+    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+        if self.refuses:
+            raise VenueRefused("HTTP 451")
+        if not self.back:
+            raise SourceError("no route to it", 0.01)
+        return {} if self.has else dict.fromkeys(series, "not listed")
+
+    def follow(self, series: Collection[Series]) -> None:
+        self.pointed.append(frozenset(series))
+
+
+class _Others:
+    """The desk and the press, which are told of changes."""
+
+    def __init__(self) -> None:
+        self.followed: list[frozenset[Series]] = []
+        self.gone: list[list[str]] = []
+
+    async def follow(self, series: Collection[Series]) -> None:
+        self.followed.append(frozenset(series))
+
+    async def retract(self, series: Sequence[str]) -> None:
+        self.gone.append(list(series))
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 0.1)
+    for module in (universe, app):
+        monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
+
+
+def _universe(**venues: _Venue) -> universe.Universe:
+    entries = [
+        Entry.parse(f"{venue}:A/B")._replace(timeframes=(HERE.timeframe,)) for venue in venues
+    ]
+    sources: Any = venues
+    return universe.Universe(entries, (), sources, SystemClock())
+
+
+async def test_who_does_not_answer_holds_nobody_up_and_is_named() -> None:
+    found = _universe(here=_Venue(back=True), there=_Venue(back=False))
+    await found.settle(())
+    assert found.series == {HERE}
+    assert found.absent == {"there"}
+    assert found.waits("there") == "no route to it"
+    assert found.waits("here") == ""
+
+
+async def test_where_nobody_answers_the_first_that_does_is_waited_for() -> None:
+    here, there = _Venue(back=False), _Venue(back=False)
+    found = _universe(here=here, there=there)
+    settling = asyncio.create_task(found.settle(()))
+    await asyncio.sleep(0.3)
+    assert not settling.done()
+    assert found.waits("here") == "no route to it"
+    here.back = True
+    await settling
+    assert found.series == {HERE}
+    assert found.absent == {"there"}
+
+
+async def test_a_refusal_is_final_and_of_the_last_venue_an_error() -> None:
+    found = _universe(here=_Venue(back=True), there=_Venue(back=True, refuses=True))
+    await found.settle(())
+    assert found.lost == {"there": "HTTP 451"}
+    with pytest.raises(VenueRefused):
+        await _universe(there=_Venue(back=True, refuses=True)).settle(())
+
+
+async def test_what_a_venue_lacks_is_an_error_whoever_is_away() -> None:
+    found = _universe(here=_Venue(back=True, has=False), there=_Venue(back=False))
+    with pytest.raises(SettingsError, match="here:A/B:5m: not listed"):
+        await found.settle(())
+
+
+@pytest.fixture
+async def others() -> _Others:
+    return _Others()
+
+
+@pytest.fixture
+async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[Daemon]:
+    """A daemon past its start, with one of two venues away that it used to follow."""
+    settings = Settings(
+        symbols=(Entry("here", "A/B"), Entry("there", "A/B")),
+        model="nano",
+        state_file=tmp_path / "state.sqlite",
+        http=Http(port=0),
+    )
+    sources: Any = {"here": _Venue(back=True), "there": _Venue(back=False)}
+    daemon = Daemon(settings, sources, [], clock=SystemClock(), random=Random(0))
+    daemon._state = await State.open(settings.state_file)
+    await daemon._state.follow([HERE.name, THERE.name])
+    both: Any = others
+    daemon._desk = daemon._press = both
+    await daemon._universe.settle((HERE, THERE))
+    await daemon._say_what_is_gone()
+    daemon.ready.set()
+    yield daemon
+    await daemon._state.close()
+
+
+async def test_once_it_answers_it_is_followed_and_was_never_gone(
+    daemon: Daemon, others: _Others
+) -> None:
+    there: Any = daemon._sources["there"]
+    welcoming = asyncio.create_task(daemon._welcome())
+    await asyncio.sleep(0.1)
+    assert daemon._universe.waits("there") == "no route to it"
+    there.back = True
+    await asyncio.wait_for(welcoming, 5)
+    assert others.followed == [{HERE, THERE}]
+    assert there.pointed == [{THERE}]
+    assert others.gone == []
+    assert daemon._universe.waits("there") == ""
+    assert await daemon._state.followed() == {HERE.name, THERE.name}
+
+
+async def test_a_reload_meanwhile_changes_the_others_alone(daemon: Daemon, others: _Others) -> None:
+    await daemon.reload()
+    assert others.followed == [{HERE}]
+    assert others.gone == []
+
+
+async def test_what_it_then_lacks_is_said_and_asked_for_no_more(
+    daemon: Daemon, others: _Others
+) -> None:
+    there: Any = daemon._sources["there"]
+    there.back, there.has = True, False
+    await asyncio.wait_for(daemon._welcome(), 5)
+    assert daemon._universe.waits("there") == "there:A/B:5m: not listed"
+    assert others.followed == []

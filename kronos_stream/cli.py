@@ -172,7 +172,10 @@ def _fail(message: str, status: int) -> NoReturn:
 
 def _say(message: str) -> None:
     # A name from outside may hold what a terminal would take for a command.
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    from kronos_stream.daemon.logs import without_passwords
+
+    line = without_passwords(" ".join(message.split()))
+    line = "".join(c if c.isprintable() else "?" for c in line)
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
 
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from kronos_connectors.binance.budget import Budget
 from kronos_connectors.binance.http import retry_after
+from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, Rest
 from kronos_connectors.binance.symbols import Listing
 from kronos_connectors.venue_clock import VenueClock
@@ -411,3 +412,9 @@ def test_an_interval_that_nobody_knows_is_asked_for() -> None:
         assert not await rest.offers("BTCUSDT", "7m")
 
     play(scene, reply)
+
+
+@pytest.mark.parametrize("url", ["http://h:99999", "http://[::1", "http://", "http://h/?key=1"])
+def test_addresses_that_cannot_be_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="rest_url"):
+        BinanceOptions(rest_url=url)

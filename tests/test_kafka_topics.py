@@ -132,6 +132,13 @@ def test_contradictory_options_are_refused(wrong: dict[str, str], said: str) -> 
         KafkaOptions(**{"bootstrap_servers": "x:1", **wrong})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("servers", ["localhost", "h:99999", ",,", "me:secret@h:9092", "h:9092,"])
+def test_addresses_that_cannot_be_are_refused(servers: str) -> None:
+    with pytest.raises(ValidationError, match="expected host:port") as raised:
+        KafkaOptions(bootstrap_servers=servers)
+    assert "secret" not in raised.value.errors()[0]["msg"]
+
+
 def test_the_password_is_not_shown() -> None:
     options = KafkaOptions(
         bootstrap_servers="x:1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -304,6 +305,14 @@ def test_the_symbols_file_is_read_anew_each_time(tmp_path: Path) -> None:
     assert all(line in problem for line, problem in zip(lines, raised.value.problems, strict=True))
     file.write_text("acme:ADA/USDT\n")
     assert len(_read({"SYMBOLS": "", "SYMBOLS_FILE": str(file)}).series()) == 1
+
+
+def test_a_pipe_for_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pipe = str(tmp_path / "pipe")
+    for name in ("SYMBOLS_FILE", "POST__PASSWORD_FILE"):
+        with pytest.raises(SettingsError, match="not an ordinary file"):
+            _read({name: pipe})
 
 
 def test_the_state_file_stands_where_the_system_keeps_state(

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)  # these two raise ValueError with the reason
+    _ = parts.port
+    if not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("expected an address such as wss://host:port/path, without a query")
+    return text
+
+
+_WsUrl = Annotated[str, Field(pattern=r"^wss?://\S+$"), AfterValidator(_url)]
+_RestUrl = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_url)]
 
 
 class BinanceOptions(BaseModel):
@@ -10,13 +25,13 @@ class BinanceOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    ws_url: str = Field(default="wss://data-stream.binance.vision", pattern=r"^wss?://\S+$")
+    ws_url: _WsUrl = "wss://data-stream.binance.vision"
     """Websockets of spot."""
-    rest_url: str = Field(default="https://data-api.binance.vision", pattern=r"^https?://\S+$")
+    rest_url: _RestUrl = "https://data-api.binance.vision"
     """REST of spot."""
-    futures_ws_url: str = Field(default="wss://fstream.binance.com/market", pattern=r"^wss?://\S+$")
+    futures_ws_url: _WsUrl = "wss://fstream.binance.com/market"
     """Websockets of USD-M futures."""
-    futures_rest_url: str = Field(default="https://fapi.binance.com", pattern=r"^https?://\S+$")
+    futures_rest_url: _RestUrl = "https://fapi.binance.com"
     """REST of USD-M futures."""
     weight_share: float = Field(default=0.75, gt=0, le=1)
     """Share of the request weight per minute that the venue allows an address."""

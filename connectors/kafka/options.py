@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from aiokafka.helpers import create_ssl_context
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+
+
+def _servers(text: str) -> str:
+    for server in text.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if "@" in server or not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+            raise ValueError("expected host:port, more than one with commas, and no login in it")
+    return text
 
 
 class KafkaOptions(BaseModel):
@@ -17,7 +25,7 @@ class KafkaOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    bootstrap_servers: str = Field(min_length=1)
+    bootstrap_servers: Annotated[str, AfterValidator(_servers)]
     """Brokers as host:port, more than one with commas."""
     topic_prefix: str = Field(default="kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """How the topics' names begin: PREFIX.forecasts.v1 and so on."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from kronos_stream.commands._text import printable
 from kronos_stream.forecast.message import Forecast
 
 _MOST_SERIES = 10_000
@@ -70,7 +71,8 @@ def line(forecast: Forecast) -> str:
     names = bands(forecast)
     low, middle, high = (f"{forecast.close[name][-1]:.6g}" for name in names)
     return (
-        f"{forecast.origin:%Y-%m-%d %H:%M:%S}  {forecast.series}  last {forecast.last.close:.6g}  "
+        f"{forecast.origin:%Y-%m-%d %H:%M:%S}  {printable(forecast.series)}  "
+        f"last {forecast.last.close:.6g}  "
         f"in {len(forecast.times)} bars {middle} ({names[0]} {low}, {names[2]} {high})"
         f"  P(up) {forecast.summary.p_up:.2f}" + ("  degraded" if forecast.degraded else "")
     )
@@ -79,7 +81,7 @@ def line(forecast: Forecast) -> str:
 def _cells(forecast: Forecast, now: int) -> tuple[str, ...]:
     volatility = forecast.summary.volatility
     return (
-        forecast.series,
+        printable(forecast.series),
         f"{forecast.origin:%m-%d %H:%M:%S}",
         f"{forecast.last.close:.6g}",
         *(f"{forecast.close[name][-1]:.6g}" for name in bands(forecast)),

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kronos_stream.commands._text import printable
+
 if TYPE_CHECKING:
     from kronos_stream.checkup import Finding, Told
     from kronos_stream.daemon.settings import Settings
@@ -91,13 +93,16 @@ class _Report:
         self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
 
     def add(self, name: str, finding: Finding) -> None:
+        from kronos_stream.daemon.logs import without_passwords
+
         level, found, cure = finding
+        found = without_passwords(found)
         self.failed = self.failed or level == "fail"
         self._findings.append({"check": name, "level": level, "found": found, "cure": cure or None})
         if self._watched:
             click.echo(_CLEAR, err=True, nl=False)
         if not self._as_json:
-            line = _printable(f"{name}: {found}" + (f"; {cure}" if cure else ""))
+            line = printable(f"{name}: {found}" + (f"; {cure}" if cure else ""))
             click.echo(f"{click.style(f'{level:4}', fg=_COLOURS[level])}  {line}")
 
     def end(self) -> None:
@@ -106,8 +111,3 @@ class _Report:
         if self._as_json:
             whole = {"ok": not self.failed, "findings": self._findings}
             click.echo(json.dumps(whole, indent=2, ensure_ascii=False))
-
-
-def _printable(text: str) -> str:
-    """A line; what comes from outside may hold what a terminal would take for a command."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

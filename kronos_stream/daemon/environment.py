@@ -18,6 +18,7 @@ from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
 from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
+from kronos_stream.daemon.textfile import read_small
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -186,11 +187,9 @@ def _in_folder(folder: Path) -> dict[str, str]:
 def _read(path: Path, name: str) -> str:
     """A secret, which ``name`` leads to: a file's text without the line end that editors add."""
     try:
-        return path.read_text("utf-8").removesuffix("\n").removesuffix("\r")
-    except OSError as error:
-        raise SettingsError(f"{name}: {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise SettingsError(f"{name}: {path}: not UTF-8") from None
+        return read_small(path).removesuffix("\n").removesuffix("\r")
+    except ValueError as error:
+        raise SettingsError(f"{name}: {path}: {error}") from None
 
 
 def _known(given: Iterable[str]) -> set[str]:

@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kronos_stream.daemon.job import Plan
+from kronos_stream.daemon.textfile import read_small
 from kronos_stream.daemon.worker import usable_cores
 from kronos_stream.forecast.outlook import Kept
 from kronos_stream.forecast.quantiles import check_supported, required_paths
@@ -285,10 +286,9 @@ class Settings(BaseSettings):
             return ()
         name = variable("symbols_file")
         try:
-            lines = self.symbols_file.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8"
-            raise SettingsError(f"{name}={self.symbols_file}: {reason}") from None
+            lines = read_small(self.symbols_file, "utf-8-sig").splitlines()
+        except ValueError as error:
+            raise SettingsError(f"{name}={self.symbols_file}: {error}") from None
         entries: list[Entry] = []
         problems = []
         for number, line in enumerate(lines, 1):

@@ -27,7 +27,8 @@ __all__ = ["Batch", "Worker", "WorkerError", "WorkerLost", "usable_cores"]
 
 _log = structlog.get_logger()
 
-_COMMAND = (sys.executable, "-m", "kronos_stream.daemon.worker_main")
+# -P: what lies in the folder we were started in is no module of ours.
+_COMMAND = (sys.executable, "-P", "-m", "kronos_stream.daemon.worker_main")
 
 _ATTEMPTS = 2
 """How often a batch is tried whole."""

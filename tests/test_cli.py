@@ -344,6 +344,8 @@ def test_a_signal_leaves_no_file_and_no_traceback(
     candles: Path, model: str, tmp_path: Path, name: str
 ) -> None:
     number = getattr(signal, name)
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as under nohup, and so it is by what we start")
     out = tmp_path / "paths.parquet"
     out.write_text("the old one")
     options = ["--model", model, "--max-context", "128", "--paths", "1000000", "--out", str(out)]
@@ -353,12 +355,15 @@ def test_a_signal_leaves_no_file_and_no_traceback(
         stderr=subprocess.PIPE,
         text=True,
     )
-    patience = time.monotonic() + 120
-    while not list(tmp_path.glob(".paths.parquet.*")) and time.monotonic() < patience:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
+    try:
+        patience = time.monotonic() + 120
+        while not list(tmp_path.glob(".paths.parquet.*")) and time.monotonic() < patience:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        printed, said = process.communicate(timeout=60)
+    finally:
+        process.kill()  # or it would draw its million paths whatever becomes of us
     assert process.returncode == 128 + number, said
     assert printed == ""
     assert "Traceback" not in said

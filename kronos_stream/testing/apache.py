@@ -22,6 +22,8 @@ from typing import IO, Self
 
 from confluent_kafka import KafkaException, Producer
 
+from kronos_stream.testing.certificates import Signed
+
 _CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
 _JVM = (
     *("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
@@ -45,12 +47,31 @@ class KafkaFailed(Exception):  # noqa: N818
     """Java or the jars are missing, or a node did not come up; says where its log is."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One more way into a node, at a port of its own."""
+
+    tls: Signed | None = None
+    """Its certificate; clients must then encrypt."""
+    clients: Path | None = None
+    """Who vouches for clients, PEM, which must then show a certificate of their own."""
+    mechanisms: Sequence[str] = ()
+    """PLAIN, SCRAM-SHA-256, SCRAM-SHA-512: by which of them clients must log in, if by any."""
+
+    @property
+    def protocol(self) -> str:
+        """As ``security.protocol`` calls it."""
+        encrypted = "SSL" if self.tls else "PLAINTEXT"
+        return f"SASL_{encrypted}" if self.mechanisms else encrypted
+
+
 @dataclass(slots=True)
 class _Node:
     folder: Path
     client: int
     internal: int
     controller: int
+    others: Sequence[int]
     process: subprocess.Popen[bytes] | None = None
     guard: subprocess.Popen[bytes] | None = None
 
@@ -60,6 +81,7 @@ class ApacheKafka:
 
     jars: folder of Kafka's jars.
     users: passwords by name; clients must then log in by SASL/PLAIN (without TLS).
+    listeners: further ways in by name, for the same users; see :meth:`at`.
     settings: lines of ``server.properties`` in place of our own or Kafka's.
     """
 
@@ -70,6 +92,7 @@ class ApacheKafka:
         nodes: int = 1,
         *,
         users: Mapping[str, str] | None = None,
+        listeners: Mapping[str, Listener] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         if shutil.which("java") is None:
@@ -77,14 +100,23 @@ class ApacheKafka:
         if not any(jars.glob("kafka_2.13-*.jar")):
             raise KafkaFailed(f"{jars}: no kafka_2.13 jar there")
         self._jars = jars
-        ports = iter(_free_ports(3 * nodes))
-        self._nodes = [
-            _Node(folder / f"node-{n}", next(ports), next(ports), next(ports)) for n in range(nodes)
-        ]
+        self._users, self._listeners = dict(users or {}), dict(listeners or {})
+        each = 3 + len(self._listeners)
+        ports = _free_ports(each * nodes)
+        self._nodes = []
+        for n in range(nodes):
+            client, internal, controller, *others = ports[n * each : (n + 1) * each]
+            node = _Node(folder / f"node-{n}", client, internal, controller, others)
+            self._nodes.append(node)
         self.bootstrap = ",".join(f"127.0.0.1:{node.client}" for node in self._nodes)
         """Addresses for ``bootstrap.servers``; they stay the same through restarts."""
         for n in range(nodes):
-            self._configure(n, users or {}, settings or {})
+            self._configure(n, settings or {})
+
+    def at(self, listener: str) -> str:
+        """Addresses for ``bootstrap.servers`` of one of the further listeners."""
+        place = [*self._listeners].index(listener)
+        return ",".join(f"127.0.0.1:{node.others[place]}" for node in self._nodes)
 
     def start(self, *numbers: int) -> None:
         """Start the nodes, all without a number, and wait until they serve.
@@ -146,18 +178,25 @@ class ApacheKafka:
     ) -> None:
         self.close()
 
-    def _configure(self, n: int, users: Mapping[str, str], settings: Mapping[str, str]) -> None:
+    def _configure(self, n: int, settings: Mapping[str, str]) -> None:
         node, copies = self._nodes[n], str(min(3, len(self._nodes)))
+        ways = {
+            "CLIENT": (node.client, Listener(mechanisms=["PLAIN"] if self._users else [])),
+            "INTERNAL": (node.internal, Listener()),
+            "CONTROLLER": (node.controller, Listener()),
+        }
+        for port, (name, listener) in zip(node.others, self._listeners.items(), strict=True):
+            ways[name.upper()] = port, listener
         entries = {
             "process.roles": "broker,controller",
             "node.id": str(n + 1),
             "controller.quorum.voters": ",".join(
                 f"{i}@127.0.0.1:{peer.controller}" for i, peer in enumerate(self._nodes, 1)
             ),
-            "listeners": f"CLIENT://127.0.0.1:{node.client},"
-            f"INTERNAL://127.0.0.1:{node.internal},CONTROLLER://127.0.0.1:{node.controller}",
-            "listener.security.protocol.map": "INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT,CLIENT:"
-            + ("SASL_PLAINTEXT" if users else "PLAINTEXT"),
+            "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, (port, _) in ways.items()),
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{listener.protocol}" for name, (_, listener) in ways.items()
+            ),
             "inter.broker.listener.name": "INTERNAL",
             "controller.listener.names": "CONTROLLER",
             "log.dirs": str(node.folder / "data"),
@@ -165,26 +204,28 @@ class ApacheKafka:
             "transaction.state.log.replication.factor": copies,
             **_SETTINGS,
         }
-        if users:
-            names = " ".join(f'user_{name}="{password}"' for name, password in users.items())
-            entries |= {
-                "listener.name.client.sasl.enabled.mechanisms": "PLAIN",
-                "listener.name.client.plain.sasl.jaas.config": "org.apache.kafka.common.security"
-                f".plain.PlainLoginModule required {names};",
-            }
-        lines = (f"{name}={value}\n" for name, value in (entries | dict(settings)).items())
         node.folder.mkdir(parents=True, exist_ok=True)
+        for name, (_, listener) in ways.items():
+            entries |= _encrypted(name.lower(), listener, node.folder)
+            entries |= _logged_in(name.lower(), listener, self._users)
+        lines = (f"{name}={value}\n" for name, value in (entries | dict(settings)).items())
         (node.folder / "server.properties").write_text("".join(lines), "utf-8")
 
     def _format(self, nodes: list[_Node]) -> None:
         formatting = []
+        wanted = {way for listener in self._listeners.values() for way in listener.mechanisms}
+        scrams = [
+            f"--add-scram={way}=[name={name},password={password}]"
+            for way in sorted(wanted - {"PLAIN"})
+            for name, password in self._users.items()
+        ]
         for node in nodes:
             with (node.folder / "format.log").open("wb") as log:
                 properties = node.folder / "server.properties"
                 formatting.append(
                     self._java(
                         "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", properties,
-                        log=log,
+                        *scrams, log=log,
                     )
                 )  # fmt: skip
         for node, process in zip(nodes, formatting, strict=True):
@@ -229,6 +270,38 @@ class ApacheKafka:
             node.guard.kill()
             node.guard.communicate()  # closes the pipe, too
         node.process = node.guard = None
+
+
+def _encrypted(name: str, listener: Listener, folder: Path) -> dict[str, str]:
+    """Lines of ``server.properties`` for a listener's certificate."""
+    if listener.tls is None:
+        return {}
+    store = folder / f"{name}.pem"
+    store.touch(mode=0o600)
+    store.write_bytes(listener.tls.key.read_bytes() + listener.tls.certificate.read_bytes())
+    lines = {"keystore.type": "PEM", "keystore.location": str(store)}
+    if listener.clients is not None:
+        lines |= {"truststore.type": "PEM", "truststore.location": str(listener.clients)}
+        lines["client.auth"] = "required"
+    return {f"listener.name.{name}.ssl.{key}": value for key, value in lines.items()}
+
+
+def _logged_in(name: str, listener: Listener, users: Mapping[str, str]) -> dict[str, str]:
+    """Lines of ``server.properties`` for a listener's logins."""
+    if not listener.mechanisms:
+        return {}
+    names = " ".join(f'user_{user}="{password}"' for user, password in users.items())
+    package, begins = "org.apache.kafka.common.security", f"listener.name.{name}"
+    modules = {
+        way: f"{package}.plain.PlainLoginModule required {names};"
+        if way == "PLAIN"
+        else f"{package}.scram.ScramLoginModule required;"
+        for way in listener.mechanisms
+    }
+    return {
+        f"{begins}.sasl.enabled.mechanisms": ",".join(modules),
+        **{f"{begins}.{way.lower()}.sasl.jaas.config": line for way, line in modules.items()},
+    }
 
 
 def _members(port: int) -> int:

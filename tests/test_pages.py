@@ -119,6 +119,34 @@ async def test_metrics_are_what_prometheus_reads() -> None:
     assert ("kronos_gaps_total", {"venue": "binance"}, 3.0) in samples
 
 
+async def test_metrics_count_series_and_say_whether_all_is_well() -> None:
+    house = House(BTC.name, "binance:ETH/USDT:1m", "binance:ETH/USDT:5m", sink="")
+    house.metrics.expect(venues=["binance"], sinks=["kafka"])
+    house.clock.advance(START + MINUTE + LATE_MS + 1)  # the bars of a minute are late
+    body = (await house.get("/metrics")).body.decode()
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(body)
+        for sample in family.samples
+    }
+    of_a_minute = {
+        state: samples["kronos_series", *sorted(("1m", "binance", state))]
+        for state in ("starting", "live", "held", "silent", "late")
+    }
+    assert of_a_minute == {"starting": 0, "live": 0, "held": 0, "silent": 0, "late": 2}
+    assert samples["kronos_series", "5m", "binance", "live"] == 1
+    assert samples["kronos_ready",] == 1
+    # What has not happened yet is told, so that its first time is seen as a rise.
+    assert samples["kronos_worker_restarts_total", "crash"] == 0
+    assert samples["kronos_outcomes_total", "failed", "skipped"] == 0
+    assert samples["kronos_rejected_total", "binance"] == 0
+    assert samples["kronos_expired_total", "kafka"] == 0
+    assert samples["process_resident_memory_bytes",] > 2**20
+
+    waiting = House(sink="no broker answers")
+    assert b"kronos_ready 0.0" in (await waiting.get("/metrics")).body
+
+
 async def test_ready_is_when_every_check_is_empty() -> None:
     broken = House(worker="", sink="no broker answers since 10:00")
     answer = await broken.get("/readyz")

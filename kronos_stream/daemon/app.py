@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from kronos_stream import __version__
 from kronos_stream.daemon.board import Board
 from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.due import Due, Result
@@ -86,6 +87,8 @@ class Daemon:
         """
         self.settings = settings
         self.metrics = metrics or Metrics()
+        self.metrics.build_info.labels(__version__, settings.role).set(1)
+        self.metrics.expect(venues=sources)
         self.ready = asyncio.Event()
         """Set once the model is loaded and the venues are followed."""
         self._sources, self._sinks = dict(sources), list(sinks)

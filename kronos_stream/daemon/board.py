@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from kronos_stream.daemon.due import Outcome, Result
 from kronos_stream.daemon.outbox import Message
@@ -17,6 +17,7 @@ from kronos_stream.market.tape import Tape
 from kronos_stream.market.utc import rfc3339
 
 Standing = Literal["starting", "live", "held", "silent", "late"]
+STANDINGS = get_args(Standing)
 
 LATE_MS = 60_000
 """A series that lacks its next bar for so long after its close is late, whoever is to blame."""
@@ -101,6 +102,12 @@ class Board:
             for venue, count in counts.items()
             if count
         }
+
+    def standings(self) -> Iterator[tuple[str, str, Standing]]:
+        """Of each series its venue, timeframe and standing; looked at as they are asked for."""
+        for series, one in list(self._followed().items()):
+            standing = self._standing(series, one.tape, self._clock.now())
+            yield series.venue, str(series.timeframe), standing
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
         """A page's row per series, by name; the tapes are read as the rows are asked for."""

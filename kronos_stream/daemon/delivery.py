@@ -64,6 +64,7 @@ class Delivery:
         self._news = asyncio.Event()
         self._started = False
         self._failures = 0
+        metrics.expect(sinks=[sink.name])
         metrics.queued.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
         metrics.outbox_age.labels(sink.name).set_function(self._age_seconds)
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+_SKIPPED = ("overrun", "stale", "gap", "warming up", "revised", "failed", "removed")
+_CAUSES = ("crash", "hang")
 
 
 class Metrics:
@@ -12,6 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # process_*: memory, processor time, start
 
         def counter(name: str, about: str, *labels: str) -> Counter:
             return Counter(f"kronos_{name}", about, labels, registry=registry)
@@ -22,6 +35,9 @@ class Metrics:
         def histogram(name: str, about: str, *labels: str) -> Histogram:
             return Histogram(f"kronos_{name}", about, labels, buckets=_SECONDS, registry=registry)
 
+        self.build_info = gauge("build_info", "What runs; always 1", "version", "role")
+        self.ready = gauge("ready", "1 while /readyz says so, else 0")
+        self.series = gauge("series", "Series followed", "venue", "timeframe", "state")
         self.updates = counter("updates", "Candle updates received", "venue")
         self.rejected = counter("rejected", "Frames and candles that cannot be", "venue")
         self.source_events = counter("source_events", "What sources note", "venue", "event")
@@ -52,6 +68,23 @@ class Metrics:
         self.worker_restarts = counter("worker_restarts", "Workers replaced", "cause")
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes")
         self.tasks = gauge("tasks", "Tasks of the event loop")
+
+        # What has not happened yet is told as 0: nobody sees a counter rise that begins at 1.
+        self.outcomes.labels("forecast", "")
+        for reason in _SKIPPED:
+            self.outcomes.labels("skipped", reason)
+        for cause in _CAUSES:
+            self.worker_restarts.labels(cause)
+
+    def expect(self, *, venues: Iterable[str] = (), sinks: Iterable[str] = ()) -> None:
+        """Tell of these venues and sinks from now on, though nothing has happened to them yet."""
+        for venue in venues:
+            for counter in (self.updates, self.rejected, self.gaps, self.synthetic):
+                counter.labels(venue)
+            self.backfills.labels(venue, "failed")
+        for sink in sinks:
+            for counter in (self.refused, self.expired, self.sink_failures):
+                counter.labels(sink)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

@@ -8,6 +8,7 @@ none, those that tell of series are for the loopback alone.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from hmac import compare_digest
 from typing import NamedTuple, TypeVar
@@ -17,7 +18,7 @@ import orjson
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
-from kronos_stream.daemon.board import Board
+from kronos_stream.daemon.board import STANDINGS, Board
 from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.openapi import document
@@ -66,10 +67,11 @@ class Pages:
         """
         self.private = True
         """Whether nobody but this machine can ask."""
-        self._checks, self._board, self._clock = checks, board, clock
+        self._checks, self._board, self._clock, self._metrics = checks, board, clock, metrics
+        metrics.ready.set_function(lambda: not any(checks().values()))
         self._token = None if token is None else token.get_secret_value().encode()
         self._document = orjson.dumps(document())
-        metrics_page = _Kept(lambda: _ready(metrics.render()), _METRICS_SECONDS)
+        metrics_page = _Kept(self._render_metrics, _METRICS_SECONDS)
         self._series = _Kept(self._render_series, _SERIES_SECONDS)
         self._pages: dict[str, Callable[[], Awaitable[Answer]]] = {
             "/healthz": lambda: _ready(Answer(200, b"alive\n", _TEXT)),
@@ -120,6 +122,20 @@ class Pages:
         told = {name: without_passwords(why) or "ok" for name, why in checks.items()}
         said = {"ready": ready, "checks": told}
         return Answer(200 if ready else 503, orjson.dumps(said))
+
+    async def _render_metrics(self) -> bytes:
+        """With what the board knows of series, counted."""
+        counts: Counter[tuple[str, str, str]] = Counter()
+        for number, standing in enumerate(self._board.standings(), 1):
+            counts[standing] += 1
+            if number % _TURN == 0:
+                await asyncio.sleep(0)
+        gauge = self._metrics.series
+        gauge.clear()
+        for venue, timeframe in {(venue, timeframe) for venue, timeframe, _ in counts}:
+            for standing in STANDINGS:  # also those that none is in
+                gauge.labels(venue, timeframe, standing).set(counts[venue, timeframe, standing])
+        return self._metrics.render()
 
     async def _render_series(self) -> bytes:
         rows: list[bytes] = []

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import structlog
 
 from kronos_stream import __version__
+from kronos_stream.daemon import progress
 from kronos_stream.daemon.board import Board
 from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.due import Due, Result
@@ -44,6 +45,8 @@ _REFRESH_SECONDS = 86_400.0
 """How often venues are asked anew what patterns stand for."""
 _REFRESH_AGAIN_SECONDS = 600.0
 _PRUNE_SECONDS = 600.0
+_START_SECONDS = 1_800.0
+"""For the model, the venues and the bars in the state file."""
 _BARS_FACTOR = 4
 """Bars kept per series, in lookbacks."""
 _OUTCOMES_MS = 3 * 86_400_000
@@ -91,6 +94,9 @@ class Daemon:
         self.metrics.expect(venues=sources)
         self.ready = asyncio.Event()
         """Set once the model is loaded and the venues are followed."""
+        self.running = asyncio.Event()
+        """Set once the state file is ours and tasks are supervised, whoever may be away."""
+        self.progress = progress.Progress()
         self._sources, self._sinks = dict(sources), list(sinks)
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
         self._watch = watch
@@ -150,6 +156,11 @@ class Daemon:
                     sending = tasks.create_task(self._outbox.run())
                     lag = tasks.create_task(watch_loop_lag(self.metrics))
                     pruning = tasks.create_task(self._prune())
+                    self.progress.watch(
+                        progress.starting(_START_SECONDS),
+                        progress.delivering(self._outbox.deliveries.items()),
+                    )
+                    self.running.set()
                     await self._forecast_until_stopped()
                     for task in (sending, lag, pruning):
                         task.cancel()
@@ -166,6 +177,11 @@ class Daemon:
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
+
+    @property
+    def followed(self) -> int:
+        """How many series."""
+        return len(self._universe.series)
 
     @property
     def next_alarm(self) -> int | None:
@@ -276,6 +292,11 @@ class Daemon:
                 for venue, source in self._sources.items()
                 if venue not in self._universe.lost
             ]
+            self.progress.watch(
+                progress.taking_in(self._desk, self._clock),
+                progress.forecasting(self._scheduler, self._worker, self.metrics),
+                progress.delivering(self._outbox.deliveries.items()),
+            )
             self.ready.set()
             _log.info("following", series=len(self._universe.series), venues=sorted(self._sources))
             stopped = tasks.create_task(self._stop.wait())

@@ -53,6 +53,8 @@ class Delivery:
         """Why nothing is delivered, empty if all is well."""
         self.waiting = 0
         """How many records are undelivered."""
+        self.attempts = 0
+        """How often records were given to the sink, taken or not."""
         self.idle = asyncio.Event()
         """Set while nothing waits."""
         self._sink, self._state, self._wall, self._random = sink, state, wall, random
@@ -102,6 +104,7 @@ class Delivery:
                     await self._news.wait()
                     continue
                 refusals = await self._attempt(batch)
+                self.attempts += 1
                 if refusals is None:
                     await asyncio.sleep(self._pause())
                 elif batch:

@@ -199,6 +199,11 @@ class Desk:
             await self._calm.wait()
 
     @property
+    def saving(self) -> Saving[_Followed]:
+        """For whoever looks."""
+        return self._saving
+
+    @property
     def followed(self) -> Mapping[Series, _Followed]:
         """For whoever looks; not to be changed."""
         return self._followed

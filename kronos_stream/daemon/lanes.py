@@ -32,6 +32,8 @@ class Lanes:
     def __init__(self) -> None:
         self.held = 0
         """Bars in all lanes, and those that have left but are not yet :meth:`told`."""
+        self.through = 0
+        """Bars that were told, ever."""
         self.decided = asyncio.Event()
         """Set when a result may have come to a head."""
         self._lanes: dict[Series, deque[Item]] = {}
@@ -71,3 +73,4 @@ class Lanes:
     def told(self, results: int) -> None:
         """So many results are out of the house."""
         self.held -= results
+        self.through += results

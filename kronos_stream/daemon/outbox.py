@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import isinf
 from random import Random
@@ -98,6 +98,11 @@ class Outbox:
                 for delivery in self._deliveries.values():
                     await delivery.idle.wait()
         return sum(delivery.waiting for delivery in self._deliveries.values())
+
+    @property
+    def deliveries(self) -> Mapping[str, Delivery]:
+        """By sink, for whoever looks."""
+        return self._deliveries
 
     def healthy(self) -> dict[str, str]:
         """By sink: why it does not deliver; empty if it does."""

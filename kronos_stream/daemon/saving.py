@@ -35,6 +35,8 @@ class Saving(Generic[_T]):
     def __init__(self, state: State, saved: Callable[[_T, Change], None]) -> None:
         self._state, self._saved = state, saved
         self._unsaved: deque[tuple[_T, Change]] = deque()
+        self.done = 0
+        """Times that something was saved."""
         self._in_hand = False
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self._room.set()
@@ -74,6 +76,7 @@ class Saving(Generic[_T]):
                 self._in_hand = True
                 group = [self._unsaved.popleft() for _ in range(min(len(self._unsaved), _COMMIT))]
                 await self._commit(group)
+                self.done += 1
                 self._in_hand = False
                 if len(self._unsaved) <= _MANY:
                     self._room.set()

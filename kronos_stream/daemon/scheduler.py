@@ -83,7 +83,8 @@ class Scheduler:
         """
         self._worker, self._window, self._publish = worker, window, publish
         self._clock, self._metrics = clock, metrics
-        self._catch_up, self._batch_deadline = catch_up, batch_deadline
+        self._catch_up = catch_up
+        self._batch_wait, self._batch_deadline = batch_wait, batch_deadline
         self._most, self._backlog = most, backlog
         self._lanes = Lanes()
         self._gathering = Gathering(awaited, batch_wait)
@@ -133,6 +134,22 @@ class Scheduler:
             await self._settled.wait()
         finally:
             self._hurried -= 1
+
+    @property
+    def held(self) -> int:
+        """Bars taken in whose results are not published yet."""
+        return self._lanes.held
+
+    @property
+    def told(self) -> int:
+        """Results published so far."""
+        return self._lanes.through
+
+    @property
+    def longest(self) -> float:
+        """Seconds from a bar until its result, where the first attempt of a batch is good."""
+        deadline = self._batch_deadline or _LONGEST_DEADLINE_SECONDS
+        return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.expected(1))
 
     async def finish(self, grace: float) -> bool:
         """Take in no more, finish the batch in hand and end :meth:`run`; True if done in time.

@@ -137,8 +137,9 @@ class Settings(BaseSettings):
 
     model_config = _CONFIG
 
-    role: Literal["all"] = "all"
-    """What this process does: all of it."""
+    role: Literal["all", "ingest", "forecast"] = "all"
+    """What this process does. all: everything, without a broker. ingest: candles of venues to
+    Kafka. forecast: candles from Kafka to forecasts, as one of a group that shares the work."""
     symbols: tuple[Annotated[Entry, PlainValidator(_entry)], ...] = ()
     """What to forecast: venue:symbol, a comma list. binance:BTC/USDT is spot,
     binance:BTC/USDT:USDT the linear perpetual, binance:*/USDT?top=50 the fifty most traded of
@@ -160,7 +161,8 @@ class Settings(BaseSettings):
     model_revision: str | None = None
     """Commit of the model on the hub; else the one this version was tested with."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps; auto takes the fastest."""
+    """cpu, cuda, cuda:1, mps; auto takes the fastest. Several, such as cuda:0,cuda:1, get a
+    worker each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively."""
     threads: int = Field(default_factory=_threads, ge=1, le=1_024)
@@ -227,6 +229,13 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
+    @field_validator("device")
+    @classmethod
+    def _names_devices(cls, device: str) -> str:
+        if not all(part.strip() for part in device.split(",")):
+            raise ValueError("expected a device, or several with commas, such as cuda:0,cuda:1")
+        return device
+
     @field_validator("symbols", "timeframes", "sinks", "quantiles")
     @classmethod
     def _none_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -258,6 +267,11 @@ class Settings(BaseSettings):
         """Those of the watchlist's symbols; its patterns are the venues' to resolve."""
         named = [entry for entry in self.watchlist() if not entry.is_pattern]
         return tuple(series for entry in named for series in entry.series())
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where to compute: one worker each."""
+        return tuple(device.strip() for device in self.device.split(","))
 
     def plan(self) -> Plan:
         """What the worker is to draw."""

@@ -1,0 +1,112 @@
+"""Who forecasts: a worker for each device, together as if they were one.
+
+Bars close together, so a batch comes at once; it is shared out by how fast each device is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from kronos_stream.daemon.job import Identity, Plan
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.scheduler import Forecasting
+from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.worker import Batch, Worker, WorkerError
+from kronos_stream.market.contexts import Window
+
+
+class Working(Forecasting, Protocol):
+    """What the daemon needs of a worker."""
+
+    def healthy(self) -> str: ...
+
+    async def start(self) -> Identity: ...
+
+    async def run(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+MakeWorker: TypeAlias = Callable[[Plan, Metrics], Working]
+
+
+def hire(settings: Settings, metrics: Metrics, make: MakeWorker | None = None) -> Working:
+    """What the settings ask for: a worker, or a crew where they name more devices than one."""
+    make = make or partial(Worker, standby=settings.standby)
+    plan, devices = settings.plan(), settings.devices
+    workers = [make(replace(plan, device=device), metrics) for device in devices]
+    return workers[0] if len(workers) == 1 else Crew(workers)
+
+
+class Crew:
+    """Workers of one model on several devices."""
+
+    def __init__(self, workers: Sequence[Working]) -> None:
+        """workers: at least one."""
+        self._workers = tuple(workers)
+
+    def healthy(self) -> str:
+        """Why nothing can be forecast just now, or not by all; empty if it can."""
+        return next((why for worker in self._workers if (why := worker.healthy())), "")
+
+    async def start(self) -> Identity:
+        """Start all. The first one's identity stands for all of them.
+
+        Raises what a worker's start raises, and WorkerError where they would not compute alike.
+        """
+        identities = await asyncio.gather(*(worker.start() for worker in self._workers))
+        first, *others = (
+            replace(identity, device=identity.device.partition(":")[0]) for identity in identities
+        )
+        for other in others:
+            if other != first:
+                raise WorkerError(
+                    "the devices do not forecast alike: "
+                    f"{first.device} in {first.dtype} and {other.device} in {other.dtype}; "
+                    "set KRONOS_STREAM_DEVICE to devices of one kind"
+                )
+        return first
+
+    async def run(self) -> None:
+        """Replace those that die; until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for worker in self._workers:
+                tasks.create_task(worker.run())
+
+    async def close(self) -> None:
+        """End all; bounded."""
+        await asyncio.gather(*(worker.close() for worker in self._workers))
+
+    def expected(self, series: int) -> float:
+        """Seconds that forecasting so many series takes: as long as the last share of them."""
+        shares = zip(self._workers, self._shared(series), strict=True)
+        return max(worker.expected(share) for worker, share in shares)
+
+    def capacity(self, seconds: float) -> int:
+        """How many series can be forecast in so long."""
+        return sum(worker.capacity(seconds) for worker in self._workers)
+
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+        """As of a worker; each forecasts its share."""
+        parts, begin = [], 0
+        for worker, share in zip(self._workers, self._shared(len(windows)), strict=True):
+            if share:
+                parts.append(worker.forecast(windows[begin : begin + share], deadline))
+            begin += share
+        batches = await asyncio.gather(*parts)
+        results = [result for batch in batches for result in batch.results]
+        return Batch(results, max((batch.seconds for batch in batches), default=0.0))
+
+    def _shared(self, series: int) -> Iterator[int]:
+        """How many of so many series each worker gets."""
+        speeds = [1 / max(worker.expected(1), 1e-9) for worker in self._workers]
+        done, total, part = 0, sum(speeds), 0.0
+        for speed in speeds:
+            part += speed
+            upto = round(series * part / total)
+            yield upto - done
+            done = upto

@@ -1,0 +1,177 @@
+"""What all roles of the daemon have: state, outbox and sinks, pages, and a way to stop.
+
+A role runs two groups of tasks. The outer one, here, delivers what is due; the inner one, each
+role's own, takes candles in and ends first, so that what has been taken in can still be sent. A
+task that fails takes the daemon down, loudly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
+from random import Random
+from typing import Any
+
+import structlog
+
+from kronos_stream import __version__
+from kronos_stream.daemon import progress
+from kronos_stream.daemon.board import Board
+from kronos_stream.daemon.health import watch_loop_lag
+from kronos_stream.daemon.http import Served
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.outbox import Outbox
+from kronos_stream.daemon.pages import Pages
+from kronos_stream.daemon.press import refused
+from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.state import State
+from kronos_stream.forecast.sink import Sink
+from kronos_stream.market.clock import Clock, SystemClock
+
+_log = structlog.get_logger()
+
+_START_SECONDS = 1_800.0
+"""For the model, the venues and the bars in the state file."""
+
+
+class Role(ABC):
+    """One process's work, from start to stop; see :meth:`_open`, :meth:`_work`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sinks: Sequence[Sink],
+        *,
+        clock: Clock,
+        random: Random,
+        wall: Clock | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        clock: the market's time. wall: what records are stamped with.
+        """
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self.metrics.build_info.labels(__version__, settings.role).set(1)
+        self.ready = asyncio.Event()
+        """Set once all is loaded and candles are followed."""
+        self.running = asyncio.Event()
+        """Set once the state is ours and tasks are supervised, whoever may be away."""
+        self.progress = progress.Progress()
+        self._sinks = list(sinks)
+        self._clock, self._wall, self._random = clock, wall or SystemClock(), random
+        self._board = Board(clock)
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take in no more, finish what is in hand, deliver, and let :meth:`run` return."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Work until :meth:`stop`, or until there is nothing left to take in.
+
+        Raises SettingsError, StateError or WorkerError for what the user can mend.
+        """
+        settings = self.settings
+        async with AsyncExitStack() as stack:
+            self._state = await self._open(stack)
+            self._outbox = Outbox(
+                self._state,
+                self._sinks,
+                self._wall,
+                self._random,
+                self.metrics,
+                max_age_seconds=settings.outbox_max_age,
+                bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
+            )
+            pages = Pages(
+                self.metrics, self.checks, self._board, self._clock, token=settings.http.token
+            )
+            await stack.enter_async_context(Served(settings.http, pages))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    beside = [
+                        tasks.create_task(work)
+                        for work in (
+                            self._outbox.run(),
+                            watch_loop_lag(self.metrics),
+                            *self._upkeep(),
+                        )
+                    ]
+                    self.progress.watch(
+                        progress.starting(_START_SECONDS),
+                        progress.delivering(self._outbox.deliveries.items()),
+                    )
+                    self.running.set()
+                    await self._work()
+                    for task in beside:
+                        task.cancel()
+            except* Exception as failures:  # noqa: BLE001 - whatever it was, it ends the daemon
+                raise _first(failures) from None
+
+    def checks(self) -> dict[str, str]:
+        """What readiness hangs on: what it is → why it is not so, empty if it is."""
+        found = {f"sink {name}": why for name, why in self._outbox.healthy().items()}
+        if not self.ready.is_set():
+            found["start"] = "candles are not followed yet"
+        return found
+
+    @property
+    @abstractmethod
+    def followed(self) -> int:
+        """How many series."""
+
+    async def reload(self) -> None:
+        """Read again what may be read again; without effect where there is nothing of that."""
+
+    @abstractmethod
+    async def _open(self, stack: AsyncExitStack) -> State:
+        """What outlives all tasks, given to ``stack`` to be closed; returns the state."""
+
+    @abstractmethod
+    async def _work(self) -> None:
+        """Take in, and hand over to the outbox, until told to stop; then :meth:`_deliver`."""
+
+    def _upkeep(self) -> Sequence[Coroutine[Any, Any, None]]:
+        """What else runs until the end."""
+        return ()
+
+    async def _deliver(self, began: float, *, whole: bool) -> None:
+        """Deliver what is in the outbox, within what is left of the grace.
+
+        began: loop time at which the stop began. whole: whether the work in hand was finished.
+        """
+        left = self.settings.stop_grace - (asyncio.get_running_loop().time() - began)
+        waiting = await self._outbox.drain(max(0.0, left))
+        _log.info("stopped", batch_finished=whole, undelivered=waiting)
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Run ``work``; given up, and False, when told to stop before it is done."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+                return True
+            return False
+        finally:
+            await _cancelled(task, stop)
+
+
+async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
+    """What failed first: the groups around it say nothing to a reader."""
+    failure: BaseException = failures
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    assert isinstance(failure, Exception)  # noqa: S101 - a group of them holds nothing else
+    return failure

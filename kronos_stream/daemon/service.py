@@ -16,6 +16,8 @@ import structlog
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.notify import Notifier
+from kronos_stream.daemon.reporter import Reporter
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
@@ -87,14 +89,29 @@ async def check(settings: Settings) -> str:
 
 
 async def serve(daemon: Daemon) -> None:
-    """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once."""
-    with _signals(daemon):
-        collecting = asyncio.create_task(_collect_seldom(daemon))
+    """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once.
+
+    The service manager, if one started us, is kept informed.
+    """
+    notifier = Notifier.of(os.environ)
+    reporter = Reporter(daemon, notifier)
+    with _signals(daemon, reporter):
+        beside = [
+            asyncio.create_task(_collect_seldom(daemon)),
+            asyncio.create_task(reporter.run()),
+        ]
+        failure = ""
         try:
             await daemon.run()
+        except Exception as error:
+            failure = str(error) or repr(error)
+            raise
         finally:
-            collecting.cancel()
-            await asyncio.wait([collecting])
+            reporter.stopping(failure)
+            for task in beside:
+                task.cancel()
+            await asyncio.wait(beside)
+            notifier.close()
 
 
 async def _collect_seldom(daemon: Daemon) -> None:
@@ -118,7 +135,7 @@ async def _collect_seldom(daemon: Daemon) -> None:
 
 
 @contextmanager
-def _signals(daemon: Daemon) -> Iterator[None]:
+def _signals(daemon: Daemon, reporter: Reporter) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     told = False
     reloads: set[asyncio.Task[None]] = set()
@@ -130,10 +147,12 @@ def _signals(daemon: Daemon) -> Iterator[None]:
             os._exit(_BY_SIGNAL + number)
         told = True
         _log.info("stopping; once more ends at once", signal=signal.Signals(number).name)
+        reporter.stopping()
         daemon.stop()
 
     def reload() -> None:
-        task = loop.create_task(_reload(daemon))
+        reporter.reloading()
+        task = loop.create_task(_reload(daemon, reporter))
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
@@ -149,7 +168,7 @@ def _signals(daemon: Daemon) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _reload(daemon: Daemon) -> None:
+async def _reload(daemon: Daemon, reporter: Reporter) -> None:
     """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
     try:
         await daemon.reload()
@@ -158,6 +177,8 @@ async def _reload(daemon: Daemon) -> None:
     except Exception:  # noqa: BLE001 - what it was is not known, nor is what is followed
         _log.exception("symbols changed in part; stopping")
         daemon.stop()
+    finally:
+        reporter.reloaded()
 
 
 def _options(settings: Settings, name: str, kind: type[Any]) -> Any:  # noqa: ANN401

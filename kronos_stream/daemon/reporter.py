@@ -1,0 +1,177 @@
+"""Tells the service manager how the daemon stands: ready, at work, reloading, stopping, stuck.
+
+Ready means that the settings are good and tasks are supervised. Whether candles come and forecasts
+go out is /readyz's to say, and is told in the status: no restart brings back a venue that is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import structlog
+from prometheus_client.metrics import MetricWrapperBase
+
+from kronos_stream.daemon.logs import without_passwords
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.notify import Notifier
+from kronos_stream.daemon.progress import Progress
+from kronos_stream.daemon.settings import Settings
+
+_log = structlog.get_logger()
+
+_STATUS_SECONDS = 5.0
+_MINUTE = 60.0
+_LONGEST_STATUS = 400
+_CLOSE_SECONDS = 30.0
+"""Beyond the grace, for sinks, sources, worker and state file to be let go."""
+
+
+class Reported(Protocol):
+    """What of a daemon is told."""
+
+    settings: Settings
+    metrics: Metrics
+    running: asyncio.Event
+    ready: asyncio.Event
+    progress: Progress
+
+    @property
+    def followed(self) -> int: ...
+
+    def checks(self) -> Mapping[str, str]: ...
+
+
+class Reporter:
+    """One daemon's reports, from its start to its end. Without a listener, it does nothing."""
+
+    def __init__(self, daemon: Reported, notifier: Notifier) -> None:
+        self._daemon, self._notifier = daemon, notifier
+        self._reloads = 0
+        self._stopping = False
+        self._stuck = ""
+        self._status = ""
+        self._rate: int | None = None
+
+    async def run(self) -> None:
+        """Report until cancelled. Where that fails, the watchdog hears nothing more of us."""
+        if self._notifier.listens:
+            try:
+                await self._report()
+            except* Exception:  # noqa: BLE001 - whatever it was
+                _log.exception("no more reports to the service manager")
+
+    async def _report(self) -> None:
+        await self._daemon.running.wait()
+        self._status = self._describe()
+        self._notifier.tell(READY=1, STATUS=self._status)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tell_status())
+            tasks.create_task(self._count())
+            if self._notifier.watchdog:
+                tasks.create_task(self._feed(self._notifier.watchdog / 2))
+
+    def reloading(self) -> None:
+        """Before settings are read again; to be followed by :meth:`reloaded`."""
+        self._reloads += 1
+        if self._daemon.running.is_set() and not self._stopping:
+            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            self._notifier.tell(RELOADING=1, MONOTONIC_USEC=now)
+
+    def reloaded(self) -> None:
+        self._reloads -= 1
+        if self._daemon.running.is_set() and not self._stopping and not self._reloads:
+            self._notifier.tell(READY=1)
+
+    def stopping(self, why: str = "") -> None:
+        """Once it takes nothing in any more. why: what it failed of."""
+        if not self._stopping:
+            grace = self._daemon.settings.stop_grace
+            self._stopping = True
+            self._notifier.tell(
+                STOPPING=1,
+                STATUS="stopping: what is in hand is finished and delivered",
+                EXTEND_TIMEOUT_USEC=round(1e6 * (grace + _CLOSE_SECONDS)),
+            )
+        if why:
+            self._notifier.tell(STATUS=_fit(f"failed: {why}"))
+
+    async def _feed(self, seconds: float) -> None:
+        """Tell the watchdog that there is progress; once stopping, the stop has its own limit."""
+        while True:
+            self._look()
+            if not self._stuck:
+                self._notifier.tell(WATCHDOG=1)
+            await asyncio.sleep(seconds)
+
+    def _look(self) -> None:
+        stuck = "" if self._stopping else self._daemon.progress.overdue()
+        if stuck and not self._stuck:
+            _log.error("stuck: the watchdog is not fed any more", what=stuck)
+        self._stuck = stuck
+
+    async def _tell_status(self) -> None:
+        while True:
+            await asyncio.sleep(_STATUS_SECONDS)
+            self._look()
+            status = self._describe()
+            if status != self._status and not self._stopping:
+                self._status = status
+                self._notifier.tell(STATUS=status)
+
+    async def _count(self) -> None:
+        """Forecasts, minute by minute."""
+        before = self._forecasts()
+        while True:
+            await asyncio.sleep(_MINUTE)
+            now = self._forecasts()
+            self._rate, before = now - before, now
+
+    def _describe(self) -> str:
+        return _fit("; ".join(self._parts()))
+
+    def _parts(self) -> Iterator[str]:
+        daemon = self._daemon
+        if self._stuck:
+            yield f"stuck: {self._stuck}"
+        amiss = {what: why for what, why in daemon.checks().items() if why}
+        if not daemon.ready.is_set():
+            yield "starting"
+            amiss.pop("start", None)
+        elif amiss:
+            yield "not ready"
+        if daemon.ready.is_set():
+            yield f"following {daemon.followed} series"
+        if self._rate is not None:
+            yield f"{self._rate} forecasts in the last minute"
+        if any(what.startswith("sink ") for what in amiss):
+            yield f"{self._undelivered()} records undelivered"
+        for what, why in amiss.items():
+            yield f"{what}: {why}"
+
+    def _forecasts(self) -> int:
+        return _total(self._daemon.metrics.outcomes, result="forecast")
+
+    def _undelivered(self) -> int:
+        return _total(self._daemon.metrics.queued, queue="outbox:")
+
+
+def _total(metric: MetricWrapperBase, **begin: str) -> int:
+    """The sum of its samples whose labels begin like that."""
+    return round(
+        sum(
+            sample.value
+            for family in metric.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+            and all(sample.labels.get(name, "").startswith(text) for name, text in begin.items())
+        )
+    )
+
+
+def _fit(text: str) -> str:
+    """On a line that people read; they may see it who must not see passwords."""
+    line = without_passwords(" ".join(text.split()))
+    return line if len(line) <= _LONGEST_STATUS else f"{line[: _LONGEST_STATUS - 1]}…"

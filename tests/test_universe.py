@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon import app, universe
+from kronos_stream.daemon import following, universe
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.settings import Http, Settings, SettingsError
 from kronos_stream.daemon.state import State
@@ -57,7 +57,7 @@ class _Others:
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 0.1)
-    for module in (universe, app):
+    for module in (universe, following):
         monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
 
 

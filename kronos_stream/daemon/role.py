@@ -125,7 +125,8 @@ class Role(ABC):
         """How many series."""
 
     async def reload(self) -> None:
-        """Read again what may be read again; without effect where there is nothing of that."""
+        """Read again what may be read again, if anything."""
+        _log.info("this role has nothing to read again", role=self.settings.role)
 
     @abstractmethod
     async def _open(self, stack: AsyncExitStack) -> State:

@@ -1,0 +1,112 @@
+# The daemon in an image, in two variants: docs/container.md.
+#   docker build --build-arg VARIANT=cuda --tag kronos-stream:cuda .
+#
+# A release names its base by digest: --build-arg BASE=docker.io/library/python:…@sha256:…
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+# ------------------------------------------------------------------------------ what builds
+FROM ${BASE} AS build
+SHELL ["/bin/sh", "-euc"]
+ARG PIP_VERSION=26.3
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_NO_COMPILE=1 \
+    PIP_ROOT_USER_ACTION=ignore
+
+WORKDIR /build
+COPY constraints.txt pyproject.toml ./
+# Its pip has an environment of its own, so that none is left in the daemon's.
+RUN python3 -m venv pip; \
+    pip/bin/python -m pip install "pip==${PIP_VERSION}"; \
+    pip/bin/python -m pip install --constraint constraints.txt setuptools; \
+    python3 -m venv --without-pip /opt/kronos-stream
+
+# --------------------------------------------------------- what the daemon needs, gigabytes
+FROM build AS dependencies
+ARG VARIANT=cpu
+ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+# PyPI's torch is the one for CUDA. The CPU's comes from an index of its own, without what it
+# needs: that follows from PyPI, pinned like all the rest.
+RUN install() { \
+        pip/bin/python -m pip --python /opt/kronos-stream/bin/python install \
+            --constraint constraints.txt --only-binary :all: "$@"; \
+    }; \
+    case "${VARIANT}" in \
+        cpu) install --no-deps --index-url "${TORCH_CPU_INDEX}" torch ;; \
+        cuda) ;; \
+        *) echo "VARIANT is cpu or cuda, not ${VARIANT}" >&2; exit 1 ;; \
+    esac; \
+    pip/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb")); \
+        print(*project["project"]["dependencies"], sep="\n")' >requirements.txt; \
+    install --requirement requirements.txt
+# Tests of others and static libraries serve nobody here. Bytecode is of the kind that is taken as
+# it is: nothing can be written at run time, and no time stamp is in it. Files for a newer Python
+# (torch has one) do not compile, and need not.
+RUN find /opt/kronos-stream \( -type d -name tests -o -type f -name "*.a" \) -prune -exec rm -r {} +; \
+    /opt/kronos-stream/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        /opt/kronos-stream/lib || true
+
+# --------------------------------------------------------------------------- the wheel itself
+FROM build AS wheel
+ARG SOURCE_DATE_EPOCH
+COPY LICENSE README.md ./
+COPY connectors connectors
+COPY kronos_stream kronos_stream
+RUN pip/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+# ---------------------------------------------------------------------------- what is shipped
+FROM ${BASE}
+SHELL ["/bin/sh", "-euc"]
+# No installer stays, wherever the base has its own, and nothing that changes who one is. The user has a number, so that an
+# orchestrator can tell that it is not root; the day on which it was made is not written down.
+RUN rm -rf /usr/local/lib/python3*/site-packages/* /usr/local/lib/python3*/ensurepip \
+        /usr/local/bin/pip* /usr/local/bin/wheel /usr/lib/python3*/ensurepip \
+        /usr/share/python-wheels /root/.cache; \
+    find / -xdev -type f -perm /6000 -exec chmod a-s {} +; \
+    groupadd --gid 10001 kronos; \
+    SOURCE_DATE_EPOCH=86400 useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/kronos-stream \
+        --shell /usr/sbin/nologin --no-log-init kronos; \
+    install --directory --owner 10001 --group 10001 --mode 0750 /var/lib/kronos-stream
+
+COPY --from=dependencies /opt/kronos-stream /opt/kronos-stream
+# A layer of its own: a new version of the daemon is some megabytes, not all that it needs.
+RUN --mount=type=bind,from=wheel,source=/build,target=/mnt \
+    /mnt/pip/bin/python -m pip --python /opt/kronos-stream/bin/python install \
+        --disable-pip-version-check --no-cache-dir --no-compile --no-deps --no-index \
+        --root-user-action ignore /mnt/dist/*.whl; \
+    /opt/kronos-stream/bin/python -m compileall -q --invalidation-mode unchecked-hash \
+        /opt/kronos-stream/lib/python3*/site-packages/kronos_*
+COPY --chmod=0555 deploy/image/healthcheck.py /opt/kronos-stream/healthcheck.py
+
+# All that is written goes to the volume (state, and models from the hub) or to /tmp.
+ENV PATH=/opt/kronos-stream/bin:$PATH \
+    HOME=/var/lib/kronos-stream \
+    HF_HOME=/var/lib/kronos-stream/huggingface \
+    STATE_DIRECTORY=/var/lib/kronos-stream \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONNOUSERSITE=1 \
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+WORKDIR /var/lib/kronos-stream
+VOLUME /var/lib/kronos-stream
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["python3", "-I", "/opt/kronos-stream/healthcheck.py"]
+ENTRYPOINT ["kronos-stream"]
+CMD ["run"]
+
+ARG BASE
+ARG VARIANT=cpu
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="kronos-stream" \
+      org.opencontainers.image.description="Streaming probabilistic candlestick forecasts" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="${BASE}" \
+      io.kronos-stream.variant="${VARIANT}"

@@ -1,0 +1,34 @@
+"""Whether the daemon in this container answers at /healthz: exit code 0 if so, else 1.
+
+For the image's HEALTHCHECK: the standard library alone, and where to ask as the daemon is told
+where to listen. The page never needs a token.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from http.client import HTTPConnection, HTTPException
+
+_SECONDS = 4.0
+
+
+def main() -> int:
+    """Ask once; say on stderr what is wrong."""
+    # To connect to 0.0.0.0 or :: means this machine on Linux, so all addresses need no translation.
+    host = os.environ.get("KRONOS_STREAM_HTTP__HOST", "") or "127.0.0.1"
+    port = os.environ.get("KRONOS_STREAM_HTTP__PORT", "") or "8080"
+    try:
+        connection = HTTPConnection(host, int(port), timeout=_SECONDS)
+        connection.request("GET", "/healthz")
+        status = connection.getresponse().status
+    except (OSError, HTTPException, ValueError) as error:
+        print(f"no answer from {host}:{port}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    if status != 200:
+        print(f"/healthz answers {status}", file=sys.stderr)  # noqa: T201
+    return int(status != 200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import resource
-import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -196,33 +195,6 @@ async def test_a_refused_login_is_called_that(kafka_jars: Path, tmp_path: Path) 
             assert "wrong" not in str(refused.value)
         async with _sink(kafka.bootstrap, "kronos", **right) as sink:
             assert not await sink.deliver([_record(0)])
-
-
-async def test_records_travel_encrypted(kafka_jars: Path, tmp_path: Path) -> None:
-    ours = {"security_protocol": "SSL", "ssl_cafile": tmp_path / "ca.pem", "partitions": 1}
-    with ApacheKafka(kafka_jars, tmp_path, settings=_certified(tmp_path)) as kafka:
-        await _create(kafka.bootstrap, "kronos", **ours)
-        async with _sink(kafka.bootstrap, "kronos", **ours) as sink:
-            assert not await sink.deliver([_record(0)])
-        async with _sink(kafka.bootstrap, "kronos", security_protocol="SSL") as stranger:
-            with pytest.raises(SinkUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
-                await stranger.start()
-
-
-def _certified(folder: Path) -> dict[str, str]:
-    """Server settings for TLS, with a certificate of its own making in ``ca.pem``."""
-    store, password = folder / "keys.p12", "changeit"
-    common = ("keytool", "-keystore", str(store), "-storepass", password, "-alias", "kafka")
-    key = ("-genkeypair", "-keyalg", "EC", "-dname", "CN=kafka", "-ext", "SAN=IP:127.0.0.1")
-    subprocess.run([*common, *key], check=True, capture_output=True)  # noqa: S603
-    export = ("-exportcert", "-rfc", "-file", str(folder / "ca.pem"))
-    subprocess.run([*common, *export], check=True, capture_output=True)  # noqa: S603
-    return {
-        "listener.security.protocol.map": "INTERNAL:PLAINTEXT,CONTROLLER:PLAINTEXT,CLIENT:SSL",
-        "listener.name.client.ssl.keystore.type": "PKCS12",
-        "listener.name.client.ssl.keystore.location": str(store),
-        "listener.name.client.ssl.keystore.password": password,
-    }
 
 
 async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: Path) -> None:

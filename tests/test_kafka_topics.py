@@ -122,7 +122,11 @@ def test_candle_topics_hold_twice_the_longest_context() -> None:
     [
         ({"security_protocol": "SASL_SSL"}, "needs sasl_username and sasl_password"),
         ({"sasl_username": "me"}, "has no login"),
-        ({"ssl_cafile": "/nowhere.pem"}, "/nowhere.pem: no such file"),
+        (
+            {"security_protocol": "SSL", "ssl_cafile": "/nowhere.pem"},
+            "/nowhere.pem: no such file",
+        ),
+        ({"ssl_cafile": "/nowhere.pem"}, "PLAINTEXT does not encrypt"),
         ({"topic_prefix": "a b"}, "topic_prefix"),
         ({"bootstrap": "x:1"}, "bootstrap"),
     ],

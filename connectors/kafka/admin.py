@@ -18,13 +18,21 @@ from aiokafka.errors import (
 
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import Topic
 
 _SECONDS = 30.0
 
 
 class TopicsError(Exception):
-    """The brokers did not answer, or refused; one line for people."""
+    """The brokers did not answer, or refused; one line for people.
+
+    cure: what to do about it.
+    """
+
+    def __init__(self, why: str, cure: str = "") -> None:
+        super().__init__(f"{why}; {cure}" if cure else why)
+        self.why, self.cure = why, cure
 
 
 async def create(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
@@ -125,7 +133,7 @@ async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
 @asynccontextmanager
 async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
     chatter = listen()
-    chatter.last = ""
+    chatter.forget()
     try:
         async with asyncio.timeout(_SECONDS):
             admin = AIOKafkaAdminClient(**options.connection())
@@ -140,5 +148,6 @@ async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
             f"describe topics ({error.args[0]}); an embedded one has its topics from the start"
         ) from error
     except (KafkaError, OSError) as error:
-        what = f"no answer in {_SECONDS:g} s" if isinstance(error, TimeoutError) else str(error)
-        raise TopicsError(f"{options.bootstrap_servers}: {chatter.last or what}") from error
+        found = fault(error, chatter, options, silence=f"no answer in {_SECONDS:g} s")
+        where = "" if chatter.said else f"{options.bootstrap_servers}: "
+        raise TopicsError(f"{where}{found.what}", found.cure) from error

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import logging
 
-_TELLING = ("Unable connect", "Unable to request", "Got error")
-"""How those begin that tell why something failed."""
+_CONNECTING = ("Unable connect to", "Unable to request metadata from")
+_SENDING = "Got error produce response"
+"""How those begin that tell why something failed; the error is their last argument."""
 
 
 class Chatter(logging.Handler):
-    """aiokafka's messages; the last that tells why it could not connect or send."""
+    """aiokafka's messages: those that tell why it could not connect or send."""
 
-    last = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, BaseException] = {}
+        """By broker, or empty: what happened last."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if message.startswith(_TELLING):
-            self.last = message
+        text, given = str(record.msg), record.args
+        if not isinstance(given, tuple) or not text.startswith((*_CONNECTING, _SENDING)):
+            return
+        *where, error = given
+        broker = ":".join(map(str, where)) if text.startswith(_CONNECTING) else ""
+        broker = f"broker {broker}" if "node" in text else broker
+        if isinstance(error, type):  # some it gives without an instance
+            error = error()
+        if isinstance(error, BaseException):
+            self.said.pop(broker, None)
+            self.said[broker] = error
+
+    def forget(self) -> None:
+        """What is said from now on is about something else."""
+        self.said.clear()
 
 
 def listen() -> Chatter:

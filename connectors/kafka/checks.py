@@ -35,7 +35,7 @@ async def _look(options: KafkaOptions, topics: Sequence[Topic]) -> Sequence[Find
     except admin.TopicsError as error:
         if isinstance(error.__cause__, IncompatibleBrokerVersion):
             return [Finding("warn", str(error), "fine for trying things out, and not to rely on")]
-        return [Finding("fail", str(error), _cure(options, str(error)))]
+        return [Finding("fail", error.why, error.cure or _cure(options))]
     findings = [Finding("fail", *_parted(problem)) for problem in problems]
     if not problems:
         found = f"{options.bootstrap_servers} answers; {len(topics)} topics are as they should be"
@@ -76,7 +76,8 @@ def _librdkafka(options: KafkaOptions) -> dict[str, Any]:
         "security.protocol": options.security_protocol,
         "ssl.ca.location": options.ssl_cafile and str(options.ssl_cafile),
         "ssl.certificate.location": options.ssl_certfile and str(options.ssl_certfile),
-        "ssl.key.location": options.ssl_keyfile and str(options.ssl_keyfile),
+        "ssl.key.location": str(options.ssl_keyfile or options.ssl_certfile or ""),
+        "ssl.key.password": options.ssl_key_password.get_secret_value(),
     }
     if options.security_protocol.startswith("SASL"):
         given |= {
@@ -93,10 +94,8 @@ def _parted(problem: str) -> tuple[str, str]:
     return found, cure
 
 
-def _cure(options: KafkaOptions, why: str) -> str:
+def _cure(options: KafkaOptions) -> str:
     prefix = "KRONOS_STREAM_KAFKA__"
-    if "uthentication" in why:
-        return f"see {prefix}SASL_USERNAME, {prefix}SASL_PASSWORD and {prefix}SASL_MECHANISM"
     return (
         f"see {prefix}BOOTSTRAP_SERVERS, whether a broker listens there, and whether it is "
         f"{options.security_protocol} ({prefix}SECURITY_PROTOCOL)"

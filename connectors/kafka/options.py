@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from aiokafka.helpers import create_ssl_context
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from kronos_connectors import tls
+
+NAMES = tls.Names(
+    address="KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS",
+    encrypt="KRONOS_STREAM_KAFKA__SECURITY_PROTOCOL",
+    cafile="KRONOS_STREAM_KAFKA__SSL_CAFILE",
+    certfile="KRONOS_STREAM_KAFKA__SSL_CERTFILE",
+    key_password="KRONOS_STREAM_KAFKA__SSL_KEY_PASSWORD",  # noqa: S106 - its name
+)
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
@@ -44,6 +54,8 @@ class KafkaOptions(BaseModel):
     """Our certificate, PEM, where brokers ask for one."""
     ssl_keyfile: Path | None = None
     """Its key, PEM, if not in the same file."""
+    ssl_key_password: SecretStr = SecretStr("")
+    """Of that key, where it is encrypted."""
 
     group: str = Field(default="", max_length=200)
     """Consumer group that candles are read as; else PREFIX-ingest. Its members share the partitions
@@ -74,13 +86,42 @@ class KafkaOptions(BaseModel):
                 f"sasl_username is set, but security_protocol {self.security_protocol} has no "
                 "login: expected SASL_SSL or SASL_PLAINTEXT"
             )
-        for path in (self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile):
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file")
+        self._check_certificates()
         return self
 
+    def _check_certificates(self) -> None:
+        paths = (self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile)
+        if not self.encrypted and any(paths):
+            raise ValueError(
+                f"a certificate is set, but security_protocol {self.security_protocol} does not "
+                "encrypt: expected SSL or SASL_SSL"
+            )
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("ssl_keyfile is set, but ssl_certfile is not")
+        for path in paths:
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path}: no such file")
+        try:
+            self.tls()
+        except tls.CertificateError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def encrypted(self) -> bool:
+        return self.security_protocol.endswith("SSL")
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
+        if not self.encrypted:
+            return None
+        password = self.ssl_key_password.get_secret_value()
+        return tls.context(self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile, password, NAMES)
+
     def connection(self) -> dict[str, Any]:
-        """Arguments for any client of aiokafka; reads the certificates."""
+        """Arguments for any client of aiokafka; reads the certificates.
+
+        Raises CertificateError, an OSError: they may have been changed since the start.
+        """
         arguments: dict[str, Any] = {
             "bootstrap_servers": self.bootstrap_servers,
             "security_protocol": self.security_protocol,
@@ -92,8 +133,6 @@ class KafkaOptions(BaseModel):
                 "sasl_plain_username": self.sasl_username,
                 "sasl_plain_password": self.sasl_password.get_secret_value(),
             }
-        if self.security_protocol.endswith("SSL"):
-            arguments["ssl_context"] = create_ssl_context(
-                cafile=self.ssl_cafile, certfile=self.ssl_certfile, keyfile=self.ssl_keyfile
-            )
+        if (context := self.tls()) is not None:
+            arguments["ssl_context"] = context
         return arguments

@@ -18,7 +18,6 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
     InvalidTimestampError,
-    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     ProducerClosed,
@@ -32,9 +31,10 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.checks import checks
 from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import latest, of_kind
 from kronos_stream.checkup import Check
-from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Refusal, SinkRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -139,7 +139,7 @@ class KafkaSink:
 
         Whatever aiokafka raises means doubt; what is not made for users is logged in full.
         """
-        self._chatter.last = ""
+        self._chatter.forget()
         try:
             async with asyncio.timeout(self._options.delivery_seconds):
                 return await work
@@ -149,19 +149,12 @@ class KafkaSink:
                 raise
             if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
                 _log.exception("unexpected failure of the kafka producer")
-            raise SinkUnavailable(self._explain(error)) from error
+            silence = f"no acknowledgement in {self._options.delivery_seconds:g} s"
+            found = fault(error, self._chatter, self._options, silence=silence)
+            raise (SinkRefused if found.refused else SinkUnavailable)(str(found)) from error
         except BaseException:
             await self.close()
             raise
-
-    def _explain(self, error: BaseException) -> str:
-        if isinstance(error, TimeoutError):
-            what = f"no acknowledgement in {self._options.delivery_seconds:g} s"
-        elif isinstance(error, KafkaConnectionError) and self._chatter.last:
-            return self._chatter.last  # which address, and why
-        else:
-            what = str(error)
-        return f"{what} ({self._chatter.last})" if self._chatter.last else what
 
     def _unfit(self, record: Record) -> str | None:
         size = _RECORD_OVERHEAD + len(record.key.encode()) + len(record.value)

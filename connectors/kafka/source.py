@@ -15,18 +15,20 @@ from random import Random
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError, KafkaError, UnsupportedCodecError
+from aiokafka.errors import KafkaError
 
 from kronos_connectors.kafka import member
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.member import ANSWER_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reading import Bounds, Reading, Rejected
+from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import candles
+from kronos_connectors.tls import Fault
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits
+from kronos_stream.market.source import Intake, LoginRefused, SourceError, Traits
 
 _log = structlog.get_logger()
 
@@ -57,15 +59,20 @@ class KafkaSource:
 
     async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
         options = self._options
-        self._chatter.last = ""
-        client = AIOKafkaClient(**options.connection())
+        self._chatter.forget()
+        try:
+            client = AIOKafkaClient(**options.connection())
+        except OSError as error:  # a certificate that has been changed since the start
+            raise LoginRefused(f"kafka: {self._explain(error)}") from error
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await client.bootstrap()
                 # All topics, since a broker may create what it is asked about by name.
                 topics = (await client.fetch_all_metadata()).topics()
         except (KafkaError, OSError) as error:
-            raise SourceError(f"kafka: {self._explain(error)}") from error
+            found = self._explain(error)
+            kind = LoginRefused if found.refused else SourceError
+            raise kind(f"kafka: {found}") from error
         finally:
             with suppress(KafkaError, OSError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
@@ -96,7 +103,7 @@ class KafkaSource:
                 if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
                     _log.exception("unexpected failure of the kafka consumer")
                 intake.note("lost")
-                why = self._explain(error)
+                why = str(self._explain(error))
                 if why != self._trouble:  # an outage is told of once
                     _log.warning("candles cannot be read from kafka", why=why)
                 self._trouble = why
@@ -122,7 +129,7 @@ class KafkaSource:
 
     async def _read(self, intake: Intake) -> None:
         """Read until there is nothing to follow. Raises KafkaError or OSError."""
-        self._chatter.last = ""
+        self._chatter.forget()
         consumer = self._consumer = member.make(self._options, self._group)
         async with asyncio.timeout(ANSWER_SECONDS):
             await consumer.start()
@@ -161,7 +168,8 @@ class KafkaSource:
                 start = reading.begin(place, bounds)
                 consumer.seek(place, start)
                 behind += ends[place] - start
-        self._trouble = self._chatter.last = ""
+        self._trouble = ""
+        self._chatter.forget()
         _log.info("reads candles from kafka", partitions=len(places), records_back=behind)
         if shared := reading.shared:
             _log.warning(
@@ -218,17 +226,9 @@ class KafkaSource:
 
     # -- small things ----------------------------------------------------------------------
 
-    def _explain(self, error: BaseException) -> str:
-        said = self._chatter.last  # which address, and why
-        what = f"no answer in {ANSWER_SECONDS:g} s" if isinstance(error, TimeoutError) else error
-        why = f"{what} ({said})" if said else f"{what}"
-        if isinstance(error, KafkaConnectionError) and said:
-            why = said
-        if "authentication" in why.lower():
-            why += "; see KRONOS_STREAM_KAFKA__SASL_USERNAME and KRONOS_STREAM_KAFKA__SASL_PASSWORD"
-        if isinstance(error, UnsupportedCodecError):
-            why += "; to have them all: pip install 'aiokafka[all]'"
-        return why
+    def _explain(self, error: BaseException) -> Fault:
+        silence = f"no answer in {ANSWER_SECONDS:g} s"
+        return fault(error, self._chatter, self._options, silence=silence)
 
     def _pause(self, tries: int) -> float:
         most = min(_SHORTEST_PAUSE_SECONDS * 2.0 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)

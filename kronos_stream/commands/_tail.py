@@ -18,7 +18,9 @@ from rich.live import Live
 
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.reasons import fault, said
 from kronos_connectors.kafka.topics import forecasts as topic_of
+from kronos_connectors.tls import Fault
 from kronos_stream.client import Forecast, forecasts
 from kronos_stream.commands._board import Board, line
 from kronos_stream.daemon.environment import read_options
@@ -82,19 +84,19 @@ class _Table:
 def run(options: Options) -> None:
     """Show until interrupted. Raises click's exceptions and SettingsError."""
     kafka = _kafka(options)
-    topic = f"{topic_of(kafka.topic_prefix)} at {kafka.bootstrap_servers}"
+    topic = _topic(kafka)
     console = Console()
     if options.plain or options.as_json or not console.is_terminal:
         click.echo(f"Reading {topic}; Ctrl-C ends", err=True)
         start: Start = "earliest" if options.from_start else "latest"
         stream = _stream(options, kafka, start, expired=options.from_start)
-        _finish(_show(stream, _Lines(as_json=options.as_json), topic, options.series), topic)
+        _finish(_show(stream, _Lines(as_json=options.as_json), kafka, options.series), kafka)
         return
     start = "earliest" if options.from_start else datetime.now(UTC) - _BACK
     stream = _stream(options, kafka, start, expired=True)
     with Live(console=console, auto_refresh=False) as live:
         screen = _Table(Board(topic, newest_first=options.newest), live)
-        _finish(_show(stream, screen, topic, options.series), topic)
+        _finish(_show(stream, screen, kafka, options.series), kafka)
 
 
 def _kafka(options: Options) -> KafkaOptions:
@@ -132,7 +134,10 @@ def _stream(
 
 
 async def _show(
-    stream: AsyncGenerator[Forecast, None], screen: _Screen, topic: str, series: Sequence[str]
+    stream: AsyncGenerator[Forecast, None],
+    screen: _Screen,
+    kafka: KafkaOptions,
+    series: Sequence[str],
 ) -> None:
     """Show what comes; say so, once, if nothing does."""
     chatter = listen()
@@ -149,26 +154,31 @@ async def _show(
                     coming = asyncio.ensure_future(anext(stream))
                 elif waiting_since is not None and loop.time() - waiting_since > _PATIENCE_SECONDS:
                     waiting_since = None
-                    click.echo(_in_vain(topic, series, chatter.last), err=True)
+                    click.echo(_in_vain(kafka, series, said(chatter, kafka)), err=True)
                 screen.refresh()
         finally:
             coming.cancel()
             await asyncio.wait((coming,))
 
 
-def _in_vain(topic: str, series: Sequence[str], trouble: str) -> str:
+def _in_vain(kafka: KafkaOptions, series: Sequence[str], trouble: Fault | None) -> str:
     of = f" of {', '.join(series)}" if series else ""
-    return f"No forecast{of} for {_PATIENCE_SECONDS:g} s; still waiting for {topic}" + (
+    return f"No forecast{of} for {_PATIENCE_SECONDS:g} s; still waiting for {_topic(kafka)}" + (
         f" ({trouble})" if trouble else ": does a daemon publish there?"
     )
 
 
-def _finish(work: Coroutine[Any, Any, None], topic: str) -> None:
+def _topic(kafka: KafkaOptions) -> str:
+    return f"{topic_of(kafka.topic_prefix)} at {kafka.bootstrap_servers}"
+
+
+def _finish(work: Coroutine[Any, Any, None], kafka: KafkaOptions) -> None:
     try:
         asyncio.run(work)
     except UnknownTopicOrPartitionError:
         raise click.ClickException(
-            f"no topic {topic}, or no right to see it; to create it: kronos-stream topics create"
+            f"no topic {_topic(kafka)}, or no right to see it; "
+            "to create it: kronos-stream topics create"
         ) from None
     except KafkaError as error:
-        raise click.ClickException(listen().last or str(error)) from error
+        raise click.ClickException(str(fault(error, listen(), kafka))) from error

@@ -41,6 +41,10 @@ class SinkUnavailable(Exception):  # noqa: N818
     """Not delivered, or not known to be: everything given must be given again."""
 
 
+class SinkRefused(SinkUnavailable):
+    """We are not let in until somebody changes something: a password, a certificate, a setting."""
+
+
 class Sink(Protocol):
     """Delivers records at least once, in order per key."""
 

@@ -23,6 +23,10 @@ class SourceError(Exception):
         self.retry_after = retry_after
 
 
+class LoginRefused(SourceError):  # noqa: N818
+    """We are not let in until somebody changes something: a password, a certificate, a setting."""
+
+
 class VenueRefused(SourceError):  # noqa: N818
     """The venue will not serve us (451, 403); trying again is no use."""
 

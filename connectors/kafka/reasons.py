@@ -1,0 +1,102 @@
+"""What keeps us from the brokers, in words: why, and what to do about it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    IllegalSaslStateError,
+    KafkaConnectionError,
+    SaslAuthenticationFailed,
+    TopicAuthorizationFailedError,
+    UnsupportedCodecError,
+    UnsupportedSaslMechanismError,
+)
+
+from kronos_connectors import tls
+from kronos_connectors.kafka.chatter import Chatter
+from kronos_connectors.kafka.options import NAMES, KafkaOptions
+from kronos_connectors.tls import Fault
+
+_PREFIX = "KRONOS_STREAM_KAFKA__"
+_LOGIN = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"
+_TLS_ALERT = 0x1503
+"""How an alert of TLS begins; to Kafka it is half the length of an answer."""
+_DENIED = (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
+    TopicAuthorizationFailedError,
+)
+_AWAY: dict[type[Exception], str] = {
+    ConnectionRefusedError: "nobody listens there (connection refused)",
+    socket.gaierror: "no such host",
+    TimeoutError: "no answer",
+}
+
+
+def fault(
+    error: BaseException, chatter: Chatter, options: KafkaOptions, *, silence: str = ""
+) -> Fault:
+    """Why ``error``, which a client of aiokafka raised.
+
+    chatter: what it has said meanwhile. silence: what it means that time was up.
+    """
+    told = said(chatter, options)
+    # Where no broker can be had it raises no more than that.
+    if told is not None and isinstance(error, KafkaConnectionError):
+        return told
+    if isinstance(error, TimeoutError) and silence:
+        return told._replace(what=f"{silence} ({told.what})") if told else Fault(silence, "")
+    return _of(error, options)
+
+
+def said(chatter: Chatter, options: KafkaOptions) -> Fault | None:
+    """What was said of brokers: that one refuses us before all else, or what was said last."""
+    faults = []
+    for where, error in chatter.said.items():
+        told = _of(error, options)
+        faults.append(told._replace(what=f"{where}: {told.what}") if where else told)
+    return next((one for one in faults if one.refused), faults[-1] if faults else None)
+
+
+def _of(error: BaseException, options: KafkaOptions) -> Fault:
+    """What ``error`` means by itself."""
+    return (
+        tls.fault(error, NAMES, options.ssl_cafile, options.ssl_certfile)
+        or _of_login(error, options)
+        or _of_connection(error, options)
+        or Fault(str(error) or type(error).__name__, "")
+    )
+
+
+def _of_login(error: BaseException, options: KafkaOptions) -> Fault | None:
+    if isinstance(error, SaslAuthenticationFailed):
+        told = ", ".join(map(str, error.args))
+        return Fault(f"login as {options.sasl_username} refused ({told})", _LOGIN, refused=True)
+    if isinstance(error, UnsupportedSaslMechanismError):
+        what = f"no login by {options.sasl_mechanism} there"
+        return Fault(what, f"see {_PREFIX}SASL_MECHANISM", refused=True)
+    if isinstance(error, IllegalSaslStateError):
+        return Fault("it takes no login there", f"see {_PREFIX}SECURITY_PROTOCOL", refused=True)
+    if isinstance(error, _DENIED):
+        what = f"{type(error).__name__.partition('Auth')[0].lower()} not ours to use ({error})"
+        return Fault(what, "let an administrator allow it, by kafka-acls.sh")
+    return None
+
+
+def _of_connection(error: BaseException, options: KafkaOptions) -> Fault | None:
+    cause, security = error.__cause__ or error, f"see {_PREFIX}SECURITY_PROTOCOL"
+    if isinstance(cause, asyncio.IncompleteReadError) and (cause.expected or 0) >> 16 == _TLS_ALERT:
+        return Fault("it speaks TLS there", security, refused=True)
+    if isinstance(cause, (asyncio.IncompleteReadError, ConnectionResetError)):
+        what = f"it hung up at once, as if {options.security_protocol} were not what it speaks"
+        return Fault(what, security)
+    if isinstance(error, UnsupportedCodecError):
+        return Fault(str(error), "to have them all: pip install 'aiokafka[all]'")
+    for kind, what in _AWAY.items():
+        if isinstance(error, kind):
+            return Fault(what, f"see {_PREFIX}BOOTSTRAP_SERVERS")
+    return None

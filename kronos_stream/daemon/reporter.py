@@ -146,8 +146,8 @@ class Reporter:
             yield f"following {daemon.followed} series"
         if self._rate is not None:
             yield f"{self._rate} forecasts in the last minute"
-        if any(what.startswith("sink ") for what in amiss):
-            yield f"{self._undelivered()} records undelivered"
+        if any(what.startswith("sink ") for what in amiss) and (waiting := self._undelivered()):
+            yield f"{waiting} records undelivered"
         for what, why in amiss.items():
             yield f"{what}: {why}"
 

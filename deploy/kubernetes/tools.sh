@@ -2,7 +2,7 @@
 # Fetch what the chart and the compose file are checked with: tools.sh FOLDER
 #
 # helm and kubeconform are built by Go (1 to 3 minutes on two cores, the first time), schemas come
-# from PyPI and Go modules. Needs Go, and Python with pip and PyYAML: PYTHON names it.
+# from PyPI and Go modules. Needs Go 1.21 or later, and Python with pip and PyYAML: PYTHON names it.
 # FOLDER/.complete is written last and holds the versions below, so others are fetched anew.
 set -euo pipefail
 

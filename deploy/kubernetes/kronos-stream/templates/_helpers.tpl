@@ -69,14 +69,21 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- define "kronos-stream.settings" -}}
 {{- $values := .root.Values -}}
 {{- $own := index $values .role -}}
-{{- $given := merge (deepCopy ($own.settings | default dict)) $values.settings -}}
+{{- $given := dict -}}
+{{- range $settings := list $values.settings ($own.settings | default dict) -}}
+{{- range $name, $value := $settings -}}
+{{- if not (kindIs "invalid" $value) -}}
+{{- $_ := set $given $name (include "kronos-stream.text" $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- range $name := list "ROLE" "SYMBOLS" "SYMBOLS_FILE" "TIMEFRAMES" "STATE_FILE" "SECRETS_DIR" "HTTP__HOST" "HTTP__PORT" "KAFKA__SSL_CAFILE" "KAFKA__SSL_CERTFILE" "KAFKA__SSL_KEYFILE" -}}
 {{- if hasKey $given $name -}}
 {{- fail (printf "settings.%s is for the chart to set: use mode, symbols, timeframes, secrets, http or kafkaTls" $name) -}}
 {{- end -}}
 {{- end -}}
-{{- range $name := list "KAFKA__SASL_PASSWORD" "MQTT__PASSWORD" "HTTP__TOKEN" "CCXT__CONFIG" -}}
-{{- if hasKey $given $name -}}
+{{- range $name, $_ := $given -}}
+{{- if regexMatch "PASSWORD$|TOKEN$|^CCXT__CONFIG$" $name -}}
 {{- fail (printf "settings.%s is a secret, and settings are none: put it into the Secret secrets.name, as KRONOS_STREAM_%s" $name $name) -}}
 {{- end -}}
 {{- end -}}
@@ -109,7 +116,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- $_ := set $chart "DEVICE" (join "," $devices) -}}
 {{- end -}}
 {{- range $name, $value := $given -}}
-{{- $_ := set $chart $name (include "kronos-stream.text" $value) -}}
+{{- $_ := set $chart $name $value -}}
 {{- end -}}
 {{- toYaml $chart -}}
 {{- end }}
@@ -130,7 +137,8 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{/* Seconds from SIGTERM to SIGKILL; takes root and role. */}}
 {{- define "kronos-stream.grace" -}}
 {{- $settings := include "kronos-stream.settings" . | fromYaml -}}
-{{- $least := add (ceil (float64 ($settings.BATCH_DEADLINE | default 60))) (ceil (float64 ($settings.STOP_GRACE | default 20))) -}}
+{{- $batch := eq .role "ingest" | ternary 0 ($settings.BATCH_DEADLINE | default 60) -}}
+{{- $least := add (ceil (float64 $batch)) (ceil (float64 ($settings.STOP_GRACE | default 20))) -}}
 {{- $given := .root.Values.terminationGracePeriodSeconds -}}
 {{- if kindIs "invalid" $given -}}
 {{- add $least 15 -}}

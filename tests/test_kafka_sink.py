@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import deadletter, forecasts, latest, of_kind, wanted
+from kronos_connectors.kafka.topics import deadletter, forecasts, latest, wanted
 from kronos_stream.forecast.sink import Kind, Record, Refusal, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka
@@ -108,7 +108,7 @@ def _in_order(records: Sequence[ConsumerRecord], expected: Sequence[int]) -> Non
 async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
     """A broker with the topics, of either make."""
     if request.param == "embedded":
-        topics = [name for names in of_kind(topic_prefix).values() for name in names]
+        topics = [one(topic_prefix) for one in (forecasts, latest, deadletter)]
         with EmbeddedBroker(topics) as broker:
             yield broker.bootstrap
     else:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
+from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import KafkaError
 
 from kronos_connectors.kafka.options import KafkaOptions
@@ -23,6 +24,11 @@ _JOIN_SECONDS = 60.0
 """Until the group gives us partitions: it waits for members that have gone."""
 _SESSION_MS, _HEARTBEAT_MS = 6_000, 2_000
 """How soon a member that was killed is given up: its successor waits for that."""
+_SHARING_HEARTBEAT_MS = 1_000
+_REBALANCE_MS = 30_000
+"""How long the group waits for a member to hand over."""
+_LONGEST_IDLE_MS = 86_400_000
+"""Reading pauses while forecasts cannot be delivered: no reason to leave."""
 _CLOSE_SECONDS = 2.0
 
 
@@ -37,6 +43,28 @@ def make(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
         session_timeout_ms=_SESSION_MS,
         heartbeat_interval_ms=_HEARTBEAT_MS,
         request_timeout_ms=round(ANSWER_SECONDS * 1000),
+    )
+
+
+def make_sharing(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
+    """The same for members that hand work over to each other, and keep what they can."""
+
+    class Sticky(StickyPartitionAssignor):  # type: ignore[misc]
+        """aiokafka's, which keeps what it remembers with the class: one for each consumer."""
+
+    return AIOKafkaConsumer(
+        **options.connection(),
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        partition_assignment_strategy=(Sticky,),
+        session_timeout_ms=_SESSION_MS,
+        heartbeat_interval_ms=_SHARING_HEARTBEAT_MS,
+        rebalance_timeout_ms=_REBALANCE_MS,
+        # An answer of the group may take as long as it waits for a member.
+        request_timeout_ms=_REBALANCE_MS + round(ANSWER_SECONDS * 1000),
+        max_poll_interval_ms=_LONGEST_IDLE_MS,
     )
 
 

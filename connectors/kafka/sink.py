@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from random import Random
 from typing import Any, TypeVar
 
@@ -32,7 +32,13 @@ from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.checks import checks
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import fault
-from kronos_connectors.kafka.topics import latest, of_kind
+from kronos_connectors.kafka.topics import (
+    deadletter,
+    forecasts,
+    latest,
+    of_record,
+    timeframe_of,
+)
 from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
@@ -103,9 +109,13 @@ class KafkaSink:
 
     name = "kafka"
 
-    def __init__(self, options: KafkaOptions) -> None:
+    def __init__(self, options: KafkaOptions, needed: Collection[str]) -> None:
+        """needed: topics that must be there from the start."""
         self._options = options
-        self._topics = of_kind(options.topic_prefix)
+        self._needed = set(needed)
+        """Topics that something went to, or is to go to."""
+        self._there: set[str] = set()
+        """Those of them that the brokers have."""
         self._latest = latest(options.topic_prefix)
         self._partition = DefaultPartitioner()  # the one of Kafka's own clients
         self._producer: AIOKafkaProducer | None = None
@@ -181,13 +191,13 @@ class KafkaSink:
         )
         await producer.start()
         cluster = await producer.client.fetch_all_metadata()
-        names = [name for topics in self._topics.values() for name in topics]
-        if missing := sorted(set(names) - set(cluster.topics())):
+        self._there = self._needed & set(cluster.topics())
+        if missing := sorted(self._needed - self._there):
             raise SinkUnavailable(
                 f"no topic {', '.join(missing)}, or no right to see it; "
-                "to create what is missing: kronos-stream topics create"
+                f"to create what is missing: kronos-stream topics create{_candles(missing)}"
             )
-        producer.client.set_topics(names)
+        producer.client.set_topics(self._needed)
         _log.info("connected to kafka", brokers=len(cluster.brokers()))
         return producer
 
@@ -202,10 +212,15 @@ class KafkaSink:
         return refusals
 
     async def _lanes(self, records: Sequence[Record]) -> list[_Lane]:
+        prefix = self._options.topic_prefix
+        goals = [(record, of_record(prefix, record.kind, record.key)) for record in records]
+        self._needed |= {topic for _, topics in goals for topic in topics}
+        if self._needed - self._there:
+            await self.close()  # the next one looks for all topics again
         producer = await self._connected()
         lanes: dict[tuple[str, int], _Lane] = {}
-        for record in records:
-            for topic in self._topics[record.kind]:
+        for record, topics in goals:
+            for topic in topics:
                 partitions = sorted(await producer.partitions_for(topic))
                 place = topic, self._partition(record.key.encode(), partitions, None)
                 lane = lanes.setdefault(place, _Lane(*place, compacted=topic == self._latest))
@@ -269,6 +284,18 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
         _log.warning("kafka producer not closed in good order", error=repr(error))
 
 
+def _candles(topics: Sequence[str]) -> str:
+    """The option for those topics among ``topics`` that are candles'."""
+    found = [timeframe for topic in topics if (timeframe := timeframe_of(topic))]
+    return f" --candles {','.join(found)}" if found else ""
+
+
 def build(options: KafkaOptions, _clock: Clock, _random: Random) -> KafkaSink:
-    """A sink; it connects at its start."""
-    return KafkaSink(options)
+    """A sink of forecasts; it connects at its start."""
+    prefix = options.topic_prefix
+    return KafkaSink(options, (forecasts(prefix), latest(prefix), deadletter(prefix)))
+
+
+def build_relay(options: KafkaOptions, _clock: Clock, _random: Random) -> KafkaSink:
+    """A sink of candles; it connects at its start."""
+    return KafkaSink(options, (deadletter(options.topic_prefix),))

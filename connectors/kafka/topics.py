@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.sink import Kind
+from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 _DAY_MS = 86_400_000
@@ -43,13 +44,19 @@ def candles(prefix: str, timeframe: Timeframe) -> str:
     return f"{prefix}.candles.{timeframe}.v1"
 
 
-def of_kind(prefix: str) -> dict[Kind, tuple[str, ...]]:
-    """To which topics a record of each kind goes."""
-    return {
-        "forecast": (forecasts(prefix), latest(prefix)),
-        "removal": (forecasts(prefix), latest(prefix)),
-        "deadletter": (deadletter(prefix),),
-    }
+def timeframe_of(topic: str) -> str:
+    """The timeframe whose candles a topic is for; empty if it is none of candles."""
+    *_, kind, timeframe, version = ["", "", *topic.split(".")]
+    return timeframe if (kind, version) == ("candles", "v1") else ""
+
+
+def of_record(prefix: str, kind: Kind, key: str) -> tuple[str, ...]:
+    """To which topics a record goes. key: its series, empty for a dead letter without one."""
+    if kind == "deadletter":
+        return (deadletter(prefix),)
+    if kind == "candle":
+        return (candles(prefix, Series.parse(key).timeframe),)
+    return forecasts(prefix), latest(prefix)
 
 
 def wanted(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[Topic]:

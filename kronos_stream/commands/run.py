@@ -60,4 +60,4 @@ def run(check: bool) -> None:  # noqa: FBT001
     if check:
         click.echo(asyncio.run(service.check(settings)))
     else:
-        asyncio.run(service.serve(service.build(settings)))
+        asyncio.run(service.serve(service.build_role(settings)))

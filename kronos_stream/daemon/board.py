@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol, get_args
 
 from kronos_stream.daemon.due import Outcome, Result
 from kronos_stream.daemon.outbox import Message
+from kronos_stream.market.candle import Bar
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.tape import Tape
 from kronos_stream.market.utc import rfc3339
 
 Standing = Literal["starting", "live", "held", "silent", "late"]
@@ -26,10 +26,28 @@ MOST_BYTES = 64 * 2**20
 """Of newest forecasts in memory; those that were not renewed for longest are let go."""
 
 
-class Followed(Protocol):
-    """What the desk knows of a series, as far as it is looked at."""
+class Traced(Protocol):
+    """How the bars of a series stand: a tape, or what is known of somebody else's."""
 
-    tape: Tape
+    @property
+    def last(self) -> Bar | None: ...
+    @property
+    def next(self) -> int | None: ...
+    @property
+    def silent(self) -> bool: ...
+    @property
+    def holed(self) -> bool: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def owed(self) -> int: ...
+
+
+class Followed(Protocol):
+    """What is known of a series, as far as it is looked at."""
+
+    @property
+    def tape(self) -> Traced: ...
 
 
 @dataclass(slots=True)
@@ -137,13 +155,13 @@ class Board:
         except ValueError:
             return False
 
-    def _heard(self, series: Series, tape: Tape, now: int) -> bool:
+    def _heard(self, series: Series, tape: Traced, now: int) -> bool:
         standing = self._standing(series, tape, now)
         if standing == "starting":
             return now - self._since <= LATE_MS
         return standing not in {"silent", "late"}
 
-    def _standing(self, series: Series, tape: Tape, now: int) -> Standing:
+    def _standing(self, series: Series, tape: Traced, now: int) -> Standing:
         if tape.next is None:
             return "starting"
         if tape.silent:

@@ -8,11 +8,12 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
 
 from kronos_stream.forecast.sink import SinkConnector
+from kronos_stream.market.feed import FeedConnector
 from kronos_stream.market.source import SourceConnector
 
-Group = Literal["sources", "sinks"]
+Group = Literal["sources", "sinks", "relays", "feeds"]
 
-_Connector = TypeVar("_Connector", SourceConnector, SinkConnector)
+_Connector = TypeVar("_Connector", SourceConnector, SinkConnector, FeedConnector)
 
 
 class ConnectorError(Exception):
@@ -40,6 +41,16 @@ def source(venue: str) -> tuple[str, SourceConnector]:
 def sink(name: str) -> SinkConnector:
     """The connector of a sink. Raises ConnectorError."""
     return _load("sinks", name, SinkConnector)
+
+
+def relay(name: str) -> SinkConnector:
+    """The sink of role ingest. Raises ConnectorError."""
+    return _load("relays", name, SinkConnector)
+
+
+def feed(name: str) -> FeedConnector:
+    """What role forecast reads. Raises ConnectorError."""
+    return _load("feeds", name, FeedConnector)
 
 
 def options(name: str) -> type[Any] | None:

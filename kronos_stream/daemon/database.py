@@ -27,6 +27,9 @@ _BUSY_SECONDS = 10.0
 _CACHE_KB = 32_768
 """With SQLite's own 2 MB, a batch of forecasts takes twice as long."""
 
+_MEMORY = Path(":memory:")
+"""SQLite's name of a database without a file."""
+
 _CURES = {
     sqlite3.SQLITE_NOTADB: "not a state file; name another file, or move this one away",
     sqlite3.SQLITE_CORRUPT: (
@@ -53,7 +56,7 @@ class Database:
     sql: sqlite3.Connection
     """For the functions given to :meth:`read` and :meth:`write` alone."""
 
-    def __init__(self, path: Path, lock: int) -> None:
+    def __init__(self, path: Path, lock: int | None) -> None:
         """:meth:`open` makes one."""
         self.path = path
         self.forget: Callable[[], None] = _nothing
@@ -62,19 +65,20 @@ class Database:
         self._thread = ThreadPoolExecutor(1, "state")
 
     @classmethod
-    async def open(cls, path: Path, schema: Sequence[str]) -> Self:
+    async def open(cls, path: Path | None, schema: Sequence[str]) -> Self:
         """Open or make the file, its folder too, and lock it. Raises StateError.
+
+        path: None for a database in memory.
 
         schema: one script per version, each leading from the version before; never changed later.
         """
         loop = asyncio.get_running_loop()
-        lock = await loop.run_in_executor(None, _locked, path)
-        database = cls(path, lock)
+        lock = None if path is None else await loop.run_in_executor(None, _locked, path)
+        database = cls(path or _MEMORY, lock)
         try:
             await database.read(lambda: database._connect(schema))
         except BaseException:
-            database._thread.shutdown(wait=False)
-            os.close(lock)
+            database._let_go()
             raise
         return database
 
@@ -83,8 +87,7 @@ class Database:
         try:
             await self.read(self.sql.close)
         finally:
-            self._thread.shutdown(wait=False)
-            os.close(self._lock)
+            self._let_go()
 
     async def read(self, work: Callable[[], _T]) -> _T:
         """What ``work`` gives, in the database's thread. Raises StateError."""
@@ -117,6 +120,11 @@ class Database:
 
         return await self.read(transaction)
 
+    def _let_go(self) -> None:
+        self._thread.shutdown(wait=False)
+        if self._lock is not None:
+            os.close(self._lock)
+
     def _connect(self, schema: Sequence[str]) -> None:
         self.sql = sqlite3.connect(self.path, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
@@ -140,7 +148,8 @@ class Database:
 
     def _tune(self) -> None:
         self.sql.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file alone
-        if self.sql.execute("PRAGMA journal_mode = WAL").fetchone() != ("wal",):
+        mode = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
+        if self.path != _MEMORY and mode != ("wal",):
             raise StateError(f"{self.path}: not on a local disk; name a file on one")
         self.sql.execute("PRAGMA synchronous = NORMAL")
         self.sql.execute(f"PRAGMA cache_size = -{_CACHE_KB}")

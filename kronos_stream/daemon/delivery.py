@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from math import inf
 from random import Random
 
 import structlog
@@ -69,6 +70,13 @@ class Delivery:
         metrics.expect(sinks=[sink.name])
         metrics.queued.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
         metrics.outbox_age.labels(sink.name).set_function(self._age_seconds)
+
+    @property
+    def first(self) -> float:
+        """Sequence of the oldest undelivered record, infinite if there is none; 0 if unknown."""
+        if self._ready:
+            return self._ready[0][0].sequence
+        return 0 if self._behind or self.waiting else inf
 
     def offer(self, record: Record, received: int | None) -> None:
         """Take in a record just recorded, the newest. received: UTC ms, for the latency."""

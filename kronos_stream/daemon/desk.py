@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -24,7 +24,7 @@ from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.recall import newest_bars, saved_window, without_outcome
 from kronos_stream.daemon.saving import Change, Saving
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.state import Passed, State
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window
@@ -88,6 +88,7 @@ class Desk:
         catch_up: Literal["newest", "all"],
         degraded: Literal["forecast", "skip"] = "forecast",
         bury: Callable[[Series | None, str, bytes], None],
+        relay: Callable[[Sequence[Passed]], Awaitable[None]] | None = None,
     ) -> None:
         """Where bars come from, are kept, and go.
 
@@ -96,11 +97,12 @@ class Desk:
             fetches and hands on every one.
         degraded: "skip" gives bars an obstacle while bars of their context are missing.
         bury: told what cannot be: series if known, reason, content.
+        relay: where bars are passed on to others, saves them and passes them on, all or none.
         """
         self._sources, self._state, self._due = sources, state, due
         self._clock, self._random, self._metrics = clock, random, metrics
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
-        self._bury = bury
+        self._bury, self._relay = bury, relay
         self._capacity = lookback + MARGIN
         self._contexts = Contexts(self._capacity)
         self._followed: dict[Series, _Followed] = {}
@@ -109,7 +111,7 @@ class Desk:
         self._awaited: Counter[int] = Counter()
         """How many series have their next close when, those not live included."""
         self._alarms: Alarms[_Followed] = Alarms(clock)
-        self._saving: Saving[_Followed] = Saving(state, self._saved)
+        self._saving: Saving[_Followed] = Saving(state, self._write, self._saved)
         self._backfill = Backfill(sources, self._saving.room)
         self._updates: Counter[str] = Counter()
         self._mute: set[str] = set()
@@ -244,6 +246,7 @@ class Desk:
             self._contexts.load(series, (), whole=True)
         elif enough:
             self._await(one, series.timeframe.after(bars[-1].candle.time, 2))
+            await self._pass_on(one, bars, mark)
         self._arm(one)
 
     def _outdated(self, series: Series, newest: Bar) -> bool:
@@ -339,6 +342,40 @@ class Desk:
         metrics.queued.labels("unsaved").set(len(self._saving))
 
     # Handing on what is saved.
+
+    async def _write(self, group: Sequence[tuple[_Followed, Change]]) -> None:
+        rows: list[Passed] = []
+        marks: dict[_Followed, tuple[int, int] | None] = {}
+        for one, change in group:
+            mark = marks.get(one, one.mark)
+            if isinstance(change, Begin):
+                await self._state.begin(one.series, change.origin)
+                marks[one] = mark or (change.origin, 0)
+                continue
+            place = change.bar.candle.time, change.bar.revision
+            news = mark is not None and place > mark
+            if news:
+                marks[one] = place
+            rows.append(Passed(one.series, change.bar, news))
+        if self._relay is None:
+            await self._state.save_bars([row[:2] for row in rows])
+        else:
+            await self._relay(rows)
+
+    async def _pass_on(
+        self, one: _Followed, bars: Sequence[Bar], mark: tuple[int, int] | None
+    ) -> None:
+        """Pass on bars that were saved while nobody was to have them."""
+        if self._relay is None:
+            return
+        since = await self._state.relayed(one.series)
+        rows = [
+            Passed(one.series, bar, mark is not None and (bar.candle.time, bar.revision) > mark)
+            for bar in bars
+            if bar.candle.time > since
+        ]
+        if rows:
+            await self._relay(rows)
 
     def _saved(self, one: _Followed, effect: Change) -> None:
         if isinstance(effect, Begin):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,6 +23,9 @@ from kronos_stream.daemon.textfile import read_small
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _FILE = "_FILE"
+
+BROKER = "kafka"
+"""What carries candles from role ingest to role forecast."""
 
 _LISTS = {tuple, list, set, frozenset}
 
@@ -46,15 +49,18 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
     """
     given = _given(environ)
     settings = _parse(Settings, given)
-    problems = [] if settings.sinks or not live else [_no_sink()]
-    try:
-        venues = dict.fromkeys(entry.venue for entry in settings.watchlist()) if live else {}
-    except SettingsError as error:
-        raise SettingsError([*error.problems, *problems]) from None
+    problems = list(_unfit(settings)) if live else []
+    venues: dict[str, None] = {}
+    if live and settings.role != "forecast":
+        try:
+            venues = dict.fromkeys(entry.venue for entry in settings.watchlist())
+        except SettingsError as error:
+            raise SettingsError([*error.problems, *problems]) from None
     options: dict[str, Any] = {}
     for field, load, wanted in (
         ("symbols", connectors.source, venues),
         ("sinks", lambda name: (name, connectors.sink(name)), settings.sinks),
+        ("role", lambda name: (name, connectors.relay(name)), _broker(settings, live=live)),
     ):
         for asked in wanted:
             try:
@@ -211,6 +217,34 @@ def _unknown(name: str, known: Collection[str]) -> str:
     near = get_close_matches(name.upper().removeprefix(PREFIX), sorted(names), n=1, cutoff=0.7)
     cure = f"did you mean {PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
     return f"{name}: there is no such setting; {cure}"
+
+
+def _broker(settings: Settings, *, live: bool) -> Sequence[str]:
+    """What carries candles between the roles, where there are several."""
+    return (BROKER,) if live and settings.role != "all" else ()
+
+
+def _unfit(settings: Settings) -> Iterator[str]:
+    """What does not go with the role."""
+    role = f"{variable('role')}={settings.role}"
+    if settings.role != "ingest" and not settings.sinks:
+        yield _no_sink()
+    if settings.role == "ingest" and settings.sinks:
+        yield (
+            f"{variable('sinks')}: {role} writes candles to Kafka, and no forecasts; unset it, or "
+            "set it where forecasts are made"
+        )
+    if settings.role == "ingest" and any(one.venue == BROKER for one in settings.symbols):
+        yield (
+            f"{variable('symbols')}: {role} cannot take candles from the topics that it writes to; "
+            f"name other venues than {BROKER}"
+        )
+    if settings.role == "forecast" and (settings.symbols or settings.symbols_file):
+        yield (
+            f"{variable('symbols' if settings.symbols else 'symbols_file')}: {role} forecasts what "
+            f"is in the candle topics of {variable('timeframes')}; unset it, or set it where "
+            f"{variable('role')}=ingest"
+        )
 
 
 def _no_sink() -> str:

@@ -50,6 +50,10 @@ class Lanes:
     def oldest_waiting(self, series: Series) -> Item | None:
         return next((item for item in self._lanes.get(series, ()) if item.waiting), None)
 
+    def waiting(self) -> list[Item]:
+        """All that no batch has taken, and nobody has decided."""
+        return [item for lane in self._lanes.values() for item in lane if item.waiting]
+
     def decide(self, item: Item, result: Result) -> None:
         item.result = result
         self._changed[item.due.series] = None

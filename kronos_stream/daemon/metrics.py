@@ -66,6 +66,9 @@ class Metrics:
         self.expired = counter("expired", "Records too old to deliver, dropped", "sink")
         self.sink_failures = counter("sink_failures", "Deliveries to try again", "sink")
         self.worker_restarts = counter("worker_restarts", "Workers replaced", "cause")
+        self.candle_lag = gauge("candle_lag", "Candle records of ours not read yet", "topic")
+        self.rebuilds = histogram("rebuild_seconds", "Until a partition's contexts are whole")
+        self.rebalances = counter("rebalances", "Times that the group shared out anew")
         self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes")
         self.tasks = gauge("tasks", "Tasks of the event loop")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from math import isinf
+from math import inf, isinf
 from random import Random
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import structlog
 from kronos_stream.daemon.delivery import Delivery
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import Draft, State
+from kronos_stream.daemon.state import Draft, Passed, State
 from kronos_stream.forecast.sink import Kind, Refusal, Sink
 from kronos_stream.market.clock import Clock
 
@@ -53,6 +53,7 @@ class Outbox:
         """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink."""
         self._state, self._wall, self._bury = state, wall, bury
         self._max_age = round(1000 * max_age_seconds)
+        self._newest = 0
         order = self._order = asyncio.Lock()
         self._deliveries = {
             sink.name: Delivery(
@@ -68,19 +69,38 @@ class Outbox:
             for sink in sinks
         }
 
-    async def publish(self, outcomes: Sequence[Outcome], messages: Sequence[Message]) -> None:
-        """Record outcomes and messages, all or none; they are safe when this returns."""
+    async def publish(
+        self,
+        outcomes: Sequence[Outcome],
+        messages: Sequence[Message],
+        passed: Sequence[Passed] = (),
+    ) -> None:
+        """Record outcomes and messages, all or none; they are safe when this returns.
+
+        passed: bars that the messages are of, saved with them.
+        """
         drafts = [self._draft(sink, one) for one in messages for sink in self._deliveries]
         received = [message.received for message in messages for _ in self._deliveries]
         async with self._order:
             try:
-                records = await self._state.record(outcomes, drafts)
+                records = await self._state.record(outcomes, drafts, passed)
             except BaseException:  # cancelled, they may be in the file nevertheless
                 for delivery in self._deliveries.values():
                     delivery.look()
                 raise
             for (sink, record), arrived in zip(records, received, strict=True):
                 self._deliveries[sink].offer(record, arrived)
+                self._newest = record.sequence
+
+    @property
+    def newest(self) -> int:
+        """Sequence of the last record that was put in."""
+        return self._newest
+
+    @property
+    def through(self) -> float:
+        """Every sink has taken or refused all records up to this sequence; infinite if all."""
+        return min((one.first for one in self._deliveries.values()), default=inf) - 1
 
     async def run(self) -> None:
         """Deliver until cancelled; the sinks are closed then. Raises StateError."""

@@ -63,13 +63,16 @@ class Press:
         *,
         follows: Callable[[Series], bool],
         told: Callable[[Sequence[Result], Sequence[Message]], None],
+        remembers: bool = True,
     ) -> None:
         """``clock`` is the market's, records carry the time of ``wall``.
 
         follows: whether a series is still followed. Once readers were told that it is not, no
             forecast that was under way may come.
         told: results and the forecasts among them, once they are durable.
+        remembers: whether outcomes are recorded; where a log tells what is done, they are not.
         """
+        self._remembers = remembers
         self._compose, self._outbox = compose, outbox
         self._clock, self._wall, self._follows, self._told = clock, wall, follows, told
 
@@ -88,7 +91,8 @@ class Press:
             for result, message in composed
         ]
         messages = [message for _, message in final if message is not None]
-        await self._outbox.publish([result.outcome for result, _ in final], messages)
+        outcomes = [result.outcome for result, _ in final] if self._remembers else []
+        await self._outbox.publish(outcomes, messages)
         self._told([result for result, _ in final], messages)
 
     async def retract(self, series: Sequence[str]) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeAlias, TypeVar
 
 from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.effects import Append, Begin, Confirm, Revise
-from kronos_stream.market.series import Series
 
 Change: TypeAlias = Begin | Append | Revise | Confirm
 """What of a tape's effects is to be saved."""
@@ -21,19 +20,20 @@ _MANY, _MOST = 20_000, 200_000
 """Changes not saved yet: when no more history is asked for, and when they are too many."""
 
 
-class _Owner(Protocol):
-    @property
-    def series(self) -> Series: ...
-
-
-_T = TypeVar("_T", bound=_Owner)
+_T = TypeVar("_T")
 
 
 class Saving(Generic[_T]):
     """Saves changes in the order in which they are put, and tells each one when it is safe."""
 
-    def __init__(self, state: State, saved: Callable[[_T, Change], None]) -> None:
-        self._state, self._saved = state, saved
+    def __init__(
+        self,
+        state: State,
+        write: Callable[[Sequence[tuple[_T, Change]]], Awaitable[None]],
+        saved: Callable[[_T, Change], None],
+    ) -> None:
+        """write: makes changes safe, all or none. saved: told each one then, in order."""
+        self._state, self._write, self._saved = state, write, saved
         self._unsaved: deque[tuple[_T, Change]] = deque()
         self.done = 0
         """Times that something was saved."""
@@ -83,13 +83,7 @@ class Saving(Generic[_T]):
             calm.set()
 
     async def _commit(self, group: list[tuple[_T, Change]]) -> None:
-        rows = []
-        for owner, change in group:
-            if isinstance(change, Begin):
-                await self._state.begin(owner.series, change.origin)
-            else:
-                rows.append((owner.series, change.bar))
-        await self._state.save_bars(rows)
+        await self._write(group)
         for i, (owner, change) in enumerate(group, 1):
             self._saved(owner, change)
             if i % _TURN == 0:

@@ -29,6 +29,9 @@ _log = structlog.get_logger()
 
 CatchUp = Literal["newest", "all"]
 
+WITHDRAWN = "withdrawn"
+"""In place of a reason: what has been taken back."""
+
 _TURN = 32
 """Windows built before other tasks have their turn."""
 
@@ -151,6 +154,11 @@ class Scheduler:
         deadline = self._batch_deadline or _LONGEST_DEADLINE_SECONDS
         return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.expected(1))
 
+    def withdraw(self) -> None:
+        """Take back all bars that wait for a batch: they get no result, and may be due again."""
+        for item in self._lanes.waiting():
+            self._skip(item, WITHDRAWN)
+
     async def finish(self, grace: float) -> bool:
         """Take in no more, finish the batch in hand and end :meth:`run`; True if done in time.
 
@@ -269,11 +277,12 @@ class Scheduler:
         while True:
             await lanes.decided.wait()
             lanes.decided.clear()
-            while results := lanes.heads(_CHUNK):
+            while heads := lanes.heads(_CHUNK):
+                results = [result for result in heads if result.reason != WITHDRAWN]
                 await self._publish(results)
                 for outcome in (result.outcome for result in results):
                     self._metrics.outcomes.labels(outcome.result, outcome.reason).inc()
-                lanes.told(len(results))
+                lanes.told(len(heads))
                 if not lanes.held:
                     self._settled.set()
             if self._worked:

@@ -16,11 +16,16 @@ import structlog
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.environment import BROKER
+from kronos_stream.daemon.ingest import Ingest
+from kronos_stream.daemon.member import Member
 from kronos_stream.daemon.notify import Notifier
 from kronos_stream.daemon.reporter import Reporter
+from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
+from kronos_stream.market.feed import FeedNeeds
 from kronos_stream.market.source import Source, SourceError
 
 _log = structlog.get_logger()
@@ -75,20 +80,45 @@ def build(
     )
 
 
+def build_role(settings: Settings) -> Daemon | Ingest | Member:
+    """What the settings' role is, on the wall clock."""
+    if settings.role == "all":
+        return build(settings)
+    clock, random = SystemClock(), Random()
+    if settings.role == "ingest":
+        relay = connectors.relay(BROKER)
+        options = _options(settings, BROKER, relay.options)
+        sink = relay.build(options, clock, _child(random))
+        sources = build_sources(settings, clock, random)
+        return Ingest(settings, sources, [sink], clock=clock, random=random)
+    feed = connectors.feed(BROKER)
+    needs = FeedNeeds(settings.timeframes, settings.lookback)
+    reads = feed.build(_options(settings, BROKER, feed.options), needs, clock, _child(random))
+    sinks = build_sinks(settings, clock, random)
+    return Member(settings, reads, sinks, clock=clock, random=random)
+
+
 async def check(settings: Settings) -> str:
     """See whether the venues have what is asked for, and the model loads; what was found.
 
     Raises SettingsError, WorkerError, SourceError.
     """
-    daemon = build(settings)
-    identity, count = await daemon.check()
+    role = build_role(settings)
+    if isinstance(role, Ingest):
+        return f"{await role.check()} series to pass on: settings and symbols are fine"
+    sinks = ", ".join(settings.sinks)
+    if isinstance(role, Member):
+        identity = await role.check()
+        made = f"{identity.model} on {identity.device}, to {sinks}"
+        return f"forecasts of what the group gives us with {made}: settings and model are fine"
+    identity, count = await role.check()
     return (
-        f"{count} series to forecast with {identity.model} on {identity.device}, to "
-        f"{', '.join(settings.sinks)}: settings, symbols and model are fine"
+        f"{count} series to forecast with {identity.model} on {identity.device}, to {sinks}: "
+        "settings, symbols and model are fine"
     )
 
 
-async def serve(daemon: Daemon) -> None:
+async def serve(daemon: Role) -> None:
     """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once.
 
     The service manager, if one started us, is kept informed.
@@ -114,7 +144,7 @@ async def serve(daemon: Daemon) -> None:
             notifier.close()
 
 
-async def _collect_seldom(daemon: Daemon) -> None:
+async def _collect_seldom(daemon: Role) -> None:
     """Have Python look for garbage among all there is only now and then; until cancelled.
 
     With a thousand series that stops everything for a quarter of a second, and left to itself it
@@ -135,7 +165,7 @@ async def _collect_seldom(daemon: Daemon) -> None:
 
 
 @contextmanager
-def _signals(daemon: Daemon, reporter: Reporter) -> Iterator[None]:
+def _signals(daemon: Role, reporter: Reporter) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     told = False
     reloads: set[asyncio.Task[None]] = set()
@@ -168,7 +198,7 @@ def _signals(daemon: Daemon, reporter: Reporter) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _reload(daemon: Daemon, reporter: Reporter) -> None:
+async def _reload(daemon: Role, reporter: Reporter) -> None:
     """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
     try:
         await daemon.reload()

@@ -22,7 +22,7 @@ from kronos_stream.forecast.sink import Kind, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
-__all__ = ["Backlog", "Draft", "State", "StateError"]
+__all__ = ["Backlog", "Draft", "Passed", "State", "StateError"]
 
 _log = structlog.get_logger()
 
@@ -46,6 +46,9 @@ CREATE INDEX outbox_by_sink ON outbox (sink, sequence, created);
     """
 ALTER TABLE series ADD COLUMN followed INTEGER NOT NULL DEFAULT 0;
 """,
+    """
+ALTER TABLE series ADD COLUMN relayed INTEGER NOT NULL DEFAULT -1;
+""",
 )
 """One script per version; a file is brought up to date by those it lacks."""
 SCHEMA_VERSION = len(_SCHEMA)
@@ -66,6 +69,15 @@ class Draft(NamedTuple):
     headers: tuple[tuple[str, bytes], ...]
     created: int
     """UTC ms."""
+
+
+class Passed(NamedTuple):
+    """A closed bar that is passed on to others, who forecast."""
+
+    series: Series
+    bar: Bar
+    news: bool
+    """Whether they are to forecast from it."""
 
 
 class Backlog(NamedTuple):
@@ -93,8 +105,11 @@ class State:
         return self._db.path
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
-        """Open or make the file and lock it. Raises StateError."""
+    async def open(cls, path: Path | None) -> Self:
+        """Open or make the file and lock it. Raises StateError.
+
+        path: None for a state in memory, gone at the end.
+        """
         return cls(await Database.open(path, _SCHEMA))
 
     async def close(self) -> None:
@@ -113,17 +128,7 @@ class State:
 
     async def save_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
         """Insert or replace."""
-
-        def save() -> None:
-            self._db.sql.executemany(
-                "INSERT OR REPLACE INTO bars VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (self._id(series.name), *bar.candle, bar.revision, bar.synthetic, bar.received)
-                    for series, bar in rows
-                ],
-            )
-
-        await self._db.write(save)
+        await self._db.write(lambda: self._save(rows))
 
     async def begin(self, series: Series, origin: int) -> None:
         """Bars up to ``origin`` need no outcome; without effect if the series has a mark."""
@@ -142,6 +147,11 @@ class State:
         rows = await self._select(query, series.name)
         return (rows[0][0], rows[0][1]) if rows else None
 
+    async def relayed(self, series: Series) -> int:
+        """Open of the newest bar of ``series`` that was passed on, UTC ms; -1 if none was."""
+        rows = await self._select("SELECT relayed FROM series WHERE name = ?", series.name)
+        return int(rows[0][0]) if rows else -1
+
     async def followed(self) -> set[str]:
         """Names of the series that readers were not told to be gone."""
         return {name for (name,) in await self._select("SELECT name FROM series WHERE followed")}
@@ -158,9 +168,14 @@ class State:
         await self._db.write(follow)
 
     async def record(
-        self, outcomes: Sequence[Outcome], drafts: Sequence[Draft]
+        self,
+        outcomes: Sequence[Outcome],
+        drafts: Sequence[Draft],
+        passed: Sequence[Passed] = (),
     ) -> list[tuple[str, Record]]:
         """Keep outcomes and put records into the outbox, all or none: (sink, record) each.
+
+        passed: bars that go out with these records. They are saved, too, and need no outcome.
 
         A bar has one outcome, its first; another is logged, for something went wrong then. The
         records are kept all the same: one too many does less harm than one too few.
@@ -169,6 +184,9 @@ class State:
         def record() -> list[tuple[str, Record]]:
             for outcome in outcomes:
                 self._keep(outcome)
+            self._save([one[:2] for one in passed])
+            for series, bar, news in passed:
+                self._pass(series, bar, news=news)
             return [(draft.sink, self._put(draft)) for draft in drafts]
 
         return await self._db.write(record)
@@ -276,10 +294,30 @@ class State:
         )
         if not kept.rowcount:
             _log.error("a bar's second outcome is left out", **outcome._asdict())
-        sql.execute(
+        self._mark(series, outcome.origin, outcome.revision)
+
+    def _save(self, rows: Sequence[tuple[Series, Bar]]) -> None:
+        self._db.sql.executemany(
+            "INSERT OR REPLACE INTO bars VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (self._id(series.name), *bar.candle, bar.revision, bar.synthetic, bar.received)
+                for series, bar in rows
+            ],
+        )
+
+    def _pass(self, series: Series, bar: Bar, *, news: bool) -> None:
+        number, time = self._id(series.name), bar.candle.time
+        self._db.sql.execute(
+            "UPDATE series SET relayed = max(relayed, ?) WHERE id = ?", (time, number)
+        )
+        if news:
+            self._mark(number, time, bar.revision)
+
+    def _mark(self, series: int, origin: int, revision: int) -> None:
+        self._db.sql.execute(
             "UPDATE series SET origin = ?1, revision = ?2 WHERE id = ?3 "
             "AND (origin IS NULL OR (origin, revision) < (?1, ?2))",
-            (outcome.origin, outcome.revision, series),
+            (origin, revision, series),
         )
 
     def _put(self, draft: Draft) -> Record:

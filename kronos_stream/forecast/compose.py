@@ -26,8 +26,11 @@ from kronos_stream.forecast.message import (
     Sampling,
 )
 from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.market.candle import Bar
 from kronos_stream.market.contexts import Window
+from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
+from kronos_stream.market.wire import CANDLE, relay
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -147,6 +150,15 @@ def dead_letter(
     return _composed(message, series or "", moment)
 
 
+def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Composed:
+    """The message of a closed bar for those who forecast. at: UTC ms.
+
+    history: whether it only fills contexts.
+    """
+    value = relay(series, bar, history=history)
+    return _in_events(_digest(value), CANDLE, series.name, value, rfc3339(at))
+
+
 def removal(series: str, *, at: int) -> Composed:
     """The message that says that a series is not forecast any more. at: UTC ms."""
     moment = rfc3339(at)
@@ -179,17 +191,21 @@ def context_digest(
 
 
 def _composed(message: Mapping[str, Any], key: str, moment: str) -> Composed:
+    return _in_events(message["id"], message["schema"], key, orjson.dumps(message), moment)
+
+
+def _in_events(name: str, kind: str, key: str, value: bytes, moment: str) -> Composed:
     """In CloudEvents' binary mode: the attributes are headers, the value is the data."""
     attributes = {
         "ce_specversion": "1.0",
-        "ce_id": message["id"],
-        "ce_type": message["schema"],
+        "ce_id": name,
+        "ce_type": kind,
         "ce_source": SOURCE,
         "ce_time": moment,
         "content-type": "application/json",
     }
-    headers = tuple((name, value.encode()) for name, value in attributes.items())
-    return Composed(message["id"], key, orjson.dumps(message), headers)
+    headers = tuple((name, text.encode()) for name, text in attributes.items())
+    return Composed(name, key, value, headers)
 
 
 def _as_text(payload: bytes) -> tuple[Literal["text", "base64"], str]:

@@ -55,8 +55,8 @@ _CHANNELS = {
     ),
     "candles": (
         "{prefix}.candles.{timeframe}.v1",
-        ("candle",),
-        "Candles to forecast from, of venue kafka; in order per series.",
+        ("candle", "removal"),
+        "Closed bars to forecast from, in order per series; also which series are given up.",
     ),
 }
 

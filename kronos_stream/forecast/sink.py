@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from kronos_stream.market.clock import Clock
 
-Kind = Literal["forecast", "removal", "deadletter"]
-"""A removal says that its series is not forecast any more; where only the newest forecast of each
+Kind = Literal["forecast", "removal", "deadletter", "candle"]
+"""A candle is what role ingest passes on: a closed bar, or that its series is given up.
+
+A removal says that its series is not forecast any more; where only the newest forecast of each
 series is kept, it takes that away."""
 
 

@@ -64,6 +64,10 @@ class Contexts:
         """Replace the bar of the same open, if it is still here."""
         self._buffers[series].revise(bar)
 
+    def improves(self, series: Series, bar: Bar) -> bool:
+        """Whether the bar of the same open is here, and ``bar`` is a later word on it."""
+        return self._buffers[series].improves(bar)
+
     def forget(self, series: Series) -> None:
         self._buffers.pop(series, None)
 
@@ -127,6 +131,14 @@ class _Buffer:
         if at is not None:
             self._write(at, bar)
 
+    def improves(self, bar: Bar) -> bool:
+        at = self._find(bar.candle.time)
+        if at is None:
+            return False
+        if (known := int(self._revisions[at])) != bar.revision:
+            return bar.revision > known
+        return bool(self._marks[at] == _MISSING) and _mark(bar) != _MISSING
+
     def newest_marks(self, bars: int) -> NDArray[np.uint8]:
         return self._marks[max(0, self.end - bars) : self.end]
 
@@ -154,17 +166,21 @@ class _Buffer:
         )
 
     def _write(self, at: int, bar: Bar) -> None:
-        (time, *prices, amount), revision, synthetic, received = bar
+        (time, *prices, amount), revision, *_ = bar
         self._values[at] = (*prices, np.nan if amount is None else amount)
         self._times[at] = time
         self._revisions[at] = revision
-        self._marks[at] = _REAL if not synthetic else _SYNTHETIC if received else _MISSING
+        self._marks[at] = _mark(bar)
 
     def _find(self, time: int) -> int | None:
         if self.end and self._times[self.end - 1] == time:
             return self.end - 1
         at = int(np.searchsorted(self._times[: self.end], time))
         return at if at < self.end and self._times[at] == time else None
+
+
+def _mark(bar: Bar) -> int:
+    return _REAL if not bar.synthetic else _SYNTHETIC if bar.received else _MISSING
 
 
 def _mark_reasons(marks: NDArray[np.uint8]) -> tuple[str, ...]:

@@ -8,12 +8,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import parse_time, rfc3339
 
@@ -35,6 +35,31 @@ def _milliseconds(value: object) -> object:
     return parse_time(value) if isinstance(value, str) else value
 
 
+Moment = Annotated[
+    int,
+    BeforeValidator(_milliseconds),
+    Field(ge=0, lt=_LATEST_MS),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "format": "date-time"},
+                {"type": "integer", "minimum": 0, "exclusiveMaximum": _LATEST_MS},
+            ]
+        }
+    ),
+]
+"""UTC ms; written as RFC 3339."""
+
+
+class Relayed(NamedTuple):
+    """A closed bar as role ingest passes it on."""
+
+    series: Series
+    bar: Bar
+    history: bool
+    """Whether it only fills contexts: nobody is to forecast from it."""
+
+
 class CandleMessage(BaseModel):
     """One bar: in prices, and volume in base units."""
 
@@ -46,19 +71,7 @@ class CandleMessage(BaseModel):
     """The version of this format."""
     series: str | None = None
     """Such as kafka:BTC/USDT:5m; may be left out where the record's key or topic says it."""
-    time: Annotated[
-        int,
-        BeforeValidator(_milliseconds),
-        Field(ge=0, lt=_LATEST_MS),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string", "format": "date-time"},
-                    {"type": "integer", "minimum": 0, "exclusiveMaximum": _LATEST_MS},
-                ]
-            }
-        ),
-    ]
+    time: Moment
     """The bar's open: RFC 3339 (no zone means UTC), or UTC milliseconds."""
     open: float
     """Opening price."""
@@ -74,6 +87,16 @@ class CandleMessage(BaseModel):
     """What was traded, in quote units; left out where it is not known."""
     closed: bool = True
     """False for a bar that is still open: a sign of life, never forecast from."""
+    revision: int = Field(default=0, ge=0, lt=2**31)
+    """How often the venue changed the bar after its close; a higher one supersedes."""
+    synthetic: bool = False
+    """True where the venue has no such bar: flat, without volume. Without received, it could not
+    be had so far, and may yet come."""
+    received: Moment | None = None
+    """When the venue's last word on it came."""
+    history: bool = False
+    """True for a bar that closed before its series was followed, or before what went before it
+    was known: it fills contexts, and is not forecast from."""
 
 
 def decode(value: bytes, series: Series | None, received: int) -> Update:
@@ -82,6 +105,43 @@ def decode(value: bytes, series: Series | None, received: int) -> Update:
     series: what the record's key or topic says; the message may repeat it, not contradict it.
     received: UTC ms. Whether the values can be is the tape's to judge.
     """
+    message, series = _read(value, series)
+    return Update(series, _candle(message), message.closed, received)
+
+
+def relayed(value: bytes, series: Series | None) -> Relayed | None:
+    """Read a message for its closed bar; None if it is still open. Raises WireError.
+
+    series: what the record's key says.
+    """
+    message, series = _read(value, series)
+    if not message.closed:
+        return None
+    candle = _candle(message)
+    if (fault := candle.fault()) is not None:
+        raise WireError(fault, series)
+    bar = Bar(candle, message.revision, message.synthetic, message.received or 0)
+    return Relayed(series, bar, message.history)
+
+
+def encode(series: Series, candle: Candle, *, closed: bool = True) -> bytes:
+    """The message of a candle."""
+    return orjson.dumps({**_fields(series, candle), "closed": closed})
+
+
+def relay(series: Series, bar: Bar, *, history: bool) -> bytes:
+    """The message of a closed bar that :func:`relayed` reads."""
+    fields = _fields(series, bar.candle) | {"closed": True, "revision": bar.revision}
+    if bar.synthetic:
+        fields["synthetic"] = True
+    if bar.received:
+        fields["received"] = rfc3339(bar.received)
+    if history:
+        fields["history"] = True
+    return orjson.dumps(fields)
+
+
+def _read(value: bytes, series: Series | None) -> tuple[CandleMessage, Series]:
     try:
         message = CandleMessage.model_validate_json(value)
     except ValidationError as error:
@@ -96,7 +156,11 @@ def decode(value: bytes, series: Series | None, received: int) -> Update:
         series = said
     if series is None:
         raise WireError("neither the message nor its key or topic says which series it is of")
-    candle = Candle(
+    return message, series
+
+
+def _candle(message: CandleMessage) -> Candle:
+    return Candle(
         message.time,
         message.open,
         message.high,
@@ -105,16 +169,14 @@ def decode(value: bytes, series: Series | None, received: int) -> Update:
         message.volume,
         message.amount,
     )
-    return Update(series, candle, message.closed, received)
 
 
-def encode(series: Series, candle: Candle, *, closed: bool = True) -> bytes:
-    """The message of a candle."""
+def _fields(series: Series, candle: Candle) -> dict[str, object]:
     fields = candle._asdict()
     if candle.amount is None:
         del fields["amount"]
     fields["time"] = rfc3339(candle.time)
-    return orjson.dumps({"schema": CANDLE, "series": series.name, **fields, "closed": closed})
+    return {"schema": CANDLE, "series": series.name, **fields}
 
 
 def _explain(error: ValidationError) -> str:

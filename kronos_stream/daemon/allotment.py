@@ -1,0 +1,399 @@
+"""What a group has given this daemon: parts of the logs, their contexts, how far each is done.
+
+A pure machine. A record that is due is so by its place in the log, and its window is taken when it
+is read: so whoever forecasts it, in whatever company and after whatever crash, starts from the same
+bars. What is noted of a part names the first record that is not done with, those after it that are,
+and where to begin reading so that every context is whole again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import structlog
+
+from kronos_stream.daemon.due import Due
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.notes import Kept, parse, write
+from kronos_stream.market.candle import Bar
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.contexts import Contexts, Window
+from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
+from kronos_stream.market.series import Series
+from kronos_stream.market.wire import Relayed
+
+_log = structlog.get_logger()
+
+_FEWEST_BARS = 32
+"""A series that has no more than so many is forecast all the same."""
+
+_MOST_WAITING = 2_000
+"""Due bars, with their windows, after which no more is read for now."""
+
+_MOST_BACK = 1_000_000
+"""Records of a part read back at most where nobody noted from where."""
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """A series of ours."""
+
+    series: Series
+    newest: Bar
+    history: bool = True
+    """Whether its newest bar is not to be forecast from."""
+    offsets: deque[int] = field(default_factory=deque)
+    """Of its bars that contexts may still need, oldest first."""
+    expected: int = 0
+    """Close of the bar that comes next, UTC ms."""
+    waiting: int = 0
+    """Due bars of it that are not done."""
+
+    @property
+    def tape(self) -> Standing:
+        """For whoever looks."""
+        return Standing(self.newest, self.series.timeframe.after(self.newest.candle.time))
+
+
+class Standing(NamedTuple):
+    """What can be told of a series whose tape is somebody else's."""
+
+    last: Bar
+    next: int
+    silent: bool = False
+    holed: bool = False
+    held: int = 0
+    owed: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Share:
+    """A part that is ours."""
+
+    next: int
+    """Offset to be read next."""
+    base: int
+    """Records before it are done with."""
+    done: set[int]
+    """Records after it that are, too."""
+    until: int
+    """Contexts are whole from here on."""
+    began: int
+    """UTC ms."""
+    note: Note | None
+    lines: dict[Series, Line] = field(default_factory=dict)
+    undone: dict[int, Due | Series] = field(default_factory=dict)
+    """By offset: bars that are due, and series whose end is to be told."""
+
+
+class Allotment:
+    """See the module. Offsets are of records to be read next; times are UTC ms."""
+
+    def __init__(
+        self,
+        due: Callable[[Due], None],
+        retract: Callable[[Series], None],
+        bury: Callable[[Series | None, str, bytes], None],
+        finish: Callable[[], Awaitable[None]],
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        lookback: int,
+        catch_up: Literal["newest", "all"],
+        degraded: Literal["forecast", "skip"] = "forecast",
+    ) -> None:
+        """due: told each bar to forecast from. retract: told each series that is given up.
+
+        catch_up: where nothing is noted of a part, "all" begins with its first record, "newest"
+            with the next to come. degraded: as of a Desk. bury: told what cannot be.
+        finish: takes back what waits, finishes and delivers what is in hand; bounded.
+        """
+        self._finish_in_hand = finish
+        self._due, self._retract, self._bury = due, retract, bury
+        self._clock, self._metrics = clock, metrics
+        self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
+        self._contexts = Contexts(lookback)
+        self._shares: dict[Part, _Share] = {}
+        self._left: dict[Part, _Share] = {}
+        """Taken from us, but all is still here, should we get them back."""
+        self._places: dict[Due | Series, tuple[Part, int]] = {}
+        self._windows: dict[Due | Series, Window] = {}
+        self._handed: set[Due | Series] = set()
+        """What was handed over, but is not delivered yet."""
+        self._tickets: deque[tuple[float, Due | Series]] = deque()
+        self._awaited: Counter[int] = Counter()
+        self._lines: dict[Series, Line] = {}
+        self._unbegun: set[Part] = set()
+        self._joined = self._closed = False
+
+    # -- for the scheduler and the press --------------------------------------------------
+
+    def window(self, due: Due) -> Window | None:
+        """What ``due`` is forecast from; None if it is not ours any more."""
+        return self._windows.get(due)
+
+    def awaited(self, close: int) -> int:
+        """Series whose bar that closes then has not been read yet."""
+        return self._awaited[close]
+
+    def holds(self, due: Due | Series) -> bool:
+        """Whether it is ours, and not done."""
+        place = self._places.get(due)
+        return place is not None and place[0] in self._shares
+
+    def handed(self, due: Due | Series, ticket: float) -> None:
+        """It is done once all before ``ticket`` is delivered; tickets grow."""
+        self._windows.pop(due, None)
+        self._handed.add(due)
+        self._tickets.append((ticket, due))
+
+    def delivered(self, through: float) -> None:
+        """All up to this ticket is delivered."""
+        while self._tickets and self._tickets[0][0] <= through:
+            self._finish(self._tickets.popleft()[1])
+
+    @property
+    def lines(self) -> Mapping[Series, Line]:
+        """For whoever looks."""
+        return self._lines
+
+    @property
+    def unready(self) -> str:
+        """Why there is nothing to forecast from yet, in words; empty if all is well."""
+        if not self._joined:
+            return "the group has given us nothing yet"
+        if self._unbegun:
+            return f"{len(self._unbegun)} parts are not looked up yet"
+        behind = sum(max(0, share.until - share.next) for share in self._shares.values())
+        return f"{behind:,} records are still to be read back" if behind else ""
+
+    # -- for the feed ---------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should be read just now."""
+        return len(self._windows) >= _MOST_WAITING
+
+    async def give_up(self) -> None:
+        """All parts are about to be taken: take in nothing more, finish what is in hand."""
+        self._closed = True
+        await self._finish_in_hand()
+
+    def lags(self, lags: Mapping[str, int]) -> None:
+        """By log: how many records of our parts are not read yet."""
+        for log, lag in lags.items():
+            self._metrics.candle_lag.labels(log).set(lag)
+
+    def given(self, parts: Collection[Part]) -> None:
+        """Exactly these are ours; what is kept of others is let go."""
+        self._metrics.rebalances.inc()
+        self._joined, self._closed, self._unbegun = True, False, set(parts)
+        for part in self._left.keys() - set(parts):
+            self._drop(self._left.pop(part))
+
+    def begin(self, part: Part, extent: Extent) -> int:
+        """Where to read ``part`` from: on from where we were, or back from what is noted."""
+        self._unbegun.discard(part)
+        share = self._left.pop(part, None)
+        if share is not None and share.note is not None and share.note == extent.note:
+            self._resume(part, share)
+            return share.next
+        if share is not None:
+            self._drop(share)
+        now = self._clock.now()
+        base, start, done = self._place(part, extent)
+        self._shares[part] = _Share(start, base, done, base, now, extent.note)
+        return start
+
+    def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
+        """Take in records of a part."""
+        share = self._shares.get(part)
+        if share is None or self._closed:
+            return  # taken from us, or read before it was known from where
+        behind = share.next < share.until
+        for offset, told in records:
+            if offset >= share.next:
+                share.next = offset + 1
+                self._take(part, share, offset, told)
+        share.next = max(share.next, reached)
+        if behind and share.next >= share.until:
+            self._metrics.rebuilds.observe((self._clock.now() - share.began) / 1000)
+
+    def taken(self) -> None:
+        """Keep what was ours, should it come back."""
+        self._left |= self._shares
+        self._shares.clear()
+
+    def notes(self) -> Mapping[Part, Note]:
+        """What is to be noted, where it has changed."""
+        notes = {part: self._note(share) for part, share in self._shares.items()}
+        return {part: note for part, note in notes.items() if note != self._shares[part].note}
+
+    def noted(self, notes: Mapping[Part, Note]) -> None:
+        """These are safe."""
+        for part, note in notes.items():
+            if (share := self._shares.get(part)) is not None:
+                share.note = note
+
+    # -- where a part begins --------------------------------------------------------------
+
+    def _place(self, part: Part, extent: Extent) -> tuple[int, int, set[int]]:
+        """Where work begins, where reading does, and which records are done with."""
+        first, end, since, note = extent
+        if note is None:
+            base = first if self._catch_up == "all" else end
+            return base, min(base, max(first, since)), set()
+        if note.offset < first:
+            lost = first - note.offset
+            _log.error("records were gone before they were forecast", part=part, records=lost)
+        base = min(max(note.offset, first), end)
+        kept = parse(note.text, note.offset)
+        if kept is not None and kept.bars >= self._lookback:
+            return base, max(first, min(kept.start, base)), kept.done
+        start = since if since <= base else base - _MOST_BACK
+        return base, max(first, start), set() if kept is None else kept.done
+
+    def _resume(self, part: Part, share: _Share) -> None:
+        self._shares[part] = share
+        for due in [*share.undone.values()]:
+            if due in self._handed:
+                continue
+            if isinstance(due, Due):
+                self._due(due)
+            else:
+                self._retract(due)
+
+    def _drop(self, share: _Share) -> None:
+        for due in share.undone.values():
+            self._places.pop(due, None)
+            self._windows.pop(due, None)
+            self._handed.discard(due)
+        for series in [*share.lines]:
+            self._forget(share, series)
+
+    def _forget(self, share: _Share, series: Series) -> None:
+        if (line := share.lines.pop(series, None)) is not None:
+            self._expect(line, 0)
+            self._contexts.forget(series)
+            self._lines.pop(series, None)
+
+    # -- records --------------------------------------------------------------------------
+
+    def _take(self, part: Part, share: _Share, offset: int, told: Told) -> None:
+        asked = offset >= share.base and offset not in share.done
+        if isinstance(told, Relayed):
+            due = self._put(share, offset, told)
+            if due is not None and asked:
+                self._ask(part, share, offset, due)
+        elif isinstance(told, Gone):
+            self._forget(share, told.series)
+            if asked and told.series not in self._places:
+                for waiting in [*share.undone.values()]:
+                    if isinstance(waiting, Due) and waiting.series == told.series:
+                        self._finish(waiting)
+                share.undone[offset] = told.series
+                self._places[told.series] = part, offset
+                self._retract(told.series)
+        elif isinstance(told, Unreadable) and asked:
+            self._bury(*told)
+
+    def _put(self, share: _Share, offset: int, relayed: Relayed) -> Due | None:
+        """Put a bar into its context; the bar as due if it is to be forecast from."""
+        series, bar, history = relayed
+        line, time = share.lines.get(series), bar.candle.time
+        after = series.timeframe.after
+        if line is None or time > line.newest.candle.time:
+            if line is None or after(line.newest.candle.time) != time:
+                # A hole, or the beginning: what came before is no context of this.
+                self._contexts.load(series, (), whole=True)
+                line = share.lines[series] = self._lines[series] = Line(series, bar)
+            self._contexts.append(series, bar)
+            line.newest, line.history = bar, history
+            line.offsets.append(offset)
+            self._trim(line)
+            self._expect(line, after(time, 2))
+        elif self._contexts.improves(series, bar):
+            self._contexts.revise(series, bar)
+            if time < line.newest.candle.time or bar.revision == line.newest.revision:
+                return None
+            line.newest, line.history = bar, history
+        elif bar[:2] == line.newest[:2] and line.history and not history:
+            line.history = False  # two pass it on, and one of them had just begun
+        else:
+            return None
+        if history:
+            return None
+        close = after(time)
+        received = max(close, bar.received or self._clock.now())
+        return Due(series, time, bar.revision, close, received, self._obstacle(series))
+
+    def _ask(self, part: Part, share: _Share, offset: int, due: Due) -> None:
+        if due.obstacle is None:
+            window = self._contexts.window(due.series, due.origin, self._lookback)
+            assert window is not None  # noqa: S101 - its last bar was just put there
+            self._windows[due] = window
+        share.undone[offset] = due
+        share.lines[due.series].waiting += 1
+        self._places[due] = part, offset
+        self._due(due)
+
+    def _obstacle(self, series: Series) -> str | None:
+        if self._contexts.length(series) < min(self._lookback, _FEWEST_BARS):
+            return "warming up"
+        if self._degraded == "skip" and self._contexts.missing(series, self._lookback):
+            return "gap"
+        return None
+
+    def _expect(self, line: Line, close: int) -> None:
+        for moment, change in ((line.expected, -1), (close, 1)):
+            if moment:
+                self._awaited[moment] += change
+                if not self._awaited[moment]:
+                    del self._awaited[moment]
+        line.expected = close
+
+    # -- what is done ---------------------------------------------------------------------
+
+    def _finish(self, due: Due | Series) -> None:
+        place = self._places.pop(due, None)
+        self._windows.pop(due, None)
+        self._handed.discard(due)
+        if place is None:
+            return  # let go meanwhile
+        part, offset = place
+        share = self._shares.get(part) or self._left[part]
+        del share.undone[offset]
+        share.done.add(offset)
+        if isinstance(due, Due) and (line := share.lines.get(due.series)) is not None:
+            line.waiting -= 1
+            self._trim(line)
+
+    def _trim(self, line: Line) -> None:
+        while len(line.offsets) > self._lookback + line.waiting:
+            line.offsets.popleft()
+
+    def _note(self, share: _Share) -> Note:
+        """The share's note; moves its base up to the first record that is not done with."""
+        if share.next < share.until and share.note is not None:
+            return share.note  # not all of what it says has been read again
+        base = min(share.undone, default=max(share.next, share.base))
+        share.base = max(share.base, base)
+        share.done = {offset for offset in share.done if offset > share.base}
+        start = min(share.base, self._start(share))
+        return Note(share.base, write(Kept(start, self._lookback, share.done), share.base))
+
+    def _start(self, share: _Share) -> int:
+        """Offset of the first bar that is still needed; series that have died need none."""
+        newest = max((line.newest.candle.time for line in share.lines.values()), default=0)
+        return min(
+            (
+                line.offsets[0]
+                for series, line in share.lines.items()
+                if line.waiting
+                or series.timeframe.after(line.newest.candle.time, self._lookback) >= newest
+            ),
+            default=share.base,
+        )

@@ -79,7 +79,7 @@ def fault(
     error: BaseException, names: Names, cafile: Path | None, certfile: Path | None
 ) -> Fault | None:
     """What ``error``, or what it came from, means; None if it has nothing to do with TLS."""
-    for one in _origins(error):
+    for one in origins(error):
         if isinstance(one, CertificateError):
             return Fault(f"certificate or key cannot be used: {one}", "", refused=True)
         if isinstance(one, ssl.SSLCertVerificationError):
@@ -131,7 +131,7 @@ def _unusable(error: OSError, otherwise: str) -> str:
     return otherwise if isinstance(error, ssl.SSLError) else error.strerror or str(error)
 
 
-def _origins(error: BaseException | None) -> Iterator[BaseException]:
+def origins(error: BaseException | None) -> Iterator[BaseException]:
     """An error, and what it came from."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
@@ -14,23 +12,14 @@ from random import Random
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-)
-from cryptography.x509.oid import NameOID
 
 from kronos_connectors.mqtt import SOURCE, MqttOptions
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
+from kronos_stream.market.source import Intake, LoginRefused, Source, SourceError
 from kronos_stream.market.wire import encode
-from kronos_stream.testing.mosquitto import Certificates, Mosquitto, publish
+from kronos_stream.testing.mosquitto import Mosquitto, publish
 
 BrokerOf = Callable[..., Mosquitto]
 
@@ -235,9 +224,9 @@ async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: Brok
     login = {"username": "me", "password": "right"}
     with pytest.raises(SourceError, match=rf"mqtt://127\.0\.0\.1:{broker.port}: .*refused") as away:
         await _source(broker, **login).unknown([_BTC])
-    assert not isinstance(away.value, VenueRefused)
+    assert not isinstance(away.value, LoginRefused)
     with broker:
-        with pytest.raises(VenueRefused, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
+        with pytest.raises(LoginRefused, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
             await _source(broker, username="me", password="wrong-secret").unknown([_BTC])  # noqa: S106
         assert "wrong-secret" not in str(refused.value)
         source = _source(broker, **login)
@@ -288,67 +277,3 @@ async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:
             await _in_time(lambda: heard.updates and desk.updates)
             assert desk.numbers(theirs) == [1]
             assert heard.numbers(_BTC) == [2]
-
-
-async def test_candles_travel_encrypted(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
-    authority = _Authority(tmp_path)
-    tls = Certificates(*authority.sign("broker"), clients=authority.file)
-    cert, key = authority.sign("client")
-    ours: dict[str, Any] = {"tls_cafile": authority.file, "tls_certfile": cert, "tls_keyfile": key}
-    with mosquitto_of(tls=tls) as broker:
-        async with _running(broker, _Heard(), **ours):
-            pass
-        with pytest.raises(SourceError, match="CERTIFICATE_VERIFY_FAILED"):
-            await _source(broker).unknown([_BTC])
-        with pytest.raises(SourceError):  # it asks for our certificate
-            await _source(broker, tls_cafile=authority.file).unknown([_BTC])
-        source = _source(broker, **ours)
-        cert.write_text("spoiled", "utf-8")  # after the start
-        with pytest.raises(SourceError, match="certificate or key cannot be used"):
-            await source.unknown([_BTC])
-        began = time.monotonic()
-        with pytest.raises(SourceError, match="is it MQTT, and encrypted if the URL says so"):
-            await _source(broker, url=broker.url.replace("mqtts", "mqtt")).unknown([_BTC])
-        assert time.monotonic() - began < 2
-
-
-class _Authority:
-    """Makes itself, and certificates for 127.0.0.1."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._key = folder, ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
-        self.file = folder / "ca.pem"
-        self._write("ca", self._key, self._name, x509.BasicConstraints(ca=True, path_length=0))
-
-    def sign(self, name: str) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-        return self._write(name, key, subject, address)
-
-    def _write(
-        self,
-        name: str,
-        key: ec.EllipticCurvePrivateKey,
-        subject: x509.Name,
-        extension: x509.ExtensionType,
-    ) -> tuple[Path, Path]:
-        now = dt.datetime.now(dt.UTC)
-        made = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(extension, critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
-        paths = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        paths[0].write_bytes(made.public_bytes(Encoding.PEM))
-        paths[1].write_bytes(
-            key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
-        )
-        return paths

@@ -30,7 +30,7 @@ async def _look(options: MqttOptions) -> Sequence[Finding]:
         await link.open()
     except LinkError as error:
         said = f"{options.address}: {error}"
-        return [Finding("fail", said, "" if error.answer.failed else _AWAY)]
+        return [Finding("fail", said, "" if error.refused or error.answer.failed else _AWAY)]
     finally:
         await link.close()
     if not link.retains:

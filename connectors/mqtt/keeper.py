@@ -26,6 +26,8 @@ class Keeper:
         """make: a new link. address: of the broker, for people."""
         self.trouble = "not connected yet"
         """Why there is no connection that works; empty while there is."""
+        self.refused = False
+        """Whether that is so until somebody changes something."""
         self.failed = asyncio.Event()
         """Set while tries fail."""
         self._make, self._address, self._random = make, address, random
@@ -51,6 +53,7 @@ class Keeper:
                 backoff.ended(None if opened is None else time() - opened)
                 note("not connected" if opened is None else "lost")
                 twins = error.answer is SILENCE and backoff.cut_short >= _SUSPICIOUS
+                self.refused = error.refused
                 self._fails(f"{error}; {_TWINS}" if twins else str(error))
             finally:
                 await link.close()
@@ -58,7 +61,7 @@ class Keeper:
 
     def works(self) -> None:
         """The connection can be used."""
-        self.trouble = ""
+        self.trouble, self.refused = "", False
         self.failed.clear()
         _log.info("connected to mqtt broker", url=self._address)
 

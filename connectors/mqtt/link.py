@@ -10,7 +10,6 @@ whatever happens. Hence the look inside: this module alone knows aiomqtt and pah
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from kronos_connectors.mqtt.ear import HUNG_UP, Ear
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.reasons import SILENCE, Answer
 
@@ -33,21 +33,19 @@ _CLOSE_SECONDS = 1.0
 _LOST = 128
 """What paho calls an end without a word."""
 
-_silent = logging.getLogger("kronos_connectors.mqtt.paho")
-_silent.setLevel(logging.CRITICAL)  # what it has to say we say ourselves, once
-
 _ONCE_LIVE = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
 
 
 class LinkError(Exception):
     """There is no connection, or no more, or no answer; one clause for people.
 
-    answer: what the broker said, SILENCE if nothing.
+    answer: what the broker said, SILENCE if nothing. refused: whether it is the same next time,
+    unless somebody changes something.
     """
 
-    def __init__(self, why: object, answer: Answer = SILENCE) -> None:
+    def __init__(self, why: object, answer: Answer = SILENCE, *, refused: bool = False) -> None:
         super().__init__(str(why))
-        self.answer = answer
+        self.answer, self.refused = answer, refused or answer.final
 
 
 class Link(aiomqtt.Client):
@@ -70,12 +68,13 @@ class Link(aiomqtt.Client):
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = session_seconds
         properties.MaximumPacketSize = options.max_record_bytes
+        self._ear = Ear()
         super().__init__(
             options.host,
             options.port,
             username=options.username or None,
             password=options.password.get_secret_value() or None,
-            logger=_silent,
+            logger=self._ear.logger,
             identifier=identifier,
             protocol=aiomqtt.ProtocolVersion.V5,
             will=will,
@@ -116,15 +115,15 @@ class Link(aiomqtt.Client):
             if (context := self._options.tls()) is not None:
                 self._client.tls_set_context(context)
             await _within(seconds, self.__aenter__())
-        except aiomqtt.MqttError as error:
-            self._drop()
-            raise _explained(error) from None
         except TimeoutError:
             self._drop()
             raise LinkError(f"no answer in {seconds:g} s") from None
-        except (OSError, ValueError) as error:  # a name that no host can have, a lost certificate
+        # Also a name that no host can have, or a lost certificate.
+        except (aiomqtt.MqttError, OSError, ValueError) as error:
             self._drop()
-            raise LinkError(str(error)) from None
+            if found := self._ear.fault(error, self._options):
+                raise LinkError(found, refused=found.refused) from None
+            raise _explained(error) from None
         except BaseException:
             self._drop()
             raise
@@ -251,8 +250,7 @@ class Link(aiomqtt.Client):
         properties: Properties | None = None,
     ) -> None:
         if not self._connected.done():
-            hung_up = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
-            self._connected.set_exception(aiomqtt.MqttError(hung_up))
+            self._connected.set_exception(aiomqtt.MqttError(HUNG_UP))
             return
         super()._on_disconnect(client, userdata, flags, reason_code, properties)
 

@@ -12,7 +12,16 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from kronos_connectors import tls
 from kronos_connectors.mqtt.topics import SERIES, Template
+
+NAMES = tls.Names(
+    address="KRONOS_STREAM_MQTT__URL",
+    encrypt="whether it is to begin with mqtts:// or mqtt://",
+    cafile="KRONOS_STREAM_MQTT__TLS_CAFILE",
+    certfile="KRONOS_STREAM_MQTT__TLS_CERTFILE",
+    key_password="KRONOS_STREAM_MQTT__TLS_KEY_PASSWORD",  # noqa: S106 - its name
+)
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -68,6 +77,8 @@ class MqttOptions(BaseModel):
     """Our certificate, PEM, where the broker asks for one."""
     tls_keyfile: Path | None = None
     """Its key, PEM, if not in the same file."""
+    tls_key_password: SecretStr = SecretStr("")
+    """Of that key, where it is encrypted."""
     client_id: str = Field(default_factory=_client_id, pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """How our names at the broker begin. Always the same for one daemon, and different for each:
     brokers let only one client of a name in."""
@@ -116,7 +127,10 @@ class MqttOptions(BaseModel):
         for path in paths:
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: no such file")
-        self.tls()
+        try:
+            self.tls()
+        except tls.CertificateError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
@@ -138,17 +152,11 @@ class MqttOptions(BaseModel):
         return f"{self._parts.scheme}://{host}:{self.port}"
 
     def tls(self) -> ssl.SSLContext | None:
-        """What encrypts, if anything does; reads the certificates. Raises ValueError."""
+        """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
         if not self.encrypted:
             return None
-        try:
-            context = ssl.create_default_context(cafile=self.tls_cafile)
-            if self.tls_certfile:
-                # Without a password, or OpenSSL asks for one at the terminal.
-                context.load_cert_chain(self.tls_certfile, self.tls_keyfile, password="")
-        except OSError as error:
-            raise ValueError(f"certificate or key cannot be used: {error}") from None
-        return context
+        password = self.tls_key_password.get_secret_value()
+        return tls.context(self.tls_cafile, self.tls_certfile, self.tls_keyfile, password, NAMES)
 
     def candles(self) -> Template:
         return Template(self.candle_topic, needed={"symbol", "timeframe"}, known=SERIES)

@@ -21,7 +21,7 @@ from kronos_connectors.shelf import Shelf
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits, VenueRefused
+from kronos_stream.market.source import Intake, LoginRefused, SourceError, Traits
 from kronos_stream.market.wire import WireError, decode
 
 _log = structlog.get_logger()
@@ -93,7 +93,7 @@ class MqttSource:
             await link.open()
             await _adjust(link, trial)
         except LinkError as error:
-            kind = VenueRefused if error.answer.final else SourceError
+            kind = LoginRefused if error.refused else SourceError
             raise kind(f"{options.address}: {error}") from None
         finally:
             await link.close()

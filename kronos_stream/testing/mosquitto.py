@@ -16,11 +16,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
+
+from kronos_stream.testing.certificates import Signed
 
 _PORTS = count(os.getpid() * 41)
 _READY_SECONDS = 20.0
@@ -33,21 +34,12 @@ class MosquittoFailed(Exception):  # noqa: N818
     """It is not installed, or did not come up; says where its log is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificates:
-    """PEM files of a broker that speaks TLS."""
-
-    certificate: Path
-    key: Path
-    clients: Path | None = None
-    """Who vouches for clients, which must then show a certificate of their own."""
-
-
 class Mosquitto:
     """A broker in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
 
     users: passwords by name; clients must then log in.
     tls: its certificate; clients must then encrypt.
+    clients: who vouches for clients, PEM, which must then show a certificate of their own.
     persistent: whether it saves its memory at every change, so that what it retains and the
         sessions it holds survive :meth:`kill`, all but what came in the last moment.
     settings: further lines of ``mosquitto.conf``.
@@ -58,7 +50,8 @@ class Mosquitto:
         folder: Path,
         *,
         users: Mapping[str, str] | None = None,
-        tls: Certificates | None = None,
+        tls: Signed | None = None,
+        clients: Path | None = None,
         persistent: bool = True,
         settings: Sequence[str] = (),
     ) -> None:
@@ -87,8 +80,8 @@ class Mosquitto:
             lines.append(f"password_file {self._passwords(users)}")
         if tls:
             lines += [f"certfile {tls.certificate}", f"keyfile {tls.key}"]
-            if tls.clients:
-                lines += [f"cafile {tls.clients}", "require_certificate true"]
+            if clients:
+                lines += [f"cafile {clients}", "require_certificate true"]
         lines += settings
         (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n", "utf-8")
 

@@ -16,7 +16,7 @@ import structlog
 
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import Draft, State
-from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -45,10 +45,12 @@ class Delivery:
         max_age: int,
         letter: Callable[[str, Refusal], Draft],
         order: asyncio.Lock,
+        patient: bool = True,
     ) -> None:
         """max_age: ms. letter: the dead letter of a refusal, for a sink.
 
         order: held by whoever writes or reads the outbox's rows until memory has followed suit.
+        patient: whether the sink is tried again where it does not let us in from the start.
         """
         self.trouble = "not started yet"
         """Why nothing is delivered, empty if all is well."""
@@ -65,7 +67,7 @@ class Delivery:
         self._behind = True
         """Whether there may be rows behind those in memory."""
         self._news = asyncio.Event()
-        self._started = False
+        self._started, self._patient = False, patient
         self._failures = 0
         metrics.expect(sinks=[sink.name])
         metrics.queued.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
@@ -101,7 +103,10 @@ class Delivery:
         return f"{self.waiting} records wait, the oldest for {seconds:.0f} s" if late else ""
 
     async def run(self) -> None:
-        """Deliver until cancelled. Raises StateError, but nothing that the sink raises."""
+        """Deliver until cancelled.
+
+        Raises StateError, but nothing that the sink raises, unless it is SinkRefused at the start.
+        """
         async with self._order:
             backlog = (await self._state.backlogs()).get(self._sink.name)
             self.waiting = backlog.records if backlog else 0
@@ -175,6 +180,8 @@ class Delivery:
                 raise
             self._failed("a task of its own was cancelled")
         except (SinkUnavailable, TimeoutError) as error:
+            if isinstance(error, SinkRefused) and not (self._started or self._patient):
+                raise
             self._failed(str(error) or f"no answer in {DELIVER_SECONDS:g} s")
         except Exception as error:  # noqa: BLE001 - whoever wrote it, it holds up its own only
             _log.error("sink failed unexpectedly", sink=self._sink.name, exc_info=error)

@@ -57,7 +57,8 @@ class Following(Role):
         self.metrics.expect(venues=sources)
         self._sources = dict(sources)
         watchlist = settings.watchlist() if series is None else ()
-        self._universe = Universe(watchlist, series or (), self._sources, clock)
+        patient = settings.login_refused == "retry"
+        self._universe = Universe(watchlist, series or (), self._sources, clock, patient=patient)
         self._changing = asyncio.Lock()
 
     def checks(self) -> dict[str, str]:

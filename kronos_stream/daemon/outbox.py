@@ -49,8 +49,12 @@ class Outbox:
         *,
         max_age_seconds: float,
         bury: Callable[[str, Refusal], Message],
+        patient: bool = True,
     ) -> None:
-        """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink."""
+        """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink.
+
+        patient: whether a sink is tried again that does not let us in from the start.
+        """
         self._state, self._wall, self._bury = state, wall, bury
         self._max_age = round(1000 * max_age_seconds)
         self._newest = 0
@@ -65,6 +69,7 @@ class Outbox:
                 max_age=self._max_age,
                 letter=self._letter,
                 order=order,
+                patient=patient,
             )
             for sink in sinks
         }
@@ -103,7 +108,7 @@ class Outbox:
         return min((one.first for one in self._deliveries.values()), default=inf) - 1
 
     async def run(self) -> None:
-        """Deliver until cancelled; the sinks are closed then. Raises StateError."""
+        """Deliver until cancelled; the sinks are closed then. Raises StateError, SinkRefused."""
         backlogs = await self._state.backlogs()
         async with asyncio.TaskGroup() as tasks:
             for delivery in self._deliveries.values():

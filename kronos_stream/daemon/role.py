@@ -73,7 +73,8 @@ class Role(ABC):
     async def run(self) -> None:
         """Work until :meth:`stop`, or until there is nothing left to take in.
 
-        Raises SettingsError, StateError or WorkerError for what the user can mend.
+        Raises SettingsError, StateError, WorkerError, SinkRefused or LoginRefused for what the user
+        can mend.
         """
         settings = self.settings
         async with AsyncExitStack() as stack:
@@ -86,6 +87,7 @@ class Role(ABC):
                 self.metrics,
                 max_age_seconds=settings.outbox_max_age,
                 bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
+                patient=settings.login_refused == "retry",
             )
             pages = Pages(
                 self.metrics, self.checks, self._board, self._clock, token=settings.http.token

@@ -207,6 +207,9 @@ class Settings(BaseSettings):
     """Bars, outcomes and undelivered messages, on a local disk; one daemon per file."""
     outbox_max_age: float = Field(default=86_400.0, gt=0)
     """Seconds after which an undelivered message is given up."""
+    login_refused: Literal["exit", "retry"] = "exit"
+    """Where a broker does not let us in at the start, for a password or a certificate: exit, with
+    code 2, or try again. Once we were in, it is always tried again."""
     stop_grace: float = Field(default=20.0, ge=0)
     """Seconds to finish and deliver after SIGTERM."""
     secrets_dir: _Path = Path("/run/secrets")

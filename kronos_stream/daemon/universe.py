@@ -10,7 +10,7 @@ import structlog
 from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Ranking, Source, SourceError, VenueRefused
+from kronos_stream.market.source import LoginRefused, Ranking, Source, SourceError, VenueRefused
 from kronos_stream.market.watchlist import Entry
 
 _log = structlog.get_logger()
@@ -28,8 +28,13 @@ class Universe:
         series: Collection[Series],
         sources: Mapping[str, Source],
         clock: Clock,
+        *,
+        patient: bool = True,
     ) -> None:
-        """series: what is followed beside the watchlist."""
+        """series: what is followed beside the watchlist.
+
+        patient: whether a venue is asked again that refuses our login at the start.
+        """
         self.watchlist = watchlist
         self.series = frozenset(series)
         self.lost: dict[str, str] = {}
@@ -38,7 +43,7 @@ class Universe:
         """Venues that do not answer yet, and why."""
         self.absent: set[str] = set()
         """Venues that did not answer at the start: nothing of them is followed so far."""
-        self._sources, self._clock = sources, clock
+        self._sources, self._clock, self._patient = sources, clock, patient
 
     async def settle(self, held: Collection[Series]) -> None:
         """Find out what to follow at the start; returns once the venues have answered.
@@ -47,14 +52,16 @@ class Universe:
         can be expected to wait for it; it is :attr:`absent` then. Where none answers, there is
         nothing to begin with: then the first one that does is waited for, however long it takes.
         held: what was followed before. Raises SettingsError for what no venue has, VenueRefused
-        where every venue is lost.
+        where every venue is lost, LoginRefused where that is not to be tried again.
         """
         asked = {
             asyncio.ensure_future(self._settle_patiently(venue, held)): venue
             for venue in self._sources
         }
         try:
-            done, waiting = await asyncio.wait(asked, timeout=_PATIENCE_SECONDS)
+            done, waiting = await asyncio.wait(
+                asked, timeout=_PATIENCE_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+            )
             if not done:
                 done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -126,7 +133,10 @@ class Universe:
                 self.lose(venue, error)
                 lines = []
             except SourceError as error:
-                _log.warning("venue does not answer yet", venue=venue, why=str(error))
+                if isinstance(error, LoginRefused) and not self._patient:
+                    raise
+                if self.trouble.get(venue) != str(error):
+                    _log.warning("venue does not answer yet", venue=venue, why=str(error))
                 self.trouble[venue] = str(error)
                 await self._clock.sleep(max(ASK_AGAIN_SECONDS, error.retry_after))
                 continue

@@ -1,0 +1,473 @@
+"""What systemd hears of the daemon, over a real socket, and that the unit is one it takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from threading import Event, Thread
+from typing import NamedTuple, Self
+from uuid import uuid4
+
+import pytest
+from structlog.testing import capture_logs
+
+from kronos_stream.daemon.environment import describe, read_settings
+from kronos_stream.daemon.notify import _MOST_OWED, Notifier
+from kronos_stream.daemon.progress import Progress, Work
+from kronos_stream.daemon.settings import Settings
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+if sys.platform != "linux":
+    pytest.skip("not tested: systemd is Linux's", allow_module_level=True)
+
+WATCHDOG_SECONDS = 2.0
+GIVEN = {"MODEL": "nano", "LOOKBACK": "96", "HORIZON": "8", "PATHS": "20"}
+
+# A sink as a user may write one, that does what stands in a file; and a disk that may hang. The
+# daemon's patience with its own tasks is cut short.
+SINK = """
+import asyncio, time
+from pathlib import Path
+from pydantic import BaseModel
+from kronos_stream.daemon import delivery, progress
+from kronos_stream.daemon.database import Database
+from kronos_stream.forecast.sink import SinkConnector, SinkUnavailable
+
+progress.DELIVER_SECONDS = progress._MARGIN_SECONDS = 2.0
+delivery._LONGEST_PAUSE_SECONDS = 1.0
+progress._SAVE_SECONDS = progress._WAKE_SECONDS = 2.0
+
+class Options(BaseModel):
+    orders: Path
+
+class Frail:
+    name = "frail"
+
+    def __init__(self, options):
+        self._orders, write = options.orders, Database.write
+
+        async def wait_and_write(database, work):
+            if self._orders.read_text() == "disk":
+                await asyncio.sleep(600)
+            return await write(database, work)
+
+        Database.write = wait_and_write
+
+    async def start(self):
+        pass
+
+    async def deliver(self, records):
+        order = self._orders.read_text()
+        if order == "block":
+            time.sleep(600)
+        while order == "hang":
+            try:
+                await asyncio.sleep(600)
+            except asyncio.CancelledError:
+                pass
+        if order == "away":
+            raise SinkUnavailable("the broker is away")
+        return ()
+
+    async def close(self):
+        pass
+
+CONNECTOR = SinkConnector(Options, lambda options, clock, random: Frail(options))
+"""
+
+
+class Heard(NamedTuple):
+    """A message."""
+
+    at: float
+    """Monotonic seconds."""
+    said: dict[str, str]
+
+
+class Manager:
+    """The end of the socket that systemd holds; bound until the ``with`` block ends."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard: list[Heard] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
+        self._socket.settimeout(0.1)
+        self._over = Event()
+        self._listening = Thread(target=self._listen, daemon=True)
+
+    def says(self, name: str, begin: str = "", within: str = "") -> list[Heard]:
+        """Messages in which that is assigned: what begins so, and holds that."""
+        return [
+            one
+            for one in list(self.heard)
+            for value in one.said.get(name, "").splitlines()
+            if value.startswith(begin) and within in value
+        ]
+
+    def wait_for(self, name: str, begin: str, *, within: str = "", after: int = 0) -> Heard:
+        """The first such message but the ``after`` first."""
+        what = f"{name}={begin}…{within}"
+        wait_for(what, lambda: len(self.says(name, begin, within)) > after, 60.0)
+        return self.says(name, begin, within)[after]
+
+    def quiet_for(self) -> float:
+        """Seconds since the watchdog was fed."""
+        return time.monotonic() - self.says("WATCHDOG", "1")[-1].at
+
+    def _listen(self) -> None:
+        while not self._over.is_set():
+            try:
+                message = self._socket.recv(65_536).decode()
+            except TimeoutError:
+                continue
+            said = dict(line.split("=", 1) for line in message.splitlines())
+            self.heard.append(Heard(time.monotonic(), said))
+
+    def __enter__(self) -> Self:
+        self._listening.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._listening.join()
+        self._socket.close()
+
+
+@pytest.fixture(params=["path"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+    """At a path, or an abstract name."""
+    name = f"@{uuid4()}" if request.param == "abstract" else str(tmp_path / "notify")
+    with Manager(name) as manager:
+        yield manager
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Iterator[ExchangeProcess]:
+    """Two markets, one-second bars; nobody stops it."""
+    with ExchangeProcess("--symbols", "2", "--history", "300") as exchange:
+        yield exchange
+
+
+@pytest.fixture
+def managed(
+    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., DaemonProcess]:
+    """Makes a daemon, not yet started, as systemd would; its sink has its orders in a file."""
+    info = tmp_path / "frail_sink-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: frail-sink\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kronos_stream.sinks]\nfrail = frail_sink:CONNECTOR\n")
+    (tmp_path / "frail_sink.py").write_text(SINK)
+    (tmp_path / "orders").write_text("")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # as in the unit
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", str(round(1e6 * WATCHDOG_SECONDS)))
+
+    def make(exchange: ExchangeProcess, **settings: str) -> DaemonProcess:
+        sink = {"SINKS": "frail", "FRAIL__ORDERS": str(tmp_path / "orders")}
+        return DaemonProcess(tmp_path, GIVEN | sink | exchange.settings() | settings)
+
+    return make
+
+
+def test_it_is_told_from_start_to_stop(
+    manager: Manager, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+) -> None:
+    with managed(exchange) as daemon:
+        daemon.start()
+        first = manager.wait_for("READY", "1")
+        assert first.said["STATUS"].startswith("starting; ")
+        assert first == manager.heard[0]
+        assert daemon.checks()[0] != 200  # the model is not loaded yet
+        daemon.wait_until_ready()
+        manager.wait_for("STATUS", "following 2 series")
+        worker = daemon.worker()
+        assert worker is not None
+        environ = Path(f"/proc/{worker}/environ").read_bytes()
+        assert b"KRONOS_STREAM_" in environ
+        assert b"NOTIFY_SOCKET" not in environ
+        assert b"WATCHDOG" not in environ
+
+        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        daemon.signal(signal.SIGHUP)
+        asked = manager.wait_for("RELOADING", "1")
+        assert int(asked.said["MONOTONIC_USEC"]) > before
+        done = manager.wait_for("READY", "1", after=1)
+        assert manager.heard.index(done) > manager.heard.index(asked)
+
+        wait_for("some more of it", lambda: len(manager.says("WATCHDOG", "1")) >= 6, 30.0)
+        fed = [one.at for one in manager.says("WATCHDOG")]
+        pauses = [after - before for before, after in pairwise(fed)]
+        assert max(pauses) < WATCHDOG_SECONDS
+        assert sum(pauses) / len(pauses) == pytest.approx(WATCHDOG_SECONDS / 2, rel=0.2)
+
+        assert daemon.stop() == 0
+        last = manager.wait_for("STOPPING", "1")
+        assert int(last.said["EXTEND_TIMEOUT_USEC"]) > 20e6  # the grace
+        assert all(
+            one.said == {"WATCHDOG": "1"} for one in manager.heard[manager.heard.index(last) + 1 :]
+        )
+        assert daemon.left_behind() == []
+
+
+@pytest.mark.parametrize("manager", ["abstract"], indirect=True)
+def test_it_is_ready_though_the_exchange_is_away(
+    manager: Manager, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+) -> None:
+    with socket.socket() as nobody:  # bound, so that no one else listens there
+        nobody.bind(("127.0.0.1", 0))
+        away = f"127.0.0.1:{nobody.getsockname()[1]}"
+        settings = {"BINANCE__REST_URL": f"http://{away}", "BINANCE__WS_URL": f"ws://{away}"}
+        with managed(exchange, **settings) as daemon:
+            daemon.start()
+            manager.wait_for("READY", "1")
+            wait_for("it is fed", lambda: len(manager.says("WATCHDOG", "1")) >= 4, 30.0)
+            assert manager.says("STATUS")[-1].said["STATUS"].startswith("starting")
+            assert daemon.stop() == 0
+
+
+def test_who_is_away_or_lost_is_no_lack_of_progress(
+    manager: Manager, managed: Callable[..., DaemonProcess], tmp_path: Path
+) -> None:
+    with (
+        ExchangeProcess("--symbols", "2", "--history", "300") as exchange,
+        managed(exchange) as daemon,
+    ):
+        daemon.start()
+        daemon.wait_until_ready()
+        _forecasts(daemon)
+        worker = daemon.worker()
+        assert worker is not None
+        os.kill(worker, signal.SIGKILL)
+        wait_for("it is replaced", lambda: daemon.worker() not in (worker, None), 30.0)
+        _forecasts(daemon)
+        (tmp_path / "orders").write_text("away")
+        told = manager.wait_for("STATUS", "not ready; ", within="sink frail: the broker is away")
+        assert " records undelivered; " in told.said["STATUS"]
+        exchange.close()
+        time.sleep(10.0)
+        assert daemon.checks()[1]["sink frail"] == "the broker is away"
+        assert not any(line["event"].startswith("stuck") for line in daemon.log())
+        fed = [one.at for one in manager.says("WATCHDOG")]
+        assert max(after - before for before, after in pairwise(fed)) < WATCHDOG_SECONDS
+        assert manager.quiet_for() < WATCHDOG_SECONDS
+
+
+STUCK = {
+    "block": "",  # the event loop: nobody is left to say so
+    "hang": "delivering to frail",
+    "disk": "saving closed bars",
+}
+
+
+@pytest.mark.parametrize("fault", STUCK)
+def test_a_stuck_daemon_feeds_no_watchdog(
+    fault: str,
+    manager: Manager,
+    managed: Callable[..., DaemonProcess],
+    exchange: ExchangeProcess,
+    tmp_path: Path,
+) -> None:
+    with managed(exchange) as daemon:
+        daemon.start()
+        daemon.wait_until_ready()
+        _forecasts(daemon)
+        assert manager.quiet_for() < WATCHDOG_SECONDS
+        (tmp_path / "orders").write_text(fault)
+        wait_for("it starves", lambda: manager.quiet_for() > 2 * WATCHDOG_SECONDS, 60.0)
+        assert daemon.worker() is not None
+        if what := STUCK[fault]:
+            assert manager.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
+            assert any(line["event"].startswith("stuck") for line in daemon.log())
+        daemon.signal(signal.SIGABRT)  # what systemd does then
+        assert daemon.wait(10.0) == -signal.SIGABRT
+        if fault == "block":
+            assert "in deliver" in daemon.log_file.read_text("utf-8")
+        wait_for("its worker has ended", lambda: not daemon.left_behind(), 10.0)
+
+
+def test_a_failure_is_in_the_status(
+    manager: Manager, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+) -> None:
+    with managed(exchange, MODEL="/nowhere") as daemon:
+        daemon.start()
+        assert daemon.wait(60.0) == 2
+        assert "/nowhere" in manager.wait_for("STATUS", "failed: ").said["STATUS"]
+        assert manager.says("STOPPING", "1")
+
+
+def _forecasts(daemon: DaemonProcess) -> None:
+    """Wait for some more."""
+    before = daemon.metric("kronos_delivered_total")
+    more = f"forecasts ({daemon.log_file})"
+    wait_for(more, lambda: daemon.metric("kronos_delivered_total") >= before + 4, 60.0)
+
+
+# What is told, and to whom.
+
+
+def test_nobody_is_told_where_nobody_listens() -> None:
+    environ = {"PATH": "/bin", "WATCHDOG_USEC": "1000000"}
+    with capture_logs() as logs:
+        notifier = Notifier.of(environ)
+        notifier.tell(READY=1)
+        notifier.close()
+    assert not notifier.listens
+    assert notifier.watchdog == 0
+    assert environ == {"PATH": "/bin"}
+    assert logs == []
+
+
+@pytest.mark.parametrize(
+    ("pid", "seconds"), [("", 20.0), (str(os.getpid()), 20.0), ("1", 0.0), ("x", 0.0)]
+)
+def test_the_watchdog_may_be_meant_for_another(pid: str, seconds: float, manager: Manager) -> None:
+    environ = {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": pid, "NOTIFY_SOCKET": manager.address}
+    notifier = Notifier.of(environ)
+    assert notifier.listens
+    assert notifier.watchdog == seconds
+    assert environ == {}
+    notifier.close()
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "vsock:2:4711"])
+def test_a_manager_that_is_not_there_is_a_warning(address: str) -> None:
+    with capture_logs() as logs:
+        notifier = Notifier.of({"NOTIFY_SOCKET": address})
+        notifier.tell(READY=1)
+    assert [line["log_level"] for line in logs] == ["warning"]
+    notifier.close()
+
+
+def test_messages_are_lines_without_breaks(manager: Manager) -> None:
+    notifier = Notifier(manager.address)
+    notifier.tell(READY=1, STATUS="two\nlines, one of them\nSTOPPING=1 " + chr(0xDC80))
+    assert manager.wait_for("READY", "1").said["STATUS"] == "two lines, one of them STOPPING=1 ?"
+    assert not manager.says("STOPPING")
+    notifier.close()
+
+
+def test_a_manager_that_is_busy_is_told_later_in_order(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as theirs:
+        theirs.bind(str(tmp_path / "notify"))
+        theirs.setblocking(False)  # noqa: FBT003
+        notifier = Notifier(str(tmp_path / "notify"))
+        sent = _MOST_OWED + int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text("ascii"))
+        for number in range(sent):  # nobody reads, nobody waits
+            notifier.tell(X_NUMBER=number)
+        heard: list[bytes] = []
+        while b"X_NUMBER=last" not in heard:
+            try:
+                heard.append(theirs.recv(100))
+            except BlockingIOError:
+                notifier.tell(X_NUMBER="last")
+        assert heard[:sent] == [f"X_NUMBER={number}".encode() for number in range(sent)]
+        notifier.close()
+
+
+def test_what_waits_and_is_not_worked_off_is_overdue() -> None:
+    waiting, done, patience = 0, 0, 10.0
+    work = Work("digging", lambda: waiting, lambda: done, lambda: patience)
+    progress = Progress()
+    assert progress.overdue(0.0) == ""
+    progress.watch([work])
+    assert progress.overdue(0.0) == ""
+    assert progress.overdue(1000.0) == ""  # there was nothing to do
+    waiting = 3
+    assert progress.overdue(1001.0) == ""
+    assert progress.overdue(1010.0) == ""
+    assert progress.overdue(1011.0) == "digging: nothing done for 11 s"
+    patience = 900.0
+    assert progress.overdue(1012.0) == ""
+    done, patience = 1, 10.0
+    assert progress.overdue(1500.0) == ""
+    assert progress.overdue(1511.0) != ""
+    waiting = 0
+    assert progress.overdue(1512.0) == ""
+
+
+# The unit.
+
+UNITS = Path(__file__).parents[1] / "deploy" / "systemd"
+PROGRAM = "/opt/kronos-stream/bin/kronos-stream"
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """A copy, of a program that is there."""
+    if shutil.which("systemd-analyze") is None:
+        if os.environ.get("KRONOS_REQUIRE_SYSTEMD") == "1":
+            pytest.fail("no systemd: no systemd-analyze on PATH")
+        pytest.skip("not tested with systemd: no systemd-analyze on PATH")
+    text = (UNITS / "kronos-stream.service").read_text("utf-8")
+    program = Path(sys.executable).with_name("kronos-stream")
+    assert text.count(PROGRAM) == 1
+    copy = tmp_path / "kronos-stream.service"
+    copy.write_text(text.replace(PROGRAM, str(program)), "utf-8")
+    return copy
+
+
+def _analyze(*arguments: str) -> str:
+    done = subprocess.run(
+        ["systemd-analyze", "--no-pager", *arguments],  # noqa: S607
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("added", [[], ["gpu.conf"]], ids=["plain", "gpu"])
+@pytest.mark.parametrize("name", ["kronos-stream", "kronos-ingest"])
+def test_systemd_takes_the_unit(unit: Path, added: list[str], name: str) -> None:
+    unit = unit.rename(unit.with_stem(name))
+    folder = unit.with_name(f"{unit.name}.d")
+    folder.mkdir()
+    for one in added:
+        shutil.copy(UNITS / one, folder)
+    assert _analyze("verify", "--man=no", str(unit)) == ""
+
+
+def test_systemd_would_say_what_is_wrong_with_it(unit: Path) -> None:
+    unit.write_text(unit.read_text("utf-8") + "[Service]\nNoSuchSetting=1\n", "utf-8")
+    with pytest.raises(AssertionError, match="NoSuchSetting"):
+        assert _analyze("verify", "--man=no", str(unit)) == ""
+
+
+def test_the_unit_is_shut_in(unit: Path) -> None:
+    """Its exposure, in tenths of systemd's scale from 0 to 10."""
+    said = _analyze("security", "--offline=true", "--threshold=15", str(unit))
+    assert "Overall exposure level" in said
+
+
+def test_the_unit_and_the_daemon_agree() -> None:
+    text = (UNITS / "kronos-stream.service").read_text("utf-8")
+    grace = Settings.model_fields["stop_grace"].default
+    (limit,) = re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)
+    assert int(limit) >= grace + 30
+    assert "Environment=KRONOS_STREAM_SECRETS_DIR=%d" in text
+    assert "LoadCredential=kronos_stream:" in text  # files: kronos_stream_NAME
+    known = {setting.name for setting in describe()}
+    assert set(re.findall(r"KRONOS_STREAM_[A-Z_]+", text)) <= known
+
+
+def test_the_example_of_settings_is_taken() -> None:
+    example = (UNITS / "kronos-stream.env").read_text("utf-8")
+    read_settings(dict(re.findall(r"^(KRONOS_STREAM_\w+)=(.*)$", example, re.MULTILINE)))
+    others = set(re.findall(r"^#(KRONOS_STREAM_\w+)=", example, re.MULTILINE))
+    assert others
+    assert others <= {setting.name for setting in describe()}

@@ -22,11 +22,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from prometheus_client.metrics import MetricWrapperBase
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream import Context, Forecaster
+from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.forecast.compose import Composed, Composer
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import outlook
@@ -39,6 +41,8 @@ from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto, MosquittoFailed
 from kronos_stream.testing.mosquitto import program as mosquitto_program
 from kronos_stream.testing.processes import ExchangeProcess
+from kronos_stream.testing.prometheus import Prometheus, PrometheusFailed
+from kronos_stream.testing.prometheus import program as prometheus_program
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -224,6 +228,46 @@ def mosquitto_of(tmp_path: Path) -> Callable[..., Mosquitto]:
             pytest.fail(f"no Mosquitto: {error}")
         pytest.skip(f"not tested with Mosquitto: {error}")
     return partial(Mosquitto, tmp_path / "mosquitto")
+
+
+# Prometheus. Where it is not installed, the tests that ask for it are skipped, and say so; with
+# KRONOS_REQUIRE_PROMETHEUS=1, as in CI, they fail instead.
+
+
+@pytest.fixture
+def prometheus_of(tmp_path: Path) -> Callable[[str], Prometheus]:
+    """Makes one with a configuration, not yet started; its folder is ``prometheus``."""
+    _need_prometheus("prometheus")
+    return partial(Prometheus, tmp_path / "prometheus")
+
+
+@pytest.fixture
+def promtool() -> str:
+    """The program that checks what Prometheus is given."""
+    return _need_prometheus("promtool")
+
+
+def _need_prometheus(name: str) -> str:
+    try:
+        return prometheus_program(name)
+    except PrometheusFailed as error:
+        if os.environ.get("KRONOS_REQUIRE_PROMETHEUS") == "1":
+            pytest.fail(f"no Prometheus: {error}")
+        pytest.skip(f"not tested with Prometheus: {error}")
+
+
+@pytest.fixture(scope="session")
+def measured() -> dict[str, frozenset[str]]:
+    """What a daemon tells Prometheus: names of samples and of histograms → labels."""
+    metrics = Metrics()
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase) and metric._labelnames:
+            metric.labels(*metric._labelnames)  # without any, it has no samples
+    families = list(metrics.registry.collect())
+    samples = [sample for family in families for sample in family.samples]
+    found = {sample.name: frozenset(sample.labels) for sample in samples}
+    histograms = {family.name for family in families if family.type == "histogram"}
+    return found | {name: found[f"{name}_count"] for name in histograms}
 
 
 # What bots read, without a daemon that says it.

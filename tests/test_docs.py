@@ -22,12 +22,10 @@ import pandas as pd
 import pytest
 from confluent_kafka import Producer
 from jsonschema import Draft202012Validator
-from prometheus_client.metrics import MetricWrapperBase
 
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_stream.cli import cli
 from kronos_stream.daemon.environment import describe, read_settings
-from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Composed
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -57,6 +55,7 @@ ELSEWHERE = {
     r"kronos-stream topics (create|check).*": "tests/test_kafka_topics.py",
     r"kronos-stream tail.*": "tests/test_tail.py",
     r"kronos-stream doctor.*": "tests/test_doctor.py",
+    r"curl -s localhost:8080/.*": "tests/test_watching.py",
     r"kronos-stream train .* --init NeoQuasar/.*": "needs the model hub; tests/test_training.py",
     r"python docs/examples/.*": "tests/test_examples.py",
     r"(cp|freqtrade) .*": "tests/test_examples.py",
@@ -335,33 +334,16 @@ def test_settings_in_the_text_exist() -> None:
         assert begins or _is_setting(name), name
 
 
-def test_metrics_in_the_text_exist() -> None:
+def test_metrics_in_the_text_exist(measured: dict[str, frozenset[str]]) -> None:
+    """In running text and tables; queries are looked over by tests/test_watching.py."""
     asked = [
         (found[1], set(re.findall(r"\w+", found[2] or "")))
         for page in PAGES
         for found in re.finditer(METRIC, page.read_text("utf-8"))
     ]
     assert len(asked) > 15
-    for block in QUERIES:
-        labels = set(re.findall(r"(\w+)=", block.text)) - {"instance"}
-        for grouped in re.findall(r"by \(([^)]+)\)", block.text):
-            labels.update(grouped.split(", "))
-        asked += [(name, labels) for name, _ in re.findall(METRIC, block.text)]
-    measured = _measured()
     for name, labels in asked:
-        assert labels - {"instance"} <= measured[name], f"{name}{labels}"
-
-
-def _measured() -> dict[str, set[str]]:
-    """What a daemon tells Prometheus: metrics, and the labels of each."""
-    metrics = Metrics()
-    for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase) and metric._labelnames:
-            metric.labels(*metric._labelnames)  # without any, it has no samples
-    families = list(metrics.registry.collect())
-    found = {sample.name: {*sample.labels} for family in families for sample in family.samples}
-    histograms = {family.name for family in families if family.type == "histogram"}
-    return found | {name: found[f"{name}_count"] for name in histograms}
+        assert labels <= measured[name], f"{name}{labels}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

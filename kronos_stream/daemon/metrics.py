@@ -85,6 +85,8 @@ class Metrics:
             for counter in (self.updates, self.rejected, self.gaps, self.synthetic):
                 counter.labels(venue)
             self.backfills.labels(venue, "failed")
+            for age in ("newest", "older"):
+                self.revisions.labels(venue, age)
         for sink in sinks:
             for counter in (self.refused, self.expired, self.sink_failures):
                 counter.labels(sink)

@@ -1,0 +1,133 @@
+"""Prometheus as a process: to scrape what is served here, and to be asked what it saw.
+
+Needs its programs, prometheus and promtool (Debian and Ubuntu: package ``prometheus``). All calls
+block; from a coroutine use a thread.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import urlencode
+
+from kronos_stream.testing.processes import get
+
+_READY_SECONDS = 30.0
+_STOP_SECONDS = 10.0
+
+
+class PrometheusFailed(Exception):  # noqa: N818
+    """It is not installed, did not come up, or does not take what it is given; says why."""
+
+
+class Prometheus:
+    """One with a configuration of its own, running in a ``with`` block.
+
+    folder: where it keeps what it measures, and its log; relative paths in the configuration are
+    from there.
+    """
+
+    def __init__(self, folder: Path, configuration: str) -> None:
+        """configuration: what stands in ``prometheus.yaml``. Raises PrometheusFailed."""
+        self._program = program("prometheus")
+        self.log_file = folder / "prometheus.log"
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "prometheus.yaml"
+        self._file.write_text(configuration, "utf-8")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._url = ""
+
+    def start(self) -> None:
+        """Start it, and wait until it answers. Raises PrometheusFailed."""
+        command = [
+            self._program,
+            f"--config.file={self._file}",
+            f"--storage.tsdb.path={self._folder / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+            "--log.format=json",
+        ]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        # Ends it if its tests were killed: the pipe closes with this process.
+        self._guard = subprocess.Popen(  # noqa: S603
+            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + _READY_SECONDS
+        while not self._ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.close()
+                raise PrometheusFailed(f"prometheus did not come up; see {self.log_file}")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """End it; its folder remains."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()  # closes the pipe, too
+        self._process = self._guard = None
+
+    def ask(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
+        """The data of an answer of its HTTP API: ``ask("query", {"query": "up"})``.
+
+        Raises PrometheusFailed with its word where it refuses.
+        """
+        status, body = get(f"{self._url}/api/v1/{path}?{urlencode(parameters or {})}")
+        answer = json.loads(body) if body else {"status": "no answer"}
+        if answer["status"] != "success":
+            raise PrometheusFailed(f"{path}: {status} {answer.get('error', body.decode())}")
+        return answer["data"]
+
+    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
+        """What an expression gives now: labels and number of each. Raises PrometheusFailed."""
+        data = self.ask("query", {"query": expression})
+        if data["resultType"] == "scalar":
+            return [({}, float(data["result"][1]))]
+        return [(one["metric"], float(one["value"][1])) for one in data["result"]]
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _ready(self) -> bool:
+        if not self._url:
+            # It takes a port that is free, and says which.
+            for line in self.log_file.read_text("utf-8", "replace").splitlines():
+                said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+                if str(said.get("msg", "")).lower() == "listening on":
+                    self._url = f"http://{said['address']}"
+        return bool(self._url) and get(f"{self._url}/-/ready")[0] == 200
+
+
+def program(name: str) -> str:
+    """Where prometheus or promtool is installed. Raises PrometheusFailed."""
+    if (found := shutil.which(name)) is None:
+        raise PrometheusFailed(f"no {name} on PATH; Debian and Ubuntu have it in: prometheus")
+    return found

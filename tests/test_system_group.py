@@ -1,0 +1,222 @@
+"""Ingest and a group of forecasters on a real Kafka: killed, joined, stopped, shared out anew."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import orjson
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import candles, forecasts, wanted
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.utc import parse_time
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import Audit, audit, read_topic
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import ExchangeProcess, wait_for
+
+SECOND = Timeframe.parse("1s")
+LATE_MS = 3_000
+"""A forecast that arrives so long after its bar's close shows that somebody was away."""
+
+
+class Listener:
+    """Reads a topic of forecasts as they come: when each arrived, and of which bar's close."""
+
+    def __init__(self, bootstrap: str, topic: str) -> None:
+        self.arrivals: list[tuple[float, str, int]] = []
+        """Wall clock in ms, series, close in ms."""
+        self._stop = threading.Event()
+        self._consumer = Consumer({"bootstrap.servers": bootstrap, "group.id": "listener"})
+        places = self._consumer.list_topics(topic, timeout=30).topics[topic].partitions
+        self._consumer.assign([TopicPartition(topic, one, 0) for one in places])
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while not self._stop.is_set():
+            for message in self._consumer.consume(500, 0.2):
+                said = orjson.loads(message.value() or b"{}")
+                if "origin" in said:
+                    close = parse_time(said["origin"]) + 1_000
+                    self.arrivals.append((time.time() * 1000, said["series"], close))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._consumer.close()
+
+    def caught_up(self, since: float) -> float:
+        """Seconds after ``since`` (wall clock, ms) at which the last late forecast arrived."""
+        late = [at for at, _, close in self.arrivals if at > since and at - close > LATE_MS]
+        return (max(late) - since) / 1000 if late else 0.0
+
+
+@dataclass
+class Group:
+    """An exchange, an ingester and members that come and go."""
+
+    bootstrap: str
+    prefix: str
+    exchange: ExchangeProcess
+    folder: Path
+    stack: ExitStack
+    settings: Mapping[str, str]
+    members: list[DaemonProcess] = field(default_factory=list)
+    ended: list[DaemonProcess] = field(default_factory=list)
+
+    @property
+    def series(self) -> Sequence[Series]:
+        return self.exchange.series()
+
+    def process(self, name: str, **settings: str) -> DaemonProcess:
+        folder = self.folder / name
+        folder.mkdir()
+        shared = {
+            "KAFKA__BOOTSTRAP_SERVERS": self.bootstrap,
+            "KAFKA__TOPIC_PREFIX": self.prefix,
+            "TIMEFRAMES": ",".join(self.exchange.timeframes),
+            "CATCH_UP": "all",
+        }
+        process = DaemonProcess(folder, {**shared, **self.settings, **settings})
+        return self.stack.enter_context(process)
+
+    def ingest(self) -> DaemonProcess:
+        told = self.exchange.settings()
+        process = self.process("ingest", ROLE="ingest", **told)
+        process.start()
+        return process
+
+    def join(self) -> DaemonProcess:
+        """One more member; returns at once."""
+        name = f"member-{len(self.members) + len(self.ended)}"
+        member = self.process(
+            name,
+            ROLE="forecast",
+            SINKS="kafka",
+            MODEL="nano",
+            HORIZON="2",
+            PATHS="4",
+            QUANTILES="0.5",
+            THREADS="1",
+        )
+        member.start()
+        self.members.append(member)
+        return member
+
+    def kill(self, member: DaemonProcess) -> float:
+        """kill -9; when, in ms."""
+        self.members.remove(member)
+        self.ended.append(member)
+        at = time.time() * 1000
+        member.kill()
+        return at
+
+    def stop(self, member: DaemonProcess) -> int:
+        """SIGTERM; its exit status."""
+        self.members.remove(member)
+        self.ended.append(member)
+        return member.stop()
+
+    def lag(self) -> float:
+        return sum(member.metric("kronos_candle_lag") for member in self.members)
+
+    def due(self) -> dict[Series, list[int]]:
+        """Opens of the bars to be forecast: from the first that ingest passed on as news, all that
+        the exchange has, up to the newest that ingest has passed on."""
+        opens: dict[str, list[int]] = defaultdict(list)
+        for timeframe in self.exchange.timeframes:
+            topic = candles(self.prefix, Timeframe.parse(timeframe))
+            for key, value in read_topic(self.bootstrap, topic):
+                told = orjson.loads(value)
+                if not told.get("history"):
+                    opens[key].append(parse_time(told["time"]))
+        return {
+            one: self.exchange.closed(one, min(opens[one.name]), max(opens[one.name]))
+            for one in self.series
+            if opens[one.name]
+        }
+
+    def audit(self) -> Audit:
+        return audit(read_topic(self.bootstrap, forecasts(self.prefix)), self.due())
+
+
+@contextmanager
+def group(
+    kafka: ApacheKafka,
+    prefix: str,
+    folder: Path,
+    *,
+    symbols: int,
+    timeframes: str = "1s",
+    **settings: str,
+) -> Iterator[Group]:
+    options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix, partitions=12)
+    lengths = [Timeframe.parse(one) for one in timeframes.split(",")]
+    asyncio.run(create(options, wanted(options, lengths)))
+    arguments = [part for one in timeframes.split(",") for part in ("--timeframe", one)]
+    with (
+        ExchangeProcess("--symbols", str(symbols), *arguments) as exchange,
+        ExitStack() as stack,
+    ):
+        given = {"LOOKBACK": "64", **settings}
+        yield Group(kafka.bootstrap, prefix, exchange, folder, stack, given)
+
+
+def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Audit, list[float]]:
+    """Kill a member and add one, ``rounds`` times within ``seconds``; then let all be finished."""
+    random = Random(seed)
+    ingest = group.ingest()
+    ingest.wait_until_ready()
+    for _ in range(3):
+        group.join()
+    for member in group.members:
+        member.wait_until_ready(150)
+    listener = Listener(group.bootstrap, forecasts(group.prefix))
+    try:
+        began, caught_up = time.monotonic(), []
+        for number in range(rounds):
+            at = group.kill(random.choice(group.members))
+            group.join()
+            time.sleep(max(0, began + (number + 1) * seconds / rounds - time.monotonic()))
+            caught_up.append(listener.caught_up(at))
+        assert ingest.stop() == 0
+        wait_for("everything is read", lambda: group.lag() == 0, 120, poll=0.5)
+        for member in [*group.members]:
+            assert group.stop(member) == 0
+    finally:
+        listener.close()
+    return group.audit(), caught_up
+
+
+def test_members_come_go_and_are_killed_and_every_bar_is_forecast(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    with group(kafka, topic_prefix, tmp_path, symbols=6) as trial:
+        found, caught_up = _trial(trial, rounds=1, seconds=30, seed=1)
+    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")
+    assert not found.faults
+    assert found.records > 6 * 20
+
+
+@pytest.mark.soak
+def test_sixty_series_and_two_kills_in_three_minutes(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    with group(kafka, topic_prefix, tmp_path, symbols=60) as trial:
+        found, caught_up = _trial(trial, rounds=2, seconds=180, seed=2)
+    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")
+    assert not found.faults
+    assert found.records > 60 * 150

@@ -45,8 +45,8 @@ def fault(
     chatter: what it has said meanwhile. silence: what it means that time was up.
     """
     told = said(chatter, options)
-    # Where no broker can be had it raises no more than that.
-    if told is not None and isinstance(error, KafkaConnectionError):
+    # Where no broker can be had it raises no more than that, or waits until time is up.
+    if told is not None and (told.refused or isinstance(error, KafkaConnectionError)):
         return told
     if isinstance(error, TimeoutError) and silence:
         return told._replace(what=f"{silence} ({told.what})") if told else Fault(silence, "")
@@ -58,7 +58,9 @@ def said(chatter: Chatter, options: KafkaOptions) -> Fault | None:
     faults = []
     for where, error in chatter.said.items():
         told = _of(error, options)
-        faults.append(told._replace(what=f"{where}: {told.what}") if where else told)
+        # A login is not one broker's business; nor is it to be told of each in turn.
+        place = options.bootstrap_servers if _of_login(error, options) else where
+        faults.append(told._replace(what=f"{place}: {told.what}") if place else told)
     return next((one for one in faults if one.refused), faults[-1] if faults else None)
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ CHOSEN = {
 """What stands for the dashboard's variables."""
 QUIET = {
     "Alerts": "none fires",
+    "Candles not read yet": "role forecast only",
 }
 """What a daemon that forecasts into a file leaves empty, and why."""
 
@@ -122,39 +123,42 @@ def _unknown(text: str, known: Mapping[str, frozenset[str]]) -> list[str]:
     """Metrics of an expression that do not exist, and labels that those it has have not."""
     found: list[str] = []
 
-    def look(expression: promql.Expr) -> None:
-        if isinstance(expression, promql.VectorSelector):
-            _look_at(expression, known, found)
-        elif isinstance(expression, promql.AggregateExpr) and expression.modifier:
-            if expression.modifier.type == promql.AggModifierType.By:
-                grouped(expression.modifier.labels, expression.expr)
-        elif isinstance(expression, promql.BinaryExpr):
-            matching = expression.modifier and expression.modifier.matching
-            if matching:
-                grouped(matching.labels, expression)
+    def asked(vector: promql.VectorSelector, labels: Iterable[str]) -> None:
+        has = TARGET | known.get(str(vector.name), frozenset(labels))
+        found.extend(f"{vector.name}: {label}" for label in labels if label not in has)
 
-    def grouped(labels: list[str], inside: promql.Expr) -> None:
-        def each(expression: promql.Expr) -> None:
-            if isinstance(expression, promql.VectorSelector):
-                has = TARGET | known.get(str(expression.name), frozenset(labels))
-                found.extend(f"{expression.name}: {one}" for one in labels if one not in has)
-
-        promql.walk(inside, each)
+    def look(one: promql.Expr) -> None:
+        if isinstance(one, promql.VectorSelector):
+            if str(one.name) not in known:
+                found.append(str(one.name))
+            asked(one, [matcher.name for matcher in one.matchers.matchers])
+        elif isinstance(one, promql.AggregateExpr):
+            if one.modifier and one.modifier.type == promql.AggModifierType.By:
+                for vector in _labelling(one.expr):
+                    asked(vector, one.modifier.labels)
+        elif isinstance(one, promql.BinaryExpr) and one.modifier and one.modifier.matching:
+            for vector in (*_labelling(one.lhs), *_labelling(one.rhs)):
+                asked(vector, one.modifier.matching.labels)
 
     promql.walk(promql.parse(text), look)
     return found
 
 
-def _look_at(
-    vector: promql.VectorSelector, known: Mapping[str, frozenset[str]], found: list[str]
-) -> None:
-    name = str(vector.name)
-    if name not in known:
-        found.append(name)
-    else:
-        has = TARGET | known[name]
-        labels = [matcher.name for matcher in vector.matchers.matchers]
-        found.extend(f"{name}: {one}" for one in labels if one not in has)
+def _labelling(one: promql.Expr) -> Iterator[promql.VectorSelector]:
+    """Those whose labels the result has: not what it is only compared with."""
+    if isinstance(one, promql.VectorSelector):
+        yield one
+    elif isinstance(one, promql.MatrixSelector):
+        yield one.vector_selector
+    elif isinstance(one, promql.BinaryExpr):
+        yield from _labelling(one.lhs)
+        if str(one.op) not in {"and", "unless"}:
+            yield from _labelling(one.rhs)
+    elif isinstance(one, promql.Call):
+        for argument in one.args:
+            yield from _labelling(argument)
+    elif hasattr(one, "expr"):
+        yield from _labelling(one.expr)
 
 
 @pytest.fixture
@@ -183,6 +187,9 @@ def test_metrics_and_labels_in_queries_exist(
         ("max_over_time(sum(kronos_madeup)[5m:1m])", ["kronos_madeup"]),
         ("up * on (role) group_left kronos_build_info", ["up: role"]),
         ("topk(2, kronos_ready) unless kronos_raedy", ["kronos_raedy"]),
+        ("sum by (sink) (kronos_delivered_total unless on (job) kronos_ready)", []),
+        ("sum by (sink) (kronos_delivered_total or kronos_ready)", ["kronos_ready: sink"]),
+        ("sum by (x) (rate(kronos_tasks[5m]))", ["kronos_tasks: x"]),
         ('label_replace(x, "a", "$1", "b", "kronos_(.*)")', ["x"]),
         ('{__name__="kronos_x"}', ["None"]),
     ],

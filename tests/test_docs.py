@@ -40,6 +40,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PICTURES = {
     "exchange ──frames──▶ connector": "a drawing",
     "ok    state file:": "what doctor says, shortened; tests/test_doctor.py",
+    "Status: ": "what systemctl shows; tests/test_systemd.py",
     "35 forecasts of 5 series": "what the demo shows, shortened; tests/test_system_demo.py",
 }
 SYMBOLS = "binance:BTC/USDT                  # spot"
@@ -52,6 +53,7 @@ ELSEWHERE = {
     r"make( format| parity-hub| soak| bench)?": "for developers; the target exists",
     r"\. \.venv/bin/activate": "this test runs in an environment, too",
     r"kronos-stream run( --check)?": "tests/test_system_stop.py",
+    r"(sudo|sudoedit|systemctl|journalctl|systemd-ask-password) .*": "tests/test_systemd.py",
     r"kronos-stream topics (create|check).*": "tests/test_kafka_topics.py",
     r"kronos-stream tail.*": "tests/test_tail.py",
     r"kronos-stream doctor.*": "tests/test_doctor.py",

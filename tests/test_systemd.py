@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -452,6 +453,36 @@ def test_the_unit_is_shut_in(unit: Path) -> None:
     """Its exposure, in tenths of systemd's scale from 0 to 10."""
     said = _analyze("security", "--offline=true", "--threshold=15", str(unit))
     assert "Overall exposure level" in said
+
+
+def test_what_the_page_installs_is_there(unit: Path, tmp_path: Path) -> None:
+    """Its commands, into another folder and without a user above others."""
+    page = (UNITS.parents[1] / "docs" / "systemd.md").read_text("utf-8")
+    commands = re.findall(r"^\$ sudo (install .+)$", page, re.MULTILINE)
+    assert len(commands) >= 5
+    etc = tmp_path / "etc"
+    (etc / "systemd" / "system").mkdir(parents=True)
+    for command in commands:
+        line = command.replace("/etc/", f"{etc}/")
+        subprocess.run(shlex.split(line), cwd=UNITS.parents[1], check=True)
+    named = set(re.findall(r"/etc/((?:systemd/system|kronos-stream)/[\w./-]+)", page))
+    there = {str(path.relative_to(etc)) for path in etc.rglob("*")}
+    assert "kronos-stream/kronos-stream.env" in named & there
+    assert "systemd/system/kronos-stream.service.d/gpu.conf" in there
+    installed = etc / "systemd" / "system" / "kronos-stream.service"
+    unit.replace(installed)
+    assert _analyze("verify", "--man=no", str(installed)) == ""
+
+
+def test_a_command_runs_as_the_service_does() -> None:
+    script = UNITS / "as-service"
+    subprocess.run(["/bin/sh", "-n", script], check=True)
+    text = (UNITS / "kronos-stream.service").read_text("utf-8")
+    unit = {line.replace("%N", "$unit") for line in text.splitlines()}
+    given = set(re.findall(r'--property="?([^"\s]+)', script.read_text("utf-8")))
+    assert "LoadCredential=kronos_stream:/etc/kronos-stream/$unit.secrets" in given
+    # Both are made up of the unit's name, where that is its own.
+    assert given - unit == {"User=$unit", "WorkingDirectory=/var/lib/$unit"}
 
 
 def test_the_unit_and_the_daemon_agree() -> None:

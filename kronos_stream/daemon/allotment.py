@@ -37,6 +37,10 @@ _MOST_BACK = 1_000_000
 """Records of a part read back at most where nobody noted from where."""
 
 
+_DEAD_LOOKBACKS = 4
+"""A series that is so many lookbacks behind others of its part holds no reading back up."""
+
+
 @dataclass(slots=True, eq=False)
 class Line:
     """A series of ours."""
@@ -290,10 +294,10 @@ class Allotment:
                 self._ask(part, share, offset, due)
         elif isinstance(told, Gone):
             self._forget(share, told.series)
+            for waiting in [*share.undone.values()]:
+                if isinstance(waiting, Due) and waiting.series == told.series:
+                    self._finish(waiting)
             if asked and told.series not in self._places:
-                for waiting in [*share.undone.values()]:
-                    if isinstance(waiting, Due) and waiting.series == told.series:
-                        self._finish(waiting)
                 share.undone[offset] = told.series
                 self._places[told.series] = part, offset
                 self._retract(told.series)
@@ -309,6 +313,7 @@ class Allotment:
             if line is None or after(line.newest.candle.time) != time:
                 # A hole, or the beginning: what came before is no context of this.
                 self._contexts.load(series, (), whole=True)
+            if line is None:
                 line = share.lines[series] = self._lines[series] = Line(series, bar)
             self._contexts.append(series, bar)
             line.newest, line.history = bar, history
@@ -388,12 +393,13 @@ class Allotment:
     def _start(self, share: _Share) -> int:
         """Offset of the first bar that is still needed; series that have died need none."""
         newest = max((line.newest.candle.time for line in share.lines.values()), default=0)
+        dead = _DEAD_LOOKBACKS * self._lookback
         return min(
             (
                 line.offsets[0]
                 for series, line in share.lines.items()
                 if line.waiting
-                or series.timeframe.after(line.newest.candle.time, self._lookback) >= newest
+                or series.timeframe.after(line.newest.candle.time, dead) >= newest
             ),
             default=share.base,
         )

@@ -1,0 +1,345 @@
+"""A part of a log, handed around by a seed: all is forecast, and from the same bars."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from kronos_stream.daemon.allotment import Allotment
+from kronos_stream.daemon.due import Due
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.forecast.compose import context_digest
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.clock import Clock, DrivenClock
+from kronos_stream.market.contexts import Window
+from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.wire import Relayed, relay, relayed
+
+PART = Part("kronos.candles.1m.v1", 3)
+MINUTE = Timeframe.parse("1m")
+SERIES = [Series.of("binance", f"{base}/USDT", MINUTE) for base in ("BTC", "ETH", "SOL")]
+LOOKBACK = 40
+
+Place = tuple[Series, int, int]
+
+
+def _candle(random: Random, time: int) -> Candle:
+    close = 100 + random.random()
+    return Candle(time, 100.5, 102.0, 99.0, close, random.random(), None)
+
+
+def _log(random: Random, bars: int) -> list[Told]:
+    """What ingest and its mishaps may write of several series, in one order."""
+    log: list[Told] = []
+    passed: dict[Series, list[Bar]] = {one: [] for one in SERIES}
+    times = dict.fromkeys(SERIES, 0)
+    for one in SERIES:
+        for _ in range(LOOKBACK + random.randrange(20)):
+            bar = Bar(_candle(random, times[one]), received=times[one] + 60_000)
+            times[one] = MINUTE.after(times[one])
+            passed[one].append(bar)
+            log.append(Relayed(one, bar, history=True))
+    for _ in range(bars):
+        one, chance = random.choice(SERIES), random.random()
+        if chance < 0.80 or not passed[one]:
+            bar = Bar(_candle(random, times[one]), synthetic=chance < 0.05, received=1)
+            times[one] = MINUTE.after(times[one])
+            passed[one].append(bar)
+            log.append(Relayed(one, bar, history=False))
+        elif chance < 0.88:  # a revision: of the newest, or of an older one
+            at = random.choice((-1, -1, -min(5, len(passed[one]))))
+            old = passed[one][at]
+            bar = Bar(_candle(random, old.candle.time), old.revision + 1, received=2)
+            passed[one][at] = bar
+            log.append(Relayed(one, bar, history=at != -1))
+        elif chance < 0.95:  # ingest was killed, and tells some of it again
+            log += [Relayed(one, bar, history=False) for bar in passed[one][-3:]]
+        elif chance < 0.97:
+            times[one] += 60_000 * random.randrange(5)  # it was away for too long
+        elif chance < 0.98:
+            log.append(Gone(one))
+            passed[one].clear()
+        else:
+            log.append(random.choice((None, Unreadable(None, "not JSON", b"{"))))
+    return log
+
+
+class _Member:
+    """An allotment, and in place of the scheduler somebody who takes what is due at random."""
+
+    def __init__(self, clock: Clock, *, delivered: list[tuple[Place, str]]) -> None:
+        self.waiting: list[Due] = []
+        self.gone: list[Series] = []
+        self.hand: list[tuple[Due, Window | None]] = []
+        self.buried = 0
+        self._delivered, self._ticket = delivered, 0
+        self.allotment = Allotment(
+            self.waiting.append,
+            self.gone.append,
+            self._bury,
+            self._finish,
+            clock,
+            Metrics(),
+            lookback=LOOKBACK,
+            catch_up="all",
+        )
+
+    def _bury(self, *_: object) -> None:
+        self.buried += 1
+
+    async def _finish(self) -> None:
+        self.waiting.clear()
+        self.gone.clear()
+        self.deliver()
+
+    def take(self, random: Random) -> None:
+        """A batch: some of what waits, in order per series."""
+        count = random.randrange(len(self.waiting) + 1)
+        for due in self.waiting[:count]:
+            self.hand.append((due, self.allotment.window(due)))
+        del self.waiting[:count]
+        for series in self.gone:
+            if self.allotment.holds(series):
+                self._ticket += 1
+                self.allotment.handed(series, self._ticket)
+        self.gone.clear()
+
+    def deliver(self) -> None:
+        for due, window in self.hand:
+            if not self.allotment.holds(due):
+                continue
+            self._ticket += 1
+            if due.obstacle is None:
+                assert window is not None
+                place = due.series, due.origin, due.revision
+                self._delivered.append((place, context_digest(window.values, window.times)))
+            self.allotment.handed(due, self._ticket)
+        self.hand.clear()
+        self.allotment.delivered(self._ticket)
+
+
+class _Group:
+    """A log, what is noted of it, and whoever has it just now."""
+
+    def __init__(self, log: Sequence[Told], random: Random) -> None:
+        self.log, self.random = log, random
+        self.note: Note | None = None
+        self.delivered: list[tuple[Place, str]] = []
+        self.owner: _Member | None = None
+        self.clock = DrivenClock(10**12)
+        self.position = 0
+
+    def give(self, member: _Member) -> None:
+        extent = Extent(0, len(self.log), len(self.log), self.note)
+        member.allotment.given([PART])
+        self.position = member.allotment.begin(PART, extent)
+        self.owner = member
+
+    def step(self) -> None:
+        """Read, forecast, deliver or note a little."""
+        owner, random = self.owner, self.random
+        assert owner is not None
+        chance = random.random()
+        if chance < 0.4 and not owner.allotment.full:
+            until = min(len(self.log), self.position + random.randrange(1, 40))
+            records = [(at, self.log[at]) for at in range(self.position, until)]
+            owner.allotment.read(PART, records, until)
+            self.position = until
+        elif chance < 0.7:
+            owner.take(random)
+        elif chance < 0.9:
+            owner.deliver()
+        else:
+            self.commit(owner)
+
+    def commit(self, owner: _Member) -> None:
+        notes = owner.allotment.notes()
+        self.note = notes.get(PART, self.note)
+        owner.allotment.noted(notes)
+
+    async def hand_over(self) -> _Member:
+        """As a rebalance goes; who had it is given back, and still has what it knows."""
+        owner = self.owner
+        assert owner is not None
+        await owner.allotment.give_up()
+        self.commit(owner)
+        owner.allotment.taken()
+        return owner
+
+    def work_off(self) -> None:
+        owner = self.owner
+        assert owner is not None
+        while self.position < len(self.log) or owner.waiting or owner.hand or owner.gone:
+            self.step()
+        self.commit(owner)
+
+
+def _expected(log: Sequence[Told]) -> dict[Place, str]:
+    """What somebody delivers to whom nothing ever happens."""
+    group = _Group(log, Random(0))
+    group.give(_Member(group.clock, delivered=group.delivered))
+    owner = group.owner
+    assert owner is not None
+    for at, told in enumerate(log):
+        owner.allotment.read(PART, [(at, told)], at + 1)
+        owner.hand += [(due, owner.allotment.window(due)) for due in owner.waiting]
+        owner.waiting.clear()
+        owner.deliver()
+    assert len(group.delivered) == len(dict(group.delivered))
+    return dict(group.delivered)
+
+
+def _check(group: _Group) -> None:
+    expected = _expected(group.log)
+    for place, digest in group.delivered:
+        assert expected[place] == digest, place
+    ended = {told.series for told in group.log if isinstance(told, Gone)}
+    missing = expected.keys() - dict(group.delivered).keys()
+    assert all(series in ended for series, _, _ in missing)
+    assert group.note is not None
+    assert group.note.offset == len(group.log)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_whatever_happens_all_is_forecast_from_the_same_bars(seed: int) -> None:
+    random = Random(seed)
+    group = _Group(_log(random, 400), random)
+    asyncio.run(_troubled(group, crashes=True))
+    _check(group)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_handed_over_in_good_order_nothing_is_done_twice(seed: int) -> None:
+    random = Random(1_000 + seed)
+    group = _Group(_log(random, 400), random)
+    asyncio.run(_troubled(group, crashes=False))
+    _check(group)
+    assert len(group.delivered) == len(dict(group.delivered))
+
+
+async def _troubled(group: _Group, *, crashes: bool) -> None:
+    random = group.random
+    members = [_Member(group.clock, delivered=group.delivered) for _ in range(3)]
+    group.give(members[0])
+    for _ in range(60):
+        for _ in range(random.randrange(12)):
+            group.step()
+        if crashes and random.random() < 0.3:
+            lost = group.owner
+            members = [one for one in members if one is not lost]
+            members.append(_Member(group.clock, delivered=group.delivered))
+        else:
+            await group.hand_over()
+        group.give(random.choice(members))
+    group.work_off()
+
+
+async def test_a_member_that_gets_it_back_reads_nothing_again() -> None:
+    random = Random(5)
+    group = _Group(_log(random, 200), random)
+    group.give(_Member(group.clock, delivered=group.delivered))
+    for _ in range(40):
+        group.step()
+    position = group.position
+    assert position > 0
+    group.give(await group.hand_over())
+    assert group.position == position
+    group.work_off()
+    _check(group)
+
+
+def test_a_new_member_reads_back_no_more_than_contexts_need() -> None:
+    random = Random(6)
+    log = [
+        Relayed(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
+        for at in range(10 * LOOKBACK)
+        for one in SERIES
+    ]
+    group = _Group(log, random)
+    group.give(_Member(group.clock, delivered=group.delivered))
+    group.work_off()
+    group.give(_Member(group.clock, delivered=group.delivered))
+    assert group.position == len(log) - LOOKBACK * len(SERIES)
+
+
+def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
+    random = Random(7)
+    alive, dead = SERIES[:2]
+    log = [
+        Relayed(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
+        for at in range(10 * LOOKBACK)
+        for one in ((alive, dead) if at < 2 * LOOKBACK else (alive,))
+    ]
+    group = _Group(log, random)
+    group.give(_Member(group.clock, delivered=group.delivered))
+    group.work_off()
+    group.give(_Member(group.clock, delivered=group.delivered))
+    assert group.position == len(log) - LOOKBACK
+
+
+@pytest.mark.parametrize(("catch_up", "base"), [("all", 100), ("newest", 900)])
+def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
+    dues: list[Due] = []
+    allotment = Allotment(
+        dues.append,
+        lambda _: None,
+        lambda *_: None,
+        _nothing,
+        DrivenClock(10**12),
+        Metrics(),
+        lookback=LOOKBACK,
+        catch_up=catch_up,  # type: ignore[arg-type]
+    )
+    allotment.given([PART])
+    assert allotment.begin(PART, Extent(100, 900, 700, None)) == min(base, 700)
+    bars = [
+        Relayed(SERIES[0], Bar(_candle(Random(1), 60_000 * at)), history=False)
+        for at in range(1_000)
+    ]
+    allotment.read(PART, [(at, bars[at]) for at in range(100, 1_000)], 1_000)
+    assert dues[0].origin == 60_000 * base
+
+
+async def _nothing() -> None:
+    pass
+
+
+def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
+    """The second one has just begun, and calls history what the first one tells as news."""
+    dues: list[Due] = []
+    allotment = Allotment(
+        dues.append,
+        lambda _: None,
+        lambda *_: None,
+        _nothing,
+        DrivenClock(10**12),
+        Metrics(),
+        lookback=LOOKBACK,
+        catch_up="all",
+    )
+    allotment.given([PART])
+    allotment.begin(PART, Extent(0, 0, 0, None))
+    bar = Bar(_candle(Random(2), 0))
+    for at, history in enumerate((True, False, False)):
+        allotment.read(PART, [(at, Relayed(SERIES[0], bar, history))], at + 1)
+    assert [due.origin for due in dues] == [0]
+
+
+@pytest.mark.parametrize(
+    "bar",
+    [
+        Bar(Candle(60_000, 1.0, 2.0, 0.5, 1.5, 3.0, 4.0), 0, received=120_017),
+        Bar(Candle(60_000, 1.0, 2.0, 0.5, 1.5, 3.0, None), 3, received=120_017),
+        Bar(Candle(60_000, 1.5, 1.5, 1.5, 1.5, 0.0, 0.0), 0, synthetic=True, received=120_017),
+        Bar(Candle(60_000, 1.5, 1.5, 1.5, 1.5, 0.0, 0.0), 0, synthetic=True),
+    ],
+)
+def test_bars_are_read_as_they_were_passed_on(bar: Bar) -> None:
+    for history in (False, True):
+        told = Relayed(SERIES[0], bar, history)
+        assert relayed(relay(*told[:2], history=history), SERIES[0]) == told

@@ -10,7 +10,6 @@ SHELL ["/bin/sh", "-euc"]
 ARG PIP_VERSION=26.3
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
-    PIP_NO_COMPILE=1 \
     PIP_ROOT_USER_ACTION=ignore
 
 WORKDIR /build
@@ -29,7 +28,7 @@ ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # needs: that follows from PyPI, pinned like all the rest.
 RUN install() { \
         pip/bin/python -m pip --python /opt/kronos-stream/bin/python install \
-            --constraint constraints.txt --only-binary :all: "$@"; \
+            --constraint constraints.txt --only-binary :all: --no-compile "$@"; \
     }; \
     case "${VARIANT}" in \
         cpu) install --no-deps --index-url "${TORCH_CPU_INDEX}" torch ;; \

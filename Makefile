@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RECIPE := kronos_stream/checkpoints/nano/recipe.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench nano nano-eval parity-hub soak clean
+.PHONY: help setup demo test lint format bench nano nano-eval parity-hub soak image image-check sbom audit clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP) ## Format the code and mend what can be mended mechanically
 	$(BIN)/ruff format .
@@ -58,6 +59,25 @@ parity-hub: $(STAMP) ## Compare with the reference on the published checkpoints 
 
 soak: $(STAMP) ## Run what takes long: faults by the hundred, kills, outages, load, memory (hours; ARGS="-k seeds")
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
+
+image: ## Build the container image (VARIANT=cpu|cuda, ENGINE=docker|podman, ARGS for the build)
+	@deploy/image/build.sh $(ARGS)
+
+image-check: $(STAMP) ## Build it and look it over as it runs (ARGS for the build; gigabytes)
+	@deploy/image/check.sh $(BIN) $(ARGS)
+
+# Their tools stay out of the environment of make setup: they need as much again.
+SUPPLY := build/supply
+$(SUPPLY)/complete: $(STAMP) deploy/image/tools.txt
+	@$(BIN)/python -m venv --clear $(SUPPLY)
+	@$(SUPPLY)/bin/pip --quiet install -c constraints.txt -r deploy/image/tools.txt
+	@touch $@
+
+sbom: $(SUPPLY)/complete ## Write what the daemon runs on to build/sbom.json, in CycloneDX
+	@$(SUPPLY)/bin/python deploy/image/sbom.py $(BIN)/python build/sbom.json
+
+audit: $(SUPPLY)/complete ## Ask PyPI about known faults of the pinned versions
+	@deploy/image/audit.sh $(SUPPLY)/bin/pip-audit $(ARGS)
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -27,9 +27,15 @@ arguments=(
 if [[ -n ${BASE:-} ]]; then
     arguments+=(--build-arg "BASE=$BASE")
 fi
-# Podman's own format has no HEALTHCHECK.
+# Podman's own format has no HEALTHCHECK, and older ones take labels from their cache that other
+# arguments have changed.
 if [[ ${engine##*/} == podman* ]]; then
-    arguments+=(--format docker)
+    arguments+=(
+        --format docker
+        --label "io.kronos-stream.variant=$variant"
+        --label "org.opencontainers.image.version=$version"
+        --label "org.opencontainers.image.revision=$revision"
+    )
 fi
 
 "$engine" build "${arguments[@]}" --tag "$image" "$@" .

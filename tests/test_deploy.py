@@ -326,6 +326,24 @@ def test_daemon_takes_its_environment(chart: Chart, values: str, tmp_path: Path)
             assert len(settings.watchlist()) == len(asked["symbols"])
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_values_in_the_docs_can_be_installed(chart: Chart, number: int, tmp_path: Path) -> None:
+    text = (ROOT / "docs/kubernetes.md").read_text("utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    (tmp_path / "values.yaml").write_text(blocks[number], "utf-8")
+    done = chart.template("all", "--values", str(tmp_path / "values.yaml"))
+    assert done.returncode == 0, done.stderr
+    summary, said = conform(done.stdout, VERSIONS[-1])
+    assert summary["valid"] > 5, said
+    assert summary["invalid"] == summary["errors"] == summary["skipped"] == 0, said
+    objects = [one for one in yaml.safe_load_all(done.stdout) if one]
+    for role, _, spec in pods(objects):
+        environ = told(spec, objects, tmp_path / role)
+        if role != "topics":
+            read_settings(environ)
+
+
 def test_secrets_are_read_from_files_and_from_variables(chart: Chart, tmp_path: Path) -> None:
     for way in ("files", "env"):
         objects = chart.objects("split-gpu", f"secrets.as={way}")
@@ -417,7 +435,8 @@ def test_a_pod_is_given_longer_than_a_batch_and_its_delivery(
     for role, _, spec in pods(objects):
         if role != "topics":
             settings = read_settings(told(spec, objects, tmp_path / role))
-            least = (settings.batch_deadline or 60) + settings.stop_grace
+            batch = 0 if role == "ingest" else settings.batch_deadline or 60
+            least = batch + settings.stop_grace
             assert spec["terminationGracePeriodSeconds"] > least, role
 
 

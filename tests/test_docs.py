@@ -40,6 +40,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PICTURES = {
     "exchange ──frames──▶ connector": "a drawing",
     "ok    state file:": "what doctor says, shortened; tests/test_doctor.py",
+    "# values.yaml": "values of the chart; tests/test_deploy.py",
+    "secrets:\n": "likewise; tests/test_deploy.py",
+    "mode: split\n": "likewise; tests/test_deploy.py",
     "Status: ": "what systemctl shows; tests/test_systemd.py",
     "35 forecasts of 5 series": "what the demo shows, shortened; tests/test_system_demo.py",
 }
@@ -48,6 +51,8 @@ MOSQUITTO = "persistence true"
 
 # Commands that are not run here, but looked over: pattern → the test that runs them, or why none.
 ELSEWHERE = {
+    r"make deploy-check|(helm|kubectl) .*": "tests/test_deploy.py",
+    r"docker compose .*": "tests/test_compose.py",
     r"make demo.*": "tests/test_system_demo.py",
     r"make test.*|make lint": ".ci/run",
     r"make( format| parity-hub| soak| bench)?": "for developers; the target exists",

@@ -1,3 +1,30 @@
+{{/* A role's variables beside its settings; takes root and role. */}}
+{{- define "kronos-stream.env" -}}
+{{- $values := .root.Values -}}
+{{- $own := index $values .role -}}
+{{- $settings := include "kronos-stream.settings" . | fromYaml -}}
+{{- if ne .role "ingest" }}
+- name: HF_HOME
+  value: /var/cache/huggingface
+{{- if $values.modelCache.offline }}
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
+{{- if and (eq (int ($own.gpus | default 0)) 0) (not $settings.THREADS) (dig "requests" "cpu" "" $own.resources) }}
+# Without a limit, all cores of the node would seem ours.
+- name: KRONOS_STREAM_THREADS
+  valueFrom:
+    resourceFieldRef:
+      containerName: kronos-stream
+      resource: requests.cpu
+      divisor: "1"
+{{- end }}
+{{- end }}
+{{- with $own.extraEnv }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
+{{- end }}
+
 {{/* The pod of a role: what stands under `template`. Takes root and role. */}}
 {{- define "kronos-stream.pod" -}}
 {{- $values := .root.Values -}}
@@ -40,27 +67,10 @@ spec:
         {{- with include "kronos-stream.secretEnv" .root }}
         {{- . | nindent 8 }}
         {{- end }}
+      {{- with include "kronos-stream.env" . | trim }}
       env:
-        {{- if ne .role "ingest" }}
-        - name: HF_HOME
-          value: /var/cache/huggingface
-        {{- if $values.modelCache.offline }}
-        - name: HF_HUB_OFFLINE
-          value: "1"
-        {{- end }}
-        {{- if and (eq $gpus 0) (not $settings.THREADS) (dig "requests" "cpu" "" $own.resources) }}
-        # Without a limit, all cores of the node would seem ours.
-        - name: KRONOS_STREAM_THREADS
-          valueFrom:
-            resourceFieldRef:
-              containerName: kronos-stream
-              resource: requests.cpu
-              divisor: "1"
-        {{- end }}
-        {{- end }}
-        {{- with $own.extraEnv }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
+        {{- . | nindent 8 }}
+      {{- end }}
       ports:
         - name: http
           containerPort: {{ $values.http.port }}

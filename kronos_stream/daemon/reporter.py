@@ -122,11 +122,11 @@ class Reporter:
                 self._notifier.tell(STATUS=status)
 
     async def _count(self) -> None:
-        """Forecasts, minute by minute."""
-        before = self._forecasts()
+        """What was made, minute by minute."""
+        before = self._made()
         while True:
             await asyncio.sleep(_MINUTE)
-            now = self._forecasts()
+            now = self._made()
             self._rate, before = now - before, now
 
     def _describe(self) -> str:
@@ -145,14 +145,22 @@ class Reporter:
         if daemon.ready.is_set():
             yield f"following {daemon.followed} series"
         if self._rate is not None:
-            yield f"{self._rate} forecasts in the last minute"
+            what = "bars" if self._ingests else "forecasts"
+            yield f"{self._rate} {what} in the last minute"
         if any(what.startswith("sink ") for what in amiss) and (waiting := self._undelivered()):
             yield f"{waiting} records undelivered"
         for what, why in amiss.items():
             yield f"{what}: {why}"
 
-    def _forecasts(self) -> int:
-        return _total(self._daemon.metrics.outcomes, result="forecast")
+    @property
+    def _ingests(self) -> bool:
+        return self._daemon.settings.role == "ingest"
+
+    def _made(self) -> int:
+        metrics = self._daemon.metrics
+        return (
+            _total(metrics.bars) if self._ingests else _total(metrics.outcomes, result="forecast")
+        )
 
     def _undelivered(self) -> int:
         return _total(self._daemon.metrics.queued, queue="outbox:")

@@ -62,6 +62,14 @@ class CheckedSink(Protocol):
         """What delivery hangs on. Nothing is delivered by it."""
 
 
+@runtime_checkable
+class CheckedFeed(Protocol):
+    """What carries candles between roles, where it can be looked over."""
+
+    def checks(self, *, writes: bool) -> Sequence[Check]:
+        """Whether what it reads is there, and ours to read, or to write to."""
+
+
 class Told(NamedTuple):
     """A finding, and of what."""
 

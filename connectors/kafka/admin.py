@@ -13,6 +13,7 @@ from aiokafka.errors import (
     KafkaError,
     NoError,
     TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
     for_code,
 )
 
@@ -20,6 +21,9 @@ from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import Topic
+
+HIDDEN = "its settings are hidden from us"
+"""Of a topic that we may use all the same."""
 
 _SECONDS = 30.0
 
@@ -82,13 +86,20 @@ async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
                 "kronos-stream topics create"
             )
             continue
-        has, partitions = configs[topic.name], described[topic.name]
+        partitions = described[topic.name]
         if len(partitions) != topic.partitions:
             problems.append(
                 f"{topic.name}: {len(partitions)} partitions, not {topic.partitions}; keys would "
                 f"move: set KRONOS_STREAM_KAFKA__PARTITIONS={len(partitions)}, or delete the topic "
                 "and create it anew"
             )
+        if (has := configs.get(topic.name)) is None:
+            problems.append(
+                f"{topic.name}: {HIDDEN}; to have them checked: kafka-acls.sh --add "
+                f"--allow-principal User:{options.sasl_username or 'NAME'} "
+                f"--operation DescribeConfigs --topic {topic.name}"
+            )
+            continue
         settings = dict(_unserved(topic.configs, has))
         copies = min(len(partition["replicas"]) for partition in partitions)
         if int(has["min.insync.replicas"]) > copies:  # nothing could be written
@@ -116,6 +127,7 @@ def _for_ever(milliseconds: str) -> float:
 
 
 async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """By topic; those are left out that we have no right to see."""
     if not names:
         return {}
     answers = await admin.describe_configs(
@@ -124,6 +136,8 @@ async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
     configs = {}
     for answer in answers:
         for code, message, _, name, entries in answer.resources:
+            if for_code(code) is TopicAuthorizationFailedError:
+                continue
             if for_code(code) is not NoError:
                 raise TopicsError(f"{name}: {message or for_code(code).description}")
             configs[name] = {key: value for key, value, *_ in entries}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from aiokafka.errors import IncompatibleBrokerVersion
 from confluent_kafka import KafkaException, TopicCollection
@@ -16,6 +16,7 @@ from kronos_connectors.kafka import admin
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import Topic, wanted
 from kronos_stream.checkup import Check, Finding
+from kronos_stream.market.timeframe import Timeframe
 
 _SECONDS, _PART = 50.0, 15.0
 
@@ -23,30 +24,55 @@ _silent = logging.getLogger("kronos_connectors.kafka.librdkafka")
 _silent.disabled = True  # what it has to say is in its errors, too
 
 
-def checks(options: KafkaOptions) -> Sequence[Check]:
-    """Whether the brokers let us in, the topics are as they should be, and ours to write to."""
-    return [Check("kafka", partial(_look, options, wanted(options)), _SECONDS)]
+Right = Literal["Read", "Write"]
 
 
-async def _look(options: KafkaOptions, topics: Sequence[Topic]) -> Sequence[Finding]:
-    """The login is tried by asking for the topics."""
+def checks(options: KafkaOptions, names: Collection[str]) -> Sequence[Check]:
+    """Whether the brokers let us in, the topics are as they should be, and ours to write to.
+
+    names: of those topics that matter.
+    """
+    topics = [topic for topic in wanted(options) if topic.name in names]
+    return [Check("kafka", partial(_look, options, topics, "Write"), _SECONDS)]
+
+
+def checks_of_candles(
+    options: KafkaOptions, timeframes: Sequence[Timeframe], right: Right
+) -> Sequence[Check]:
+    """The same of the topics of candles, which are ours to write to, or to read."""
+    others = {topic.name for topic in wanted(options)}
+    topics = [topic for topic in wanted(options, timeframes) if topic.name not in others]
+    lacking = f"kronos-stream topics create --candles {','.join(map(str, timeframes))}"
+    return [Check("kafka candles", partial(_look, options, topics, right, lacking), _SECONDS)]
+
+
+async def _look(
+    options: KafkaOptions, topics: Sequence[Topic], right: Right, lacking: str = ""
+) -> Sequence[Finding]:
+    """The login is tried by asking for the topics. lacking: the command that creates them."""
     try:
         problems = await admin.check(options, topics)
     except admin.TopicsError as error:
         if isinstance(error.__cause__, IncompatibleBrokerVersion):
             return [Finding("warn", str(error), "fine for trying things out, and not to rely on")]
         return [Finding("fail", error.why, error.cure or _cure(options))]
-    findings = [Finding("fail", *_parted(problem)) for problem in problems]
+    if lacking:
+        problems = [one.replace("kronos-stream topics create", lacking) for one in problems]
+    findings = [
+        Finding("warn" if admin.HIDDEN in problem else "fail", *_parted(problem))
+        for problem in problems
+    ]
     if not problems:
         found = f"{options.bootstrap_servers} answers; {len(topics)} topics are as they should be"
         findings.append(Finding("ok", found))
     missing = {problem.partition(":")[0] for problem in problems if ": missing" in problem}
     there = [topic.name for topic in topics if topic.name not in missing]
-    return [*findings, *await _rights(options, there)] if there else findings
+    return [*findings, *await _rights(options, there, right)] if there else findings
 
 
-async def _rights(options: KafkaOptions, names: Sequence[str]) -> Sequence[Finding]:
-    """Whether we may write to these topics, by the brokers' word; nothing is sent."""
+async def _rights(options: KafkaOptions, names: Sequence[str], right: Right) -> Sequence[Finding]:
+    """Whether we may do that with these topics, by the brokers' word; nothing is sent."""
+    does = "write to" if right == "Write" else "read"
     client = AdminClient(_librdkafka(options), logger=_silent)
     answers = client.describe_topics(
         TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_PART
@@ -57,15 +83,15 @@ async def _rights(options: KafkaOptions, names: Sequence[str]) -> Sequence[Findi
             topic = await asyncio.wrap_future(answer)
         except KafkaException as error:
             why = f"{name}: what we may do is not told: {error.args[0].str()}"
-            return [Finding("warn", why, _grant(options, name))]
-        if not any(one.name == "WRITE" for one in topic.authorized_operations or ()):
+            return [Finding("warn", why, _grant(options, name, right))]
+        if not any(one.name == right.upper() for one in topic.authorized_operations or ()):
             closed.append(name)
     if closed:
         return [
-            Finding("fail", f"{name}: not ours to write to", _grant(options, name))
+            Finding("fail", f"{name}: not ours to {does}", _grant(options, name, right))
             for name in closed
         ]
-    return [Finding("ok", f"{len(names)} topics are ours to write to")]
+    return [Finding("ok", f"{len(names)} topics are ours to {does}")]
 
 
 def _librdkafka(options: KafkaOptions) -> dict[str, Any]:
@@ -102,9 +128,9 @@ def _cure(options: KafkaOptions) -> str:
     )
 
 
-def _grant(options: KafkaOptions, name: str) -> str:
+def _grant(options: KafkaOptions, name: str, right: Right) -> str:
     return (
         f"let an administrator allow it: kafka-acls.sh --add --allow-principal "
-        f"User:{options.sasl_username or 'NAME'} --operation Write --operation Describe "
+        f"User:{options.sasl_username or 'NAME'} --operation {right} --operation Describe "
         f"--topic {name}"
     )

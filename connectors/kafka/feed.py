@@ -20,10 +20,12 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from kronos_connectors.kafka import member
 from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.checks import Right, checks_of_candles
 from kronos_connectors.kafka.member import ANSWER_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import candles
+from kronos_stream.checkup import Check
 from kronos_stream.forecast.message import REMOVAL
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.feed import (
@@ -71,6 +73,10 @@ class KafkaFeed:
         """By key: what it is the name of."""
         self._unbegun: set[Part] = set()
         self._reached: dict[Part, int] = {}
+
+    def checks(self, *, writes: bool) -> Sequence[Check]:
+        right: Right = "Write" if writes else "Read"
+        return checks_of_candles(self._options, self._needs.timeframes, right)
 
     async def run(self, reader: Reader) -> None:
         """Read until cancelled, reconnecting by itself."""

@@ -84,7 +84,10 @@ def _of_login(error: BaseException, options: KafkaOptions) -> Fault | None:
     if isinstance(error, IllegalSaslStateError):
         return Fault("it takes no login there", f"see {_PREFIX}SECURITY_PROTOCOL", refused=True)
     if isinstance(error, _DENIED):
-        what = f"{type(error).__name__.partition('Auth')[0].lower()} not ours to use ({error})"
+        kind = type(error).__name__.partition("Auth")[0].lower()
+        what = f"no right to the {kind} {', '.join(map(str, error.args))}".rstrip()
+        if isinstance(error, ClusterAuthorizationFailedError):  # what idempotence asks for
+            what = "no right to write to any topic"
         return Fault(what, "let an administrator allow it, by kafka-acls.sh")
     return None
 

@@ -122,7 +122,7 @@ class KafkaSink:
         self._chatter = listen()
 
     def checks(self) -> Sequence[Check]:
-        return checks(self._options)
+        return checks(self._options, self._needed)
 
     async def start(self) -> None:
         """Connect, and see that the topics are there."""

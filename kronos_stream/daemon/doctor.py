@@ -10,14 +10,23 @@ from contextlib import AsyncExitStack
 from functools import partial
 from random import Random
 
-from kronos_stream.checkup import Check, CheckedSink, CheckedSource, Finding, Told, examine
+from kronos_stream.checkup import (
+    Check,
+    CheckedFeed,
+    CheckedSink,
+    CheckedSource,
+    Finding,
+    Told,
+    examine,
+)
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.environment import told
-from kronos_stream.daemon.service import build_sinks, build_sources
+from kronos_stream.daemon.service import build_feed, build_sinks, build_sources
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError
 from kronos_stream.daemon.universe import resolve
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.feed import FeedNeeds
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Source, SourceError, VenueRefused
 
@@ -39,7 +48,8 @@ class Doctor:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._series: set[Series] = set(settings.series())
+        follows = settings.role != "forecast"
+        self._series: set[Series] = set(settings.series() if follows else ())
         """What would be followed, as far as it is known by now."""
 
     async def examine(
@@ -57,15 +67,22 @@ class Doctor:
 
     def _checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
         settings = self._settings
-        if area == "venues":
-            return self._of_sources(stack)
-        if area == "sinks":
-            return self._of_sinks(stack)
-        if area == "state":
-            return [Check("state file", partial(checks.state_file, settings.state_file))]
-        if area == "http":
-            return [Check("http port", partial(checks.port, settings.http, settings.state_file))]
-        return [Check("model", self._model, _MODEL_SECONDS)]
+        checks_of: dict[str, Callable[[], Sequence[Check]]] = {
+            "state": lambda: [Check("state file", partial(checks.state_file, settings.state_file))],
+            "http": lambda: [
+                Check("http port", partial(checks.port, settings.http, settings.state_file))
+            ],
+            "venues": lambda: self._of_sources(stack),
+            "sinks": lambda: self._of_sinks(stack),
+            "model": lambda: [Check("model", self._model, _MODEL_SECONDS)],
+        }
+        if settings.role == "forecast":
+            checks_of["state"] = tuple
+            checks_of["venues"] = lambda: self._of_feed(stack, writes=False)
+        elif settings.role == "ingest":
+            checks_of["sinks"] = lambda: self._of_feed(stack, writes=True)
+            checks_of["model"] = tuple
+        return checks_of[area]()
 
     def _of_sources(self, stack: AsyncExitStack) -> Sequence[Check]:
         try:
@@ -107,6 +124,16 @@ class Doctor:
             else:
                 found.append(Check(sink.name, partial(_unchecked, sink)))
         return found
+
+    def _of_feed(self, stack: AsyncExitStack, *, writes: bool) -> Sequence[Check]:
+        """Of what carries candles from one role to the other."""
+        settings = self._settings
+        entries = settings.watchlist() if writes else ()
+        lengths = {length for entry in entries for length in entry.timeframes}
+        needs = FeedNeeds(sorted(lengths or settings.timeframes, key=str), settings.lookback)
+        feed = build_feed(settings, needs, SystemClock(), Random())
+        stack.push_async_callback(feed.close)
+        return feed.checks(writes=writes) if isinstance(feed, CheckedFeed) else ()
 
     async def _model(self) -> Sequence[Finding]:
         return await checks.model(self._settings.plan(), self._series)

@@ -25,7 +25,7 @@ from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.forecast.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
-from kronos_stream.market.feed import FeedNeeds
+from kronos_stream.market.feed import Feed, FeedNeeds
 from kronos_stream.market.source import Source, SourceError
 
 _log = structlog.get_logger()
@@ -56,6 +56,12 @@ def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) 
         for name in settings.sinks
         for connector in [connectors.sink(name)]
     ]
+
+
+def build_feed(settings: Settings, needs: FeedNeeds, clock: Clock, random: Random) -> Feed:
+    """What brings role forecast its candles. Raises ConnectorError."""
+    feed = connectors.feed(BROKER)
+    return feed.build(_options(settings, BROKER, feed.options), needs, clock, _child(random))
 
 
 def build(
@@ -91,9 +97,8 @@ def build_role(settings: Settings) -> Daemon | Ingest | Member:
         sink = relay.build(options, clock, _child(random))
         sources = build_sources(settings, clock, random)
         return Ingest(settings, sources, [sink], clock=clock, random=random)
-    feed = connectors.feed(BROKER)
     needs = FeedNeeds(settings.timeframes, settings.lookback)
-    reads = feed.build(_options(settings, BROKER, feed.options), needs, clock, _child(random))
+    reads = build_feed(settings, needs, clock, random)
     sinks = build_sinks(settings, clock, random)
     return Member(settings, reads, sinks, clock=clock, random=random)
 

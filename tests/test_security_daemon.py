@@ -1,0 +1,279 @@
+"""The daemon on a Kafka that is locked: TLS, SCRAM logins, and the rights that the docs name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import orjson
+import pytest
+from confluent_kafka.admin import (  # type: ignore[attr-defined] # it says so in no __all__
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
+
+from kronos_connectors.kafka import SINK
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_stream.forecast.sink import Record, SinkRefused, SinkUnavailable
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.testing.apache import ApacheKafka, Listener
+from kronos_stream.testing.certificates import Authority
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
+
+PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
+PAGE = Path(__file__).parents[1] / "docs" / "security.md"
+USERS = ("owner", "all", "ingest", "forecast", "bot")
+
+
+class Locked(NamedTuple):
+    """A broker whose one door asks for TLS and SCRAM, and gives everyone what the docs say."""
+
+    kafka: ApacheKafka
+    cafile: Path
+    admin: AdminClient
+
+    def settings(self, user: str, password: str = PASSWORD) -> dict[str, str]:
+        return {
+            "KAFKA__BOOTSTRAP_SERVERS": self.kafka.at("safe"),
+            "KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
+            "KAFKA__SASL_MECHANISM": "SCRAM-SHA-512",
+            "KAFKA__SASL_USERNAME": user,
+            "KAFKA__SASL_PASSWORD": password,
+            "KAFKA__SSL_CAFILE": str(self.cafile),
+            "KAFKA__PARTITIONS": "2",
+        }
+
+    def allow(self, user: str, topic: str, operation: str) -> None:
+        rule = AclBinding(
+            ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{user}", "*",
+            AclOperation[operation], AclPermissionType.ALLOW,
+        )  # fmt: skip
+        for done in self.admin.create_acls([rule]).values():
+            done.result(20)
+
+    def change_password(self, user: str, password: str) -> None:
+        scram = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+        change = UserScramCredentialUpsertion(user, scram, password.encode())
+        for done in self.admin.alter_user_scram_credentials([change]).values():
+            done.result(20)
+
+
+@pytest.fixture(scope="module")
+def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+    folder = tmp_path_factory.mktemp("locked")
+    authority = Authority(folder)
+    settings = {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS;User:owner",
+    }
+    doors = {"safe": Listener(tls=authority.sign("broker"), mechanisms=["SCRAM-SHA-512"])}
+    users = dict.fromkeys(USERS, PASSWORD)
+    kafka = ApacheKafka(
+        kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
+    )
+    with kafka:
+        client = AdminClient(
+            {
+                "bootstrap.servers": kafka.at("safe"),
+                "security.protocol": "SASL_SSL",
+                "ssl.ca.location": str(authority.file),
+                "sasl.mechanism": "SCRAM-SHA-512",
+                "sasl.username": "owner",
+                "sasl.password": PASSWORD,
+            }
+        )
+        locked = Locked(kafka, authority.file, client)
+        _command(locked.settings("owner"), "topics", "create", "--candles", "1s")
+        for done in client.create_acls(_rules(PAGE.read_text("utf-8"))).values():
+            done.result(20)
+        yield locked
+
+
+def _rules(page: str) -> list[AclBinding]:
+    """What the lines of kafka-acls.sh on a page would allow."""
+    rules = []
+    for line in re.findall(r"^kafka-acls\.sh (.*)$", page.replace("\\\n", " "), re.MULTILINE):
+        words = shlex.split(line)
+        told = dict(pairwise(words))
+        kind = ResourceType.TOPIC if "--topic" in told else ResourceType.GROUP
+        name = told.get("--topic") or told["--group"]
+        how = told.get("--resource-pattern-type", "literal").upper()
+        for word, operation in pairwise(words):
+            if word == "--operation":
+                code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).upper()
+                rules.append(
+                    AclBinding(
+                        kind, name, ResourcePatternType[how], told["--allow-principal"], "*",
+                        AclOperation[code], AclPermissionType.ALLOW,
+                    )
+                )  # fmt: skip
+    return rules
+
+
+@pytest.fixture(scope="module")
+def exchange() -> Iterator[ExchangeProcess]:
+    arguments = ("--symbols", "2", "--timeframe", "1s", "--history", "200")
+    with ExchangeProcess(*arguments) as exchange:
+        yield exchange
+
+
+def _environ(given: Mapping[str, str]) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    return clean | {f"KRONOS_STREAM_{name}": value for name, value in given.items()}
+
+
+def _command(
+    given: Mapping[str, str], *arguments: str, status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    ended = subprocess.run(  # noqa: S603
+        [*COMMAND, *arguments],
+        env=_environ(given), capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    said = ended.stdout + ended.stderr
+    assert PASSWORD not in said
+    assert ended.returncode == status, said
+    return ended
+
+
+def _of_model() -> dict[str, str]:
+    return {"MODEL": "nano", "LOOKBACK": "96", "HORIZON": "8", "PATHS": "20", "THREADS": "1"}
+
+
+def _all(locked: Locked, exchange: ExchangeProcess) -> dict[str, str]:
+    return {"SINKS": "kafka", **exchange.settings(), **_of_model(), **locked.settings("all")}
+
+
+def _heard(locked: Locked, count: int, seconds: float = 60.0) -> list[str]:
+    """The series of so many forecasts, as a bot reads them."""
+    command = [*COMMAND, "tail", "--json"]
+    with subprocess.Popen(  # noqa: S603
+        command, env=_environ(locked.settings("bot")), stdout=subprocess.PIPE, text=True
+    ) as tail:
+        assert tail.stdout is not None
+        began = time.monotonic()
+        heard: list[str] = []
+        while len(heard) < count and time.monotonic() - began < seconds:
+            heard.append(orjson.loads(tail.stdout.readline())["series"])
+        tail.terminate()
+    return heard
+
+
+def test_each_role_works_with_the_rights_that_the_docs_name(
+    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+) -> None:
+    for role in ("ingest", "forecast"):
+        (tmp_path / role).mkdir()
+    intake = {**exchange.settings(), **locked.settings("ingest"), "ROLE": "ingest"}
+    engine = {**_of_model(), **locked.settings("forecast"), "ROLE": "forecast", "SINKS": "kafka"}
+    engine["TIMEFRAMES"] = "1s"
+    with (
+        DaemonProcess(tmp_path / "ingest", intake) as ingest,
+        DaemonProcess(tmp_path / "forecast", engine) as forecast,
+    ):
+        ingest.start()
+        forecast.start()
+        ingest.wait_until_ready(90 * patience)
+        forecast.wait_until_ready(90 * patience)
+        assert set(_heard(locked, 4)) == {one.name for one in exchange.series()}
+        assert ingest.stop() == 0
+        assert forecast.stop() == 0
+    for role, given in (("ingest", intake), ("forecast", engine)):
+        said = _command(given, "doctor", "--skip", "model", "--skip", "state").stdout
+        assert "fail" not in said, role
+
+
+def test_a_right_that_lacks_is_named(locked: Locked, exchange: ExchangeProcess) -> None:
+    skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
+    given = {**_all(locked, exchange), **locked.settings("bot")}
+    said = _command(given, "doctor", *skip, status=1).stdout
+    assert "warn  kafka: kronos.forecasts.v1: its settings are hidden from us; to have" in said
+    assert "fail  kafka: kronos.forecasts.v1: not ours to write to" in said
+    assert "--allow-principal User:bot --operation Write --operation Describe" in said
+    given = {**locked.settings("ingest"), "ROLE": "forecast", "SINKS": "jsonl"}
+    given |= {"TIMEFRAMES": "1s", "JSONL__PATH": "/dev/null"}
+    said = _command(given, "doctor", "--skip", "model", "--skip", "sinks", status=1).stdout
+    assert "kafka candles: kronos.candles.1s.v1: not ours to read" in said
+    assert "--allow-principal User:ingest --operation Read" in said
+
+
+async def test_a_delivery_without_a_right_says_which(locked: Locked) -> None:
+    given = {name.lower(): value for name, value in locked.settings("ingest").items()}
+    options = KafkaOptions(**{name.removeprefix("kafka__"): v for name, v in given.items()})  # type: ignore[arg-type]
+    sink = SINK.build(options, SystemClock(), Random(0))
+    now = time.time_ns() // 1_000_000
+    try:
+        with pytest.raises(SinkUnavailable, match=r"no topic kronos\.forecasts.*or no right to"):
+            await sink.start()
+        for topic in ("kronos.forecasts.v1", "kronos.forecasts.latest.v1"):
+            locked.allow("ingest", topic, "DESCRIBE")
+        await sink.start()
+        with pytest.raises(SinkUnavailable, match=r"no right to the topic .*kafka-acls") as refused:
+            await sink.deliver([Record(1, "forecast", "binance:A/B:1s", b"{}", (), now)])
+        assert "kronos.forecasts." in str(refused.value)
+        assert not isinstance(refused.value, SinkRefused)  # records wait for it
+    finally:
+        await sink.close()
+
+
+def test_a_changed_password_is_told_once_and_gone_on_from(
+    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+) -> None:
+    with DaemonProcess(tmp_path, _all(locked, exchange)) as daemon:
+        daemon.start()
+        daemon.wait_until_ready(90 * patience)
+        assert _heard(locked, 2)
+        locked.change_password("all", "another-12345")
+        locked.kafka.kill()  # or it would keep who is in
+        locked.kafka.start()
+        try:
+            why = "login as all refused"
+            wait_for(why, lambda: why in daemon.checks()[1].get("sink kafka", ""), 30 * patience)
+            assert daemon.checks()[0] == 503
+            time.sleep(3)  # some more tries
+        finally:
+            locked.change_password("all", PASSWORD)
+        daemon.wait_until_ready(30 * patience)
+        told = [event for event in daemon.log() if why in str(event.get("why"))]
+        assert [event["level"] for event in told] == ["warning"]
+        assert daemon.stop() == 0
+        assert daemon.undelivered() == 0
+        assert PASSWORD not in daemon.log_file.read_text("utf-8")
+
+
+def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as_set(
+    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+) -> None:
+    given = {**_all(locked, exchange), **locked.settings("all", "wrong-12345")}
+    with DaemonProcess(tmp_path, given) as daemon:
+        daemon.start()
+        assert daemon.wait(60 * patience) == 2
+        said = daemon.log_file.read_text("utf-8")
+        (line,) = (line for line in said.splitlines() if "login as all refused" in line)
+        assert line.startswith("kronos-stream: error: ")
+        assert "see KRONOS_STREAM_KAFKA__SASL_USERNAME" in line
+        assert "Traceback" not in said
+        assert "wrong-12345" not in said
+    with DaemonProcess(tmp_path, {**given, "LOGIN_REFUSED": "retry"}) as daemon:
+        daemon.start()
+        why = "login as all refused"
+        wait_for(why, lambda: why in daemon.checks()[1].get("sink kafka", ""), 60 * patience)
+        wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3, 30)
+        told = [event for event in daemon.log() if why in str(event.get("why"))]
+        assert [event["level"] for event in told] == ["warning"]
+        assert daemon.stop() == 0

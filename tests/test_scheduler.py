@@ -106,9 +106,10 @@ class Bench:
     async def _window(self, due: Due) -> Window | None:
         return window_of(due)
 
-    async def _publish(self, results: Sequence[Result]) -> None:
+    async def _publish(self, results: Sequence[Result]) -> Sequence[Result]:
         await asyncio.sleep(self.publish_seconds)
         self.results += results
+        return results
 
     def give(self, *dues: Due) -> None:
         for due in dues:
@@ -309,6 +310,21 @@ def test_what_cannot_be_forecast_fails_alone() -> None:
     assert bench.metrics.outcomes.labels("skipped", "failed")._value.get() == 1
 
 
+def test_counts_are_of_what_was_published() -> None:
+    kept, gone = series(2)
+
+    async def scenario(bench: Bench) -> None:
+        async def publish(results: Sequence[Result]) -> Sequence[Result]:
+            return [one.removed if one.due.series == gone else one for one in results]
+
+        bench.scheduler._publish = publish
+        bench.give(*(due_at(one, START) for one in (kept, gone)))
+
+    outcomes = play(scenario).metrics.outcomes
+    assert outcomes.labels("forecast", "")._value.get() == 1
+    assert outcomes.labels("skipped", "removed")._value.get() == 1
+
+
 def test_latencies() -> None:
     first, second = series(2)
 
@@ -344,7 +360,7 @@ def test_a_failing_publisher_ends_the_run() -> None:
     async def main() -> None:
         bench = Bench()
 
-        async def full(_: Sequence[Result]) -> None:
+        async def full(_: Sequence[Result]) -> Sequence[Result]:
             raise OSError("disk full")
 
         bench.scheduler._publish = full
@@ -535,3 +551,55 @@ def check_truth(
             if catch_up == "newest":
                 assert at < expiry
                 assert not any(feed.moments[other] < at - 1e-6 for other in overtakers)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
+    """As when a group shares out anew: nothing twice, nothing before what comes before it."""
+    random = Random(seed)
+    *names, absent = series(6)
+    given: dict[Series, list[Due]] = defaultdict(list)
+
+    async def scenario(bench: Bench) -> None:
+        for second in range(1, 161):
+            bench.expected[START + 1000 * second] = {absent} if random.random() < 0.5 else set()
+        for second in range(1, 41):
+            for one in random.sample(names, random.randint(0, 5)):
+                # Bars that come late and early make closes that are complete in another order.
+                for _ in range(random.randint(1, 3)):
+                    before = given[one][-1].close if given[one] else START
+                    given[one].append(due_at(one, before + 1000))
+                    bench.give(given[one][-1])
+            await asyncio.sleep(random.choice([0, 0.05, 0.3, 1.0]))
+            if second % 4 == 0:
+                bench.scheduler.withdraw()
+                await bench.scheduler.settled()
+                told = {result.due for result in bench.results}
+                bench.give(*(due for dues in given.values() for due in dues if due not in told))
+
+    worker = TimedWorker(random.choice([0.005, 0.1, 0.4]))
+    bench = play(scenario, worker=worker, catch_up="all", most=random.choice([2, 1000]))
+    published = defaultdict(list)
+    for result in bench.results:
+        published[result.due.series].append(result.due)
+    assert published == given
+
+
+def test_what_is_behind_a_bar_taken_back_is_taken_back_even_from_a_batch() -> None:
+    one, other, absent = series(3)
+    first, last = due_at(one, START + 1000), due_at(one, START + 3000)
+
+    async def scenario(bench: Bench) -> None:
+        bench.give(due_at(other, START + 3000))
+        await asyncio.sleep(0.01)  # that close is complete now, and the next one is not
+        bench.expected[START + 1000] = {absent}
+        bench.give(first, last)
+        await asyncio.sleep(0.2)
+        assert bench.worker.sizes() == [1, 1]
+        bench.scheduler.withdraw()
+        await bench.scheduler.settled()
+        assert [result.due.series for result in bench.results] == [other]
+        bench.give(first, last)
+
+    bench = play(scenario, worker=TimedWorker(0.15), catch_up="all")
+    assert [result.due for result in bench.results[1:]] == [first, last]

@@ -100,7 +100,11 @@ class Gathering:
                     yield item
 
     def _make_ready(self, item: Item) -> None:
-        self.ready.setdefault(item.due.series, deque()).append(item)
+        items = self.ready.setdefault(item.due.series, deque())
+        items.append(item)
+        if len(items) > 1 and items[-2].due.close > item.due.close:
+            # Its close was not complete, unlike that of a later bar.
+            self.ready[item.due.series] = deque(sorted(items, key=lambda one: one.due[1:3]))
 
     def _patience_ms(self, item: Item) -> int:
         if self._wait is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass
+from itertools import dropwhile
 
 from kronos_stream.daemon.due import Due, Result
 from kronos_stream.market.series import Series
@@ -20,6 +21,8 @@ class Item:
     taken: bool = False
     """True from the moment a batch takes it."""
     result: Result | None = None
+    withdrawn: bool = False
+    """Whether it is taken back, whatever becomes of it."""
 
     @property
     def waiting(self) -> bool:
@@ -50,29 +53,34 @@ class Lanes:
     def oldest_waiting(self, series: Series) -> Item | None:
         return next((item for item in self._lanes.get(series, ()) if item.waiting), None)
 
-    def waiting(self) -> list[Item]:
-        """All that no batch has taken, and nobody has decided."""
-        return [item for lane in self._lanes.values() for item in lane if item.waiting]
+    def withdraw(self) -> list[Item]:
+        """Take back what no batch has taken, and what is behind it; the former, to be decided."""
+        waiting = []
+        for lane in self._lanes.values():
+            for item in dropwhile(lambda item: not item.waiting, lane):
+                if item.waiting:
+                    waiting.append(item)
+                item.withdrawn = True
+        return waiting
 
     def decide(self, item: Item, result: Result) -> None:
         item.result = result
         self._changed[item.due.series] = None
         self.decided.set()
 
-    def heads(self, most: int) -> list[Result]:
-        """Take out results that have nothing undecided before them, at most so many."""
-        results: list[Result] = []
+    def heads(self, most: int) -> list[Item]:
+        """Take out items that have nothing undecided before them, at most so many."""
+        items: list[Item] = []
         for series in list(self._changed):
             lane = self._lanes[series]
             while lane and lane[0].result is not None:
-                if len(results) == most:
-                    return results
-                results.append(lane[0].result)
-                lane.popleft()
+                if len(items) == most:
+                    return items
+                items.append(lane.popleft())
             del self._changed[series]
             if not lane:
                 del self._lanes[series]
-        return results
+        return items
 
     def told(self, results: int) -> None:
         """So many results are out of the house."""

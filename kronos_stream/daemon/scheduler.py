@@ -29,9 +29,6 @@ _log = structlog.get_logger()
 
 CatchUp = Literal["newest", "all"]
 
-WITHDRAWN = "withdrawn"
-"""In place of a reason: what has been taken back."""
-
 _TURN = 32
 """Windows built before other tasks have their turn."""
 
@@ -60,7 +57,7 @@ class Scheduler:
         worker: Forecasting,
         window: Callable[[Due], Awaitable[Window | None]],
         awaited: Callable[[int], int],
-        publish: Callable[[Sequence[Result]], Awaitable[None]],
+        publish: Callable[[Sequence[Result]], Awaitable[Sequence[Result]]],
         clock: Clock,
         metrics: Metrics,
         *,
@@ -74,7 +71,8 @@ class Scheduler:
 
         window: what a bar is forecast from; None if that is gone.
         awaited: how many live series' bars of this close, UTC ms, have not come yet.
-        publish: returns once the results are safe; its failures end :meth:`run`.
+        publish: returns once the results are safe, which may be fewer or others; its failures end
+            :meth:`run`.
         catch_up: when behind, "newest" skips a bar that a newer one of its series has overtaken;
             "all" forecasts every one.
         batch_wait: seconds after the first bar of a close that others of it are waited for; None
@@ -155,9 +153,12 @@ class Scheduler:
         return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.expected(1))
 
     def withdraw(self) -> None:
-        """Take back all bars that wait for a batch: they get no result, and may be due again."""
-        for item in self._lanes.waiting():
-            self._skip(item, WITHDRAWN)
+        """Take back all bars that wait for a batch, and those of their series behind them.
+
+        They get no result, and may be due again.
+        """
+        for item in self._lanes.withdraw():
+            self._skip(item, "withdrawn")
 
     async def finish(self, grace: float) -> bool:
         """Take in no more, finish the batch in hand and end :meth:`run`; True if done in time.
@@ -278,9 +279,10 @@ class Scheduler:
             await lanes.decided.wait()
             lanes.decided.clear()
             while heads := lanes.heads(_CHUNK):
-                results = [result for result in heads if result.reason != WITHDRAWN]
-                await self._publish(results)
-                for outcome in (result.outcome for result in results):
+                results = [
+                    item.result for item in heads if item.result is not None and not item.withdrawn
+                ]
+                for outcome in (result.outcome for result in await self._publish(results)):
                     self._metrics.outcomes.labels(outcome.result, outcome.reason).inc()
                 lanes.told(len(heads))
                 if not lanes.held:

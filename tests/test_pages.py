@@ -79,7 +79,15 @@ class House:
         self.board.look_at(lambda: self.followed)
         self.metrics = Metrics()
         secret = None if token is None else SecretStr(token)
-        self.pages = Pages(self.metrics, lambda: checks, self.board, self.clock, token=secret)
+        self.hangs = ""
+        self.pages = Pages(
+            self.metrics,
+            lambda: checks,
+            self.board,
+            self.clock,
+            overdue=lambda: self.hangs,
+            token=secret,
+        )
 
     async def get(self, path: str, token: str | None = None) -> Answer:
         return await self.pages.answer("GET", path, None if token is None else f"Bearer {token}")
@@ -156,6 +164,14 @@ async def test_ready_is_when_every_check_is_empty() -> None:
     assert _faults("/readyz", answer) == []
     assert await House(worker="").json("/readyz") == {"ready": True, "checks": {"worker": "ok"}}
     assert (await broken.get("/healthz")).status == 200
+
+
+async def test_what_hangs_is_not_alive() -> None:
+    house = House(worker="")
+    house.hangs = "delivering to kafka: nothing done for 130 s"
+    answer = await house.get("/healthz")
+    assert (answer.status, answer.body) == (503, f"{house.hangs}\n".encode())
+    assert _faults("/healthz", answer) == []
 
 
 async def test_a_series_is_told_of_as_it_stands() -> None:

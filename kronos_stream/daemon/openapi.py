@@ -136,7 +136,13 @@ def document() -> dict[str, Any]:
         "security": [{"token": []}, {}],
         "paths": {
             "/healthz": _probe(
-                "alive", "Whether the process answers at all.", {"200": ("It does.", _TEXT)}
+                "alive",
+                "Whether the process answers, and nothing in it hangs. Who waits for an exchange, "
+                "for a broker or for a new worker does not hang.",
+                {
+                    "200": ("All is well.", _TEXT),
+                    "503": ("Something hangs; only a restart will mend that.", _TEXT),
+                },
             ),
             "/readyz": _probe(
                 "ready",

@@ -59,9 +59,12 @@ class Pages:
         board: Board,
         clock: Clock,
         *,
+        overdue: Callable[[], str] = str,
         token: SecretStr | None = None,
     ) -> None:
         """``checks``: what readiness hangs on → why it is not so, empty if it is.
+
+        overdue: what hangs, in words; empty if nothing does.
 
         token: what must be shown for all pages but those for probes.
         """
@@ -69,12 +72,13 @@ class Pages:
         """Whether nobody but this machine can ask."""
         self._checks, self._board, self._clock, self._metrics = checks, board, clock, metrics
         metrics.ready.set_function(lambda: not any(checks().values()))
+        self._overdue = overdue
         self._token = None if token is None else token.get_secret_value().encode()
         self._document = orjson.dumps(document())
         metrics_page = _Kept(self._render_metrics, _METRICS_SECONDS)
         self._series = _Kept(self._render_series, _SERIES_SECONDS)
         self._pages: dict[str, Callable[[], Awaitable[Answer]]] = {
-            "/healthz": lambda: _ready(Answer(200, b"alive\n", _TEXT)),
+            "/healthz": self._liveness,
             "/readyz": self._readiness,
             "/metrics": metrics_page.answering(CONTENT_TYPE_LATEST),
             "/series": self._series.answering(JSON),
@@ -115,6 +119,11 @@ class Pages:
     def _refusal() -> Answer:
         why = f"this page needs the header Authorization: Bearer, with {variable('http', 'token')}"
         return problem(401, why, (("WWW-Authenticate", 'Bearer realm="kronos-stream"'),))
+
+    async def _liveness(self) -> Answer:
+        """To answer at all is half of it; the other half is that nothing hangs."""
+        why = self._overdue()
+        return Answer(503 if why else 200, f"{why or 'alive'}\n".encode(), _TEXT)
 
     async def _readiness(self) -> Answer:
         checks = self._checks()

@@ -90,7 +90,12 @@ class Role(ABC):
                 patient=settings.login_refused == "retry",
             )
             pages = Pages(
-                self.metrics, self.checks, self._board, self._clock, token=settings.http.token
+                self.metrics,
+                self.checks,
+                self._board,
+                self._clock,
+                overdue=self.progress.overdue,
+                token=settings.http.token,
             )
             await stack.enter_async_context(Served(settings.http, pages))
             try:

@@ -31,6 +31,8 @@ _T = TypeVar("_T")
 
 _log = structlog.get_logger()
 
+_SETTINGS = "KRONOS_STREAM_"
+
 _PIECE = 32
 """Tasks per frame."""
 
@@ -81,7 +83,7 @@ class Child:
                     pass_fds=(theirs.fileno(),),
                     # Ctrl-C is for the daemon to judge: it may want the batch in hand.
                     process_group=0,
-                    env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                    env=_environ(threads),
                 )
             except OSError as error:  # no memory or no number left for a process, just now
                 ours.close()
@@ -179,6 +181,12 @@ class Child:
     async def _read(self) -> Any:  # noqa: ANN401 - whatever the worker says
         (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
         return unframe(await self._reader.readexactly(length))
+
+
+def _environ(threads: int) -> dict[str, str]:
+    """Ours without the settings: a worker is told what it needs, and passwords are not among it."""
+    others = {k: v for k, v in os.environ.items() if not k.upper().startswith(_SETTINGS)}
+    return others | {"OMP_NUM_THREADS": str(threads)}
 
 
 async def _relay(output: asyncio.StreamReader) -> None:

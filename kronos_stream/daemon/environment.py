@@ -16,7 +16,7 @@ from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
-from kronos_stream.daemon.logs import without_passwords
+from kronos_stream.daemon.logs import hide, without_passwords
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
 from kronos_stream.daemon.textfile import read_small
 
@@ -27,10 +27,14 @@ _FILE = "_FILE"
 BROKER = "kafka"
 """What carries candles from role ingest to role forecast."""
 
+_OTHERS_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
 _LISTS = {tuple, list, set, frozenset}
 
 _SHOWN = 60
 """Characters of a value that are shown."""
+_REASON = 400
+"""Of why it will not do, which may repeat it."""
 
 # What Kubernetes tells every container about a Service whose name begins with kronos-stream.
 _SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
@@ -152,6 +156,7 @@ def _given(environ: Mapping[str, str]) -> dict[str, str]:
     given = _in_folder(folder) | given
     known = _known(given)
     problems: list[str] = []
+    hide(*(environ.get(name, "") for name in _OTHERS_SECRETS))
     for name in [*given]:
         owner = name.removesuffix(_FILE)
         if name in known:
@@ -163,6 +168,7 @@ def _given(environ: Mapping[str, str]) -> dict[str, str]:
                 problems.extend(error.problems)
         else:
             problems.append(_unknown(name, known))
+    hide(*(value for name, value in given.items() if name in known and _secret(name)))
     if problems:
         raise SettingsError(problems)
     return given
@@ -291,6 +297,7 @@ def _explain(error: ValidationError, given: Mapping[str, str], *path: str) -> li
         within = [part for part in fault["loc"] if isinstance(part, str)]
         name = variable(*path, *within) if within else variable(*path, "*")
         reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        reason = reason if len(reason) <= _REASON else f"{reason[:_REASON]}…"
         line = f"{name}: {reason}"
         if fault["type"] == "missing":
             line = f"{name} is not set, and has no default"

@@ -32,6 +32,11 @@ _FLUSH_SECONDS = 2.0
 # Their everyday life is of no interest; what matters of it, the connectors say.
 _QUIET = ("aiohttp", "aiokafka", "asyncio", "websockets")
 
+_SHORTEST_SECRET = 8
+"""Shorter ones would take half of what is said with them."""
+
+_hidden: set[str] = set()
+
 _PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):[^/\s@\"']+@")
 
 
@@ -73,8 +78,18 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
     return end
 
 
+def hide(*secrets: str) -> None:
+    """Let nothing that is logged or told by a command hold these, wherever they got into it."""
+    for secret in secrets:
+        if len(secret) >= _SHORTEST_SECRET:
+            # As it is, and as it stands in JSON and in Python's error texts.
+            _hidden.update((secret, orjson.dumps(secret).decode()[1:-1], repr(secret)[1:-1]))
+
+
 def without_passwords(text: str) -> str:
-    """``mqtt://me:secret@host`` → ``mqtt://me:***@host``, wherever it stands."""
+    """``mqtt://me:secret@host`` → ``mqtt://me:***@host``, and what is to be hidden: ``***``."""
+    for secret in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(secret, "***")
     return _PASSWORD.sub(r"\1:***@", text)
 
 
@@ -89,7 +104,13 @@ def _stderr() -> TextIO:
 
 def _renderers(format_: Format, *, colours: bool) -> list[Processor]:
     if format_ == "console":
-        return [structlog.dev.ConsoleRenderer(colors=colours, timestamp_key="time")]
+        # The other traceback there is shows local variables, passwords among them.
+        formatter = structlog.dev.plain_traceback
+        return [
+            structlog.dev.ConsoleRenderer(
+                colors=colours, timestamp_key="time", exception_formatter=formatter
+            )
+        ]
     return [
         structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(serializer=_json),
@@ -101,7 +122,7 @@ def _json(event: dict[str, Any], **_: Any) -> str:  # noqa: ANN401 - what struct
 
 
 class _Formatter(structlog.stdlib.ProcessorFormatter):
-    """Takes passwords out of URLs, wherever in a line they stand."""
+    """Takes passwords out, wherever in a line they stand."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_passwords(super().format(record))

@@ -75,6 +75,11 @@ def _threads() -> int:
     return max(1, usable_cores() - 1)
 
 
+_LONGEST_LINE = 400
+"""Characters of a line of the symbols file."""
+_MOST_PROBLEMS = 20
+"""That are told of one file."""
+
 _Path = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
@@ -313,12 +318,17 @@ class Settings(BaseSettings):
             if not text:
                 continue
             try:
+                if len(text) > _LONGEST_LINE:
+                    raise ValueError(f"{text[:80]!r}… is too long: {len(text):,} characters")  # noqa: TRY301
                 entry = Entry.parse(text)
                 if any(entry[:2] == other[:2] for other in (*self.symbols, *entries)):
                     raise ValueError(f"{text} stands there twice")  # noqa: TRY301
                 entries.append(entry)
             except ValueError as error:
                 problems.append(f"{name}={self.symbols_file}, line {number}: {error}")
+        if len(problems) > _MOST_PROBLEMS:
+            more = f"{name}={self.symbols_file}: and {len(problems) - _MOST_PROBLEMS:,} more lines"
+            problems = [*problems[:_MOST_PROBLEMS], more]
         if problems:
             raise SettingsError(problems)
         return entries

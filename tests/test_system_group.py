@@ -206,7 +206,7 @@ def test_members_come_go_and_are_killed_and_every_bar_is_forecast(
 ) -> None:
     with group(kafka, topic_prefix, tmp_path, symbols=6) as trial:
         found, caught_up = _trial(trial, rounds=1, seconds=30, seed=1)
-    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")
+    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
     assert not found.faults
     assert found.records > 6 * 20
 
@@ -217,6 +217,6 @@ def test_sixty_series_and_two_kills_in_three_minutes(
 ) -> None:
     with group(kafka, topic_prefix, tmp_path, symbols=60) as trial:
         found, caught_up = _trial(trial, rounds=2, seconds=180, seed=2)
-    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")
+    print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
     assert not found.faults
     assert found.records > 60 * 150

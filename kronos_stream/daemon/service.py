@@ -15,6 +15,7 @@ import structlog
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.crew import MakeWorker
 from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.environment import BROKER
 from kronos_stream.daemon.ingest import Ingest
@@ -69,10 +70,12 @@ def build(
     *,
     sinks: Sequence[Sink] | None = None,
     watch: Callable[[Sequence[Result]], None] | None = None,
+    worker: MakeWorker | None = None,
 ) -> Daemon:
     """A daemon on the wall clock.
 
-    sinks: in place of the settings'. watch: told every result once it is durable.
+    sinks: in place of the settings'. watch: told every result once it is durable. worker: makes
+    what forecasts, in place of a process.
     """
     clock = SystemClock()
     random = Random()
@@ -83,13 +86,14 @@ def build(
         clock=clock,
         random=random,
         watch=watch,
+        worker=worker,
     )
 
 
-def build_role(settings: Settings) -> Daemon | Ingest | Member:
-    """What the settings' role is, on the wall clock."""
+def build_role(settings: Settings, *, worker: MakeWorker | None = None) -> Daemon | Ingest | Member:
+    """What the settings' role is, on the wall clock. worker: as of :func:`build`."""
     if settings.role == "all":
-        return build(settings)
+        return build(settings, worker=worker)
     clock, random = SystemClock(), Random()
     if settings.role == "ingest":
         relay = connectors.relay(BROKER)
@@ -100,7 +104,7 @@ def build_role(settings: Settings) -> Daemon | Ingest | Member:
     needs = FeedNeeds(settings.timeframes, settings.lookback)
     reads = build_feed(settings, needs, clock, random)
     sinks = build_sinks(settings, clock, random)
-    return Member(settings, reads, sinks, clock=clock, random=random)
+    return Member(settings, reads, sinks, clock=clock, random=random, worker=worker)
 
 
 async def check(settings: Settings) -> str:

@@ -42,8 +42,14 @@ class DaemonProcess:
     otherwise. It listens for :meth:`checks` and :meth:`metrics` on a port of its own.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str],
+        command: Sequence[str] = (*COMMAND, "run"),
+    ) -> None:
         """settings: variables without ``KRONOS_STREAM_``; none is inherited."""
+        self._command = command
         self.state_file = folder / "state.sqlite"
         given = {
             "STATE_FILE": str(self.state_file),
@@ -76,7 +82,7 @@ class DaemonProcess:
         self._starts, self._port = self._starts + 1, 0
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603
-                [*COMMAND, "run"],
+                self._command,
                 env=self._environ,
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,

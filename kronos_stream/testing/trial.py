@@ -27,19 +27,17 @@ from numpy.typing import NDArray
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.due import Due, Outcome
-from kronos_stream.daemon.job import Drawn, Identity
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
 from kronos_stream.daemon.worker import Batch
-from kronos_stream.forecast.outlook import CHANNELS, Outlook
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
-from kronos_stream.forecast.summary import Summary
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Intake, Source
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
+from kronos_stream.testing.standin import StandIn
 from kronos_stream.testing.virtual import run_virtual
 
 LOOKBACK = 32
@@ -473,48 +471,19 @@ class _Overheard:
         await self._source.close()
 
 
-class _Forecaster:
-    """Stands where the model stands: says nothing of the future, and keeps what it is given."""
+class _Forecaster(StandIn):
+    """Keeps what it is given."""
 
     def __init__(
         self, life: int, exchange: SimulatedExchange, pace: float, journal: Journal
     ) -> None:
-        self._life, self._exchange, self._pace = life, exchange, pace
-        self._journal = journal
-
-    def healthy(self) -> str:
-        return ""
-
-    async def start(self) -> Identity:
-        await asyncio.sleep(self._pace)
-        return Identity("none", None, "none", None, "cpu", "float32", 512, "trial")
-
-    async def run(self) -> None:
-        await asyncio.Event().wait()
-
-    async def close(self) -> None:
-        await asyncio.sleep(0)
-
-    def expected(self, series: int) -> float:
-        return series * self._pace
-
-    def capacity(self, seconds: float) -> int:
-        return max(1, int(seconds / self._pace))
+        super().__init__(pace)
+        self._life, self._exchange, self._journal = life, exchange, journal
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
         moment = self._exchange.clock.now()
         self._journal.forecasts += [Forecast(self._life, moment, window) for window in windows]
-        async with asyncio.timeout(deadline):
-            await asyncio.sleep(self._pace * len(windows))
-        return Batch([Drawn(_flat(window), 1.0) for window in windows], self._pace * len(windows))
-
-
-def _flat(window: Window) -> Outlook:
-    close = window.last.close
-    bands = {channel: {"mean": [close], "q50": [close]} for channel in CHANNELS}
-    summary = Summary(0.0, 0.0, {"q50": 0.0}, None, None)
-    ahead = window.series.timeframe.after(window.last.time)
-    return Outlook([ahead], bands, summary, 0)
+        return await super().forecast(windows, deadline)
 
 
 class _Recorder:

@@ -1,0 +1,77 @@
+"""In place of the model: a forecaster that takes its time, and says nothing of the future.
+
+As a program it is ``kronos-stream run`` with such a forecaster: what else a daemon costs can be
+measured, and several can share a machine that has too few cores for as many models::
+
+    KRONOS_STREAM_ROLE=forecast ... python -m kronos_stream.testing.standin 0.01
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+
+from kronos_stream.daemon.job import Drawn, Identity
+from kronos_stream.daemon.worker import Batch
+from kronos_stream.forecast.outlook import CHANNELS, Outlook
+from kronos_stream.forecast.summary import Summary
+from kronos_stream.market.contexts import Window
+
+
+class StandIn:
+    """Where a worker is expected."""
+
+    def __init__(self, pace: float) -> None:
+        """pace: seconds that a forecast takes."""
+        self._pace = pace
+
+    def healthy(self) -> str:
+        return ""
+
+    async def start(self) -> Identity:
+        await asyncio.sleep(self._pace)
+        return Identity("none", None, "none", None, "cpu", "float32", 512, "stand-in")
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    def expected(self, series: int) -> float:
+        return series * self._pace
+
+    def capacity(self, seconds: float) -> int:
+        return max(1, int(seconds / self._pace))
+
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+        seconds = self.expected(len(windows))
+        async with asyncio.timeout(deadline):
+            await asyncio.sleep(seconds)
+        return Batch([Drawn(_flat(window), 1.0) for window in windows], seconds)
+
+
+def _flat(window: Window) -> Outlook:
+    close = window.last.close
+    bands = {channel: {"mean": [close], "q50": [close]} for channel in CHANNELS}
+    summary = Summary(0.0, 0.0, {"q50": 0.0}, None, None)
+    ahead = window.series.timeframe.after(window.last.time)
+    return Outlook([ahead], bands, summary, 0)
+
+
+def main(pace: float) -> None:
+    """``kronos-stream run``, with a stand-in. pace: seconds that a forecast takes."""
+    from kronos_stream.daemon import service
+    from kronos_stream.daemon.environment import read_settings
+    from kronos_stream.daemon.logs import configure
+
+    settings = read_settings(os.environ)
+    configure(settings.log.format, settings.log.level)
+    role = service.build_role(settings, worker=lambda *_: StandIn(pace))
+    asyncio.run(service.serve(role))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]))

@@ -1,0 +1,183 @@
+"""How a group grows, and how soon a member has its contexts: measured on a real Kafka.
+
+What is measured is printed, for docs/performance.md; only what must never be is asserted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from random import Random
+
+import orjson
+import pytest
+from confluent_kafka import Producer
+
+from kronos_connectors.kafka.admin import create
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import candles, forecasts, wanted
+from kronos_stream.forecast.message import Forecast
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.wire import relay
+from kronos_stream.testing.apache import ApacheKafka
+from kronos_stream.testing.audit import read_topic
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.processes import wait_for
+
+LOOKBACK = 128
+PACE = 0.01
+"""Seconds that a stand-in takes for a forecast."""
+
+
+def _series(count: int, timeframe: str) -> list[Series]:
+    length = Timeframe.parse(timeframe)
+    return [Series.of("binance", f"S{number}/USDT", length) for number in range(count)]
+
+
+class Past:
+    """Writes bars as ingest would have, each when it closed."""
+
+    def __init__(self, bootstrap: str, prefix: str) -> None:
+        self._producer = Producer(
+            {"bootstrap.servers": bootstrap, "enable.idempotence": True, "linger.ms": 20}
+        )
+        self._prefix, self._random = prefix, Random(0)
+
+    def write(self, series: Sequence[Series], opens: Sequence[int], *, history: int = 0) -> None:
+        """history: how many of the first are not to be forecast from."""
+        topic = candles(self._prefix, series[0].timeframe)
+        for number, opened in enumerate(opens):
+            for one in series:
+                close = 100 + self._random.random()
+                candle = Candle(opened, 100.5, 102.0, 99.0, close, 5.0, 500.0)
+                closed = one.timeframe.after(opened)
+                value = relay(one, Bar(candle, received=closed), history=number < history)
+                while True:
+                    try:
+                        self._producer.produce(topic, value, one.name, timestamp=closed)
+                        break
+                    except BufferError:
+                        self._producer.poll(0.1)
+        assert self._producer.flush(60) == 0
+
+
+def _opens(timeframe: str, bars: int) -> list[int]:
+    """Of the newest closed bars."""
+    length = Timeframe.parse(timeframe)
+    now = time.time_ns() // 1_000_000 // length.after(0) * length.after(0)
+    return [length.after(now, back - bars) for back in range(bars)]
+
+
+def _topics(kafka: ApacheKafka, prefix: str, *timeframes: str) -> None:
+    options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix)
+    asyncio.run(create(options, wanted(options, [Timeframe.parse(one) for one in timeframes])))
+
+
+def _member(
+    kafka: ApacheKafka, prefix: str, folder: Path, pace: float, **settings: str
+) -> DaemonProcess:
+    folder.mkdir()
+    given = {
+        "ROLE": "forecast",
+        "SINKS": "kafka",
+        "KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap,
+        "KAFKA__TOPIC_PREFIX": prefix,
+        "LOOKBACK": str(LOOKBACK),
+    }
+    command = (sys.executable, "-m", "kronos_stream.testing.standin", str(pace))
+    return DaemonProcess(folder, {**given, **settings}, command)
+
+
+@pytest.mark.soak
+def test_throughput_grows_with_the_group(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    series, seconds = _series(240, "1s"), 20
+    _topics(kafka, topic_prefix, "1s")
+    bars = LOOKBACK + 300
+    Past(kafka.bootstrap, topic_prefix).write(series, _opens("1s", bars), history=LOOKBACK)
+    rates: dict[int, float] = {}
+    for size in (1, 2, 4):
+        with ExitStack() as stack:
+            members = []
+            for number in range(size):
+                folder = tmp_path / f"{size}-{number}"
+                group = {"KAFKA__GROUP": f"{topic_prefix}-{size}"}
+                told = {**group, "TIMEFRAMES": "1s", "CATCH_UP": "all"}
+                member = _member(kafka, topic_prefix, folder, PACE, **told)
+                members.append(stack.enter_context(member))
+                member.start()
+            for member in members:
+                member.wait_until_ready()
+            time.sleep(8)  # until all have joined, and each works on its share
+
+            def delivered(members: Sequence[DaemonProcess] = tuple(members)) -> float:
+                return sum(member.metric("kronos_delivered_total") for member in members)
+
+            began, before = time.monotonic(), delivered()
+            time.sleep(seconds)
+            rates[size] = (delivered() - before) / (time.monotonic() - began)
+            lags = [member.metric("kronos_queue_depth", queue="due") for member in members]
+            assert all(lags), "somebody had nothing left to do"
+    for size, rate in rates.items():
+        print(f"\n{size} members: {rate:.0f} forecasts/s, {rate / rates[1]:.2f} times one", end="")  # noqa: T201
+    assert rates[2] > 1.5 * rates[1]
+    assert rates[4] > 2.5 * rates[1]
+
+
+def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> tuple[float, float]:
+    """Seconds until a new member, and then one after it, has all contexts; checks that it has."""
+    _topics(kafka, prefix, "1s", "1d")
+    past = Past(kafka.bootstrap, prefix)
+    daily, quick = _series(count, "1d"), _series(count, "1s")
+    days = _opens("1d", LOOKBACK + 20)
+    past.write(daily, days[:-1])
+    past.write(quick, _opens("1s", 20 * LOOKBACK))
+    told = {"TIMEFRAMES": "1s,1d", "CATCH_UP": "newest"}
+    took = []
+    for number, timeframe in enumerate(("1s", "1d")):
+        with _member(kafka, prefix, folder / str(number), 0.001, **told) as member:
+            member.start()
+            member.wait_until_ready()
+            took.append(member.metric("kronos_rebuild_seconds_sum"))
+            parts = member.metric("kronos_rebuild_seconds_count")
+            assert parts
+            took[-1] /= parts
+            if timeframe == "1s":
+                past.write(quick, _opens("1s", LOOKBACK + 5))
+            else:
+                past.write(daily, days[-1:])
+
+            def forecast(member: DaemonProcess = member) -> bool:
+                return member.metric("kronos_outcomes_total", result="forecast") >= count
+
+            wait_for("every series is forecast", forecast, 30)
+            assert member.stop() == 0
+    told_of = {}
+    for _, value in read_topic(kafka.bootstrap, forecasts(prefix)):
+        forecast = Forecast.parse(value)
+        told_of[forecast.series] = forecast.context.bars
+    assert told_of == {one.name: LOOKBACK for one in (*quick, *daily)}
+    return took[0], took[1]
+
+
+def test_contexts_of_seconds_and_days_are_read_back(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    new, next_one = _rebuilt(kafka, topic_prefix, tmp_path, 6)
+    print(f"\na new group: {new:.2f} s a partition, its next member: {next_one:.2f} s")  # noqa: T201
+
+
+@pytest.mark.soak
+def test_contexts_of_many_are_read_back_in_seconds(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    new, next_one = _rebuilt(kafka, topic_prefix, tmp_path, 300)
+    print(f"\na new group: {new:.2f} s a partition, its next member: {next_one:.2f} s")  # noqa: T201
+    assert max(new, next_one) < 30

@@ -135,7 +135,8 @@ class Group:
 
     def due(self) -> dict[Series, list[int]]:
         """Opens of the bars to be forecast: from the first that ingest passed on as news, all that
-        the exchange has, up to the newest that ingest has passed on."""
+        the exchange has, up to the newest that ingest has passed on.
+        """
         opens: dict[str, list[int]] = defaultdict(list)
         for timeframe in self.exchange.timeframes:
             topic = candles(self.prefix, Timeframe.parse(timeframe))

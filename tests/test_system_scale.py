@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
-import orjson
 import pytest
 from confluent_kafka import Producer
 
@@ -154,10 +153,10 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> tuple
             else:
                 past.write(daily, days[-1:])
 
-            def forecast(member: DaemonProcess = member) -> bool:
+            def done(member: DaemonProcess = member) -> bool:
                 return member.metric("kronos_outcomes_total", result="forecast") >= count
 
-            wait_for("every series is forecast", forecast, 30)
+            wait_for("every series is forecast", done, 30)
             assert member.stop() == 0
     told_of = {}
     for _, value in read_topic(kafka.bootstrap, forecasts(prefix)):

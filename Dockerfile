@@ -8,6 +8,7 @@ ARG BASE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE} AS build
 SHELL ["/bin/sh", "-euc"]
 ARG PIP_VERSION=26.3
+ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_ROOT_USER_ACTION=ignore
@@ -23,6 +24,7 @@ RUN python3 -m venv pip; \
 # --------------------------------------------------------- what the daemon needs, gigabytes
 FROM build AS dependencies
 ARG VARIANT=cpu
+ARG PIP_INDEX_URL
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # PyPI's torch is the one for CUDA. The CPU's comes from an index of its own, without what it
 # needs: that follows from PyPI, pinned like all the rest.

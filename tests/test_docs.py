@@ -53,6 +53,8 @@ MOSQUITTO = "persistence true"
 ELSEWHERE = {
     r"make deploy-check|(helm|kubectl) .*": "tests/test_deploy.py",
     r"docker compose .*": "tests/test_compose.py",
+    r"make image.*|docker (run|build) .*": "tests/test_image_built.py",
+    r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
     r"make demo.*": "tests/test_system_demo.py",
     r"make test.*|make lint": ".ci/run",
     r"make( format| parity-hub| soak| bench)?": "for developers; the target exists",
@@ -113,7 +115,19 @@ else:
 """
 
 # Words in capitals that are no settings of ours.
-WORDS = {"HF_HOME", "HF_HUB_OFFLINE", "KAFKA_HOME", "SIGHUP", "SIGTERM"}
+WORDS = {
+    "ARGS",
+    "ENGINE",
+    "HEALTHCHECK",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "KAFKA_HOME",
+    "PIP_INDEX_URL",
+    "SIGHUP",
+    "SIGTERM",
+    "SOURCE_DATE_EPOCH",
+    "TORCH_CPU_INDEX",
+}
 
 
 class Block(NamedTuple):

@@ -32,6 +32,7 @@ fi
 if [[ ${engine##*/} == podman* ]]; then
     arguments+=(
         --format docker
+        --timestamp "$epoch"
         --label "io.kronos-stream.variant=$variant"
         --label "org.opencontainers.image.version=$version"
         --label "org.opencontainers.image.revision=$revision"

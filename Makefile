@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 RECIPE := kronos_stream/checkpoints/nano/recipe.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench nano nano-eval parity-hub soak image image-check sbom audit clean
+.PHONY: help setup demo test lint format bench nano nano-eval parity-hub soak image image-check sbom audit deploy-check clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ sbom: $(SUPPLY)/complete ## Write what the daemon runs on to build/sbom.json, in
 
 audit: $(SUPPLY)/complete ## Ask PyPI about known faults of the pinned versions
 	@deploy/image/audit.sh $(SUPPLY)/bin/pip-audit $(ARGS)
+
+deploy-check: $(STAMP) ## Check the Helm chart and the compose file (the first time builds helm: minutes)
+	@PYTHON=$(BIN)/python deploy/kubernetes/tools.sh build/deploy
+	KRONOS_REQUIRE_HELM=1 $(BIN)/python -m pytest tests/test_deploy.py tests/test_compose.py $(ARGS)
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -137,10 +137,11 @@ class Daemon(Following):
         )
         self._graveyard = Graveyard(self._outbox, self._wall)
 
-        async def publish(results: Sequence[Result]) -> None:
-            await press.publish(results)
+        async def publish(results: Sequence[Result]) -> Sequence[Result]:
+            told = await press.publish(results)
             if self._watch is not None:
-                self._watch(results)
+                self._watch(told)
+            return told
 
         self._desk = Desk(
             self._sources,

@@ -172,14 +172,15 @@ class Member(Role):
     async def _window(self, due: Due) -> Window | None:
         return self._allotment.window(due)
 
-    async def _publish(self, results: Sequence[Result]) -> None:
+    async def _publish(self, results: Sequence[Result]) -> Sequence[Result]:
         """Put forecasts into the outbox; what was taken from us meanwhile is somebody else's."""
         ours = [result for result in results if self._allotment.holds(result.due)]
         if not ours:
-            return
-        await self._press.publish(ours)
+            return ours
+        told = await self._press.publish(ours)
         for result in ours:
             self._allotment.handed(result.due, self._outbox.newest)
+        return told
 
     async def _retract(self) -> None:
         """Tell readers of series that are given up; until cancelled."""

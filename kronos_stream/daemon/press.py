@@ -76,8 +76,8 @@ class Press:
         self._compose, self._outbox = compose, outbox
         self._clock, self._wall, self._follows, self._told = clock, wall, follows, told
 
-    async def publish(self, results: Sequence[Result]) -> None:
-        """Compose the forecasts; all is durable when this returns."""
+    async def publish(self, results: Sequence[Result]) -> Sequence[Result]:
+        """Compose the forecasts; all is durable when this returns: what became of the bars."""
         composed: list[tuple[Result, Message | None]] = []
         for i, result in enumerate(results, 1):
             message = None
@@ -93,7 +93,9 @@ class Press:
         messages = [message for _, message in final if message is not None]
         outcomes = [result.outcome for result, _ in final] if self._remembers else []
         await self._outbox.publish(outcomes, messages)
-        self._told([result for result, _ in final], messages)
+        told = [result for result, _ in final]
+        self._told(told, messages)
+        return told
 
     async def retract(self, series: Sequence[str]) -> None:
         """Tell readers that these series are not forecast any more; durable on return."""

@@ -82,7 +82,7 @@ def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS;User:owner",
     }
-    doors = {"safe": Listener(tls=authority.sign("broker"), mechanisms=["SCRAM-SHA-512"])}
+    doors = {"safe": Listener(tls=authority.sign("broker"), mechanisms=["SCRAM-SHA-512", "PLAIN"])}
     users = dict.fromkeys(USERS, PASSWORD)
     kafka = ApacheKafka(
         kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
@@ -260,6 +260,7 @@ def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as
     locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
 ) -> None:
     given = {**_all(locked, exchange), **locked.settings("all", "wrong-12345")}
+    given |= {"KAFKA__SASL_MECHANISM": "PLAIN", "LOG__LEVEL": "debug"}  # the password travels
     with DaemonProcess(tmp_path, given) as daemon:
         daemon.start()
         assert daemon.wait(60 * patience) == 2

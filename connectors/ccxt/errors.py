@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from kronos_stream.market.source import SourceError, VenueRefused
 
@@ -37,15 +38,19 @@ class SeriesRefused(SourceError):  # noqa: N818 - as VenueRefused is
     """The exchange, or ccxt, will not do what was asked for this series; others may do."""
 
 
-def told(error: Exception, venue: str) -> SourceError:
+def told(
+    error: Exception, venue: str, without: Callable[[str], str] = lambda text: text
+) -> SourceError:
     """``error``, raised while ccxt spoke with ``venue``, in our terms.
+
+    without: takes out of a text what must not be seen.
 
     SeriesRefused where it may be about the series alone, VenueRefused where there is no hope;
     otherwise it is to be tried again, after :attr:`SourceError.retry_after`.
     """
     if isinstance(error, SourceError):
         return error
-    said = f"{venue}: {_shown(error)}"
+    said = f"{venue}: {_shown(error, without)}"
     status = error if isinstance(error, HttpStatus) else _of_handshake(error)
     if status is not None:
         return _of_status(status, said)
@@ -84,8 +89,8 @@ def _seconds(text: str | None) -> float:
     return min(max(float(text), 1.0), _LONGEST_WAIT_SECONDS)
 
 
-def _shown(error: Exception) -> str:
+def _shown(error: Exception, without: Callable[[str], str]) -> str:
     """One line, short, without what may be secret in a URL."""
-    text = _SECRETS.sub(r"\1=***", " ".join(str(error).split()))
+    text = _SECRETS.sub(r"\1=***", without(" ".join(str(error).split())))
     short = text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
     return f"{type(error).__name__} {short}".strip()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import cache
@@ -16,6 +17,7 @@ from kronos_connectors.ccxt.guard import Hooks, guarded
 from kronos_connectors.ccxt.markets import Markets
 from kronos_connectors.ccxt.options import CcxtOptions
 from kronos_connectors.ccxt.respite import Respite
+from kronos_connectors.ccxt.secrets import Hidden
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError
 
@@ -30,6 +32,17 @@ _PAGE = 200
 _CACHED = 8
 """Bars that ccxt keeps of each series; nobody looks at more than the newest."""
 
+_KINDS: dict[type | tuple[type, ...], str] = {
+    bool: "true or false",
+    (int, float): "a number",
+    str: "a text",
+    (dict,): "an object",
+    (list,): "a list",
+}
+"""What ccxt's attributes are, and how JSON calls them."""
+_TEXTS = re.compile(r"(?i)(key|secret|password|uid|token|proxy)$")
+"""What is nothing by default, and a text otherwise."""
+
 _CLOSE_SECONDS = 2.0
 _NEVER = 1_000_000_000
 
@@ -43,14 +56,18 @@ class Exchanges:
         self._kind, self._options = guarded(kind), options
         try:
             self._config = _config(options, name)
+            _check_kinds(self._config, self._kind({}), name)
             self._first = self._kind(self._config)
+        except SourceError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it makes of what it is told
             # Its text might repeat what is secret.
             raise SourceError(
                 f"KRONOS_STREAM_CCXT__CONFIG: ccxt makes no {name} of it: {type(error).__name__}"
             ) from None
         self.respite = Respite(name)
-        self.main = Instance(self._first, name, self.respite)
+        self._hidden = Hidden(options.of(name))
+        self.main = Instance(self._first, name, self.respite, self._hidden)
         """The one that is asked by REST."""
 
     @classmethod
@@ -100,14 +117,21 @@ class Exchanges:
             "keepAlive": pings,
             "maxPingPongMisses": _NEVER,
         }
-        return Instance(exchange, self.name, self.respite)
+        return Instance(exchange, self.name, self.respite, self._hidden)
 
 
 class Instance:
     """One instance of ccxt's exchange. What it is asked raises SourceError and its kinds only."""
 
-    def __init__(self, exchange: Any, name: str, respite: Respite) -> None:  # noqa: ANN401 - no types
+    def __init__(
+        self,
+        exchange: Any,  # noqa: ANN401 - no types
+        name: str,
+        respite: Respite,
+        hidden: Hidden,
+    ) -> None:
         self._exchange, self._name, self._respite = exchange, name, respite
+        self._hidden = hidden
 
     def has(self, what: str) -> object:
         """True, or why it is not so: None, False, "emulated"."""
@@ -145,7 +169,7 @@ class Instance:
         try:
             most = self._exchange.feature_value(symbol, "fetchOHLCV", "limit", _PAGE)
         except Exception as error:  # noqa: BLE001 - ccxt's own, or what its tables lead to
-            raise told(error, self._name) from None
+            raise told(error, self._name, self._hidden.out_of) from None
         return most if type(most) is int and most > 1 else _PAGE
 
     async def rows(self, series: Series, since: int, limit: int) -> Sequence[object]:
@@ -181,7 +205,7 @@ class Instance:
             raise self._told(error) from None
 
     def _told(self, error: Exception) -> SourceError:
-        found = told(error, self._name)
+        found = told(error, self._name, self._hidden.out_of)
         self._respite.take(found, asyncio.get_running_loop().time())
         return found
 
@@ -206,6 +230,15 @@ def _config(options: CcxtOptions, name: str) -> dict[str, Any]:
         "enableLastResponseHeaders": False,
         "options": {"OHLCVLimit": _CACHED, **given.get("options", {})},
     }
+
+
+def _check_kinds(config: Mapping[str, Any], exchange: Any, name: str) -> None:  # noqa: ANN401
+    """Refuse what ccxt would take as it is and fail over later. Raises SourceError."""
+    for key, value in config.items():
+        default = "" if _TEXTS.search(key) else getattr(exchange, key, None)
+        for kind, expected in _KINDS.items():
+            if isinstance(default, kind) and not isinstance(value, kind):
+                raise SourceError(f"KRONOS_STREAM_CCXT__CONFIG: {name}.{key}: expected {expected}")
 
 
 def _unknown(name: str) -> str:

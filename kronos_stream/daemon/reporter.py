@@ -16,6 +16,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.notify import Notifier
 from kronos_stream.daemon.progress import Progress
 from kronos_stream.daemon.settings import Settings
@@ -136,7 +137,8 @@ class Reporter:
         daemon = self._daemon
         if self._stuck:
             yield f"stuck: {self._stuck}"
-        amiss = {what: why for what, why in daemon.checks().items() if why}
+        checks = daemon.checks().items()
+        amiss = {what: without_passwords(why) for what, why in checks if why}
         if not daemon.ready.is_set():
             yield "starting"
             amiss.pop("start", None)

@@ -1,0 +1,258 @@
+"""Secrets are told to nobody: looked for in what the real commands print, log, serve and keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import orjson
+import pytest
+
+from kronos_connectors.ccxt.secrets import Hidden
+from kronos_stream.daemon.environment import read_settings
+from kronos_stream.testing.daemons import DaemonProcess
+from kronos_stream.testing.mosquitto import Mosquitto
+from kronos_stream.testing.processes import COMMAND, get, wait_for
+
+MARKS = {
+    name: f"{name}-Mark'\"\\5eCr3t" for name in ("sasl", "mqtt", "key", "ccxt", "phrase", "hub")
+}
+TOKEN = "token-Mark-5eCr3t-0123456789"  # noqa: S105 - of this test alone
+PATH_MARK, QUERY_MARK = "PathMark5eCr3t", "QueryMark5eCr3t"
+ALL = (*MARKS.values(), TOKEN, PATH_MARK, QUERY_MARK)
+
+
+def _clean(text: str) -> None:
+    """Nothing secret is in it, nor as JSON or Python write it."""
+    for mark in ALL:
+        for one in (mark, json.dumps(mark)[1:-1], repr(mark)[1:-1]):
+            assert one not in text, f"{mark} in {text}"
+    assert "5eCr3t" not in text, text  # nor in part
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.fixture
+def told(nobody: str, tmp_path: Path) -> dict[str, str]:
+    """Settings with a secret wherever one can stand."""
+    folder = tmp_path / "secrets"
+    folder.mkdir()
+    (folder / "kronos_stream_http__token").write_text(TOKEN + "\n", "utf-8")
+    (tmp_path / "password").write_text(MARKS["mqtt"] + "\n", "utf-8")
+    urls = {"public": f"http://{nobody}/{PATH_MARK}/api?who={QUERY_MARK}"}
+    exchange = {
+        "apiKey": MARKS["key"],
+        "secret": MARKS["ccxt"],
+        "password": MARKS["phrase"],
+        "urls": {"api": urls},
+        "options": {"fetchMarkets": {"types": ["spot"]}},
+    }
+    return {
+        "SYMBOLS": "ccxt.binance:BTC/USDT",
+        "TIMEFRAMES": "1m",
+        "SINKS": "kafka,mqtt",
+        "KAFKA__BOOTSTRAP_SERVERS": nobody,
+        "KAFKA__SECURITY_PROTOCOL": "SASL_PLAINTEXT",
+        "KAFKA__SASL_USERNAME": "me",
+        "KAFKA__SASL_PASSWORD": MARKS["sasl"],
+        "MQTT__URL": f"mqtt://{nobody}",
+        "MQTT__USERNAME": "me",
+        "MQTT__PASSWORD_FILE": str(tmp_path / "password"),
+        "CCXT__CONFIG": orjson.dumps({"binance": exchange}).decode(),
+        "SECRETS_DIR": str(folder),
+        "MODEL": "nano",
+        "LOOKBACK": "96",
+        "HORIZON": "8",
+        "LOG__LEVEL": "debug",
+    }
+
+
+def _environ(given: Mapping[str, str]) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    return clean | {f"KRONOS_STREAM_{k}": v for k, v in given.items()} | {"HF_TOKEN": MARKS["hub"]}
+
+
+def _said(given: Mapping[str, str], *arguments: str) -> str:
+    ended = subprocess.run(  # noqa: S603
+        [*COMMAND, *arguments],
+        env=_environ(given), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    return ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_daemon_keeps_them_to_itself(
+    form: str,
+    told: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: float,
+) -> None:
+    """Nobody it is to speak with is there: it complains of all of them, at the level debug."""
+    monkeypatch.setenv("HF_TOKEN", MARKS["hub"])
+    with DaemonProcess(tmp_path, told | {"LOG__FORMAT": form}) as daemon:
+        daemon.start()
+
+        def log() -> str:
+            return daemon.log_file.read_text("utf-8")
+
+        words = ("no mqtt broker", "nobody listens there", "venue does not answer yet")
+        wait_for("all complain", lambda: all(word in log() for word in words), 60 * patience)
+        if form == "json":
+            status, checks = daemon.checks()
+            assert status == 503
+            assert "***" in checks["source ccxt.binance"]  # of the address, its path
+            _clean(str(checks))
+            assert get(f"http://127.0.0.1:{daemon._port}/metrics")[0] == 401
+        worker = daemon.worker()
+        if worker is not None:
+            _clean(Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], ""))
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait(30 * patience) == 0
+        _clean(log())
+        for file in tmp_path.glob("state.sqlite*"):
+            _clean(file.read_text("latin-1"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "--skip", "model"),
+        ("doctor", "--skip", "model", "--json"),
+        ("topics", "check"),
+        ("tail", "--json"),
+        ("run", "--check"),
+        ("run", "--help"),
+    ],
+    ids=" ".join,
+)
+def test_commands_keep_them_to_themselves(arguments: tuple[str, ...], told: dict[str, str]) -> None:
+    said = _said(told, *arguments)
+    assert said
+    _clean(said)
+    if arguments[0] == "doctor":
+        for name in ("HTTP__TOKEN", "KAFKA__SASL_PASSWORD", "MQTT__PASSWORD", "CCXT__CONFIG"):
+            assert f"{name}=***" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MQTT__URL", f"mqtt://me:{PATH_MARK}@127.0.0.1"),
+        ("KAFKA__BOOTSTRAP_SERVERS", f"me:{PATH_MARK}@127.0.0.1:9092"),
+        ("BINANCE__REST_URL", f"https://me:{PATH_MARK}@127.0.0.1"),
+        ("CCXT__CONFIG", f'{{"binance": {{"apiKey": "{PATH_MARK}"'),
+        ("CCXT__CONFIG", f'{{"binance": {{"rateLimit": "{PATH_MARK}"}}}}'),
+        ("CCXT__CONFIG", f'{{"binance": {{"apiKey": ["{PATH_MARK}"]}}}}'),
+        ("CCXT__CONFIG", f'{{"binance": "{PATH_MARK}"}}'),
+        ("HTTP__TOKEN", f"{PATH_MARK} {PATH_MARK}"),
+        ("KAFKA__PARTITIONS", "many"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_without_them(
+    name: str, value: str, told: dict[str, str]
+) -> None:
+    symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else told["SYMBOLS"]
+    said = _said(told | {name: value, "SYMBOLS": symbols}, "run", "--check")
+    assert said.startswith("kronos-stream: error: ")
+    assert f"KRONOS_STREAM_{name}" in said or "https://me:***@127.0.0.1" in said
+    _clean(said)
+
+
+def test_a_login_that_is_refused_is_told_without_it(
+    mosquitto_of: Callable[..., Mosquitto], told: dict[str, str], tmp_path: Path, patience: float
+) -> None:
+    """A real broker hears the password, at the level debug."""
+    with mosquitto_of(users={"me": "another"}) as broker:
+        given = told | {"SINKS": "mqtt", "MQTT__URL": broker.url}
+        with DaemonProcess(tmp_path, given) as daemon:
+            daemon.start()
+            assert daemon.wait(60 * patience) == 2
+            log = daemon.log_file.read_text("utf-8")
+    (line,) = (line for line in log.splitlines() if line.startswith("kronos-stream: error: "))
+    assert "see KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD" in line
+    assert "Traceback" not in log
+    _clean(log)
+
+
+def test_objects_do_not_show_them(told: dict[str, str]) -> None:
+    settings = read_settings(
+        {f"KRONOS_STREAM_{k}": v for k, v in told.items()} | {"HF_TOKEN": MARKS["hub"]}
+    )
+    for one in (settings, *settings.options.values()):
+        for text in (repr(one), str(one), one.model_dump_json(), str(one.model_dump())):
+            _clean(text)
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_tracebacks_show_no_local_variables(form: str) -> None:
+    """Nor does a line that somebody, by mistake, gives a secret to."""
+    code = f"""
+import structlog
+from kronos_stream.daemon.logs import configure, hide
+secret = {MARKS["sasl"]!r}
+hide(secret)
+configure({form!r}, "debug")
+log = structlog.get_logger()
+def connect(password):
+    raise ValueError("login as me with " + password)
+try:
+    connect(secret)
+except ValueError:
+    log.exception("failed", given={{"password": secret}}, why=secret)
+hidden_from_nobody = "LocalMark" + "5eCr3t"
+try:
+    raise KeyError("x")
+except KeyError:
+    log.exception("failed again")
+"""
+    ended = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "login as me with ***" in ended.stderr
+    assert "failed again" in ended.stderr
+    _clean(ended.stderr)
+
+
+def test_what_is_secret_of_an_exchange_is_taken_out_of_its_errors() -> None:
+    config = {
+        "apiKey": "A" * 20,
+        "options": {"defaultType": "future", "brokerToken": "tokentoken"},
+        "headers": {"X-Some": "headervalue"},
+        "httpsProxy": "http://user:proxypass@proxy.example:3128",
+        "urls": {"api": "https://{hostname}/pathsecret/v1?sig=querysecret", "www": "https://x.y"},
+    }
+    hidden = Hidden(config)
+    said = (
+        "future https://x.y https://real.host/pathsecret/v1?sig=querysecret headervalue "
+        "tokentoken proxypass at proxy.example " + "A" * 20
+    )
+    left = hidden.out_of(said)
+    assert left == (
+        "future https://x.y https://real.host/***/v1?sig=*** *** *** *** at proxy.example ***"
+    )
+
+
+def test_a_bad_symbols_file_is_told_in_short(tmp_path: Path) -> None:
+    symbols = tmp_path / "symbols"
+    given = {"SYMBOLS_FILE": str(symbols), "SINKS": "jsonl", "JSONL__PATH": str(tmp_path / "f")}
+    symbols.write_text("x" * 1_000_000, "utf-8")
+    said = _said(given, "run", "--check")
+    assert "is too long: 1,000,000 characters" in said
+    assert len(said) < 500
+    symbols.write_text("nonsense\n" * 20_000, "utf-8")
+    said = _said(given, "run", "--check")
+    assert len(said.splitlines()) == 21
+    assert "and 19,980 more lines" in said

@@ -16,7 +16,6 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.logs import without_passwords
 from kronos_stream.daemon.notify import Notifier
 from kronos_stream.daemon.progress import Progress
 from kronos_stream.daemon.settings import Settings
@@ -137,8 +136,7 @@ class Reporter:
         daemon = self._daemon
         if self._stuck:
             yield f"stuck: {self._stuck}"
-        checks = daemon.checks().items()
-        amiss = {what: without_passwords(why) for what, why in checks if why}
+        amiss = {what: why for what, why in daemon.checks().items() if why}
         if not daemon.ready.is_set():
             yield "starting"
             amiss.pop("start", None)

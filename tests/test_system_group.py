@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import orjson
 import pytest
@@ -19,6 +21,7 @@ from confluent_kafka import Consumer, TopicPartition
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candles, forecasts, wanted
+from kronos_stream.forecast.message import FORECAST, REMOVAL
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
@@ -93,10 +96,11 @@ class Group:
         process = DaemonProcess(folder, {**shared, **self.settings, **settings})
         return self.stack.enter_context(process)
 
-    def ingest(self) -> DaemonProcess:
-        told = self.exchange.settings()
+    def ingest(self, **settings: str) -> DaemonProcess:
+        told = self.exchange.settings() | settings
         process = self.process("ingest", ROLE="ingest", **told)
         process.start()
+        process.wait_until_ready()
         return process
 
     def join(self) -> DaemonProcess:
@@ -134,8 +138,9 @@ class Group:
         return sum(member.metric("kronos_candle_lag") for member in self.members)
 
     def due(self) -> dict[Series, list[int]]:
-        """Opens of the bars to be forecast: from the first that ingest passed on as news, all that
-        the exchange has, up to the newest that ingest has passed on.
+        """Opens of the bars to be forecast.
+
+        All that the exchange has, from the first to the newest that ingest passed on as news.
         """
         opens: dict[str, list[int]] = defaultdict(list)
         for timeframe in self.exchange.timeframes:
@@ -180,7 +185,6 @@ def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Aud
     """Kill a member and add one, ``rounds`` times within ``seconds``; then let all be finished."""
     random = Random(seed)
     ingest = group.ingest()
-    ingest.wait_until_ready()
     for _ in range(3):
         group.join()
     for member in group.members:
@@ -191,6 +195,9 @@ def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Aud
         for number in range(rounds):
             at = group.kill(random.choice(group.members))
             group.join()
+            if number % 2 == 0:
+                ingest.kill()
+                ingest.start()
             time.sleep(max(0, began + (number + 1) * seconds / rounds - time.monotonic()))
             caught_up.append(listener.caught_up(at))
         assert ingest.stop() == 0
@@ -202,7 +209,7 @@ def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Aud
     return group.audit(), caught_up
 
 
-def test_members_come_go_and_are_killed_and_every_bar_is_forecast(
+def test_members_and_ingest_are_killed_and_every_bar_is_forecast(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     with group(kafka, topic_prefix, tmp_path, symbols=6) as trial:
@@ -221,3 +228,90 @@ def test_sixty_series_and_two_kills_in_three_minutes(
     print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
     assert not found.faults
     assert found.records > 60 * 150
+
+
+def test_a_series_that_is_given_up_is_told_to_the_readers(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    with group(kafka, topic_prefix, tmp_path, symbols=3) as trial:
+        stays, _, goes = (f"binance:{symbol}" for symbol in trial.exchange.symbols)
+        symbols = tmp_path / "symbols.txt"
+        symbols.write_text(f"{stays}\n{goes}\n")
+        ingest = trial.ingest(SYMBOLS="", SYMBOLS_FILE=str(symbols))
+        member = trial.join()
+        member.wait_until_ready()
+
+        def told() -> list[tuple[str, str]]:
+            """Series and schema of all that was said, in order per series."""
+            records = read_topic(kafka.bootstrap, forecasts(topic_prefix))
+            return [(key, orjson.loads(value)["schema"]) for key, value in records]
+
+        gone = f"{goes}:1s"
+        wait_for("both are forecast", lambda: len({key for key, _ in told()}) == 2, 30)
+        symbols.write_text(f"{stays}\n")
+        ingest.signal(signal.SIGHUP)
+        wait_for("it is given up", lambda: (gone, REMOVAL) in told(), 30)
+        wait_for("it is followed no more", lambda: _states(member) == {f"{stays}:1s"}, 10)
+        symbols.write_text(f"{stays}\n{goes}\n")
+        ingest.signal(signal.SIGHUP)
+        wait_for("it is forecast again", lambda: told_last(told(), gone) == FORECAST, 60)
+        assert trial.stop(member) == ingest.stop() == 0
+        said = [schema for key, schema in told() if key == gone]
+    assert said.count(REMOVAL) == 1
+
+
+def told_last(told: Sequence[tuple[str, str]], series: str) -> str:
+    return [schema for key, schema in told if key == series][-1]
+
+
+def _states(member: DaemonProcess) -> set[str]:
+    return {row["series"] for row in member.series()}
+
+
+def test_who_forecast_alone_before_passes_on_what_it_knows(
+    kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
+) -> None:
+    """A state file of role all, taken over by role ingest, and back."""
+    with group(kafka, topic_prefix, tmp_path, symbols=2) as trial:
+        folder = tmp_path / "state"
+        folder.mkdir()
+        shared = {
+            **trial.exchange.settings(),
+            "STATE_FILE": str(folder / "state.sqlite"),
+            "MODEL": "nano",
+            "HORIZON": "2",
+            "PATHS": "4",
+            "QUANTILES": "0.5",
+        }
+        alone = trial.process("alone", SINKS="kafka", **shared)
+        alone.start()
+        alone.wait_until_ready()
+        done = "kronos_outcomes_total"
+        wait_for("some are forecast", lambda: alone.metric(done, result="forecast") > 6, 30)
+        assert alone.stop() == 0
+        ingest = trial.process("then", ROLE="ingest", **shared)
+        ingest.start()
+        ingest.wait_until_ready()
+        topic = candles(topic_prefix, SECOND)
+
+        def passed() -> list[dict[str, Any]]:
+            return [orjson.loads(value) for _, value in read_topic(kafka.bootstrap, topic)]
+
+        wait_for("new bars are passed on", lambda: _news(passed()) > 6, 30)
+        assert ingest.stop() == 0
+        for series in trial.series:
+            bars = [one for one in passed() if one["series"] == series.name]
+            times = [parse_time(one["time"]) for one in bars]
+            assert times == list(range(times[0], times[-1] + 1_000, 1_000))
+            flags = [bool(one.get("history")) for one in bars]
+            assert flags == sorted(flags, reverse=True)
+            assert sum(flags) >= 64
+        alone.start()
+        alone.wait_until_ready()
+        assert alone.metric("kronos_gaps_total") == 0
+        assert alone.stop() == 0
+    assert not audit(read_topic(kafka.bootstrap, forecasts(topic_prefix)), {}).faults
+
+
+def _news(passed: Sequence[Mapping[str, Any]]) -> int:
+    return sum(not one.get("history") for one in passed)

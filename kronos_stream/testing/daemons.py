@@ -127,6 +127,11 @@ class DaemonProcess:
         found = self.metrics().items()
         return sum(value for (one, has), value in found if one == name and wanted <= has)
 
+    def series(self) -> list[dict[str, Any]]:
+        """What /series says of each; empty if it does not answer."""
+        status, body = self._get("series")
+        return orjson.loads(body)["series"] if status == 200 else []
+
     def log(self) -> list[dict[str, Any]]:
         """What it has logged since it was started; lines that are not JSON as their ``event``."""
         events: list[dict[str, Any]] = []

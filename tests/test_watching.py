@@ -389,6 +389,10 @@ def test_prometheus_watches_a_daemon(
         assert empty == []
         _commands_of_the_runbook_work(daemon, token)
 
+        daemon.kill()
+        pending = 'ALERTS{alertname="KronosDown", alertstate="pending", job="kronos-stream"}'
+        wait_for("it is missed", lambda: prometheus.query(pending), 20.0)
+
 
 def _targets(prometheus: Prometheus) -> list[Json]:
     found = list(prometheus.ask("targets")["activeTargets"])

@@ -55,6 +55,7 @@ ELSEWHERE = {
     r"docker compose .*": "tests/test_compose.py",
     r"make image.*|docker (run|build) .*": "tests/test_image_built.py",
     r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
+    r"kafka-acls\.sh .*": "tests/test_security_daemon.py",
     r"make demo.*": "tests/test_system_demo.py",
     r"make test.*|make lint": ".ci/run",
     r"make( format| parity-hub| soak| bench)?": "for developers; the target exists",

@@ -230,6 +230,37 @@ def test_sixty_series_and_two_kills_in_three_minutes(
     assert found.records > 60 * 150
 
 
+@pytest.mark.soak
+def test_a_broker_that_goes_away_costs_no_bar(
+    kafka_jars: Path, topic_prefix: str, tmp_path: Path
+) -> None:
+    with (
+        ApacheKafka(kafka_jars, tmp_path / "kafka") as broker,
+        group(broker, topic_prefix, tmp_path, symbols=6) as trial,
+    ):
+        ingest = trial.ingest()
+        for _ in range(2):
+            trial.join()
+        for member in trial.members:
+            member.wait_until_ready(150)
+        for seconds in (3, 25):
+            broker.kill()
+            time.sleep(seconds)
+            assert all(member.checks()[0] == 503 for member in trial.members) or seconds < 25
+            broker.start()
+            for member in trial.members:
+                member.wait_until_ready(120)
+            time.sleep(10)
+        assert ingest.stop(60) == 0
+        wait_for("everything is read", lambda: trial.lag() == 0, 120, poll=0.5)
+        for member in [*trial.members]:
+            assert trial.stop(member) == 0
+        found = trial.audit()
+    print(f"\n{found.records} forecasts, {found.duplicates} twice")  # noqa: T201
+    assert not found.faults
+    assert found.records > 6 * 50
+
+
 def test_a_series_that_is_given_up_is_told_to_the_readers(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Blocks that are neither commands nor programs: how the first line begins → what stands there.
 PICTURES = {
     "exchange ──frames──▶ connector": "a drawing",
+    "venues ──▶ ingest ──▶": "a drawing",
     "ok    state file:": "what doctor says, shortened; tests/test_doctor.py",
     "# values.yaml": "values of the chart; tests/test_deploy.py",
     "secrets:\n": "likewise; tests/test_deploy.py",
@@ -55,6 +56,7 @@ ELSEWHERE = {
     r"docker compose .*": "tests/test_compose.py",
     r"make image.*|docker (run|build) .*": "tests/test_image_built.py",
     r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
+    r"kafka-consumer-groups\.sh .*": "Kafka's own",
     r"kafka-acls\.sh .*": "tests/test_security_daemon.py",
     r"make demo.*": "tests/test_system_demo.py",
     r"make test.*|make lint": ".ci/run",

@@ -41,6 +41,10 @@ def run(check: bool) -> None:  # noqa: FBT001
       export KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092
       kronos-stream run
 
+    KRONOS_STREAM_ROLE splits the work: ingest takes candles in and writes them to Kafka (symbols,
+    timeframes and brokers are needed), forecast reads them there as one of a group (timeframes,
+    sinks and brokers).
+
     SIGTERM or Ctrl-C: no more candles are taken in, the batch in hand is finished and delivered;
     a second one ends at once, and nothing is lost. SIGHUP reads the symbols file again.
     """  # noqa: D301 - click's mark for a paragraph to be left as it is

@@ -2,95 +2,29 @@
 
 A pure machine. A record that is due is so by its place in the log, and its window is taken when it
 is read: so whoever forecasts it, in whatever company and after whatever crash, starts from the same
-bars. What is noted of a part names the first record that is not done with, those after it that are,
-and where to begin reading so that every context is whole again.
+bars.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
-
-import structlog
+from typing import Literal
 
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.notes import Kept, parse, write
-from kronos_stream.market.candle import Bar
+from kronos_stream.daemon.share import Line, Share, placed
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window
 from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
 from kronos_stream.market.series import Series
 from kronos_stream.market.wire import Relayed
 
-_log = structlog.get_logger()
-
 _FEWEST_BARS = 32
 """A series that has no more than so many is forecast all the same."""
 
 _MOST_WAITING = 2_000
 """Due bars, with their windows, after which no more is read for now."""
-
-_MOST_BACK = 1_000_000
-"""Records of a part read back at most where nobody noted from where."""
-
-
-_DEAD_LOOKBACKS = 4
-"""A series that is so many lookbacks behind others of its part holds no reading back up."""
-
-
-@dataclass(slots=True, eq=False)
-class Line:
-    """A series of ours."""
-
-    series: Series
-    newest: Bar
-    history: bool = True
-    """Whether its newest bar is not to be forecast from."""
-    offsets: deque[int] = field(default_factory=deque)
-    """Of its bars that contexts may still need, oldest first."""
-    expected: int = 0
-    """Close of the bar that comes next, UTC ms."""
-    waiting: int = 0
-    """Due bars of it that are not done."""
-
-    @property
-    def tape(self) -> Standing:
-        """For whoever looks."""
-        return Standing(self.newest, self.series.timeframe.after(self.newest.candle.time))
-
-
-class Standing(NamedTuple):
-    """What can be told of a series whose tape is somebody else's."""
-
-    last: Bar
-    next: int
-    silent: bool = False
-    holed: bool = False
-    held: int = 0
-    owed: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Share:
-    """A part that is ours."""
-
-    next: int
-    """Offset to be read next."""
-    base: int
-    """Records before it are done with."""
-    done: set[int]
-    """Records after it that are, too."""
-    until: int
-    """Contexts are whole from here on."""
-    began: int
-    """UTC ms."""
-    note: Note | None
-    lines: dict[Series, Line] = field(default_factory=dict)
-    undone: dict[int, Due | Series] = field(default_factory=dict)
-    """By offset: bars that are due, and series whose end is to be told."""
 
 
 class Allotment:
@@ -120,8 +54,8 @@ class Allotment:
         self._clock, self._metrics = clock, metrics
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
         self._contexts = Contexts(lookback)
-        self._shares: dict[Part, _Share] = {}
-        self._left: dict[Part, _Share] = {}
+        self._shares: dict[Part, Share] = {}
+        self._left: dict[Part, Share] = {}
         """Taken from us, but all is still here, should we get them back."""
         self._places: dict[Due | Series, tuple[Part, int]] = {}
         self._windows: dict[Due | Series, Window] = {}
@@ -207,10 +141,9 @@ class Allotment:
             return share.next
         if share is not None:
             self._drop(share)
-        now = self._clock.now()
-        base, start, done = self._place(part, extent)
-        self._shares[part] = _Share(start, base, done, base, now, extent.note)
-        return start
+        share = placed(extent, self._lookback, self._catch_up, self._clock.now())
+        self._shares[part] = share
+        return share.next
 
     def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
         """Take in records of a part."""
@@ -233,7 +166,7 @@ class Allotment:
 
     def notes(self) -> Mapping[Part, Note]:
         """What is to be noted, where it has changed."""
-        notes = {part: self._note(share) for part, share in self._shares.items()}
+        notes = {part: share.noting(self._lookback) for part, share in self._shares.items()}
         return {part: note for part, note in notes.items() if note != self._shares[part].note}
 
     def noted(self, notes: Mapping[Part, Note]) -> None:
@@ -242,25 +175,9 @@ class Allotment:
             if (share := self._shares.get(part)) is not None:
                 share.note = note
 
-    # -- where a part begins --------------------------------------------------------------
+    # -- parts that come and go -----------------------------------------------------------
 
-    def _place(self, part: Part, extent: Extent) -> tuple[int, int, set[int]]:
-        """Where work begins, where reading does, and which records are done with."""
-        first, end, since, note = extent
-        if note is None:
-            base = first if self._catch_up == "all" else end
-            return base, min(base, max(first, since)), set()
-        if note.offset < first:
-            lost = first - note.offset
-            _log.error("records were gone before they were forecast", part=part, records=lost)
-        base = min(max(note.offset, first), end)
-        kept = parse(note.text, note.offset)
-        if kept is not None and kept.bars >= self._lookback:
-            return base, max(first, min(kept.start, base)), kept.done
-        start = since if since <= base else base - _MOST_BACK
-        return base, max(first, start), set() if kept is None else kept.done
-
-    def _resume(self, part: Part, share: _Share) -> None:
+    def _resume(self, part: Part, share: Share) -> None:
         self._shares[part] = share
         for due in [*share.undone.values()]:
             if due in self._handed:
@@ -270,7 +187,7 @@ class Allotment:
             else:
                 self._retract(due)
 
-    def _drop(self, share: _Share) -> None:
+    def _drop(self, share: Share) -> None:
         for due in share.undone.values():
             self._places.pop(due, None)
             self._windows.pop(due, None)
@@ -278,7 +195,7 @@ class Allotment:
         for series in [*share.lines]:
             self._forget(share, series)
 
-    def _forget(self, share: _Share, series: Series) -> None:
+    def _forget(self, share: Share, series: Series) -> None:
         if (line := share.lines.pop(series, None)) is not None:
             self._expect(line, 0)
             self._contexts.forget(series)
@@ -286,8 +203,8 @@ class Allotment:
 
     # -- records --------------------------------------------------------------------------
 
-    def _take(self, part: Part, share: _Share, offset: int, told: Told) -> None:
-        asked = offset >= share.base and offset not in share.done
+    def _take(self, part: Part, share: Share, offset: int, told: Told) -> None:
+        asked = share.asks(offset)
         if isinstance(told, Relayed):
             due = self._put(share, offset, told)
             if due is not None and asked:
@@ -304,7 +221,7 @@ class Allotment:
         elif isinstance(told, Unreadable) and asked:
             self._bury(*told)
 
-    def _put(self, share: _Share, offset: int, relayed: Relayed) -> Due | None:
+    def _put(self, share: Share, offset: int, relayed: Relayed) -> Due | None:
         """Put a bar into its context; the bar as due if it is to be forecast from."""
         series, bar, history = relayed
         line, time = share.lines.get(series), bar.candle.time
@@ -318,7 +235,7 @@ class Allotment:
             self._contexts.append(series, bar)
             line.newest, line.history = bar, history
             line.offsets.append(offset)
-            self._trim(line)
+            line.trim(self._lookback)
             self._expect(line, after(time, 2))
         elif self._contexts.improves(series, bar):
             self._contexts.revise(series, bar)
@@ -335,7 +252,7 @@ class Allotment:
         received = max(close, bar.received or self._clock.now())
         return Due(series, time, bar.revision, close, received, self._obstacle(series))
 
-    def _ask(self, part: Part, share: _Share, offset: int, due: Due) -> None:
+    def _ask(self, part: Part, share: Share, offset: int, due: Due) -> None:
         if due.obstacle is None:
             window = self._contexts.window(due.series, due.origin, self._lookback)
             assert window is not None  # noqa: S101 - its last bar was just put there
@@ -369,37 +286,4 @@ class Allotment:
         if place is None:
             return  # let go meanwhile
         part, offset = place
-        share = self._shares.get(part) or self._left[part]
-        del share.undone[offset]
-        share.done.add(offset)
-        if isinstance(due, Due) and (line := share.lines.get(due.series)) is not None:
-            line.waiting -= 1
-            self._trim(line)
-
-    def _trim(self, line: Line) -> None:
-        while len(line.offsets) > self._lookback + line.waiting:
-            line.offsets.popleft()
-
-    def _note(self, share: _Share) -> Note:
-        """The share's note; moves its base up to the first record that is not done with."""
-        if share.next < share.until and share.note is not None:
-            return share.note  # not all of what it says has been read again
-        base = min(share.undone, default=max(share.next, share.base))
-        share.base = max(share.base, base)
-        share.done = {offset for offset in share.done if offset > share.base}
-        start = min(share.base, self._start(share))
-        return Note(share.base, write(Kept(start, self._lookback, share.done), share.base))
-
-    def _start(self, share: _Share) -> int:
-        """Offset of the first bar that is still needed; series that have died need none."""
-        newest = max((line.newest.candle.time for line in share.lines.values()), default=0)
-        dead = _DEAD_LOOKBACKS * self._lookback
-        return min(
-            (
-                line.offsets[0]
-                for series, line in share.lines.items()
-                if line.waiting
-                or series.timeframe.after(line.newest.candle.time, dead) >= newest
-            ),
-            default=share.base,
-        )
+        (self._shares.get(part) or self._left[part]).finish(offset, self._lookback)

@@ -58,8 +58,9 @@ class KafkaOptions(BaseModel):
     """Of that key, where it is encrypted."""
 
     group: str = Field(default="", max_length=200)
-    """Consumer group that candles are read as; else PREFIX-ingest. Its members share the partitions
-    of a topic, so a daemon that has series of its own needs a group of its own."""
+    """Consumer group that candles are read as; else PREFIX-forecast in that role, and PREFIX-ingest
+    for venue kafka. Its members share the partitions of a topic, so a daemon that has series of its
+    own needs a group of its own."""
     history_bars: int = Field(default=2_112, ge=100, le=100_000)
     """Bars of each series that are read back at the start and kept in memory: at least LOOKBACK and
     64. The default will do for any model."""

@@ -11,18 +11,17 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from confluent_kafka import KafkaException, Producer
 
 from kronos_stream.testing.certificates import Signed
+from kronos_stream.testing.child import Child, Closing
 
 _CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
 _JVM = (
@@ -72,11 +71,10 @@ class _Node:
     internal: int
     controller: int
     others: Sequence[int]
-    process: subprocess.Popen[bytes] | None = None
-    guard: subprocess.Popen[bytes] | None = None
+    process: Child | None = None
 
 
-class ApacheKafka:
+class ApacheKafka(Closing):
     """A cluster in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
 
     jars: folder of Kafka's jars.
@@ -126,14 +124,8 @@ class ApacheKafka:
         chosen = [self._nodes[n] for n in numbers or range(len(self._nodes))]
         self._format([node for node in chosen if not (node.folder / "data").exists()])
         for node in chosen:
-            with (node.folder / "server.log").open("ab") as log:
-                node.process = self._java("kafka.Kafka", node.folder / "server.properties", log=log)
-            # Ends a node whose tests were killed: the pipe closes with this process.
-            node.guard = subprocess.Popen(  # noqa: S603
-                ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(node.process.pid)],
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
+            command = self._java("kafka.Kafka", node.folder / "server.properties")
+            node.process = Child(command, node.folder / "server.log")
         self._wait_until_ready(chosen)
 
     def kill(self, *numbers: int) -> None:
@@ -170,14 +162,6 @@ class ApacheKafka:
             undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _configure(self, n: int, settings: Mapping[str, str]) -> None:
         node, copies = self._nodes[n], str(min(3, len(self._nodes)))
         ways = {
@@ -212,42 +196,31 @@ class ApacheKafka:
         (node.folder / "server.properties").write_text("".join(lines), "utf-8")
 
     def _format(self, nodes: list[_Node]) -> None:
-        formatting = []
         wanted = {way for listener in self._listeners.values() for way in listener.mechanisms}
         scrams = [
             f"--add-scram={way}=[name={name},password={password}]"
             for way in sorted(wanted - {"PLAIN"})
             for name, password in self._users.items()
         ]
+        formatting = []
         for node in nodes:
-            with (node.folder / "format.log").open("wb") as log:
-                properties = node.folder / "server.properties"
-                formatting.append(
-                    self._java(
-                        "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", properties,
-                        *scrams, log=log,
-                    )
-                )  # fmt: skip
-        for node, process in zip(nodes, formatting, strict=True):
-            if process.wait(_READY_SECONDS) != 0:
-                raise KafkaFailed(f"storage not formatted; see {node.folder / 'format.log'}")
+            command = ("kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, *scrams, "-c")
+            log = node.folder / "format.log"
+            child = Child(self._java(*command, node.folder / "server.properties"), log)
+            formatting.append((child, log))
+        for child, log in formatting:
+            if child.wait(_READY_SECONDS) != 0:
+                raise KafkaFailed(f"storage not formatted; see {log}")
 
-    def _java(self, *command: str | Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        # A session of its own: Ctrl-C is for the tests, which then end their nodes.
-        return subprocess.Popen(  # noqa: S603
-            ["java", *_JVM, "-cp", f"{self._jars}/*", *command],  # noqa: S607
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    def _java(self, *command: str | Path) -> Sequence[str | Path]:
+        return ["java", *_JVM, "-cp", f"{self._jars}/*", *command]
 
     def _wait_until_ready(self, nodes: list[_Node]) -> None:
         deadline = time.monotonic() + _READY_SECONDS
         running = sum(node.process is not None for node in self._nodes)
         for node in nodes:
             while _members(node.internal) < running:
-                ended = node.process is None or node.process.poll() is not None
+                ended = node.process is None or not node.process.alive
                 if ended or time.monotonic() > deadline:
                     raise KafkaFailed(f"a node did not come up; see {node.folder / 'server.log'}")
                 time.sleep(0.1)
@@ -256,20 +229,12 @@ class ApacheKafka:
         for n in nodes or range(len(self._nodes)):
             process = self._nodes[n].process
             if process is not None:
-                process.send_signal(number)
+                process.signal(number)
 
     def _end(self, node: _Node, patience: float) -> None:
-        if node.process is None:
-            return
-        try:
-            node.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-            node.process.wait()
-        if node.guard is not None:
-            node.guard.kill()
-            node.guard.communicate()  # closes the pipe, too
-        node.process = node.guard = None
+        if node.process is not None:
+            node.process.end(patience)
+        node.process = None
 
 
 def _encrypted(name: str, listener: Listener, folder: Path) -> dict[str, str]:

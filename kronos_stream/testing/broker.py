@@ -15,10 +15,10 @@ not a broker to rely on:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Self
 
 from confluent_kafka import Producer
+
+from kronos_stream.testing.child import Closing
 
 PARTITIONS = 4
 """Partitions of every topic."""
@@ -26,7 +26,7 @@ PARTITIONS = 4
 _START_SECONDS = 10.0
 
 
-class EmbeddedBroker:
+class EmbeddedBroker(Closing):
     """Runs from construction to :meth:`close`, in threads of librdkafka's own.
 
     Starting takes a few milliseconds. ``topics`` exist from the start; ``brokers`` is the number
@@ -45,14 +45,3 @@ class EmbeddedBroker:
     def close(self) -> None:
         """Stop, and forget everything; consumers see their connections end."""
         self._owner = None  # librdkafka ends the cluster with its owner
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -13,8 +13,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import orjson
@@ -23,19 +22,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.state import State
 from kronos_stream.market.series import Series
+from kronos_stream.testing.child import Child, Closing
 from kronos_stream.testing.processes import COMMAND, ProcessFailed, get, wait_for
 
 _PREFIX = "KRONOS_STREAM_"
 _MARK = "KRONOS_TESTING_MARK"
 _START_SECONDS = 90.0
-_END_SECONDS = 10.0
 
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 """What a daemon measures: name and labels → number."""
 
 
-class DaemonProcess:
+class DaemonProcess(Closing):
     """``kronos-stream run``: started as often as one likes, killed at the end of a ``with`` block.
 
     What it logs is in ``folder``, a file per start, and its state, if ``settings`` do not say
@@ -62,8 +61,7 @@ class DaemonProcess:
         self._environ |= {f"{_PREFIX}{name}": value for name, value in given.items()}
         self._environ[_MARK] = self._mark
         self._folder, self._starts = folder, 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._port = 0
 
     @property
@@ -80,21 +78,9 @@ class DaemonProcess:
     def start(self) -> None:
         """Start it and return at once."""
         self._starts, self._port = self._starts + 1, 0
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                self._command,
-                env=self._environ,
-                cwd=self._folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        # Ends a daemon whose tests were killed: the pipe closes with this process.
-        self._guard = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+        self.log_file.unlink(missing_ok=True)
+        self._process = Child(
+            self._command, self.log_file, environ=self._environ, folder=self._folder
         )
 
     def wait_until_ready(self, seconds: float = _START_SECONDS) -> None:
@@ -103,7 +89,7 @@ class DaemonProcess:
 
     def ready(self) -> bool:
         """Whether /readyz says so. Raises ProcessFailed where the daemon has ended."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self._process.alive:
             raise ProcessFailed(f"the daemon has ended; see {self.log_file}")
         return self.checks()[0] == 200
 
@@ -167,14 +153,9 @@ class DaemonProcess:
         """Its exit status, once it has ended. Raises ProcessFailed."""
         assert self._process is not None  # noqa: S101 - pid says so
         try:
-            status = self._process.wait(seconds)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise ProcessFailed(f"it did not end in {seconds:g} s; see {self.log_file}") from None
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()  # closes the pipe, too
-            self._guard = None
-        return status
 
     def stop(self, seconds: float = 30.0) -> int:
         """SIGTERM, and its exit status."""
@@ -184,8 +165,7 @@ class DaemonProcess:
     def kill(self) -> None:
         """SIGKILL: no farewell to anyone."""
         if self._process is not None:
-            self._process.kill()
-            self.wait(_END_SECONDS)
+            self._process.end()
 
     def decided(self, series: Sequence[Series]) -> dict[Series, tuple[int, int]]:
         """By series: opens of the first bar that was due, and of the newest that has an outcome.
@@ -207,15 +187,8 @@ class DaemonProcess:
         mark = f"{_MARK}={self._mark}".encode()
         return [pid for pid in _processes() if mark in _environ(pid)]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End it, and all that it started."""
         self.kill()
         for pid in self.left_behind():
             os.kill(pid, signal.SIGKILL)

@@ -18,10 +18,10 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from kronos_stream.testing.certificates import Signed
+from kronos_stream.testing.child import Child, Closing
 
 _PORTS = count(os.getpid() * 41)
 _READY_SECONDS = 20.0
@@ -34,7 +34,7 @@ class MosquittoFailed(Exception):  # noqa: N818
     """It is not installed, or did not come up; says where its log is."""
 
 
-class Mosquitto:
+class Mosquitto(Closing):
     """A broker in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
 
     users: passwords by name; clients must then log in.
@@ -57,8 +57,7 @@ class Mosquitto:
     ) -> None:
         self._program = program()
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self.port = _free_port()
         """It stays the same through restarts."""
         self.url = f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self.port}"
@@ -87,24 +86,11 @@ class Mosquitto:
 
     def start(self) -> None:
         """Start it, and wait until it takes connections. Raises MosquittoFailed."""
-        with self.log_file.open("ab") as log:
-            # A session of its own: Ctrl-C is for the tests, which then end their broker.
-            self._process = subprocess.Popen(  # noqa: S603
-                [self._program, "-c", str(self._folder / "mosquitto.conf")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        # Ends a broker whose tests were killed: the pipe closes with this process.
-        self._guard = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        command = [self._program, "-c", str(self._folder / "mosquitto.conf")]
+        self._process = Child(command, self.log_file)
         deadline = time.monotonic() + _READY_SECONDS
         while not _listens(self.port):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if not self._process.alive or time.monotonic() > deadline:
                 self.close()
                 raise MosquittoFailed(f"mosquitto did not come up; see {self.log_file}")
             time.sleep(0.02)
@@ -134,14 +120,6 @@ class Mosquitto:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _passwords(self, users: Mapping[str, str]) -> Path:
         path = self._folder / "passwords"
         path.write_text("".join(f"{name}:{word}\n" for name, word in users.items()), "utf-8")
@@ -152,20 +130,12 @@ class Mosquitto:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None:
-            self._process.send_signal(number)
+            self._process.signal(number)
 
     def _end(self, patience: float) -> None:
-        if self._process is None:
-            return
-        try:
-            self._process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()  # closes the pipe, too
-        self._process = self._guard = None
+        if self._process is not None:
+            self._process.end(patience)
+        self._process = None
 
 
 class Arrived(NamedTuple):
@@ -180,7 +150,7 @@ class Arrived(NamedTuple):
     """Of MQTT 5, as mosquitto_sub writes them."""
 
 
-class Subscriber:
+class Subscriber(Closing):
     """mosquitto_sub on a broker without a login: keeps its session, comes back after each outage.
 
     From construction, which returns once it has subscribed, to :meth:`close`.
@@ -207,17 +177,6 @@ class Subscriber:
         """End it."""
         self._process.kill()
         self._process.wait()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def publish(broker: Mosquitto, topic: str, *payloads: bytes, retain: bool = False) -> None:

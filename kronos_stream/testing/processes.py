@@ -12,13 +12,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import orjson
 
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.testing.child import Closing
 
 COMMAND = (sys.executable, "-m", "kronos_stream")
 _END_SECONDS = 10.0
@@ -61,7 +61,7 @@ def get_json(url: str) -> Any:  # noqa: ANN401 - whatever is said
     return orjson.loads(body)
 
 
-class ExchangeProcess:
+class ExchangeProcess(Closing):
     """``kronos-stream exchange``, from construction to :meth:`close`."""
 
     def __init__(self, *arguments: str) -> None:
@@ -124,14 +124,3 @@ class ExchangeProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

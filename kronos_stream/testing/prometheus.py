@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from signal import Signals
 from typing import Any, Self
 from urllib.parse import urlencode
 
+from kronos_stream.testing.child import Child, Closing
 from kronos_stream.testing.processes import get
 
 _READY_SECONDS = 30.0
@@ -26,7 +26,7 @@ class PrometheusFailed(Exception):  # noqa: N818
     """It is not installed, did not come up, or does not take what it is given; says why."""
 
 
-class Prometheus:
+class Prometheus(Closing):
     """One with a configuration of its own, running in a ``with`` block.
 
     folder: where it keeps what it measures, and its log; relative paths in the configuration are
@@ -41,8 +41,7 @@ class Prometheus:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "prometheus.yaml"
         self._file.write_text(configuration, "utf-8")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._guard: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self._url = ""
 
     def start(self) -> None:
@@ -54,37 +53,21 @@ class Prometheus:
             "--web.listen-address=127.0.0.1:0",
             "--log.format=json",
         ]
-        with self.log_file.open("wb") as log:
-            self._process = subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        # Ends it if its tests were killed: the pipe closes with this process.
-        self._guard = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
+        self.log_file.unlink(missing_ok=True)
+        self._process = Child(command, self.log_file)
         deadline = time.monotonic() + _READY_SECONDS
         while not self._ready():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if not self._process.alive or time.monotonic() > deadline:
                 self.close()
                 raise PrometheusFailed(f"prometheus did not come up; see {self.log_file}")
             time.sleep(0.05)
 
     def close(self) -> None:
         """End it; its folder remains."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()  # closes the pipe, too
-        self._process = self._guard = None
+        if self._process is not None:
+            self._process.signal(Signals.SIGTERM)
+            self._process.end(_STOP_SECONDS)
+        self._process = None
 
     def ask(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
         """The data of an answer of its HTTP API: ``ask("query", {"query": "up"})``.
@@ -107,14 +90,6 @@ class Prometheus:
     def __enter__(self) -> Self:
         self.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ready(self) -> bool:
         if not self._url:

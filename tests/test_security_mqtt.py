@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -93,6 +93,19 @@ async def _said(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
     assert finding.level == "fail"
     assert finding.found == said
     return said, final
+
+
+async def _said_in_the_end(options: MqttOptions) -> tuple[str, bool]:
+    """The same, where a broker judges us after the handshake.
+
+    What it says may then be lost with the connection; it is tried again, as a daemon does.
+    """
+    for _ in range(5):
+        with suppress(AssertionError):
+            said, final = await _said(options)
+            if final:
+                return said, final
+    return await _said(options)
 
 
 async def _looked_over(options: MqttOptions) -> Finding:
@@ -186,12 +199,12 @@ async def test_a_client_may_have_to_show_a_certificate(
             assert not await sink.deliver([_record()])
         with pytest.raises(ValidationError, match=f"{PREFIX}TLS_KEY_PASSWORD is not its password"):
             _options(broker, authority, **ours)
-        said, final = await _said(_options(broker, authority))
+        said, final = await _said_in_the_end(_options(broker, authority))
         assert final
         assert f"asks for a certificate of ours; set {PREFIX}TLS_CERTFILE" in said
         stranger = Authority(folder, "unknown").sign("client")
         ours = {"tls_certfile": stranger.certificate, "tls_keyfile": stranger.key}
-        said, final = await _said(_options(broker, authority, **ours))
+        said, final = await _said_in_the_end(_options(broker, authority, **ours))
         assert final
         assert f"turns our certificate down (unknown ca); see whether {stranger[0]}" in said
 

@@ -33,5 +33,8 @@ class Ear(logging.Handler):
             if found := tls.fault(one, NAMES, options.tls_cafile, options.tls_certfile):
                 return found
             if any(isinstance(origin, ConnectionResetError) for origin in tls.origins(one)):
-                return Fault(HUNG_UP, "")
+                asks = f"it may ask for a certificate of ours: {NAMES.certfile}"
+                return Fault(
+                    HUNG_UP, asks if options.encrypted and not options.tls_certfile else ""
+                )
         return None

@@ -145,7 +145,7 @@ class _Group:
         owner, random = self.owner, self.random
         assert owner is not None
         chance = random.random()
-        if chance < 0.4 and not owner.allotment.full:
+        if chance < 0.4 and not owner.allotment.enough():
             until = min(len(self.log), self.position + random.randrange(1, 40))
             records = [(at, self.log[at]) for at in range(self.position, until)]
             owner.allotment.read(PART, records, until)

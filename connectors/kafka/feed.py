@@ -45,7 +45,6 @@ from kronos_stream.market.wire import WireError, relayed
 _log = structlog.get_logger()
 
 _POLL_MS, _POLL_RECORDS = 200, 500
-_FULL_SECONDS = 0.02
 _NOTE_SECONDS, _NOTE_PATIENCE_SECONDS = 0.5, 5.0
 _CLOSE_SECONDS = 2.0
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
@@ -120,18 +119,16 @@ class KafkaFeed:
                 f"kronos-stream topics create --candles {lacking}"
             )
         consumer.subscribe(sorted(self._topics), listener=_Listener(self, consumer, reader))
-        pulse, note_at, full = member.Pulse(self._now()), self._now(), False
+        pulse, note_at = member.Pulse(self._now()), self._now()
         while True:
             if self._unbegun:
                 await self._begin(consumer, reader)
-            if reader.full:
-                full = True
-                await asyncio.sleep(_FULL_SECONDS)
-            else:
-                pulse = member.Pulse(self._now()) if full else pulse
-                full = False
-                await self._take(consumer, reader)
+            wanted = _choose(consumer, reader)
+            await self._take(consumer, reader)
+            if wanted:
                 pulse.check(consumer, self._now())
+            else:  # no broker is asked for records
+                pulse = member.Pulse(self._now())
             if self._now() >= note_at:
                 self._tell_lags(consumer, reader)
                 done = await self._note(consumer, reader)
@@ -274,6 +271,17 @@ class KafkaFeed:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def _choose(consumer: AIOKafkaConsumer, reader: Reader) -> bool:
+    """Have only those parts read of which more is wanted; whether there is any."""
+    ours, enough = consumer.assignment(), {TopicPartition(*part) for part in reader.enough()}
+    paused = consumer.paused()
+    if more := (paused - enough) & ours:
+        consumer.resume(*more)
+    if less := (enough - paused) & ours:
+        consumer.pause(*less)
+    return not ours or bool(ours - enough)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

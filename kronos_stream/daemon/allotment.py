@@ -110,10 +110,11 @@ class Allotment:
 
     # -- for the feed ---------------------------------------------------------------------
 
-    @property
-    def full(self) -> bool:
-        """Whether no more should be read just now."""
-        return len(self._windows) >= _MOST_WAITING
+    def enough(self) -> Collection[Part]:
+        """Parts of which no more should be read just now: first all contexts are to be whole."""
+        whole = [part for part, share in self._shares.items() if share.next >= share.until]
+        full = len(self._windows) >= _MOST_WAITING
+        return whole if full or len(whole) < len(self._shares) else ()
 
     async def give_up(self) -> None:
         """All parts are about to be taken: take in nothing more, finish what is in hand."""

@@ -66,9 +66,8 @@ Told: TypeAlias = Relayed | Gone | Unreadable | None
 class Reader(Protocol):
     """The daemon's side of a feed. Every call but :meth:`give_up` returns at once."""
 
-    @property
-    def full(self) -> bool:
-        """Whether no more should be read just now."""
+    def enough(self) -> Collection[Part]:
+        """Parts of which no more should be read just now."""
 
     def given(self, parts: Collection[Part]) -> None:
         """Exactly these parts are ours from now on; :meth:`begin` comes for each."""

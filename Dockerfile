@@ -67,7 +67,7 @@ RUN rm -rf /usr/local/lib/python3*/site-packages/* /usr/local/lib/python3*/ensur
     groupadd --gid 10001 kronos; \
     SOURCE_DATE_EPOCH=86400 useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/kronos-stream \
         --shell /usr/sbin/nologin --no-log-init kronos; \
-    install --directory --owner 10001 --group 10001 --mode 0750 /var/lib/kronos-stream
+    install --directory --owner 10001 --group 10001 /var/lib/kronos-stream
 
 COPY --from=dependencies /opt/kronos-stream /opt/kronos-stream
 # A layer of its own: a new version of the daemon is some megabytes, not all that it needs.

@@ -46,6 +46,11 @@ class CertificateError(OSError):
     """A file that TLS needs cannot be used; one clause for people."""
 
 
+def readable(*hosts: str) -> bool:
+    """Whether what is sent to any of these without TLS can be read on its way."""
+    return not all(host in {"localhost", "::1"} or host.startswith("127.") for host in hosts)
+
+
 def context(
     cafile: Path | None,
     certfile: Path | None,

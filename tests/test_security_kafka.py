@@ -14,6 +14,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from kronos_connectors.kafka import SINK, SOURCE, admin
+from kronos_connectors.kafka.checks import _in_the_clear
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream.checkup import CheckedSink, Finding
@@ -126,6 +127,23 @@ async def test_who_has_a_certificate_gets_in(locked: Locked, topic_prefix: str) 
     await _gets_through(locked.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix))
     with pytest.raises(ValidationError, match="KAFKA__SSL_KEY_PASSWORD is not its password"):
         locked.options("mutual", "SSL", **ours)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "way", "warned"),
+    [
+        ("kafka-1:9092", "PLAIN", True),
+        ("127.0.0.1:9092,kafka-1:9092", "PLAIN", True),
+        ("127.0.0.1:9092,localhost:9092", "PLAIN", False),
+        ("kafka-1:9092", "SCRAM-SHA-512", False),
+    ],
+)
+def test_a_password_that_travels_in_the_clear_is_told(hosts: str, way: Any, warned: bool) -> None:  # noqa: FBT001
+    options = KafkaOptions(
+        bootstrap_servers=hosts, security_protocol="SASL_PLAINTEXT", sasl_mechanism=way,
+        sasl_username="me", sasl_password=SecretStr(PASSWORD),
+    )  # fmt: skip
+    assert [one.level for one in _in_the_clear(options)] == ["warn"] * warned
 
 
 SEE = "see KRONOS_STREAM_KAFKA__"

@@ -16,7 +16,7 @@ from kronos_stream.daemon.settings import Http, Settings, SettingsError
 from kronos_stream.daemon.state import State
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceError, VenueRefused
+from kronos_stream.market.source import LoginRefused, SourceError, VenueRefused
 from kronos_stream.market.watchlist import Entry
 
 HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")
@@ -25,13 +25,17 @@ HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")
 class _Venue:
     """Answers once it is back."""
 
-    def __init__(self, *, back: bool, refuses: bool = False, has: bool = True) -> None:
-        self.back, self.refuses, self.has = back, refuses, has
+    def __init__(
+        self, *, back: bool, refuses: bool = False, has: bool = True, login: bool = True
+    ) -> None:
+        self.back, self.refuses, self.has, self.login = back, refuses, has, login
         self.pointed: list[frozenset[Series]] = []
 
     async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
         if self.refuses:
             raise VenueRefused("HTTP 451")
+        if not self.login:
+            raise LoginRefused("wrong password", 0.01)
         if not self.back:
             raise SourceError("no route to it", 0.01)
         return {} if self.has else dict.fromkeys(series, "not listed")
@@ -61,12 +65,12 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
 
 
-def _universe(**venues: _Venue) -> universe.Universe:
+def _universe(*, patient: bool = True, **venues: _Venue) -> universe.Universe:
     entries = [
         Entry.parse(f"{venue}:A/B")._replace(timeframes=(HERE.timeframe,)) for venue in venues
     ]
     sources: Any = venues
-    return universe.Universe(entries, (), sources, SystemClock())
+    return universe.Universe(entries, (), sources, SystemClock(), patient=patient)
 
 
 async def test_who_does_not_answer_holds_nobody_up_and_is_named() -> None:
@@ -97,6 +101,23 @@ async def test_a_refusal_is_final_and_of_the_last_venue_an_error() -> None:
     assert found.lost == {"there": "HTTP 451"}
     with pytest.raises(VenueRefused):
         await _universe(there=_Venue(back=True, refuses=True)).settle(())
+
+
+async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 60)
+    here, there = _Venue(back=False), _Venue(back=True, login=False)
+    with pytest.raises(LoginRefused):  # nor is the one waited for that does not answer
+        async with asyncio.timeout(5):
+            await _universe(here=here, there=there, patient=False).settle(())
+    found = _universe(there=there)
+    settling = asyncio.create_task(found.settle(()))
+    await asyncio.sleep(0.1)
+    assert found.waits("there") == "wrong password"
+    there.login = True
+    await settling
+    assert found.series == {THERE}
 
 
 async def test_what_a_venue_lacks_is_an_error_whoever_is_away() -> None:

@@ -12,6 +12,7 @@ from aiokafka.errors import IncompatibleBrokerVersion
 from confluent_kafka import KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
+from kronos_connectors import tls
 from kronos_connectors.kafka import admin
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import Topic, wanted
@@ -65,6 +66,7 @@ async def _look(
     if not problems:
         found = f"{options.bootstrap_servers} answers; {len(topics)} topics are as they should be"
         findings.append(Finding("ok", found))
+    findings += _in_the_clear(options)
     missing = {problem.partition(":")[0] for problem in problems if ": missing" in problem}
     there = [topic.name for topic in topics if topic.name not in missing]
     return [*findings, *await _rights(options, there, right)] if there else findings
@@ -92,6 +94,15 @@ async def _rights(options: KafkaOptions, names: Sequence[str], right: Right) -> 
             for name in closed
         ]
     return [Finding("ok", f"{len(names)} topics are ours to {does}")]
+
+
+def _in_the_clear(options: KafkaOptions) -> Sequence[Finding]:
+    hosts = [one.strip().rpartition(":")[0] for one in options.bootstrap_servers.split(",")]
+    plain = (options.security_protocol, options.sasl_mechanism) == ("SASL_PLAINTEXT", "PLAIN")
+    if not plain or not tls.readable(*hosts):
+        return []
+    cure = "use SASL_SSL, or SCRAM-SHA-512 where the broker speaks no TLS"
+    return [Finding("warn", "the password is sent as it is, to be read on its way", cure)]
 
 
 def _librdkafka(options: KafkaOptions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from uuid import uuid4
 
+from kronos_connectors import tls
 from kronos_connectors.mqtt.link import Link, LinkError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_stream.checkup import Check, Finding
@@ -36,4 +37,10 @@ async def _look(options: MqttOptions) -> Sequence[Finding]:
     if not link.retains:
         return [Finding("fail", f"{options.address}: {NOT_RETAINED}", "have it retain messages")]
     found = f"{link.most_bytes:,} bytes a message, {link.window} messages at once"
-    return [Finding("ok", f"{options.address} lets us in; {found}")]
+    findings = [Finding("ok", f"{options.address} lets us in; {found}")]
+    if options.username and not options.encrypted and tls.readable(options.host):
+        cure = "use mqtts:// in KRONOS_STREAM_MQTT__URL"
+        findings.append(
+            Finding("warn", "the password is sent as it is, to be read on its way", cure)
+        )
+    return findings

@@ -14,7 +14,7 @@ from aiohttp import web
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Source, VenueRefused
+from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -31,7 +31,7 @@ def trial(body: Callable[[], Awaitable[None]]) -> None:
 
 @asynccontextmanager
 async def answering(
-    handle: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    handle: Callable[[web.Request], Awaitable[web.StreamResponse]], path: str = ""
 ) -> AsyncIterator[Source]:
     """A source of an exchange that answers everything like that."""
     app = web.Application()
@@ -40,7 +40,7 @@ async def answering(
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host = f"127.0.0.1:{runner.addresses[0][1]}"
-    urls = {"public": f"http://{host}", "ws": {"spot": f"ws://{host}/stream"}}
+    urls = {"public": f"http://{host}{path}", "ws": {"spot": f"ws://{host}/stream"}}
     config = {"urls": {"api": urls}, "options": {"fetchMarkets": {"types": ["spot"]}}}
     told = CcxtOptions.model_validate({"config": orjson.dumps({"binance": config}).decode()})
     source = CONNECTOR.build("ccxt.binance", told, LoopClock(START), Random(1))
@@ -103,5 +103,19 @@ def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str |
                 async with asyncio.timeout(300):
                     await source.run(NOBODY)
         assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
+
+    trial(body)
+
+
+def test_what_is_secret_in_an_address_is_in_no_error() -> None:
+    async def fail(_: web.Request) -> web.Response:
+        return web.Response(status=500, text="broken")
+
+    async def body() -> None:
+        async with answering(fail, path="/s3cr3t-path") as source:
+            with pytest.raises(SourceError) as told:
+                await source.unknown([SERIES])
+            assert "/***/" in str(told.value)
+            assert "s3cr3t" not in str(told.value)
 
     trial(body)

@@ -252,6 +252,7 @@ def test_a_market_is_inactive_only_if_it_is_said_so() -> None:
 
 
 NO = "KRONOS_STREAM_CCXT__CONFIG: ccxt makes no kraken of it: "
+KIND = "KRONOS_STREAM_CCXT__CONFIG: kraken."
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,18 @@ NO = "KRONOS_STREAM_CCXT__CONFIG: ccxt makes no kraken of it: "
         ("ccxt.krakn", {}, "KRONOS_STREAM_SYMBOLS: ccxt knows no exchange 'krakn'; did you mean k"),
         ("kraken", {"config": '{"krakn": {}}'}, "KRONOS_STREAM_CCXT__CONFIG: ccxt knows no"),
         ("kraken", {"fills_empty": ("krakn",)}, "KRONOS_STREAM_CCXT__FILLS_EMPTY: ccxt knows no"),
-        ("kraken", {"config": '{"kraken": {"options": 7}}'}, f"{NO}TypeError"),
+        *(
+            ("kraken", {"config": f'{{"kraken": {{{wrong}}}}}'}, f"{KIND}{said}")
+            for wrong, said in (
+                ('"options": 7', "options: expected an object"),
+                ('"options": []', "options: expected an object"),
+                ('"urls": "https://x.y"', "urls: expected an object"),
+                ('"rateLimit": "slow"', "rateLimit: expected a number"),
+                ('"apiKey": 5', "apiKey: expected a text"),
+                ('"httpsProxy": 5', "httpsProxy: expected a text"),
+                ('"aiohttp_trust_env": "yes"', "aiohttp_trust_env: expected true or false"),
+            )
+        ),
         ("kraken", {"config": '{"kraken": {"sandbox": true}}'}, f"{NO}TypeError"),
         ("btcmarkets", {"mode": "watch"}, "KRONOS_STREAM_CCXT__MODE=watch: ccxt cannot watch"),
         ("paymium", {}, "KRONOS_STREAM_SYMBOLS: paymium has no history of candles in ccxt"),

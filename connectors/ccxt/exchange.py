@@ -55,8 +55,8 @@ class Exchanges:
         self.name = name
         self._kind, self._options = guarded(kind), options
         try:
+            _check_kinds(options.of(name), self._kind({}), name)
             self._config = _config(options, name)
-            _check_kinds(self._config, self._kind({}), name)
             self._first = self._kind(self._config)
         except SourceError:
             raise

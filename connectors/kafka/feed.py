@@ -254,10 +254,11 @@ class KafkaFeed:
     def _since(self, place: TopicPartition) -> int:
         """How young a record must be at least for a context that begins now, UTC ms.
 
-        A record is made when its bar closes, or later, so none that is wanted is older.
+        A record is made when its bar closes, or later, so none that is wanted is older; and whoever
+        makes them may be behind.
         """
         timeframe = self._topics[place.topic]
-        return max(0, timeframe.after(self._clock.now(), -self._needs.bars))
+        return max(0, timeframe.after(self._clock.now(), -2 * self._needs.bars))
 
     def _complain(self, why: str) -> None:
         if why != self.trouble:  # an outage is told of once

@@ -146,7 +146,7 @@ def _read(value: bytes, series: Series | None) -> tuple[CandleMessage, Series]:
         message = CandleMessage.model_validate_json(value)
     except ValidationError as error:
         raise WireError(_explain(error), series) from None
-    if message.series is not None:
+    if message.series is not None and (series is None or message.series != series.name):
         try:
             said = Series.parse(message.series)
         except ValueError as error:

@@ -52,6 +52,32 @@ def test_created_topics_pass_the_check_and_stay_as_they_are(
     assert run("check", "--candles", "1M", **where).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "there"),
+    [
+        ({"ROLE": "forecast", "TIMEFRAMES": "1m,1M"}, ["1M", "1m"]),
+        ({"ROLE": "ingest", "TIMEFRAMES": "5m", "SYMBOLS": "binance:A/B"}, ["5m"]),
+        ({"TIMEFRAMES": "5m", "SYMBOLS": "binance:A/B"}, []),
+    ],
+)
+def test_topics_of_candles_follow_the_role(
+    run: Run,
+    topic_prefix: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kafka: ApacheKafka,
+    settings: dict[str, str],
+    there: list[str],
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(f"KRONOS_STREAM_{name}", value)
+    made = run("create", BOOTSTRAP_SERVERS=kafka.bootstrap, PARTITIONS=1)
+    assert made.exit_code == 0, made.output
+    found = [one for one in made.stdout.splitlines() if ".candles." in one]
+    assert sorted(one.partition(":")[0] for one in found) == [
+        f"{topic_prefix}.candles.{one}.v1" for one in there
+    ]
+
+
 def test_what_differs_is_named_with_the_cure(
     kafka: ApacheKafka, run: Run, topic_prefix: str
 ) -> None:

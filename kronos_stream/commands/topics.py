@@ -32,7 +32,8 @@ _CANDLES = click.option(
     "timeframes",
     metavar="1m,5m,...",
     default="",
-    help="Also the topics of candles in these timeframes (for ROLE=ingest and ROLE=forecast).",
+    help="Also the topics of candles in these timeframes. Where KRONOS_STREAM_ROLE is ingest or "
+    "forecast, those that it needs, unless told.",
 )
 
 
@@ -61,14 +62,14 @@ def check(timeframes: str) -> None:
 
 def _wanted(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
     from kronos_connectors.kafka.topics import wanted
-    from kronos_stream.daemon.environment import read_options
+    from kronos_stream.daemon.environment import candle_timeframes, read_options
 
     try:
         parsed = [Timeframe.parse(text) for text in timeframes.split(",") if text]
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     options = read_options("kafka", os.environ)
-    return options, wanted(options, parsed)
+    return options, wanted(options, parsed or candle_timeframes(os.environ))
 
 
 def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:

@@ -19,6 +19,7 @@ from kronos_stream.daemon.connectors import ConnectorError
 from kronos_stream.daemon.logs import hide, without_passwords
 from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
 from kronos_stream.daemon.textfile import read_small
+from kronos_stream.market.timeframe import Timeframe
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -88,6 +89,17 @@ def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
     if kind is None:
         raise SettingsError(f"no connector is called {name}")
     return _parse(kind, _given(environ), name)
+
+
+def candle_timeframes(environ: Mapping[str, str]) -> Sequence[Timeframe]:
+    """Those whose candle topics the role in ``environ`` needs. Raises SettingsError."""
+    settings = _parse(Settings, _given(environ))
+    if settings.role == "all":
+        return ()
+    if settings.role == "forecast":
+        return settings.timeframes
+    lengths = {length for entry in settings.watchlist() for length in entry.timeframes}
+    return sorted(lengths, key=str)
 
 
 def told(environ: Mapping[str, str]) -> dict[str, str]:

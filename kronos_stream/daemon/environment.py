@@ -61,6 +61,12 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
             venues = dict.fromkeys(entry.venue for entry in settings.watchlist())
         except SettingsError as error:
             raise SettingsError([*error.problems, *problems]) from None
+    for venue in venues if settings.role == "ingest" else ():
+        if venue.partition(".")[0] == BROKER:
+            problems.append(
+                f"{variable('symbols')}: {variable('role')}=ingest cannot take candles from the "
+                f"topics that it writes to; name other venues than {venue}"
+            )
     options: dict[str, Any] = {}
     for field, load, wanted in (
         ("symbols", connectors.source, venues),
@@ -76,7 +82,7 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
             except SettingsError as error:
                 problems.extend(error.problems)
     if problems:
-        raise SettingsError(problems)
+        raise SettingsError(list(dict.fromkeys(problems)))
     return settings.model_copy(update={"options": options})
 
 
@@ -251,11 +257,6 @@ def _unfit(settings: Settings) -> Iterator[str]:
         yield (
             f"{variable('sinks')}: {role} writes candles to Kafka, and no forecasts; unset it, or "
             "set it where forecasts are made"
-        )
-    if settings.role == "ingest" and any(one.venue == BROKER for one in settings.symbols):
-        yield (
-            f"{variable('symbols')}: {role} cannot take candles from the topics that it writes to; "
-            f"name other venues than {BROKER}"
         )
     if settings.role == "forecast" and (settings.symbols or settings.symbols_file):
         yield (

@@ -343,3 +343,23 @@ def test_bars_are_read_as_they_were_passed_on(bar: Bar) -> None:
     for history in (False, True):
         told = Relayed(SERIES[0], bar, history)
         assert relayed(relay(*told[:2], history=history), SERIES[0]) == told
+
+
+async def test_no_more_is_read_while_forecasts_are_not_delivered() -> None:
+    random = Random(8)
+    log = [
+        Relayed(SERIES[0], Bar(_candle(random, 60_000 * at)), history=False) for at in range(9_000)
+    ]
+    group = _Group(log, random)
+    member = _Member(group.clock, delivered=group.delivered)
+    group.give(member)
+    while not member.allotment.enough():
+        records = [(at, log[at]) for at in range(group.position, group.position + 100)]
+        group.position += 100
+        member.allotment.read(PART, records, group.position)
+        for due in member.waiting:
+            member.allotment.handed(due, due.origin)
+        member.waiting.clear()
+    assert group.position == 2_000
+    member.allotment.delivered(60_000 * 1_000)
+    assert not member.allotment.enough()

@@ -23,8 +23,8 @@ from kronos_stream.market.wire import Relayed
 _FEWEST_BARS = 32
 """A series that has no more than so many is forecast all the same."""
 
-_MOST_WAITING = 2_000
-"""Due bars, with their windows, after which no more is read for now."""
+_MOST_UNDONE = 2_000
+"""Bars whose forecasts are not delivered, after which no more is read for now."""
 
 
 class Allotment:
@@ -113,7 +113,7 @@ class Allotment:
     def enough(self) -> Collection[Part]:
         """Parts of which no more should be read just now: first all contexts are to be whole."""
         whole = [part for part, share in self._shares.items() if share.next >= share.until]
-        full = len(self._windows) >= _MOST_WAITING
+        full = len(self._places) >= _MOST_UNDONE
         return whole if full or len(whole) < len(self._shares) else ()
 
     async def give_up(self) -> None:

@@ -59,9 +59,9 @@ async def test_a_batch_is_shared_out_by_speed_and_comes_back_in_order() -> None:
 
 
 async def test_cards_of_one_host_speak_as_one_and_unlike_devices_are_refused() -> None:
-    cards = Crew([_Other(0.0, device="cuda:0"), _Other(0.0, device="cuda:1")])
+    cards = Crew([_Other(0.0, device="cuda"), _Other(0.0, device="cuda")])
     assert (await cards.start()).device == "cuda"
-    mixed = Crew([_Other(0.0), _Other(0.0, device="cuda:1", dtype="bfloat16")])
+    mixed = Crew([_Other(0.0), _Other(0.0, device="cuda", dtype="bfloat16")])
     with pytest.raises(WorkerError, match=r"do not forecast alike: cpu .* cuda in bfloat16"):
         await mixed.start()
 

@@ -58,10 +58,7 @@ class Crew:
 
         Raises what a worker's start raises, and WorkerError where they would not compute alike.
         """
-        identities = await asyncio.gather(*(worker.start() for worker in self._workers))
-        first, *others = (
-            replace(identity, device=identity.device.partition(":")[0]) for identity in identities
-        )
+        first, *others = await asyncio.gather(*(worker.start() for worker in self._workers))
         for other in others:
             if other != first:
                 raise WorkerError(

@@ -95,7 +95,7 @@ class Drawer:
             # A folder that holds both halves has one name.
             tokenizer=self.plan.model if bundled else own_tokenizer,
             tokenizer_revision=_revision(found.tokenizer),
-            device=str(self._forecaster.device),
+            device=self._forecaster.device.type,  # whichever card it is, the id is the same
             dtype=str(self._forecaster.dtype).removeprefix("torch."),
             max_context=self._forecaster.max_context,
             engine=__version__,

@@ -75,7 +75,7 @@ class Engine(_Part):
     version: str
     """Version of kronos-stream."""
     device: str
-    """Such as cpu or cuda:0."""
+    """Its kind: cpu, cuda or mps."""
     dtype: str
     """float32 or bfloat16; in float32 on a CPU, the forecast can be recomputed exactly."""
 

@@ -124,8 +124,9 @@ def test_synthetic_and_missing_bars_are_counted_and_said() -> None:
     assert window is not None
     assert window.synthetic == 4
     assert window.reasons == ("3 synthetic bars", "1 missing bar")
-    assert contexts.missing(SERIES, 40)
-    assert not contexts.missing(SERIES, 10)
+    assert contexts.obstacle(SERIES, 40, strict=True) == "gap"
+    assert contexts.obstacle(SERIES, 40, strict=False) is None
+    assert contexts.obstacle(SERIES, 10, strict=True) is None
 
 
 @pytest.mark.parametrize("amount", [True, False])

@@ -33,6 +33,7 @@ from kronos_connectors.kafka.checks import checks
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import fault
 from kronos_connectors.kafka.topics import (
+    candles,
     deadletter,
     forecasts,
     latest,
@@ -42,6 +43,7 @@ from kronos_connectors.kafka.topics import (
 from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
+from kronos_stream.market.timeframe import Timeframe
 
 _log = structlog.get_logger()
 _T = TypeVar("_T")
@@ -296,6 +298,9 @@ def build(options: KafkaOptions, _clock: Clock, _random: Random) -> KafkaSink:
     return KafkaSink(options, (forecasts(prefix), latest(prefix), deadletter(prefix)))
 
 
-def build_relay(options: KafkaOptions, _clock: Clock, _random: Random) -> KafkaSink:
+def build_relay(
+    options: KafkaOptions, timeframes: Sequence[Timeframe], _clock: Clock, _random: Random
+) -> KafkaSink:
     """A sink of candles; it connects at its start."""
-    return KafkaSink(options, (deadletter(options.topic_prefix),))
+    prefix = options.topic_prefix
+    return KafkaSink(options, (deadletter(prefix), *(candles(prefix, one) for one in timeframes)))

@@ -20,9 +20,6 @@ from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
 from kronos_stream.market.series import Series
 from kronos_stream.market.wire import Relayed
 
-_FEWEST_BARS = 32
-"""A series that has no more than so many is forecast all the same."""
-
 _MOST_UNDONE = 2_000
 """Bars whose forecasts are not delivered, after which no more is read for now."""
 
@@ -82,6 +79,10 @@ class Allotment:
         place = self._places.get(due)
         return place is not None and place[0] in self._shares
 
+    def owes(self, series: Series) -> bool:
+        """Whether readers are still to be told that it is given up."""
+        return self.holds(series) and series not in self._handed
+
     def handed(self, due: Due | Series, ticket: float) -> None:
         """It is done once all before ``ticket`` is delivered; tickets grow."""
         self._windows.pop(due, None)
@@ -113,7 +114,8 @@ class Allotment:
     def enough(self) -> Collection[Part]:
         """Parts of which no more should be read just now: first all contexts are to be whole."""
         whole = [part for part, share in self._shares.items() if share.next >= share.until]
-        full = len(self._places) >= _MOST_UNDONE
+        # A close of all series must find room, or it would be waited for in vain.
+        full = len(self._places) >= max(_MOST_UNDONE, 2 * len(self._lines))
         return whole if full or len(whole) < len(self._shares) else ()
 
     async def give_up(self) -> None:
@@ -136,6 +138,8 @@ class Allotment:
     def begin(self, part: Part, extent: Extent) -> int:
         """Where to read ``part`` from: on from where we were, or back from what is noted."""
         self._unbegun.discard(part)
+        if part in self._shares:  # nobody said that it was taken
+            self._drop(self._shares.pop(part))
         share = self._left.pop(part, None)
         if share is not None and share.note is not None and share.note == extent.note:
             self._resume(part, share)
@@ -251,24 +255,18 @@ class Allotment:
             return None
         close = after(time)
         received = max(close, bar.received or self._clock.now())
-        return Due(series, time, bar.revision, close, received, self._obstacle(series))
+        strict = self._degraded == "skip"
+        obstacle = self._contexts.obstacle(series, self._lookback, strict=strict)
+        return Due(series, time, bar.revision, close, received, obstacle)
 
     def _ask(self, part: Part, share: Share, offset: int, due: Due) -> None:
         if due.obstacle is None:
             window = self._contexts.window(due.series, due.origin, self._lookback)
             assert window is not None  # noqa: S101 - its last bar was just put there
             self._windows[due] = window
-        share.undone[offset] = due
-        share.lines[due.series].waiting += 1
+        share.ask(offset, due)
         self._places[due] = part, offset
         self._due(due)
-
-    def _obstacle(self, series: Series) -> str | None:
-        if self._contexts.length(series) < min(self._lookback, _FEWEST_BARS):
-            return "warming up"
-        if self._degraded == "skip" and self._contexts.missing(series, self._lookback):
-            return "gap"
-        return None
 
     def _expect(self, line: Line, close: int) -> None:
         for moment, change in ((line.expected, -1), (close, 1)):

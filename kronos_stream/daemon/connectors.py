@@ -7,13 +7,13 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
 
-from kronos_stream.forecast.sink import SinkConnector
+from kronos_stream.forecast.sink import RelayConnector, SinkConnector
 from kronos_stream.market.feed import FeedConnector
 from kronos_stream.market.source import SourceConnector
 
 Group = Literal["sources", "sinks", "relays", "feeds"]
 
-_Connector = TypeVar("_Connector", SourceConnector, SinkConnector, FeedConnector)
+_Connector = TypeVar("_Connector", SourceConnector, SinkConnector, RelayConnector, FeedConnector)
 
 
 class ConnectorError(Exception):
@@ -43,9 +43,9 @@ def sink(name: str) -> SinkConnector:
     return _load("sinks", name, SinkConnector)
 
 
-def relay(name: str) -> SinkConnector:
+def relay(name: str) -> RelayConnector:
     """The sink of role ingest. Raises ConnectorError."""
-    return _load("relays", name, SinkConnector)
+    return _load("relays", name, RelayConnector)
 
 
 def feed(name: str) -> FeedConnector:

@@ -100,7 +100,12 @@ class Crew:
 
     def _shared(self, series: int) -> Iterator[int]:
         """How many of so many series each worker gets."""
-        speeds = [1 / max(worker.expected(1), 1e-9) for worker in self._workers]
+        speeds = [
+            0.0 if worker.healthy() else 1 / max(worker.expected(1), 1e-9)
+            for worker in self._workers
+        ]
+        if not any(speeds):  # whoever is replaced first
+            speeds = [1.0] * len(speeds)
         done, total, part = 0, sum(speeds), 0.0
         for speed in speeds:
             part += speed

@@ -49,9 +49,6 @@ _log = structlog.get_logger()
 MARGIN = 64
 """Bars kept in memory beyond the lookback, for origins that are forecast late."""
 
-_FEWEST_BARS = 32
-"""A series that has no more than so many is forecast all the same."""
-
 _LONGEST_SLEEP_MS = 30_000
 _REFUSED_SECONDS = 3_600.0
 """Until a venue is asked again that will not serve us."""
@@ -409,12 +406,7 @@ class Desk:
         close = one.series.timeframe.after(bar.candle.time)
         # A bar held for its close by our clock came before it; one made up never came.
         received = max(close, bar.received or self._clock.now())
-        obstacle = self._obstacle(one.series)
+        obstacle = self._contexts.obstacle(
+            one.series, self._lookback, strict=self._degraded == "skip"
+        )
         self._due(Due(one.series, *place, close, received, obstacle))
-
-    def _obstacle(self, series: Series) -> str | None:
-        if self._contexts.length(series) < min(self._lookback, _FEWEST_BARS):
-            return "warming up"
-        if self._degraded == "skip" and self._contexts.missing(series, self._lookback):
-            return "gap"
-        return None

@@ -128,9 +128,7 @@ class Doctor:
     def _of_feed(self, stack: AsyncExitStack, *, writes: bool) -> Sequence[Check]:
         """Of what carries candles from one role to the other."""
         settings = self._settings
-        entries = settings.watchlist() if writes else ()
-        lengths = {length for entry in entries for length in entry.timeframes}
-        needs = FeedNeeds(sorted(lengths or settings.timeframes, key=str), settings.lookback)
+        needs = FeedNeeds(settings.lengths(), settings.lookback)
         feed = build_feed(settings, needs, SystemClock(), Random())
         stack.push_async_callback(feed.close)
         return feed.checks(writes=writes) if isinstance(feed, CheckedFeed) else ()

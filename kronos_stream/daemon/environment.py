@@ -100,12 +100,7 @@ def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
 def candle_timeframes(environ: Mapping[str, str]) -> Sequence[Timeframe]:
     """Those whose candle topics the role in ``environ`` needs. Raises SettingsError."""
     settings = _parse(Settings, _given(environ))
-    if settings.role == "all":
-        return ()
-    if settings.role == "forecast":
-        return settings.timeframes
-    lengths = {length for entry in settings.watchlist() for length in entry.timeframes}
-    return sorted(lengths, key=str)
+    return () if settings.role == "all" else settings.lengths()
 
 
 def told(environ: Mapping[str, str]) -> dict[str, str]:

@@ -18,12 +18,18 @@ from kronos_stream.daemon.press import Graveyard
 from kronos_stream.daemon.state import Passed
 from kronos_stream.forecast.compose import candle, removal
 
+_CENTURIES = 1e10
+"""Seconds."""
 _TURN = 64
 """Messages composed before other tasks have their turn."""
 
 
 class Ingest(Following):
     """One process's series, from the venues to the candle topics."""
+
+    @property
+    def _max_age(self) -> float:
+        return _CENTURIES  # a hole in the topic would cost more than bars that wait
 
     async def check(self) -> int:
         """Ask the venues for what is wanted, in place of :meth:`run`: how many series.
@@ -95,6 +101,8 @@ class Ingest(Following):
             await self._state.save_bars([one[:2] for one in passed if one not in ours])
 
     async def _retract(self, series: Sequence[str]) -> None:
+        # Who follows one of them again begins without context.
+        await self._state.relay_again(series)
         now = self._wall.now()
         gone = [removal(name, at=now) for name in series]
         await self._outbox.publish([], [Message("candle", *one[1:]) for one in gone])

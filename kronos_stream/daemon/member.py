@@ -86,12 +86,14 @@ class Member(Role):
         stack.push_async_callback(state.close)
         self._worker: Working = hire(self.settings, self.metrics, self._make_worker)
         stack.push_async_callback(self._worker.close)
+        stack.push_async_callback(self._feed.close)
         return state
 
     def _steps(self) -> Sequence[Iterable[progress.Work]]:
         return (
             progress.forecasting(self._scheduler, self._worker, self.metrics),
             progress.delivering(self._outbox.deliveries.items()),
+            progress.reading(self._feed),
         )
 
     async def _work(self) -> None:
@@ -161,6 +163,7 @@ class Member(Role):
             catch_up=settings.catch_up,
             batch_wait=settings.batch_wait,
             batch_deadline=settings.batch_deadline,
+            longest=_GIVE_UP_SECONDS,  # batches are sized to half of it
         )
 
     # -- from due bars to delivered forecasts ----------------------------------------------
@@ -186,7 +189,7 @@ class Member(Role):
         """Tell readers of series that are given up; until cancelled."""
         while True:
             series = await self._retracted.get()
-            if self._allotment.holds(series):
+            if self._allotment.owes(series):
                 await self._press.retract([series.name])
                 self._allotment.handed(series, self._outbox.newest)
 

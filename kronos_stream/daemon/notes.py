@@ -1,7 +1,7 @@
-"""What is noted of a part beside its offset, as text: short, for a broker takes 4,096 bytes of it.
+"""What is noted of a part beside its offset, as text: a broker takes 4,096 bytes of it.
 
-``{"start":1200,"bars":488,"done":"3-5,9"}``: to have contexts of 488 bars, read from 1200 on; the
-third to fifth and the ninth record after the noted offset are done with.
+``{"v":1,"start":1200,"bars":488,"done":"3-5,9"}``: to have contexts of 488 bars, read from 1200
+on; the third to fifth and the ninth record after the noted offset are done with.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import orjson
 
+_VERSION = 1
 _LONGEST = 3_500
+_LONGEST_RUN = 1_000_000
 
 
 class Kept(NamedTuple):
@@ -38,19 +40,24 @@ def write(kept: Kept, base: int) -> str:
         if length > _LONGEST:
             break
         pieces.append(piece)
-    text = {"start": kept.start, "bars": kept.bars, "done": ",".join(pieces)}
+    text = {"v": _VERSION, "start": kept.start, "bars": kept.bars, "done": ",".join(pieces)}
     return orjson.dumps(text).decode()
 
 
 def parse(text: str, base: int) -> Kept | None:
     """What :func:`write` wrote; None for anything else."""
+    done: set[int] = set()
     try:
         said = orjson.loads(text)
-        start, bars, runs = int(said["start"]), int(said["bars"]), str(said["done"])
-        done: set[int] = set()
-        for run in filter(None, runs.split(",")):
+        if said["v"] != _VERSION:
+            return None
+        start, bars = int(said["start"]), int(said["bars"])
+        for run in filter(None, str(said["done"]).split(",")):
             first, _, last = run.partition("-")
-            done.update(range(base + int(first), base + int(last or first) + 1))
+            offsets = range(base + int(first), base + int(last or first) + 1)
+            if len(offsets) > _LONGEST_RUN:
+                return None
+            done.update(offsets)
     except (ValueError, KeyError, TypeError):
         return None
     return Kept(start, bars, done)

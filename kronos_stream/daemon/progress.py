@@ -16,11 +16,14 @@ from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.market.clock import Clock
+from kronos_stream.market.feed import Feed
 
 _MARGIN_SECONDS = 60.0
 _SAVE_SECONDS = 120.0
 _WAKE_SECONDS = 120.0
 """The wall clock may be set forward; whoever sleeps notices after a minute."""
+_READ_SECONDS = 240.0
+"""For a turn: more than the group may take to share out anew."""
 _REPLACE_SECONDS = 900.0
 """Until a worker that does not start is given up, and the daemon with it."""
 
@@ -101,6 +104,11 @@ def forecasting(scheduler: Scheduler, worker: _Worker, metrics: Metrics) -> Iter
         return _REPLACE_SECONDS if worker.healthy() else scheduler.longest + _MARGIN_SECONDS
 
     yield Work("forecasting due bars", lambda: scheduler.held, done, seconds)
+
+
+def reading(feed: Feed) -> Iterator[Work]:
+    """The feed turns, whether there is something to read or not."""
+    yield Work("reading candles", lambda: True, lambda: feed.turns, lambda: _READ_SECONDS)
 
 
 def delivering(deliveries: Iterable[tuple[str, Delivery]]) -> Iterator[Work]:

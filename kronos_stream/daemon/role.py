@@ -85,7 +85,7 @@ class Role(ABC):
                 self._wall,
                 self._random,
                 self.metrics,
-                max_age_seconds=settings.outbox_max_age,
+                max_age_seconds=self._max_age,
                 bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
                 patient=settings.login_refused == "retry",
             )
@@ -134,6 +134,11 @@ class Role(ABC):
     async def reload(self) -> None:
         """Read again what may be read again, if anything."""
         _log.info("this role has nothing to read again", role=self.settings.role)
+
+    @property
+    def _max_age(self) -> float:
+        """Seconds after which an undelivered record is given up."""
+        return self.settings.outbox_max_age
 
     @abstractmethod
     async def _open(self, stack: AsyncExitStack) -> State:

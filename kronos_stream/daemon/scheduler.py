@@ -64,6 +64,7 @@ class Scheduler:
         catch_up: CatchUp = "newest",
         batch_wait: float | None = None,
         batch_deadline: float | None = None,
+        longest: float = _LONGEST_DEADLINE_SECONDS,
         most: int = 1000,
         backlog: int = 200_000,
     ) -> None:
@@ -79,6 +80,7 @@ class Scheduler:
             takes a quarter of the time for which its forecast would be valid, at most 2.
         batch_deadline: seconds for a batch in the worker; None takes 0.8 of the timeframe, between
             2 and 60. Batches are sized to take at most half of it.
+        longest: seconds that no batch's deadline exceeds, if it is not set.
         most: series in a batch. backlog: bars that may wait; beyond, the oldest are skipped even
             where all are asked for.
         """
@@ -86,7 +88,7 @@ class Scheduler:
         self._clock, self._metrics = clock, metrics
         self._catch_up = catch_up
         self._batch_wait, self._batch_deadline = batch_wait, batch_deadline
-        self._most, self._backlog = most, backlog
+        self._longest, self._most, self._backlog = longest, most, backlog
         self._lanes = Lanes()
         self._gathering = Gathering(awaited, batch_wait)
         self._waiting = self._batches = self._hurried = 0
@@ -149,7 +151,7 @@ class Scheduler:
     @property
     def longest(self) -> float:
         """Seconds from a bar until its result, where the first attempt of a batch is good."""
-        deadline = self._batch_deadline or _LONGEST_DEADLINE_SECONDS
+        deadline = self._batch_deadline or self._longest
         return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.expected(1))
 
     def withdraw(self) -> None:
@@ -295,6 +297,6 @@ class Scheduler:
             return self._batch_deadline
         length = timeframe.milliseconds
         if length is None:  # a month
-            return _LONGEST_DEADLINE_SECONDS
-        seconds = min(0.0008 * length, _LONGEST_DEADLINE_SECONDS)
+            return self._longest
+        seconds = min(0.0008 * length, self._longest)
         return max(_SHORTEST_DEADLINE_SECONDS, seconds)

@@ -98,7 +98,7 @@ def build_role(settings: Settings, *, worker: MakeWorker | None = None) -> Daemo
     if settings.role == "ingest":
         relay = connectors.relay(BROKER)
         options = _options(settings, BROKER, relay.options)
-        sink = relay.build(options, clock, _child(random))
+        sink = relay.build(options, settings.lengths(), clock, _child(random))
         sources = build_sources(settings, clock, random)
         return Ingest(settings, sources, [sink], clock=clock, random=random)
     needs = FeedNeeds(settings.timeframes, settings.lookback)

@@ -276,6 +276,16 @@ class Settings(BaseSettings):
         named = [entry for entry in self.watchlist() if not entry.is_pattern]
         return tuple(series for entry in named for series in entry.series())
 
+    def lengths(self) -> tuple[Timeframe, ...]:
+        """Of the bars that go from role to role: all that is followed, or that is read.
+
+        Raises SettingsError.
+        """
+        if self.role == "forecast":
+            return self.timeframes
+        found = {length for entry in self.watchlist() for length in entry.timeframes}
+        return tuple(sorted(found, key=str))
+
     @property
     def devices(self) -> tuple[str, ...]:
         """Where to compute: one worker each."""

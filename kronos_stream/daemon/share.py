@@ -50,8 +50,8 @@ class Line:
     """Of its bars that contexts may still need, oldest first."""
     expected: int = 0
     """Close of the bar that comes next, UTC ms."""
-    waiting: int = 0
-    """Due bars of it that are not done."""
+    undone: dict[int, None] = field(default_factory=dict)
+    """Offsets of its due bars that are not done, oldest first."""
 
     @property
     def tape(self) -> Standing:
@@ -59,8 +59,9 @@ class Line:
         return Standing(self.newest, self.series.timeframe.after(self.newest.candle.time))
 
     def trim(self, lookback: int) -> None:
-        """Forget offsets that no context needs any more."""
-        while len(self.offsets) > lookback + self.waiting:
+        """Forget offsets that no context needs any more, those of bars undone included."""
+        first = next(iter(self.undone), None)
+        while len(self.offsets) > lookback and (first is None or self.offsets[lookback] <= first):
             self.offsets.popleft()
 
 
@@ -88,12 +89,17 @@ class Share:
         """Whether the record there is not done with."""
         return offset >= self.base and offset not in self.done
 
+    def ask(self, offset: int, due: Due) -> None:
+        """A bar there is due."""
+        self.undone[offset] = due
+        self.lines[due.series].undone[offset] = None
+
     def finish(self, offset: int, lookback: int) -> None:
         """What was undone there is done."""
         due = self.undone.pop(offset)
         self.done.add(offset)
         if isinstance(due, Due) and (line := self.lines.get(due.series)) is not None:
-            line.waiting -= 1
+            line.undone.pop(offset, None)
             line.trim(lookback)
 
     def noting(self, lookback: int) -> Note:
@@ -113,7 +119,7 @@ class Share:
             (
                 line.offsets[0]
                 for series, line in self.lines.items()
-                if line.waiting or series.timeframe.after(line.newest.candle.time, dead) >= newest
+                if line.undone or series.timeframe.after(line.newest.candle.time, dead) >= newest
             ),
             default=self.base,
         )
@@ -131,6 +137,9 @@ def placed(extent: Extent, lookback: int, catch_up: Literal["newest", "all"], no
             _log.error("records were gone before they were forecast", records=first - note.offset)
         base = min(max(note.offset, first), end)
         kept = parse(note.text, note.offset)
+        if note.offset > end:  # the log is not what it was
+            _log.error("the log ends before what is done", done=note.offset, end=end)
+            kept = None
         done = set() if kept is None else kept.done
         if kept is not None and kept.bars >= lookback:
             start = kept.start

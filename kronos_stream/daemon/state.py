@@ -152,6 +152,16 @@ class State:
         rows = await self._select("SELECT relayed FROM series WHERE name = ?", series.name)
         return int(rows[0][0]) if rows else -1
 
+    async def relay_again(self, names: Collection[str]) -> None:
+        """Forget that bars of these series were passed on."""
+
+        def forget() -> None:
+            self._db.sql.executemany(
+                "UPDATE series SET relayed = -1 WHERE name = ?", [(name,) for name in names]
+            )
+
+        await self._db.write(forget)
+
     async def followed(self) -> set[str]:
         """Names of the series that readers were not told to be gone."""
         return {name for (name,) in await self._select("SELECT name FROM series WHERE followed")}

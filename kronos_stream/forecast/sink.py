@@ -8,6 +8,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple, Protocol
 
 from kronos_stream.market.clock import Clock
+from kronos_stream.market.timeframe import Timeframe
 
 Kind = Literal["forecast", "removal", "deadletter", "candle"]
 """A candle is what role ingest passes on: a closed bar, or that its series is given up.
@@ -63,6 +64,19 @@ class Sink(Protocol):
 
     async def close(self) -> None:
         """Let go; bounded in time. Nothing given but unacknowledged counts as delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayConnector:
+    """What an entry point of the group ``kronos_stream.relays`` names: the sink of role ingest.
+
+    Its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
+    """
+
+    options: type[Any]
+    """A pydantic model, every field with a default or a clear error."""
+    build: Callable[[Any, Sequence[Timeframe], Clock, Random], Sink]
+    """With the timeframes whose bars will come."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ torch, which has no place in this process."""
 _SMALL_SPREAD = 1e-3
 """Where closes deviate by less, prices are forecast times a power of two that lifts it to 1."""
 
+_FEWEST_BARS = 32
+"""A series that has no more than so many is forecast all the same."""
+
 _REAL, _SYNTHETIC, _MISSING = 0, 1, 2
 
 
@@ -76,9 +79,16 @@ class Contexts:
         buffer = self._buffers.get(series)
         return 0 if buffer is None else buffer.end
 
-    def missing(self, series: Series, bars: int) -> bool:
-        """Whether the newest ``bars`` have one among them that the venue has not given yet."""
-        return bool((self._buffers[series].newest_marks(bars) == _MISSING).any())
+    def obstacle(self, series: Series, bars: int, *, strict: bool) -> str | None:
+        """Why the series cannot be forecast from its newest ``bars``: "warming up" or "gap".
+
+        strict: no bar among them may be one that the venue has not given yet.
+        """
+        if self.length(series) < min(bars, _FEWEST_BARS):
+            return "warming up"
+        if strict and (self._buffers[series].newest_marks(bars) == _MISSING).any():
+            return "gap"
+        return None
 
     def window(self, series: Series, origin: int, bars: int) -> Window | None:
         """The newest ``bars`` bars up to ``origin``, or as many as the series has; a copy.

@@ -97,9 +97,12 @@ class Reader(Protocol):
 class Feed(Protocol):
     """A member of a group that reads logs."""
 
+    turns: int
+    """Grows while it works, whether there is something to read or not."""
+
     @property
     def trouble(self) -> str:
-        """Why nothing can be read just now, in words; empty if all is well."""
+        """Why nothing can be read or noted just now, in words; empty if all is well."""
 
     async def run(self, reader: Reader) -> None:
         """Read until cancelled, reconnecting by itself."""

@@ -1,0 +1,315 @@
+"""A seat in a consumer group: one consumer, from joining to leaving, and what it is given.
+
+While the group shares out anew, records are held back, and that may take as long as the slowest
+member needs to hand over; else a broker that answers nothing for a while is taken for gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import structlog
+from aiokafka import ConsumerRebalanceListener, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
+
+from kronos_connectors.kafka import member
+from kronos_connectors.kafka.member import ANSWER_SECONDS
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_stream.forecast.message import REMOVAL
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.feed import Extent, FeedNeeds, Gone, Note, Part, Reader, Told, Unreadable
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.wire import WireError, relayed
+
+_log = structlog.get_logger()
+
+_POLL_MS, _POLL_RECORDS = 200, 500
+_NOTE_SECONDS, _NOTE_PATIENCE_SECONDS = 0.5, 5.0
+_NOTE_TRIES = 3
+"""So often noting may fail in a row before it is said."""
+_SHARING_SECONDS = 120.0
+"""The group may take so long to share out anew."""
+_TOPICS_SECONDS = 60.0
+"""How often it is looked whether the topics are still there."""
+_CLOSE_SECONDS = 2.0
+
+
+class NoTopic(Exception):  # noqa: N818
+    """A topic is not there."""
+
+
+class Seat:
+    """See the module; :meth:`turns` once, then :meth:`leave` or :meth:`close`."""
+
+    def __init__(
+        self,
+        options: KafkaOptions,
+        group: str,
+        topics: Mapping[str, Timeframe],
+        needs: FeedNeeds,
+        clock: Clock,
+        reader: Reader,
+    ) -> None:
+        """topics: to read, and whose bars are in them."""
+        self.reads = False
+        """Whether the group has given us what is ours, and it is known where that begins."""
+        self.unnoted: BaseException | None = None
+        """Why what is done cannot be noted, for a while already."""
+        self._options, self._group, self._topics = options, group, topics
+        self._needs, self._clock, self._reader = needs, clock, reader
+        self._consumer = member.make_sharing(options, group)
+        self._series: dict[bytes, Series | None] = {}
+        """By key: what it is the name of."""
+        self._unbegun: set[Part] = set()
+        self._reached: dict[Part, int] = {}
+        self._ends: dict[Part, int] = {}
+        self._noting, self._failures = asyncio.Lock(), 0
+
+    async def turns(self) -> AsyncIterator[None]:
+        """Read for ever; a turn is over now and then.
+
+        Raises NoTopic, KafkaError or OSError.
+        """
+        consumer = self._consumer
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await consumer.start()
+        await self._look_for_topics()
+        consumer.subscribe(sorted(self._topics), listener=_Listener(self, self._reader))
+        pulse, now = member.Pulse(self._now()), self._now()
+        note_at, look_at, shared_at = now, now + _TOPICS_SECONDS, now
+        while True:
+            if now >= look_at:
+                await self._look_for_topics()
+                look_at = now + _TOPICS_SECONDS
+            if self._unbegun:
+                await self._begin()
+            wanted = self._choose()
+            given, now = await self._take(), self._now()
+            if given:
+                shared_at = now
+            elif now - shared_at > _SHARING_SECONDS:
+                raise KafkaError(f"the group has not shared out anew in {_SHARING_SECONDS:g} s")
+            if given and wanted:
+                pulse.check(consumer, now)
+            else:  # no broker is asked for records
+                pulse = member.Pulse(now)
+            if now >= note_at:
+                self._tell_lags()
+                note_at = now + (1 if await self.note() else 10) * _NOTE_SECONDS
+            yield
+            await asyncio.sleep(0)  # records that wait already must not starve the others
+
+    async def leave(self) -> None:
+        """Finish what is in hand, note it, and leave; bounded."""
+        await self._reader.give_up()
+        await self.note()
+        self.taken()
+        await member.end(self._consumer)
+
+    async def close(self) -> None:
+        """Note what is done, and leave; bounded."""
+        await self.note()
+        await member.end(self._consumer)
+
+    # -- what is ours ----------------------------------------------------------------------
+
+    def given(self, parts: Sequence[Part]) -> None:
+        """The group has given us these, and no others; maybe none."""
+        self._unbegun = set(parts)
+        self.reads = not parts
+        self._reader.given(parts)
+
+    def taken(self) -> None:
+        """Nothing is ours any more."""
+        self.reads = False
+        self._unbegun.clear()
+        self._reached.clear()
+        self._reader.taken()
+
+    async def _look_for_topics(self) -> None:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            there = await self._consumer.topics()
+        if missing := sorted(self._topics.keys() - there):
+            lacking = ",".join(str(self._topics[name]) for name in missing)
+            raise NoTopic(
+                f"no topic {', '.join(missing)}, or no right to see it; to create it: "
+                f"kronos-stream topics create --candles {lacking}"
+            )
+
+    async def _begin(self) -> None:
+        """Look up where parts begin that are ours since just now."""
+        consumer = self._consumer
+        places = [TopicPartition(*part) for part in sorted(self._unbegun)]
+        async with asyncio.timeout(ANSWER_SECONDS):
+            firsts = await consumer.beginning_offsets(places)
+            ends = await consumer.end_offsets(places)
+            since = await consumer.offsets_for_times({one: self._since(one) for one in places})
+            notes = await self._noted(places)
+        back = 0
+        for place in places:
+            part = Part(*place)
+            if part not in self._unbegun or place not in consumer.assignment():
+                continue  # taken from us meanwhile
+            young, note = since.get(place), notes[place]
+            extent = Extent(
+                firsts[place],
+                ends[place],
+                ends[place] if young is None else young.offset,
+                None if note.offset < 0 else Note(note.offset, note.metadata),
+            )
+            start = self._reached[part] = self._reader.begin(part, extent)
+            self._ends[part] = extent.end
+            consumer.seek(place, start)
+            self._unbegun.discard(part)
+            back += extent.end - start
+        self.reads = not self._unbegun
+        _log.info("reads candle topics", partitions=len(places), records_back=back)
+
+    async def _noted(self, places: Sequence[TopicPartition]) -> dict[Any, OffsetAndMetadata]:
+        admin = AIOKafkaAdminClient(**self._options.connection())
+        try:
+            await admin.start()
+            notes = await admin.list_consumer_group_offsets(self._group, partitions=list(places))
+        finally:
+            with suppress(KafkaError, OSError):
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await admin.close()
+        # Whoever was asked is not in charge any more, or not yet; aiokafka does not tell.
+        if set(places) - notes.keys():
+            raise KafkaError(f"what the group {self._group} has done was not told")
+        return dict(notes)
+
+    def _since(self, place: TopicPartition) -> int:
+        """How young a record must be at least for a context that begins now, UTC ms.
+
+        A record is made when its bar closes, or later, so none that is wanted is older; and whoever
+        makes them may be behind.
+        """
+        timeframe = self._topics[place.topic]
+        return max(0, timeframe.after(self._clock.now(), -2 * self._needs.bars))
+
+    # -- records ---------------------------------------------------------------------------
+
+    def _choose(self) -> bool:
+        """Have only those parts read of which more is wanted; whether there is any."""
+        consumer = self._consumer
+        ours = consumer.assignment()
+        enough = {TopicPartition(*part) for part in self._reader.enough()}
+        paused = consumer.paused()
+        if more := (paused - enough) & ours:
+            consumer.resume(*more)
+        if less := (enough - paused) & ours:
+            consumer.pause(*less)
+        return bool(ours - enough)
+
+    async def _take(self) -> bool:
+        """Wait a moment for records, and pass them on; False while the group shares out anew."""
+        consumer = self._consumer
+        try:
+            # While the group shares out anew, aiokafka waits for that without end.
+            async with asyncio.timeout(2 * _POLL_MS / 1000):
+                batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+        except TimeoutError:
+            return False
+        for place, records in batches.items():
+            timeframe = self._topics[place.topic]
+            told = [(one.offset, self._told(timeframe, one)) for one in records]
+            self._read(Part(*place), told, records[-1].offset + 1)
+        for part in [*self._reached]:
+            place = TopicPartition(*part)
+            if place not in batches and place in consumer.assignment():
+                # Marks of transactions are no records, and are passed over.
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    self._read(part, (), await consumer.position(place))
+        return True
+
+    def _read(self, part: Part, told: Iterable[tuple[int, Told]], reached: int) -> None:
+        if reached > self._reached.get(part, reached):
+            self._reached[part] = reached
+            self._reader.read(part, told, reached)
+
+    def _told(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> Told:
+        """What a record says."""
+        series = self._named(record.key or b"")
+        value = record.value or b""
+        try:
+            if ("ce_type", REMOVAL.encode()) in record.headers and series is not None:
+                return Gone(series)
+            told = relayed(value, series)
+            if told is not None and told.series.timeframe != timeframe:
+                raise WireError(f"a bar of {told.series} among those of {timeframe}", series)  # noqa: TRY301
+        except WireError as error:
+            where = f"{record.topic}[{record.partition}]@{record.offset}"
+            return Unreadable(error.series, f"{where}: {error}", value)
+        return told
+
+    def _named(self, key: bytes) -> Series | None:
+        if key not in self._series:
+            try:
+                self._series[key] = Series.parse(key.decode())
+            except ValueError:
+                return None
+        return self._series[key]
+
+    # -- what is done ----------------------------------------------------------------------
+
+    def _tell_lags(self) -> None:
+        if not self.reads:
+            return
+        lags = dict.fromkeys(self._topics, 0)
+        for part, reached in self._reached.items():
+            with suppress(KafkaError, AssertionError):  # no longer ours
+                end = self._consumer.highwater(TopicPartition(*part)) or 0
+                lags[part.log] += max(0, max(end, self._ends[part]) - reached)
+        self._reader.lags(lags)
+
+    async def note(self) -> bool:
+        """Commit what is done; False if that was not possible. Bounded."""
+        async with self._noting:
+            ours = self._consumer.assignment()
+            notes = {part: note for part, note in self._reader.notes().items() if part in ours}
+            if not notes:
+                return True
+            offsets = {TopicPartition(*part): (*note,) for part, note in notes.items()}
+            try:
+                async with asyncio.timeout(_NOTE_PATIENCE_SECONDS):
+                    await self._consumer.commit(offsets)
+            except (KafkaError, OSError) as error:
+                self._failures += 1
+                if self._failures == _NOTE_TRIES:
+                    _log.warning("offsets cannot be committed", why=repr(error))
+                self.unnoted = error if self._failures >= _NOTE_TRIES else None
+                return False
+            self._failures, self.unnoted = 0, None
+            self._reader.noted(notes)
+            return True
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Tells what the group gives and takes; the group waits while what is in hand is finished."""
+
+    def __init__(self, seat: Seat, reader: Reader) -> None:
+        self._seat, self._reader = seat, reader
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        try:
+            if any(True for _ in revoked):
+                await self._reader.give_up()
+                await self._seat.note()
+        except Exception:  # noqa: BLE001 - aiokafka would say nothing of it, and go on
+            _log.exception("not handed over in good order")
+        finally:
+            self._seat.taken()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._seat.given([Part(*place) for place in assigned])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -33,17 +34,21 @@ def _candle(random: Random, time: int) -> Candle:
     return Candle(time, 100.5, 102.0, 99.0, close, random.random(), None)
 
 
-def _log(random: Random, bars: int) -> list[Told]:
+def _log(random: Random, bars: int) -> list[Told]:  # noqa: C901 - a branch for each mishap
     """What ingest and its mishaps may write of several series, in one order."""
     log: list[Told] = []
     passed: dict[Series, list[Bar]] = {one: [] for one in SERIES}
     times = dict.fromkeys(SERIES, 0)
-    for one in SERIES:
-        for _ in range(LOOKBACK + random.randrange(20)):
-            bar = Bar(_candle(random, times[one]), received=times[one] + 60_000)
+
+    def begin(one: Series, bars: int) -> None:
+        for _ in range(bars):
+            bar = Bar(_candle(random, times[one]), received=1)
             times[one] = MINUTE.after(times[one])
             passed[one].append(bar)
             log.append(Relayed(one, bar, history=True))
+
+    for one in SERIES:
+        begin(one, LOOKBACK + random.randrange(20))
     for _ in range(bars):
         one, chance = random.choice(SERIES), random.random()
         if chance < 0.80 or not passed[one]:
@@ -59,8 +64,11 @@ def _log(random: Random, bars: int) -> list[Told]:
             log.append(Relayed(one, bar, history=at != -1))
         elif chance < 0.95:  # ingest was killed, and tells some of it again
             log += [Relayed(one, bar, history=False) for bar in passed[one][-3:]]
-        elif chance < 0.97:
+        elif chance < 0.96:
             times[one] += 60_000 * random.randrange(5)  # it was away for too long
+        elif chance < 0.97:  # and begins anew, with history
+            times[one] += 60_000 * random.randrange(3)
+            begin(one, random.randrange(2 * LOOKBACK))
         elif chance < 0.98:
             log.append(Gone(one))
             passed[one].clear()
@@ -363,3 +371,98 @@ async def test_no_more_is_read_while_forecasts_are_not_delivered() -> None:
     assert group.position == 2_000
     member.allotment.delivered(60_000 * 1_000)
     assert not member.allotment.enough()
+
+
+def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
+    """Ingest began anew while the group was behind: whoever gets the part next reads enough."""
+    random = Random(9)
+    flags = [True] * 60 + [False] * 10 + [True] * 60
+    log = [
+        Relayed(SERIES[0], Bar(_candle(random, 60_000 * at)), history)
+        for at, history in enumerate(flags)
+    ]
+    group = _Group(log, random)
+    first = _Member(group.clock, delivered=group.delivered)
+    group.give(first)
+    first.allotment.read(PART, list(enumerate(log)), len(log))
+    group.commit(first)
+    group.give(_Member(group.clock, delivered=group.delivered))
+    assert group.position == 60 + 1 - LOOKBACK
+    group.position = len(log)
+    assert group.owner is not None
+    group.owner.allotment.read(PART, list(enumerate(log)), len(log))
+    group.work_off()
+    assert dict(group.delivered) == _expected(log)
+
+
+def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
+    bars = [
+        Relayed(SERIES[0], Bar(_candle(Random(3), 60_000 * at)), history=False) for at in range(99)
+    ]
+    noted: list[Note] = []
+    for lookback in (8, LOOKBACK):
+        allotment = _plain(lookback=lookback)
+        allotment.given([PART])
+        note = noted[-1] if noted else None
+        begin = allotment.begin(PART, Extent(0, 99, 20, note))
+        if note is not None:
+            assert note.offset > begin
+            assert begin == 20, "where it is young enough for the longer context"
+        allotment.read(PART, [(at, bars[at]) for at in range(begin, 99)], 99)
+        allotment.delivered(0)
+        noted.append(allotment.notes()[PART]._replace(offset=99))
+
+
+def test_what_others_have_got_is_forgotten() -> None:
+    other, dues = Part(PART.log, 4), list[Due]()
+    allotment = _plain(dues)
+    allotment.given([PART, other])
+    for part, one in ((PART, SERIES[0]), (other, SERIES[1])):
+        allotment.begin(part, Extent(0, 1, 0, None))
+        bar = Bar(_candle(Random(4), 0))
+        allotment.read(part, [(0, Relayed(one, bar, history=False))], 1)
+    assert allotment.awaited(120_000) == 2
+    allotment.taken()
+    allotment.given([PART])
+    assert allotment.lines.keys() == {SERIES[0]}
+    assert allotment.awaited(120_000) == 1
+    assert [due.series for due in dues] == SERIES[:2]
+
+
+@pytest.mark.parametrize(("degraded", "obstacle"), [("skip", "gap"), ("forecast", None)])
+def test_bars_that_could_not_be_had_hinder_as_set(degraded: str, obstacle: str | None) -> None:
+    dues: list[Due] = []
+    allotment = _plain(dues, degraded=degraded)
+    allotment.given([PART])
+    allotment.begin(PART, Extent(0, 0, 0, None))
+    for at in range(LOOKBACK):
+        missing = at == LOOKBACK - 3
+        bar = Bar(_candle(Random(at), 60_000 * at), synthetic=missing, received=0 if missing else 1)
+        told = Relayed(SERIES[0], bar, history=at < LOOKBACK - 1)
+        allotment.read(PART, [(at, told)], at + 1)
+    assert [due.obstacle for due in dues] == [obstacle]
+
+
+def test_a_log_that_ends_before_what_is_done_is_done_from_there_on() -> None:
+    dues: list[Due] = []
+    allotment = _plain(dues)
+    allotment.given([PART])
+    note = Note(1_000, '{"v":1,"start":900,"bars":40,"done":"1-5"}')
+    assert allotment.begin(PART, Extent(0, 10, 0, note)) == 0
+    bars = [Bar(_candle(Random(5), 60_000 * at)) for at in range(1_010)]
+    records = [(at, Relayed(SERIES[0], bar, history=False)) for at, bar in enumerate(bars)]
+    allotment.read(PART, records, 1_010)
+    assert [due.origin for due in dues] == [60_000 * at for at in range(10, 1_010)]
+
+
+def _plain(dues: list[Due] | None = None, **settings: Any) -> Allotment:
+    """Whose scheduler does nothing."""
+    return Allotment(
+        (lambda _: None) if dues is None else dues.append,
+        lambda _: None,
+        lambda *_: None,
+        _nothing,
+        DrivenClock(10**12),
+        Metrics(),
+        **{"lookback": LOOKBACK, "catch_up": "all", **settings},
+    )

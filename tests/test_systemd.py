@@ -204,7 +204,7 @@ def test_it_is_told_from_start_to_stop(
         worker = daemon.worker()
         assert worker is not None
         environ = Path(f"/proc/{worker}/environ").read_bytes()
-        assert b"KRONOS_STREAM_" in environ
+        assert b"KRONOS_TESTING_MARK" in environ
         assert b"NOTIFY_SOCKET" not in environ
         assert b"WATCHDOG" not in environ
 

@@ -1,0 +1,264 @@
+"""Members of a group on Apache Kafka, with a reader that only keeps what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from confluent_kafka import Producer
+
+from kronos_connectors.kafka import member, seat
+from kronos_connectors.kafka.feed import KafkaFeed
+from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.topics import candles
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.feed import Extent, FeedNeeds, Note, Part, Told
+from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.market.wire import Relayed, relay
+from kronos_stream.testing.apache import ApacheKafka
+
+SECOND = Timeframe.parse("1s")
+SERIES = Series.of("binance", "BTC/USDT", SECOND)
+
+
+class Keeper:
+    """A reader: what it was given, where it began, what it has read; and it notes all of it."""
+
+    def __init__(self, *, hand_over: float = 0.0, text: str = "") -> None:
+        """hand_over: seconds that it takes to give up. text: what it notes beside offsets."""
+        self.given_parts: list[Collection[Part]] = []
+        self.begun: dict[Part, Extent] = {}
+        self.told: list[Told] = []
+        self.reached: dict[Part, int] = {}
+        self._hand_over, self._text = hand_over, text
+        self._noted: dict[Part, Note] = {}
+
+    def enough(self) -> Collection[Part]:
+        return ()
+
+    def given(self, parts: Collection[Part]) -> None:
+        self.given_parts.append(list(parts))
+
+    def begin(self, part: Part, extent: Extent) -> int:
+        self.begun[part] = extent
+        self.reached[part] = extent.first if extent.note is None else extent.note.offset
+        return self.reached[part]
+
+    def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
+        if part in self.reached:
+            self.told += [told for _, told in records]
+            self.reached[part] = reached
+
+    async def give_up(self) -> None:
+        await asyncio.sleep(self._hand_over)
+
+    def taken(self) -> None:
+        self.reached.clear()
+
+    def notes(self) -> Mapping[Part, Note]:
+        notes = {part: Note(offset, self._text) for part, offset in self.reached.items()}
+        return {part: note for part, note in notes.items() if self._noted.get(part) != note}
+
+    def noted(self, notes: Mapping[Part, Note]) -> None:
+        self._noted |= notes
+
+    def lags(self, lags: Mapping[str, int]) -> None:
+        self.lag = sum(lags.values())
+
+    @property
+    def bars(self) -> int:
+        return sum(isinstance(told, Relayed) for told in self.told)
+
+
+class House:
+    """A topic of candles, and whoever reads it."""
+
+    def __init__(self, kafka: ApacheKafka, prefix: str) -> None:
+        self.options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix)
+        self.topic = candles(prefix, SECOND)
+        self._bootstrap, self._written = kafka.bootstrap, defaultdict[int, int](int)
+
+    async def make(self, partitions: int = 1) -> None:
+        async with self._admin() as admin:
+            await admin.create_topics([NewTopic(self.topic, partitions, 1)])
+
+    async def delete(self) -> None:
+        async with self._admin() as admin:
+            await admin.delete_topics([self.topic])
+
+    def write(self, bars: int = 1, partition: int = 0, *, transaction: str = "") -> None:
+        settings: dict[str, Any] = {"bootstrap.servers": self._bootstrap}
+        if transaction:
+            settings["transactional.id"] = transaction
+        producer = Producer(settings)
+        if transaction:
+            producer.init_transactions(30)
+            producer.begin_transaction()
+        for _ in range(bars):
+            number = self._written[partition] = self._written[partition] + 1
+            bar = Bar(Candle(1_000 * number, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
+            value = relay(SERIES, bar, history=False)
+            producer.produce(self.topic, value, SERIES.name, partition=partition)
+        if transaction:
+            producer.commit_transaction(30)
+        assert producer.flush(30) == 0
+
+    @asynccontextmanager
+    async def reading(self, keeper: Keeper) -> AsyncIterator[KafkaFeed]:
+        needs = FeedNeeds([SECOND], 32)
+        feed = KafkaFeed(self.options, needs, SystemClock(), Random(1))
+        task = asyncio.create_task(feed.run(keeper))
+        try:
+            yield feed
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            await feed.close()
+
+    @asynccontextmanager
+    async def _admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._bootstrap)
+        await admin.start()
+        try:
+            yield admin
+        finally:
+            await admin.close()
+
+
+@pytest.fixture
+def house(kafka: ApacheKafka, topic_prefix: str) -> House:
+    return House(kafka, topic_prefix)
+
+
+async def until(happened: Callable[[], object], seconds: float = 30) -> None:
+    async with asyncio.timeout(seconds):
+        while not happened():  # noqa: ASYNC110 - what is waited for sets no event
+            await asyncio.sleep(0.05)
+
+
+async def test_who_goes_on_begins_where_the_one_before_noted(house: House) -> None:
+    await house.make()
+    house.write(7)
+    first, second = Keeper(text="seven"), Keeper()
+    async with house.reading(first) as feed:
+        await until(lambda: first.bars == 7)
+        assert feed.trouble == ""
+        assert first.begun[Part(house.topic, 0)] == Extent(0, 7, 0, None)
+    house.write(3)
+    async with house.reading(second):
+        await until(lambda: second.bars == 3)
+        assert second.begun[Part(house.topic, 0)].note == Note(7, "seven")
+        await until(lambda: second.lag == 0)
+
+
+async def test_a_member_without_a_share_is_fine(house: House) -> None:
+    await house.make(1)
+    one, other = Keeper(), Keeper()
+    async with house.reading(one) as first:
+        await until(lambda: one.begun)
+        async with house.reading(other) as second:
+            await until(lambda: [] in (*one.given_parts, *other.given_parts))
+            await until(lambda: first.trouble == second.trouble == "")
+
+
+async def test_a_slow_hand_over_is_no_dead_broker(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(member, "_SILENCE_SECONDS", 2.0)
+    await house.make(4)
+    slow, new = Keeper(hand_over=6.0), Keeper()
+
+    async def trade() -> None:
+        while True:
+            for partition in range(4):
+                await asyncio.to_thread(house.write, 1, partition)
+            await asyncio.sleep(0.1)
+
+    trading = asyncio.create_task(trade())
+    try:
+        async with house.reading(slow):
+            await until(lambda: slow.bars)
+            async with house.reading(new):
+                await until(lambda: new.bars)
+                await asyncio.sleep(3)
+                assert len(slow.given_parts) == 2, "once alone, and once shared out"
+                assert len(new.given_parts) == 1
+    finally:
+        trading.cancel()
+        await asyncio.wait([trading])
+
+
+async def test_marks_of_transactions_are_passed_over(house: House) -> None:
+    await house.make()
+    house.write(5, transaction=house.topic)
+    keeper = Keeper()
+    async with house.reading(keeper):
+        await until(lambda: keeper.reached.get(Part(house.topic, 0)) == 6)
+        assert keeper.bars == 5
+
+
+async def test_what_cannot_be_committed_is_said(house: House) -> None:
+    await house.make()
+    house.write(1)
+    keeper = Keeper(text="x" * 10_000)  # a broker takes 4,096
+    async with house.reading(keeper) as feed:
+        await until(lambda: "cannot be committed" in feed.trouble, 40)
+
+
+async def test_a_topic_that_goes_is_said_and_read_again_when_it_comes(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seat, "_TOPICS_SECONDS", 0.5)
+    keeper = Keeper()
+    async with house.reading(keeper) as feed:
+        await until(lambda: "topics create --candles 1s" in feed.trouble)
+        await house.make()
+        house.write(2)
+        await until(lambda: keeper.bars == 2)
+        assert feed.trouble == ""
+        await house.delete()
+        await until(lambda: "no topic" in feed.trouble)
+        await house.make()
+        await until(lambda: feed.trouble == "")
+
+
+async def test_a_broker_that_does_not_tell_what_is_done_is_asked_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the group would be taken for a new one."""
+    await house.make()
+    house.write(4)
+    first, second = Keeper(), Keeper()
+    async with house.reading(first):
+        await until(lambda: first.bars == 4)
+    really, asked = AIOKafkaAdminClient.list_consumer_group_offsets, []
+
+    async def silent(self: AIOKafkaAdminClient, *arguments: Any, **named: Any) -> Any:
+        asked.append(time.monotonic())
+        return {} if len(asked) == 1 else await really(self, *arguments, **named)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", silent)
+    async with house.reading(second):
+        await until(lambda: second.begun)
+    assert len(asked) > 1
+    assert second.begun[Part(house.topic, 0)].note == Note(4, "")
+
+
+async def test_the_work_goes_on_turn_by_turn_also_without_a_broker(topic_prefix: str) -> None:
+    options = KafkaOptions(bootstrap_servers="127.0.0.1:1", topic_prefix=topic_prefix)
+    feed = KafkaFeed(options, FeedNeeds([SECOND], 32), SystemClock(), Random(1))
+    task = asyncio.create_task(feed.run(Keeper()))
+    await until(lambda: feed.turns > 1)
+    assert "nobody listens there" in feed.trouble
+    task.cancel()
+    await asyncio.wait([task])
+    await feed.close()

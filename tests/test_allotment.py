@@ -12,6 +12,7 @@ import pytest
 from kronos_stream.daemon.allotment import Allotment
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.share import LATE_BARS
 from kronos_stream.forecast.compose import context_digest
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, DrivenClock
@@ -272,7 +273,7 @@ def test_a_new_member_reads_back_no_more_than_contexts_need() -> None:
     group.give(_Member(group.clock, delivered=group.delivered))
     group.work_off()
     group.give(_Member(group.clock, delivered=group.delivered))
-    assert group.position == len(log) - LOOKBACK * len(SERIES)
+    assert group.position == len(log) - (LOOKBACK + LATE_BARS) * len(SERIES)
 
 
 def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
@@ -287,7 +288,7 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
     group.give(_Member(group.clock, delivered=group.delivered))
     group.work_off()
     group.give(_Member(group.clock, delivered=group.delivered))
-    assert group.position == len(log) - LOOKBACK
+    assert group.position == len(log) - LOOKBACK - LATE_BARS
 
 
 @pytest.mark.parametrize(("catch_up", "base"), [("all", 100), ("newest", 900)])
@@ -387,7 +388,7 @@ def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
     first.allotment.read(PART, list(enumerate(log)), len(log))
     group.commit(first)
     group.give(_Member(group.clock, delivered=group.delivered))
-    assert group.position == 60 + 1 - LOOKBACK
+    assert group.position == 60 + 1 - LOOKBACK - LATE_BARS
     group.position = len(log)
     assert group.owner is not None
     group.owner.allotment.read(PART, list(enumerate(log)), len(log))

@@ -82,9 +82,10 @@ class KafkaOptions(BaseModel):
         if self.security_protocol.startswith("SASL"):
             if not self.sasl_username or not self.sasl_password.get_secret_value():
                 raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
-        elif self.sasl_username:
+        elif self.sasl_username or self.sasl_password.get_secret_value():
+            given = "sasl_username" if self.sasl_username else "sasl_password"
             raise ValueError(
-                f"sasl_username is set, but security_protocol {self.security_protocol} has no "
+                f"{given} is set, but security_protocol {self.security_protocol} has no "
                 "login: expected SASL_SSL or SASL_PLAINTEXT"
             )
         self._check_certificates()

@@ -9,6 +9,7 @@ from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
     IllegalSaslStateError,
+    InconsistentGroupProtocolError,
     KafkaConnectionError,
     SaslAuthenticationFailed,
     TopicAuthorizationFailedError,
@@ -99,6 +100,9 @@ def _of_connection(error: BaseException, options: KafkaOptions) -> Fault | None:
     if isinstance(cause, (asyncio.IncompleteReadError, ConnectionResetError)):
         what = f"it hung up at once, as if {options.security_protocol} were not what it speaks"
         return Fault(what, security)
+    if isinstance(error, InconsistentGroupProtocolError):
+        what = "others of the consumer group share out in another way, so they are none of ours"
+        return Fault(what, f"set {_PREFIX}GROUP to a name that nobody else uses")
     if isinstance(error, UnsupportedCodecError):
         return Fault(str(error), "to have them all: pip install 'aiokafka[all]'")
     for kind, what in _AWAY.items():

@@ -25,7 +25,7 @@ from kronos_stream.market.clock import Clock
 from kronos_stream.market.feed import Extent, FeedNeeds, Gone, Note, Part, Reader, Told, Unreadable
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import WireError, relayed
+from kronos_stream.market.wire import Relayed, WireError, relayed
 
 _log = structlog.get_logger()
 
@@ -38,6 +38,8 @@ _SHARING_SECONDS = 120.0
 _TOPICS_SECONDS = 60.0
 """How often it is looked whether the topics are still there."""
 _CLOSE_SECONDS = 2.0
+_AHEAD_MS = 60_000
+"""So far apart clocks may be."""
 
 
 class NoTopic(Exception):  # noqa: N818
@@ -239,11 +241,10 @@ class Seat:
         series = self._named(record.key or b"")
         value = record.value or b""
         try:
-            if ("ce_type", REMOVAL.encode()) in record.headers and series is not None:
-                return Gone(series)
-            told = relayed(value, series)
-            if told is not None and told.series.timeframe != timeframe:
-                raise WireError(f"a bar of {told.series} among those of {timeframe}", series)  # noqa: TRY301
+            gone = ("ce_type", REMOVAL.encode()) in record.headers and series is not None
+            told = Gone(series) if gone and series else relayed(value, series)
+            if told is not None:
+                _fits(told, timeframe, record.timestamp)
         except WireError as error:
             where = f"{record.topic}[{record.partition}]@{record.offset}"
             return Unreadable(error.series, f"{where}: {error}", value)
@@ -293,6 +294,17 @@ class Seat:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def _fits(told: Relayed | Gone, timeframe: Timeframe, written: int) -> None:
+    """Raises WireError. written: when the record was, UTC ms."""
+    series = told.series
+    if series.timeframe != timeframe:
+        raise WireError(f"{series} among the series of {timeframe}", series)
+    if isinstance(told, Relayed):
+        ahead = timeframe.after(told.bar.candle.time) - written
+        if ahead > _AHEAD_MS:
+            raise WireError(f"a bar that closes {ahead / 1000:.0f} s after it was written", series)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]

@@ -13,12 +13,14 @@ from typing import Literal
 
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.share import Line, Share, placed
+from kronos_stream.daemon.share import LATE_BARS, Line, Share, placed
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Contexts, Window
 from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import Relayed
+from kronos_stream.market.wire import Relayed, relay
+
+_ELSEWHERE = "bars of its series are in another partition"
 
 _MOST_UNDONE = 2_000
 """Bars whose forecasts are not delivered, after which no more is read for now."""
@@ -50,7 +52,7 @@ class Allotment:
         self._due, self._retract, self._bury = due, retract, bury
         self._clock, self._metrics = clock, metrics
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
-        self._contexts = Contexts(lookback)
+        self._contexts = Contexts(lookback + LATE_BARS)
         self._shares: dict[Part, Share] = {}
         self._left: dict[Part, Share] = {}
         """Taken from us, but all is still here, should we get them back."""
@@ -211,20 +213,41 @@ class Allotment:
     def _take(self, part: Part, share: Share, offset: int, told: Told) -> None:
         asked = share.asks(offset)
         if isinstance(told, Relayed):
-            due = self._put(share, offset, told)
-            if due is not None and asked:
-                self._ask(part, share, offset, due)
+            if fault := self._fault(share, told):
+                told = Unreadable(told.series, fault, relay(*told[:2], history=told.history))
+            else:
+                due = self._put(share, offset, told)
+                if due is not None and asked:
+                    self._ask(part, share, offset, due)
+        elif isinstance(told, Gone) and self._elsewhere(share, told.series):
+            told = Unreadable(told.series, _ELSEWHERE, b"")
         elif isinstance(told, Gone):
-            self._forget(share, told.series)
-            for waiting in [*share.undone.values()]:
-                if isinstance(waiting, Due) and waiting.series == told.series:
-                    self._finish(waiting)
-            if asked and told.series not in self._places:
-                share.undone[offset] = told.series
-                self._places[told.series] = part, offset
-                self._retract(told.series)
-        elif isinstance(told, Unreadable) and asked:
+            self._end(part, share, offset, told.series, asked=asked)
+        if isinstance(told, Unreadable) and asked:
+            venue = "" if told.series is None else told.series.venue
+            self._metrics.rejected.labels(venue).inc()
             self._bury(*told)
+
+    def _end(self, part: Part, share: Share, offset: int, series: Series, *, asked: bool) -> None:
+        """A series is given up: what waits of it is done, and readers are told."""
+        self._forget(share, series)
+        for waiting in [*share.undone.values()]:
+            if isinstance(waiting, Due) and waiting.series == series:
+                self._finish(waiting)
+        if asked and series not in self._places:
+            share.undone[offset] = series
+            self._places[series] = part, offset
+            self._retract(series)
+
+    def _elsewhere(self, share: Share, series: Series) -> bool:
+        return series in self._lines and series not in share.lines
+
+    def _fault(self, share: Share, told: Relayed) -> str:
+        """Why a bar cannot be, in words; empty if it can."""
+        if self._elsewhere(share, told.series):
+            return _ELSEWHERE
+        line = share.lines.get(told.series)
+        return "" if line is None else line.misfit(told.bar.candle.time)
 
     def _put(self, share: Share, offset: int, relayed: Relayed) -> Due | None:
         """Put a bar into its context; the bar as due if it is to be forecast from."""
@@ -238,18 +261,15 @@ class Allotment:
             if line is None:
                 line = share.lines[series] = self._lines[series] = Line(series, bar)
             self._contexts.append(series, bar)
-            line.newest, line.history = bar, history
-            line.offsets.append(offset)
-            line.trim(self._lookback)
+            line.put(offset, bar, self._lookback, history=history)
             self._expect(line, after(time, 2))
         elif self._contexts.improves(series, bar):
             self._contexts.revise(series, bar)
             if time < line.newest.candle.time or bar.revision == line.newest.revision:
                 return None
-            line.newest, line.history = bar, history
-        elif bar[:2] == line.newest[:2] and line.history and not history:
-            line.history = False  # two pass it on, and one of them had just begun
-        else:
+            line.newest = bar
+            line.was_history(time)
+        elif history or not line.was_history(time):
             return None
         if history:
             return None
@@ -262,7 +282,8 @@ class Allotment:
     def _ask(self, part: Part, share: Share, offset: int, due: Due) -> None:
         if due.obstacle is None:
             window = self._contexts.window(due.series, due.origin, self._lookback)
-            assert window is not None  # noqa: S101 - its last bar was just put there
+            if window is None:
+                return  # a late word on a bar from before the context began
             self._windows[due] = window
         share.ask(offset, due)
         self._places[due] = part, offset

@@ -14,7 +14,7 @@ import orjson
 
 _VERSION = 1
 _LONGEST = 3_500
-_LONGEST_RUN = 1_000_000
+_MOST_DONE = 1_000_000
 
 
 class Kept(NamedTuple):
@@ -55,10 +55,12 @@ def parse(text: str, base: int) -> Kept | None:
         for run in filter(None, str(said["done"]).split(",")):
             first, _, last = run.partition("-")
             offsets = range(base + int(first), base + int(last or first) + 1)
-            if len(offsets) > _LONGEST_RUN:
+            if len(offsets) + len(done) > _MOST_DONE:
                 return None
             done.update(offsets)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return None
+    if not 0 <= start <= base:
         return None
     return Kept(start, bars, done)
 

@@ -23,6 +23,9 @@ _log = structlog.get_logger()
 _MOST_BACK = 1_000_000
 """Records of a part read back at most where nobody noted from where."""
 
+LATE_BARS = 16
+"""So late a word may come that makes a bar of the past one to forecast from."""
+
 _DEAD_LOOKBACKS = 4
 """A series that is so many lookbacks behind others of its part holds no reading back up."""
 
@@ -44,8 +47,8 @@ class Line:
 
     series: Series
     newest: Bar
-    history: bool = True
-    """Whether its newest bar is not to be forecast from."""
+    history: dict[int, None] = field(default_factory=dict)
+    """Opens of those of its newest bars that were told as history alone, ascending."""
     offsets: deque[int] = field(default_factory=deque)
     """Of its bars that contexts may still need, oldest first."""
     expected: int = 0
@@ -58,10 +61,34 @@ class Line:
         """For whoever looks."""
         return Standing(self.newest, self.series.timeframe.after(self.newest.candle.time))
 
+    def misfit(self, time: int) -> str:
+        """Why a bar that opens then cannot be its, in words; empty if it can."""
+        step = self.series.timeframe.milliseconds
+        if step is None or (time - self.newest.candle.time) % step == 0:
+            return ""
+        return f"its open is {time} ms, which does not go with the bars before it"
+
+    def put(self, offset: int, bar: Bar, lookback: int, *, history: bool) -> None:
+        """Its next bar."""
+        self.newest = bar
+        self.offsets.append(offset)
+        self.trim(lookback)
+        if history:
+            self.history[bar.candle.time] = None
+            if len(self.history) > LATE_BARS:
+                del self.history[next(iter(self.history))]
+
+    def was_history(self, time: int) -> bool:
+        """Whether a bar was told as history alone, and no more is.
+
+        One of two that pass the same on had just begun.
+        """
+        return self.history.pop(time, 0) is None
+
     def trim(self, lookback: int) -> None:
         """Forget offsets that no context needs any more, those of bars undone included."""
-        first = next(iter(self.undone), None)
-        while len(self.offsets) > lookback and (first is None or self.offsets[lookback] <= first):
+        first, kept = next(iter(self.undone), None), lookback + LATE_BARS
+        while len(self.offsets) > kept and (first is None or self.offsets[kept] <= first):
             self.offsets.popleft()
 
 
@@ -141,6 +168,12 @@ def placed(extent: Extent, lookback: int, catch_up: Literal["newest", "all"], no
             _log.error("the log ends before what is done", done=note.offset, end=end)
             kept = None
         done = set() if kept is None else kept.done
+        if kept is not None and kept.bars != lookback:
+            _log.warning(
+                "somebody of this group has another LOOKBACK; its members must be set alike",
+                ours=lookback,
+                theirs=kept.bars,
+            )
         if kept is not None and kept.bars >= lookback:
             start = kept.start
         else:

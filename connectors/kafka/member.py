@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
-from aiokafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from aiokafka.errors import KafkaError
 
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reading import Place, Reading
+from kronos_connectors.kafka.sharing import assignor
 
 _log = structlog.get_logger()
 
@@ -48,17 +48,13 @@ def make(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
 
 def make_sharing(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
     """The same for members that hand work over to each other, and keep what they can."""
-
-    class Sticky(StickyPartitionAssignor):  # type: ignore[misc]
-        """aiokafka's, which keeps what it remembers with the class: one for each consumer."""
-
     return AIOKafkaConsumer(
         **options.connection(),
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
-        partition_assignment_strategy=(Sticky,),
+        partition_assignment_strategy=(assignor(),),
         session_timeout_ms=_SESSION_MS,
         heartbeat_interval_ms=_SHARING_HEARTBEAT_MS,
         rebalance_timeout_ms=_REBALANCE_MS,

@@ -1,0 +1,75 @@
+"""Who gets which partitions: each a share of every topic, and what moves is what must."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from kronos_connectors.kafka.sharing import assignor, share_out
+
+TOPICS = {"1m": range(32), "1s": range(32), "1d": range(5)}
+
+
+def _check(shares: dict[str, dict[str, list[int]]]) -> None:
+    for topic, partitions in TOPICS.items():
+        given = [one for share in shares.values() for one in share[topic]]
+        assert sorted(given) == list(partitions), "each is somebody's, and nobody else's"
+        sizes = {len(share[topic]) for share in shares.values()}
+        assert max(sizes) - min(sizes) <= 1
+
+
+def _moved(before: dict[str, dict[str, list[int]]], after: dict[str, dict[str, list[int]]]) -> int:
+    """Partitions that a member has got which it had not."""
+    return sum(
+        len(set(partitions) - set(before.get(one, {}).get(topic, ())))
+        for one, share in after.items()
+        for topic, partitions in share.items()
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_members_come_and_go(seed: int) -> None:
+    random = Random(seed)
+    shares: dict[str, dict[str, list[int]]] = {}
+    for number in range(20):
+        stay = {one: share for one, share in shares.items() if random.random() < 0.8}
+        new = [f"new-{number}-{one}" for one in range(random.randrange(3))]
+        members = stay | {one: {} for one in new} or {"only": {}}
+        after = share_out(TOPICS, members)
+        _check(after)
+        if members == shares:
+            assert after == shares, "nobody came or went"
+        shares = after
+
+
+def test_no_more_moves_than_must() -> None:
+    two = share_out(TOPICS, {"a": {}, "b": {}})
+    assert [len(two["a"][topic]) for topic in ("1m", "1s")] == [16, 16]
+    three = share_out(TOPICS, two | {"c": {}})
+    assert _moved(two, three) == sum(map(len, three["c"].values()))
+    left = {one: share for one, share in three.items() if one != "a"}
+    assert _moved(left, share_out(TOPICS, left)) == sum(map(len, three["a"].values()))
+
+
+def test_what_two_claim_is_one_members() -> None:
+    _check(share_out(TOPICS, {"a": {"1m": range(32)}, "b": {"1m": range(32), "gone": [1]}}))
+
+
+def test_members_tell_what_they_have_through_the_group() -> None:
+    ours, theirs = assignor(), assignor()
+    members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
+
+    class Cluster:
+        @staticmethod
+        def partitions_for_topic(topic: str) -> set[int]:
+            return set(TOPICS[topic])
+
+    first = ours.assign(Cluster(), members)
+    ours.on_assignment(first["b"])
+    theirs.on_assignment(first["a"])
+    members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
+    again = theirs.assign(Cluster(), members)
+    assert again["a"].assignment == first["b"].assignment
+    broken = {"a": members["a"], "b": type(members["a"])(0, ["1m", "1s"], b"\x00nonsense")}
+    assert again["a"].assignment == ours.assign(Cluster(), broken)["a"].assignment

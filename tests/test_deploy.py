@@ -262,6 +262,15 @@ def test_the_check_finds_what_is_wrong(chart: Chart) -> None:
         ("forecast.replicas=33", "33 pods, but"),
         ("forecast.autoscaling.enabled=true,forecast.autoscaling.maxReplicas=40", "40 pods, but"),
         ("forecast.autoscaling.minReplicas=9", "minReplicas exceeds maxReplicas"),
+        ("settings.KAFKA__PARTITIONS=abc", "KAFKA__PARTITIONS=abc: must be a whole number"),
+        ("settings.KAFKA__PARTITIONS=0", "KAFKA__PARTITIONS=0: must be a whole number"),
+        ("settings.KAFKA__PARTITIONS=5.5", "KAFKA__PARTITIONS=5.5: must be a whole number"),
+        ("forecast.settings.KAFKA__PARTITIONS=64", "set it in settings, for all roles"),
+        ("ingest.settings.KAFKA__TOPIC_PREFIX=mine", "set it in settings, for all roles"),
+        ("forecast.settings.KAFKA__BOOTSTRAP_SERVERS=k:9092", "set it in settings, for all roles"),
+        ("ingest.settings.SINKS=kafka", "set forecast.settings.SINKS"),
+        ("ingest.settings.LOOKBACK=95", "fetches 95 bars of history, and forecast wants 96"),
+        ("forecast.settings.LOOKBACK=489", "fetches 488 bars of history, and forecast wants 489"),
         (
             "forecast.autoscaling.enabled=true,settings.KAFKA__SECURITY_PROTOCOL=SASL_SSL",
             "KEDA reads the password",
@@ -272,6 +281,35 @@ def test_values_that_cannot_work_are_refused(chart: Chart, setting: str, why: st
     done = chart.template("split", "--set", setting)
     assert done.returncode != 0
     assert why in done.stderr
+
+
+def test_sinks_of_all_roles_are_none_of_ingest(chart: Chart, tmp_path: Path) -> None:
+    settings = (
+        "settings.SINKS=jsonl",
+        "settings.JSONL__PATH=x.jsonl",
+        "forecast.settings.SINKS=null",
+    )
+    objects = chart.objects("split", *settings)
+    read = {role: read_settings(told(spec, objects, tmp_path / role))
+            for role, _, spec in pods(objects) if role != "topics"}  # fmt: skip
+    assert {role: settings.sinks for role, settings in read.items()} == {
+        "ingest": (), "forecast": ("jsonl",)
+    }  # fmt: skip
+
+
+def test_an_upgrade_may_have_a_pod_more_than_partitions(chart: Chart) -> None:
+    objects = chart.objects("split", "forecast.replicas=32")
+    (deployment,) = kinds(objects, "Deployment")
+    assert deployment["spec"]["replicas"] == 32
+    assert deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 1
+
+
+def test_what_the_chart_takes_for_defaults_are_the_daemons() -> None:
+    text = (CHART / "templates/deployment.yaml").read_text("utf-8")
+    lookback = Settings.model_fields["lookback"].default
+    assert set(re.findall(r"LOOKBACK \| default (\d+)", text)) == {str(lookback)}
+    partitions = KafkaOptions.model_fields["partitions"].default
+    assert set(re.findall(r"PARTITIONS \| default (\d+)", text)) == {str(partitions)}
 
 
 def test_chart_without_values_says_what_it_needs(chart: Chart) -> None:

@@ -82,6 +82,22 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- fail (printf "settings.%s is for the chart to set: use mode, symbols, timeframes, secrets, http or kafkaTls" $name) -}}
 {{- end -}}
 {{- end -}}
+{{- if ne .role "all" -}}
+{{- range $name := list "KAFKA__BOOTSTRAP_SERVERS" "KAFKA__TOPIC_PREFIX" "KAFKA__PARTITIONS" -}}
+{{- if not (kindIs "invalid" (index ($own.settings | default dict) $name)) -}}
+{{- fail (printf "%s.settings.%s: ingest and forecast meet in the same topics; set it in settings, for all roles" $.role $name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- if eq .role "ingest" -}}
+{{- if ($own.settings | default dict).SINKS -}}
+{{- fail "ingest.settings.SINKS: ingest writes candles to Kafka and has no sinks; set forecast.settings.SINKS" -}}
+{{- end -}}
+{{- $_ := unset $given "SINKS" -}}
+{{- end -}}
+{{- if and (hasKey $given "KAFKA__PARTITIONS") (not (regexMatch "^[1-9][0-9]*$" $given.KAFKA__PARTITIONS)) -}}
+{{- fail (printf "settings.KAFKA__PARTITIONS=%s: must be a whole number, 1 or more" $given.KAFKA__PARTITIONS) -}}
+{{- end -}}
 {{- range $name, $_ := $given -}}
 {{- if regexMatch "PASSWORD$|TOKEN$|^CCXT__CONFIG$" $name -}}
 {{- fail (printf "settings.%s is a secret, and settings are none: put it into the Secret secrets.name, as KRONOS_STREAM_%s" $name $name) -}}

@@ -526,7 +526,50 @@ def test_a_command_runs_as_the_service_does() -> None:
     given = set(re.findall(r'--property="?([^"\s]+)', script.read_text("utf-8")))
     assert "LoadCredential=kronos_stream:/etc/kronos-stream/$unit.secrets" in given
     # Both are made up of the unit's name, where that is its own.
-    assert given - unit == {"User=$unit", "WorkingDirectory=/var/lib/$unit"}
+    made_up = {"User=$unit", "WorkingDirectory=/var/lib/$unit"}
+    assert given - unit == {*made_up, "LoadCredential=$credential"}
+
+
+@pytest.mark.parametrize(
+    "added", [[], ["LoadCredential=kafka.key:/root/%N.key", "# LoadCredential=x:y"]]
+)
+def test_a_command_has_the_credentials_that_were_added(added: list[str], tmp_path: Path) -> None:
+    """All but systemd itself is real: what runs in its place shows its options."""
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    if added:
+        (etc / "kronos-ingest.service.d").mkdir()
+        text = "\n".join(["[Service]", "LoadCredential=", *added])
+        (etc / "kronos-ingest.service.d/override.conf").write_text(text, "utf-8")
+    script = (UNITS / "as-service").read_text("utf-8")
+    assert script.count("/etc/systemd/system/") == 1
+    (tmp_path / "as-service").write_text(script.replace("/etc/systemd/system", str(etc)), "utf-8")
+    shows = tmp_path / "systemd-run"
+    shows.write_text(
+        '#!/bin/sh\nwhile [ "${1#--}" != "$1" ]; do echo "$1"; shift; done\nexec "$@"\n', "utf-8"
+    )
+    shows.chmod(0o755)
+    ours = "/run/credentials/kronos-ingest.service"
+    environ = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "UNIT": "kronos-ingest",
+        "PROGRAM": "/usr/bin/env",
+        "CREDENTIALS_DIRECTORY": "/run/credentials/run-u7.service",
+        "KRONOS_STREAM_KAFKA__SSL_KEYFILE": f"{ours}/kafka.key",
+        "KRONOS_STREAM_KAFKA__SSL_CAFILE": "/etc/kronos-stream/a b.pem",
+    }
+    line = ["/bin/sh", str(tmp_path / "as-service"), "WORDS=two of them"]
+    done = subprocess.run(line, env=environ, capture_output=True, text=True, check=True)
+    said = done.stdout.splitlines()
+    options = {one for one in said if one.startswith("--property=LoadCredential=")}
+    others = {"--property=LoadCredential=kafka.key:/root/kronos-ingest.key"} if added else set()
+    secrets = "kronos_stream:/etc/kronos-stream/kronos-ingest.secrets"
+    assert options == {f"--property=LoadCredential={secrets}", *others}
+    there = environ["CREDENTIALS_DIRECTORY"]
+    assert f"KRONOS_STREAM_SECRETS_DIR={there}" in said
+    assert f"KRONOS_STREAM_KAFKA__SSL_KEYFILE={there}/kafka.key" in said
+    assert "KRONOS_STREAM_KAFKA__SSL_CAFILE=/etc/kronos-stream/a b.pem" in said
+    assert "WORDS=two of them" in said
 
 
 def test_the_unit_and_the_daemon_agree() -> None:

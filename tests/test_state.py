@@ -319,3 +319,14 @@ async def test_pruning_spares_bars_without_an_outcome_and_their_contexts(state: 
     await state.begin(A, 4 * 60_000)
     await state.prune(3, 0)
     assert [one.candle.time // 60_000 for one in await state.load(A, 99)] == list(range(2, 10))
+
+
+async def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    path = tmp_path / "of ours" / "state.sqlite"
+    state = await State.open(path)
+    await state.save_bars([(A, bar(1))])
+    modes = {one.name: one.stat().st_mode & 0o777 for one in (path.parent, *path.parent.iterdir())}
+    await state.close()
+    assert modes.pop("of ours") == 0o700
+    assert len(modes) > 2
+    assert set(modes.values()) == {0o600}

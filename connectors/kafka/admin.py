@@ -20,7 +20,7 @@ from aiokafka.errors import (
 from kronos_connectors.kafka.chatter import listen
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import fault
-from kronos_connectors.kafka.topics import Topic
+from kronos_connectors.kafka.topics import Topic, timeframe_of
 
 HIDDEN = "its settings are hidden from us"
 """Of a topic that we may use all the same."""
@@ -81,9 +81,10 @@ async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
     problems = []
     for topic in topics:
         if topic.name not in described:
+            timeframe = timeframe_of(topic.name)
             problems.append(
                 f"{topic.name}: missing, or not ours to see; to create it: "
-                "kronos-stream topics create"
+                f"kronos-stream topics create{f' --candles {timeframe}' if timeframe else ''}"
             )
             continue
         partitions = described[topic.name]

@@ -15,7 +15,7 @@ from confluent_kafka.admin import AdminClient
 from kronos_connectors import tls
 from kronos_connectors.kafka import admin
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import Topic, wanted
+from kronos_connectors.kafka.topics import Topic, deadletter, wanted
 from kronos_stream.checkup import Check, Finding
 from kronos_stream.market.timeframe import Timeframe
 
@@ -42,6 +42,8 @@ def checks_of_candles(
 ) -> Sequence[Check]:
     """The same of the topics of candles, which are ours to write to, or to read."""
     others = {topic.name for topic in wanted(options)}
+    if right == "Write":
+        others.discard(deadletter(options.topic_prefix))
     topics = [topic for topic in wanted(options, timeframes) if topic.name not in others]
     lacking = f"kronos-stream topics create --candles {','.join(map(str, timeframes))}"
     return [Check("kafka candles", partial(_look, options, topics, right, lacking), _SECONDS)]

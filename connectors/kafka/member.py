@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Iterable
 
 import structlog
@@ -30,12 +32,14 @@ _REBALANCE_MS = 30_000
 _LONGEST_IDLE_MS = 86_400_000
 """Reading pauses while forecasts cannot be delivered: no reason to leave."""
 _CLOSE_SECONDS = 2.0
+_NAME = {"client_id": f"kronos-stream-{socket.gethostname()}-{os.getpid()}"}
+"""By which those who list the group can tell its members apart."""
 
 
 def make(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
     """A consumer that is not started, and that follows nothing."""
     return AIOKafkaConsumer(
-        **options.connection(),
+        **options.connection() | _NAME,
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",  # where the records that come next are gone already
@@ -49,7 +53,7 @@ def make(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
 def make_sharing(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
     """The same for members that hand work over to each other, and keep what they can."""
     return AIOKafkaConsumer(
-        **options.connection(),
+        **options.connection() | _NAME,
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",

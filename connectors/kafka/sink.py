@@ -280,7 +280,12 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
                 update.set_result(False)  # nor will there be new metadata to wait for.
             if sender is not None:
                 await asyncio.wait([sender])
-            producer._message_accumulator.fail_all(ProducerClosed())  # noqa: SLF001
+            # Batches that were sent and put back it does not count among those under way, and then
+            # their end would be an error of its own.
+            accumulator = producer._message_accumulator  # noqa: SLF001
+            for waiting in accumulator._batches.values():  # noqa: SLF001
+                accumulator._pending_batches.update(waiting)  # noqa: SLF001
+            accumulator.fail_all(ProducerClosed())
             await producer.stop()
     except (KafkaError, OSError) as error:
         _log.warning("kafka producer not closed in good order", error=repr(error))

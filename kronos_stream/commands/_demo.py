@@ -118,7 +118,7 @@ async def _end(figures: Figures, daemon: Daemon, seconds: float | None) -> None:
 @asynccontextmanager
 async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
     """The simulated exchange in a process of its own: what it says of itself."""
-    command = [sys.executable, "-m", "kronos_stream", "exchange", "--json", "--with-parent"]
+    command = [sys.executable, "-P", "-m", "kronos_stream", "exchange", "--json", "--with-parent"]
     command += ["--seed", str(options.seed), "--faults", options.faults]
     command += ["--history", str(_HISTORY), "--timeframe", options.timeframe]
     if options.candles:

@@ -47,17 +47,22 @@ async def state_file(path: Path) -> Sequence[Finding]:
     return findings
 
 
-async def port(settings: Http, state: Path) -> Sequence[Finding]:
-    """Whether the pages can be served, and to whom."""
+async def port(settings: Http, state: Path | None) -> Sequence[Finding]:
+    """Whether the pages can be served, and to whom. state: whose owner may be serving them."""
     host, number = settings.host, settings.port
     findings = []
     try:
         await in_thread(partial(_listen, host, number))
         findings.append(Finding("ok", f"{host}:{number} is free"))
     except OSError as error:
-        ours = await _alive(host, number) and await in_thread(partial(_owner, state)) is not None
+        alive = await _alive(host, number)
+        ours = alive and state and await in_thread(partial(_owner, state)) is not None
         found, _, cure = explain(error, host, number).partition("; ")
-        if ours:
+        if alive and state is None:
+            found = f"{host}:{number} is served by a daemon"
+            cure = f"fine if it is this one; else give each its own {variable('http', 'port')}"
+            findings.append(Finding("warn", found, cure))
+        elif ours:
             findings.append(Finding("ok", f"{host}:{number} is served by the daemon that runs"))
         else:
             findings.append(Finding("fail", found, cure))

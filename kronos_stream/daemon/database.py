@@ -12,6 +12,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -187,7 +188,7 @@ def _locked(path: Path) -> int:
     """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
     name = lock_name(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateError(
@@ -201,6 +202,9 @@ def _locked(path: Path) -> int:
         raise StateError(
             f"{path}: in use by process {owner or 'unknown'}; stop it, or name another file"
         ) from None
+    with suppress(OSError):  # SQLite says it better
+        # What it makes beside it has the same rights.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -67,14 +68,16 @@ class Doctor:
 
     def _checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
         settings = self._settings
+        state = None if settings.role == "forecast" else settings.state_file
         checks_of: dict[str, Callable[[], Sequence[Check]]] = {
             "state": lambda: [Check("state file", partial(checks.state_file, settings.state_file))],
-            "http": lambda: [
-                Check("http port", partial(checks.port, settings.http, settings.state_file))
-            ],
+            "http": lambda: [Check("http port", partial(checks.port, settings.http, state))],
             "venues": lambda: self._of_sources(stack),
             "sinks": lambda: self._of_sinks(stack),
-            "model": lambda: [Check("model", self._model, _MODEL_SECONDS)],
+            "model": lambda: [
+                Check("model", partial(self._model, number), _MODEL_SECONDS)
+                for number in range(len(settings.devices))
+            ],
         }
         if settings.role == "forecast":
             checks_of["state"] = tuple
@@ -133,8 +136,11 @@ class Doctor:
         stack.push_async_callback(feed.close)
         return feed.checks(writes=writes) if isinstance(feed, CheckedFeed) else ()
 
-    async def _model(self) -> Sequence[Finding]:
-        return await checks.model(self._settings.plan(), self._series)
+    async def _model(self, number: int) -> Sequence[Finding]:
+        """Of that device, with its share of the series."""
+        devices = self._settings.devices
+        plan = replace(self._settings.plan(), device=devices[number])
+        return await checks.model(plan, sorted(self._series)[number :: len(devices)])
 
 
 AREAS = ("state", "http", "venues", "sinks", "model")

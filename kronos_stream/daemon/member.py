@@ -74,6 +74,8 @@ class Member(Role):
         found["candles"] = self._feed.trouble
         if self.ready.is_set():
             found["candles"] = found["candles"] or self._allotment.unready
+            venues = {series.venue for series in self._allotment.lines}
+            found |= {f"source {one}": why for one, why in self._board.silent(venues).items()}
         return found
 
     @property

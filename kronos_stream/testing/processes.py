@@ -20,7 +20,8 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.child import Closing
 
-COMMAND = (sys.executable, "-m", "kronos_stream")
+# -P: what lies in the folder we were started in is no module of ours.
+COMMAND = (sys.executable, "-P", "-m", "kronos_stream")
 _END_SECONDS = 10.0
 _HTTP_SECONDS = 5.0
 _POLL_SECONDS = 0.05

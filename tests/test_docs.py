@@ -45,6 +45,8 @@ PICTURES = {
     "secrets:\n": "likewise; tests/test_deploy.py",
     "mode: split\n": "likewise; tests/test_deploy.py",
     "Status: ": "what systemctl shows; tests/test_systemd.py",
+    "[Service]\n": "an addition to the unit; tests/test_systemd.py",
+    "security.protocol=": "how kafka-acls.sh logs in: Kafka's own",
     "35 forecasts of 5 series": "what the demo shows, shortened; tests/test_system_demo.py",
 }
 SYMBOLS = "binance:BTC/USDT                  # spot"
@@ -55,6 +57,10 @@ ELSEWHERE = {
     r"make deploy-check|(helm|kubectl) .*": "tests/test_deploy.py",
     r"docker compose .*": "tests/test_compose.py",
     r"make image.*|docker (run|build) .*": "tests/test_image_built.py",
+    r"docker (tag|push) .*": "Docker's own",
+    r"build/deploy/helm template .* --values values.yaml": "tests/test_deploy.py",
+    r"git (fetch --tags|checkout v.*)|rm -rf dist": "git's own",
+    r"/opt/kronos-stream/bin/pip wheel .*": "tests/test_wheel.py builds one, of the same tree",
     r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
     r"kafka-consumer-groups\.sh .*": "Kafka's own",
     r"kafka-acls\.sh .*": "tests/test_security_daemon.py",

@@ -38,7 +38,7 @@ from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
 PAGE = Path(__file__).parents[1] / "docs" / "security.md"
-USERS = ("owner", "all", "ingest", "forecast", "bot")
+USERS = ("owner", "topics", "all", "ingest", "forecast", "bot")
 
 
 class Locked(NamedTuple):
@@ -99,9 +99,9 @@ def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             }
         )
         locked = Locked(kafka, authority.file, client)
-        _command(locked.settings("owner"), "topics", "create", "--candles", "1s")
         for done in client.create_acls(_rules(PAGE.read_text("utf-8"))).values():
             done.result(20)
+        _command(locked.settings("topics"), "topics", "create", "--candles", "1s")
         yield locked
 
 

@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Most tests wait for something: two at a time suit two cores; 0 runs them one by one, here.
+JOBS ?= 2
 
 STAMP := $(VENV)/.complete
 BIN := $(VENV)/bin
@@ -25,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt deploy/venv.sh
 demo: $(STAMP) ## Show forecasts flowing: exchange, daemon and broker on this machine (ARGS="--seconds 30")
 	@$(BIN)/kronos-stream demo $(ARGS)
 
-test: $(STAMP) ## Run the tests, except the soak
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+test: $(STAMP) ## Run the tests, except the soak; JOBS files at a time (ARGS="-k parity -x")
+	$(BIN)/python -m pytest -m "not soak" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(BIN)/ruff check .

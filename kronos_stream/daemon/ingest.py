@@ -1,7 +1,7 @@
-"""Role ``ingest``: candles of venues to the candle topics, each closed bar once and in order.
+"""Role ``ingest``: candles of venues to the candle topics, each closed bar in order.
 
 A bar and its message are put into the state file together, so whatever is on the tape is on its
-way to those who forecast. There is no model here.
+way to those who forecast; after a crash some come twice. There is no model here.
 """
 
 from __future__ import annotations

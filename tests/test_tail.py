@@ -105,16 +105,29 @@ async def _publish(
         await producer.stop()
 
 
-def _drawn(board: Board, now: int, height: int = 30, *, color: bool = False) -> str:
-    console = Console(width=140, force_terminal=color, color_system="standard" if color else None)
+def _drawn(
+    board: Board, now: int, height: int = 30, *, width: int = 140, color: bool = False
+) -> str:
+    console = Console(width=width, force_terminal=color, color_system="standard" if color else None)
     with console.capture() as captured:
-        console.print(board.table(now, height))
+        console.print(board.table(now, width, height))
     return captured.get()
 
 
 def _rows(drawn: str) -> list[list[str]]:
     found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in drawn.splitlines()]
     return [row for row in found if row]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_where_there_is_little_room_columns_go_and_no_name_or_number_is_cut(width: int) -> None:
+    board = Board("here", newest_first=False)
+    board.put(_forecast(BTC))
+    (row,) = _rows(_drawn(board, START, width=width))
+    assert row[0] == BTC
+    assert "…" not in "".join(row)
+    assert "50" in row, "the median"
+    assert len(row) == {60: 6, 80: 8, 100: 9, 120: 9}[width]
 
 
 def test_a_row_tells_what_the_newest_forecast_of_a_series_says() -> None:

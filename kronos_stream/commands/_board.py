@@ -15,6 +15,11 @@ _MOST_SERIES = 10_000
 _FRAME_LINES = 6
 """Lines of a table that are no rows."""
 
+_PADDING = 3
+"""Of each column."""
+_SPARE = (7, 8, 1, 9, 4, 2)
+"""Columns that are left out where there is no room, in this order: volatility, age, origin…"""
+
 
 class Board:
     """The newest forecast of each series. Times are UTC ms."""
@@ -34,20 +39,24 @@ class Board:
         if len(self._rows) > _MOST_SERIES:
             del self._rows[next(iter(self._rows))]
 
-    def table(self, now: int, height: int) -> Table:
-        """As many rows as ``height`` lines have room for; expired ones are dim."""
+    def table(self, now: int, width: int, height: int) -> Table:
+        """As many rows as ``height`` lines have room for; expired ones are dim.
+
+        Columns that find no room in ``width`` are left out, the least telling ones first.
+        """
         shown = self._ordered()[: max(1, height - _FRAME_LINES)]
         names = {bands(forecast) for forecast in shown}
         title = f"{self._title}: {self._seen:,} forecasts of {len(self._rows):,} series"
         table = Table(title=title, title_justify="left", title_style="")
-        table.add_column("series", no_wrap=True)
         low, middle, high = names.pop() if len(names) == 1 else ("low", "middle", "high")
-        for name in ("origin", "last", low, middle, high, "P(up)", "volatility", "age"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("")
-        for forecast in shown:
+        titles = ("series", "origin", "last", low, middle, high, "P(up)", "volatility", "age", "")
+        rows = [_cells(forecast, now) for forecast in shown]
+        columns = _fitting(titles, rows, width)
+        for at in columns:
+            table.add_column(titles[at], justify="right" if at else "left", no_wrap=True)
+        for forecast, cells in zip(shown, rows, strict=True):
             expired = forecast.valid_until.timestamp() * 1000 <= now
-            table.add_row(*_cells(forecast, now), style="dim" if expired else None)
+            table.add_row(*(cells[at] for at in columns), style="dim" if expired else None)
         if len(shown) < len(self._rows):
             table.caption = f"and {len(self._rows) - len(shown):,} more"
         return table
@@ -56,6 +65,18 @@ class Board:
         if self._newest_first:
             return sorted(self._rows.values(), key=lambda one: one.created_at, reverse=True)
         return [self._rows[name] for name in sorted(self._rows)]
+
+
+def _fitting(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Sequence[int]:
+    """Which columns are shown: those that find room, and have something in them."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    columns = [at for at, needed in enumerate(widths) if needed]
+    for spare in _SPARE:
+        if sum(widths[at] + _PADDING for at in columns) + 1 <= width:
+            break
+        if spare in columns:
+            columns.remove(spare)
+    return columns
 
 
 def bands(forecast: Forecast) -> tuple[str, str, str]:

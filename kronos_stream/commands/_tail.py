@@ -77,8 +77,9 @@ class _Table:
         self.put = board.put
 
     def refresh(self) -> None:
-        height = self._live.console.height
-        self._live.update(self._board.table(self._clock.now(), height), refresh=True)
+        console = self._live.console
+        table = self._board.table(self._clock.now(), console.width, console.height)
+        self._live.update(table, refresh=True)
 
 
 def run(options: Options) -> None:

@@ -62,6 +62,7 @@ ELSEWHERE = {
     r"git (fetch --tags|checkout v.*)|rm -rf dist": "git's own",
     r"/opt/kronos-stream/bin/pip wheel .*": "tests/test_wheel.py builds one, of the same tree",
     r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
+    r"set -a; \. \./(ingest|forecast)\.env; set \+a": "the files are checked above it",
     r"kafka-consumer-groups\.sh .*": "Kafka's own",
     r"kafka-acls\.sh .*": "tests/test_security_daemon.py",
     r"make demo.*": "tests/test_system_demo.py",

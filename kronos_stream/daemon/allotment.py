@@ -64,6 +64,7 @@ class Allotment:
         self._awaited: Counter[int] = Counter()
         self._lines: dict[Series, Line] = {}
         self._unbegun: set[Part] = set()
+        self._unread = 0
         self._joined = self._closed = False
 
     # -- for the scheduler and the press --------------------------------------------------
@@ -111,6 +112,11 @@ class Allotment:
         behind = sum(max(0, share.until - share.next) for share in self._shares.values())
         return f"{behind:,} records are still to be read back" if behind else ""
 
+    @property
+    def behind(self) -> bool:
+        """Whether something is left to read, or to forecast."""
+        return bool(self._places) or self._unread > 0
+
     # -- for the feed ---------------------------------------------------------------------
 
     def enough(self) -> Collection[Part]:
@@ -127,6 +133,7 @@ class Allotment:
 
     def lags(self, lags: Mapping[str, int]) -> None:
         """By log: how many records of our parts are not read yet."""
+        self._unread = sum(lags.values())
         for log, lag in lags.items():
             self._metrics.candle_lag.labels(log).set(lag)
 

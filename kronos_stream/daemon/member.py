@@ -74,7 +74,9 @@ class Member(Role):
         found["candles"] = self._feed.trouble
         if self.ready.is_set():
             found["candles"] = found["candles"] or self._allotment.unready
-            venues = {series.venue for series in self._allotment.lines}
+            # Whoever works off what is old hears nothing new, and is no less ready for that.
+            idle = not self._allotment.behind
+            venues = {series.venue for series in self._allotment.lines if idle}
             found |= {f"source {one}": why for one, why in self._board.silent(venues).items()}
         return found
 

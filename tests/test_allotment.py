@@ -467,3 +467,66 @@ def _plain(dues: list[Due] | None = None, **settings: Any) -> Allotment:
         Metrics(),
         **{"lookback": LOOKBACK, "catch_up": "all", **settings},
     )
+
+
+def _barred() -> tuple[Allotment, list[Due], list[str]]:
+    """Two parts from their beginning, what is due, and why something was refused."""
+    dues, reasons = list[Due](), list[str]()
+    allotment = Allotment(
+        dues.append,
+        lambda _: None,
+        lambda _, reason, __: reasons.append(reason),
+        _nothing,
+        DrivenClock(10**12),
+        Metrics(),
+        lookback=LOOKBACK,
+        catch_up="all",
+    )
+    parts = [PART, Part(PART.log, 4)]
+    allotment.given(parts)
+    for part in parts:
+        allotment.begin(part, Extent(0, 0, 0, None))
+    return allotment, dues, reasons
+
+
+def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
+    allotment, dues, reasons = _barred()
+    times = [60_000 * at for at in range(LOOKBACK)]
+    times.insert(-2, times[-2] + 30_000)
+    for at, time in enumerate(times):
+        told = Relayed(SERIES[0], Bar(_candle(Random(at), time)), history=False)
+        allotment.read(PART, [(at, told)], at + 1)
+    assert len(reasons) == 1
+    assert "does not go with the bars before it" in reasons[0]
+    assert [due.origin for due in dues] == [60_000 * at for at in range(LOOKBACK)]
+    assert dues[-1].obstacle is None
+
+
+def test_a_series_is_in_one_partition() -> None:
+    allotment, dues, reasons = _barred()
+    other = Part(PART.log, 4)
+    for at in range(LOOKBACK):
+        told = Relayed(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
+        allotment.read(PART, [(at, told)], at + 1)
+    rogue = Relayed(SERIES[0], Bar(_candle(Random(9), 60_000 * LOOKBACK)), history=False)
+    allotment.read(other, [(0, rogue), (1, Gone(SERIES[0]))], 2)
+    assert reasons == ["bars of its series are in another partition"] * 2
+    allotment.read(PART, [(LOOKBACK, rogue)], LOOKBACK + 1)
+    assert [due.origin for due in dues] == [60_000 * at for at in range(LOOKBACK + 1)]
+    assert dues[-1].obstacle is None
+
+
+def test_news_of_bars_that_were_history_to_another_are_due() -> None:
+    """The second of two ingesters had just begun, and the first one lags behind it."""
+    allotment, dues, _ = _barred()
+    told = [(at, at < LOOKBACK) for at in range(LOOKBACK + 2)]
+    told += [(at, False) for at in range(LOOKBACK - 2, LOOKBACK + 2)]
+    for offset, (at, history) in enumerate(told):
+        bar = Relayed(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history)
+        allotment.read(PART, [(offset, bar)], offset + 1)
+    assert sorted(due.origin // 60_000 for due in dues) == [
+        LOOKBACK - 2,
+        LOOKBACK - 1,
+        LOOKBACK,
+        LOOKBACK + 1,
+    ]

@@ -20,7 +20,7 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candles
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.market.feed import Extent, FeedNeeds, Note, Part, Told
+from kronos_stream.market.feed import Extent, FeedNeeds, Note, Part, Told, Unreadable
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.wire import Relayed, relay
@@ -110,6 +110,12 @@ class House:
             producer.produce(self.topic, value, SERIES.name, partition=partition)
         if transaction:
             producer.commit_transaction(30)
+        assert producer.flush(30) == 0
+
+    def put(self, key: str, value: bytes) -> None:
+        """A record as it is."""
+        producer = Producer({"bootstrap.servers": self._bootstrap})
+        producer.produce(self.topic, value, key, partition=0)
         assert producer.flush(30) == 0
 
     @asynccontextmanager
@@ -204,6 +210,29 @@ async def test_marks_of_transactions_are_passed_over(house: House) -> None:
     async with house.reading(keeper):
         await until(lambda: keeper.reached.get(Part(house.topic, 0)) == 6)
         assert keeper.bars == 5
+
+
+async def test_what_cannot_be_is_told_as_unreadable_and_passed_over(house: House) -> None:
+    await house.make()
+    ahead = Bar(Candle(4_102_444_800_000, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
+    minute = Series.of("binance", "BTC/USDT", Timeframe.parse("1m"))
+    bar = Bar(Candle(60_000, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
+    for key, value in (
+        (SERIES.name, relay(SERIES, ahead, history=False)),
+        (minute.name, relay(minute, bar, history=False)),
+        (SERIES.name, relay(minute, bar, history=False)),
+        (SERIES.name, b"not JSON"),
+        ("\N{SNOWMAN}", b""),
+    ):
+        house.put(key, value)
+    house.write(1)
+    keeper = Keeper()
+    async with house.reading(keeper):
+        await until(lambda: keeper.bars == 1)
+    reasons = [told.reason for told in keeper.told if isinstance(told, Unreadable)]
+    assert len(reasons) == 5
+    assert "after it was written" in reasons[0]
+    assert "among the series of 1s" in reasons[1]
 
 
 async def test_what_cannot_be_committed_is_said(house: House) -> None:

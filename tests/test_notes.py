@@ -29,7 +29,20 @@ def test_what_is_too_long_is_left_out_from_its_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "null", '{"start":1}', '{"start":1,"bars":2,"done":"x-"}', "\x00"]
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"start":1}',
+        "\x00",
+        '{"v":1,"start":1,"bars":2,"done":"x-"}',
+        '{"v":2,"start":1,"bars":2,"done":""}',
+        '{"v":1,"start":6,"bars":2,"done":""}',
+        '{"v":1,"start":0,"bars":2,"done":"0-99999999999999999999"}',
+        '{"v":1,"start":0,"bars":2,"done":"1-900000,1000000-1900000"}',
+    ],
 )
 def test_a_note_of_somebody_else_is_no_note(text: str) -> None:
     assert parse(text, 5) is None

@@ -294,16 +294,7 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
 @pytest.mark.parametrize(("catch_up", "base"), [("all", 100), ("newest", 900)])
 def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
     dues: list[Due] = []
-    allotment = Allotment(
-        dues.append,
-        lambda _: None,
-        lambda *_: None,
-        _nothing,
-        DrivenClock(10**12),
-        Metrics(),
-        lookback=LOOKBACK,
-        catch_up=catch_up,  # type: ignore[arg-type]
-    )
+    allotment = _plain(dues, catch_up=catch_up)
     allotment.given([PART])
     assert allotment.begin(PART, Extent(100, 900, 700, None)) == min(base, 700)
     bars = [
@@ -321,16 +312,7 @@ async def _nothing() -> None:
 def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
     """The second one has just begun, and calls history what the first one tells as news."""
     dues: list[Due] = []
-    allotment = Allotment(
-        dues.append,
-        lambda _: None,
-        lambda *_: None,
-        _nothing,
-        DrivenClock(10**12),
-        Metrics(),
-        lookback=LOOKBACK,
-        catch_up="all",
-    )
+    allotment = _plain(dues)
     allotment.given([PART])
     allotment.begin(PART, Extent(0, 0, 0, None))
     bar = Bar(_candle(Random(2), 0))

@@ -15,14 +15,21 @@ from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.share import LATE_BARS
 from kronos_stream.forecast.compose import context_digest
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.clock import Clock, DrivenClock
+from kronos_stream.market.clock import Clock, ManualClock
 from kronos_stream.market.contexts import Window
-from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
+from kronos_stream.market.feed import (
+    PartitionBounds,
+    SeriesRemoved,
+    Checkpoint,
+    Partition,
+    FeedRecord,
+    Unreadable,
+)
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import Relayed, relay, relayed
+from kronos_stream.market.wire import RelayedBar, encode_bar, decode_bar
 
-PART = Part("kronos.candles.1m.v1", 3)
+PART = Partition("kronos.candles.1m.v1", 3)
 MINUTE = Timeframe.parse("1m")
 SERIES = [Series.of("binance", f"{base}/USDT", MINUTE) for base in ("BTC", "ETH", "SOL")]
 LOOKBACK = 40
@@ -35,9 +42,9 @@ def _candle(random: Random, time: int) -> Candle:
     return Candle(time, 100.5, 102.0, 99.0, close, random.random(), None)
 
 
-def _log(random: Random, bars: int) -> list[Told]:  # noqa: C901 - a branch for each mishap
+def _log(random: Random, bars: int) -> list[FeedRecord]:  # noqa: C901 - a branch for each mishap
     """What ingest and its mishaps may write of several series, in one order."""
-    log: list[Told] = []
+    log: list[FeedRecord] = []
     passed: dict[Series, list[Bar]] = {one: [] for one in SERIES}
     times = dict.fromkeys(SERIES, 0)
 
@@ -46,7 +53,7 @@ def _log(random: Random, bars: int) -> list[Told]:  # noqa: C901 - a branch for 
             bar = Bar(_candle(random, times[one]), received=1)
             times[one] = MINUTE.after(times[one])
             passed[one].append(bar)
-            log.append(Relayed(one, bar, history=True))
+            log.append(RelayedBar(one, bar, history=True))
 
     for one in SERIES:
         begin(one, LOOKBACK + random.randrange(20))
@@ -56,22 +63,22 @@ def _log(random: Random, bars: int) -> list[Told]:  # noqa: C901 - a branch for 
             bar = Bar(_candle(random, times[one]), synthetic=chance < 0.05, received=1)
             times[one] = MINUTE.after(times[one])
             passed[one].append(bar)
-            log.append(Relayed(one, bar, history=False))
+            log.append(RelayedBar(one, bar, history=False))
         elif chance < 0.88:  # a revision: of the newest, or of an older one
             at = random.choice((-1, -1, -min(5, len(passed[one]))))
             old = passed[one][at]
             bar = Bar(_candle(random, old.candle.time), old.revision + 1, received=2)
             passed[one][at] = bar
-            log.append(Relayed(one, bar, history=at != -1))
+            log.append(RelayedBar(one, bar, history=at != -1))
         elif chance < 0.95:  # ingest was killed, and tells some of it again
-            log += [Relayed(one, bar, history=False) for bar in passed[one][-3:]]
+            log += [RelayedBar(one, bar, history=False) for bar in passed[one][-3:]]
         elif chance < 0.96:
             times[one] += 60_000 * random.randrange(5)  # it was away for too long
         elif chance < 0.97:  # and begins anew, with history
             times[one] += 60_000 * random.randrange(3)
             begin(one, random.randrange(2 * LOOKBACK))
         elif chance < 0.98:
-            log.append(Gone(one))
+            log.append(SeriesRemoved(one))
             passed[one].clear()
         else:
             log.append(random.choice((None, Unreadable(None, "not JSON", b"{"))))
@@ -135,16 +142,16 @@ class _Member:
 class _Group:
     """A log, what is noted of it, and whoever has it just now."""
 
-    def __init__(self, log: Sequence[Told], random: Random) -> None:
+    def __init__(self, log: Sequence[FeedRecord], random: Random) -> None:
         self.log, self.random = log, random
-        self.note: Note | None = None
+        self.note: Checkpoint | None = None
         self.delivered: list[tuple[Place, str]] = []
         self.owner: _Member | None = None
-        self.clock = DrivenClock(10**12)
+        self.clock = ManualClock(10**12)
         self.position = 0
 
     def give(self, member: _Member) -> None:
-        extent = Extent(0, len(self.log), len(self.log), self.note)
+        extent = PartitionBounds(0, len(self.log), len(self.log), self.note)
         member.allotment.given([PART])
         self.position = member.allotment.begin(PART, extent)
         self.owner = member
@@ -188,7 +195,7 @@ class _Group:
         self.commit(owner)
 
 
-def _expected(log: Sequence[Told]) -> dict[Place, str]:
+def _expected(log: Sequence[FeedRecord]) -> dict[Place, str]:
     """What somebody delivers to whom nothing ever happens."""
     group = _Group(log, Random(0))
     group.give(_Member(group.clock, delivered=group.delivered))
@@ -207,7 +214,7 @@ def _check(group: _Group) -> None:
     expected = _expected(group.log)
     for place, digest in group.delivered:
         assert expected[place] == digest, place
-    ended = {told.series for told in group.log if isinstance(told, Gone)}
+    ended = {told.series for told in group.log if isinstance(told, SeriesRemoved)}
     missing = expected.keys() - dict(group.delivered).keys()
     assert all(series in ended for series, _, _ in missing)
     assert group.note is not None
@@ -265,7 +272,7 @@ async def test_a_member_that_gets_it_back_reads_nothing_again() -> None:
 def test_a_new_member_reads_back_no_more_than_contexts_need() -> None:
     random = Random(6)
     log = [
-        Relayed(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
+        RelayedBar(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
         for at in range(10 * LOOKBACK)
         for one in SERIES
     ]
@@ -280,7 +287,7 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
     random = Random(7)
     alive, dead = SERIES[:2]
     log = [
-        Relayed(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
+        RelayedBar(one, Bar(_candle(random, 60_000 * at)), history=at < LOOKBACK)
         for at in range(10 * LOOKBACK)
         for one in ((alive, dead) if at < 2 * LOOKBACK else (alive,))
     ]
@@ -296,9 +303,9 @@ def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
     dues: list[Due] = []
     allotment = _plain(dues, catch_up=catch_up)
     allotment.given([PART])
-    assert allotment.begin(PART, Extent(100, 900, 700, None)) == min(base, 700)
+    assert allotment.begin(PART, PartitionBounds(100, 900, 700, None)) == min(base, 700)
     bars = [
-        Relayed(SERIES[0], Bar(_candle(Random(1), 60_000 * at)), history=False)
+        RelayedBar(SERIES[0], Bar(_candle(Random(1), 60_000 * at)), history=False)
         for at in range(1_000)
     ]
     allotment.read(PART, [(at, bars[at]) for at in range(100, 1_000)], 1_000)
@@ -314,10 +321,10 @@ def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
     dues: list[Due] = []
     allotment = _plain(dues)
     allotment.given([PART])
-    allotment.begin(PART, Extent(0, 0, 0, None))
+    allotment.begin(PART, PartitionBounds(0, 0, 0, None))
     bar = Bar(_candle(Random(2), 0))
     for at, history in enumerate((True, False, False)):
-        allotment.read(PART, [(at, Relayed(SERIES[0], bar, history))], at + 1)
+        allotment.read(PART, [(at, RelayedBar(SERIES[0], bar, history))], at + 1)
     assert [due.origin for due in dues] == [0]
 
 
@@ -332,14 +339,15 @@ def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
 )
 def test_bars_are_read_as_they_were_passed_on(bar: Bar) -> None:
     for history in (False, True):
-        told = Relayed(SERIES[0], bar, history)
-        assert relayed(relay(*told[:2], history=history), SERIES[0]) == told
+        told = RelayedBar(SERIES[0], bar, history)
+        assert decode_bar(encode_bar(*told[:2], history=history), SERIES[0]) == told
 
 
 async def test_no_more_is_read_while_forecasts_are_not_delivered() -> None:
     random = Random(8)
     log = [
-        Relayed(SERIES[0], Bar(_candle(random, 60_000 * at)), history=False) for at in range(9_000)
+        RelayedBar(SERIES[0], Bar(_candle(random, 60_000 * at)), history=False)
+        for at in range(9_000)
     ]
     group = _Group(log, random)
     member = _Member(group.clock, delivered=group.delivered)
@@ -361,7 +369,7 @@ def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
     random = Random(9)
     flags = [True] * 60 + [False] * 10 + [True] * 60
     log = [
-        Relayed(SERIES[0], Bar(_candle(random, 60_000 * at)), history)
+        RelayedBar(SERIES[0], Bar(_candle(random, 60_000 * at)), history)
         for at, history in enumerate(flags)
     ]
     group = _Group(log, random)
@@ -380,14 +388,15 @@ def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
 
 def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
     bars = [
-        Relayed(SERIES[0], Bar(_candle(Random(3), 60_000 * at)), history=False) for at in range(99)
+        RelayedBar(SERIES[0], Bar(_candle(Random(3), 60_000 * at)), history=False)
+        for at in range(99)
     ]
-    noted: list[Note] = []
+    noted: list[Checkpoint] = []
     for lookback in (8, LOOKBACK):
         allotment = _plain(lookback=lookback)
         allotment.given([PART])
         note = noted[-1] if noted else None
-        begin = allotment.begin(PART, Extent(0, 99, 20, note))
+        begin = allotment.begin(PART, PartitionBounds(0, 99, 20, note))
         if note is not None:
             assert note.offset > begin
             assert begin == 20, "where it is young enough for the longer context"
@@ -397,13 +406,13 @@ def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
 
 
 def test_what_others_have_got_is_forgotten() -> None:
-    other, dues = Part(PART.log, 4), list[Due]()
+    other, dues = Partition(PART.log, 4), list[Due]()
     allotment = _plain(dues)
     allotment.given([PART, other])
     for part, one in ((PART, SERIES[0]), (other, SERIES[1])):
-        allotment.begin(part, Extent(0, 1, 0, None))
+        allotment.begin(part, PartitionBounds(0, 1, 0, None))
         bar = Bar(_candle(Random(4), 0))
-        allotment.read(part, [(0, Relayed(one, bar, history=False))], 1)
+        allotment.read(part, [(0, RelayedBar(one, bar, history=False))], 1)
     assert allotment.awaited(120_000) == 2
     allotment.taken()
     allotment.given([PART])
@@ -417,11 +426,11 @@ def test_bars_that_could_not_be_had_hinder_as_set(degraded: str, obstacle: str |
     dues: list[Due] = []
     allotment = _plain(dues, degraded=degraded)
     allotment.given([PART])
-    allotment.begin(PART, Extent(0, 0, 0, None))
+    allotment.begin(PART, PartitionBounds(0, 0, 0, None))
     for at in range(LOOKBACK):
         missing = at == LOOKBACK - 3
         bar = Bar(_candle(Random(at), 60_000 * at), synthetic=missing, received=0 if missing else 1)
-        told = Relayed(SERIES[0], bar, history=at < LOOKBACK - 1)
+        told = RelayedBar(SERIES[0], bar, history=at < LOOKBACK - 1)
         allotment.read(PART, [(at, told)], at + 1)
     assert [due.obstacle for due in dues] == [obstacle]
 
@@ -430,10 +439,10 @@ def test_a_log_that_ends_before_what_is_done_is_done_from_there_on() -> None:
     dues: list[Due] = []
     allotment = _plain(dues)
     allotment.given([PART])
-    note = Note(1_000, '{"v":1,"start":900,"bars":40,"done":"1-5"}')
-    assert allotment.begin(PART, Extent(0, 10, 0, note)) == 0
+    note = Checkpoint(1_000, '{"v":1,"start":900,"bars":40,"done":"1-5"}')
+    assert allotment.begin(PART, PartitionBounds(0, 10, 0, note)) == 0
     bars = [Bar(_candle(Random(5), 60_000 * at)) for at in range(1_010)]
-    records = [(at, Relayed(SERIES[0], bar, history=False)) for at, bar in enumerate(bars)]
+    records = [(at, RelayedBar(SERIES[0], bar, history=False)) for at, bar in enumerate(bars)]
     allotment.read(PART, records, 1_010)
     assert [due.origin for due in dues] == [60_000 * at for at in range(10, 1_010)]
 
@@ -445,7 +454,7 @@ def _plain(dues: list[Due] | None = None, **settings: Any) -> Allotment:
         lambda _: None,
         lambda *_: None,
         _nothing,
-        DrivenClock(10**12),
+        ManualClock(10**12),
         Metrics(),
         **{"lookback": LOOKBACK, "catch_up": "all", **settings},
     )
@@ -459,15 +468,15 @@ def _barred() -> tuple[Allotment, list[Due], list[str]]:
         lambda _: None,
         lambda _, reason, __: reasons.append(reason),
         _nothing,
-        DrivenClock(10**12),
+        ManualClock(10**12),
         Metrics(),
         lookback=LOOKBACK,
         catch_up="all",
     )
-    parts = [PART, Part(PART.log, 4)]
+    parts = [PART, Partition(PART.log, 4)]
     allotment.given(parts)
     for part in parts:
-        allotment.begin(part, Extent(0, 0, 0, None))
+        allotment.begin(part, PartitionBounds(0, 0, 0, None))
     return allotment, dues, reasons
 
 
@@ -476,7 +485,7 @@ def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
     times = [60_000 * at for at in range(LOOKBACK)]
     times.insert(-2, times[-2] + 30_000)
     for at, time in enumerate(times):
-        told = Relayed(SERIES[0], Bar(_candle(Random(at), time)), history=False)
+        told = RelayedBar(SERIES[0], Bar(_candle(Random(at), time)), history=False)
         allotment.read(PART, [(at, told)], at + 1)
     assert len(reasons) == 1
     assert "does not go with the bars before it" in reasons[0]
@@ -486,12 +495,12 @@ def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
 
 def test_a_series_is_in_one_partition() -> None:
     allotment, dues, reasons = _barred()
-    other = Part(PART.log, 4)
+    other = Partition(PART.log, 4)
     for at in range(LOOKBACK):
-        told = Relayed(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
+        told = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
         allotment.read(PART, [(at, told)], at + 1)
-    rogue = Relayed(SERIES[0], Bar(_candle(Random(9), 60_000 * LOOKBACK)), history=False)
-    allotment.read(other, [(0, rogue), (1, Gone(SERIES[0]))], 2)
+    rogue = RelayedBar(SERIES[0], Bar(_candle(Random(9), 60_000 * LOOKBACK)), history=False)
+    allotment.read(other, [(0, rogue), (1, SeriesRemoved(SERIES[0]))], 2)
     assert reasons == ["bars of its series are in another partition"] * 2
     allotment.read(PART, [(LOOKBACK, rogue)], LOOKBACK + 1)
     assert [due.origin for due in dues] == [60_000 * at for at in range(LOOKBACK + 1)]
@@ -504,7 +513,7 @@ def test_news_of_bars_that_were_history_to_another_are_due() -> None:
     told = [(at, at < LOOKBACK) for at in range(LOOKBACK + 2)]
     told += [(at, False) for at in range(LOOKBACK - 2, LOOKBACK + 2)]
     for offset, (at, history) in enumerate(told):
-        bar = Relayed(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history)
+        bar = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history)
         allotment.read(PART, [(offset, bar)], offset + 1)
     assert sorted(due.origin // 60_000 for due in dues) == [
         LOOKBACK - 2,

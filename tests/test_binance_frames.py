@@ -205,7 +205,7 @@ def _fuzz(number: int, seed: int) -> Counter[str]:
             texts = [kline[name] for name in "ohlcvq"]
             assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) for text in texts)
             assert list(candle[1:]) == [float(text) for text in texts]
-            assert not told.closed or (candle.fault() is None and said["E"] >= kline["T"])
+            assert not told.closed or (candle.invalid_reason() is None and said["E"] >= kline["T"])
     return counts
 
 

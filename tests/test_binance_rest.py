@@ -15,7 +15,7 @@ from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, Rest
 from kronos_connectors.binance.symbols import Listing
 from kronos_connectors.venue_clock import VenueClock
-from kronos_stream.market.clock import DrivenClock, LoopClock
+from kronos_stream.market.clock import ManualClock, LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError, VenueRefused
 from kronos_stream.testing.virtual import run_virtual
@@ -92,7 +92,7 @@ def test_weight_that_others_use_is_counted_until_the_minute_ends() -> None:
 
 def test_a_clock_set_back_neither_gives_weight_nor_takes_it() -> None:
     async def main() -> None:
-        clock = DrivenClock(START)
+        clock = ManualClock(START)
         budget = Budget(600, 0.5, clock)
         clock._now -= 3_600_000
         async with asyncio.timeout(1):
@@ -270,7 +270,7 @@ def test_rows_become_candles_and_the_open_one_is_left_out() -> None:
 def test_a_candle_that_cannot_be_is_handed_on_for_the_tape_to_judge() -> None:
     async def scene(rest: Rest) -> None:
         (candle,) = await rest.klines(BTC, "BTCUSDT", START - 5 * MINUTE, START - 4 * MINUTE)
-        assert candle.fault() is not None
+        assert candle.invalid_reason() is not None
 
     play(scene, answering([row(START - 5 * MINUTE, l="0.0")]))
 

@@ -16,7 +16,13 @@ from aiohttp import web
 from kronos_connectors.binance import CONNECTOR, BinanceOptions
 from kronos_stream.market import Candle, Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Ranking, Source, SourceError, VenueRefused
+from kronos_stream.market.source import (
+    SourceCallbacks,
+    RankingSource,
+    Source,
+    SourceError,
+    VenueRefused,
+)
 from kronos_stream.testing.exchange import Faults, Planned, SimulatedExchange
 from kronos_stream.testing.virtual import run_virtual
 
@@ -31,8 +37,8 @@ class Heard:
     rejected: list[tuple[Series | None, str, bytes]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def intake(self) -> Intake:
-        return Intake(
+    def intake(self) -> SourceCallbacks:
+        return SourceCallbacks(
             self.updates.append,
             lambda *what: self.rejected.append(what),
             lambda note: self.notes.update([note]),
@@ -85,7 +91,7 @@ async def venue(
         frames = {True: "1m", False: "1s"}
         series = [Series.parse(f"binance:{s}:{frames[':' in s]}") for s in exchange.symbols]
         heard = Heard()
-        source.follow(series)
+        source.subscribe(series)
         running = asyncio.create_task(source.run(heard.intake()))
         try:
             yield Venue(exchange, source, series, heard)
@@ -167,9 +173,9 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
     async def body() -> None:
         async with venue(6) as v:
             first, last = v.series[:4], v.series[2:]
-            v.source.follow(first)
+            v.source.subscribe(first)
             await asyncio.sleep(30)
-            v.source.follow(last)
+            v.source.subscribe(last)
             await asyncio.sleep(30)
             now = v.exchange.clock.now()
             late = {u.series for u in v.heard.updates if u.received > now - 20_000}
@@ -183,7 +189,7 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
 def test_symbols_are_ranked_by_what_was_traded() -> None:
     async def body() -> None:
         async with venue(6, perpetuals=3) as v:
-            assert isinstance(v.source, Ranking)
+            assert isinstance(v.source, RankingSource)
             for pattern, futures in (("*/USDT", False), ("*/USDT:USDT", True)):
                 ranked = await v.source.ranked(pattern)
                 assert set(ranked) == {s for s in v.exchange.symbols if (":" in s) is futures}
@@ -262,7 +268,7 @@ def test_unknown_symbols_and_timeframes_are_explained() -> None:
         async with venue(3, perpetuals=1) as v:
             names = ("SIM1/USDT:1s", "SIM00/USDT:7m", "SIM00/USDT:USDT:1m")
             asked = [Series.parse(f"binance:{name}") for name in names]
-            why = await v.source.unknown(asked)
+            why = await v.source.unsupported(asked)
             assert "did you mean SIM0" in why[asked[0]]
             assert "no bars of 7m" in why[asked[1]]
             assert asked[2] not in why
@@ -295,8 +301,8 @@ def test_a_venue_that_refuses_us_is_not_asked_again(status: int) -> None:
         )
         series = Series.parse("binance:BTC/USDT:1m")
         with pytest.raises(VenueRefused, match=str(status)):
-            await source.unknown([series])
-        source.follow([series])
+            await source.unsupported([series])
+        source.subscribe([series])
         with pytest.raises(VenueRefused):
             await source.run(Heard().intake())
         await source.close()
@@ -373,7 +379,7 @@ def test_told_to_wait_in_the_handshake_it_waits() -> None:
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         options = BinanceOptions(rest_url=url, ws_url=url.replace("http", "ws"))
         source = CONNECTOR.build("binance", options, LoopClock(START), Random(1))
-        source.follow([Series.parse("binance:A/B:1m")])
+        source.subscribe([Series.parse("binance:A/B:1m")])
         heard = Heard()
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300):

@@ -14,12 +14,12 @@ from aiohttp import web
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, Source, SourceError, VenueRefused
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
 SERIES = Series.parse("ccxt.binance:A/B:1m")
-NOBODY = Intake(lambda _: None, lambda *_: None, lambda _: None)
+NOBODY = SourceCallbacks(lambda _: None, lambda *_: None, lambda _: None)
 
 
 def trial(body: Callable[[], Awaitable[None]]) -> None:
@@ -44,7 +44,7 @@ async def answering(
     config = {"urls": {"api": urls}, "options": {"fetchMarkets": {"types": ["spot"]}}}
     told = CcxtOptions.model_validate({"config": orjson.dumps({"binance": config}).decode()})
     source = CONNECTOR.build("ccxt.binance", told, LoopClock(START), Random(1))
-    source.follow([SERIES])
+    source.subscribe([SERIES])
     try:
         yield source
     finally:
@@ -60,7 +60,7 @@ def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> No
     async def body() -> None:
         async with answering(refuse) as source:
             with pytest.raises(VenueRefused, match=str(status)):
-                await source.unknown([SERIES])
+                await source.unsupported([SERIES])
             with pytest.raises(VenueRefused):
                 await source.run(NOBODY)
 
@@ -79,7 +79,7 @@ def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
 
     async def body() -> None:
         async with answering(falter) as source:
-            assert await source.unknown([SERIES]) == {}
+            assert await source.unsupported([SERIES]) == {}
             assert answers == 2
 
     trial(body)
@@ -114,7 +114,7 @@ def test_what_is_secret_in_an_address_is_in_no_error() -> None:
     async def body() -> None:
         async with answering(fail, path="/s3cr3t-path") as source:
             with pytest.raises(SourceError) as told:
-                await source.unknown([SERIES])
+                await source.unsupported([SERIES])
             assert "/***/" in str(told.value)
             assert "s3cr3t" not in str(told.value)
 

@@ -18,7 +18,7 @@ from aiohttp import web
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Source
+from kronos_stream.market.source import SourceCallbacks, Source
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -115,9 +115,9 @@ def test_kraken_is_watched_in_two_timeframes_and_its_history_is_as_it_has_it() -
         updates: list[Update] = []
         async with kraken() as (venue, source):
             assert source.traits.fills_empty is False
-            assert await source.unknown([minutes, fives]) == {}
-            source.follow([minutes, fives])
-            intake = Intake(updates.append, lambda *_: None, lambda _: None)
+            assert await source.unsupported([minutes, fives]) == {}
+            source.subscribe([minutes, fives])
+            intake = SourceCallbacks(updates.append, lambda *_: None, lambda _: None)
             running = asyncio.create_task(source.run(intake))
             await asyncio.sleep(400)
             assert sorted(venue.subscribed) == [1, 5]

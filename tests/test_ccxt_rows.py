@@ -15,7 +15,7 @@ from kronos_connectors.ccxt.errors import HttpStatus, SeriesRefused, told
 from kronos_connectors.ccxt.markets import inactive, problem
 from kronos_connectors.ccxt.rows import Page, Pages, Pushed, RowError, read_row
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError, VenueRefused
 from kronos_stream.market.timeframe import Timeframe
@@ -283,7 +283,7 @@ def test_what_ccxt_cannot_do_is_said_at_the_start(
 ) -> None:
     given = CcxtOptions.model_validate(settings)
     with pytest.raises(SourceError) as refused:
-        CONNECTOR.build(asked, given, DrivenClock(START), Random(1))
+        CONNECTOR.build(asked, given, ManualClock(START), Random(1))
     assert str(refused.value).startswith(why)
 
 
@@ -291,7 +291,7 @@ def test_every_exchange_of_ccxt_can_be_built_or_says_why_not() -> None:
     built = refused = 0
     for name in CONNECTOR.venues():
         try:
-            source = CONNECTOR.build(name, CcxtOptions(), DrivenClock(START), Random(1))
+            source = CONNECTOR.build(name, CcxtOptions(), ManualClock(START), Random(1))
         except SourceError as error:
             assert "no history of candles" in str(error)  # noqa: PT017 - most can be built
             refused += 1

@@ -29,7 +29,7 @@ import pytest
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Intake, Source, SourceError
+from kronos_stream.market.source import SourceCallbacks, Source, SourceError
 from kronos_stream.testing.exchange import Faults, Planned, SimulatedExchange
 from kronos_stream.testing.trial import Script, Wire, run_trial
 from kronos_stream.testing.verdict import faults_found
@@ -115,8 +115,8 @@ class Heard:
     rejected: list[tuple[Series | None, str, bytes]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def intake(self) -> Intake:
-        return Intake(
+    def intake(self) -> SourceCallbacks:
+        return SourceCallbacks(
             self.updates.append,
             lambda *what: self.rejected.append(what),
             lambda note: self.notes.update([note]),
@@ -160,7 +160,7 @@ async def venue(
         frames = {True: "1m", False: "1s"}
         series = [Series.parse(f"ccxt.binance:{s}:{frames[':' in s]}") for s in exchange.symbols]
         heard = Heard()
-        source.follow(series)
+        source.subscribe(series)
         running = asyncio.create_task(source.run(heard.intake()))
         try:
             yield Venue(exchange, source, series, heard)
@@ -273,9 +273,9 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
     async def body() -> None:
         async with venue(6) as v:
             first, last = v.series[:4], v.series[2:]
-            v.source.follow(first)
+            v.source.subscribe(first)
             await asyncio.sleep(30)
-            v.source.follow(last)
+            v.source.subscribe(last)
             await asyncio.sleep(30)
             now = v.exchange.clock.now()
             assert {u.series for u in v.heard.updates if u.received > now - 15_000} == set(last)
@@ -360,7 +360,7 @@ def test_unknown_symbols_and_timeframes_are_explained() -> None:
         async with venue(3, perpetuals=1) as v:
             names = ("SIM1/USDT:1s", "SIM00/USDT:7m", "SIM00/USDT:USDT:1m", "SIM00/USDT:1m")
             asked = [Series.parse(f"ccxt.binance:{name}") for name in names]
-            why = await v.source.unknown(asked)
+            why = await v.source.unsupported(asked)
             assert "did you mean SIM0" in why[asked[0]]
             assert "no bars of 7m, only 1s, 1m" in why[asked[1]]
             assert why.keys() == set(asked[:2])

@@ -13,7 +13,7 @@ import pytest
 from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.settings import Http, Settings, SettingsError
 from kronos_stream.daemon.state import State, StateError
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 
 FIRST, SECOND, THIRD = (Series.parse(f"venue:{name}/USDT:1m") for name in "ABC")
@@ -80,7 +80,7 @@ async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[Daemon]:
     )
     source: Any = venue
     daemon = Daemon(
-        settings, {"venue": source}, [], clock=DrivenClock(0), random=Random(0), series=[FIRST]
+        settings, {"venue": source}, [], clock=ManualClock(0), random=Random(0), series=[FIRST]
     )
     desk: Any = _Desk(venue)
     daemon._desk = desk

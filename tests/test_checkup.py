@@ -16,14 +16,14 @@ from kronos_stream.checkup import Check, Finding, compare_clocks, examine, look_
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.settings import Http
 from kronos_stream.daemon.state import SCHEMA_VERSION, State
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 
 _SERIES = [Series.parse("binance:BTC/USDT:1m")]
 
 
 async def test_the_quickest_answer_tells_the_time_best() -> None:
-    clock = DrivenClock(1_000_000)
+    clock = ManualClock(1_000_000)
     trips = iter([400, 20, 3_000])
 
     async def ask() -> int:

@@ -22,7 +22,7 @@ from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream.client import Forecast, _Choice, forecasts
 from kronos_stream.forecast.compose import removal
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -120,7 +120,7 @@ def _passed(values: Sequence[bytes | _Taken], minute: int = 0, **choice: Any) ->
         **dict.fromkeys(("duplicates", "superseded", "expired"), False),
         **choice,
     }
-    chosen = _Choice(clock=DrivenClock(_START + minute * _MINUTE), **settings)
+    chosen = _Choice(clock=ManualClock(_START + minute * _MINUTE), **settings)
     return [
         forecast.id
         for value in values
@@ -141,12 +141,12 @@ def test_two_models_on_one_topic_are_two_streams() -> None:
 
 
 def test_a_superseded_forecast_is_not_passed_on_if_its_successor_is_there() -> None:
-    chosen = _Choice(None, None, DrivenClock(_START), False, False, False)  # noqa: FBT003
+    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     records = [_Taken(_forecast(1)), _Taken(_forecast(1, revision=1)), _Taken(_forecast(2))]
     passed = [forecast and forecast.id for _, forecast in chosen.among(records)]
     assert passed == [None, *_names(1, revision=1), *_names(2)]
     again = [*records[:2], *records[:1]]  # a delivery that was repeated, and read half
-    chosen = _Choice(None, None, DrivenClock(_START), False, False, False)  # noqa: FBT003
+    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     assert [forecast is not None for _, forecast in chosen.among(again)] == [False, True, False]
     # One at a time, each is the newest when it comes; an older one is never passed on later.
     three = [_forecast(1), _forecast(1, revision=1), _forecast(1)]
@@ -184,7 +184,7 @@ def test_a_removal_is_no_forecast_and_nothing_to_warn_of(caplog: pytest.LogCaptu
 
 def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kronos_stream.client._REMEMBERED", 10)
-    chosen = _Choice(None, None, DrivenClock(_START), False, False, False)  # noqa: FBT003
+    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     for symbol in range(50):
         list(chosen.among([_Taken(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
     assert len(chosen._newest) == 10

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.contexts import Contexts, window_of
+from kronos_stream.market.contexts import ContextStore, build_window
 from kronos_stream.market.series import Series
 from kronos_stream.model.inputs import complete, normalise
 
@@ -30,9 +30,9 @@ def random_bars(count: int, *, scale: float = 100.0, amount: bool = True) -> lis
     return bars
 
 
-def filled(bars: list[Bar], capacity: int = 50) -> Contexts:
-    contexts = Contexts(capacity)
-    contexts.load(SERIES, (), whole=True)
+def filled(bars: list[Bar], capacity: int = 50) -> ContextStore:
+    contexts = ContextStore(capacity)
+    contexts.load(SERIES, (), complete=True)
     for bar in bars:
         contexts.append(SERIES, bar)
     return contexts
@@ -77,7 +77,7 @@ def test_what_does_not_lie_here_whole_is_not_given() -> None:
     contexts.load(SERIES, bars[-50:])
     assert contexts.window(SERIES, bars[-20].candle.time, 40) is None
     assert contexts.window(SERIES, bars[-1].candle.time, 40) is not None
-    contexts.forget(SERIES)
+    contexts.remove(SERIES)
     assert contexts.window(SERIES, bars[-1].candle.time, 40) is None
 
 
@@ -124,9 +124,9 @@ def test_synthetic_and_missing_bars_are_counted_and_said() -> None:
     assert window is not None
     assert window.synthetic == 4
     assert window.reasons == ("3 synthetic bars", "1 missing bar")
-    assert contexts.obstacle(SERIES, 40, strict=True) == "gap"
-    assert contexts.obstacle(SERIES, 40, strict=False) is None
-    assert contexts.obstacle(SERIES, 10, strict=True) is None
+    assert contexts.skip_reason(SERIES, 40, strict=True) == "gap"
+    assert contexts.skip_reason(SERIES, 40, strict=False) is None
+    assert contexts.skip_reason(SERIES, 10, strict=True) is None
 
 
 @pytest.mark.parametrize("amount", [True, False])
@@ -139,7 +139,7 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
         others = np.array([bar.candle[column] for bar in bars[:-1]], np.float64)
         last[column] = float(others.mean() + factor * others.std())
         bars[-1] = Bar(Candle(*last), received=1)  # type: ignore[arg-type]
-        window = window_of(SERIES, bars)
+        window = build_window(SERIES, bars)
         # What the model sees, before it clips.
         z = normalise(complete(window.values), clip=np.inf)[2][-1]
         if np.abs(np.abs(z) - 5).min() > 1e-3:
@@ -152,13 +152,13 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
 def test_a_tiny_price_is_judged_as_it_is_forecast() -> None:
     """Prices that hardly move are forecast times a power of two: a jump is clipped there too."""
     bars = random_bars(200, scale=1e-6)
-    assert window_of(SERIES, bars).reasons == ()
+    assert build_window(SERIES, bars).reasons == ()
     bars[-1] = Bar(bars[-1].candle._replace(high=1e-4), received=1)
-    assert window_of(SERIES, bars).reasons == ("last bar clipped",)
+    assert build_window(SERIES, bars).reasons == ("last bar clipped",)
 
 
 def test_a_thousand_series_stay_small() -> None:
-    contexts = Contexts(552)
+    contexts = ContextStore(552)
     contexts.load(SERIES, random_bars(600))
     (buffer,) = contexts._buffers.values()
     columns = (buffer._values, buffer._times, buffer._revisions, buffer._marks)

@@ -20,7 +20,7 @@ from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock, LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits
+from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_718_712_000_000
@@ -115,12 +115,12 @@ class Venue:
         bars = (self.bar(series, time) for time in range(start + -start % step, end, step))
         return [bar for bar in bars if bar is not None]
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         async with asyncio.TaskGroup() as tasks:
             for one in self.series:
                 tasks.create_task(self._push(intake, one))
 
-    async def _push(self, intake: Intake, one: Series) -> None:
+    async def _push(self, intake: SourceCallbacks, one: Series) -> None:
         step = one.timeframe.milliseconds or 0
         time = self.clock.now() // step * step
         async with asyncio.TaskGroup() as tasks:

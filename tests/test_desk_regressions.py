@@ -6,7 +6,7 @@ from random import Random
 
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.effects import Fetch, Revise
-from kronos_stream.market.tape import Tape
+from kronos_stream.market.tape import BarSequencer
 from kronos_stream.market.timeframe import Timeframe
 
 START = 1_750_000_000_000
@@ -21,9 +21,9 @@ def test_a_debt_is_paid_though_the_venues_clock_is_behind_ours() -> None:
     behind = 4_000
     known = [Bar(bar(START + 1000 * i)) for i in range(-44, -4)]
     known[-5] = Bar(bar(known[-5].candle.time)._replace(volume=0.0), synthetic=True)  # owed
-    tape = Tape(
-        Timeframe(1, "s"), Random(1), grace_seconds=2.0, patience_seconds=None, fills_empty=True,
-        history=40, known=known, whole=True,
+    tape = BarSequencer(
+        Timeframe(1, "s"), Random(1), grace_seconds=2.0, history_lag_seconds=None, fills_empty=True,
+        history_bars=40, bars=known, complete=True,
     )  # fmt: skip
     paid = []
     for now in range(START, START + 180_000, 100):
@@ -33,6 +33,6 @@ def test_a_debt_is_paid_though_the_venues_clock_is_behind_ours() -> None:
             if isinstance(effect, Fetch):
                 last = min(effect.end, (now - behind) // 1000 * 1000)
                 answer = [bar(time) for time in range(effect.start, last, 1000)]
-                effects = tape.answered(effect, answer, now)
+                effects = tape.fetch_completed(effect, answer, now)
                 paid += [one for one in effects if isinstance(one, Revise)]
     assert [one.bar.candle.time for one in paid] == [known[-5].candle.time]

@@ -117,7 +117,7 @@ def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
             assert isinstance(row[8], int)
             for number in (*row[1:6], row[7], row[9], row[10]):
                 assert len(number.partition(".")[2]) == 8
-            assert candle(row).fault() is None
+            assert candle(row).invalid_reason() is None
         truth = here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), START)
         # The last row is the unfinished one, which the truth does not have yet.
         assert [candle(row) for row in rows[:-1]] == [bar.candle for bar in truth]
@@ -266,7 +266,7 @@ def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None
                 message = await ws.recv()
                 name = orjson.loads(message)["stream"]
                 bar, closed = pushed(message)
-                assert bar.fault() is None
+                assert bar.invalid_reason() is None
                 assert (bar.time, bar.volume) >= last[name]  # in order, and volume only grows
                 last[name] = (bar.time, bar.volume)
                 (final if closed else seen)[name].append(bar)

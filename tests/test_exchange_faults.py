@@ -63,7 +63,7 @@ def read(message: bytes) -> tuple[str, int, Candle, bool] | None:
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         return None
     right_time = isinstance(k["t"], int) and 0 < k["t"] < event["E"] and k["t"] % 1000 == 0
-    if wrapper["stream"] not in NAMES or candle.fault() is not None or not right_time:
+    if wrapper["stream"] not in NAMES or candle.invalid_reason() is not None or not right_time:
         return None
     return wrapper["stream"], event["E"] - START, candle, k["x"]
 

@@ -19,7 +19,7 @@ import pytest
 
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Source
+from kronos_stream.market.source import SourceCallbacks, Source
 from kronos_stream.testing.exchange import Faults
 from kronos_stream.testing.trial import Journal, Script, run_trial
 from kronos_stream.testing.verdict import faults_found
@@ -99,17 +99,17 @@ class Meddled:
         self.venue, self.traits = source.venue, source.traits
 
     async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
-        return await self._source.unknown(series)
+        return await self._source.unsupported(series)
 
     def follow(self, series: Collection[Series]) -> None:
-        self._source.follow(series)
+        self._source.subscribe(series)
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         def update(update: Update) -> None:
             for one in self._lie(update):
                 intake.update(one)
 
-        await self._source.run(Intake(update, intake.reject, intake.note))
+        await self._source.run(SourceCallbacks(update, intake.reject, intake.count_event))
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         return await self._source.history(series, start, end)

@@ -20,10 +20,17 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candles
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.market.feed import Extent, FeedNeeds, Note, Part, Told, Unreadable
+from kronos_stream.market.feed import (
+    PartitionBounds,
+    FeedNeeds,
+    Checkpoint,
+    Partition,
+    FeedRecord,
+    Unreadable,
+)
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import Relayed, relay
+from kronos_stream.market.wire import RelayedBar, encode_bar
 from kronos_stream.testing.apache import ApacheKafka
 
 SECOND = Timeframe.parse("1s")
@@ -35,25 +42,27 @@ class Keeper:
 
     def __init__(self, *, hand_over: float = 0.0, text: str = "") -> None:
         """hand_over: seconds that it takes to give up. text: what it notes beside offsets."""
-        self.given_parts: list[Collection[Part]] = []
-        self.begun: dict[Part, Extent] = {}
-        self.told: list[Told] = []
-        self.reached: dict[Part, int] = {}
+        self.given_parts: list[Collection[Partition]] = []
+        self.begun: dict[Partition, PartitionBounds] = {}
+        self.told: list[FeedRecord] = []
+        self.reached: dict[Partition, int] = {}
         self._hand_over, self._text = hand_over, text
-        self._noted: dict[Part, Note] = {}
+        self._noted: dict[Partition, Checkpoint] = {}
 
-    def enough(self) -> Collection[Part]:
+    def enough(self) -> Collection[Partition]:
         return ()
 
-    def given(self, parts: Collection[Part]) -> None:
+    def given(self, parts: Collection[Partition]) -> None:
         self.given_parts.append(list(parts))
 
-    def begin(self, part: Part, extent: Extent) -> int:
+    def begin(self, part: Partition, extent: PartitionBounds) -> int:
         self.begun[part] = extent
-        self.reached[part] = extent.first if extent.note is None else extent.note.offset
+        self.reached[part] = extent.first if extent.checkpoint is None else extent.checkpoint.offset
         return self.reached[part]
 
-    def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
+    def read(
+        self, part: Partition, records: Iterable[tuple[int, FeedRecord]], reached: int
+    ) -> None:
         if part in self.reached:
             self.told += [told for _, told in records]
             self.reached[part] = reached
@@ -64,11 +73,11 @@ class Keeper:
     def taken(self) -> None:
         self.reached.clear()
 
-    def notes(self) -> Mapping[Part, Note]:
-        notes = {part: Note(offset, self._text) for part, offset in self.reached.items()}
+    def notes(self) -> Mapping[Partition, Checkpoint]:
+        notes = {part: Checkpoint(offset, self._text) for part, offset in self.reached.items()}
         return {part: note for part, note in notes.items() if self._noted.get(part) != note}
 
-    def noted(self, notes: Mapping[Part, Note]) -> None:
+    def noted(self, notes: Mapping[Partition, Checkpoint]) -> None:
         self._noted |= notes
 
     def lags(self, lags: Mapping[str, int]) -> None:
@@ -76,7 +85,7 @@ class Keeper:
 
     @property
     def bars(self) -> int:
-        return sum(isinstance(told, Relayed) for told in self.told)
+        return sum(isinstance(told, RelayedBar) for told in self.told)
 
 
 class House:
@@ -106,7 +115,7 @@ class House:
         for _ in range(bars):
             number = self._written[partition] = self._written[partition] + 1
             bar = Bar(Candle(1_000 * number, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
-            value = relay(SERIES, bar, history=False)
+            value = encode_bar(SERIES, bar, history=False)
             producer.produce(self.topic, value, SERIES.name, partition=partition)
         if transaction:
             producer.commit_transaction(30)
@@ -158,11 +167,11 @@ async def test_who_goes_on_begins_where_the_one_before_noted(house: House) -> No
     async with house.reading(first) as feed:
         await until(lambda: first.bars == 7)
         assert feed.trouble == ""
-        assert first.begun[Part(house.topic, 0)] == Extent(0, 7, 0, None)
+        assert first.begun[Partition(house.topic, 0)] == PartitionBounds(0, 7, 0, None)
     house.write(3)
     async with house.reading(second):
         await until(lambda: second.bars == 3)
-        assert second.begun[Part(house.topic, 0)].note == Note(7, "seven")
+        assert second.begun[Partition(house.topic, 0)].checkpoint == Checkpoint(7, "seven")
         await until(lambda: second.lag == 0)
 
 
@@ -208,7 +217,7 @@ async def test_marks_of_transactions_are_passed_over(house: House) -> None:
     house.write(5, transaction=house.topic)
     keeper = Keeper()
     async with house.reading(keeper):
-        await until(lambda: keeper.reached.get(Part(house.topic, 0)) == 6)
+        await until(lambda: keeper.reached.get(Partition(house.topic, 0)) == 6)
         assert keeper.bars == 5
 
 
@@ -218,9 +227,9 @@ async def test_what_cannot_be_is_told_as_unreadable_and_passed_over(house: House
     minute = Series.of("binance", "BTC/USDT", Timeframe.parse("1m"))
     bar = Bar(Candle(60_000, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
     for key, value in (
-        (SERIES.name, relay(SERIES, ahead, history=False)),
-        (minute.name, relay(minute, bar, history=False)),
-        (SERIES.name, relay(minute, bar, history=False)),
+        (SERIES.name, encode_bar(SERIES, ahead, history=False)),
+        (minute.name, encode_bar(minute, bar, history=False)),
+        (SERIES.name, encode_bar(minute, bar, history=False)),
         (SERIES.name, b"not JSON"),
         ("\N{SNOWMAN}", b""),
     ):
@@ -279,7 +288,7 @@ async def test_a_broker_that_does_not_tell_what_is_done_is_asked_again(
     async with house.reading(second):
         await until(lambda: second.begun)
     assert len(asked) > 1
-    assert second.begun[Part(house.topic, 0)].note == Note(4, "")
+    assert second.begun[Partition(house.topic, 0)].checkpoint == Checkpoint(4, "")
 
 
 async def test_the_work_goes_on_turn_by_turn_also_without_a_broker(topic_prefix: str) -> None:

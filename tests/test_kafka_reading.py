@@ -11,7 +11,7 @@ from kronos_connectors.kafka.reading import Bounds, Place, Reading, Rejected, To
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import encode
+from kronos_stream.market.wire import encode_candle
 
 MINUTE = 60_000
 START = 1_718_709_300_000
@@ -36,7 +36,7 @@ def _candle(minute: int, close: float = 1.0) -> Candle:
 
 
 def _record(offset: int, minute: int, close: float = 1.0, series: Series = BTC) -> Record:
-    return Record(offset, series.name.encode(), encode(series, _candle(minute, close)))
+    return Record(offset, series.name.encode(), encode_candle(series, _candle(minute, close)))
 
 
 def _reading(*series: Series, bars: int = 1_000) -> Reading:
@@ -94,7 +94,7 @@ def test_other_series_are_not_even_decoded() -> None:
     assert reading.take(PLACE, [Record(0, ETH.name.encode(), b"{"), _record(1, 1)], NOW)[0] == (
         Update(BTC, _candle(1), closed=True, received=NOW)
     )
-    assert reading.take(PLACE, [Record(2, None, encode(ETH, _candle(1)))], NOW) == []
+    assert reading.take(PLACE, [Record(2, None, encode_candle(ETH, _candle(1)))], NOW) == []
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,27 @@ def test_other_series_are_not_even_decoded() -> None:
     [
         (BTC.name.encode(), b"{", BTC, "Invalid JSON"),
         (BTC.name.encode(), None, BTC, "without a value"),
-        (BTC.name.encode(), encode(ETH, _candle(0)), BTC, "it says series kafka:ETH/USDT:1m"),
-        (BTC.name.encode(), encode(BTC, _candle(0, -1.0)), BTC, "is not a price"),
+        (
+            BTC.name.encode(),
+            encode_candle(ETH, _candle(0)),
+            BTC,
+            "it says series kafka:ETH/USDT:1m",
+        ),
+        (BTC.name.encode(), encode_candle(BTC, _candle(0, -1.0)), BTC, "is not a price"),
         (None, b"{}", None, "required"),
-        (b"BTC", encode(BTC, _candle(0)).replace(BTC.name.encode(), b"BTC"), None, "series 'BTC'"),
+        (
+            b"BTC",
+            encode_candle(BTC, _candle(0)).replace(BTC.name.encode(), b"BTC"),
+            None,
+            "series 'BTC'",
+        ),
         (FIVE.name.encode(), b"{}", FIVE, "among those of 1m"),
-        (None, encode(FIVE, Candle(START, 1.0, 1.0, 1.0, 1.0, 1.0)), FIVE, "among those of 1m"),
+        (
+            None,
+            encode_candle(FIVE, Candle(START, 1.0, 1.0, 1.0, 1.0, 1.0)),
+            FIVE,
+            "among those of 1m",
+        ),
     ],
 )
 def test_what_cannot_be_is_rejected_with_its_place(
@@ -125,7 +140,7 @@ def test_what_cannot_be_is_rejected_with_its_place(
 
 def test_a_key_that_is_no_series_leaves_it_to_the_message() -> None:
     reading = _placed(_reading())
-    told = reading.take(PLACE, [Record(0, b"BTC", encode(BTC, _candle(0)))], NOW)
+    told = reading.take(PLACE, [Record(0, b"BTC", encode_candle(BTC, _candle(0)))], NOW)
     assert _minutes(told) == [0]
 
 
@@ -145,7 +160,7 @@ def test_records_that_the_group_has_judged_are_not_rejected_again() -> None:
 
 def test_an_open_bar_is_a_sign_of_life_and_no_history() -> None:
     reading = _placed(_reading())
-    value = encode(BTC, _candle(0), closed=False)
+    value = encode_candle(BTC, _candle(0), closed=False)
     told = reading.take(PLACE, [Record(0, BTC.name.encode(), value)], NOW)
     assert told == [Update(BTC, _candle(0), closed=False, received=NOW)]
     assert _history(reading) == []
@@ -288,4 +303,4 @@ def test_whatever_the_group_does_nothing_is_lost_or_told_twice(seed: int) -> Non
     assert _history(reading) == sorted(truth.items())
     expected = [record for record in log[first_end:] if record.key == BTC.name.encode()]
     mine = [one for one in told if isinstance(one, Update) and one.series == BTC]
-    assert [encode(BTC, one.candle) for one in mine] == [record.value for record in expected]
+    assert [encode_candle(BTC, one.candle) for one in mine] == [record.value for record in expected]

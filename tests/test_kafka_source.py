@@ -25,9 +25,9 @@ from kronos_connectors.kafka.topics import candles, wanted
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError
+from kronos_stream.market.source import SourceCallbacks, SourceError
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import encode
+from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
 
@@ -67,7 +67,7 @@ async def _following(
 ) -> AsyncIterator[Following]:
     one = Following(_source(bootstrap, prefix, **options))
     one.source.follow(series or (BTC,))
-    intake = Intake(
+    intake = SourceCallbacks(
         one.updates.append,
         lambda series, reason, raw: one.rejected.append((series, reason, raw)),
         one.notes.append,
@@ -94,7 +94,7 @@ def _bar(number: int, series: Series = BTC) -> bytes:
     newest = time.time_ns() // 1_000_000 // STEP - 1
     price = float(number)
     opened = (newest - 1_000 + number) * STEP
-    return encode(series, Candle(opened, price, price, price, price, 1.0))
+    return encode_candle(series, Candle(opened, price, price, price, price, 1.0))
 
 
 async def _produce(

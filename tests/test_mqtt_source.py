@@ -17,8 +17,8 @@ from kronos_connectors.mqtt import SOURCE, MqttOptions
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, LoginRefused, Source, SourceError
-from kronos_stream.market.wire import encode
+from kronos_stream.market.source import SourceCallbacks, LoginRefused, Source, SourceError
+from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.mosquitto import Mosquitto, publish
 
 BrokerOf = Callable[..., Mosquitto]
@@ -34,7 +34,7 @@ def _candle(number: int) -> Candle:
 
 
 def _send(broker: Mosquitto, series: Series, *numbers: int) -> None:
-    publish(broker, _TOPICS[series], *(encode(series, _candle(n)) for n in numbers))
+    publish(broker, _TOPICS[series], *(encode_candle(series, _candle(n)) for n in numbers))
 
 
 class _Heard:
@@ -44,7 +44,7 @@ class _Heard:
         self.updates: list[Update] = []
         self.rejected: list[tuple[Series | None, str, bytes]] = []
         self.notes: list[str] = []
-        self.intake = Intake(self.updates.append, self._reject, self.notes.append)
+        self.intake = SourceCallbacks(self.updates.append, self._reject, self.notes.append)
 
     def _reject(self, series: Series | None, reason: str, raw: bytes) -> None:
         self.rejected.append((series, reason, raw))
@@ -68,7 +68,7 @@ async def _running(
 ) -> AsyncIterator[Source]:
     """A source that follows ``series``, subscribed."""
     source = _source(broker, **options)
-    source.follow(series)
+    source.subscribe(series)
     running = asyncio.create_task(source.run(heard.intake))
     try:
         await _in_time(lambda: _is_up(source, running))
@@ -109,7 +109,7 @@ async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None
         async with _running(broker, heard) as source:
             before = time.time_ns() // 1_000_000
             await asyncio.to_thread(_send, broker, _BTC, 0, 1, 2)
-            still_open = encode(_ETH, _candle(7), closed=False)
+            still_open = encode_candle(_ETH, _candle(7), closed=False)
             await asyncio.to_thread(publish, broker, _TOPICS[_ETH], still_open)
             await _in_time(lambda: len(heard.updates) == 4)
             assert heard.numbers(_BTC) == [0, 1, 2]
@@ -135,10 +135,10 @@ async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: Broke
                 _TOPICS[_BTC],
                 b"no JSON",
                 b'{"time": 0, "open": 1}',
-                encode(_ETH, _candle(0)),
+                encode_candle(_ETH, _candle(0)),
                 b"x" * 9_000,
-                encode(_BTC, _candle(1)._replace(high=1.0)),
-                encode(_BTC, _candle(2)),
+                encode_candle(_BTC, _candle(1)._replace(high=1.0)),
+                encode_candle(_BTC, _candle(2)),
             )
             await _in_time(lambda: heard.numbers(_BTC) == [1, 2])
             reasons = [reason for _, reason, _ in heard.rejected]
@@ -198,12 +198,12 @@ async def test_what_is_followed_changes_while_it_runs(mosquitto_of: BrokerOf) ->
         async with _running(broker, heard, [_BTC]) as source:
             await asyncio.to_thread(_send, broker, _BTC, 0)
             await _in_time(lambda: heard.numbers(_BTC) == [0])
-            assert await source.unknown([_ETH]) == {}  # as at a reload
-            source.follow([_BTC, _ETH])
+            assert await source.unsupported([_ETH]) == {}  # as at a reload
+            source.subscribe([_BTC, _ETH])
             await _in_time(lambda: "SUBACK" in broker.log_file.read_text().rpartition("ETH")[2])
             await asyncio.to_thread(_send, broker, _ETH, 1)
             await _in_time(lambda: heard.numbers(_ETH) == [1])
-            source.follow([_ETH])
+            source.subscribe([_ETH])
             await _in_time(lambda: "UNSUBACK" in broker.log_file.read_text())
             await asyncio.to_thread(_send, broker, _BTC, 2)
             await asyncio.to_thread(_send, broker, _ETH, 3)
@@ -224,15 +224,15 @@ async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: Brok
     broker = mosquitto_of(users={"me": "right"})
     login = {"username": "me", "password": "right"}
     with pytest.raises(SourceError, match=rf"mqtt://127\.0\.0\.1:{broker.port}: .*refused") as away:
-        await _source(broker, **login).unknown([_BTC])
+        await _source(broker, **login).unsupported([_BTC])
     assert not isinstance(away.value, LoginRefused)
     with broker:
         with pytest.raises(LoginRefused, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
-            await _source(broker, username="me", password="wrong-secret").unknown([_BTC])  # noqa: S106
+            await _source(broker, username="me", password="wrong-secret").unsupported([_BTC])  # noqa: S106
         assert "wrong-secret" not in str(refused.value)
         source = _source(broker, **login)
         odd = Series.of("mqtt", "A\nB", _BTC.timeframe)
-        assert await source.unknown([_BTC, odd]) == {
+        assert await source.unsupported([_BTC, odd]) == {
             odd: "a topic cannot hold the control character U+000A"
         }
     assert len(asyncio.all_tasks()) == 1
@@ -252,7 +252,7 @@ async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
         sockets = _sockets()
         for turn in range(200):
             source = _source(broker)
-            source.follow([_BTC])
+            source.subscribe([_BTC])
             running = asyncio.create_task(source.run(_Heard().intake))
             for _ in range(turn % 40):  # turns of the event loop, most of them in connecting
                 await asyncio.sleep(0 if turn % 3 else 0.0005)
@@ -272,7 +272,7 @@ async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:
                 publish,
                 broker,
                 "kronos/candles/mqtt.desk/BTC%2FUSDT/1m",
-                encode(theirs, _candle(1)),
+                encode_candle(theirs, _candle(1)),
             )
             await asyncio.to_thread(_send, broker, _BTC, 2)
             await _in_time(lambda: heard.updates and desk.updates)

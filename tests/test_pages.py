@@ -29,10 +29,10 @@ from kronos_stream.daemon.outbox import Message
 from kronos_stream.daemon.pages import Answer, Pages
 from kronos_stream.forecast.outlook import outlook
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.tape import Tape
+from kronos_stream.market.tape import BarSequencer
 
 START = 1_718_712_000_000
 MINUTE = 60_000
@@ -47,25 +47,25 @@ Json = dict[str, Any]
 class Followed:
     """As the desk has it."""
 
-    tape: Tape
+    tape: BarSequencer
 
 
-def _tape(series: Series, bars: int = 3, *, synthetic: bool = False) -> Tape:
+def _tape(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSequencer:
     """Of ``bars`` closed bars, the last of which closes at START."""
     step = series.timeframe.milliseconds or 0
     known = [
         Bar(Candle(START - (bars - i) * step, 1, 2, 0.5, 1.5, 10, 15), synthetic=synthetic)
         for i in range(bars)
     ]
-    return Tape(
+    return BarSequencer(
         series.timeframe,
         Random(0),
         grace_seconds=2.0,
-        patience_seconds=None,
+        history_lag_seconds=None,
         fills_empty=True,
-        history=10,
-        known=known,
-        whole=bool(known),
+        history_bars=10,
+        bars=known,
+        complete=bool(known),
     )
 
 
@@ -73,7 +73,7 @@ class House:
     """A board and pages of some series, at START."""
 
     def __init__(self, *names: str, token: str | None = None, **checks: str) -> None:
-        self.clock = DrivenClock(START)
+        self.clock = ManualClock(START)
         self.followed = {one: Followed(_tape(one)) for one in map(Series.parse, names)}
         self.board = Board(self.clock)
         self.board.look_at(lambda: self.followed)
@@ -214,7 +214,7 @@ async def test_what_is_wrong_with_a_series_is_its_state() -> None:
         tape.update(candle, True, house.clock.now())  # noqa: FBT003
     row = await house.row()
     assert (row["state"], row["held"]) == ("late", 2)
-    house.clock = house.board._clock = DrivenClock(START + 2 * MINUTE - 1)
+    house.clock = house.board._clock = ManualClock(START + 2 * MINUTE - 1)
     assert (await house.row())["state"] == "held"
     tape.silent = True
     assert (await house.row())["state"] == "silent"

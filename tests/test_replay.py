@@ -20,10 +20,10 @@ from kronos_connectors.replay.pace import PacedClock, driving, pacing
 from kronos_connectors.replay.source import Recording, Replay
 from kronos_connectors.replay.tracks import Wanted
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.clock import Clock, DrivenClock, LoopClock
+from kronos_stream.market.clock import Clock, ManualClock, LoopClock
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits
+from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.testing.virtual import run_virtual
@@ -45,8 +45,10 @@ class Heard:
         self._clock = clock
 
     @property
-    def intake(self) -> Intake:
-        return Intake(self._update, lambda *what: self.rejected.append(what), lambda _: None)
+    def intake(self) -> SourceCallbacks:
+        return SourceCallbacks(
+            self._update, lambda *what: self.rejected.append(what), lambda _: None
+        )
 
     def _update(self, update: Update) -> None:
         self.updates.append(update)
@@ -117,7 +119,7 @@ def replayed(
     """What the daemon hears when ``files`` are replayed as fast as possible."""
     recording = Recording.read(files)
     start = recording.start(lookback) if start is None else start
-    clock = DrivenClock(start)
+    clock = ManualClock(start)
     heard = Heard(clock)
     source = Replay(
         recording, clock, start, reach=driving(clock, _settled, lambda: None), **options
@@ -198,7 +200,7 @@ def test_the_first_bar_pushed_completes_the_lookback_over_a_hole(write: Write) -
 def test_history_never_holds_a_bar_that_is_open_nor_one_the_file_lacks(write: Write) -> None:
     recording = Recording.read([write("A_B.csv", 20, without=[7])])
     (series,) = recording.series
-    clock = DrivenClock(START_MS)
+    clock = ManualClock(START_MS)
     source = Replay(recording, clock, START_MS)
 
     async def bars(moment: int, start: int, end: int) -> list[int]:
@@ -234,7 +236,7 @@ def test_it_ends_after_so_many_closes(write: Write) -> None:
 
 def test_only_what_is_followed_is_pushed(write: Write) -> None:
     recording = Recording.read([write("A_B.csv"), write("C_D.csv")])
-    clock = DrivenClock(START_MS)
+    clock = ManualClock(START_MS)
     heard = Heard(clock)
     source = Replay(recording, clock, START_MS, reach=driving(clock, _settled, lambda: None))
     source.follow([Series.parse("replay:C/D:1m")])
@@ -243,7 +245,7 @@ def test_only_what_is_followed_is_pushed(write: Write) -> None:
 
 
 def test_a_series_that_is_not_recorded_is_unknown(write: Write) -> None:
-    source = Replay(Recording.read([write("A_B.csv")]), DrivenClock(0), 0)
+    source = Replay(Recording.read([write("A_B.csv")]), ManualClock(0), 0)
     found = asyncio.run(source.unknown([Series.parse("replay:A/B:1m"), BTC]))
     assert found == {BTC: "not recorded; there are replay:A/B:1m"}
 
@@ -251,7 +253,7 @@ def test_a_series_that_is_not_recorded_is_unknown(write: Write) -> None:
 def test_time_stops_at_alarms_and_goes_on_only_from_what_is_settled(write: Write) -> None:
     """A bar every two minutes, and somebody who wants to be woken every twenty seconds."""
     recording = Recording.read([write("A_B.csv", 3, timeframe=2 * MINUTE)])
-    clock = DrivenClock(START_MS)
+    clock = ManualClock(START_MS)
     heard = Heard(clock)
     settled: list[int] = []
 
@@ -398,7 +400,7 @@ def test_in_a_daemon_on_the_wall_clock_the_bars_happen_now(write: Write) -> None
         heard = Heard(clock)
         source = CONNECTOR.build("replay", options, clock, random.Random(0))
         series = Series.parse("replay:A/B:1m")
-        source.follow([series])
+        source.subscribe([series])
         known = await source.history(series, 0, now + MINUTE)
         assert len(known) == 10
         assert known[-1].time == now // MINUTE * MINUTE - MINUTE
@@ -415,7 +417,7 @@ def test_after_its_end_a_recording_knows_nothing(write: Write) -> None:
     recording = Recording.read([write("A_B.csv", 5), write("C_D.csv", 9)])
     ended, other = sorted(recording.series, key=lambda one: one.name)
     end = START_MS + 5 * MINUTE
-    source = Replay(recording, DrivenClock(START_MS + 9 * MINUTE), START_MS)
+    source = Replay(recording, ManualClock(START_MS + 9 * MINUTE), START_MS)
     assert len(asyncio.run(source.history(ended, end - MINUTE, end + MINUTE))) == 1
     assert len(asyncio.run(source.history(other, end, end + MINUTE))) == 1
     with pytest.raises(SourceError, match="its recording has ended") as raised:
@@ -425,6 +427,6 @@ def test_after_its_end_a_recording_knows_nothing(write: Write) -> None:
 
 def test_files_are_complete_at_once_and_frames_are_not(write: Write, capture: Write) -> None:
     files = Recording.read([write("A_B.csv", 5)])
-    assert files.traits == Traits(grace_seconds=0, patience_seconds=0)
+    assert files.traits == Traits(grace_seconds=0, history_lag_seconds=0)
     frames = Recording.read([capture("frames", [kline(0, 60, closed=True)])])
     assert frames.traits == Traits(fills_empty=True)

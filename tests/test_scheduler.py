@@ -20,7 +20,7 @@ from kronos_stream.daemon.worker import Batch
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series
-from kronos_stream.market.clock import Clock, DrivenClock, LoopClock
+from kronos_stream.market.clock import Clock, ManualClock, LoopClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.testing.virtual import run_virtual
 
@@ -344,7 +344,7 @@ def test_settled_waits_for_nobody() -> None:
     here, absent = series(2)
 
     async def main() -> list[tuple[str, int, str]]:
-        bench = Bench(clock=DrivenClock(START))
+        bench = Bench(clock=ManualClock(START))
         running = asyncio.create_task(bench.scheduler.run())
         bench.expected[START] = {absent}
         bench.give(due_at(here, START))

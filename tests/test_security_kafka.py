@@ -109,7 +109,7 @@ async def _gets_through(options: KafkaOptions) -> None:
     finally:
         await sink.close()
     source = SOURCE.build("kafka", options, SystemClock(), Random(0))
-    assert await source.unknown([SERIES]) == {}
+    assert await source.unsupported([SERIES]) == {}
     assert {finding.level for finding in await _looked_over(options)} == {"ok"}
 
 
@@ -270,7 +270,7 @@ async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]
     said, final = str(refused.value), isinstance(refused.value, SinkRefused)
     source = SOURCE.build("kafka", options, SystemClock(), Random(0))
     with pytest.raises(SourceError) as unknown:
-        await source.unknown([SERIES])
+        await source.unsupported([SERIES])
     with pytest.raises(admin.TopicsError) as denied:
         await admin.check(options, [])
     (finding,) = await _looked_over(options)

@@ -20,8 +20,8 @@ from kronos_stream.forecast.sink import Record, Sink, SinkRefused, SinkUnavailab
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, LoginRefused, SourceError
-from kronos_stream.market.wire import encode
+from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError
+from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.certificates import Authority
 from kronos_stream.testing.mosquitto import Mosquitto
 
@@ -81,7 +81,7 @@ async def _said(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
             await sink.start()
     source = SOURCE.build("mqtt", options, SystemClock(), Random(0))
     with pytest.raises(SourceError) as unknown:
-        await source.unknown([SERIES])
+        await source.unsupported([SERIES])
     assert str(unknown.value) == str(refused.value)  # a source says the same
     final = isinstance(refused.value, SinkRefused)
     assert isinstance(unknown.value, LoginRefused) is final
@@ -123,9 +123,11 @@ async def test_forecasts_go_out_and_candles_come_in_encrypted(
     options = _options(broker, authority)
     came: list[Update] = []
     source = SOURCE.build("mqtt", options, SystemClock(), Random(0))
-    assert await source.unknown([SERIES]) == {}
-    source.follow([SERIES])
-    running = asyncio.create_task(source.run(Intake(came.append, lambda *_: None, lambda _: None)))
+    assert await source.unsupported([SERIES]) == {}
+    source.subscribe([SERIES])
+    running = asyncio.create_task(
+        source.run(SourceCallbacks(came.append, lambda *_: None, lambda _: None))
+    )
     # Candles from another client of ours: the sink publishes where the source listens.
     theirs = _options(
         broker, authority, client_id="theirs", candle_topic="x/{venue}/{symbol}/{timeframe}",
@@ -133,7 +135,7 @@ async def test_forecasts_go_out_and_candles_come_in_encrypted(
     )  # fmt: skip
     now = time.time_ns() // 1_000_000
     candle = Candle(now - now % 60_000 - 60_000, 1.0, 2.0, 0.5, 1.5, 10.0)
-    record = _record()._replace(key=SERIES.name, value=encode(SERIES, candle))
+    record = _record()._replace(key=SERIES.name, value=encode_candle(SERIES, candle))
     async with _sink(options) as sink, _sink(theirs) as feeder:
         await sink.start()
         assert not await sink.deliver([_record(1)])

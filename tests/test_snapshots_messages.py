@@ -23,7 +23,7 @@ from kronos_stream.forecast.outlook import Outlook, outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import decode, encode, relayed
+from kronos_stream.market.wire import decode_update, encode_candle, decode_bar
 
 _SNAPSHOTS = Path(__file__).parent / "data" / "snapshots"
 
@@ -89,16 +89,19 @@ def test_candles() -> None:
     for given, history, message in zip(
         (bar, filled), (False, True), messages.values(), strict=True
     ):
-        read = relayed(message.value, None)
+        read = decode_bar(message.value, None)
         assert read is not None
         assert tuple(read) == (_SERIES, given, history)
 
 
 def test_candle_values_of_producers() -> None:
     bar = Candle(_ORIGIN, 65_000.0, 65_010.5, 64_990.0, 65_005.25, 12.5, 812_000.0)
-    values = [encode(_SERIES, bar), encode(_SERIES, bar._replace(amount=None), closed=False)]
+    values = [
+        encode_candle(_SERIES, bar),
+        encode_candle(_SERIES, bar._replace(amount=None), closed=False),
+    ]
     _check("candle-values.txt", "".join(f"{value.decode()}\n" for value in values))
-    assert tuple(decode(values[0], None, _NOW)) == (_SERIES, bar, True, _NOW)
+    assert tuple(decode_update(values[0], None, _NOW)) == (_SERIES, bar, True, _NOW)
 
 
 def test_removals() -> None:

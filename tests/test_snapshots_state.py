@@ -28,7 +28,7 @@ from kronos_stream.daemon.environment import read_settings
 from kronos_stream.daemon.state import State
 from kronos_stream.forecast.sink import Record, Refusal
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Traits
 from kronos_stream.testing.standin import StandIn
@@ -131,9 +131,9 @@ class _Venue:
     """Twelve bars of history, then four minutes in which one bar is missing and one corrected."""
 
     venue = "binance"
-    traits = Traits(grace_seconds=2.0, patience_seconds=0.0)
+    traits = Traits(grace_seconds=2.0, history_lag_seconds=0.0)
 
-    def __init__(self, live: Callable[[Any], Awaitable[None]], clock: DrivenClock) -> None:
+    def __init__(self, live: Callable[[Any], Awaitable[None]], clock: ManualClock) -> None:
         self._live, self._clock = live, clock
         self.corrected: dict[tuple[Series, int], Candle] = {}
 
@@ -222,7 +222,7 @@ async def _run(folder: Path) -> _Run:
         "DEVICE": "cpu",
     }
     settings = read_settings({_PREFIX + name: value for name, value in told.items()})
-    clock = DrivenClock(_START)
+    clock = ManualClock(_START)
     pages: dict[str, tuple[int, str, bytes]] = {}
     paths = [f"forecasts/{one}" for one in (_BTC.name, _ETH.name, _SOL.name, _GONE, "nonsense")]
     paths += ["series", "metrics", "readyz", "healthz", "nosuch"]

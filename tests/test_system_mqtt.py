@@ -18,7 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import encode
+from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.audit import audit
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
@@ -75,7 +75,7 @@ class Feed:
         for i, series in enumerate(SERIES):
             price = 100.0 + i + (second * (7 + i)) % 13
             bar = Candle(1_000 * second, price, price + 1.5, price - 1.5, price + 1, 3.0 + i)
-            self._client.publish(_topic(series), encode(series, bar), qos=1)
+            self._client.publish(_topic(series), encode_candle(series, bar), qos=1)
             self.sent[series].append(bar.time)
 
 

@@ -23,7 +23,7 @@ from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import relay
+from kronos_stream.market.wire import encode_bar
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.audit import read_topic
 from kronos_stream.testing.daemons import DaemonProcess
@@ -56,7 +56,7 @@ class Past:
                 close = 100 + self._random.random()
                 candle = Candle(opened, 100.5, 102.0, 99.0, close, 5.0, 500.0)
                 closed = one.timeframe.after(opened)
-                value = relay(one, Bar(candle, received=closed), history=number < history)
+                value = encode_bar(one, Bar(candle, received=closed), history=number < history)
                 while True:
                     try:
                         self._producer.produce(topic, value, one.name, timestamp=closed)

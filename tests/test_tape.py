@@ -22,7 +22,7 @@ from kronos_stream.market.effects import (
     Revise,
     Silence,
 )
-from kronos_stream.market.tape import Tape
+from kronos_stream.market.tape import BarSequencer
 from kronos_stream.market.timeframe import Timeframe
 
 MINUTE = 60_000
@@ -38,7 +38,7 @@ def candle(bar: int, close: float = 100.5, volume: float = 3.0) -> Candle:
 class Bench:
     """A tape of 1m bars on a bench: bars are numbered from START, moments are seconds after it."""
 
-    tape: Tape
+    tape: BarSequencer
     said: list[Effect] = field(default_factory=list)
 
     def push(self, one: Candle, seconds: float, *, closed: bool = True) -> list[Effect]:
@@ -48,15 +48,15 @@ class Bench:
         return self._heard(self.tape.tick(START + round(seconds * 1000)))
 
     def answer(self, asked: Fetch, seconds: float, *candles: Candle) -> list[Effect]:
-        return self._heard(self.tape.answered(asked, candles, START + round(seconds * 1000)))
+        return self._heard(self.tape.fetch_completed(asked, candles, START + round(seconds * 1000)))
 
     def fail(self, seconds: float, retry_after: float = 0) -> None:
-        self.tape.failed(START + round(seconds * 1000), retry_after)
+        self.tape.fetch_failed(START + round(seconds * 1000), retry_after)
 
     @property
     def wake(self) -> float:
         """Seconds after START."""
-        return (self.tape.wake - START) / 1000
+        return (self.tape.next_wakeup - START) / 1000
 
     def _heard(self, effects: Sequence[Effect]) -> list[Effect]:
         self.said.extend(effects)
@@ -69,20 +69,20 @@ def bench(
     """A tape that has the bars up to the one that opens a minute before START."""
     if known is None:
         known = [Bar(candle(i), received=1) for i in range(-HISTORY, 0)]
-    tape = Tape(
+    tape = BarSequencer(
         Timeframe.parse("1m"),
         Random(0),
         grace_seconds=2,
-        patience_seconds=None,
+        history_lag_seconds=None,
         fills_empty=fills_empty,
-        history=HISTORY,
-        known=known,
-        whole=whole,
+        history_bars=HISTORY,
+        bars=known,
+        complete=whole,
     )
     here = Bench(tape)
     if known and whole:
         here.tick(0)
-        tape._asking.audit = START + 15 * MINUTE  # otherwise by chance
+        tape._backfill.next_audit = START + 15 * MINUTE  # otherwise by chance
     return here
 
 
@@ -128,12 +128,12 @@ def test_bars_behind_a_hole_wait_and_follow_in_order() -> None:
     here = bench()
     assert here.push(candle(0), 60) != []
     assert here.push(candle(4), 300) == []
-    assert here.tape.holed
+    assert here.tape.has_gap
     assert here.tick(300.2)[-1] == fetch(1, 3)  # exactly what is missing
     assert here.push(candle(5), 360) == []
     said = here.answer(fetch(1, 3), 361, candle(1), candle(2), candle(3))
     assert bars(said) == [candle(i) for i in range(1, 6)]
-    assert not here.tape.holed
+    assert not here.tape.has_gap
 
 
 def test_the_missing_bar_may_come_while_it_is_asked_for() -> None:
@@ -303,7 +303,7 @@ def test_not_while_nothing_shows_the_venue_alive() -> None:
     here = bench()
     for seconds in range(62, 3000, 90):
         assert here.tick(seconds) != []
-        assert bars(here.answer(here.tape._asking.open or fetch(0, 0), seconds + 1)) == []
+        assert bars(here.answer(here.tape._backfill.pending or fetch(0, 0), seconds + 1)) == []
     assert here.tape.silent
     assert here.said.count(Silence(silent=True)) == 1
     assert not here.tape.live
@@ -427,19 +427,19 @@ def test_after_a_restart_exactly_what_is_missing_is_asked_for() -> None:
 def test_weeks_follow_the_venue() -> None:
     week = 7 * 86_400_000
     monday = 1_718_582_400_000  # 2024-06-17
-    tape = Tape(
+    tape = BarSequencer(
         Timeframe.parse("1w"),
         Random(0),
         grace_seconds=2,
-        patience_seconds=None,
+        history_lag_seconds=None,
         fills_empty=True,
-        history=10,
+        history_bars=10,
     )
     now = monday + 5_000
     asked = tape.tick(now)[-1]
     assert isinstance(asked, Fetch)
     history = [candle(0)._replace(time=monday - i * week) for i in (3, 2, 1)]
-    assert bars(tape.answered(asked, history, now)) == history
+    assert bars(tape.fetch_completed(asked, history, now)) == history
     (said,) = tape.update(candle(0)._replace(time=monday - week + 86_400_000), True, now)  # noqa: FBT003
     assert isinstance(said, Reject)
     assert tape.next == monday

@@ -6,7 +6,7 @@ from random import Random
 
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.effects import Effect, Fetch, Revise
-from kronos_stream.market.tape import Tape
+from kronos_stream.market.tape import BarSequencer
 from kronos_stream.market.timeframe import Timeframe
 
 MINUTE = 60_000
@@ -17,29 +17,29 @@ def candle(bar: int, close: float = 100.5) -> Candle:
     return Candle(START + bar * MINUTE, 100.0, 102.0, 99.0, close, 3.0)
 
 
-def tape() -> Tape:
+def tape() -> BarSequencer:
     """It has the bars up to the one that opens a minute before START."""
-    return Tape(
+    return BarSequencer(
         Timeframe(1, "m"),
         Random(0),
         grace_seconds=2,
-        patience_seconds=None,
+        history_lag_seconds=None,
         fills_empty=True,
-        history=50,
-        known=[Bar(candle(i), received=1) for i in range(-50, 0)],
-        whole=True,
+        history_bars=50,
+        bars=[Bar(candle(i), received=1) for i in range(-50, 0)],
+        complete=True,
     )
 
 
-def play(one: Tape, pushed: Candle, *history: Candle) -> list[Effect]:
+def play(one: BarSequencer, pushed: Candle, *history: Candle) -> list[Effect]:
     """What follows within half a minute from a push, while the venue has these bars, too."""
     said = list(one.update(pushed, False, START + 5_000))  # noqa: FBT003 - closed
-    while one.wake < START + 30_000:
-        now = max(one.wake, START + 5_000)
+    while one.next_wakeup < START + 30_000:
+        now = max(one.next_wakeup, START + 5_000)
         effects = list(one.tick(now))
         for asked in [effect for effect in effects if isinstance(effect, Fetch)]:
             found = [one for one in history if asked.start <= one.time < asked.end]
-            effects += one.answered(asked, found, now + 50)
+            effects += one.fetch_completed(asked, found, now + 50)
         said += effects
     return said
 

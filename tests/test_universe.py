@@ -17,7 +17,7 @@ from kronos_stream.daemon.state import State
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import LoginRefused, SourceError, VenueRefused
-from kronos_stream.market.watchlist import Entry
+from kronos_stream.market.watchlist import WatchlistEntry
 
 HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")
 
@@ -67,7 +67,8 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _universe(*, patient: bool = True, **venues: _Venue) -> universe.Universe:
     entries = [
-        Entry.parse(f"{venue}:A/B")._replace(timeframes=(HERE.timeframe,)) for venue in venues
+        WatchlistEntry.parse(f"{venue}:A/B")._replace(timeframes=(HERE.timeframe,))
+        for venue in venues
     ]
     sources: Any = venues
     return universe.Universe(entries, (), sources, SystemClock(), patient=patient)
@@ -135,7 +136,7 @@ async def others() -> _Others:
 async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[Daemon]:
     """A daemon past its start, with one of two venues away that it used to follow."""
     settings = Settings(
-        symbols=(Entry("here", "A/B"), Entry("there", "A/B")),
+        symbols=(WatchlistEntry("here", "A/B"), WatchlistEntry("there", "A/B")),
         model="nano",
         state_file=tmp_path / "state.sqlite",
         http=Http(port=0),

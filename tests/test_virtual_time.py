@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from kronos_stream.market.clock import DrivenClock, LoopClock
+from kronos_stream.market.clock import ManualClock, LoopClock
 from kronos_stream.testing.virtual import run_virtual
 
 
@@ -65,7 +65,7 @@ def test_a_real_socket_answers_before_its_reader_times_out() -> None:
 
 def test_a_driven_clock_moves_only_when_told() -> None:
     async def main() -> list[int]:
-        clock = DrivenClock(0)
+        clock = ManualClock(0)
         woken = []
 
         async def wait(moment: int) -> None:

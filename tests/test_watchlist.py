@@ -11,7 +11,7 @@ from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.daemon.universe import resolve
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.watchlist import Entry
+from kronos_stream.market.watchlist import WatchlistEntry
 
 MINUTE, HOUR = Timeframe(1, "m"), Timeframe(1, "h")
 
@@ -19,16 +19,19 @@ MINUTE, HOUR = Timeframe(1, "m"), Timeframe(1, "h")
 @pytest.mark.parametrize(
     ("line", "entry"),
     [
-        ("binance:BTC/USDT", Entry("binance", "BTC/USDT")),
-        ("binance:BTC/USDT:USDT", Entry("binance", "BTC/USDT:USDT")),
-        ("binance:*/USDT?top=50", Entry("binance", "*/USDT", 50)),
-        ("binance:*/USDT:USDT", Entry("binance", "*/USDT:USDT")),
-        ("ccxt.kraken:BTC/USD 1m,1h", Entry("ccxt.kraken", "BTC/USD", None, (MINUTE, HOUR))),
-        ("binance:*/USDT?top=2  1m, 1h", Entry("binance", "*/USDT", 2, (MINUTE, HOUR))),
+        ("binance:BTC/USDT", WatchlistEntry("binance", "BTC/USDT")),
+        ("binance:BTC/USDT:USDT", WatchlistEntry("binance", "BTC/USDT:USDT")),
+        ("binance:*/USDT?top=50", WatchlistEntry("binance", "*/USDT", 50)),
+        ("binance:*/USDT:USDT", WatchlistEntry("binance", "*/USDT:USDT")),
+        (
+            "ccxt.kraken:BTC/USD 1m,1h",
+            WatchlistEntry("ccxt.kraken", "BTC/USD", None, (MINUTE, HOUR)),
+        ),
+        ("binance:*/USDT?top=2  1m, 1h", WatchlistEntry("binance", "*/USDT", 2, (MINUTE, HOUR))),
     ],
 )
-def test_what_a_line_means(line: str, entry: Entry) -> None:
-    assert Entry.parse(line) == entry
+def test_what_a_line_means(line: str, entry: WatchlistEntry) -> None:
+    assert WatchlistEntry.parse(line) == entry
     assert line.startswith(str(entry))
 
 
@@ -49,34 +52,39 @@ def test_what_a_line_means(line: str, entry: Entry) -> None:
 )
 def test_what_a_line_cannot_be(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        Entry.parse(line)
+        WatchlistEntry.parse(line)
 
 
 def test_a_pattern_means_the_most_traded_that_are_called_so() -> None:
     ranked = ["A/USDT", "A/BTC", "B/USDT", "[C]/USDT", "D/USDT"]
-    assert Entry.parse("x:*/USDT?top=2").chosen(ranked, ()) == ["A/USDT", "B/USDT"]
-    assert Entry.parse("x:*/BTC?top=2").chosen(ranked, ()) == ["A/BTC"]
-    assert Entry.parse("x:[C]/*").chosen(ranked, ()) == ["[C]/USDT"]
-    assert Entry.parse("x:*/USDT").chosen(ranked, ()) == ["A/USDT", "B/USDT", "[C]/USDT", "D/USDT"]
+    assert WatchlistEntry.parse("x:*/USDT?top=2").select(ranked, ()) == ["A/USDT", "B/USDT"]
+    assert WatchlistEntry.parse("x:*/BTC?top=2").select(ranked, ()) == ["A/BTC"]
+    assert WatchlistEntry.parse("x:[C]/*").select(ranked, ()) == ["[C]/USDT"]
+    assert WatchlistEntry.parse("x:*/USDT").select(ranked, ()) == [
+        "A/USDT",
+        "B/USDT",
+        "[C]/USDT",
+        "D/USDT",
+    ]
 
 
 def test_who_was_chosen_stays_at_the_margin_and_goes_when_far_down() -> None:
-    ten = Entry.parse("x:*?top=10")
+    ten = WatchlistEntry.parse("x:*?top=10")
     ranked = [f"S{i}" for i in range(30)]
-    chosen = ten.chosen(ranked, ())
+    chosen = ten.select(ranked, ())
     assert chosen == ranked[:10]
     # S9 falls behind S10 and S11, and stays; the number asked for is kept to.
     ranked.remove("S9")
     ranked.insert(11, "S9")
-    assert set(ten.chosen(ranked, chosen)) == set(chosen)
+    assert set(ten.select(ranked, chosen)) == set(chosen)
     ranked.remove("S9")
     ranked.insert(12, "S9")
-    assert set(ten.chosen(ranked, chosen)) == {*chosen, "S10"} - {"S9"}
+    assert set(ten.select(ranked, chosen)) == {*chosen, "S10"} - {"S9"}
 
 
 def test_never_more_than_asked_for_even_if_more_were_held() -> None:
     ranked = [f"S{i}" for i in range(30)]
-    assert Entry.parse("x:*?top=5").chosen(ranked, ranked) == ranked[:5]
+    assert WatchlistEntry.parse("x:*?top=5").select(ranked, ranked) == ranked[:5]
 
 
 class _Ranking:
@@ -90,7 +98,7 @@ class _Ranking:
 async def _resolved(
     lines: Sequence[str], sources: Mapping[str, Any], held: Collection[str] = ()
 ) -> set[str]:
-    entries = [Entry.parse(line)._replace(timeframes=(MINUTE,)) for line in lines]
+    entries = [WatchlistEntry.parse(line)._replace(timeframes=(MINUTE,)) for line in lines]
     known = [Series.parse(name) for name in held]
     return {one.name for one in await resolve(entries, sources, known)}
 

@@ -115,7 +115,7 @@ def _candle(opened: int, kline: dict[str, Any], series: Series) -> Candle:
         and low <= close <= high
         and volume <= MAX_FLOAT32 >= (amount or 0.0)
     ):
-        raise FrameError(candle.fault() or "impossible", series)
+        raise FrameError(candle.invalid_reason() or "impossible", series)
     return candle
 
 

@@ -19,7 +19,7 @@ from kronos_stream.checkup import Check
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 
@@ -101,9 +101,9 @@ class Market:
             raise SourceError(f"binance does not list {series.symbol}")
         return await self._rest.klines(series, name, start, end)
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         """Push until cancelled. Raises VenueRefused, in an exception group."""
-        self._rest.note = intake.note
+        self._rest.note = intake.count_event
         options = self._options
         fleet = Fleet(
             self._random,

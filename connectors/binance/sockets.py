@@ -16,7 +16,7 @@ from kronos_connectors.binance.frames import Answer, Kline, Other, Shutdown, Str
 from kronos_connectors.binance.http import FINAL, PATIENCE, retry_after
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.source import Intake, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, VenueRefused
 
 _log = structlog.get_logger()
 
@@ -37,7 +37,7 @@ class Sockets:
     """Does what its fleet says, and tells it what happened."""
 
     def __init__(
-        self, url: str, fleet: Fleet, intake: Intake, clock: Clock, timeout_seconds: float
+        self, url: str, fleet: Fleet, intake: SourceCallbacks, clock: Clock, timeout_seconds: float
     ) -> None:
         self._url, self._fleet, self._intake, self._clock = url, fleet, intake, clock
         self._timeout = timeout_seconds
@@ -69,7 +69,7 @@ class Sockets:
             tasks.create_task(self._send(connection, command.message))
         elif type(command) is Close:
             if command.why:
-                self._intake.note("given up")
+                self._intake.count_event("given up")
                 _log.info("connection given up", url=self._url, why=command.why)
             if connection in self._tasks:
                 self._tasks[connection].cancel()
@@ -83,7 +83,7 @@ class Sockets:
             self._open[connection] = socket
             # Of asyncio's own 256 KiB, a thousand frames, parsing holds everybody up for too long.
             socket.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
-            self._intake.note("connected")
+            self._intake.count_event("connected")
             try:
                 self._fleet.opened(connection, _now())
                 self._news.set()
@@ -112,7 +112,7 @@ class Sockets:
                 raise VenueRefused(f"{self._url}: HTTP {status}") from None
             wait = 0.0
             if status in PATIENCE:
-                self._intake.note("rate limited")
+                self._intake.count_event("rate limited")
                 wait = retry_after(error.response.headers.get("Retry-After"))
             self._lose(connection, "not connected", f"HTTP {status}", wait)
         except (OSError, InvalidHandshake, InvalidURI, EOFError) as error:
@@ -122,7 +122,7 @@ class Sockets:
     def _lose(self, connection: Connection, note: str, why: str, wait: float = 0.0) -> None:
         self._fleet.lost(connection, _now(), wait)
         self._news.set()
-        self._intake.note(note)
+        self._intake.count_event(note)
         _log.warning(note, url=self._url, why=why)
 
     async def _send(self, connection: Connection, message: bytes) -> None:
@@ -152,11 +152,11 @@ class Sockets:
         if type(told) is Rejected:
             self._intake.reject(told.series, told.reason, frame[:_MOST_KEPT])
         elif type(told) is Other:
-            self._intake.note("other frame")
+            self._intake.count_event("other frame")
         else:
             self._news.set()
             if type(told) is Shutdown:
-                self._intake.note("shutdown told")
+                self._intake.count_event("shutdown told")
 
 
 async def _close(socket: ClientConnection) -> None:

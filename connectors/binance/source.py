@@ -12,7 +12,7 @@ from kronos_stream.checkup import Check
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Traits, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, Traits, VenueRefused
 
 
 class BinanceSource:
@@ -50,7 +50,7 @@ class BinanceSource:
         for futures, market in self._markets.items():
             market.follow([one for one in series if _is_futures(one) is futures])
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for market in self._markets.values():

@@ -24,7 +24,7 @@ from kronos_stream.checkup import Check, Finding, compare_clocks
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, SourceError, Traits, VenueRefused
 
 _log = structlog.get_logger()
 
@@ -92,8 +92,8 @@ class CcxtSource:
         self._series = frozenset(series)
         self._changed.set()
 
-    async def run(self, intake: Intake) -> None:
-        self._exchanges.respite.note = intake.note
+    async def run(self, intake: SourceCallbacks) -> None:
+        self._exchanges.respite.note = intake.count_event
         await self._load_patiently()
         if not self._exchanges.watches:
             await asyncio.Event().wait()  # the tapes ask at each close

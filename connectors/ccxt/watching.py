@@ -18,7 +18,7 @@ from kronos_connectors.ccxt.shards import NEVER, Begin, Client, Command, End, Le
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, VenueRefused
+from kronos_stream.market.source import SourceCallbacks, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 
@@ -34,7 +34,9 @@ class _Open:
 class Watching:
     """Does what its shards say, and tells them what happened."""
 
-    def __init__(self, exchanges: Exchanges, shards: Shards, intake: Intake, clock: Clock) -> None:
+    def __init__(
+        self, exchanges: Exchanges, shards: Shards, intake: SourceCallbacks, clock: Clock
+    ) -> None:
         self._exchanges, self._shards = exchanges, shards
         self._intake, self._clock = intake, clock
         self._news = asyncio.Event()
@@ -74,7 +76,7 @@ class Watching:
             self._open[client].tasks.pop(command.series).cancel()
         elif isinstance(command, End):
             if command.why:
-                self._intake.note("given up")
+                self._intake.count_event("given up")
                 _log.info("client given up", exchange=self._exchanges.name, why=command.why)
             self._release(client, tasks)
 
@@ -93,12 +95,12 @@ class Watching:
             raise
         except SeriesRefused as error:
             self._shards.refused(client, series, _now(), error.retry_after)
-            self._intake.note("series refused")
+            self._intake.count_event("series refused")
             _log.warning("cannot be watched now", series=series.name, why=str(error))
         except SourceError as error:
             if client in self._open:  # the first of its series to hear of it
                 self._shards.failed(client, _now(), error.retry_after)
-                self._intake.note("lost")
+                self._intake.count_event("lost")
                 _log.warning("client lost", exchange=self._exchanges.name, why=str(error))
                 self._release(client, tasks)
         self._news.set()
@@ -111,7 +113,7 @@ class Watching:
             self._intake.reject(series, str(error), repr(rows).encode()[:MOST_KEPT])
             return
         if candles and client.first == NEVER:
-            self._intake.note("connected")
+            self._intake.count_event("connected")
         for candle in candles:
             self._shards.pushed(client, series, _now())
             # ccxt does not say whether it is the last word, and so neither do we.

@@ -22,7 +22,7 @@ from kronos_connectors.kafka.seat import NoTopic, Seat
 from kronos_connectors.kafka.topics import candles
 from kronos_stream.checkup import Check
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.feed import FeedNeeds, Reader
+from kronos_stream.market.feed import FeedNeeds, PartitionHandler
 
 _log = structlog.get_logger()
 
@@ -56,7 +56,7 @@ class KafkaFeed:
         right: Right = "Write" if writes else "Read"
         return checks_of_candles(self._options, self._needs.timeframes, right)
 
-    async def run(self, reader: Reader) -> None:
+    async def run(self, reader: PartitionHandler) -> None:
         """Read until cancelled, reconnecting by itself."""
         tries = 0
         while True:

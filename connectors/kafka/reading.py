@@ -21,7 +21,7 @@ from kronos_connectors.shelf import Shelf
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import WireError, decode
+from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _MOST_RECORDS = 1_000_000
 """Of a partition, read back at most, however long the time that is wanted of it."""
@@ -203,7 +203,7 @@ class Reading:
             at.next = offset + 1
             try:
                 update = self._read(topic, record, received)
-            except WireError as error:
+            except CandleMessageError as error:
                 if offset >= at.judged:
                     reason = f"{place.topic}[{place.partition}]@{offset}: {error}"
                     told.append(Rejected(error.series, reason, record.value or b""))
@@ -231,15 +231,15 @@ class Reading:
                 _fits(other, topic)
                 return None
         if record.value is None:
-            raise WireError("a record without a value", series)
-        update = decode(record.value, series, received)
+            raise CandleMessageError("a record without a value", series)
+        update = decode_update(record.value, series, received)
         if update.series.name.encode() not in topic.followed:
             _fits(update.series, topic)
             return None
         candle = update.candle
         if update.closed:
-            if (fault := candle.fault()) is not None:
-                raise WireError(fault, update.series)
+            if (fault := candle.invalid_reason()) is not None:
+                raise CandleMessageError(fault, update.series)
             if candle.time <= received:  # what opens only then would crowd out what is real
                 self._shelf.put(update.series, candle)
         return update
@@ -304,4 +304,4 @@ def _named(key: bytes) -> Series | None:
 
 def _fits(series: Series, topic: _Topic) -> None:
     if series.timeframe != topic.timeframe:
-        raise WireError(f"a bar of {series} among those of {topic.timeframe}", series)
+        raise CandleMessageError(f"a bar of {series} among those of {topic.timeframe}", series)

@@ -22,10 +22,19 @@ from kronos_connectors.kafka.member import ANSWER_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.message import REMOVAL
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.feed import Extent, FeedNeeds, Gone, Note, Part, Reader, Told, Unreadable
+from kronos_stream.market.feed import (
+    PartitionBounds,
+    FeedNeeds,
+    SeriesRemoved,
+    Checkpoint,
+    Partition,
+    PartitionHandler,
+    FeedRecord,
+    Unreadable,
+)
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import Relayed, WireError, relayed
+from kronos_stream.market.wire import RelayedBar, CandleMessageError, decode_bar
 
 _log = structlog.get_logger()
 
@@ -56,7 +65,7 @@ class Seat:
         topics: Mapping[str, Timeframe],
         needs: FeedNeeds,
         clock: Clock,
-        reader: Reader,
+        reader: PartitionHandler,
     ) -> None:
         """topics: to read, and whose bars are in them."""
         self.reads = False
@@ -68,9 +77,9 @@ class Seat:
         self._consumer = member.make_sharing(options, group)
         self._series: dict[bytes, Series | None] = {}
         """By key: what it is the name of."""
-        self._unbegun: set[Part] = set()
-        self._reached: dict[Part, int] = {}
-        self._ends: dict[Part, int] = {}
+        self._unbegun: set[Partition] = set()
+        self._reached: dict[Partition, int] = {}
+        self._ends: dict[Partition, int] = {}
         self._noting, self._failures = asyncio.Lock(), 0
 
     async def turns(self) -> AsyncIterator[None]:
@@ -109,7 +118,7 @@ class Seat:
 
     async def leave(self) -> None:
         """Finish what is in hand, note it, and leave; bounded."""
-        await self._reader.give_up()
+        await self._reader.drain()
         await self.note()
         self.taken()
         await member.end(self._consumer)
@@ -121,18 +130,18 @@ class Seat:
 
     # -- what is ours ----------------------------------------------------------------------
 
-    def given(self, parts: Sequence[Part]) -> None:
+    def given(self, parts: Sequence[Partition]) -> None:
         """The group has given us these, and no others; maybe none."""
         self._unbegun = set(parts)
         self.reads = not parts
-        self._reader.given(parts)
+        self._reader.on_assigned(parts)
 
     def taken(self) -> None:
         """Nothing is ours any more."""
         self.reads = False
         self._unbegun.clear()
         self._reached.clear()
-        self._reader.taken()
+        self._reader.on_revoked()
 
     async def _look_for_topics(self) -> None:
         async with asyncio.timeout(ANSWER_SECONDS):
@@ -155,17 +164,17 @@ class Seat:
             notes = await self._noted(places)
         back = 0
         for place in places:
-            part = Part(*place)
+            part = Partition(*place)
             if part not in self._unbegun or place not in consumer.assignment():
                 continue  # taken from us meanwhile
             young, note = since.get(place), notes[place]
-            extent = Extent(
+            extent = PartitionBounds(
                 firsts[place],
                 ends[place],
                 ends[place] if young is None else young.offset,
-                None if note.offset < 0 else Note(note.offset, note.metadata),
+                None if note.offset < 0 else Checkpoint(note.offset, note.metadata),
             )
-            start = self._reached[part] = self._reader.begin(part, extent)
+            start = self._reached[part] = self._reader.start_partition(part, extent)
             self._ends[part] = extent.end
             consumer.seek(place, start)
             self._unbegun.discard(part)
@@ -194,7 +203,7 @@ class Seat:
         makes them may be behind.
         """
         timeframe = self._topics[place.topic]
-        return max(0, timeframe.after(self._clock.now(), -2 * self._needs.bars))
+        return max(0, timeframe.after(self._clock.now(), -2 * self._needs.lookback))
 
     # -- records ---------------------------------------------------------------------------
 
@@ -202,7 +211,7 @@ class Seat:
         """Have only those parts read of which more is wanted; whether there is any."""
         consumer = self._consumer
         ours = consumer.assignment()
-        enough = {TopicPartition(*part) for part in self._reader.enough()}
+        enough = {TopicPartition(*part) for part in self._reader.paused()}
         paused = consumer.paused()
         if more := (paused - enough) & ours:
             consumer.resume(*more)
@@ -222,7 +231,7 @@ class Seat:
         for place, records in batches.items():
             timeframe = self._topics[place.topic]
             told = [(one.offset, self._told(timeframe, one)) for one in records]
-            self._read(Part(*place), told, records[-1].offset + 1)
+            self._read(Partition(*place), told, records[-1].offset + 1)
         for part in [*self._reached]:
             place = TopicPartition(*part)
             if place not in batches and place in consumer.assignment():
@@ -231,21 +240,21 @@ class Seat:
                     self._read(part, (), await consumer.position(place))
         return True
 
-    def _read(self, part: Part, told: Iterable[tuple[int, Told]], reached: int) -> None:
+    def _read(self, part: Partition, told: Iterable[tuple[int, FeedRecord]], reached: int) -> None:
         if reached > self._reached.get(part, reached):
             self._reached[part] = reached
-            self._reader.read(part, told, reached)
+            self._reader.on_records(part, told, reached)
 
-    def _told(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> Told:
+    def _told(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> FeedRecord:
         """What a record says."""
         series = self._named(record.key or b"")
         value = record.value or b""
         try:
             gone = ("ce_type", REMOVAL.encode()) in record.headers and series is not None
-            told = Gone(series) if gone and series else relayed(value, series)
+            told = SeriesRemoved(series) if gone and series else decode_bar(value, series)
             if told is not None:
                 _fits(told, timeframe, record.timestamp)
-        except WireError as error:
+        except CandleMessageError as error:
             where = f"{record.topic}[{record.partition}]@{record.offset}"
             return Unreadable(error.series, f"{where}: {error}", value)
         return told
@@ -268,13 +277,17 @@ class Seat:
             with suppress(KafkaError, AssertionError):  # no longer ours
                 end = self._consumer.highwater(TopicPartition(*part)) or 0
                 lags[part.log] += max(0, max(end, self._ends[part]) - reached)
-        self._reader.lags(lags)
+        self._reader.on_lag(lags)
 
     async def note(self) -> bool:
         """Commit what is done; False if that was not possible. Bounded."""
         async with self._noting:
             ours = self._consumer.assignment()
-            notes = {part: note for part, note in self._reader.notes().items() if part in ours}
+            notes = {
+                part: note
+                for part, note in self._reader.pending_checkpoints().items()
+                if part in ours
+            }
             if not notes:
                 return True
             offsets = {TopicPartition(*part): (*note,) for part, note in notes.items()}
@@ -288,7 +301,7 @@ class Seat:
                 self.unnoted = error if self._failures >= _NOTE_TRIES else None
                 return False
             self._failures, self.unnoted = 0, None
-            self._reader.noted(notes)
+            self._reader.on_checkpointed(notes)
             return True
 
     @staticmethod
@@ -296,27 +309,29 @@ class Seat:
         return asyncio.get_running_loop().time()
 
 
-def _fits(told: Relayed | Gone, timeframe: Timeframe, written: int) -> None:
+def _fits(told: RelayedBar | SeriesRemoved, timeframe: Timeframe, written: int) -> None:
     """Raises WireError. written: when the record was, UTC ms."""
     series = told.series
     if series.timeframe != timeframe:
-        raise WireError(f"{series} among the series of {timeframe}", series)
-    if isinstance(told, Relayed):
+        raise CandleMessageError(f"{series} among the series of {timeframe}", series)
+    if isinstance(told, RelayedBar):
         ahead = timeframe.after(told.bar.candle.time) - written
         if ahead > _AHEAD_MS:
-            raise WireError(f"a bar that closes {ahead / 1000:.0f} s after it was written", series)
+            raise CandleMessageError(
+                f"a bar that closes {ahead / 1000:.0f} s after it was written", series
+            )
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Tells what the group gives and takes; the group waits while what is in hand is finished."""
 
-    def __init__(self, seat: Seat, reader: Reader) -> None:
+    def __init__(self, seat: Seat, reader: PartitionHandler) -> None:
         self._seat, self._reader = seat, reader
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         try:
             if any(True for _ in revoked):
-                await self._reader.give_up()
+                await self._reader.drain()
                 await self._seat.note()
         except Exception:  # noqa: BLE001 - aiokafka would say nothing of it, and go on
             _log.exception("not handed over in good order")
@@ -324,4 +339,4 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
             self._seat.taken()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._seat.given([Part(*place) for place in assigned])
+        self._seat.given([Partition(*place) for place in assigned])

@@ -28,7 +28,7 @@ from kronos_connectors.tls import Fault
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, LoginRefused, SourceError, Traits
+from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError, Traits
 
 _log = structlog.get_logger()
 
@@ -92,7 +92,7 @@ class KafkaSource:
         else:
             self._wanted.clear()
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         tries = 0
         while True:
             await self._wanted.wait()
@@ -102,7 +102,7 @@ class KafkaSource:
             except Exception as error:  # noqa: BLE001 - whatever it was, a new consumer begins anew
                 if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
                     _log.exception("unexpected failure of the kafka consumer")
-                intake.note("lost")
+                intake.count_event("lost")
                 why = str(self._explain(error))
                 if why != self._trouble:  # an outage is told of once
                     _log.warning("candles cannot be read from kafka", why=why)
@@ -127,13 +127,13 @@ class KafkaSource:
 
     # -- one consumer ----------------------------------------------------------------------
 
-    async def _read(self, intake: Intake) -> None:
+    async def _read(self, intake: SourceCallbacks) -> None:
         """Read until there is nothing to follow. Raises KafkaError or OSError."""
         self._chatter.forget()
         consumer = self._consumer = member.make(self._options, self._group)
         async with asyncio.timeout(ANSWER_SECONDS):
             await consumer.start()
-        intake.note("connected")
+        intake.count_event("connected")
         listener, topics = member.Listener(self._reading, consumer), frozenset[str]()
         pulse, commit_at = member.Pulse(self._now()), self._now()
         while self._reading.topics:
@@ -179,7 +179,7 @@ class KafkaSource:
                 group=self._group,
             )
 
-    async def _take(self, consumer: AIOKafkaConsumer, intake: Intake) -> None:
+    async def _take(self, consumer: AIOKafkaConsumer, intake: SourceCallbacks) -> None:
         """Wait a moment for records, and pass them on."""
         reading = self._reading
         try:

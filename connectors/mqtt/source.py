@@ -21,8 +21,8 @@ from kronos_connectors.shelf import Shelf
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, LoginRefused, SourceError, Traits
-from kronos_stream.market.wire import WireError, decode
+from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError, Traits
+from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _log = structlog.get_logger()
 
@@ -48,7 +48,7 @@ class MqttSource:
         self._subscriptions = Subscriptions()
         self._shelf = Shelf(options.history_bars)
         self._keeper = Keeper(self._link, options.address, random)
-        self._intake: Intake | None = None
+        self._intake: SourceCallbacks | None = None
         self._news = asyncio.Event()
 
     async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
@@ -66,11 +66,11 @@ class MqttSource:
         self._shelf.keep(series)
         self._news.set()
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         """Until cancelled. A login that is refused by now may be granted again: it goes on."""
         self._intake = intake
         try:
-            await self._keeper.run(self._serve, intake.note)
+            await self._keeper.run(self._serve, intake.count_event)
         finally:
             self._intake = None
 
@@ -142,17 +142,17 @@ class MqttSource:
         if series is None:
             self._subscriptions.arrived(topic)
             self._news.set()
-            intake.note("not followed")
+            intake.count_event("not followed")
             return
         try:
-            update = decode(payload, series, self._clock.now())
-        except WireError as error:
+            update = decode_update(payload, series, self._clock.now())
+        except CandleMessageError as error:
             intake.reject(series, str(error), payload[:_MOST_KEPT])
             return
         # What opens only later would crowd out what is real.
         if (
             update.closed
-            and update.candle.fault() is None
+            and update.candle.invalid_reason() is None
             and update.candle.time <= update.received
         ):
             self._shelf.put(series, update.candle)

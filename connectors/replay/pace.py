@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from kronos_stream.market.clock import DrivenClock, LoopClock
+from kronos_stream.market.clock import ManualClock, LoopClock
 
 Reach = Callable[[int], Awaitable[None]]
 """Returns when the market's time is this, UTC ms."""
@@ -62,7 +62,7 @@ def pacing(clock: PacedClock, settled: Settled) -> Reach:
     return reach
 
 
-def driving(clock: DrivenClock, settled: Settled, alarm: Alarm) -> Reach:
+def driving(clock: ManualClock, settled: Settled, alarm: Alarm) -> Reach:
     """Time leaps to whatever comes next, an event or an alarm, once all before has ``settled``."""
 
     async def reach(moment: int) -> None:

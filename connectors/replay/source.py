@@ -16,9 +16,9 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, SourceError, Traits
+from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 
-_FILES = Traits(grace_seconds=0.0, patience_seconds=0.0)
+_FILES = Traits(grace_seconds=0.0, history_lag_seconds=0.0)
 _FRAMES = Traits(fills_empty=True)
 """Of Binance."""
 
@@ -127,7 +127,7 @@ class Replay:
     def follow(self, series: Collection[Series]) -> None:
         self._followed = frozenset(series)
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         left = self._closes
         for moment, told in groupby(self._recording.told(self._start), _received):
             if left == 0:
@@ -146,7 +146,7 @@ class Replay:
     async def close(self) -> None:
         """There is nothing to let go of."""
 
-    def _push(self, intake: Intake, told: Update | Rejected) -> bool:
+    def _push(self, intake: SourceCallbacks, told: Update | Rejected) -> bool:
         """Whether it was the last word on a bar that is followed."""
         if isinstance(told, Rejected):
             intake.reject(told.series, told.reason, told.raw)

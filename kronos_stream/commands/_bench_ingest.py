@@ -21,9 +21,9 @@ from kronos_stream.daemon.desk import Desk
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.clock import DrivenClock
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Traits
+from kronos_stream.market.source import SourceCallbacks, Traits
 
 _SERIES = 200
 _LOOKBACK = 96
@@ -72,7 +72,7 @@ async def _measure(seconds: float) -> Ingest:
     series = {
         (f"SIM{n:03}USDT", "1m"): Series.parse(f"binance:SIM{n:03}/USDT:1m") for n in range(_SERIES)
     }
-    clock = DrivenClock(_START_MS)
+    clock = ManualClock(_START_MS)
     with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
         state = await State.open(Path(folder) / "state.sqlite")
         desk = Desk(
@@ -98,7 +98,7 @@ async def _measure(seconds: float) -> Ingest:
 
 
 async def _feed(
-    desk: Desk, clock: DrivenClock, series: Mapping[tuple[str, str], Series], seconds: float
+    desk: Desk, clock: ManualClock, series: Mapping[tuple[str, str], Series], seconds: float
 ) -> Ingest:
     fleet = Fleet(Random(0), room=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
     fleet.follow(series)
@@ -133,7 +133,11 @@ async def _feed(
 
 
 def _take_in(
-    fleet: Fleet, connection: Connection, intake: Intake, clock: DrivenClock, frames: list[bytes]
+    fleet: Fleet,
+    connection: Connection,
+    intake: SourceCallbacks,
+    clock: ManualClock,
+    frames: list[bytes],
 ) -> None:
     """As the connector's socket loop does."""
     receive, update, now = fleet.receive, intake.update, clock.now
@@ -171,7 +175,7 @@ class _Flat:
 
     def follow(self, series: Collection[Series]) -> None: ...
 
-    async def run(self, intake: Intake) -> None: ...
+    async def run(self, intake: SourceCallbacks) -> None: ...
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         first = series.timeframe.after(start - 1 - (start - 1) % _MINUTE_MS)

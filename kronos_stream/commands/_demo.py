@@ -22,7 +22,7 @@ from kronos_stream.daemon.app import Daemon
 from kronos_stream.daemon.logs import configure
 from kronos_stream.daemon.settings import Http, Settings
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.market.watchlist import Entry
+from kronos_stream.market.watchlist import WatchlistEntry
 from kronos_stream.testing.broker import EmbeddedBroker
 
 _LOOKBACK, _HORIZON, _PATHS = 96, 8, 20
@@ -152,7 +152,7 @@ def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
     assert binance is not None  # noqa: S101 - both are in this distribution
     assert kafka is not None  # noqa: S101
     return Settings(
-        symbols=tuple(Entry("binance", symbol) for symbol in served["symbols"]),
+        symbols=tuple(WatchlistEntry("binance", symbol) for symbol in served["symbols"]),
         timeframes=tuple(served["timeframes"]),
         sinks=("kafka",),
         model="nano",

@@ -27,7 +27,7 @@ from kronos_stream.daemon.due import Result
 from kronos_stream.daemon.environment import read_settings
 from kronos_stream.daemon.logs import configure
 from kronos_stream.daemon.settings import Settings, variable
-from kronos_stream.market.clock import Clock, DrivenClock, SystemClock
+from kronos_stream.market.clock import Clock, ManualClock, SystemClock
 from kronos_stream.market.utc import rfc3339
 
 
@@ -138,9 +138,9 @@ async def _replay(
             if figures.begin():
                 progress.update(bar, description="bars", total=total)
 
-        clock: DrivenClock | PacedClock
+        clock: ManualClock | PacedClock
         if options.speed == "max":
-            clock = DrivenClock(start)
+            clock = ManualClock(start)
             reach = driving(clock, settled, lambda: daemon.next_alarm)
         else:
             clock = PacedClock(start, options.speed)

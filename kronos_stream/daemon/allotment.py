@@ -15,10 +15,17 @@ from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.share import LATE_BARS, Line, Share, placed
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Contexts, Window
-from kronos_stream.market.feed import Extent, Gone, Note, Part, Told, Unreadable
+from kronos_stream.market.contexts import ContextStore, Window
+from kronos_stream.market.feed import (
+    PartitionBounds,
+    SeriesRemoved,
+    Checkpoint,
+    Partition,
+    FeedRecord,
+    Unreadable,
+)
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import Relayed, relay
+from kronos_stream.market.wire import RelayedBar, encode_bar
 
 _ELSEWHERE = "bars of its series are in another partition"
 
@@ -52,18 +59,18 @@ class Allotment:
         self._due, self._retract, self._bury = due, retract, bury
         self._clock, self._metrics = clock, metrics
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
-        self._contexts = Contexts(lookback + LATE_BARS)
-        self._shares: dict[Part, Share] = {}
-        self._left: dict[Part, Share] = {}
+        self._contexts = ContextStore(lookback + LATE_BARS)
+        self._shares: dict[Partition, Share] = {}
+        self._left: dict[Partition, Share] = {}
         """Taken from us, but all is still here, should we get them back."""
-        self._places: dict[Due | Series, tuple[Part, int]] = {}
+        self._places: dict[Due | Series, tuple[Partition, int]] = {}
         self._windows: dict[Due | Series, Window] = {}
         self._handed: set[Due | Series] = set()
         """What was handed over, but is not delivered yet."""
         self._tickets: deque[tuple[float, Due | Series]] = deque()
         self._awaited: Counter[int] = Counter()
         self._lines: dict[Series, Line] = {}
-        self._unbegun: set[Part] = set()
+        self._unbegun: set[Partition] = set()
         self._unread = 0
         self._joined = self._closed = False
 
@@ -119,7 +126,7 @@ class Allotment:
 
     # -- for the feed ---------------------------------------------------------------------
 
-    def enough(self) -> Collection[Part]:
+    def enough(self) -> Collection[Partition]:
         """Parts of which no more should be read just now: first all contexts are to be whole."""
         whole = [part for part, share in self._shares.items() if share.next >= share.until]
         # A close of all series must find room, or it would be waited for in vain.
@@ -137,20 +144,20 @@ class Allotment:
         for log, lag in lags.items():
             self._metrics.candle_lag.labels(log).set(lag)
 
-    def given(self, parts: Collection[Part]) -> None:
+    def given(self, parts: Collection[Partition]) -> None:
         """Exactly these are ours; what is kept of others is let go."""
         self._metrics.rebalances.inc()
         self._joined, self._closed, self._unbegun = True, False, set(parts)
         for part in self._left.keys() - set(parts):
             self._drop(self._left.pop(part))
 
-    def begin(self, part: Part, extent: Extent) -> int:
+    def begin(self, part: Partition, extent: PartitionBounds) -> int:
         """Where to read ``part`` from: on from where we were, or back from what is noted."""
         self._unbegun.discard(part)
         if part in self._shares:  # nobody said that it was taken
             self._drop(self._shares.pop(part))
         share = self._left.pop(part, None)
-        if share is not None and share.note is not None and share.note == extent.note:
+        if share is not None and share.note is not None and share.note == extent.checkpoint:
             self._resume(part, share)
             return share.next
         if share is not None:
@@ -159,7 +166,9 @@ class Allotment:
         self._shares[part] = share
         return share.next
 
-    def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
+    def read(
+        self, part: Partition, records: Iterable[tuple[int, FeedRecord]], reached: int
+    ) -> None:
         """Take in records of a part."""
         share = self._shares.get(part)
         if share is None or self._closed:
@@ -178,12 +187,12 @@ class Allotment:
         self._left |= self._shares
         self._shares.clear()
 
-    def notes(self) -> Mapping[Part, Note]:
+    def notes(self) -> Mapping[Partition, Checkpoint]:
         """What is to be noted, where it has changed."""
         notes = {part: share.noting(self._lookback) for part, share in self._shares.items()}
         return {part: note for part, note in notes.items() if note != self._shares[part].note}
 
-    def noted(self, notes: Mapping[Part, Note]) -> None:
+    def noted(self, notes: Mapping[Partition, Checkpoint]) -> None:
         """These are safe."""
         for part, note in notes.items():
             if (share := self._shares.get(part)) is not None:
@@ -191,7 +200,7 @@ class Allotment:
 
     # -- parts that come and go -----------------------------------------------------------
 
-    def _resume(self, part: Part, share: Share) -> None:
+    def _resume(self, part: Partition, share: Share) -> None:
         self._shares[part] = share
         for due in [*share.undone.values()]:
             if due in self._handed:
@@ -212,30 +221,32 @@ class Allotment:
     def _forget(self, share: Share, series: Series) -> None:
         if (line := share.lines.pop(series, None)) is not None:
             self._expect(line, 0)
-            self._contexts.forget(series)
+            self._contexts.remove(series)
             self._lines.pop(series, None)
 
     # -- records --------------------------------------------------------------------------
 
-    def _take(self, part: Part, share: Share, offset: int, told: Told) -> None:
+    def _take(self, part: Partition, share: Share, offset: int, told: FeedRecord) -> None:
         asked = share.asks(offset)
-        if isinstance(told, Relayed):
+        if isinstance(told, RelayedBar):
             if fault := self._fault(share, told):
-                told = Unreadable(told.series, fault, relay(*told[:2], history=told.history))
+                told = Unreadable(told.series, fault, encode_bar(*told[:2], history=told.history))
             else:
                 due = self._put(share, offset, told)
                 if due is not None and asked:
                     self._ask(part, share, offset, due)
-        elif isinstance(told, Gone) and self._elsewhere(share, told.series):
+        elif isinstance(told, SeriesRemoved) and self._elsewhere(share, told.series):
             told = Unreadable(told.series, _ELSEWHERE, b"")
-        elif isinstance(told, Gone):
+        elif isinstance(told, SeriesRemoved):
             self._end(part, share, offset, told.series, asked=asked)
         if isinstance(told, Unreadable) and asked:
             venue = "" if told.series is None else told.series.venue
             self._metrics.rejected.labels(venue).inc()
             self._bury(*told)
 
-    def _end(self, part: Part, share: Share, offset: int, series: Series, *, asked: bool) -> None:
+    def _end(
+        self, part: Partition, share: Share, offset: int, series: Series, *, asked: bool
+    ) -> None:
         """A series is given up: what waits of it is done, and readers are told."""
         self._forget(share, series)
         for waiting in [*share.undone.values()]:
@@ -249,14 +260,14 @@ class Allotment:
     def _elsewhere(self, share: Share, series: Series) -> bool:
         return series in self._lines and series not in share.lines
 
-    def _fault(self, share: Share, told: Relayed) -> str:
+    def _fault(self, share: Share, told: RelayedBar) -> str:
         """Why a bar cannot be, in words; empty if it can."""
         if self._elsewhere(share, told.series):
             return _ELSEWHERE
         line = share.lines.get(told.series)
         return "" if line is None else line.misfit(told.bar.candle.time)
 
-    def _put(self, share: Share, offset: int, relayed: Relayed) -> Due | None:
+    def _put(self, share: Share, offset: int, relayed: RelayedBar) -> Due | None:
         """Put a bar into its context; the bar as due if it is to be forecast from."""
         series, bar, history = relayed
         line, time = share.lines.get(series), bar.candle.time
@@ -264,13 +275,13 @@ class Allotment:
         if line is None or time > line.newest.candle.time:
             if line is None or after(line.newest.candle.time) != time:
                 # A hole, or the beginning: what came before is no context of this.
-                self._contexts.load(series, (), whole=True)
+                self._contexts.load(series, (), complete=True)
             if line is None:
                 line = share.lines[series] = self._lines[series] = Line(series, bar)
             self._contexts.append(series, bar)
             line.put(offset, bar, self._lookback, history=history)
             self._expect(line, after(time, 2))
-        elif self._contexts.improves(series, bar):
+        elif self._contexts.supersedes(series, bar):
             self._contexts.revise(series, bar)
             if time < line.newest.candle.time or bar.revision == line.newest.revision:
                 return None
@@ -283,10 +294,10 @@ class Allotment:
         close = after(time)
         received = max(close, bar.received or self._clock.now())
         strict = self._degraded == "skip"
-        obstacle = self._contexts.obstacle(series, self._lookback, strict=strict)
+        obstacle = self._contexts.skip_reason(series, self._lookback, strict=strict)
         return Due(series, time, bar.revision, close, received, obstacle)
 
-    def _ask(self, part: Part, share: Share, offset: int, due: Due) -> None:
+    def _ask(self, part: Partition, share: Share, offset: int, due: Due) -> None:
         if due.obstacle is None:
             window = self._contexts.window(due.series, due.origin, self._lookback)
             if window is None:

@@ -27,7 +27,7 @@ from kronos_stream.daemon.saving import Change, Saving
 from kronos_stream.daemon.state import Passed, State
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Contexts, Window
+from kronos_stream.market.contexts import ContextStore, Window
 from kronos_stream.market.effects import (
     NEVER,
     Append,
@@ -41,8 +41,8 @@ from kronos_stream.market.effects import (
     Silence,
 )
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Source, SourceError, VenueRefused
-from kronos_stream.market.tape import Tape
+from kronos_stream.market.source import SourceCallbacks, Source, SourceError, VenueRefused
+from kronos_stream.market.tape import BarSequencer
 
 _log = structlog.get_logger()
 
@@ -59,7 +59,7 @@ class _Followed:
     """What the desk knows of one series."""
 
     series: Series
-    tape: Tape
+    tape: BarSequencer
     mark: tuple[int, int] | None
     """Origin and revision up to which no bar is due; None before the tape begins."""
     closed: PrometheusCounter
@@ -101,7 +101,7 @@ class Desk:
         self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
         self._bury, self._relay = bury, relay
         self._capacity = lookback + MARGIN
-        self._contexts = Contexts(self._capacity)
+        self._contexts = ContextStore(self._capacity)
         self._followed: dict[Series, _Followed] = {}
         self._former: dict[Series, tuple[int, int] | None] = {}
         """Marks of series given up: what they had due may not have its outcome yet."""
@@ -126,11 +126,11 @@ class Desk:
             one = self._followed.pop(gone)
             self._await(one, 0)
             self._former[gone] = one.mark
-            self._contexts.forget(gone)
+            self._contexts.remove(gone)
         for new in sorted(set(series) - self._followed.keys()):
             await self._enter(new)
 
-    def intake(self, venue: str) -> Intake:
+    def intake(self, venue: str) -> SourceCallbacks:
         """What the source of ``venue`` is given to talk to."""
         followed, counts, apply, arm = self._followed, self._updates, self._apply, self._arm
 
@@ -141,7 +141,7 @@ class Desk:
                 effects = one.tape.update(update.candle, update.closed, update.received)
                 if effects:
                     apply(one, effects)
-                if one.tape.wake < one.alarm:
+                if one.tape.next_wakeup < one.alarm:
                     arm(one)
 
         def reject(series: Series | None, reason: str, raw: bytes) -> None:
@@ -151,7 +151,7 @@ class Desk:
         def note(event: str) -> None:
             self._metrics.source_events.labels(venue, event).inc()
 
-        return Intake(update, reject, note)
+        return SourceCallbacks(update, reject, note)
 
     async def run(self) -> None:
         """Save, hand on, ask for what is missing; until cancelled.
@@ -218,19 +218,19 @@ class Desk:
         enough = len(bars) >= self._lookback
         anew = bool(bars) and self._outdated(series, bars[-1])
         traits = self._sources[series.venue].traits
-        tape = Tape(
+        tape = BarSequencer(
             series.timeframe,
             self._random,
             grace_seconds=traits.grace_seconds,
-            patience_seconds=traits.patience_seconds,
+            history_lag_seconds=traits.history_lag_seconds,
             fills_empty=traits.fills_empty,
-            history=self._capacity,
-            known=() if anew else bars,
-            whole=enough,
+            history_bars=self._capacity,
+            bars=() if anew else bars,
+            complete=enough,
         )
         counter = self._metrics.bars.labels(series.venue, str(series.timeframe))
         one = self._followed[series] = _Followed(series, tape, mark, counter)
-        self._contexts.load(series, bars if enough or anew else (), whole=not enough)
+        self._contexts.load(series, bars if enough or anew else (), complete=not enough)
         if mark is not None and (enough or anew):
             for bar in await without_outcome(self._state, series, bars, mark):
                 self._hand_on(one, bar)
@@ -240,7 +240,7 @@ class Desk:
         if anew:
             _log.info("too long away; begins anew", series=series.name)
             one.mark = None
-            self._contexts.load(series, (), whole=True)
+            self._contexts.load(series, (), complete=True)
         elif enough:
             self._await(one, series.timeframe.after(bars[-1].candle.time, 2))
             await self._pass_on(one, bars, mark)
@@ -286,13 +286,13 @@ class Desk:
                     self._mute.add(series.venue)
                     _log.warning("history cannot be had", series=series.name, why=str(answer))
                 refused = isinstance(answer, VenueRefused)
-                one.tape.failed(now, _REFUSED_SECONDS if refused else answer.retry_after)
+                one.tape.fetch_failed(now, _REFUSED_SECONDS if refused else answer.retry_after)
             else:
                 backfills.labels(series.venue, "filled" if answer else "empty").inc()
                 if series.venue in self._mute:
                     self._mute.discard(series.venue)
                     _log.info("history can be had again", venue=series.venue)
-                effects = one.tape.answered(asked, answer, now)
+                effects = one.tape.fetch_completed(asked, answer, now)
                 if self._followed.get(series) is one:
                     self._apply(one, effects)
             self._arm(one)
@@ -302,7 +302,7 @@ class Desk:
 
     def _arm(self, one: _Followed) -> None:
         """Have the tape woken when it wants to be."""
-        wake = one.tape.wake
+        wake = one.tape.next_wakeup
         if wake < one.alarm:
             one.alarm = wake
             self._alarms.set(wake, one)
@@ -311,7 +311,7 @@ class Desk:
         if one.alarm > now or self._followed.get(one.series) is not one:
             return  # set anew for later, or gone
         one.alarm = NEVER
-        if one.tape.wake <= now:
+        if one.tape.next_wakeup <= now:
             self._apply(one, one.tape.tick(now))
         self._arm(one)
 
@@ -330,7 +330,7 @@ class Desk:
         held: Counter[str] = Counter()
         for one in self._followed.values():
             silent[one.series.venue] += one.tape.silent
-            held[one.series.venue] += one.tape.holed
+            held[one.series.venue] += one.tape.has_gap
         for venue in self._sources:
             metrics.silent.labels(venue).set(silent[venue])
             metrics.held.labels(venue).set(held[venue])
@@ -406,7 +406,7 @@ class Desk:
         close = one.series.timeframe.after(bar.candle.time)
         # A bar held for its close by our clock came before it; one made up never came.
         received = max(close, bar.received or self._clock.now())
-        obstacle = self._contexts.obstacle(
+        obstacle = self._contexts.skip_reason(
             one.series, self._lookback, strict=self._degraded == "skip"
         )
         self._due(Due(one.series, *place, close, received, obstacle))

@@ -112,7 +112,7 @@ class Doctor:
         except SettingsError as error:
             return [Finding("fail", problem, _SYMBOL) for problem in error.problems]
         self._series |= series
-        unknown = await source.unknown(series)
+        unknown = await source.unsupported(series)
         self._series -= unknown.keys()
         if unknown:
             return [Finding("fail", f"{one}: {why}", _SYMBOL) for one, why in unknown.items()]

@@ -71,7 +71,7 @@ class Member(Role):
 
     def checks(self) -> dict[str, str]:
         found = {"worker": self._worker.healthy(), **super().checks()}
-        found["candles"] = self._feed.trouble
+        found["candles"] = self._feed.problem
         if self.ready.is_set():
             found["candles"] = found["candles"] or self._allotment.unready
             # Whoever works off what is old hears nothing new, and is no less ready for that.

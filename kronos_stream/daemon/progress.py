@@ -108,7 +108,7 @@ def forecasting(scheduler: Scheduler, worker: _Worker, metrics: Metrics) -> Iter
 
 def reading(feed: Feed) -> Iterator[Work]:
     """The feed turns, whether there is something to read or not."""
-    yield Work("reading candles", lambda: True, lambda: feed.turns, lambda: _READ_SECONDS)
+    yield Work("reading candles", lambda: True, lambda: feed.iterations, lambda: _READ_SECONDS)
 
 
 def delivering(deliveries: Iterable[tuple[str, Delivery]]) -> Iterator[Work]:

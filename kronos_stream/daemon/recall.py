@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.contexts import Window, window_of
+from kronos_stream.market.contexts import Window, build_window
 from kronos_stream.market.series import Series
 
 _AT_A_TIME = 256
@@ -49,4 +49,4 @@ async def saved_window(state: State, due: Due, lookback: int) -> Window | None:
     bars = await newest_bars(state, due.series, lookback, due.origin)
     if not bars or bars[-1].candle.time != due.origin:
         return None
-    return window_of(due.series, bars)
+    return build_window(due.series, bars)

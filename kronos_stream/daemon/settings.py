@@ -30,7 +30,7 @@ from kronos_stream.forecast.outlook import Kept
 from kronos_stream.forecast.quantiles import check_supported, required_paths
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.watchlist import Entry
+from kronos_stream.market.watchlist import WatchlistEntry
 
 PREFIX = "KRONOS_STREAM_"
 
@@ -52,8 +52,8 @@ def _timeframe(value: object) -> Timeframe:
     return value if isinstance(value, Timeframe) else Timeframe.parse(str(value))
 
 
-def _entry(value: object) -> Entry:
-    return value if isinstance(value, Entry) else Entry.parse(str(value))
+def _entry(value: object) -> WatchlistEntry:
+    return value if isinstance(value, WatchlistEntry) else WatchlistEntry.parse(str(value))
 
 
 def _probability(p: float) -> float:
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
     role: Literal["all", "ingest", "forecast"] = "all"
     """What this process does. all: everything, without a broker. ingest: candles of venues to
     Kafka. forecast: candles from Kafka to forecasts, as one of a group that shares the work."""
-    symbols: tuple[Annotated[Entry, PlainValidator(_entry)], ...] = ()
+    symbols: tuple[Annotated[WatchlistEntry, PlainValidator(_entry)], ...] = ()
     """What to forecast: venue:symbol, a comma list. binance:BTC/USDT is spot,
     binance:BTC/USDT:USDT the linear perpetual, binance:*/USDT?top=50 the fifty most traded of
     those, looked up daily."""
@@ -258,7 +258,7 @@ class Settings(BaseSettings):
             raise SettingsError(problems)
         return self
 
-    def watchlist(self) -> tuple[Entry, ...]:
+    def watchlist(self) -> tuple[WatchlistEntry, ...]:
         """What to forecast, in which timeframes; reads the symbols file. Raises SettingsError."""
         entries = [*self.symbols, *self._listed()]
         if not entries:
@@ -313,7 +313,7 @@ class Settings(BaseSettings):
             keep=self.forecast.paths,
         )
 
-    def _listed(self) -> Sequence[Entry]:
+    def _listed(self) -> Sequence[WatchlistEntry]:
         if self.symbols_file is None:
             return ()
         name = variable("symbols_file")
@@ -321,7 +321,7 @@ class Settings(BaseSettings):
             lines = read_small(self.symbols_file, "utf-8-sig").splitlines()
         except ValueError as error:
             raise SettingsError(f"{name}={self.symbols_file}: {error}") from None
-        entries: list[Entry] = []
+        entries: list[WatchlistEntry] = []
         problems = []
         for number, line in enumerate(lines, 1):
             text = line.partition("#")[0].strip()
@@ -330,7 +330,7 @@ class Settings(BaseSettings):
             try:
                 if len(text) > _LONGEST_LINE:
                     raise ValueError(f"{text[:80]!r}… is too long: {len(text):,} characters")  # noqa: TRY301
-                entry = Entry.parse(text)
+                entry = WatchlistEntry.parse(text)
                 if any(entry[:2] == other[:2] for other in (*self.symbols, *entries)):
                     raise ValueError(f"{text} stands there twice")  # noqa: TRY301
                 entries.append(entry)

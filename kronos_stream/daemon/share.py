@@ -15,7 +15,7 @@ import structlog
 from kronos_stream.daemon.due import Due
 from kronos_stream.daemon.notes import Kept, parse, write
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.feed import Extent, Note
+from kronos_stream.market.feed import PartitionBounds, Checkpoint
 from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()
@@ -106,7 +106,7 @@ class Share:
     """Contexts are whole from here on."""
     began: int
     """UTC ms."""
-    note: Note | None
+    note: Checkpoint | None
     """What is noted of it, for all we know."""
     lines: dict[Series, Line] = field(default_factory=dict)
     undone: dict[int, Due | Series] = field(default_factory=dict)
@@ -129,14 +129,14 @@ class Share:
             line.undone.pop(offset, None)
             line.trim(lookback)
 
-    def noting(self, lookback: int) -> Note:
+    def noting(self, lookback: int) -> Checkpoint:
         """What is to be noted; the base moves up to the first record that is not done with."""
         if self.next < self.until and self.note is not None:
             return self.note  # not all of what it says has been read again
         self.base = max(self.base, min(self.undone, default=self.next))
         self.done = {offset for offset in self.done if offset > self.base}
         kept = Kept(min(self.base, self._start(lookback)), lookback, self.done)
-        return Note(self.base, write(kept, self.base))
+        return Checkpoint(self.base, write(kept, self.base))
 
     def _start(self, lookback: int) -> int:
         """Offset of the first bar that is still needed; series that have died need none."""
@@ -152,7 +152,9 @@ class Share:
         )
 
 
-def placed(extent: Extent, lookback: int, catch_up: Literal["newest", "all"], now: int) -> Share:
+def placed(
+    extent: PartitionBounds, lookback: int, catch_up: Literal["newest", "all"], now: int
+) -> Share:
     """A share that begins where what is noted says. now: UTC ms."""
     first, end, since, note = extent
     done: set[int] = set()
@@ -163,7 +165,7 @@ def placed(extent: Extent, lookback: int, catch_up: Literal["newest", "all"], no
         if note.offset < first:
             _log.error("records were gone before they were forecast", records=first - note.offset)
         base = min(max(note.offset, first), end)
-        kept = parse(note.text, note.offset)
+        kept = parse(note.metadata, note.offset)
         if note.offset > end:  # the log is not what it was
             _log.error("the log ends before what is done", done=note.offset, end=end)
             kept = None

@@ -10,8 +10,14 @@ import structlog
 from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, Ranking, Source, SourceError, VenueRefused
-from kronos_stream.market.watchlist import Entry
+from kronos_stream.market.source import (
+    LoginRefused,
+    RankingSource,
+    Source,
+    SourceError,
+    VenueRefused,
+)
+from kronos_stream.market.watchlist import WatchlistEntry
 
 _log = structlog.get_logger()
 
@@ -24,7 +30,7 @@ class Universe:
 
     def __init__(
         self,
-        watchlist: Sequence[Entry],
+        watchlist: Sequence[WatchlistEntry],
         series: Collection[Series],
         sources: Mapping[str, Source],
         clock: Clock,
@@ -88,7 +94,7 @@ class Universe:
         if lines:
             raise SettingsError(lines)
 
-    async def today(self, watchlist: Sequence[Entry]) -> frozenset[Series]:
+    async def today(self, watchlist: Sequence[WatchlistEntry]) -> frozenset[Series]:
         """What ``watchlist`` stands for now; what is followed of lost venues stays.
 
         Raises SettingsError for what no venue can answer, SourceError where one does not.
@@ -115,7 +121,7 @@ class Universe:
     def point_sources(self) -> None:
         """Tell the venues what is followed."""
         for venue, source in self._sources.items():
-            source.follow([one for one in self.series if one.venue == venue])
+            source.subscribe([one for one in self.series if one.venue == venue])
 
     def lose(self, venue: str, error: VenueRefused) -> None:
         """Go on without a venue that will not serve us; raise where it was the last."""
@@ -155,12 +161,12 @@ class Universe:
         asked = [one for one in series if one.venue == venue]
         if not asked:
             return []
-        found = await self._sources[venue].unknown(asked)
+        found = await self._sources[venue].unsupported(asked)
         return [f"{one}: {why}" for one, why in sorted(found.items())]
 
 
 async def resolve(
-    entries: Sequence[Entry], sources: Mapping[str, Source], held: Collection[Series]
+    entries: Sequence[WatchlistEntry], sources: Mapping[str, Source], held: Collection[Series]
 ) -> frozenset[Series]:
     """The series of ``entries``.
 
@@ -175,12 +181,12 @@ async def resolve(
             problems.append(f"{entry.venue}: not among the venues at the start; restart")
         elif not entry.is_pattern:
             chosen.update(entry.series())
-        elif not isinstance(source, Ranking):
+        elif not isinstance(source, RankingSource):
             problems.append(f"{entry}: {entry.venue} cannot say what is traded most; name symbols")
         else:
             named = {other.symbol for other in entries if other.venue == entry.venue}
             known = {one.symbol for one in held if one.venue == entry.venue} - named
-            symbols = entry.chosen(await source.ranked(entry.symbol), known)
+            symbols = entry.select(await source.ranked(entry.symbol), known)
             if not symbols:
                 problems.append(f"{entry}: nothing that trades there is called so")
             chosen.update(entry.series(symbols))

@@ -30,7 +30,7 @@ from kronos_stream.market.candle import Bar
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.market.wire import CANDLE, relay
+from kronos_stream.market.wire import CANDLE, encode_bar
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -155,7 +155,7 @@ def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Composed:
 
     history: whether it only fills contexts.
     """
-    value = relay(series, bar, history=history)
+    value = encode_bar(series, bar, history=history)
     return _in_events(_digest(value), CANDLE, series.name, value, rfc3339(at))
 
 

@@ -25,7 +25,7 @@ class Candle(NamedTuple):
     volume: float
     amount: float | None = None
 
-    def fault(self) -> str | None:
+    def invalid_reason(self) -> str | None:
         """Why this candle cannot be: one clause for people, or None."""
         _, opened, high, low, close, volume, amount = self
         numbers = (opened, high, low, close, volume, 0.0 if amount is None else amount)

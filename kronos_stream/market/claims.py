@@ -15,13 +15,13 @@ from kronos_stream.market.effects import NEVER
 
 
 @dataclass(slots=True)
-class _Claim:
+class _Correction:
     candle: Candle
     since: int
     answers: int
 
 
-class Claims:
+class PendingCorrections:
     """At most one claim per bar, by its open; all times are UTC ms."""
 
     def __init__(self, settle: int, lag: int, answers: int) -> None:
@@ -31,59 +31,59 @@ class Claims:
         must have spoken, before it is believed that nothing changed.
         """
         self._settle, self._lag, self._answers = settle, lag, answers
-        self._claims: dict[int, _Claim] = {}
+        self._corrections: dict[int, _Correction] = {}
 
-    def put(self, candle: Candle, now: int) -> None:
+    def add(self, candle: Candle, now: int) -> None:
         """Somebody says that this is the bar."""
-        claim = self._claims.get(candle.time)
-        if claim is None or not same(claim.candle, candle):
-            self._claims[candle.time] = _Claim(candle, now, 0)
+        claim = self._corrections.get(candle.time)
+        if claim is None or not candles_match(claim.candle, candle):
+            self._corrections[candle.time] = _Correction(candle, now, 0)
 
     def check(self, candle: Candle, now: int) -> None:
         """Have a bar compared that is doubtful by itself; one answer will do."""
-        self._claims[candle.time] = _Claim(candle, now - self._lag, self._answers - 1)
+        self._corrections[candle.time] = _Correction(candle, now - self._lag, self._answers - 1)
 
-    def drop(self, time: int) -> None:
-        self._claims.pop(time, None)
+    def discard(self, time: int) -> None:
+        self._corrections.pop(time, None)
 
-    def ripe(self, now: int, before: int) -> Iterator[int]:
+    def ready(self, now: int, before: int) -> Iterator[int]:
         """Bars that open before ``before`` and are to be asked for now."""
-        for time, claim in self._claims.items():
+        for time, claim in self._corrections.items():
             if time < before and claim.since + self._settle <= now:
                 yield time
 
-    def due(self, before: int) -> int:
+    def next_due(self, before: int) -> int:
         """When the next of these is to be asked for."""
-        if not self._claims:
+        if not self._corrections:
             return NEVER
-        times = (claim.since for time, claim in self._claims.items() if time < before)
+        times = (claim.since for time, claim in self._corrections.items() if time < before)
         return min(times, default=NEVER) + self._settle
 
-    def judge(
-        self, start: int, end: int, given: Mapping[int, Candle], now: int, bars: Mapping[int, Bar]
+    def resolve(
+        self, start: int, end: int, history: Mapping[int, Candle], now: int, bars: Mapping[int, Bar]
     ) -> Iterator[Candle]:
         """What the answer ``given`` for opens from ``start`` to ``end`` changes in ``bars``.
 
         bars: the newest on the tape; a claim against an older one is dropped.
         """
         oldest = next(iter(bars), end)
-        for time, claim in list(self._claims.items()):
+        for time, claim in list(self._corrections.items()):
             bar = bars.get(time)
             if time < oldest:
-                del self._claims[time]
+                del self._corrections[time]
             if bar is None or not start <= time < end:
                 continue
             claim.answers += 1
             decided = claim.answers >= self._answers and now >= claim.since + self._lag
             # Where history does not reach, the claim is all there is.
-            said = given.get(time, claim.candle if decided else bar.candle)
-            changed = not same(said, bar.candle)
-            if decided or (changed and same(said, claim.candle)):
-                del self._claims[time]
+            said = history.get(time, claim.candle if decided else bar.candle)
+            changed = not candles_match(said, bar.candle)
+            if decided or (changed and candles_match(said, claim.candle)):
+                del self._corrections[time]
                 if changed:
                     yield said
 
 
-def same(a: Candle, b: Candle) -> bool:
+def candles_match(a: Candle, b: Candle) -> bool:
     """Whether they are equal as far as both say."""
     return a[:6] == b[:6] and (a.amount == b.amount or a.amount is None or b.amount is None)

@@ -61,7 +61,7 @@ class LoopClock:
             await asyncio.sleep(left / 1000 / self._speed)
 
 
-class DrivenClock:
+class ManualClock:
     """Stands still until :meth:`advance`; for replays as fast as the machine can."""
 
     def __init__(self, start: int) -> None:

@@ -22,7 +22,7 @@ torch, which has no place in this process."""
 _SMALL_SPREAD = 1e-3
 """Where closes deviate by less, prices are forecast times a power of two that lifts it to 1."""
 
-_FEWEST_BARS = 32
+_MIN_BARS = 32
 """A series that has no more than so many is forecast all the same."""
 
 _REAL, _SYNTHETIC, _MISSING = 0, 1, 2
@@ -47,17 +47,17 @@ class Window:
     """Why the forecast is degraded; empty if it is not."""
 
 
-class Contexts:
+class ContextStore:
     """A buffer per series of its newest ``capacity`` bars, contiguous; no object per bar."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._buffers: dict[Series, _Buffer] = {}
 
-    def load(self, series: Series, bars: Sequence[Bar], *, whole: bool = False) -> None:
+    def load(self, series: Series, bars: Sequence[Bar], *, complete: bool = False) -> None:
         """Begin with ``bars``, oldest first; ``whole`` if the series has no older ones."""
         buffer = self._buffers[series] = _Buffer(self._capacity, bars)
-        buffer.whole = whole
+        buffer.complete = complete
 
     def append(self, series: Series, bar: Bar) -> None:
         """Put the bar that follows the series' newest."""
@@ -67,11 +67,11 @@ class Contexts:
         """Replace the bar of the same open, if it is still here."""
         self._buffers[series].revise(bar)
 
-    def improves(self, series: Series, bar: Bar) -> bool:
+    def supersedes(self, series: Series, bar: Bar) -> bool:
         """Whether the bar of the same open is here, and ``bar`` is a later word on it."""
-        return self._buffers[series].improves(bar)
+        return self._buffers[series].supersedes(bar)
 
-    def forget(self, series: Series) -> None:
+    def remove(self, series: Series) -> None:
         self._buffers.pop(series, None)
 
     def length(self, series: Series) -> int:
@@ -79,12 +79,12 @@ class Contexts:
         buffer = self._buffers.get(series)
         return 0 if buffer is None else buffer.end
 
-    def obstacle(self, series: Series, bars: int, *, strict: bool) -> str | None:
+    def skip_reason(self, series: Series, bars: int, *, strict: bool) -> str | None:
         """Why the series cannot be forecast from its newest ``bars``: "warming up" or "gap".
 
         strict: no bar among them may be one that the venue has not given yet.
         """
-        if self.length(series) < min(bars, _FEWEST_BARS):
+        if self.length(series) < min(bars, _MIN_BARS):
             return "warming up"
         if strict and (self._buffers[series].newest_marks(bars) == _MISSING).any():
             return "gap"
@@ -99,7 +99,7 @@ class Contexts:
         return None if buffer is None else buffer.window(series, origin, bars)
 
 
-def window_of(series: Series, bars: Sequence[Bar]) -> Window:
+def build_window(series: Series, bars: Sequence[Bar]) -> Window:
     """The same of bars that lie elsewhere, oldest first, at least one."""
     window = _Buffer(len(bars), bars).window(series, bars[-1].candle.time, len(bars))
     assert window is not None  # noqa: S101 - it has what it was made of
@@ -112,7 +112,7 @@ class _Buffer:
     Values are kept in double precision: the last bar of a window is told as it came.
     """
 
-    __slots__ = ("_capacity", "_marks", "_revisions", "_times", "_values", "end", "whole")
+    __slots__ = ("_capacity", "_marks", "_revisions", "_times", "_values", "end", "complete")
 
     def __init__(self, capacity: int, bars: Sequence[Bar] = ()) -> None:
         self._capacity = capacity
@@ -122,7 +122,7 @@ class _Buffer:
         self._revisions = np.empty(size, np.int32)
         self._marks = np.empty(size, np.uint8)
         self.end = 0
-        self.whole = True
+        self.complete = True
         """Whether the first bar here is the first the series has."""
         for bar in bars:
             self.append(bar)
@@ -132,7 +132,7 @@ class _Buffer:
             first = self.end - self._capacity
             for column in (self._values, self._times, self._revisions, self._marks):
                 column[: self._capacity] = column[first:]
-            self.end, self.whole = self._capacity, False
+            self.end, self.complete = self._capacity, False
         self._write(self.end, bar)
         self.end += 1
 
@@ -141,7 +141,7 @@ class _Buffer:
         if at is not None:
             self._write(at, bar)
 
-    def improves(self, bar: Bar) -> bool:
+    def supersedes(self, bar: Bar) -> bool:
         at = self._find(bar.candle.time)
         if at is None:
             return False
@@ -154,7 +154,7 @@ class _Buffer:
 
     def window(self, series: Series, origin: int, bars: int) -> Window | None:
         at = self._find(origin)
-        if at is None or (at + 1 < bars and not self.whole):
+        if at is None or (at + 1 < bars and not self.complete):
             return None
         part = slice(max(0, at + 1 - bars), at + 1)
         values = self._values[part]

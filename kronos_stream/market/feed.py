@@ -14,38 +14,38 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import Relayed
+from kronos_stream.market.wire import RelayedBar
 
 
-class Part(NamedTuple):
+class Partition(NamedTuple):
     """A partition of a log; all records of a series are in one part."""
 
     log: str
     number: int
 
 
-class Note(NamedTuple):
+class Checkpoint(NamedTuple):
     """What is noted of a part for whoever gets it next."""
 
     offset: int
     """Of the first record that is not done with."""
-    text: str
+    metadata: str
     """Whatever else is worth knowing, at most some 4,000 characters."""
 
 
-class Extent(NamedTuple):
+class PartitionBounds(NamedTuple):
     """A part, as its feed knows it when it is handed out."""
 
     first: int
     """Offset of its first record."""
     end: int
     """Offset that the next record will have."""
-    since: int
+    context_start: int
     """Offset of the first record that is young enough to matter to a context that begins now."""
-    note: Note | None
+    checkpoint: Checkpoint | None
 
 
-class Gone(NamedTuple):
+class SeriesRemoved(NamedTuple):
     """A series is given up."""
 
     series: Series
@@ -59,52 +59,54 @@ class Unreadable(NamedTuple):
     raw: bytes
 
 
-Told: TypeAlias = Relayed | Gone | Unreadable | None
+FeedRecord: TypeAlias = RelayedBar | SeriesRemoved | Unreadable | None
 """What a record says; None: nothing to us."""
 
 
-class Reader(Protocol):
+class PartitionHandler(Protocol):
     """The daemon's side of a feed. Every call but :meth:`give_up` returns at once."""
 
-    def enough(self) -> Collection[Part]:
+    def paused(self) -> Collection[Partition]:
         """Parts of which no more should be read just now."""
 
-    def given(self, parts: Collection[Part]) -> None:
+    def on_assigned(self, partitions: Collection[Partition]) -> None:
         """Exactly these parts are ours from now on; :meth:`begin` comes for each."""
 
-    def begin(self, part: Part, extent: Extent) -> int:
+    def start_partition(self, partition: Partition, bounds: PartitionBounds) -> int:
         """The offset to read ``part`` from."""
 
-    def read(self, part: Part, records: Iterable[tuple[int, Told]], reached: int) -> None:
+    def on_records(
+        self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], next_offset: int
+    ) -> None:
         """Take in records of a part, in order, with their offsets; ``reached`` comes next."""
 
-    async def give_up(self) -> None:
+    async def drain(self) -> None:
         """All parts are about to be taken: finish what is in hand; bounded."""
 
-    def taken(self) -> None:
+    def on_revoked(self) -> None:
         """No part is ours any more, or nobody knows."""
 
-    def notes(self) -> Mapping[Part, Note]:
+    def pending_checkpoints(self) -> Mapping[Partition, Checkpoint]:
         """What is to be noted, where it has changed."""
 
-    def noted(self, notes: Mapping[Part, Note]) -> None:
+    def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:
         """These are safe."""
 
-    def lags(self, lags: Mapping[str, int]) -> None:
+    def on_lag(self, lags: Mapping[str, int]) -> None:
         """By log: how many records of our parts are not read yet."""
 
 
 class Feed(Protocol):
     """A member of a group that reads logs."""
 
-    turns: int
+    iterations: int
     """Grows while it works, whether there is something to read or not."""
 
     @property
-    def trouble(self) -> str:
+    def problem(self) -> str:
         """Why nothing can be read or noted just now, in words; empty if all is well."""
 
-    async def run(self, reader: Reader) -> None:
+    async def run(self, handler: PartitionHandler) -> None:
         """Read until cancelled, reconnecting by itself."""
 
     async def close(self) -> None:
@@ -115,7 +117,7 @@ class FeedNeeds(NamedTuple):
     """What is to be read."""
 
     timeframes: Sequence[Timeframe]
-    bars: int
+    lookback: int
     """How many a context has."""
 
 

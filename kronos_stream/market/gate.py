@@ -13,14 +13,16 @@ _SKEW_MS = 2_000
 A bar said to be closed within that is for the tape to hold until its close."""
 
 
-class Gate:
+class CandleValidator:
     """One series' border. Times are UTC ms."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._refused = -1
+        self._last_rejected = -1
 
-    def fault(self, candle: Candle, now: int, anchor: int | None, *, closed: bool) -> str | None:
+    def invalid_reason(
+        self, candle: Candle, now: int, anchor: int | None, *, closed: bool
+    ) -> str | None:
         """Why ``candle`` cannot be, or None; an open bar's values are not looked at.
 
         anchor: the open of any other bar, if one is known.
@@ -35,17 +37,17 @@ class Gate:
         early = self._grid.after(time) - now
         if early > _SKEW_MS:
             return f"said to be closed {early / 1000:g} s before its close"
-        return candle.fault()
+        return candle.invalid_reason()
 
-    def reject(self, candle: Candle, fault: str, effects: list[Effect]) -> None:
+    def reject(self, candle: Candle, reason: str, effects: list[Effect]) -> None:
         """Say so, once: the same bar is pushed and asked for many times."""
-        if candle.time != self._refused:
-            self._refused = candle.time
-            effects.append(Reject(candle, fault))
+        if candle.time != self._last_rejected:
+            self._last_rejected = candle.time
+            effects.append(Reject(candle, reason))
 
-    def believed(
+    def filter_valid(
         self,
-        asked: Fetch,
+        request: Fetch,
         candles: Sequence[Candle],
         now: int,
         anchor: int | None,
@@ -54,8 +56,8 @@ class Gate:
         """What of an answer can be, by open; the rest is rejected."""
         given: dict[int, Candle] = {}
         for candle in candles:
-            fault = self.fault(candle, now, anchor, closed=True)
-            if fault is None and not asked.start <= candle.time < asked.end:
+            fault = self.invalid_reason(candle, now, anchor, closed=True)
+            if fault is None and not request.start <= candle.time < request.end:
                 fault = "not what was asked for"
             if fault is None:
                 given[candle.time] = candle

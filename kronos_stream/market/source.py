@@ -39,7 +39,7 @@ class Traits:
     """How often an open bar is pushed while it trades."""
     grace_seconds: float = 2.0
     """How long after its close a bar's last word may take before REST is asked."""
-    patience_seconds: float | None = None
+    history_lag_seconds: float | None = None
     """How long after its close, or its change, history may not know of a bar yet; None takes 5.
 
     0 where history is complete at once: files.
@@ -49,13 +49,13 @@ class Traits:
 
 
 @dataclass(frozen=True, slots=True)
-class Intake:
+class SourceCallbacks:
     """The daemon's side of a source. Every call returns at once and never fails for bad data."""
 
     update: Callable[[Update], None]
     reject: Callable[[Series | None, str, bytes], None]
     """A frame or candle that cannot be: series if known, reason, the raw bytes."""
-    note: Callable[[str], None]
+    count_event: Callable[[str], None]
     """Something worth counting, in two words at most: "connected", "lost", "rate limited"."""
 
 
@@ -65,13 +65,13 @@ class Source(Protocol):
     venue: str
     traits: Traits
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         """Which of ``series`` the venue does not have, and why; SourceError if it cannot say."""
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         """Set what to push; may be called while running, those kept lose nothing."""
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         """Push updates until cancelled, reconnecting by itself.
 
         Returns early only where the data end (a replay); raises VenueRefused only where the
@@ -89,7 +89,7 @@ class Source(Protocol):
 
 
 @runtime_checkable
-class Ranking(Protocol):
+class RankingSource(Protocol):
     """A source that knows which symbols are traded most."""
 
     async def ranked(self, pattern: str) -> Sequence[str]:

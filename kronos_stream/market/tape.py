@@ -19,15 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from kronos_stream.market.asking import Asking
+from kronos_stream.market.asking import BackfillPolicy
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.claims import Claims
-from kronos_stream.market.debts import Debts
+from kronos_stream.market.claims import PendingCorrections
+from kronos_stream.market.debts import MissingBars
 from kronos_stream.market.effects import NEVER, Begin, Effect, Fetch, Gap, Reject, Silence
-from kronos_stream.market.gate import Gate
+from kronos_stream.market.gate import CandleValidator
 from kronos_stream.market.grid import Grid
-from kronos_stream.market.ledger import Ledger
-from kronos_stream.market.pulse import Pulse
+from kronos_stream.market.ledger import BarLog
+from kronos_stream.market.pulse import PushTiming
 from kronos_stream.market.timeframe import Timeframe
 
 _EARLY_MS = 500
@@ -36,29 +36,29 @@ _EARLY_MS = 500
 _SETTLE_MS = 200
 """Pushes cross on their way: the word missing now may arrive within that."""
 
-_LAG_MS, _ANSWERS = 5_000, 2
+_LAG_MS, _REQUIRED_ANSWERS = 5_000, 2
 """How long the history may not know of a bar or its change yet, and how often it is asked at
 least, before something does not exist or did not change; Traits.patience_seconds goes first."""
 
-_QUIET_BARS = 60
+_MAX_QUIET_BARS = 60
 """After so many flat bars in a row without a sign of life a quiet symbol is a silent one."""
 
-_ODD_MS = 60_000
+_RECHECK_MS = 60_000
 """After that a bar is asked for again that a venue should have had."""
 
-_AUDITED, _LATE_MS = 90, 15_000
+_AUDIT_BARS, _AUDIT_DELAY_MS = 90, 15_000
 """Bars on the tape that an audit asks for, and how long it waits for other questions."""
 
-_HELD = 256
+_MAX_PENDING = 256
 """Pushed bars held at most; what comes beyond is missing, and asked for."""
 
-_OWED = 1_000
+_MAX_PLACEHOLDERS = 1_000
 """Bars owed that are asked for at a time; bars made up at a time."""
 
 _MONTH_MS = 30 * 86_400_000
 
 
-class Tape:
+class BarSequencer:
     """The ledger of one series, and what is done to keep it. All times are UTC ms."""
 
     def __init__(
@@ -67,11 +67,11 @@ class Tape:
         random: Random,
         *,
         grace_seconds: float,
-        patience_seconds: float | None,
+        history_lag_seconds: float | None,
         fills_empty: bool,
-        history: int,
-        known: Sequence[Bar] = (),
-        whole: bool = False,
+        history_bars: int,
+        bars: Sequence[Bar] = (),
+        complete: bool = False,
     ) -> None:
         """A tape that goes on from ``known``, contiguous bars.
 
@@ -79,232 +79,236 @@ class Tape:
         history: bars to begin with, asked for first unless ``whole`` says that ``known`` will do;
             otherwise ``known`` is appended anew in its place among them.
         """
-        self.wake = 0
+        self.next_wakeup = 0
         """When :meth:`tick` has something to do."""
         self.silent = False
         """Whether neither pushes nor the history have the bar that is due."""
-        self.live = whole and bool(known)
+        self.live = complete and bool(bars)
         """Whether the next bar can be expected in time: none is missing, and it is not silent."""
         self._grid = Grid(timeframe)
-        self._gate = Gate(self._grid)
-        self._lag = _LAG_MS if patience_seconds is None else round(patience_seconds * 1000)
-        answers, settle = (_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
-        self._claims = Claims(settle, self._lag, answers)
-        self._debts = Debts(answers, history)
-        self._ledger = Ledger(self._grid, self._claims, self._debts)
-        self._held = self._ledger.held
-        self._pulse = Pulse(round(grace_seconds * 1000), settle)
-        self._asking = Asking(self._grid.step or _MONTH_MS, random)
-        self._fills_empty, self._history = fills_empty, history
-        self._gap = -1
-        self._founded = self._begun = whole and bool(known)
+        self._validator = CandleValidator(self._grid)
+        self._lag = _LAG_MS if history_lag_seconds is None else round(history_lag_seconds * 1000)
+        answers, settle = (_REQUIRED_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
+        self._corrections = PendingCorrections(settle, self._lag, answers)
+        self._missing = MissingBars(answers, history_bars)
+        self._bar_log = BarLog(self._grid, self._corrections, self._missing)
+        self._pending = self._bar_log.pending
+        self._timing = PushTiming(round(grace_seconds * 1000), settle)
+        self._backfill = BackfillPolicy(self._grid.step or _MONTH_MS, random)
+        self._fills_empty, self._history_bars = fills_empty, history_bars
+        self._last_gap = -1
+        self._start_known = self._start_requested = complete and bool(bars)
         """Whether the first bar is known, or that there is none yet; whether that was asked."""
-        if self._founded:
-            self._ledger.restore(known)
+        if self._start_known:
+            self._bar_log.restore(bars)
         else:
-            self._held.update((bar.candle.time, bar) for bar in known)
+            self._pending.update((bar.candle.time, bar) for bar in bars)
 
     @property
     def next(self) -> int | None:
         """Open of the bar that the tape waits for; None until a first one is known."""
-        return self._ledger.next
+        return self._bar_log.next
 
     @property
-    def holed(self) -> bool:
+    def has_gap(self) -> bool:
         """Whether bars are held because those before them are missing."""
-        return self._ledger.holed
+        return self._bar_log.has_gap
 
     @property
-    def held(self) -> int:
+    def pending_count(self) -> int:
         """Bars that wait for those before them."""
-        return len(self._held) if self.holed else 0
+        return len(self._pending) if self.has_gap else 0
 
     @property
-    def owed(self) -> int:
+    def placeholder_count(self) -> int:
         """Bars that are made up for now, for the history could not be had."""
-        return len(self._debts)
+        return len(self._missing)
 
     @property
     def last(self) -> Bar | None:
         """The newest bar on it."""
-        recent = self._ledger.recent
+        recent = self._bar_log.recent
         return recent[next(reversed(recent))] if recent else None
 
     def update(self, candle: Candle, closed: bool, received: int) -> Sequence[Effect]:  # noqa: FBT001
         """Take in a push: a bar so far, or the venue's last word on it."""
-        time, ledger, pulse = candle.time, self._ledger, self._pulse
-        if time == pulse.newest and not closed and not self._held and not self.silent:
+        time, ledger, pulse = candle.time, self._bar_log, self._timing
+        if time == pulse.newest and not closed and not self._pending and not self.silent:
             # Nearly all pushes end here. Their values mean nothing yet, so nobody judges them.
-            pulse.heard = received
+            pulse.last_push = received
             return ()
         effects: list[Effect] = []
-        fault = self._gate.fault(candle, received, ledger.anchor, closed=closed)
+        fault = self._validator.invalid_reason(candle, received, ledger.anchor, closed=closed)
         if fault is not None:
-            self._gate.reject(candle, fault, effects)
+            self._validator.reject(candle, fault, effects)
             return effects
-        pulse.push(time, received)
-        if self._founded and ledger.next is None:
+        pulse.record_push(time, received)
+        if self._start_known and ledger.next is None:
             ledger.next = time
         if ledger.next is None or time >= ledger.next:
             self._set_silent(effects, silent=False)
-            self._take(candle, received, effects, closed=closed)
+            self._accept_push(candle, received, effects, closed=closed)
             self._drain(received, effects)
         elif closed:
             ledger.compare(candle, received, effects)
         else:
-            ledger.doubt(candle, received)
-        self._plan()
+            ledger.flag_mismatch(candle, received)
+        self._schedule_wakeup()
         return effects
 
     def tick(self, now: int) -> Sequence[Effect]:
         """Do what time has made due; :attr:`wake` says when again."""
         effects: list[Effect] = []
         self._drain(now, effects)
-        if now >= self._asking.patience_ends():
-            self._make_up(now, effects)
-        if self._asking.allowed(now):
-            if not self._begun:
-                self._begun = True
+        if now >= self._backfill.hold_deadline():
+            self._append_placeholders(now, effects)
+        if self._backfill.allowed(now):
+            if not self._start_requested:
+                self._start_requested = True
                 effects.append(Begin(self._grid.before(now)))
-            asked = self._asking.open = self._audited(now, self._wanted(now))
+            asked = self._backfill.pending = self._with_audit(now, self._next_request(now))
             if asked is not None:
-                self._note_gap(asked, effects)
+                self._report_gap(asked, effects)
                 effects.append(asked)
-        self._plan()
+        self._schedule_wakeup()
         return effects
 
-    def failed(self, now: int, retry_after: float = 0.0) -> None:
+    def fetch_failed(self, now: int, retry_after: float = 0.0) -> None:
         """What was asked for was not answered; not to be asked within ``retry_after`` seconds."""
-        self._asking.failed(now, retry_after)
-        self._plan()
+        self._backfill.failed(now, retry_after)
+        self._schedule_wakeup()
 
-    def answered(self, asked: Fetch, candles: Sequence[Candle], now: int) -> Sequence[Effect]:
+    def fetch_completed(
+        self, request: Fetch, candles: Sequence[Candle], now: int
+    ) -> Sequence[Effect]:
         """The venue's closed bars of the range asked for."""
-        self._asking.answered()
-        ledger = self._ledger
+        self._backfill.succeeded()
+        ledger = self._bar_log
         effects: list[Effect] = []
-        given = self._gate.believed(asked, candles, now, ledger.anchor, effects)
-        if not self._founded:
-            self._found(given)
-        before = ledger.next, len(self._debts)
-        ledger.judge(asked, given, now, effects)
+        given = self._validator.filter_valid(request, candles, now, ledger.anchor, effects)
+        if not self._start_known:
+            self._set_start(given)
+        before = ledger.next, len(self._missing)
+        ledger.resolve_corrections(request, given, now, effects)
         for candle in given.values():
             if ledger.next is not None and candle.time < ledger.next:
                 ledger.compare(candle, now, effects)
             else:
-                ledger.hold(Bar(candle, received=now))
-        ledger.settle(asked, given, now, effects)
+                ledger.add_pending(Bar(candle, received=now))
+        ledger.confirm_placeholders(request, given, now, effects)
         self._drain(now, effects)
-        self._fill(asked, now, effects)
-        if self._wanted(now) is None or before != (ledger.next, len(self._debts)):
-            self._asking.ease()
+        self._fill_gaps(request, now, effects)
+        if self._next_request(now) is None or before != (ledger.next, len(self._missing)):
+            self._backfill.reset_backoff()
         else:
-            self._asking.pause(now)
-        self._listen(effects)
-        self._plan()
+            self._backfill.back_off(now)
+        self._detect_silence(effects)
+        self._schedule_wakeup()
         return effects
 
     # What is put on the tape.
 
-    def _found(self, given: dict[int, Candle]) -> None:
+    def _set_start(self, given: dict[int, Candle]) -> None:
         """Begin where the venue's history, or what is known of it, begins."""
-        self._founded = True
-        times = given.keys() | self._held.keys()
+        self._start_known = True
+        times = given.keys() | self._pending.keys()
         if times:
-            self._ledger.next = min(times)
-        elif self._pulse.newest >= 0:
-            self._ledger.next = self._pulse.newest
+            self._bar_log.next = min(times)
+        elif self._timing.newest >= 0:
+            self._bar_log.next = self._timing.newest
 
-    def _take(self, candle: Candle, now: int, effects: list[Effect], *, closed: bool) -> None:
+    def _accept_push(
+        self, candle: Candle, now: int, effects: list[Effect], *, closed: bool
+    ) -> None:
         """Take in a push of a bar that is not on the tape."""
         time = candle.time
         early = self._grid.after(time) - now
         if not closed:
-            if early > 0 and time in self._held:
-                self._claims.drop(time)
-                lie = self._held.pop(time).candle
+            if early > 0 and time in self._pending:
+                self._corrections.discard(time)
+                lie = self._pending.pop(time).candle
                 effects.append(Reject(lie, "said to be closed, and then pushed as open"))
         elif early > 0:
-            self._held[time] = Bar(candle, received=now)
+            self._pending[time] = Bar(candle, received=now)
             if early > _EARLY_MS:
-                self._claims.check(candle, now)
-        elif time == self._ledger.next or len(self._held) < _HELD:
-            if time == self._ledger.next:
-                self._pulse.last_word(-early)
-            self._ledger.hold(Bar(candle, received=now))
+                self._corrections.check(candle, now)
+        elif time == self._bar_log.next or len(self._pending) < _MAX_PENDING:
+            if time == self._bar_log.next:
+                self._timing.record_delay(-early)
+            self._bar_log.add_pending(Bar(candle, received=now))
 
     def _drain(self, now: int, effects: list[Effect]) -> None:
-        before = self._ledger.next
-        self._ledger.drain(now, effects)
-        if self._ledger.next != before:
-            self._asking.ease()
+        before = self._bar_log.next
+        self._bar_log.append_ready(now, effects)
+        if self._bar_log.next != before:
+            self._backfill.reset_backoff()
             self._set_silent(effects, silent=False)
 
-    def _fill(self, asked: Fetch, now: int, effects: list[Effect]) -> None:
+    def _fill_gaps(self, asked: Fetch, now: int, effects: list[Effect]) -> None:
         """Put flat bars in the place of those that do not exist."""
-        ledger, debts = self._ledger, self._debts
-        for time in ledger.lacking(asked.end):
+        ledger, debts = self._bar_log, self._missing
+        for time in ledger.missing_opens(asked.end):
             if time >= asked.start:
-                debts.absent(time)
-        while ledger.next is not None and ledger.next not in self._held:
+                debts.record_absence(time)
+        while ledger.next is not None and ledger.next not in self._pending:
             time, close = ledger.next, self._grid.after(ledger.next)
-            goes_on = bool(self._held) or self._pulse.newest > time or self._may_be_quiet
-            if not goes_on or not debts.gone(time) or close + self._lag > now:
+            goes_on = bool(self._pending) or self._timing.newest > time or self._quiet_allowed
+            if not goes_on or not debts.confirmed(time) or close + self._lag > now:
                 return
             ledger.append_flat(time, close, now, effects)
             if self._fills_empty:  # odd: it should have had the bar
-                self._asking.audit_by(now + _ODD_MS)
+                self._backfill.schedule_audit(now + _RECHECK_MS)
             self._drain(now, effects)
 
     @property
-    def _may_be_quiet(self) -> bool:
-        return not self._fills_empty and self._ledger.quiet < _QUIET_BARS
+    def _quiet_allowed(self) -> bool:
+        return not self._fills_empty and self._bar_log.trailing_flat_bars < _MAX_QUIET_BARS
 
-    def _make_up(self, now: int, effects: list[Effect]) -> None:
+    def _append_placeholders(self, now: int, effects: list[Effect]) -> None:
         """Go on without the missing bars."""
-        ledger = self._ledger
-        for _ in range(_OWED):
+        ledger = self._bar_log
+        for _ in range(_MAX_PLACEHOLDERS):
             time = ledger.next
-            if time is None or not ledger.holed or (close := self._grid.after(time)) > now:
+            if time is None or not ledger.has_gap or (close := self._grid.after(time)) > now:
                 return
             ledger.append_flat(time, close, 0, effects)
             self._drain(now, effects)
 
     # What is asked for, and when.
 
-    def _wanted(self, now: int) -> Fetch | None:
+    def _next_request(self, now: int) -> Fetch | None:
         """What is to be asked for by now, as one range."""
-        time = self._ledger.next
+        time = self._bar_log.next
         if time is None:
-            first = max(0, self._grid.before(now, self._history))
-            return None if self._founded else Fetch(first, now)
-        missing = list(self._ledger.lacking(self._pulse.closed_by(now)))
-        times = [*self._claims.ripe(now, time), *missing[:1], *missing[-1:]]
-        times = times or self._debts.oldest(_OWED)
+            first = max(0, self._grid.before(now, self._history_bars))
+            return None if self._start_known else Fetch(first, now)
+        missing = list(self._bar_log.missing_opens(self._timing.closed_by(now)))
+        times = [*self._corrections.ready(now, time), *missing[:1], *missing[-1:]]
+        times = times or self._missing.oldest(_MAX_PLACEHOLDERS)
         return Fetch(min(times), self._grid.after(max(times))) if times else None
 
-    def _audited(self, now: int, wanted: Fetch | None) -> Fetch | None:
+    def _with_audit(self, now: int, wanted: Fetch | None) -> Fetch | None:
         """What is wanted; from time to time the newest bars on the tape, or these with it."""
-        time, first = self._ledger.next, self._ledger.newest(_AUDITED)
-        late = _LATE_MS if wanted is not None else 0
-        if time is None or first is None or not self._asking.audit_due(now - late):
+        time, first = self._bar_log.next, self._bar_log.newest(_AUDIT_BARS)
+        late = _AUDIT_DELAY_MS if wanted is not None else 0
+        if time is None or first is None or not self._backfill.audit_due(now - late):
             return wanted
         return Fetch(first, time if wanted is None else max(wanted.end, time))
 
-    def _note_gap(self, asked: Fetch, effects: list[Effect]) -> None:
-        time = self._ledger.next
-        if time is None or time == self._gap or not asked.start <= time < asked.end:
+    def _report_gap(self, asked: Fetch, effects: list[Effect]) -> None:
+        time = self._bar_log.next
+        if time is None or time == self._last_gap or not asked.start <= time < asked.end:
             return
-        if self._held or self._pulse.newest > time:
-            self._gap = time
+        if self._pending or self._timing.newest > time:
+            self._last_gap = time
             effects.append(Gap(time, asked.end))
 
-    def _listen(self, effects: list[Effect]) -> None:
+    def _detect_silence(self, effects: list[Effect]) -> None:
         """Notice that neither pushes nor the history have anything of the bar that is due."""
-        time, pulse = self._ledger.next, self._pulse
-        if time is None or self._held or pulse.newest > time or self._may_be_quiet:
+        time, pulse = self._bar_log.next, self._timing
+        if time is None or self._pending or pulse.newest > time or self._quiet_allowed:
             return
-        if pulse.heard < self._grid.after(time) and self._debts.gone(time):
+        if pulse.last_push < self._grid.after(time) and self._missing.confirmed(time):
             self._set_silent(effects, silent=True)
 
     def _set_silent(self, effects: list[Effect], *, silent: bool) -> None:
@@ -312,20 +316,20 @@ class Tape:
             self.silent = silent
             effects.append(Silence(silent))
 
-    def _plan(self) -> None:
+    def _schedule_wakeup(self) -> None:
         """Set :attr:`wake` to the first moment at which anything is to be done."""
-        time, asking = self._ledger.next, self._asking
-        self.live = time is not None and not self.silent and not self._ledger.holed
+        time, asking = self._bar_log.next, self._backfill
+        self.live = time is not None and not self.silent and not self._bar_log.has_gap
         if time is None:
-            self.wake = NEVER if self._founded else asking.earliest(0)
+            self.next_wakeup = NEVER if self._start_known else asking.earliest(0)
             return
         close = self._grid.after(time)
-        due = 0 if self._debts else min(asking.audit, self._claims.due(time))
-        if time not in self._held:
-            due = min(due, self._pulse.deadline(time, close))
+        due = 0 if self._missing else min(asking.next_audit, self._corrections.next_due(time))
+        if time not in self._pending:
+            due = min(due, self._timing.deadline(time, close))
         wake = asking.earliest(due)
-        if time in self._held:
+        if time in self._pending:
             wake = min(wake, close)
-        elif self._held:
-            wake = min(wake, max(close, asking.patience_ends()))
-        self.wake = wake
+        elif self._pending:
+            wake = min(wake, max(close, asking.hold_deadline()))
+        self.next_wakeup = wake

@@ -17,12 +17,12 @@ from typing import NamedTuple, Self
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
-_LOYALTY = 1.2
+_HYSTERESIS = 1.2
 """A symbol stays until its rank is worse than this times what was asked for: at the margin ranks
 change daily, and a newcomer has no history here."""
 
 
-class Entry(NamedTuple):
+class WatchlistEntry(NamedTuple):
     """One line of the list."""
 
     venue: str
@@ -70,7 +70,7 @@ class Entry(NamedTuple):
             for timeframe in self.timeframes:
                 yield Series.of(self.venue, symbol, timeframe)
 
-    def chosen(self, ranked: Sequence[str], held: Collection[str]) -> list[str]:
+    def select(self, ranked: Sequence[str], current: Collection[str]) -> list[str]:
         """Which symbols the pattern means, out of a venue's, the most traded first.
 
         held: what it meant before. Those stay while they are not far down, and count.
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
         matching = [symbol for symbol in ranked if self.matches(symbol)]
         if self.top is None:
             return matching
-        kept = [symbol for symbol in matching[: int(self.top * _LOYALTY)] if symbol in held]
+        kept = [symbol for symbol in matching[: int(self.top * _HYSTERESIS)] if symbol in current]
         kept = kept[: self.top]
         new = [symbol for symbol in matching if symbol not in kept]
         return kept + new[: self.top - len(kept)]

@@ -19,11 +19,11 @@ from kronos_stream.market.utc import parse_time, rfc3339
 
 CANDLE = "kronos.candle/1"
 
-_LATEST_MS = 253_402_300_800_000
+_MAX_TIME_MS = 253_402_300_800_000
 """The year 10000, where written times end."""
 
 
-class WireError(ValueError):
+class CandleMessageError(ValueError):
     """Not a candle; one clause for people. ``series`` is that of the message, if it is known."""
 
     def __init__(self, message: str, series: Series | None = None) -> None:
@@ -35,15 +35,15 @@ def _milliseconds(value: object) -> object:
     return parse_time(value) if isinstance(value, str) else value
 
 
-Moment = Annotated[
+Timestamp = Annotated[
     int,
     BeforeValidator(_milliseconds),
-    Field(ge=0, lt=_LATEST_MS),
+    Field(ge=0, lt=_MAX_TIME_MS),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string", "format": "date-time"},
-                {"type": "integer", "minimum": 0, "exclusiveMaximum": _LATEST_MS},
+                {"type": "integer", "minimum": 0, "exclusiveMaximum": _MAX_TIME_MS},
             ]
         }
     ),
@@ -51,7 +51,7 @@ Moment = Annotated[
 """UTC ms; written as RFC 3339."""
 
 
-class Relayed(NamedTuple):
+class RelayedBar(NamedTuple):
     """A closed bar as role ingest passes it on."""
 
     series: Series
@@ -71,7 +71,7 @@ class CandleMessage(BaseModel):
     """The version of this format."""
     series: str | None = None
     """Such as kafka:BTC/USDT:5m; may be left out where the record's key or topic says it."""
-    time: Moment
+    time: Timestamp
     """The bar's open: RFC 3339 (no zone means UTC), or UTC milliseconds."""
     open: float
     """Opening price."""
@@ -92,44 +92,44 @@ class CandleMessage(BaseModel):
     synthetic: bool = False
     """True where the venue has no such bar: flat, without volume. Without received, it could not
     be had so far, and may yet come."""
-    received: Moment | None = None
+    received: Timestamp | None = None
     """When the venue's last word on it came."""
     history: bool = False
     """True for a bar that closed before its series was followed, or before what went before it
     was known: it fills contexts, and is not forecast from."""
 
 
-def decode(value: bytes, series: Series | None, received: int) -> Update:
+def decode_update(value: bytes, series: Series | None, received: int) -> Update:
     """Read a message. Raises WireError.
 
     series: what the record's key or topic says; the message may repeat it, not contradict it.
     received: UTC ms. Whether the values can be is the tape's to judge.
     """
-    message, series = _read(value, series)
+    message, series = _parse(value, series)
     return Update(series, _candle(message), message.closed, received)
 
 
-def relayed(value: bytes, series: Series | None) -> Relayed | None:
+def decode_bar(value: bytes, series: Series | None) -> RelayedBar | None:
     """Read a message for its closed bar; None if it is still open. Raises WireError.
 
     series: what the record's key says.
     """
-    message, series = _read(value, series)
+    message, series = _parse(value, series)
     if not message.closed:
         return None
     candle = _candle(message)
-    if (fault := candle.fault()) is not None:
-        raise WireError(fault, series)
+    if (fault := candle.invalid_reason()) is not None:
+        raise CandleMessageError(fault, series)
     bar = Bar(candle, message.revision, message.synthetic, message.received or 0)
-    return Relayed(series, bar, message.history)
+    return RelayedBar(series, bar, message.history)
 
 
-def encode(series: Series, candle: Candle, *, closed: bool = True) -> bytes:
+def encode_candle(series: Series, candle: Candle, *, closed: bool = True) -> bytes:
     """The message of a candle."""
     return orjson.dumps({**_fields(series, candle), "closed": closed})
 
 
-def relay(series: Series, bar: Bar, *, history: bool) -> bytes:
+def encode_bar(series: Series, bar: Bar, *, history: bool) -> bytes:
     """The message of a closed bar that :func:`relayed` reads."""
     fields = _fields(series, bar.candle) | {"closed": True, "revision": bar.revision}
     if bar.synthetic:
@@ -141,21 +141,23 @@ def relay(series: Series, bar: Bar, *, history: bool) -> bytes:
     return orjson.dumps(fields)
 
 
-def _read(value: bytes, series: Series | None) -> tuple[CandleMessage, Series]:
+def _parse(value: bytes, series: Series | None) -> tuple[CandleMessage, Series]:
     try:
         message = CandleMessage.model_validate_json(value)
     except ValidationError as error:
-        raise WireError(_explain(error), series) from None
+        raise CandleMessageError(_explain(error), series) from None
     if message.series is not None and (series is None or message.series != series.name):
         try:
             said = Series.parse(message.series)
         except ValueError as error:
-            raise WireError(str(error), series) from None
+            raise CandleMessageError(str(error), series) from None
         if series is not None and said != series:
-            raise WireError(f"it says series {said}, its key or topic {series}", series)
+            raise CandleMessageError(f"it says series {said}, its key or topic {series}", series)
         series = said
     if series is None:
-        raise WireError("neither the message nor its key or topic says which series it is of")
+        raise CandleMessageError(
+            "neither the message nor its key or topic says which series it is of"
+        )
     return message, series
 
 

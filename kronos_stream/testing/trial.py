@@ -35,7 +35,7 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Intake, Source
+from kronos_stream.market.source import SourceCallbacks, Source
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
 from kronos_stream.testing.standin import StandIn
 from kronos_stream.testing.virtual import run_virtual
@@ -450,12 +450,12 @@ class _Overheard:
         self.venue, self.traits = source.venue, source.traits
 
     async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
-        return await self._source.unknown(series)
+        return await self._source.unsupported(series)
 
     def follow(self, series: Collection[Series]) -> None:
-        self._source.follow(series)
+        self._source.subscribe(series)
 
-    async def run(self, intake: Intake) -> None:
+    async def run(self, intake: SourceCallbacks) -> None:
         await self._source.run(intake)
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:

@@ -18,7 +18,7 @@ import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kronos_stream.checkup import Check, Finding, in_thread, look_at_disk
-from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkConnector, SinkUnavailable
+from kronos_stream.forecast.sink import RecordKind, Record, Refusal, SinkConnector, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -52,7 +52,7 @@ class JsonlSink:
 
     def __init__(self, options: JsonlOptions) -> None:
         path = options.path
-        self._paths: dict[Kind, Path] = {
+        self._paths: dict[RecordKind, Path] = {
             "forecast": path,
             "removal": path,
             "deadletter": path.with_name(f"{path.name}.deadletter"),

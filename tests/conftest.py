@@ -29,9 +29,9 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream import Context, Forecaster
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.forecast.compose import Composed, Composer
+from kronos_stream.forecast.compose import Envelope, Composer
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
-from kronos_stream.forecast.outlook import outlook
+from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -274,7 +274,7 @@ def measured() -> dict[str, frozenset[str]]:
 
 
 @pytest.fixture(scope="session")
-def forecast_of() -> Callable[..., Composed]:
+def forecast_of() -> Callable[..., Envelope]:
     """Makes a forecast of the newest closed bar: ``forecast_of("binance:BTC/USDT:5m")``.
 
     p_up: in twentieths. ago: bars by which it is out of date. reasons: why it is degraded.
@@ -287,7 +287,7 @@ def forecast_of() -> Callable[..., Composed]:
         ago: int = 0,
         revision: int = 0,
         reasons: Sequence[str] = (),
-    ) -> Composed:
+    ) -> Envelope:
         series, now = Series.parse(name), time.time_ns() // 1_000_000
         length = series.timeframe.milliseconds or 0
         origin = now - now % length - (1 + ago) * length
@@ -308,7 +308,7 @@ def forecast_of() -> Callable[..., Composed]:
                 Candle(origin, 100.0, 100.0, 100.0, 100.0, 1.0),
                 tuple(reasons),
             ),
-            outlook(paths, origin + length * np.arange(1, 4), 100.0, [0.05, 0.5, 0.95]),
+            build_outlook(paths, origin + length * np.arange(1, 4), 100.0, [0.05, 0.5, 0.95]),
             created=now,
             latency=Latency(close_to_received=1, queued=1, compute=1),
         )

@@ -18,7 +18,7 @@ from kronos_stream.cli import main
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Composer, dead_letter
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
-from kronos_stream.forecast.outlook import Kept, outlook
+from kronos_stream.forecast.outlook import PublishedPaths, build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -61,7 +61,7 @@ def test_a_change_that_breaks_readers_is_seen() -> None:
 
 
 @pytest.mark.parametrize("keep", ["none", "close", "ohlcva"])
-def test_what_is_written_is_what_the_schema_says(keep: Kept) -> None:
+def test_what_is_written_is_what_the_schema_says(keep: PublishedPaths) -> None:
     _check_all("forecast", _forecast(keep=keep))
 
 
@@ -131,14 +131,14 @@ def test_the_command_prints_and_writes_them(
     assert written == {*contract.documents(), "openapi.json"}
 
 
-def _forecast(*, keep: Kept) -> Json:
+def _forecast(*, keep: PublishedPaths) -> Json:
     random = np.random.default_rng(0)
     series = Series.parse("binance:BTC/USDT:5m")
     values = random.uniform(1, 2, (10, 6)).astype(np.float32)
     times = 300_000 * np.arange(10)
     last = Candle(2_700_000, *values[-1].tolist())
     paths = random.uniform(1, 2, (20, 3, 6)).astype(np.float32)
-    said = outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], keep=keep)
+    said = build_outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], publish=keep)
     composer = Composer(
         Model(name="nano", revision=None, tokenizer="nano"),
         Engine(version="0", device="cpu", dtype="float32"),

@@ -27,7 +27,7 @@ from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_stream.cli import cli
 from kronos_stream.daemon.environment import describe, read_settings
 from kronos_stream.forecast import contract
-from kronos_stream.forecast.compose import Composed
+from kronos_stream.forecast.compose import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import Market
 from kronos_stream.testing.mosquitto import Mosquitto
@@ -308,7 +308,7 @@ def test_mosquitto_takes_its_settings(mosquitto_of: Callable[..., Mosquitto]) ->
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
-def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., Composed]) -> None:
+def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., Envelope]) -> None:
     reads = "forecasts(" in block.text
     out, errors = sandbox / "out", sandbox / "errors"
     with (

@@ -24,8 +24,8 @@ from confluent_kafka import Producer
 
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_connectors.mqtt import SINK, MqttOptions
-from kronos_stream.forecast.compose import Composed, removal
-from kronos_stream.forecast.sink import Kind, Record, SinkUnavailable
+from kronos_stream.forecast.compose import Envelope, removal
+from kronos_stream.forecast.sink import RecordKind, Record, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.mosquitto import Mosquitto
@@ -34,7 +34,7 @@ from kronos_stream.testing.processes import wait_for
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 TOPIC = topic_of("kronos")
 
-ForecastOf = Callable[..., Composed]
+ForecastOf = Callable[..., Envelope]
 
 
 class Running:
@@ -82,7 +82,7 @@ class Running:
             thread.join()
 
 
-def _publish(bootstrap: str, *forecasts: Composed) -> None:
+def _publish(bootstrap: str, *forecasts: Envelope) -> None:
     """In this order, for whoever reads."""
     producer = Producer({"bootstrap.servers": bootstrap})
     for one in forecasts:
@@ -127,7 +127,7 @@ async def test_the_subscriber_shows_what_is_latest(
     with mosquitto_of() as broker:
         sink = SINK.build(MqttOptions(url=broker.url), SystemClock(), Random(0))
 
-        async def say(*messages: Composed, kind: Kind = "forecast") -> None:
+        async def say(*messages: Envelope, kind: RecordKind = "forecast") -> None:
             records = [Record(0, kind, one.key, one.value, one.headers, 0) for one in messages]
             async with asyncio.timeout(30):
                 while True:

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from kronos_connectors.jsonl import CONNECTOR, JsonlOptions
-from kronos_stream.forecast.sink import Kind, Record, Sink, SinkUnavailable
+from kronos_stream.forecast.sink import RecordKind, Record, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 
 
@@ -19,7 +19,7 @@ def sink(path: Path) -> Sink:
     return CONNECTOR.build(JsonlOptions(path=path), SystemClock(), Random(0))
 
 
-def record(number: int, kind: Kind = "forecast") -> Record:
+def record(number: int, kind: RecordKind = "forecast") -> Record:
     return Record(number, kind, "v:A/B:1m", json.dumps({"n": number}).encode(), (), 0)
 
 

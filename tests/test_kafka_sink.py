@@ -18,7 +18,7 @@ from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter, forecasts, latest, wanted
-from kronos_stream.forecast.sink import Kind, Record, Refusal, Sink, SinkUnavailable
+from kronos_stream.forecast.sink import RecordKind, Record, Refusal, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -32,7 +32,7 @@ def _record(
     *,
     series: int | None = None,
     size: int = _SIZE,
-    kind: Kind = "forecast",
+    kind: RecordKind = "forecast",
     ahead_ms: int = 0,
 ) -> Record:
     value = b"%d " % sequence

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from kronos_stream.forecast.compose import (
     MAX_PAYLOAD,
-    Composed,
+    Envelope,
     Composer,
     context_digest,
     dead_letter,
@@ -30,9 +30,9 @@ from kronos_stream.forecast.message import (
     Latency,
     Model,
     Sampling,
-    same,
+    same_forecast,
 )
-from kronos_stream.forecast.outlook import Kept, Outlook, outlook
+from kronos_stream.forecast.outlook import PublishedPaths, Outlook, build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -56,11 +56,11 @@ def _window(**changes: Any) -> Window:
     return replace(Window(_SERIES, values, times, 0, 0, last, ()), **changes)
 
 
-def _outlook(*, horizon: int = 8, keep: Kept = "none") -> Outlook:
+def _outlook(*, horizon: int = 8, keep: PublishedPaths = "none") -> Outlook:
     random = np.random.default_rng(4)
     paths = (62_000 * np.exp(random.normal(0, 0.001, (20, horizon, 6)))).astype(np.float32)
     times = [_ORIGIN + _STEP * step for step in range(1, horizon + 1)]
-    return outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), keep=keep)
+    return build_outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), publish=keep)
 
 
 def _compose(
@@ -71,7 +71,7 @@ def _compose(
     created: int = _NOW,
     latency: Latency = _LATENCY,
     scale: float = 1.0,
-) -> Composed:
+) -> Envelope:
     composer = by or Composer(_MODEL, _ENGINE, _SAMPLING)
     return composer.forecast(
         window or _window(), said or _outlook(), created=created, latency=latency, scale=scale
@@ -88,7 +88,7 @@ def _compose(
         _compose(created=_NOW // 1000 * 1000),
     ],
 )
-def test_what_is_written_is_what_the_model_reads_to_the_byte(written: Composed) -> None:
+def test_what_is_written_is_what_the_model_reads_to_the_byte(written: Envelope) -> None:
     read = Forecast.parse(written.value)
     assert read.encode() == written.value
     assert (read.id, read.series) == (written.id, written.key)
@@ -133,7 +133,7 @@ def test_made_again_it_has_the_same_id_and_says_the_same() -> None:
     )
     assert first.id == later.id
     assert first.value != later.value
-    assert same(Forecast.parse(first.value), Forecast.parse(later.value))
+    assert same_forecast(Forecast.parse(first.value), Forecast.parse(later.value))
 
 
 _OTHER_VALUES = _window().values * np.float32(1.0000002)
@@ -157,7 +157,7 @@ _OTHER_VALUES = _window().values * np.float32(1.0000002)
         lambda: _compose(by=_composer(sampling=_SAMPLING.model_copy(update={"seed": 1}))),
     ],
 )
-def test_whatever_a_forecast_follows_from_changes_its_id(other: Callable[[], Composed]) -> None:
+def test_whatever_a_forecast_follows_from_changes_its_id(other: Callable[[], Envelope]) -> None:
     assert other().id != _compose().id
 
 
@@ -165,7 +165,7 @@ def test_same_sees_one_changed_number() -> None:
     message = orjson.loads(_compose().value)
     one = Forecast.parse(orjson.dumps(message))
     message["low"]["q05"][3] += 0.01
-    assert not same(one, Forecast.parse(orjson.dumps(message)))
+    assert not same_forecast(one, Forecast.parse(orjson.dumps(message)))
 
 
 def test_the_digest_is_of_the_bytes_whatever_their_layout() -> None:
@@ -179,7 +179,7 @@ def test_the_digest_is_of_the_bytes_whatever_their_layout() -> None:
 
 def test_readers_ignore_what_they_do_not_know_and_refuse_what_cannot_be() -> None:
     message = orjson.loads(_compose().value)
-    assert same(
+    assert same_forecast(
         Forecast.parse(orjson.dumps(message | {"mood": "calm"})),
         Forecast.parse(orjson.dumps(message)),
     )

@@ -15,7 +15,7 @@ import pytest
 from kronos_connectors.mqtt import SINK, MqttOptions
 from kronos_connectors.mqtt.sink import MqttSink
 from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Kind, Record, Refusal, SinkUnavailable
+from kronos_stream.forecast.sink import RecordKind, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
 
@@ -32,7 +32,7 @@ def _options(broker: Mosquitto, **options: Any) -> MqttOptions:
 # The sink.
 
 
-def _record(sequence: int, *, size: int = _SIZE, kind: Kind = "forecast") -> Record:
+def _record(sequence: int, *, size: int = _SIZE, kind: RecordKind = "forecast") -> Record:
     value = (b"%d " % sequence).ljust(size, b".")
     key = _SERIES[sequence % len(_SERIES)]
     headers = (("ce_id", b"%d" % sequence), ("content-type", b"application/json"))

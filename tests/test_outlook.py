@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.outlook import CHANNELS, outlook, repair
+from kronos_stream.forecast.outlook import CHANNELS, build_outlook, repair
 from kronos_stream.forecast.quantiles import quantile_name, weibull_quantiles
 from kronos_stream.forecast.summary import summarise
 
@@ -47,7 +47,7 @@ def test_repaired_candles_can_be_and_open_and_close_stay() -> None:
 
 def test_bands_are_the_repaired_paths_quantiles_in_float32() -> None:
     drawn = _drawn()
-    said = outlook(drawn, np.array(_TIMES), 62_000.0, _PROBS)
+    said = build_outlook(drawn, np.array(_TIMES), 62_000.0, _PROBS)
     candles, repaired = repair(drawn)
     assert said.times == _TIMES
     assert said.repaired == repaired
@@ -66,7 +66,7 @@ def test_bands_are_the_repaired_paths_quantiles_in_float32() -> None:
 
 @pytest.mark.parametrize("price", [1.7e-8, 0.0123, 62_145.37, 9.9e20])
 def test_numbers_are_the_shortest_that_name_their_float32(price: float) -> None:
-    said = outlook(_drawn(price=price), _TIMES, price, _PROBS, keep="close")
+    said = build_outlook(_drawn(price=price), _TIMES, price, _PROBS, publish="close")
     for number in said.channels["close"]["q25"]:
         assert type(number) is float
         assert len(Decimal(repr(number)).normalize().as_tuple().digits) <= 9
@@ -75,8 +75,8 @@ def test_numbers_are_the_shortest_that_name_their_float32(price: float) -> None:
 
 def test_paths_are_kept_only_if_asked_for_and_exactly() -> None:
     drawn = _drawn(20, 8)
-    assert outlook(drawn, _TIMES[:8], 62_000.0, _PROBS).paths is None
-    said = outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, keep="close")
+    assert build_outlook(drawn, _TIMES[:8], 62_000.0, _PROBS).paths is None
+    said = build_outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, publish="close")
     assert np.array_equal(np.array(said.paths, np.float32), drawn[..., 3])
     assert said.other_paths is None
 
@@ -84,7 +84,7 @@ def test_paths_are_kept_only_if_asked_for_and_exactly() -> None:
 def test_all_channels_of_the_paths_are_kept_as_published() -> None:
     drawn = _drawn(20, 8)
     drawn[0, 0, 5] = -1
-    said = outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, keep="ohlcva")
+    said = build_outlook(drawn, _TIMES[:8], 62_000.0, _PROBS, publish="ohlcva")
     assert said.other_paths is not None
     assert said.other_paths.keys() == {"open", "high", "low", "volume", "amount"}
     candles, _ = repair(drawn)
@@ -96,7 +96,7 @@ def test_all_channels_of_the_paths_are_kept_as_published() -> None:
 
 
 def test_what_is_undefined_is_none() -> None:
-    said = outlook(_drawn(20, 1), _TIMES[:1], 0.0, _PROBS).summary
+    said = build_outlook(_drawn(20, 1), _TIMES[:1], 0.0, _PROBS).summary
     assert (said.expected_return, said.volatility, said.value_at_risk_95) == (None, None, None)
     assert set(said.return_quantiles.values()) == {None}
 
@@ -107,14 +107,14 @@ def test_paths_that_are_not_numbers_are_refused(bad: float, column: int) -> None
     drawn = _drawn(20, 8)
     drawn[3, 2, column] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
-        outlook(drawn, _TIMES[:8], 62_000.0, _PROBS)
+        build_outlook(drawn, _TIMES[:8], 62_000.0, _PROBS)
 
 
 def test_too_few_paths_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 19 paths, not 8"):
-        outlook(_drawn(8, 8), _TIMES[:8], 62_000.0, _PROBS)
+        build_outlook(_drawn(8, 8), _TIMES[:8], 62_000.0, _PROBS)
 
 
 def test_an_outlook_travels_between_processes() -> None:
-    said = outlook(_drawn(20, 8), _TIMES[:8], 62_000.0, _PROBS)
+    said = build_outlook(_drawn(20, 8), _TIMES[:8], 62_000.0, _PROBS)
     assert pickle.loads(pickle.dumps(said)) == said  # noqa: S301 - our own

@@ -27,7 +27,7 @@ from kronos_stream.daemon.due import Due, Result
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Message
 from kronos_stream.daemon.pages import Answer, Pages
-from kronos_stream.forecast.outlook import outlook
+from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.contexts import Window
@@ -111,7 +111,7 @@ class House:
             series, np.ones((2, 6), np.float32), np.zeros(2, np.int64), 1, 1,
             Candle(origin, 1, 1, 1, 1, 1), ("1 synthetic bar",),
         )  # fmt: skip
-        drawn = outlook(np.ones((20, 2, 6), np.float32), [START, START + MINUTE], 1.0, [0.5])
+        drawn = build_outlook(np.ones((20, 2, 6), np.float32), [START, START + MINUTE], 1.0, [0.5])
         made = Result(due, window, None if reason else drawn, reason, 1.0, 12, 34)
         messages = [] if reason else [Message("forecast", series.name, body, ())]
         self.board.told([made], messages)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.client import forecasts
-from kronos_stream.forecast.outlook import outlook
+from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
@@ -160,7 +160,7 @@ def _compare(
     assert paths[..., 3].tobytes() == np.array(message["paths"], np.float32).tobytes()
     after = Series.parse(message["series"]).timeframe.after
     times = [after(opens[-1], step) for step in range(1, HORIZON + 1)]
-    made = outlook(paths, times, message["last"]["close"], QUANTILES, keep="ohlcva")
+    made = build_outlook(paths, times, message["last"]["close"], QUANTILES, publish="ohlcva")
     assert message["times"] == [rfc3339(time) for time in times]
     assert {name: message[name] for name in COLUMNS[:5]} == made.channels
     assert message["summary"] == made.summary.to_dict()

@@ -29,7 +29,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined] # it says so i
 
 from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_stream.forecast.sink import Record, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka, Listener
 from kronos_stream.testing.certificates import Authority
@@ -226,7 +226,7 @@ async def test_a_delivery_without_a_right_says_which(locked: Locked) -> None:
         with pytest.raises(SinkUnavailable, match=r"no right to the topic .*kafka-acls") as refused:
             await sink.deliver([Record(1, "forecast", "binance:A/B:1s", b"{}", (), now)])
         assert "kronos.forecasts." in str(refused.value)
-        assert not isinstance(refused.value, SinkRefused)  # records wait for it
+        assert not isinstance(refused.value, SinkLoginRefused)  # records wait for it
     finally:
         await sink.close()
 

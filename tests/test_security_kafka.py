@@ -18,7 +18,7 @@ from kronos_connectors.kafka.checks import _in_the_clear
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import wanted
 from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Record, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import LoginRefused, SourceError
@@ -267,7 +267,7 @@ async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]
     with pytest.raises(SinkUnavailable) as refused:
         await sink.start()
     await sink.close()
-    said, final = str(refused.value), isinstance(refused.value, SinkRefused)
+    said, final = str(refused.value), isinstance(refused.value, SinkLoginRefused)
     source = SOURCE.build("kafka", options, SystemClock(), Random(0))
     with pytest.raises(SourceError) as unknown:
         await source.unsupported([SERIES])

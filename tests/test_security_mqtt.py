@@ -16,7 +16,7 @@ from pydantic import SecretStr, ValidationError
 
 from kronos_connectors.mqtt import SINK, SOURCE, MqttOptions
 from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Record, Sink, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Sink, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
@@ -83,7 +83,7 @@ async def _said(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
     with pytest.raises(SourceError) as unknown:
         await source.unsupported([SERIES])
     assert str(unknown.value) == str(refused.value)  # a source says the same
-    final = isinstance(refused.value, SinkRefused)
+    final = isinstance(refused.value, SinkLoginRefused)
     assert isinstance(unknown.value, LoginRefused) is final
     assert time.monotonic() - began < 2 * seconds
     said = str(refused.value)

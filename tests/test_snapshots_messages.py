@@ -19,7 +19,7 @@ import pytest
 from kronos_stream.daemon import notes
 from kronos_stream.forecast.compose import Composer, candle, dead_letter, forecast_id, removal
 from kronos_stream.forecast.message import DeadLetter, Engine, Forecast, Latency, Model, Sampling
-from kronos_stream.forecast.outlook import Outlook, outlook
+from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -187,7 +187,7 @@ def _outlook(**more: Any) -> Outlook:
         np.float32,
     )
     times = [_ORIGIN + _STEP, _ORIGIN + 2 * _STEP]
-    said = outlook(paths, times, 100.0, (0.25, 0.5, 0.75), **more)
+    said = build_outlook(paths, times, 100.0, (0.25, 0.5, 0.75), **more)
     # The last bits of a logarithm depend on the processor.
     return replace(said, summary=replace(said.summary, volatility=0.0125))
 

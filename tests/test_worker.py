@@ -25,7 +25,7 @@ from kronos_stream.daemon.job import Drawn, Failed, Plan, in_scale, price_scale
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.worker import Worker, WorkerError, WorkerLost, usable_cores
 from kronos_stream.daemon.worker_main import Drawer
-from kronos_stream.forecast.outlook import Outlook, outlook
+from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market import Candle, Series
 from kronos_stream.market.contexts import Window
 
@@ -72,7 +72,7 @@ def by_hand(nano: Forecaster, one: Window) -> Outlook:
     (paths,) = nano.sample([context], 8, 20, top_p=0.9, seed=3, anchor=True)
     paths[..., [0, 1, 2, 3, 5]] /= np.float32(scale)
     times = one.times[-1] + 1000 * np.arange(1, 9)
-    return outlook(paths, times, one.last.close, PLAN.quantiles)
+    return build_outlook(paths, times, one.last.close, PLAN.quantiles)
 
 
 def outlooks(results: Sequence[Drawn | Failed]) -> list[Outlook]:

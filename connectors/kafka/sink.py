@@ -41,7 +41,7 @@ from kronos_connectors.kafka.topics import (
     timeframe_of,
 )
 from kronos_stream.checkup import Check
-from kronos_stream.forecast.sink import Record, Refusal, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.timeframe import Timeframe
 
@@ -163,7 +163,7 @@ class KafkaSink:
                 _log.exception("unexpected failure of the kafka producer")
             silence = f"no acknowledgement in {self._options.delivery_seconds:g} s"
             found = fault(error, self._chatter, self._options, silence=silence)
-            raise (SinkRefused if found.refused else SinkUnavailable)(str(found)) from error
+            raise (SinkLoginRefused if found.refused else SinkUnavailable)(str(found)) from error
         except BaseException:
             await self.close()
             raise

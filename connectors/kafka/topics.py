@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_stream.forecast.sink import Kind
+from kronos_stream.forecast.sink import RecordKind
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
@@ -50,7 +50,7 @@ def timeframe_of(topic: str) -> str:
     return timeframe if (kind, version) == ("candles", "v1") else ""
 
 
-def of_record(prefix: str, kind: Kind, key: str) -> tuple[str, ...]:
+def of_record(prefix: str, kind: RecordKind, key: str) -> tuple[str, ...]:
     """To which topics a record goes. key: its series, empty for a dead letter without one."""
     if kind == "deadletter":
         return (deadletter(prefix),)

@@ -22,7 +22,7 @@ from kronos_connectors.mqtt.sending import Publication, Sending
 from kronos_connectors.mqtt.suspects import Suspects
 from kronos_connectors.mqtt.topics import fault
 from kronos_stream.checkup import Check
-from kronos_stream.forecast.sink import Record, Refusal, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 
@@ -148,7 +148,7 @@ class MqttSink:
             keeping.result()  # it ends by a mistake of ours alone, to be seen in full
         if self._link is None or self._link.lost.done():
             why = self._unavailable(self._keeper.trouble or "connection lost")
-            raise SinkRefused(str(why)) if self._keeper.refused else why
+            raise SinkLoginRefused(str(why)) if self._keeper.refused else why
         return self._link
 
     def _unavailable(self, why: object) -> SinkUnavailable:

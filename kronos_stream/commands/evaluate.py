@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from kronos_stream.engine import Forecaster
-    from kronos_stream.forecast.cases import Case, Forecast
+    from kronos_stream.forecast.cases import Case, ForecastFunction
     from kronos_stream.forecast.evaluation import Report
 
 _GENERATED = "generated"
@@ -134,7 +134,7 @@ def evaluate(
         _write(json_file, document)
 
 
-def as_forecast(forecaster: Forecaster, *, seed: int = 0, anchor: bool = True) -> Forecast:
+def as_forecast(forecaster: Forecaster, *, seed: int = 0, anchor: bool = True) -> ForecastFunction:
     """A Forecaster as what :func:`kronos_stream.forecast.evaluation.evaluate` calls."""
     from kronos_stream.engine import Context
 

@@ -31,7 +31,7 @@ def schema(message: str, asyncapi: bool, openapi: bool, write: Path | None) -> N
     from kronos_stream.forecast import contract
 
     if write is not None:
-        for path in contract.write(write, contract.documents() | pages.documents()):
+        for path in contract.write_documents(write, contract.documents() | pages.documents()):
             click.echo(path)
         return
     document = contract.asyncapi() if asyncapi else contract.json_schema(message)

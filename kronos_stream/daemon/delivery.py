@@ -16,7 +16,7 @@ import structlog
 
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import Draft, State
-from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkRefused, SinkUnavailable
+from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -180,7 +180,7 @@ class Delivery:
                 raise
             self._failed("a task of its own was cancelled")
         except (SinkUnavailable, TimeoutError) as error:
-            if isinstance(error, SinkRefused) and not (self._started or self._patient):
+            if isinstance(error, SinkLoginRefused) and not (self._started or self._patient):
                 raise
             self._failed(str(error) or f"no answer in {DELIVER_SECONDS:g} s")
         except Exception as error:  # noqa: BLE001 - whoever wrote it, it holds up its own only

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.outlook import Kept, Outlook
+from kronos_stream.forecast.outlook import PublishedPaths, Outlook
 
 LENGTH = struct.Struct("<Q")
 """What goes before each frame: how many bytes it has."""
@@ -53,7 +53,7 @@ class Plan:
     seed: int = 0
     anchor: bool = True
     quantiles: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
-    keep: Kept = "none"
+    keep: PublishedPaths = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from kronos_stream.daemon.delivery import Delivery
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import Draft, Passed, State
-from kronos_stream.forecast.sink import Kind, Refusal, Sink
+from kronos_stream.forecast.sink import RecordKind, Refusal, Sink
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -24,7 +24,7 @@ _log = structlog.get_logger()
 class Message(NamedTuple):
     """What every sink shall get."""
 
-    kind: Kind
+    kind: RecordKind
     key: str
     value: bytes
     headers: tuple[tuple[str, bytes], ...]

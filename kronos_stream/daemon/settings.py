@@ -26,7 +26,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from kronos_stream.daemon.job import Plan
 from kronos_stream.daemon.textfile import read_small
 from kronos_stream.daemon.worker import usable_cores
-from kronos_stream.forecast.outlook import Kept
+from kronos_stream.forecast.outlook import PublishedPaths
 from kronos_stream.forecast.quantiles import check_supported, required_paths
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
@@ -98,7 +98,7 @@ class Messages(BaseModel):
 
     model_config = _CONFIG
 
-    paths: Kept = "none"
+    paths: PublishedPaths = "none"
     """Of the sample paths themselves: none, their closes, or all channels (ohlcva)."""
 
 

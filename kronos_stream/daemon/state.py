@@ -18,7 +18,7 @@ import structlog
 
 from kronos_stream.daemon.database import Database, StateError
 from kronos_stream.daemon.due import Outcome
-from kronos_stream.forecast.sink import Kind, Record
+from kronos_stream.forecast.sink import RecordKind, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
@@ -63,7 +63,7 @@ class Draft(NamedTuple):
     """A record on its way into the outbox of one sink."""
 
     sink: str
-    kind: Kind
+    kind: RecordKind
     key: str
     value: bytes
     headers: tuple[tuple[str, bytes], ...]

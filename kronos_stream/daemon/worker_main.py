@@ -41,7 +41,7 @@ from kronos_stream.daemon.job import (
 )
 from kronos_stream.engine import Context, ContextError, Draw, Forecaster
 from kronos_stream.engine.sampling import Sampling
-from kronos_stream.forecast.outlook import outlook
+from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, Source
 
@@ -130,12 +130,12 @@ class Drawer:
 
     def _drawn(self, task: Task, scale: float, draw: Draw) -> Drawn | Failed:
         try:
-            made = outlook(
+            made = build_outlook(
                 in_scale(draw.paths, 1 / scale),
                 draw.times,
                 task.last,
                 self.plan.quantiles,
-                keep=self.plan.keep,
+                publish=self.plan.keep,
             )
         except ValueError as error:
             return Failed(str(error))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.cases import Forecast, History
+from kronos_stream.forecast.cases import ForecastFunction, History
 
 EWMA_DECAY = 0.94
 """RiskMetrics' (J.P. Morgan 1996) daily decay, the customary one."""
@@ -15,7 +15,7 @@ EWMA_DECAY = 0.94
 _CLOSE = 3
 
 
-def random_walk(*, decay: float = 1.0, paths: int = 256, seed: int = 0) -> Forecast:
+def random_walk(*, decay: float = 1.0, paths: int = 256, seed: int = 0) -> ForecastFunction:
     """A Gaussian random walk of the log close, with the history's volatility.
 
     ``decay`` below 1 weighs a return by decay^age, as RiskMetrics does. All four prices of a

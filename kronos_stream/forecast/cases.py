@@ -38,7 +38,7 @@ class Case:
     truth: NDArray[np.float64] | None = None
 
 
-class Forecast(Protocol):
+class ForecastFunction(Protocol):
     """Anything that draws futures."""
 
     def __call__(

@@ -47,7 +47,7 @@ _PATHS = ("paths", "other_paths")
 _NOT_INPUTS = {"id", *VOLATILE, *_BANDS, *_PATHS, "summary", "repaired"}
 
 
-class Composed(NamedTuple):
+class Envelope(NamedTuple):
     """A message ready to be sent."""
 
     id: str
@@ -62,7 +62,7 @@ class Composer:
     """Writes the forecasts of one worker: one model, one engine, one way to sample."""
 
     def __init__(self, model: Model, engine: Engine, sampling: Sampling) -> None:
-        self._made_by = {
+        self._provenance = {
             "model": model.to_dict(),
             "engine": engine.to_dict(),
             "sampling": sampling.to_dict(),
@@ -76,7 +76,7 @@ class Composer:
         created: int,
         latency: Latency,
         scale: float = 1.0,
-    ) -> Composed:
+    ) -> Envelope:
         """The message that says ``outlook`` of ``window``.
 
         created: UTC ms. scale: what prices were multiplied with for the model.
@@ -96,7 +96,7 @@ class Composer:
         known = {
             "degraded": bool(window.reasons),
             "reasons": window.reasons,
-            **self._made_by,
+            **self._provenance,
             "context": {
                 "bars": len(opens),
                 "first": rfc3339(int(opens[0])),
@@ -118,7 +118,7 @@ class Composer:
             drawn["other_paths"] = outlook.other_paths
         message = {"schema": FORECAST, "id": "", **given, "created_at": moment, **known, **drawn}
         message["id"] = forecast_id(message)
-        return _composed(message, series.name, moment)
+        return _envelope(message, series.name, moment)
 
 
 def dead_letter(
@@ -129,7 +129,7 @@ def dead_letter(
     at: int,
     series: str | None = None,
     sink: str | None = None,
-) -> Composed:
+) -> Envelope:
     """The message that says why ``payload`` went no further. at: UTC ms."""
     quoted = payload[:MAX_PAYLOAD]
     encoding, text = _as_text(quoted)
@@ -147,24 +147,24 @@ def dead_letter(
         "truncated": len(payload) > MAX_PAYLOAD,
     }
     message["id"] = _digest(orjson.dumps(message))
-    return _composed(message, series or "", moment)
+    return _envelope(message, series or "", moment)
 
 
-def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Composed:
+def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Envelope:
     """The message of a closed bar for those who forecast. at: UTC ms.
 
     history: whether it only fills contexts.
     """
     value = encode_bar(series, bar, history=history)
-    return _in_events(_digest(value), CANDLE, series.name, value, rfc3339(at))
+    return _cloud_event(_digest(value), CANDLE, series.name, value, rfc3339(at))
 
 
-def removal(series: str, *, at: int) -> Composed:
+def removal(series: str, *, at: int) -> Envelope:
     """The message that says that a series is not forecast any more. at: UTC ms."""
     moment = rfc3339(at)
     message = {"schema": REMOVAL, "id": "", "at": moment, "series": series}
     message["id"] = _digest(orjson.dumps(message))
-    return _composed(message, series, moment)
+    return _envelope(message, series, moment)
 
 
 def forecast_id(message: Mapping[str, Any]) -> str:
@@ -190,11 +190,11 @@ def context_digest(
     return digest.hexdigest()
 
 
-def _composed(message: Mapping[str, Any], key: str, moment: str) -> Composed:
-    return _in_events(message["id"], message["schema"], key, orjson.dumps(message), moment)
+def _envelope(message: Mapping[str, Any], key: str, moment: str) -> Envelope:
+    return _cloud_event(message["id"], message["schema"], key, orjson.dumps(message), moment)
 
 
-def _in_events(name: str, kind: str, key: str, value: bytes, moment: str) -> Composed:
+def _cloud_event(name: str, kind: str, key: str, value: bytes, moment: str) -> Envelope:
     """In CloudEvents' binary mode: the attributes are headers, the value is the data."""
     attributes = {
         "ce_specversion": "1.0",
@@ -205,7 +205,7 @@ def _in_events(name: str, kind: str, key: str, value: bytes, moment: str) -> Com
         "content-type": "application/json",
     }
     headers = tuple((name, text.encode()) for name, text in attributes.items())
-    return Composed(name, key, value, headers)
+    return Envelope(name, key, value, headers)
 
 
 def _as_text(payload: bytes) -> tuple[Literal["text", "base64"], str]:

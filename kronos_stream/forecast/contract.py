@@ -113,7 +113,7 @@ def documents() -> dict[str, str]:
     return schemas | {"asyncapi.json": _text(asyncapi())}
 
 
-def write(folder: Path, documents: Mapping[str, str]) -> list[Path]:
+def write_documents(folder: Path, documents: Mapping[str, str]) -> list[Path]:
     """Write ``documents``, path → text, into ``folder``; returns what was written."""
     paths = []
     for name, text in documents.items():

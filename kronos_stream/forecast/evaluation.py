@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kronos_stream.forecast.baselines import EWMA_DECAY, last_value, random_walk, volatility
-from kronos_stream.forecast.cases import Case, Forecast
+from kronos_stream.forecast.cases import Case, ForecastFunction
 from kronos_stream.forecast.quantiles import required_paths
 from kronos_stream.forecast.scoring import (
     Interval,
@@ -85,11 +85,11 @@ class Report:
 
 def evaluate(
     cases: Iterable[Case],
-    forecast: Forecast,
+    forecast: ForecastFunction,
     *,
     paths: int = 32,
     model: str = "model",
-    others: Mapping[str, Forecast] | None = None,
+    others: Mapping[str, ForecastFunction] | None = None,
     seed: int = 0,
 ) -> Report:
     """Score ``forecast`` and its baselines on ``cases``, which share one horizon.
@@ -97,7 +97,7 @@ def evaluate(
     Cases whose history never moved are left out: their unit would be 0. ``others`` are further
     forecasts to compare with. Raises ValueError when no case is left.
     """
-    rivals: dict[str, Forecast] = {
+    rivals: dict[str, ForecastFunction] = {
         model: forecast,
         "random walk": random_walk(seed=seed),
         "random walk, EWMA": random_walk(decay=EWMA_DECAY, seed=seed),

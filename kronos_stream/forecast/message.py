@@ -33,7 +33,7 @@ Bands = dict[str, tuple[float, ...]]
 """The mean (``mean``) and the quantiles (``q05``) of a channel, one number per step."""
 
 
-class _Part(BaseModel):
+class _Base(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True
     )
@@ -43,7 +43,7 @@ class _Part(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-class _Message(_Part):
+class _BaseMessage(_Base):
     model_config = ConfigDict(validate_by_alias=True, validate_by_name=True)
 
     @classmethod
@@ -56,7 +56,7 @@ class _Message(_Part):
         return orjson.dumps(self.to_dict())
 
 
-class Model(_Part):
+class Model(_Base):
     """What forecast."""
 
     name: str
@@ -69,7 +69,7 @@ class Model(_Part):
     """Likewise, of the tokenizer."""
 
 
-class Engine(_Part):
+class Engine(_Base):
     """What computed it."""
 
     version: str
@@ -80,7 +80,7 @@ class Engine(_Part):
     """float32 or bfloat16; in float32 on a CPU, the forecast can be recomputed exactly."""
 
 
-class Sampling(_Part):
+class Sampling(_Base):
     """How the paths were drawn."""
 
     paths: int
@@ -98,7 +98,7 @@ class Sampling(_Part):
     actual close."""
 
 
-class Context(_Part):
+class Context(_Base):
     """What was known: the closed bars that the forecast starts from."""
 
     bars: int
@@ -115,7 +115,7 @@ class Context(_Part):
     """What prices were multiplied with for the model, a power of two; published prices are not."""
 
 
-class Last(_Part):
+class Last(_Base):
     """The origin bar, as the venue gave it: prices in quote units, volume in base units."""
 
     open: float
@@ -130,7 +130,7 @@ class Last(_Part):
     """What was traded."""
 
 
-class Summary(_Part):
+class Summary(_Base):
     """The final step's close against the origin's, over all paths; null where undefined.
 
     Returns are close / last close - 1: 0.01 is one per cent.
@@ -148,7 +148,7 @@ class Summary(_Part):
     """Minus the 5 % quantile of the final return: positive is a loss."""
 
 
-class Latency(_Part):
+class Latency(_Base):
     """Where the time went between the close of the origin bar and this message, milliseconds."""
 
     close_to_received: float
@@ -159,7 +159,7 @@ class Latency(_Part):
     """Computation of the batch it was part of."""
 
 
-class Forecast(_Message):
+class Forecast(_BaseMessage):
     """What may become of one series in the bars after its origin, drawn when that bar closed.
 
     Columnar: ``close["q05"][0]`` is the 5 % quantile of the close of the bar that opens at
@@ -220,7 +220,7 @@ class Forecast(_Message):
     """Likewise open, high, low, volume and amount of every path, by channel, if asked for."""
 
     @model_validator(mode="after")
-    def _columns_are_as_long_as_the_horizon(self) -> Self:
+    def _check_lengths(self) -> Self:
         steps = len(self.times)
         for name in ("close", "open", "high", "low", "volume"):
             for band, numbers in getattr(self, name).items():
@@ -229,7 +229,7 @@ class Forecast(_Message):
         return self
 
 
-class Removal(_Message):
+class Removal(_BaseMessage):
     """A series is not forecast any more; what was said of it is out of date.
 
     On the topic of all forecasts it comes after the series' last. It may be forecast again.
@@ -245,7 +245,7 @@ class Removal(_Message):
     """venue:symbol:timeframe, such as binance:BTC/USDT:5m."""
 
 
-class DeadLetter(_Message):
+class DeadLetter(_BaseMessage):
     """Something that could not be processed or delivered, with the reason."""
 
     schema_: Literal["kronos.deadletter/1"] = Field(alias="schema")
@@ -276,7 +276,7 @@ class DeadLetter(_Message):
         )
 
 
-def same(one: Forecast, other: Forecast) -> bool:
+def same_forecast(one: Forecast, other: Forecast) -> bool:
     """Whether two records say the same: equal in all but when and how fast they were made."""
     ours, theirs = (m.model_dump(exclude=set(VOLATILE), exclude_unset=True) for m in (one, other))
     return ours == theirs

@@ -21,7 +21,7 @@ from kronos_stream.forecast.summary import CLOSE, Summary, summarise
 CHANNELS = ("open", "high", "low", "close", "volume")
 """What is published of a candle, in the order of its columns."""
 
-Kept = Literal["none", "close", "ohlcva"]
+PublishedPaths = Literal["none", "close", "ohlcva"]
 """What of the paths themselves is published."""
 
 _OPEN, _HIGH, _LOW, _VOLUME, _AMOUNT = 0, 1, 2, 4, 5
@@ -44,13 +44,13 @@ class Outlook:
     """Likewise opens, highs, lows, volumes and amounts, by channel."""
 
 
-def outlook(
+def build_outlook(
     paths: NDArray[np.float32],
     times: Sequence[int] | NDArray[np.int64],
     last: float,
     probs: Sequence[float],
     *,
-    keep: Kept = "none",
+    publish: PublishedPaths = "none",
 ) -> Outlook:
     """What ``paths`` (paths, horizon, 6) say, after :func:`repair`.
 
@@ -63,7 +63,7 @@ def outlook(
     mean = candles.mean(axis=0, dtype=np.float64)
     bands = np.concatenate((mean[None], weibull_quantiles(candles, probs)))
     names = ("mean", *map(quantile_name, probs))
-    by_channel = _short(bands.transpose(2, 0, 1))
+    by_channel = _shortest_floats(bands.transpose(2, 0, 1))
     return Outlook(
         times=[int(time) for time in times],
         channels={
@@ -72,8 +72,8 @@ def outlook(
         },
         summary=summarise(candles, last, probs),
         repaired=repaired,
-        paths=None if keep == "none" else _short(candles[..., CLOSE]),
-        other_paths=_others(candles, paths[..., _AMOUNT]) if keep == "ohlcva" else None,
+        paths=None if publish == "none" else _shortest_floats(candles[..., CLOSE]),
+        other_paths=_other_paths(candles, paths[..., _AMOUNT]) if publish == "ohlcva" else None,
     )
 
 
@@ -92,19 +92,19 @@ def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
     return candles, int((candles != drawn).any(axis=-1).sum())
 
 
-def _others(
+def _other_paths(
     candles: NDArray[np.float32], amounts: NDArray[np.float32]
 ) -> dict[str, list[list[float]]]:
     """What there is of the paths beside the closes; an amount, like a volume, is at least 0."""
     others = {
-        channel: _short(candles[..., column])
+        channel: _shortest_floats(candles[..., column])
         for column, channel in enumerate(CHANNELS)
         if column != CLOSE
     }
-    return others | {"amount": _short(np.maximum(amounts, 0))}
+    return others | {"amount": _shortest_floats(np.maximum(amounts, 0))}
 
 
-def _short(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists as deep as the array
+def _shortest_floats(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists as deep as the array
     """Nested lists of the nearest float32 of each, as the float of fewest digits that names it."""
     exact = np.ascontiguousarray(numbers, np.float32)
     return orjson.loads(orjson.dumps(exact, option=orjson.OPT_SERIALIZE_NUMPY))

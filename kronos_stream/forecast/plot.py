@@ -32,10 +32,10 @@ _TICK_STEPS = (
     *(n * _HOUR for n in (1, 2, 3, 6, 12)),
     *(n * _DAY for n in (1, 2, 4, 7, 14, 28, 56, 91, 182, 365, 730, 1826, 3652)),
 )
-_MOST_TICKS = 9
+_MAX_TICKS = 9
 
 
-def draw_fan(path: Path, table: CandleTable, fan: Fan, about: str) -> None:
+def draw_fan(path: Path, table: CandleTable, fan: Fan, subtitle: str) -> None:
     """Draw the bars of ``table`` up to the fan's origin, and the fan; write ``path`` whole.
 
     Bars stand side by side, so that nights and weekends without trading take no room. The suffix
@@ -54,13 +54,13 @@ def draw_fan(path: Path, table: CandleTable, fan: Fan, about: str) -> None:
     else:
         price = bottom = figure.subplots()
     for axes in figure.axes:
-        _plain(axes)
+        _style_axes(axes)
     _candles(price, candles)
     _bands(price, fan)
     _price_axis(price, candles, fan)
     _time_axis(bottom, np.concatenate([times, fan.times]), len(times))
     price.axvline(0, color=_FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-    _titles(price, fan, about)
+    _titles(price, fan, subtitle)
     with replacing(path) as part, warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; saying so helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -94,7 +94,7 @@ def _volume(axes: Axes, candles: NDArray[np.float64]) -> None:
     axes.bar(_positions(len(candles)), candles[:, 4], _BODY, color=colours, alpha=0.55, linewidth=0)
     axes.set_ylabel("volume", color=_FAINT, fontsize=9)
     axes.yaxis.set_major_locator(FixedLocator([0, float(candles[:, 4].max())]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _compact_number(v)))
 
 
 def _bands(axes: Axes, fan: Fan) -> None:
@@ -162,7 +162,7 @@ def time_ticks(times: NDArray[np.int64]) -> tuple[list[int], list[str]]:
     for step in _TICK_STEPS:
         stretch = times // step
         ticks = (np.flatnonzero(np.diff(stretch)) + 1).tolist()
-        if len(ticks) <= _MOST_TICKS:
+        if len(ticks) <= _MAX_TICKS:
             break
     opens = [datetime.fromtimestamp(int(times[i]) / 1000, UTC) for i in ticks]
     if step >= _DAY:
@@ -176,7 +176,7 @@ def time_ticks(times: NDArray[np.int64]) -> tuple[list[int], list[str]]:
     return ticks, labels
 
 
-def _titles(axes: Axes, fan: Fan, about: str) -> None:
+def _titles(axes: Axes, fan: Fan, subtitle: str) -> None:
     origin = datetime.fromtimestamp(fan.origin / 1000, UTC).strftime("%d %b %Y %H:%M UTC")
     summary = fan.summary()
     change = summary.expected_return
@@ -185,16 +185,16 @@ def _titles(axes: Axes, fan: Fan, about: str) -> None:
     )
     named = fan.series.endswith(str(fan.timeframe))
     title = fan.series if named else f"{fan.series}   {fan.timeframe}"
-    _line(axes, title, above=38, size=15, colour=_INK, weight="bold")
-    _line(axes, words, above=22, size=10, colour=_INK)
-    _line(axes, about, above=8, size=9, colour=_FAINT)
+    _annotate(axes, title, above=38, size=15, colour=_INK, weight="bold")
+    _annotate(axes, words, above=22, size=10, colour=_INK)
+    _annotate(axes, subtitle, above=8, size=9, colour=_FAINT)
 
 
-def _line(
-    axes: Axes, words: str, *, above: int, size: int, colour: str, weight: str = "normal"
+def _annotate(
+    axes: Axes, text: str, *, above: int, size: int, colour: str, weight: str = "normal"
 ) -> None:
     axes.annotate(
-        words,
+        text,
         (0, 1),
         (0, above),
         xycoords="axes fraction",
@@ -206,7 +206,7 @@ def _line(
     )
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
     axes.yaxis.tick_right()
@@ -216,7 +216,7 @@ def _plain(axes: Axes) -> None:
     axes.tick_params(length=0, labelcolor=_FAINT, labelsize=9)
 
 
-def _short(value: float) -> str:
+def _compact_number(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {letter}"

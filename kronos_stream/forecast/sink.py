@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.timeframe import Timeframe
 
-Kind = Literal["forecast", "removal", "deadletter", "candle"]
+RecordKind = Literal["forecast", "removal", "deadletter", "candle"]
 """A candle is what role ingest passes on: a closed bar, or that its series is given up.
 
 A removal says that its series is not forecast any more; where only the newest forecast of each
@@ -22,7 +22,7 @@ class Record(NamedTuple):
 
     sequence: int
     """Its place in the outbox; grows."""
-    kind: Kind
+    kind: RecordKind
     key: str
     """The series' name, the Kafka key."""
     value: bytes
@@ -44,7 +44,7 @@ class SinkUnavailable(Exception):  # noqa: N818
     """Not delivered, or not known to be: everything given must be given again."""
 
 
-class SinkRefused(SinkUnavailable):
+class SinkLoginRefused(SinkUnavailable):
     """We are not let in until somebody changes something: a password, a certificate, a setting."""
 
 

@@ -19,19 +19,19 @@ from kronos_stream.market.utc import rfc3339
 _DAY_MS = 86_400_000
 _MINUTE_MS = 60_000
 _SIGNIFICANT = 6
-_UNBOUND = 10_000
+_MAX_WIDTH = 10_000
 
 
-def print_fan(fan: Fan, about: str, file: IO[str] | None = None) -> None:
+def print_fan(fan: Fan, subtitle: str, file: IO[str] | None = None) -> None:
     """Print the quantiles of the close per step, headed by ``about``, ended by the summary."""
     decimals = price_decimals(fan.last)
     title = Text(fan.series, style="bold")
     title.append(f"  origin {rfc3339(fan.origin)}  last {fan.last:.{decimals}f}", style="not bold")
     table = _table(fan, decimals)
     console = Console(file=file)
-    needed = Measurement.get(console, console.options.update(max_width=_UNBOUND), table).maximum
+    needed = Measurement.get(console, console.options.update(max_width=_MAX_WIDTH), table).maximum
     console.width = max(console.width, needed)  # a long line is better than a cut number
-    console.print(title, Text(about, style="dim"), table, summary_text(fan), sep="\n")
+    console.print(title, Text(subtitle, style="dim"), table, summary_text(fan), sep="\n")
 
 
 def price_decimals(price: float) -> int:

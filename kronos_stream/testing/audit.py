@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import orjson
 from confluent_kafka import Consumer, TopicPartition
 
-from kronos_stream.forecast.message import REMOVAL, Forecast, same
+from kronos_stream.forecast.message import REMOVAL, Forecast, same_forecast
 from kronos_stream.market.series import Series
 
 _SECONDS = 30.0
@@ -88,7 +88,7 @@ def audit(records: Iterable[tuple[str, bytes]], due: Mapping[Series, Iterable[in
         first = firsts.setdefault(place, forecast)
         if first is not forecast:
             duplicates += 1
-            if not same(first, forecast):
+            if not same_forecast(first, forecast):
                 unequal.append(place)
             continue
         if (origin, revision) < newest[key]:

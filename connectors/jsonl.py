@@ -17,7 +17,7 @@ import orjson
 import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from kronos_stream.checkup import Check, Finding, in_thread, look_at_disk
+from kronos_stream.checkup import Check, Finding, run_in_thread, check_disk
 from kronos_stream.forecast.sink import RecordKind, Record, Refusal, SinkConnector, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
@@ -62,8 +62,8 @@ class JsonlSink:
 
     def checks(self) -> Sequence[Check]:
         async def look() -> Sequence[Finding]:
-            disk = partial(look_at_disk, self._paths["forecast"], "KRONOS_STREAM_JSONL__PATH")
-            return [await in_thread(disk)]
+            disk = partial(check_disk, self._paths["forecast"], "KRONOS_STREAM_JSONL__PATH")
+            return [await run_in_thread(disk)]
 
         return [Check("jsonl file", look)]
 

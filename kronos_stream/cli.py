@@ -55,7 +55,7 @@ _MACHINE_ERRORS = {"kronos_stream.daemon.worker.WorkerLost"}
 _FAILED = 1
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
-_BY_SIGNAL = 128
+_SIGNAL_EXIT_BASE = 128
 
 
 class _LazyGroup(click.Group):
@@ -115,9 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)
     except _Stopped as stop:
-        sys.exit(_BY_SIGNAL + stop.number)
+        sys.exit(_SIGNAL_EXIT_BASE + stop.number)
     except Exception as error:
-        _explain(error)
+        _exit_if_expected(error)
         raise
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -129,15 +129,15 @@ def _catch_signals() -> None:
         number = getattr(signal, name, None)
         # Ignored means on purpose, by nohup for one.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _stop)
+            signal.signal(number, _raise_stopped)
 
 
-def _stop(number: int, _: FrameType | None) -> NoReturn:
+def _raise_stopped(number: int, _: FrameType | None) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)  # a second one ends us at once
     raise _Stopped(number)
 
 
-def _drop_output() -> None:
+def _discard_stdout() -> None:
     """Point stdout nowhere: what it still holds would fail again when Python ends."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,10 +145,10 @@ def _drop_output() -> None:
         return
 
 
-def _explain(error: Exception) -> None:
+def _exit_if_expected(error: Exception) -> None:
     """Exit with a line on stderr for what is no fault of the program; else return."""
     if isinstance(error, OSError):
-        _drop_output()
+        _discard_stdout()
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             sys.exit(_FAILED)
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}", _FAILED)
@@ -157,21 +157,21 @@ def _explain(error: Exception) -> None:
         isinstance(error, RuntimeError) and "allocate" in str(error)
     ):
         _fail(f"not enough memory: {str(error)[:200]}", _FAILED)
-    if _is_one_of(error, _MACHINE_ERRORS):
+    if _is_any_of(error, _MACHINE_ERRORS):
         _fail(str(error), _FAILED)
-    if _is_one_of(error, _USER_ERRORS):
+    if _is_any_of(error, _USER_ERRORS):
         *others, last = getattr(error, "problems", [str(error)])
         for problem in others:
-            _say(problem)
+            _print_error(problem)
         _fail(last, _USAGE_ERROR)
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    _say(message)
+    _print_error(message)
     sys.exit(status)
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     # A name from outside may hold what a terminal would take for a command.
     from kronos_stream.daemon.logs import without_passwords
 
@@ -180,7 +180,7 @@ def _say(message: str) -> None:
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
 
 
-def _is_one_of(error: Exception, names: Collection[str]) -> bool:
+def _is_any_of(error: Exception, names: Collection[str]) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 

@@ -40,7 +40,7 @@ _POLL_RECORDS = 500
 _COMMIT_SECONDS = 1.0
 _RECONNECT_SECONDS = 1.0
 _CLOSE_SECONDS = 5.0
-_REMEMBERED = 100_000
+_MAX_STREAMS = 100_000
 
 
 async def forecasts(
@@ -81,15 +81,15 @@ async def forecasts(
         start,
         {"bootstrap_servers": bootstrap, "group_id": group, **consumer},
     )
-    chosen = _Choice(series, symbols, clock or SystemClock(), duplicates, superseded, expired)
+    chosen = _Filter(series, symbols, clock or SystemClock(), duplicates, superseded, expired)
     try:
         await reader.open()
         while True:
             records = await reader.read()
-            for record, forecast in chosen.among(records):
+            for record, forecast in chosen.select(records):
                 if forecast is not None:
                     yield forecast
-                await reader.finished(record)
+                await reader.mark_done(record)
             await reader.commit()
     finally:
         await reader.commit()
@@ -139,7 +139,7 @@ class _Reader:
             return []
         return [record for batch in batches.values() for record in batch]
 
-    async def finished(self, record: ConsumerRecord) -> None:
+    async def mark_done(self, record: ConsumerRecord) -> None:
         self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
         if asyncio.get_running_loop().time() - self._committed_at > _COMMIT_SECONDS:
             await self.commit()
@@ -173,7 +173,7 @@ class _Reader:
             _log.warning("consumer not closed in good order: %r", error)
 
 
-class _Choice:
+class _Filter:
     """Which records are passed on."""
 
     def __init__(
@@ -192,7 +192,7 @@ class _Choice:
         self._newest: OrderedDict[object, tuple[datetime, int]] = OrderedDict()
         """Origin and revision of the newest seen; whatever is not newer came before."""
 
-    def among(
+    def select(
         self, records: Sequence[ConsumerRecord]
     ) -> Iterator[tuple[ConsumerRecord, Forecast | None]]:
         """Each record with its forecast, or None if that is not passed on."""
@@ -236,7 +236,7 @@ class _Choice:
             return False
         self._newest[stream] = place
         self._newest.move_to_end(stream)
-        if len(self._newest) > _REMEMBERED:
+        if len(self._newest) > _MAX_STREAMS:
             self._newest.popitem(last=False)
         return True
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.checkup import Check, Finding, compare_clocks, examine, look_at_disk
+from kronos_stream.checkup import Check, Finding, compare_clocks, run_checks, check_disk
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.settings import Http
 from kronos_stream.daemon.state import SCHEMA_VERSION, State
@@ -68,13 +68,13 @@ async def test_a_state_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    found = look_at_disk(Path("/proc/kronos/state.sqlite"), "KRONOS_STREAM_STATE_FILE")
+    found = check_disk(Path("/proc/kronos/state.sqlite"), "KRONOS_STREAM_STATE_FILE")
     assert found.level == "fail"
     assert "cannot be written" in found.found
-    assert "KRONOS_STREAM_STATE_FILE" in found.cure
+    assert "KRONOS_STREAM_STATE_FILE" in found.remedy
     (tmp_path / "file").touch()
-    assert look_at_disk(tmp_path / "file" / "state.sqlite", "X").level == "fail"
-    assert look_at_disk(tmp_path / "new" / "folder" / "state.sqlite", "X").level == "ok"
+    assert check_disk(tmp_path / "file" / "state.sqlite", "X").level == "fail"
+    assert check_disk(tmp_path / "new" / "folder" / "state.sqlite", "X").level == "ok"
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
@@ -87,7 +87,7 @@ async def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     assert [one.level for one in await checks.port(Http(port=number), tmp_path / "s")] == ["ok"]
     free, seen = await checks.port(Http(host="0.0.0.0", port=0), tmp_path / "s")  # noqa: S104
     assert (free.level, seen.level) == ("ok", "warn")
-    assert "KRONOS_STREAM_HTTP__TOKEN" in seen.cure
+    assert "KRONOS_STREAM_HTTP__TOKEN" in seen.remedy
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ async def test_a_check_that_hangs_or_breaks_holds_up_no_other() -> None:
         return [Finding("ok", "fine")]
 
     looks = [Check("a", hangs, 0.05), Check("b", breaks), Check("c", works)]
-    found = [(one.name, one.finding.level, one.finding.found) async for one in examine(looks)]
+    found = [(one.name, one.finding.level, one.finding.found) async for one in run_checks(looks)]
     assert found == [
         ("a", "fail", "no answer within 0.05 s"),
         ("b", "fail", "ZeroDivisionError"),

@@ -20,7 +20,7 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_connectors.kafka.topics import wanted
-from kronos_stream.client import Forecast, _Choice, forecasts
+from kronos_stream.client import Forecast, _Filter, forecasts
 from kronos_stream.forecast.compose import removal
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.utc import rfc3339
@@ -120,11 +120,11 @@ def _passed(values: Sequence[bytes | _Taken], minute: int = 0, **choice: Any) ->
         **dict.fromkeys(("duplicates", "superseded", "expired"), False),
         **choice,
     }
-    chosen = _Choice(clock=ManualClock(_START + minute * _MINUTE), **settings)
+    chosen = _Filter(clock=ManualClock(_START + minute * _MINUTE), **settings)
     return [
         forecast.id
         for value in values
-        for _, forecast in chosen.among([value if isinstance(value, _Taken) else _Taken(value)])
+        for _, forecast in chosen.select([value if isinstance(value, _Taken) else _Taken(value)])
         if forecast is not None
     ]
 
@@ -141,13 +141,13 @@ def test_two_models_on_one_topic_are_two_streams() -> None:
 
 
 def test_a_superseded_forecast_is_not_passed_on_if_its_successor_is_there() -> None:
-    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
+    chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     records = [_Taken(_forecast(1)), _Taken(_forecast(1, revision=1)), _Taken(_forecast(2))]
-    passed = [forecast and forecast.id for _, forecast in chosen.among(records)]
+    passed = [forecast and forecast.id for _, forecast in chosen.select(records)]
     assert passed == [None, *_names(1, revision=1), *_names(2)]
     again = [*records[:2], *records[:1]]  # a delivery that was repeated, and read half
-    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
-    assert [forecast is not None for _, forecast in chosen.among(again)] == [False, True, False]
+    chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
+    assert [forecast is not None for _, forecast in chosen.select(again)] == [False, True, False]
     # One at a time, each is the newest when it comes; an older one is never passed on later.
     three = [_forecast(1), _forecast(1, revision=1), _forecast(1)]
     assert _passed(three) == [*_names(1), *_names(1, revision=1)]
@@ -184,9 +184,9 @@ def test_a_removal_is_no_forecast_and_nothing_to_warn_of(caplog: pytest.LogCaptu
 
 def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kronos_stream.client._REMEMBERED", 10)
-    chosen = _Choice(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
+    chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     for symbol in range(50):
-        list(chosen.among([_Taken(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
+        list(chosen.select([_Taken(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
     assert len(chosen._newest) == 10
 
 

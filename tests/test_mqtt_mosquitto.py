@@ -276,7 +276,7 @@ async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
         sink = SINK.build(_options(broker, **options), SystemClock(), Random(0))
         assert isinstance(sink, CheckedSink)
         (check,) = sink.checks()
-        (finding,) = await check.look()
+        (finding,) = await check.run()
         return finding
 
     with mosquitto_of(users={"me": "right"}, settings=["max_packet_size 50000"]) as broker:
@@ -289,7 +289,7 @@ async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
         await asyncio.to_thread(broker.stop)
         away = await found(broker)
         assert away.level == "fail"
-        assert "KRONOS_STREAM_MQTT__URL" in away.cure
+        assert "KRONOS_STREAM_MQTT__URL" in away.remedy
     with mosquitto_of(settings=["retain_available false"]) as forgetful:
         assert "retains no messages" in (await found(forgetful)).found
         async with _sink(forgetful) as sink:

@@ -94,7 +94,7 @@ async def _looked_over(options: KafkaOptions) -> list[Finding]:
     """By doctor."""
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
-    return [finding for check in sink.checks() for finding in await check.look()]
+    return [finding for check in sink.checks() for finding in await check.run()]
 
 
 async def _gets_through(options: KafkaOptions) -> None:
@@ -280,7 +280,7 @@ async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]
     assert isinstance(unknown.value, LoginRefused) is final
     assert str(denied.value).endswith(said)
     assert finding.level == "fail"
-    assert f"{finding.found}; {finding.cure}".endswith(said) or not denied.value.cure
+    assert f"{finding.found}; {finding.remedy}".endswith(said) or not denied.value.cure
     assert PASSWORD not in said
     assert "\n" not in said
     return said, final

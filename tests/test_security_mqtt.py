@@ -113,7 +113,7 @@ async def _looked_over(options: MqttOptions) -> Finding:
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
     (check,) = sink.checks()
-    (finding,) = await check.look()
+    (finding,) = await check.run()
     return finding
 
 

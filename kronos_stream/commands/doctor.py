@@ -10,7 +10,7 @@ import click
 from kronos_stream.commands._text import printable
 
 if TYPE_CHECKING:
-    from kronos_stream.checkup import Finding, Told
+    from kronos_stream.checkup import Finding, Result
     from kronos_stream.daemon.settings import Settings
 
 _FAILED, _UNREADABLE = 1, 2
@@ -84,7 +84,7 @@ class _Report:
         if self._watched:
             click.echo(f"{_CLEAR}...   {name}", err=True, nl=False)
 
-    def told(self, told: Told) -> None:
+    def told(self, told: Result) -> None:
         self.add(told.name, told.finding)
 
     def unreadable(self, problem: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-from kronos_stream.checkup import Finding, in_thread, look_at_disk
+from kronos_stream.checkup import Finding, run_in_thread, check_disk
 from kronos_stream.daemon.database import APPLICATION_ID, lock_name
 from kronos_stream.daemon.http import explain
 from kronos_stream.daemon.job import Plan
@@ -37,11 +37,11 @@ _MUCH = 0.5
 async def state_file(path: Path) -> Sequence[Finding]:
     """Whether the state file can be used, and by whom it is."""
     setting = variable("state_file")
-    owner = await in_thread(partial(_owner, path))
-    findings = [await in_thread(partial(look_at_disk, path, setting))]
+    owner = await run_in_thread(partial(_owner, path))
+    findings = [await run_in_thread(partial(check_disk, path, setting))]
     if owner is not None:
         findings.append(Finding("ok", f"{path}: in use by process {owner}: a daemon runs on it"))
-    if fault := await in_thread(partial(_fault, path)):
+    if fault := await run_in_thread(partial(_fault, path)):
         cure = f"set {setting} to another file, or move this one away"
         findings.append(Finding("fail", f"{path}: {fault}", cure))
     return findings
@@ -52,11 +52,11 @@ async def port(settings: Http, state: Path | None) -> Sequence[Finding]:
     host, number = settings.host, settings.port
     findings = []
     try:
-        await in_thread(partial(_listen, host, number))
+        await run_in_thread(partial(_listen, host, number))
         findings.append(Finding("ok", f"{host}:{number} is free"))
     except OSError as error:
         alive = await _alive(host, number)
-        ours = alive and state and await in_thread(partial(_owner, state)) is not None
+        ours = alive and state and await run_in_thread(partial(_owner, state)) is not None
         found, _, cure = explain(error, host, number).partition("; ")
         if alive and state is None:
             found = f"{host}:{number} is served by a daemon"

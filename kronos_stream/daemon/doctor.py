@@ -17,8 +17,8 @@ from kronos_stream.checkup import (
     CheckedSink,
     CheckedSource,
     Finding,
-    Told,
-    examine,
+    Result,
+    run_checks,
 )
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.environment import told
@@ -55,7 +55,7 @@ class Doctor:
 
     async def examine(
         self, begins: Callable[[str], None], without: Collection[str] = ()
-    ) -> AsyncIterator[Told]:
+    ) -> AsyncIterator[Result]:
         """Every finding, as it is found.
 
         begins: told the name of each check that begins. without: areas left out, of :data:`AREAS`.
@@ -63,7 +63,7 @@ class Doctor:
         async with AsyncExitStack() as stack:
             for area in AREAS:
                 if area not in without:
-                    async for one in examine(self._checks(area, stack), begins):
+                    async for one in run_checks(self._checks(area, stack), begins):
                         yield one
 
     def _checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
@@ -154,7 +154,7 @@ def _explained(check: Check) -> Check:
 
     async def look() -> Sequence[Finding]:
         try:
-            return await check.look()
+            return await check.run()
         except VenueRefused as error:
             cure = "it does not serve this address: run from another one, or leave the venue out"
             return [Finding("fail", str(error), cure)]

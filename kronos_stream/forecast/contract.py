@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kronos_stream.atomic import replacing
+from kronos_stream.atomic import atomic_write
 from kronos_stream.forecast.compose import SOURCE
 from kronos_stream.forecast.message import (
     DEAD_LETTER,
@@ -119,7 +119,7 @@ def write_documents(folder: Path, documents: Mapping[str, str]) -> list[Path]:
     for name, text in documents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_text(text, "utf-8")
         paths.append(path)
     return paths

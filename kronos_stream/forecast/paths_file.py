@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from kronos_stream.atomic import replacing
+from kronos_stream.atomic import atomic_write
 
 METADATA_KEY = "kronos_stream"
 """Key of the file's metadata under which the settings stand, as JSON."""
@@ -81,5 +81,5 @@ def paths_writer(
     ``settings`` is stored in the file's metadata.
     """
     schema = _SCHEMA.with_metadata({METADATA_KEY: json.dumps(settings)})
-    with replacing(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
+    with atomic_write(path) as part, pq.ParquetWriter(part, schema, compression="zstd") as writer:
         yield PathsWriter(writer, series, origin, times)

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from numpy.typing import NDArray
 
-from kronos_stream.atomic import replacing
+from kronos_stream.atomic import atomic_write
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.market.files import CandleTable
 
@@ -61,7 +61,7 @@ def draw_fan(path: Path, table: CandleTable, fan: Fan, subtitle: str) -> None:
     _time_axis(bottom, np.concatenate([times, fan.times]), len(times))
     price.axvline(0, color=_FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
     _titles(price, fan, subtitle)
-    with replacing(path) as part, warnings.catch_warnings():
+    with atomic_write(path) as part, warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes; saying so helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(part, format=path.suffix[1:].lower())

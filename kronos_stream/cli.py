@@ -173,9 +173,9 @@ def _fail(message: str, status: int) -> NoReturn:
 
 def _print_error(message: str) -> None:
     # A name from outside may hold what a terminal would take for a command.
-    from kronos_stream.daemon.logs import without_passwords
+    from kronos_stream.daemon.logs import redact
 
-    line = without_passwords(" ".join(message.split()))
+    line = redact(" ".join(message.split()))
     line = "".join(c if c.isprintable() else "?" for c in line)
     print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon.allotment import Allotment
-from kronos_stream.daemon.due import Due
+from kronos_stream.daemon.allotment import PartitionTracker
+from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.share import LATE_BARS
 from kronos_stream.forecast.compose import context_digest
@@ -89,12 +89,12 @@ class _Member:
     """An allotment, and in place of the scheduler somebody who takes what is due at random."""
 
     def __init__(self, clock: Clock, *, delivered: list[tuple[Place, str]]) -> None:
-        self.waiting: list[Due] = []
+        self.waiting: list[ForecastRequest] = []
         self.gone: list[Series] = []
-        self.hand: list[tuple[Due, Window | None]] = []
+        self.hand: list[tuple[ForecastRequest, Window | None]] = []
         self.buried = 0
         self._delivered, self._ticket = delivered, 0
-        self.allotment = Allotment(
+        self.allotment = PartitionTracker(
             self.waiting.append,
             self.gone.append,
             self._bury,
@@ -120,23 +120,23 @@ class _Member:
             self.hand.append((due, self.allotment.window(due)))
         del self.waiting[:count]
         for series in self.gone:
-            if self.allotment.holds(series):
+            if self.allotment.owns(series):
                 self._ticket += 1
-                self.allotment.handed(series, self._ticket)
+                self.allotment.mark_published(series, self._ticket)
         self.gone.clear()
 
     def deliver(self) -> None:
         for due, window in self.hand:
-            if not self.allotment.holds(due):
+            if not self.allotment.owns(due):
                 continue
             self._ticket += 1
-            if due.obstacle is None:
+            if due.skip_reason is None:
                 assert window is not None
                 place = due.series, due.origin, due.revision
                 self._delivered.append((place, context_digest(window.values, window.times)))
-            self.allotment.handed(due, self._ticket)
+            self.allotment.mark_published(due, self._ticket)
         self.hand.clear()
-        self.allotment.delivered(self._ticket)
+        self.allotment.mark_delivered(self._ticket)
 
 
 class _Group:
@@ -152,8 +152,8 @@ class _Group:
 
     def give(self, member: _Member) -> None:
         extent = PartitionBounds(0, len(self.log), len(self.log), self.note)
-        member.allotment.given([PART])
-        self.position = member.allotment.begin(PART, extent)
+        member.allotment.on_assigned([PART])
+        self.position = member.allotment.start_partition(PART, extent)
         self.owner = member
 
     def step(self) -> None:
@@ -161,10 +161,10 @@ class _Group:
         owner, random = self.owner, self.random
         assert owner is not None
         chance = random.random()
-        if chance < 0.4 and not owner.allotment.enough():
+        if chance < 0.4 and not owner.allotment.paused():
             until = min(len(self.log), self.position + random.randrange(1, 40))
             records = [(at, self.log[at]) for at in range(self.position, until)]
-            owner.allotment.read(PART, records, until)
+            owner.allotment.on_records(PART, records, until)
             self.position = until
         elif chance < 0.7:
             owner.take(random)
@@ -174,17 +174,17 @@ class _Group:
             self.commit(owner)
 
     def commit(self, owner: _Member) -> None:
-        notes = owner.allotment.notes()
+        notes = owner.allotment.pending_checkpoints()
         self.note = notes.get(PART, self.note)
-        owner.allotment.noted(notes)
+        owner.allotment.on_checkpointed(notes)
 
     async def hand_over(self) -> _Member:
         """As a rebalance goes; who had it is given back, and still has what it knows."""
         owner = self.owner
         assert owner is not None
-        await owner.allotment.give_up()
+        await owner.allotment.drain()
         self.commit(owner)
-        owner.allotment.taken()
+        owner.allotment.on_revoked()
         return owner
 
     def work_off(self) -> None:
@@ -202,7 +202,7 @@ def _expected(log: Sequence[FeedRecord]) -> dict[Place, str]:
     owner = group.owner
     assert owner is not None
     for at, told in enumerate(log):
-        owner.allotment.read(PART, [(at, told)], at + 1)
+        owner.allotment.on_records(PART, [(at, told)], at + 1)
         owner.hand += [(due, owner.allotment.window(due)) for due in owner.waiting]
         owner.waiting.clear()
         owner.deliver()
@@ -300,15 +300,15 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
 
 @pytest.mark.parametrize(("catch_up", "base"), [("all", 100), ("newest", 900)])
 def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
-    dues: list[Due] = []
+    dues: list[ForecastRequest] = []
     allotment = _plain(dues, catch_up=catch_up)
-    allotment.given([PART])
-    assert allotment.begin(PART, PartitionBounds(100, 900, 700, None)) == min(base, 700)
+    allotment.on_assigned([PART])
+    assert allotment.start_partition(PART, PartitionBounds(100, 900, 700, None)) == min(base, 700)
     bars = [
         RelayedBar(SERIES[0], Bar(_candle(Random(1), 60_000 * at)), history=False)
         for at in range(1_000)
     ]
-    allotment.read(PART, [(at, bars[at]) for at in range(100, 1_000)], 1_000)
+    allotment.on_records(PART, [(at, bars[at]) for at in range(100, 1_000)], 1_000)
     assert dues[0].origin == 60_000 * base
 
 
@@ -318,13 +318,13 @@ async def _nothing() -> None:
 
 def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
     """The second one has just begun, and calls history what the first one tells as news."""
-    dues: list[Due] = []
+    dues: list[ForecastRequest] = []
     allotment = _plain(dues)
-    allotment.given([PART])
-    allotment.begin(PART, PartitionBounds(0, 0, 0, None))
+    allotment.on_assigned([PART])
+    allotment.start_partition(PART, PartitionBounds(0, 0, 0, None))
     bar = Bar(_candle(Random(2), 0))
     for at, history in enumerate((True, False, False)):
-        allotment.read(PART, [(at, RelayedBar(SERIES[0], bar, history))], at + 1)
+        allotment.on_records(PART, [(at, RelayedBar(SERIES[0], bar, history))], at + 1)
     assert [due.origin for due in dues] == [0]
 
 
@@ -352,16 +352,16 @@ async def test_no_more_is_read_while_forecasts_are_not_delivered() -> None:
     group = _Group(log, random)
     member = _Member(group.clock, delivered=group.delivered)
     group.give(member)
-    while not member.allotment.enough():
+    while not member.allotment.paused():
         records = [(at, log[at]) for at in range(group.position, group.position + 100)]
         group.position += 100
-        member.allotment.read(PART, records, group.position)
+        member.allotment.on_records(PART, records, group.position)
         for due in member.waiting:
-            member.allotment.handed(due, due.origin)
+            member.allotment.mark_published(due, due.origin)
         member.waiting.clear()
     assert group.position == 2_000
-    member.allotment.delivered(60_000 * 1_000)
-    assert not member.allotment.enough()
+    member.allotment.mark_delivered(60_000 * 1_000)
+    assert not member.allotment.paused()
 
 
 def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
@@ -375,13 +375,13 @@ def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
     group = _Group(log, random)
     first = _Member(group.clock, delivered=group.delivered)
     group.give(first)
-    first.allotment.read(PART, list(enumerate(log)), len(log))
+    first.allotment.on_records(PART, list(enumerate(log)), len(log))
     group.commit(first)
     group.give(_Member(group.clock, delivered=group.delivered))
     assert group.position == 60 + 1 - LOOKBACK - LATE_BARS
     group.position = len(log)
     assert group.owner is not None
-    group.owner.allotment.read(PART, list(enumerate(log)), len(log))
+    group.owner.allotment.on_records(PART, list(enumerate(log)), len(log))
     group.work_off()
     assert dict(group.delivered) == _expected(log)
 
@@ -394,62 +394,62 @@ def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
     noted: list[Checkpoint] = []
     for lookback in (8, LOOKBACK):
         allotment = _plain(lookback=lookback)
-        allotment.given([PART])
+        allotment.on_assigned([PART])
         note = noted[-1] if noted else None
-        begin = allotment.begin(PART, PartitionBounds(0, 99, 20, note))
+        begin = allotment.start_partition(PART, PartitionBounds(0, 99, 20, note))
         if note is not None:
             assert note.offset > begin
             assert begin == 20, "where it is young enough for the longer context"
-        allotment.read(PART, [(at, bars[at]) for at in range(begin, 99)], 99)
-        allotment.delivered(0)
-        noted.append(allotment.notes()[PART]._replace(offset=99))
+        allotment.on_records(PART, [(at, bars[at]) for at in range(begin, 99)], 99)
+        allotment.mark_delivered(0)
+        noted.append(allotment.pending_checkpoints()[PART]._replace(offset=99))
 
 
 def test_what_others_have_got_is_forgotten() -> None:
-    other, dues = Partition(PART.log, 4), list[Due]()
+    other, dues = Partition(PART.log, 4), list[ForecastRequest]()
     allotment = _plain(dues)
-    allotment.given([PART, other])
+    allotment.on_assigned([PART, other])
     for part, one in ((PART, SERIES[0]), (other, SERIES[1])):
-        allotment.begin(part, PartitionBounds(0, 1, 0, None))
+        allotment.start_partition(part, PartitionBounds(0, 1, 0, None))
         bar = Bar(_candle(Random(4), 0))
-        allotment.read(part, [(0, RelayedBar(one, bar, history=False))], 1)
-    assert allotment.awaited(120_000) == 2
-    allotment.taken()
-    allotment.given([PART])
-    assert allotment.lines.keys() == {SERIES[0]}
-    assert allotment.awaited(120_000) == 1
+        allotment.on_records(part, [(0, RelayedBar(one, bar, history=False))], 1)
+    assert allotment.outstanding_bars(120_000) == 2
+    allotment.on_revoked()
+    allotment.on_assigned([PART])
+    assert allotment.series.keys() == {SERIES[0]}
+    assert allotment.outstanding_bars(120_000) == 1
     assert [due.series for due in dues] == SERIES[:2]
 
 
 @pytest.mark.parametrize(("degraded", "obstacle"), [("skip", "gap"), ("forecast", None)])
 def test_bars_that_could_not_be_had_hinder_as_set(degraded: str, obstacle: str | None) -> None:
-    dues: list[Due] = []
+    dues: list[ForecastRequest] = []
     allotment = _plain(dues, degraded=degraded)
-    allotment.given([PART])
-    allotment.begin(PART, PartitionBounds(0, 0, 0, None))
+    allotment.on_assigned([PART])
+    allotment.start_partition(PART, PartitionBounds(0, 0, 0, None))
     for at in range(LOOKBACK):
         missing = at == LOOKBACK - 3
         bar = Bar(_candle(Random(at), 60_000 * at), synthetic=missing, received=0 if missing else 1)
         told = RelayedBar(SERIES[0], bar, history=at < LOOKBACK - 1)
-        allotment.read(PART, [(at, told)], at + 1)
-    assert [due.obstacle for due in dues] == [obstacle]
+        allotment.on_records(PART, [(at, told)], at + 1)
+    assert [due.skip_reason for due in dues] == [obstacle]
 
 
 def test_a_log_that_ends_before_what_is_done_is_done_from_there_on() -> None:
-    dues: list[Due] = []
+    dues: list[ForecastRequest] = []
     allotment = _plain(dues)
-    allotment.given([PART])
+    allotment.on_assigned([PART])
     note = Checkpoint(1_000, '{"v":1,"start":900,"bars":40,"done":"1-5"}')
-    assert allotment.begin(PART, PartitionBounds(0, 10, 0, note)) == 0
+    assert allotment.start_partition(PART, PartitionBounds(0, 10, 0, note)) == 0
     bars = [Bar(_candle(Random(5), 60_000 * at)) for at in range(1_010)]
     records = [(at, RelayedBar(SERIES[0], bar, history=False)) for at, bar in enumerate(bars)]
-    allotment.read(PART, records, 1_010)
+    allotment.on_records(PART, records, 1_010)
     assert [due.origin for due in dues] == [60_000 * at for at in range(10, 1_010)]
 
 
-def _plain(dues: list[Due] | None = None, **settings: Any) -> Allotment:
+def _plain(dues: list[ForecastRequest] | None = None, **settings: Any) -> PartitionTracker:
     """Whose scheduler does nothing."""
-    return Allotment(
+    return PartitionTracker(
         (lambda _: None) if dues is None else dues.append,
         lambda _: None,
         lambda *_: None,
@@ -460,10 +460,10 @@ def _plain(dues: list[Due] | None = None, **settings: Any) -> Allotment:
     )
 
 
-def _barred() -> tuple[Allotment, list[Due], list[str]]:
+def _barred() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
     """Two parts from their beginning, what is due, and why something was refused."""
-    dues, reasons = list[Due](), list[str]()
-    allotment = Allotment(
+    dues, reasons = list[ForecastRequest](), list[str]()
+    allotment = PartitionTracker(
         dues.append,
         lambda _: None,
         lambda _, reason, __: reasons.append(reason),
@@ -474,9 +474,9 @@ def _barred() -> tuple[Allotment, list[Due], list[str]]:
         catch_up="all",
     )
     parts = [PART, Partition(PART.log, 4)]
-    allotment.given(parts)
+    allotment.on_assigned(parts)
     for part in parts:
-        allotment.begin(part, PartitionBounds(0, 0, 0, None))
+        allotment.start_partition(part, PartitionBounds(0, 0, 0, None))
     return allotment, dues, reasons
 
 
@@ -486,11 +486,11 @@ def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
     times.insert(-2, times[-2] + 30_000)
     for at, time in enumerate(times):
         told = RelayedBar(SERIES[0], Bar(_candle(Random(at), time)), history=False)
-        allotment.read(PART, [(at, told)], at + 1)
+        allotment.on_records(PART, [(at, told)], at + 1)
     assert len(reasons) == 1
     assert "does not go with the bars before it" in reasons[0]
     assert [due.origin for due in dues] == [60_000 * at for at in range(LOOKBACK)]
-    assert dues[-1].obstacle is None
+    assert dues[-1].skip_reason is None
 
 
 def test_a_series_is_in_one_partition() -> None:
@@ -498,13 +498,13 @@ def test_a_series_is_in_one_partition() -> None:
     other = Partition(PART.log, 4)
     for at in range(LOOKBACK):
         told = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
-        allotment.read(PART, [(at, told)], at + 1)
+        allotment.on_records(PART, [(at, told)], at + 1)
     rogue = RelayedBar(SERIES[0], Bar(_candle(Random(9), 60_000 * LOOKBACK)), history=False)
-    allotment.read(other, [(0, rogue), (1, SeriesRemoved(SERIES[0]))], 2)
+    allotment.on_records(other, [(0, rogue), (1, SeriesRemoved(SERIES[0]))], 2)
     assert reasons == ["bars of its series are in another partition"] * 2
-    allotment.read(PART, [(LOOKBACK, rogue)], LOOKBACK + 1)
+    allotment.on_records(PART, [(LOOKBACK, rogue)], LOOKBACK + 1)
     assert [due.origin for due in dues] == [60_000 * at for at in range(LOOKBACK + 1)]
-    assert dues[-1].obstacle is None
+    assert dues[-1].skip_reason is None
 
 
 def test_news_of_bars_that_were_history_to_another_are_due() -> None:
@@ -514,7 +514,7 @@ def test_news_of_bars_that_were_history_to_another_are_due() -> None:
     told += [(at, False) for at in range(LOOKBACK - 2, LOOKBACK + 2)]
     for offset, (at, history) in enumerate(told):
         bar = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history)
-        allotment.read(PART, [(offset, bar)], offset + 1)
+        allotment.on_records(PART, [(offset, bar)], offset + 1)
     assert sorted(due.origin // 60_000 for due in dues) == [
         LOOKBACK - 2,
         LOOKBACK - 1,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon.app import Daemon
-from kronos_stream.daemon.settings import Http, Settings, SettingsError
+from kronos_stream.daemon.app import StandaloneRole
+from kronos_stream.daemon.settings import HttpSettings, Settings, SettingsError
 from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
@@ -71,29 +71,29 @@ def venue() -> _Venue:
 
 
 @pytest.fixture
-async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[Daemon]:
+async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
     settings = Settings(
         model="nano",
         state_file=tmp_path / "state.sqlite",
-        http=Http(port=0),
+        http=HttpSettings(port=0),
         symbols_file=tmp_path / "symbols",
     )
     source: Any = venue
-    daemon = Daemon(
+    daemon = StandaloneRole(
         settings, {"venue": source}, [], clock=ManualClock(0), random=Random(0), series=[FIRST]
     )
     desk: Any = _Desk(venue)
-    daemon._desk = desk
+    daemon._pipeline = desk
     daemon._state = await State.open(tmp_path / "state.sqlite")
     press: Any = _Press()
     press.tried = 1
-    daemon._press = press
+    daemon._publisher = press
     yield daemon
     await daemon._state.close()
 
 
 async def test_a_venue_that_was_not_there_at_the_start_changes_nothing(
-    daemon: Daemon, venue: _Venue
+    daemon: StandaloneRole, venue: _Venue
 ) -> None:
     daemon.ready.set()
     with pytest.raises(SettingsError, match="other: not among the venues at the start; restart"):
@@ -101,7 +101,9 @@ async def test_a_venue_that_was_not_there_at_the_start_changes_nothing(
     assert venue.followed == venue.pointed == []
 
 
-async def test_changes_wait_for_the_start_and_for_each_other(daemon: Daemon, venue: _Venue) -> None:
+async def test_changes_wait_for_the_start_and_for_each_other(
+    daemon: StandaloneRole, venue: _Venue
+) -> None:
     changes = [asyncio.create_task(daemon.follow(some)) for some in ([SECOND], [THIRD], [FIRST])]
     await asyncio.sleep(0.01)
     assert venue.followed == []
@@ -110,8 +112,8 @@ async def test_changes_wait_for_the_start_and_for_each_other(daemon: Daemon, ven
     assert venue.followed == venue.pointed == [{SECOND}, {THIRD}, {FIRST}]
 
 
-async def test_readers_are_told_once_what_is_gone(daemon: Daemon) -> None:
-    press: Any = daemon._press
+async def test_readers_are_told_once_what_is_gone(daemon: StandaloneRole) -> None:
+    press: Any = daemon._publisher
     daemon.ready.set()
     await daemon.follow([FIRST, SECOND, THIRD])
     assert press.gone == []
@@ -122,8 +124,8 @@ async def test_readers_are_told_once_what_is_gone(daemon: Daemon) -> None:
     assert press.gone[1:] == [[SECOND.name]]
 
 
-async def test_what_could_not_be_told_is_told_later(daemon: Daemon) -> None:
-    press: Any = daemon._press
+async def test_what_could_not_be_told_is_told_later(daemon: StandaloneRole) -> None:
+    press: Any = daemon._publisher
     daemon.ready.set()
     await daemon.follow([FIRST, SECOND])
     press.tried = 0
@@ -134,7 +136,7 @@ async def test_what_could_not_be_told_is_told_later(daemon: Daemon) -> None:
 
 
 async def test_of_two_readings_of_the_file_the_last_counts(
-    daemon: Daemon, venue: _Venue, tmp_path: Path
+    daemon: StandaloneRole, venue: _Venue, tmp_path: Path
 ) -> None:
     """The first has to ask what its pattern stands for, and must not come last for that."""
     daemon.ready.set()
@@ -148,7 +150,7 @@ async def test_of_two_readings_of_the_file_the_last_counts(
 
 
 async def test_a_file_that_is_refused_is_forgotten(
-    daemon: Daemon, venue: _Venue, tmp_path: Path
+    daemon: StandaloneRole, venue: _Venue, tmp_path: Path
 ) -> None:
     """Also when the patterns' symbols are looked up anew, a day later."""
     daemon.ready.set()

@@ -23,7 +23,7 @@ import yaml
 from confluent_kafka.admin import AdminClient
 from jsonschema import Draft202012Validator, ValidationError
 
-from kronos_stream.daemon.environment import describe, read_options, read_settings
+from kronos_stream.daemon.environment import describe_settings, read_options, read_settings
 from kronos_stream.testing.processes import get, wait_for
 from kronos_stream.testing.prometheus import Prometheus
 
@@ -59,7 +59,7 @@ def test_it_is_a_compose_file(specification: Draft202012Validator) -> None:
 
 
 def test_settings_are_taken() -> None:
-    names = {setting.name for setting in describe()}
+    names = {setting.name for setting in describe_settings()}
     for service in SERVICES.values():
         told = service.get("environment", {})
         assert {name for name in told if name.startswith("KRONOS")} <= names

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kronos_stream.daemon.crew import Crew, hire
-from kronos_stream.daemon.job import Identity
+from kronos_stream.daemon.crew import WorkerPool, create_backend
+from kronos_stream.daemon.job import ModelIdentity
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.settings import Settings, SettingsError
-from kronos_stream.daemon.worker import Batch, Worker, WorkerError
+from kronos_stream.daemon.worker import BatchResult, WorkerSupervisor, WorkerError
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
@@ -35,33 +35,33 @@ class _Other(StandIn):
         self.sizes: list[int] = []
         self._differs = differs
 
-    async def start(self) -> Identity:
+    async def start(self) -> ModelIdentity:
         return replace(await super().start(), **self._differs)  # type: ignore[arg-type]
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         self.sizes.append(len(windows))
         return await super().forecast(windows, deadline)
 
 
 async def test_a_batch_is_shared_out_by_speed_and_comes_back_in_order() -> None:
     quick, slow = _Other(0.001), _Other(0.003)
-    crew = Crew([quick, slow])
+    crew = WorkerPool([quick, slow])
     windows = [_window(number) for number in range(40)]
     batch = await crew.forecast(windows, 5)
     assert (quick.sizes, slow.sizes) == ([30], [10])
     outlooks = [drawn.outlook for drawn in batch.results]  # type: ignore[union-attr]
     closes = [outlook.channels["close"]["q50"][0] for outlook in outlooks]
     assert closes == [window.last.close for window in windows]
-    assert crew.expected(40) == pytest.approx(0.030)
+    assert crew.estimate_seconds(40) == pytest.approx(0.030)
     assert crew.capacity(0.3) == 400
     assert (await crew.forecast(windows[:1], 5)).results
     assert (await crew.forecast([], 5)).results == []
 
 
 async def test_cards_of_one_host_speak_as_one_and_unlike_devices_are_refused() -> None:
-    cards = Crew([_Other(0.0, device="cuda"), _Other(0.0, device="cuda")])
+    cards = WorkerPool([_Other(0.0, device="cuda"), _Other(0.0, device="cuda")])
     assert (await cards.start()).device == "cuda"
-    mixed = Crew([_Other(0.0), _Other(0.0, device="cuda", dtype="bfloat16")])
+    mixed = WorkerPool([_Other(0.0), _Other(0.0, device="cuda", dtype="bfloat16")])
     with pytest.raises(WorkerError, match=r"do not forecast alike: cpu .* cuda in bfloat16"):
         await mixed.start()
 
@@ -78,18 +78,18 @@ async def test_two_workers_forecast_what_one_does_also_after_one_was_killed() ->
         model="nano", lookback=64, horizon=2, paths=4, quantiles=(0.5,), threads=1, device="cpu,cpu"
     )
     metrics = Metrics()
-    crew = hire(settings, metrics)
-    assert isinstance(crew, Crew)
-    alone = hire(settings.model_copy(update={"device": "cpu"}), metrics)
+    crew = create_backend(settings, metrics)
+    assert isinstance(crew, WorkerPool)
+    alone = create_backend(settings.model_copy(update={"device": "cpu"}), metrics)
     try:
         await asyncio.gather(crew.start(), alone.start())
         windows = [_window(number) for number in range(9)]
         expected = (await alone.forecast(windows, 30)).results
         assert (await crew.forecast(windows, 30)).results == expected
         victim = crew._workers[1]
-        assert isinstance(victim, Worker)
-        assert victim._child is not None
-        victim._child._process.kill()
+        assert isinstance(victim, WorkerSupervisor)
+        assert victim._process is not None
+        victim._process._process.kill()
         assert (await crew.forecast(windows, 30)).results == expected
         assert metrics.worker_restarts.labels("crash")._value.get() == 1
     finally:

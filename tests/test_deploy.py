@@ -28,8 +28,8 @@ from kronos_connectors.kafka import topics
 from kronos_connectors.kafka.feed import KafkaFeed
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_stream.daemon.environment import describe, read_options, read_settings
-from kronos_stream.daemon.settings import PREFIX, Http, Settings
+from kronos_stream.daemon.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.settings import ENV_PREFIX, HttpSettings, Settings
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.feed import FeedNeeds
 from kronos_stream.market.timeframe import Timeframe
@@ -46,9 +46,9 @@ VERSIONS = ("1.27.0", "1.37.0")
 # What the Secrets hold that the values in ci/ name; certificates are made by `_certificates`.
 SECRETS: dict[str, dict[str, str]] = {
     "kronos-stream": {
-        f"{PREFIX}KAFKA__SASL_PASSWORD": "kafka's",
-        f"{PREFIX}MQTT__PASSWORD": "mosquitto's",
-        f"{PREFIX}HTTP__TOKEN": "0123456789abcdef",
+        f"{ENV_PREFIX}KAFKA__SASL_PASSWORD": "kafka's",
+        f"{ENV_PREFIX}MQTT__PASSWORD": "mosquitto's",
+        f"{ENV_PREFIX}HTTP__TOKEN": "0123456789abcdef",
     },
     "hub": {"token": "hf_"},
 }
@@ -364,10 +364,10 @@ def test_table_of_values_is_up_to_date() -> None:
 def test_daemon_takes_its_environment(chart: Chart, values: str, tmp_path: Path) -> None:
     objects = chart.objects(values)
     asked = yaml.safe_load((CHART / f"ci/{values}-values.yaml").read_text("utf-8"))
-    names = {setting.name for setting in describe()}
+    names = {setting.name for setting in describe_settings()}
     for role, _, spec in pods(objects):
         environ = told(spec, objects, tmp_path / role)
-        ours = {name for name in environ if name.startswith(PREFIX)}
+        ours = {name for name in environ if name.startswith(ENV_PREFIX)}
         assert ours <= names, role
         if role == "topics":
             read_options("kafka", environ)
@@ -378,7 +378,7 @@ def test_daemon_takes_its_environment(chart: Chart, values: str, tmp_path: Path)
         assert settings.http.port == spec["containers"][0]["ports"][0]["containerPort"]
         wanted = {**asked.get("settings", {}), **asked.get(role, {}).get("settings", {})}
         for name, value in wanted.items():
-            given = environ[PREFIX + name]
+            given = environ[ENV_PREFIX + name]
             assert given == (str(value).lower() if isinstance(value, bool) else str(value))
         if role != "forecast":
             assert len(settings.watchlist()) == len(asked["symbols"])
@@ -407,7 +407,7 @@ def test_secrets_are_read_from_files_and_from_variables(chart: Chart, tmp_path: 
         objects = chart.objects("split-gpu", f"secrets.as={way}")
         for role, _, spec in pods(objects):
             environ = told(spec, objects, tmp_path / way / role)
-            assert (f"{PREFIX}KAFKA__SASL_PASSWORD" in environ) == (way == "env")
+            assert (f"{ENV_PREFIX}KAFKA__SASL_PASSWORD" in environ) == (way == "env")
             options = read_options("kafka", environ)
             assert options.sasl_password.get_secret_value() == "kafka's"
             assert options.security_protocol == "SASL_SSL"
@@ -416,7 +416,11 @@ def test_secrets_are_read_from_files_and_from_variables(chart: Chart, tmp_path: 
 
 
 def test_what_is_secret_is_kept_out_of_settings(chart: Chart) -> None:
-    models: dict[str, type[BaseModel]] = {"": Settings, "HTTP__": Http, "KAFKA__": KafkaOptions}
+    models: dict[str, type[BaseModel]] = {
+        "": Settings,
+        "HTTP__": HttpSettings,
+        "KAFKA__": KafkaOptions,
+    }
     models |= {"MQTT__": MqttOptions, "CCXT__": CcxtOptions}
     secret = {
         prefix + name.upper()
@@ -435,14 +439,14 @@ def test_numbers_and_truths_arrive_as_they_were_written(chart: Chart) -> None:
     objects = chart.objects("all", *(f"all.settings.{setting}" for setting in settings))
     (data,) = (one["data"] for one in kinds(objects, "ConfigMap") if "symbols" not in one["data"])
     for name, _, value in (setting.partition("=") for setting in settings):
-        assert data[PREFIX + name] == value
+        assert data[ENV_PREFIX + name] == value
 
 
 def test_threads_follow_from_what_is_requested(chart: Chart, tmp_path: Path) -> None:
     def threads(folder: str, *settings: str) -> str | None:
         objects = chart.objects("split", *settings)
         (spec,) = (spec for role, _, spec in pods(objects) if role == "forecast")
-        return told(spec, objects, tmp_path / folder).get(f"{PREFIX}THREADS")
+        return told(spec, objects, tmp_path / folder).get(f"{ENV_PREFIX}THREADS")
 
     assert threads("set") == "2"
     without = "forecast.settings.THREADS=null"
@@ -542,7 +546,7 @@ def test_gpus_are_asked_for_and_named(chart: Chart, tmp_path: Path) -> None:
     (spec,) = (spec for role, _, spec in pods(objects) if role == "forecast")
     assert spec["containers"][0]["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": 2}
     assert spec["containers"][0]["image"] == "registry.example/kronos-stream:0.1.0-cuda"
-    assert told(spec, objects, tmp_path)[f"{PREFIX}DEVICE"] == "cuda:0,cuda:1"
+    assert told(spec, objects, tmp_path)[f"{ENV_PREFIX}DEVICE"] == "cuda:0,cuda:1"
 
 
 # Of scaling, and of who may speak to whom

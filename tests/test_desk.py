@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from kronos_stream.daemon.desk import Desk
-from kronos_stream.daemon.due import Due, Outcome
+from kronos_stream.daemon.desk import IntakePipeline
+from kronos_stream.daemon.due import ForecastRequest, Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State, StateError
 from kronos_stream.market.candle import Bar, Candle, Update
@@ -168,12 +168,12 @@ class Venue:
 class House:
     """A desk on a venue and a state file, and what it said."""
 
-    desk: Desk
+    desk: IntakePipeline
     state: State
     venue: Venue
     clock: Clock
     metrics: Metrics
-    due: list[Due] = field(default_factory=list)
+    due: list[ForecastRequest] = field(default_factory=list)
     buried: list[str] = field(default_factory=list)
 
     async def until(self, bars: float) -> None:
@@ -197,11 +197,11 @@ async def house(
     state = await State.open(path / "state.sqlite")
     here: House
 
-    def due(one: Due) -> None:
+    def due(one: ForecastRequest) -> None:
         assert clock.now() >= one.close, "due before its close"
         here.due.append(one)
 
-    desk = Desk(
+    desk = IntakePipeline(
         {"binance": venue},
         state,
         due,
@@ -211,7 +211,7 @@ async def house(
         lookback=LOOKBACK,
         catch_up=catch_up,
         degraded=degraded,
-        bury=lambda _, reason, __: here.buried.append(reason),
+        dead_letter=lambda _, reason, __: here.buried.append(reason),
     )
     here = House(desk, state, venue, clock, metrics)
     try:
@@ -219,7 +219,7 @@ async def house(
         async with asyncio.TaskGroup() as tasks:
             work = [
                 tasks.create_task(desk.run()),
-                tasks.create_task(venue.run(desk.intake("binance"))),
+                tasks.create_task(venue.run(desk.callbacks("binance"))),
             ]
             yield here
             for task in work:
@@ -235,7 +235,7 @@ def a_venue(
     return Venue(series, LoopClock(START + 1_234), Random(seed), faults or Faults())
 
 
-def opens(dues: Sequence[Due]) -> list[int]:
+def opens(dues: Sequence[ForecastRequest]) -> list[int]:
     return [one.origin for one in dues]
 
 
@@ -247,7 +247,7 @@ def test_each_bar_is_due_once_right_after_its_close(tmp_path: Path) -> None:
             for one in here.venue.series:
                 dues = [due for due in here.due if due.series == one]
                 assert opens(dues) == [START + step * i for i in range(20)]
-                assert all(due.obstacle is None for due in dues)
+                assert all(due.skip_reason is None for due in dues)
             window = await here.desk.window(here.due[-1])
             assert window is not None
             assert window.values.shape == (LOOKBACK, 6)
@@ -317,7 +317,7 @@ def test_whatever_goes_wrong_the_tape_ends_as_the_truth(tmp_path: Path, seed: in
             here.venue.faults = Faults(quiet=faults.quiet)
             # Two audits on, what was changed without a push is known as well.
             await here.clock.sleep(45 * 60)
-            await here.desk.settled()
+            await here.desk.drain()
             end = here.clock.now() - 15_000 - 2 * step
             await check(here, until=end)
 
@@ -381,7 +381,7 @@ def test_after_a_restart_only_what_is_missing_is_asked_for(tmp_path: Path) -> No
             assert opens(here.due) == [START + i * minute for i in range(3, 8)]
             await here.until(9.1)
             assert len(here.due) == 6
-            assert all(due.obstacle is None for due in here.due)
+            assert all(due.skip_reason is None for due in here.due)
             window = await here.desk.window(here.due[0])
             assert window is not None
             assert len(window.times) == LOOKBACK
@@ -453,7 +453,7 @@ def test_a_revision_of_the_newest_bar_is_due_again_even_after_a_kill(tmp_path: P
             await record(here)
             here.due.clear()
             changed = venue.revise(one, START + 60_000, here.clock.now())
-            intake = here.desk.intake("binance")
+            intake = here.desk.callbacks("binance")
             intake.update(Update(one, changed, True, here.clock.now()))  # noqa: FBT003
             await here.clock.sleep(1)
             assert [(due.origin, due.revision) for due in here.due] == [(START + 60_000, 1)]
@@ -478,21 +478,21 @@ def test_a_hole_that_cannot_be_filled(
         async with house(tmp_path, a_venue(faults=faults), degraded=degraded) as here:
             await here.until(15.5)
             assert len(here.due) == 10  # held
-            assert here.desk.awaited(START + 160_000) == 0
+            assert here.desk.outstanding_bars(START + 160_000) == 0
             await here.until(40.5)
             assert opens(here.due) == [START + i * 10_000 for i in range(40)]
             last = here.due[-1]
             window = await here.desk.window(last)
             assert window is not None
             assert window.reasons == ("2 missing bars",)
-            assert last.obstacle == ("gap" if degraded == "skip" else None)
-            assert here.desk.awaited(START + 410_000) == 1
+            assert last.skip_reason == ("gap" if degraded == "skip" else None)
+            assert here.desk.outstanding_bars(START + 410_000) == 1
             # REST is back: the hole is filled, and the windows are whole again.
             await here.until(70.5)
             window = await here.desk.window(here.due[-1])
             assert window is not None
             assert window.reasons == ()
-            assert here.due[-1].obstacle is None
+            assert here.due[-1].skip_reason is None
             await check(here, until=START + 69 * 10_000)
 
     run_virtual(main())
@@ -505,14 +505,14 @@ def test_silence_of_one_symbol_among_live_ones(tmp_path: Path) -> None:
         async with house(tmp_path, venue) as here:
             await here.until(3.5)
             venue.halted[mute] = START + 4 * 60_000, START + 9 * 60_000
-            assert here.desk.awaited(START + 5 * 60_000) == 0
+            assert here.desk.outstanding_bars(START + 5 * 60_000) == 0
             await here.until(4.5)
-            assert here.desk.awaited(START + 5 * 60_000) == 3
+            assert here.desk.outstanding_bars(START + 5 * 60_000) == 3
             await here.until(5.5)
             # Its bar is past its grace; nobody waits for it any more.
-            assert here.desk.awaited(START + 5 * 60_000) == 0
+            assert here.desk.outstanding_bars(START + 5 * 60_000) == 0
             assert b'silent_series{venue="binance"} 1.0' in here.metrics.render()
-            assert here.desk.awaited(START + 6 * 60_000) == 2
+            assert here.desk.outstanding_bars(START + 6 * 60_000) == 2
             others = [due for due in here.due if due.series != mute]
             assert len(others) == 10
             await here.until(12.5)
@@ -536,7 +536,7 @@ def test_a_new_listing_warms_up_and_is_forecast_before_its_lookback_is_full(
         venue.first = START - 28 * 10_000
         async with house(tmp_path, venue) as here:
             await here.until(10.5)
-            obstacles = [due.obstacle for due in here.due]
+            obstacles = [due.skip_reason for due in here.due]
             assert obstacles == ["warming up"] * 3 + [None] * 7
             window = await here.desk.window(here.due[-1])
             assert window is not None
@@ -545,7 +545,7 @@ def test_a_new_listing_warms_up_and_is_forecast_before_its_lookback_is_full(
         async with house(tmp_path, venue) as here:
             # The same after a restart, once the venue has said that there is no more.
             await here.until(12.5)
-            assert [due.obstacle for due in here.due] == [None, None]
+            assert [due.skip_reason for due in here.due] == [None, None]
 
     run_virtual(main())
 
@@ -558,12 +558,12 @@ def test_a_longer_lookback_after_a_restart_is_filled_from_the_venue(tmp_path: Pa
         saved = [START - i * 10_000 for i in range(12, 2, -1)]
         candles = [venue.bar(one, time) for time in saved]
         await state.save_bars([(one, Bar(c, received=1)) for c in candles if c is not None])
-        await state.begin(one, saved[-3])
+        await state.init_watermark(one, saved[-3])
         await state.close()
         async with house(tmp_path, venue) as here:
             await here.until(2.5)
             assert opens(here.due) == [START + i * 10_000 for i in range(-4, 2)]
-            assert all(due.obstacle is None for due in here.due)
+            assert all(due.skip_reason is None for due in here.due)
             window = await here.desk.window(here.due[0])
             assert window is not None
             assert len(window.times) == LOOKBACK
@@ -587,7 +587,7 @@ def test_the_set_of_series_changes_without_a_bar_of_the_others_lost(tmp_path: Pa
             assert came[first] == list(range(15))
             assert came[second] == list(range(15))
             assert came[third] == list(range(5, 15))
-            assert here.desk.awaited(START + 160_000) == 3
+            assert here.desk.outstanding_bars(START + 160_000) == 3
 
     run_virtual(main())
 
@@ -601,9 +601,9 @@ def test_settled_means_saved_and_handed_on(tmp_path: Path) -> None:
             await here.until(1)
             final = venue.bar(one, START)
             assert final is not None
-            here.desk.intake("binance").update(Update(one, final, True, here.clock.now()))  # noqa: FBT003
+            here.desk.callbacks("binance").update(Update(one, final, True, here.clock.now()))  # noqa: FBT003
             assert here.due == []
-            await here.desk.settled()
+            await here.desk.drain()
             assert opens(here.due) == [START]
             assert (await here.state.load(one, 1))[0].candle == final
 
@@ -614,7 +614,7 @@ def test_bad_frames_and_candles_are_buried_with_a_reason(tmp_path: Path) -> None
     async def main() -> None:
         venue = a_venue(faults=Faults(absurd=1))
         async with house(tmp_path, venue) as here:
-            here.desk.intake("binance").reject(None, "not JSON", b"{")
+            here.desk.callbacks("binance").reject(None, "not JSON", b"{")
             await here.until(5.5)
             assert here.buried[0] == "not JSON"
             assert len(here.buried) == 1 + 6  # once per bar

@@ -25,7 +25,7 @@ from jsonschema import Draft202012Validator
 
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_stream.cli import cli
-from kronos_stream.daemon.environment import describe, read_settings
+from kronos_stream.daemon.environment import describe_settings, read_settings
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -165,7 +165,7 @@ PROGRAMS = [block for block in BLOCKS if block.language == "python"]
 MESSAGES = [block for block in BLOCKS if block.language == "json"]
 ENVIRONMENTS = [block for block in BLOCKS if block.language in {"env", "ini"}]
 QUERIES = [block for block in BLOCKS if block.language == "promql"]
-SETTINGS = {setting.name for setting in describe()}
+SETTINGS = {setting.name for setting in describe_settings()}
 
 
 def _commands(block: Block) -> list[str]:

@@ -14,11 +14,11 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from kronos_stream.daemon.board import Board
-from kronos_stream.daemon.http import IDLE_SECONDS, MOST_CONNECTIONS, Served
+from kronos_stream.daemon.board import SeriesStatusRegistry
+from kronos_stream.daemon.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.pages import Answer, Pages
-from kronos_stream.daemon.settings import Http, SettingsError
+from kronos_stream.daemon.pages import Response, Endpoints
+from kronos_stream.daemon.settings import HttpSettings, SettingsError
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.virtual import run_virtual
 
@@ -29,19 +29,21 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @asynccontextmanager
-async def served(host: str = "127.0.0.1", port: int = 0, **more: Any) -> AsyncIterator[Served]:
+async def served(
+    host: str = "127.0.0.1", port: int = 0, **more: Any
+) -> AsyncIterator[StatusServer]:
     """Pages, one of which is large."""
     clock = SystemClock()
-    pages = Pages(Metrics(), dict, Board(clock), clock, **more)
+    pages = Endpoints(Metrics(), dict, SeriesStatusRegistry(clock), clock, **more)
 
-    async def large() -> Answer:
-        return Answer(200, b"x" * LARGE)
+    async def large() -> Response:
+        return Response(200, b"x" * LARGE)
 
-    async def broken() -> Answer:
+    async def broken() -> Response:
         raise ZeroDivisionError
 
-    pages._pages |= {"/large": large, "/broken": broken}
-    async with Served(Http(host=host, port=port), pages) as served:
+    pages._routes |= {"/large": large, "/broken": broken}
+    async with StatusServer(HttpSettings(host=host, port=port), pages) as served:
         yield served
 
 
@@ -183,7 +185,7 @@ def test_who_asks_now_and_then_is_kept() -> None:
 
 async def test_nobody_can_lock_out_a_probe() -> None:
     async with served() as server:
-        crowd = [await connected(server.port) for _ in range(3 * MOST_CONNECTIONS)]
+        crowd = [await connected(server.port) for _ in range(3 * MAX_CONNECTIONS)]
         for _, writer in crowd:
             with suppress(ConnectionError):
                 writer.write(b"GET /")
@@ -191,7 +193,7 @@ async def test_nobody_can_lock_out_a_probe() -> None:
         assert await get(server.port) == (200, "alive\n")
         await asyncio.sleep(0.1)
         inside = [reader for reader, _ in crowd if not reader.at_eof()]
-        assert MOST_CONNECTIONS - 2 <= len(inside) <= MOST_CONNECTIONS
+        assert MAX_CONNECTIONS - 2 <= len(inside) <= MAX_CONNECTIONS
         for _, writer in crowd:
             writer.close()
 
@@ -199,10 +201,10 @@ async def test_nobody_can_lock_out_a_probe() -> None:
 async def test_who_was_answered_lately_stays_longest() -> None:
     async with served() as server:
         reader, writer = await connected(server.port)
-        crowd = [await connected(server.port) for _ in range(MOST_CONNECTIONS - 1)]
+        crowd = [await connected(server.port) for _ in range(MAX_CONNECTIONS - 1)]
         writer.write(HEALTH)
         await reader.readuntil(b"alive\n")
-        crowd += [await connected(server.port) for _ in range(MOST_CONNECTIONS // 2)]
+        crowd += [await connected(server.port) for _ in range(MAX_CONNECTIONS // 2)]
         writer.write(HEALTH)
         await reader.readuntil(b"alive\n")
         for _, one in crowd:

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from dockerfile_parse import DockerfileParser
 
-from kronos_stream.daemon.board import Board
-from kronos_stream.daemon.http import Served
+from kronos_stream.daemon.board import SeriesStatusRegistry
+from kronos_stream.daemon.http import StatusServer
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.pages import Pages
-from kronos_stream.daemon.settings import Http
+from kronos_stream.daemon.pages import Endpoints
+from kronos_stream.daemon.settings import HttpSettings
 from kronos_stream.market.clock import SystemClock
 
 ROOT = Path(__file__).parents[1]
@@ -171,10 +171,10 @@ def _has_ipv6() -> bool:
 @pytest.mark.parametrize("host", [None, "", "127.0.0.1", "0.0.0.0", "::1", "::", "localhost"])  # noqa: S104
 async def test_the_daemon_is_found_healthy_where_it_listens(host: str | None) -> None:
     clock = SystemClock()
-    pages = Pages(Metrics(), dict, Board(clock), clock)
+    pages = Endpoints(Metrics(), dict, SeriesStatusRegistry(clock), clock)
     if host and ":" in host and not _has_ipv6():
         pytest.skip("no IPv6 here")
-    async with Served(Http(host=host or "127.0.0.1", port=0), pages) as served:
+    async with StatusServer(HttpSettings(host=host or "127.0.0.1", port=0), pages) as served:
         assert await _healthy(host, served.port) == (0, "")
 
 

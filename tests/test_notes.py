@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronos_stream.daemon.notes import Kept, parse, write
+from kronos_stream.daemon.notes import CommitMetadata, decode_metadata, encode_metadata
 
 _MOST = 4_096
 """``offset.metadata.max.bytes`` of a broker that was not told otherwise."""
@@ -14,18 +14,18 @@ _MOST = 4_096
 
 @given(st.integers(0, 2**62), st.integers(2, 4_096), st.sets(st.integers(1, 300), max_size=200))
 def test_what_is_noted_comes_back(base: int, bars: int, done: set[int]) -> None:
-    kept = Kept(base // 2, bars, {base + one for one in done})
-    assert parse(write(kept, base), base) == kept
+    kept = CommitMetadata(base // 2, bars, {base + one for one in done})
+    assert decode_metadata(encode_metadata(kept, base), base) == kept
 
 
 def test_what_is_too_long_is_left_out_from_its_end() -> None:
     done = set(range(1_000_000, 1_010_000, 2))
-    text = write(Kept(7, 488, done), 999_000)
+    text = encode_metadata(CommitMetadata(7, 488, done), 999_000)
     assert len(text.encode()) <= _MOST
-    kept = parse(text, 999_000)
+    kept = decode_metadata(text, 999_000)
     assert kept is not None
-    assert len(kept.done) > 500
-    assert kept.done == set(sorted(done)[: len(kept.done)])
+    assert len(kept.done_offsets) > 500
+    assert kept.done_offsets == set(sorted(done)[: len(kept.done_offsets)])
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_what_is_too_long_is_left_out_from_its_end() -> None:
     ],
 )
 def test_a_note_of_somebody_else_is_no_note(text: str) -> None:
-    assert parse(text, 5) is None
+    assert decode_metadata(text, 5) is None

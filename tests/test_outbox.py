@@ -13,8 +13,8 @@ import pytest
 from kronos_stream.daemon.delivery import BATCH_BYTES, MEMORY_BYTES
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Message, Outbox
-from kronos_stream.daemon.state import Draft, State, StateError
+from kronos_stream.daemon.outbox import Envelope, Outbox
+from kronos_stream.daemon.state import NewRecord, State, StateError
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual import run_virtual
@@ -52,13 +52,13 @@ class Memory:
         pass
 
 
-def message(number: int, size: int = 0) -> Message:
+def message(number: int, size: int = 0) -> Envelope:
     value = (b"%d" % number).ljust(size)
-    return Message("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
+    return Envelope("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
 
 
-def bury(_sink: str, refusal: Refusal) -> Message:
-    return Message("deadletter", refusal.record.key, refusal.reason.encode(), ())
+def bury(_sink: str, refusal: Refusal) -> Envelope:
+    return Envelope("deadletter", refusal.record.key, refusal.reason.encode(), ())
 
 
 def trial(
@@ -81,7 +81,7 @@ def trial(
             Random(seed),
             metrics,
             max_age_seconds=age,
-            bury=bury,
+            make_dead_letter=bury,
         )
         running = asyncio.create_task(outbox.run())
         try:
@@ -145,11 +145,11 @@ def test_a_dead_sink_holds_up_no_other_and_says_why(tmp_path: Path) -> None:
         await outbox.publish([], [message(1)])
         await asyncio.sleep(60)
         assert alive.got == [1]
-        assert outbox.healthy() == {"dead": "down for the test", "alive": ""}
+        assert outbox.problems() == {"dead": "down for the test", "alive": ""}
         assert await outbox.drain(5) == 1
         dead.down = False
         assert await outbox.drain(60) == 0
-        assert outbox.healthy() == {"dead": "", "alive": ""}
+        assert outbox.problems() == {"dead": "", "alive": ""}
 
     trial(tmp_path / "s", [dead, alive], body)
     assert dead.got == [1]
@@ -282,7 +282,7 @@ def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
         sink.down = True
         await outbox.publish([], [message(1), message(2)])
         await asyncio.sleep(30)
-        measured = outbox._deliveries["memory"]._metrics
+        measured = outbox._queues["memory"]._metrics
         assert counted(measured, "queue_depth", queue="outbox:memory") == 2
         assert counted(measured, "outbox_age_seconds", sink="memory") == 30
         sink.down = False
@@ -316,7 +316,7 @@ def test_a_sink_that_hangs_is_given_up_and_asked_again(tmp_path: Path) -> None:
         await asyncio.sleep(0.01)
         assert quick.got == [1]
         await asyncio.sleep(61)
-        assert outbox.healthy() == {"slow": "no answer in 60 s", "quick": ""}
+        assert outbox.problems() == {"slow": "no answer in 60 s", "quick": ""}
         assert await outbox.drain(180) == 0
 
     trial(tmp_path / "s", [slow, quick], body)
@@ -392,17 +392,19 @@ def test_a_state_that_fails_ends_the_daemon_not_the_record(tmp_path: Path) -> No
     async def main() -> None:
         state = await State.open(tmp_path / "s")
         wall, metrics = LoopClock(1_000_000), Metrics()
-        outbox = Outbox(state, [sink], wall, Random(0), metrics, max_age_seconds=1e9, bury=bury)
+        outbox = Outbox(
+            state, [sink], wall, Random(0), metrics, max_age_seconds=1e9, make_dead_letter=bury
+        )
         running = asyncio.create_task(outbox.run())
         await outbox.publish([], [message(1)])
         assert await outbox.drain(60) == 0
-        await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 1"))
+        await state._db.read(lambda: state._db.connection.execute("PRAGMA query_only = 1"))
         with pytest.raises(StateError, match="cannot be written"):
             await outbox.publish([], [message(2)])
-        await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 0"))
+        await state._db.read(lambda: state._db.connection.execute("PRAGMA query_only = 0"))
 
         async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
-            await state._db.read(lambda: state._db.sql.execute("PRAGMA query_only = 1"))
+            await state._db.read(lambda: state._db.connection.execute("PRAGMA query_only = 1"))
             return ()
 
         sink.fault = fault
@@ -422,7 +424,7 @@ def test_records_of_a_sink_set_up_no_more_wait_until_too_old(tmp_path: Path) -> 
 
     async def leave(outbox: Outbox, state: State) -> None:
         await outbox.publish([], [message(1)])
-        ancient = Draft("gone", "forecast", "v:A/X:1m", b"0", (), 1_000_000)
+        ancient = NewRecord("gone", "forecast", "v:A/X:1m", b"0", (), 1_000_000)
         await state.record([], [ancient._replace(sink="other", created=-900_000_000)])
 
     trial(tmp_path / "s", [gone], leave)

@@ -22,11 +22,11 @@ from pydantic import SecretStr
 from kronos_stream.cli import main
 from kronos_stream.daemon import board as board_module
 from kronos_stream.daemon import openapi
-from kronos_stream.daemon.board import LATE_MS, Board
-from kronos_stream.daemon.due import Due, Result
+from kronos_stream.daemon.board import LATE_MS, SeriesStatusRegistry
+from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Message
-from kronos_stream.daemon.pages import Answer, Pages
+from kronos_stream.daemon.outbox import Envelope
+from kronos_stream.daemon.pages import Response, Endpoints
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock
@@ -75,22 +75,22 @@ class House:
     def __init__(self, *names: str, token: str | None = None, **checks: str) -> None:
         self.clock = ManualClock(START)
         self.followed = {one: Followed(_tape(one)) for one in map(Series.parse, names)}
-        self.board = Board(self.clock)
-        self.board.look_at(lambda: self.followed)
+        self.board = SeriesStatusRegistry(self.clock)
+        self.board.track(lambda: self.followed)
         self.metrics = Metrics()
         secret = None if token is None else SecretStr(token)
         self.hangs = ""
-        self.pages = Pages(
+        self.pages = Endpoints(
             self.metrics,
             lambda: checks,
             self.board,
             self.clock,
-            overdue=lambda: self.hangs,
+            stalled=lambda: self.hangs,
             token=secret,
         )
 
-    async def get(self, path: str, token: str | None = None) -> Answer:
-        return await self.pages.answer("GET", path, None if token is None else f"Bearer {token}")
+    async def get(self, path: str, token: str | None = None) -> Response:
+        return await self.pages.handle("GET", path, None if token is None else f"Bearer {token}")
 
     async def json(self, path: str) -> Any:
         answer = await self.get(path)
@@ -99,22 +99,22 @@ class House:
         return orjson.loads(answer.body)
 
     async def row(self) -> Json:
-        self.pages = Pages(self.metrics, dict, self.board, self.clock)  # nothing kept
+        self.pages = Endpoints(self.metrics, dict, self.board, self.clock)  # nothing kept
         (row,) = (await self.json("/series"))["series"]
         return dict(row)
 
     def told(self, series: Series = BTC, *, reason: str = "", body: bytes = b"{}") -> None:
         """Something came of the series' last bar."""
         origin = START - MINUTE
-        due = Due(series, origin, 1, START, START + 250)
+        due = ForecastRequest(series, origin, 1, START, START + 250)
         window = Window(
             series, np.ones((2, 6), np.float32), np.zeros(2, np.int64), 1, 1,
             Candle(origin, 1, 1, 1, 1, 1), ("1 synthetic bar",),
         )  # fmt: skip
         drawn = build_outlook(np.ones((20, 2, 6), np.float32), [START, START + MINUTE], 1.0, [0.5])
-        made = Result(due, window, None if reason else drawn, reason, 1.0, 12, 34)
-        messages = [] if reason else [Message("forecast", series.name, body, ())]
-        self.board.told([made], messages)
+        made = ForecastResult(due, window, None if reason else drawn, reason, 1.0, 12, 34)
+        messages = [] if reason else [Envelope("forecast", series.name, body, ())]
+        self.board.record([made], messages)
 
 
 async def test_metrics_are_what_prometheus_reads() -> None:
@@ -129,7 +129,7 @@ async def test_metrics_are_what_prometheus_reads() -> None:
 
 async def test_metrics_count_series_and_say_whether_all_is_well() -> None:
     house = House(BTC.name, "binance:ETH/USDT:1m", "binance:ETH/USDT:5m", sink="")
-    house.metrics.expect(venues=["binance"], sinks=["kafka"])
+    house.metrics.initialise_labels(venues=["binance"], sinks=["kafka"])
     house.clock.advance(START + MINUTE + LATE_MS + 1)  # the bars of a minute are late
     body = (await house.get("/metrics")).body.decode()
     samples = {
@@ -227,7 +227,7 @@ async def test_a_venue_of_which_nothing_is_heard_is_named() -> None:
     one, two = (f"binance:{name}/USDT:1m" for name in ("A", "B"))
     house = House(one, two, "kraken:A/USD:1m")
     venues = ("binance", "kraken", "no series of it")
-    silent = house.board.silent
+    silent = house.board.silent_venues
     assert silent(venues) == {}
     house.followed[Series.parse(one)].tape.silent = True
     assert silent(venues) == {}
@@ -283,7 +283,7 @@ async def test_forecasts_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) 
         del house.followed[gone]
     house.told(series[2], body=b"y")
     assert house.board._bytes == 1
-    assert set(house.board._said) == set(house.board._messages) == {series[2].name}
+    assert set(house.board._latest) == set(house.board._messages) == {series[2].name}
 
 
 _EVERY_PAGE = ["/metrics", "/series", f"/forecasts/{BTC.name}", "/openapi.json", "/nothing"]
@@ -295,14 +295,14 @@ async def test_without_the_token_there_is_nothing_to_see(path: str) -> None:
     house.told()
     for shown in (None, "", "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
                   TOKEN, f"Basic {TOKEN}", "Bearer \udcff\u20ac"):  # fmt: skip
-        answer = await house.pages.answer("GET", path, shown)
+        answer = await house.pages.handle("GET", path, shown)
         assert answer.status == 401, shown
         assert dict(answer.headers)["WWW-Authenticate"].startswith("Bearer ")
         assert TOKEN.encode() not in answer.body
         if path != "/nothing":
             assert _faults(path, answer) == []
     for scheme in ("Bearer", "bearer"):
-        answer = await house.pages.answer("GET", path, f"{scheme} {TOKEN}")
+        answer = await house.pages.handle("GET", path, f"{scheme} {TOKEN}")
         assert answer.status == (404 if path == "/nothing" else 200)
 
 
@@ -316,7 +316,7 @@ async def test_others_see_no_series_unless_there_is_a_token() -> None:
     for token, status in ((None, 403), (TOKEN, 200)):
         house = House(BTC.name, token=token)
         house.told()
-        house.pages.private = False
+        house.pages.loopback_only = False
         for path in ("/series", f"/forecasts/{BTC.name}"):
             answer = await house.get(path, TOKEN)
             assert answer.status == status
@@ -328,9 +328,9 @@ async def test_others_see_no_series_unless_there_is_a_token() -> None:
 async def test_pages_are_only_read() -> None:
     house = House(BTC.name)
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "BREW"):
-        answer = await house.pages.answer(method, "/series", None)
+        answer = await house.pages.handle(method, "/series", None)
         assert (answer.status, dict(answer.headers)) == (405, {"Allow": "GET, HEAD"})
-    assert (await house.pages.answer("HEAD", "/series", None)).status == 200
+    assert (await house.pages.handle("HEAD", "/series", None)).status == 200
 
 
 async def test_a_page_of_a_thousand_series_leaves_others_their_turn(patience: float) -> None:
@@ -377,7 +377,7 @@ async def test_the_document_names_every_page() -> None:
     house = House()
     assert orjson.loads((await house.get("/openapi.json")).body) == openapi.document()
     named = set(openapi.document()["paths"]) - {"/forecasts/{series}"}
-    assert named == set(house.pages._pages)
+    assert named == set(house.pages._routes)
 
 
 def test_the_document_is_sound() -> None:
@@ -399,7 +399,7 @@ def test_the_document_is_sound() -> None:
         assert ("401" in path["get"]["responses"]) is ("security" not in path["get"])
 
 
-def _faults(path: str, answer: Answer) -> list[str]:
+def _faults(path: str, answer: Response) -> list[str]:
     """In what an answer is not as the document says."""
     document = openapi.document()
     name = "/forecasts/{series}" if path.startswith("/forecasts/") else path
@@ -411,7 +411,7 @@ def _faults(path: str, answer: Answer) -> list[str]:
     return [fault.message for fault in Draft202012Validator(whole).iter_errors(_parsed(answer))]
 
 
-def _parsed(answer: Answer) -> Any:
+def _parsed(answer: Response) -> Any:
     return orjson.loads(answer.body)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.environment import read_settings
-from kronos_stream.daemon.ingest import Ingest
-from kronos_stream.daemon.member import Member
+from kronos_stream.daemon.ingest import IngestRole
+from kronos_stream.daemon.member import ForecastRole
 from kronos_stream.daemon.service import build_role
-from kronos_stream.daemon.settings import PREFIX, SettingsError
+from kronos_stream.daemon.settings import ENV_PREFIX, SettingsError
 
 BROKER = {"KAFKA__BOOTSTRAP_SERVERS": "localhost:9092"}
 INGEST = {"ROLE": "ingest", "SYMBOLS": "binance:BTC/USDT", **BROKER}
@@ -17,16 +17,16 @@ FORECAST = {"ROLE": "forecast", "SINKS": "kafka", "MODEL": "nano", **BROKER}
 
 
 def _environ(told: dict[str, str]) -> dict[str, str]:
-    return {f"{PREFIX}{name}": value for name, value in told.items()}
+    return {f"{ENV_PREFIX}{name}": value for name, value in told.items()}
 
 
 @pytest.mark.parametrize(
     ("told", "kind"),
     [
-        ({"SYMBOLS": "binance:BTC/USDT", "SINKS": "kafka", **BROKER}, Daemon),
-        (INGEST, Ingest),
-        (FORECAST, Member),
-        (FORECAST | {"SINKS": "jsonl", "JSONL__PATH": "x.jsonl"}, Member),
+        ({"SYMBOLS": "binance:BTC/USDT", "SINKS": "kafka", **BROKER}, StandaloneRole),
+        (INGEST, IngestRole),
+        (FORECAST, ForecastRole),
+        (FORECAST | {"SINKS": "jsonl", "JSONL__PATH": "x.jsonl"}, ForecastRole),
     ],
 )
 def test_a_role_is_built_from_what_it_needs(told: dict[str, str], kind: type[object]) -> None:
@@ -58,5 +58,5 @@ def test_what_does_not_go_with_a_role_is_one_line(
     with pytest.raises(SettingsError) as raised:
         read_settings(_environ(told))
     (problem,) = raised.value.problems
-    assert problem.startswith(f"{PREFIX}{variable}")
+    assert problem.startswith(f"{ENV_PREFIX}{variable}")
     assert cure in problem

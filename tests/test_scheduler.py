@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kronos_stream.daemon.due import Due
-from kronos_stream.daemon.job import Drawn, Failed
+from kronos_stream.daemon.due import ForecastRequest
+from kronos_stream.daemon.job import InferenceResult, InferenceFailure
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.scheduler import CatchUp, Result, Scheduler
-from kronos_stream.daemon.worker import Batch
+from kronos_stream.daemon.scheduler import CatchUp, ForecastResult, Scheduler
+from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series
@@ -36,12 +36,14 @@ def series(count: int, timeframe: str = "1s") -> list[Series]:
 
 def due_at(
     one: Series, close: int, late: int = 0, revision: int = 0, obstacle: str | None = None
-) -> Due:
+) -> ForecastRequest:
     """The bar of ``one`` that closes at ``close``; its word came ``late`` ms after."""
-    return Due(one, one.timeframe.after(close, -1), revision, close, close + late, obstacle)
+    return ForecastRequest(
+        one, one.timeframe.after(close, -1), revision, close, close + late, obstacle
+    )
 
 
-def window_of(due: Due) -> Window:
+def window_of(due: ForecastRequest) -> Window:
     candle = Candle(due.origin, 1, 1, 1, 1, 1)
     times = np.array([due.origin])
     return Window(due.series, np.ones((1, 6), np.float32), times, 0, due.revision, candle, ())
@@ -63,11 +65,14 @@ class TimedWorker:
     def capacity(self, seconds: float) -> int:
         return max(1, int(seconds / self.pace))
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         self.batches.append((asyncio.get_running_loop().time(), list(windows), deadline))
         await asyncio.sleep(self.pace * len(windows))
-        return Batch(
-            [Failed("no") if self.failing(window) else Drawn(OUTLOOK, 1.0) for window in windows],
+        return BatchResult(
+            [
+                InferenceFailure("no") if self.failing(window) else InferenceResult(OUTLOOK, 1.0)
+                for window in windows
+            ],
             self.pace * len(windows),
         )
 
@@ -83,14 +88,14 @@ class Bench:
         worker: TimedWorker | None = None,
         *,
         clock: Clock | None = None,
-        window: Callable[[Due], Awaitable[Window | None]] | None = None,
+        window: Callable[[ForecastRequest], Awaitable[Window | None]] | None = None,
         publish_seconds: float = 0.0,
         **settings: Any,
     ) -> None:
         self.clock = clock or LoopClock(START)
         self.worker = worker or TimedWorker()
         self.expected: dict[int, set[Series]] = defaultdict(set)
-        self.results: list[Result] = []
+        self.results: list[ForecastResult] = []
         self.metrics = Metrics()
         self.publish_seconds = publish_seconds
         self.scheduler = Scheduler(
@@ -103,23 +108,27 @@ class Bench:
             **settings,
         )
 
-    async def _window(self, due: Due) -> Window | None:
+    async def _window(self, due: ForecastRequest) -> Window | None:
         return window_of(due)
 
-    async def _publish(self, results: Sequence[Result]) -> Sequence[Result]:
+    async def _publish(self, results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
         await asyncio.sleep(self.publish_seconds)
         self.results += results
         return results
 
-    def give(self, *dues: Due) -> None:
+    def give(self, *dues: ForecastRequest) -> None:
         for due in dues:
             self.expected[due.close].discard(due.series)
-            self.scheduler.due(due)
+            self.scheduler.submit(due)
 
     def said(self) -> list[tuple[str, int, str]]:
         """Symbol, close in seconds after the start, and the outcome, as published."""
         return [
-            (r.due.series.symbol, (r.due.close - START) // 1000, r.reason or r.outcome.result)
+            (
+                r.request.series.symbol,
+                (r.request.close - START) // 1000,
+                r.reason or r.outcome.result,
+            )
             for r in self.results
         ]
 
@@ -132,7 +141,7 @@ def play(scenario: Callable[..., Coroutine[Any, Any, None]], **settings: Any) ->
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(bench.scheduler.run())
             await scenario(bench)
-            await bench.scheduler.settled()
+            await bench.scheduler.drain()
             assert await bench.scheduler.finish(10)
         return bench
 
@@ -272,7 +281,7 @@ def test_revisions(catch_up: CatchUp) -> None:
         bench.give(due_at(one, START, revision=3))
 
     results = play(scenario, worker=TimedWorker(0.4), catch_up=catch_up).results
-    said = [(r.due.revision, r.reason) for r in results if r.due.series == one]
+    said = [(r.request.revision, r.reason) for r in results if r.request.series == one]
     assert said == [(0, "revised"), (1, ""), (2, ""), (3, "")]
 
 
@@ -295,7 +304,7 @@ def test_obstacles_keep_their_place() -> None:
 def test_what_cannot_be_forecast_fails_alone() -> None:
     gone, bad, good = series(3)
 
-    async def window(due: Due) -> Window | None:
+    async def window(due: ForecastRequest) -> Window | None:
         return None if due.series == gone else window_of(due)
 
     async def scenario(bench: Bench) -> None:
@@ -314,8 +323,8 @@ def test_counts_are_of_what_was_published() -> None:
     kept, gone = series(2)
 
     async def scenario(bench: Bench) -> None:
-        async def publish(results: Sequence[Result]) -> Sequence[Result]:
-            return [one.removed if one.due.series == gone else one for one in results]
+        async def publish(results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
+            return [one.as_removed if one.request.series == gone else one for one in results]
 
         bench.scheduler._publish = publish
         bench.give(*(due_at(one, START) for one in (kept, gone)))
@@ -349,7 +358,7 @@ def test_settled_waits_for_nobody() -> None:
         bench.expected[START] = {absent}
         bench.give(due_at(here, START))
         async with asyncio.timeout(5):
-            await bench.scheduler.settled()
+            await bench.scheduler.drain()
         running.cancel()
         return bench.said()
 
@@ -360,7 +369,7 @@ def test_a_failing_publisher_ends_the_run() -> None:
     async def main() -> None:
         bench = Bench()
 
-        async def full(_: Sequence[Result]) -> Sequence[Result]:
+        async def full(_: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
             raise OSError("disk full")
 
         bench.scheduler._publish = full
@@ -465,8 +474,8 @@ class Feed:
     def __init__(self, random: Random) -> None:
         timeframes = random.choices(["1s", "2s", "10s"], k=random.randint(1, 30))
         self.names = [Series.parse(f"test:S{i}/X:{tf}") for i, tf in enumerate(timeframes)]
-        self.given: dict[Series, list[Due]] = defaultdict(list)
-        self.moments: dict[Due, float] = {}
+        self.given: dict[Series, list[ForecastRequest]] = defaultdict(list)
+        self.moments: dict[ForecastRequest, float] = {}
         self._random = random
         self._lateness = random.choice([0.02, 0.3, 1.2])
 
@@ -495,7 +504,7 @@ class Feed:
                 bench.give(due)
                 await asyncio.sleep(random.choice([0, 0, 0.05, 0.6]))
 
-    def overtakers(self, due: Due) -> list[Due]:
+    def overtakers(self, due: ForecastRequest) -> list[ForecastRequest]:
         """The later bars of its series, and its own later revisions."""
         own = self.given[due.series]
         return own[own.index(due) + 1 :]
@@ -513,7 +522,7 @@ def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> Non
     )
     published = defaultdict(list)
     for result in bench.results:
-        published[result.due.series].append(result.due)
+        published[result.request.series].append(result.request)
     assert published == feed.given
     batched = {
         (window.series, int(window.times[-1]), window.revision): at
@@ -524,20 +533,20 @@ def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> Non
     for _, windows, deadline in worker.batches:
         assert len(windows) * worker.pace <= deadline / 2
     for result in bench.results:
-        at = batched.get((result.due.series, result.due.origin, result.due.revision))
+        at = batched.get((result.request.series, result.request.origin, result.request.revision))
         assert (at is not None) == (result.reason in ("", "failed"))
         check_truth(result, at, feed, bench, catch_up)
 
 
 def check_truth(
-    result: Result, at: float | None, feed: Feed, bench: Bench, catch_up: CatchUp
+    result: ForecastResult, at: float | None, feed: Feed, bench: Bench, catch_up: CatchUp
 ) -> None:
     """Whether what is said of a bar is so; ``at``: seconds when its batch was formed, if any."""
-    due, overtakers = result.due, feed.overtakers(result.due)
+    due, overtakers = result.request, feed.overtakers(result.request)
     expiry = (due.series.timeframe.after(due.close) - START) / 1000
     match result.reason:
         case "gap":
-            assert due.obstacle == "gap"
+            assert due.skip_reason == "gap"
         case "revised":
             assert overtakers[0].origin == due.origin
         case "overrun":
@@ -558,7 +567,7 @@ def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
     """As when a group shares out anew: nothing twice, nothing before what comes before it."""
     random = Random(seed)
     *names, absent = series(6)
-    given: dict[Series, list[Due]] = defaultdict(list)
+    given: dict[Series, list[ForecastRequest]] = defaultdict(list)
 
     async def scenario(bench: Bench) -> None:
         for second in range(1, 161):
@@ -572,16 +581,16 @@ def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
                     bench.give(given[one][-1])
             await asyncio.sleep(random.choice([0, 0.05, 0.3, 1.0]))
             if second % 4 == 0:
-                bench.scheduler.withdraw()
-                await bench.scheduler.settled()
-                told = {result.due for result in bench.results}
+                bench.scheduler.cancel_waiting()
+                await bench.scheduler.drain()
+                told = {result.request for result in bench.results}
                 bench.give(*(due for dues in given.values() for due in dues if due not in told))
 
     worker = TimedWorker(random.choice([0.005, 0.1, 0.4]))
     bench = play(scenario, worker=worker, catch_up="all", most=random.choice([2, 1000]))
     published = defaultdict(list)
     for result in bench.results:
-        published[result.due.series].append(result.due)
+        published[result.request.series].append(result.request)
     assert published == given
 
 
@@ -596,10 +605,10 @@ def test_what_is_behind_a_bar_taken_back_is_taken_back_even_from_a_batch() -> No
         bench.give(first, last)
         await asyncio.sleep(0.2)
         assert bench.worker.sizes() == [1, 1]
-        bench.scheduler.withdraw()
-        await bench.scheduler.settled()
-        assert [result.due.series for result in bench.results] == [other]
+        bench.scheduler.cancel_waiting()
+        await bench.scheduler.drain()
+        assert [result.request.series for result in bench.results] == [other]
         bench.give(first, last)
 
     bench = play(scenario, worker=TimedWorker(0.15), catch_up="all")
-    assert [result.due for result in bench.results[1:]] == [first, last]
+    assert [result.request for result in bench.results[1:]] == [first, last]

@@ -12,8 +12,8 @@ import pytest
 
 from kronos_stream.cli import main
 from kronos_stream.daemon import connectors
-from kronos_stream.daemon.environment import describe, read_options, read_settings
-from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError
+from kronos_stream.daemon.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError
 
 _ACME = """
 from pydantic import BaseModel, SecretStr, model_validator
@@ -69,21 +69,21 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-exchange\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(_POINTS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    connectors._found.cache_clear()
+    connectors._entry_points.cache_clear()
     yield
-    connectors._found.cache_clear()
+    connectors._entry_points.cache_clear()
 
 
 def _read(given: dict[str, str], *, base: bool = True) -> Settings:
     # No test may find what happens to lie in this machine's own /run/secrets.
     own = {"SECRETS_DIR": "/nowhere", **(_BASE if base else {}), **given}
-    return read_settings({PREFIX + name: value for name, value in own.items()})
+    return read_settings({ENV_PREFIX + name: value for name, value in own.items()})
 
 
 def test_untold_it_does_what_the_design_says() -> None:
     settings = _read({})
     assert [series.name for series in settings.series()] == ["acme:BTC/USDT:5m"]
-    plan = settings.plan()
+    plan = settings.forecast_config()
     assert (plan.model, plan.lookback, plan.horizon) == ("NeoQuasar/Kronos-small", 488, 24)
     assert (plan.paths, plan.temperature, plan.top_k, plan.top_p) == (32, 1.0, 0, 0.9)
     assert plan.anchor
@@ -119,7 +119,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
     ]
     assert settings.series()[2].symbol == "BTC/USDT:USDT"
     assert settings.quantiles == (0.1, 0.9)
-    assert not settings.plan().anchor
+    assert not settings.forecast_config().anchor
     assert settings.tokenizer is None
     assert settings.state_file == Path("/data/x.sqlite")
     assert settings.log.format == "json"
@@ -187,8 +187,8 @@ def test_a_fault_is_one_line_that_names_the_variable_and_the_cure(
     with pytest.raises(SettingsError) as raised:
         _read(given)
     (problem,) = raised.value.problems
-    assert problem.startswith(PREFIX + variable)
-    assert problem[len(PREFIX + variable)] in ":= "
+    assert problem.startswith(ENV_PREFIX + variable)
+    assert problem[len(ENV_PREFIX + variable)] in ":= "
     assert cure in problem
     assert "\n" not in problem
     assert str(raised.value) == problem
@@ -207,13 +207,13 @@ def test_the_command_says_each_on_a_line_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"SECRETS_DIR": "/nowhere", "PATHS": "no", "SEED": "no"}.items():
-        monkeypatch.setenv(PREFIX + name, value)
+        monkeypatch.setenv(ENV_PREFIX + name, value)
     with pytest.raises(SystemExit) as exited:
         main(["run"])
     assert exited.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition("=")[0] for line in lines] == [
-        f"kronos-stream: error: {PREFIX}{name}" for name in ("PATHS", "SEED")
+        f"kronos-stream: error: {ENV_PREFIX}{name}" for name in ("PATHS", "SEED")
     ]
 
 
@@ -239,15 +239,15 @@ def test_what_kubernetes_injects_is_no_setting() -> None:
 
 def test_other_programs_variables_are_none_of_ours() -> None:
     read_settings(
-        {"KRONOS_STREAMS": "x", "PATHS": "x", PREFIX + "SECRETS_DIR": "/nowhere"} | _full()
+        {"KRONOS_STREAMS": "x", "PATHS": "x", ENV_PREFIX + "SECRETS_DIR": "/nowhere"} | _full()
     )
 
 
 def test_settings_made_of_keywords_do_not_look_at_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(PREFIX + "PATHS", "many")
-    monkeypatch.setenv(PREFIX + "SEED", "7")
+    monkeypatch.setenv(ENV_PREFIX + "PATHS", "many")
+    monkeypatch.setenv(ENV_PREFIX + "SEED", "7")
     assert Settings(seed=1).seed == 1
     assert Settings().seed == 0
     assert _read({}).seed == 0
@@ -331,18 +331,18 @@ def test_the_state_file_stands_where_the_system_keeps_state(
 
 
 def test_help_names_every_setting_with_its_default_and_meaning() -> None:
-    rows = {row.name: row for row in describe()}
-    assert rows[PREFIX + "QUANTILES"].default == "0.05,0.25,0.5,0.75,0.95"
-    assert rows[PREFIX + "ANCHOR"].default == "true"
-    assert rows[PREFIX + "HTTP__PORT"].default == "8080"
-    assert rows[PREFIX + "ACME__URL"].default == "wss://acme.example"
-    assert rows[PREFIX + "POST__PASSWORD"].default == ""
+    rows = {row.name: row for row in describe_settings()}
+    assert rows[ENV_PREFIX + "QUANTILES"].default == "0.05,0.25,0.5,0.75,0.95"
+    assert rows[ENV_PREFIX + "ANCHOR"].default == "true"
+    assert rows[ENV_PREFIX + "HTTP__PORT"].default == "8080"
+    assert rows[ENV_PREFIX + "ACME__URL"].default == "wss://acme.example"
+    assert rows[ENV_PREFIX + "POST__PASSWORD"].default == ""
     ours = [row for row in rows.values() if row.name.partition("__")[0] not in _ACMES]
-    assert [row.name for row in ours if not row.about.endswith(".")] == []
+    assert [row.name for row in ours if not row.description.endswith(".")] == []
     own = [row for row in ours if row.name.partition("__")[0] not in _CONNECTED]
     # What help names can be set, and to what it says.
     told = {
-        row.name.removeprefix(PREFIX): row.default
+        row.name.removeprefix(ENV_PREFIX): row.default
         for row in own
         if row.default and not row.name.endswith("SECRETS_DIR")
     }
@@ -360,12 +360,12 @@ def test_help_waits_for_no_heavy_library() -> None:
 def test_one_connectors_options_can_be_read_alone() -> None:
     assert read_options("post", _full()).address == "Main Street 1"
     with pytest.raises(SettingsError, match="POST__ADDRESS is not set"):
-        read_options("post", {PREFIX + "SECRETS_DIR": "/nowhere"})
+        read_options("post", {ENV_PREFIX + "SECRETS_DIR": "/nowhere"})
 
 
 def _full() -> dict[str, str]:
-    return {PREFIX + name: value for name, value in _BASE.items()}
+    return {ENV_PREFIX + name: value for name, value in _BASE.items()}
 
 
-_ACMES = {PREFIX + name for name in ("ACME", "POST", "UPSIDE")}
-_CONNECTED = {PREFIX + name for name in ("BINANCE", "REPLAY", "KAFKA", "JSONL")}
+_ACMES = {ENV_PREFIX + name for name in ("ACME", "POST", "UPSIDE")}
+_CONNECTED = {ENV_PREFIX + name for name in ("BINANCE", "REPLAY", "KAFKA", "JSONL")}

@@ -16,7 +16,7 @@ import pytest
 
 from kronos_stream.daemon.database import Database
 from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import Backlog, Draft, State, StateError
+from kronos_stream.daemon.state import Backlog, NewRecord, State, StateError
 from kronos_stream.market import Bar, Candle, Series
 
 A, B = Series.parse("v:A/X:1m"), Series.parse("v:B/X:1m")
@@ -30,8 +30,8 @@ def outcome(series: Series, minute: int, revision: int = 0) -> Outcome:
     return Outcome(series.name, 60_000 * minute, revision, "forecast")
 
 
-def draft(sink: str, number: int) -> Draft:
-    return Draft(sink, "forecast", A.name, b"%d" % number, (("ce_id", b"x"),), 1_000 + number)
+def draft(sink: str, number: int) -> NewRecord:
+    return NewRecord(sink, "forecast", A.name, b"%d" % number, (("ce_id", b"x"),), 1_000 + number)
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ async def test_a_revised_bar_replaces_the_old_one(state: State) -> None:
 
 
 async def test_the_mark_begins_once_and_only_goes_on(state: State) -> None:
-    assert await state.mark(A) is None
-    await state.begin(A, 60_000)
-    await state.begin(A, 600_000)
-    assert await state.mark(A) == (60_000, 0)
+    assert await state.watermark(A) is None
+    await state.init_watermark(A, 60_000)
+    await state.init_watermark(A, 600_000)
+    assert await state.watermark(A) == (60_000, 0)
     await state.record([outcome(A, 3), outcome(A, 3, 1)], [])
     await state.record([outcome(A, 2)], [])
-    assert await state.mark(A) == (180_000, 1)
-    assert await state.mark(B) is None
+    assert await state.watermark(A) == (180_000, 1)
+    assert await state.watermark(B) is None
 
 
 async def test_a_bar_has_one_outcome_only(state: State) -> None:
@@ -82,7 +82,7 @@ async def test_records_wait_per_sink_in_order_until_delivered(state: State) -> N
     assert await state.undelivered("k", 1) == ours[:1]
     assert await state.undelivered("k", 10, size=1) == ours[:1]
     assert await state.backlogs() == {"k": Backlog(2, 1_001), "m": Backlog(1, 1_002)}
-    assert await state.delivered("k", ours[0].sequence) == []
+    assert await state.mark_delivered("k", ours[0].sequence) == []
     assert await state.undelivered("k", 10) == ours[1:]
     assert await state.backlogs() == {"k": Backlog(1, 1_003), "m": Backlog(1, 1_002)}
 
@@ -91,9 +91,9 @@ async def test_a_delivery_and_its_dead_letters_are_one_transaction(state: State)
     [(_, first)] = await state.record([], [draft("k", 1)])
     bad = draft("k", 3)._replace(value=None)  # type: ignore[arg-type]
     with pytest.raises(StateError):
-        await state.delivered("k", first.sequence, [draft("k", 2), bad])
+        await state.mark_delivered("k", first.sequence, [draft("k", 2), bad])
     assert await state.undelivered("k", 10) == [first]
-    [(_, letter)] = await state.delivered("k", first.sequence, [draft("k", 2)])
+    [(_, letter)] = await state.mark_delivered("k", first.sequence, [draft("k", 2)])
     assert await state.undelivered("k", 10) == [letter]
 
 
@@ -108,7 +108,7 @@ async def test_old_records_expire_from_the_front_in_small_steps(state: State) ->
 
 async def test_numbers_are_never_given_twice(state: State) -> None:
     [(_, first)] = await state.record([], [draft("k", 1)])
-    await state.delivered("k", first.sequence)
+    await state.mark_delivered("k", first.sequence)
     [(_, second)] = await state.record([], [draft("k", 2)])
     assert second.sequence > first.sequence
 
@@ -132,7 +132,7 @@ async def test_pruning_keeps_the_newest(state: State) -> None:
     assert [one.candle.time for one in await state.load(A, 99)] == [420_000, 480_000, 540_000]
     assert len(await state.load(B, 99)) == 1
     assert await state.outcomes(A, 0) == [outcome(A, 8), outcome(A, 9)]
-    assert await state.mark(A) == (540_000, 0)
+    assert await state.watermark(A) == (540_000, 0)
 
 
 async def test_what_an_outage_took_goes_back_to_the_disk(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ async def test_what_an_outage_took_goes_back_to_the_disk(tmp_path: Path) -> None
     big = draft("k", 1)._replace(value=bytes(100_000))
     for _ in range(30):
         put = await state.record([], [big] * 10)
-    await state.delivered("k", put[-1][1].sequence)
+    await state.mark_delivered("k", put[-1][1].sequence)
     await state.prune(1, 0)
     await state.close()
     assert state.path.stat().st_size < 20_000_000
@@ -151,7 +151,7 @@ async def test_pruning_goes_in_steps(state: State) -> None:
     await state.record([outcome(A, i) for i in (*range(5_000), 10_000)], [])
     pruning = asyncio.create_task(state.prune(10, 4_999 * 60_000))
     await asyncio.sleep(0)
-    assert await state.mark(A) == (10_000 * 60_000, 0)
+    assert await state.watermark(A) == (10_000 * 60_000, 0)
     assert not pruning.done()  # it let others in between
     await pruning
     assert len(await state.load(A, 99)) == 10
@@ -213,7 +213,7 @@ async def test_what_was_acknowledged_survives_kill_9(tmp_path: Path, lines: int)
     saved = [one.candle.time // 60_000 for one in await state.load(A, 10**6)]
     outcomes = await state.outcomes(A, 0)
     records = await state.undelivered("k", 10**6)
-    mark = await state.mark(A)
+    mark = await state.watermark(A)
     await state.close()
     assert saved[: acknowledged + 1] == list(range(acknowledged + 1))
     assert len(saved) <= acknowledged + 2
@@ -274,7 +274,7 @@ async def test_an_older_file_is_brought_up_to_date(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="no such table"):
         await Database.open(path, [first, "ALTER TABLE a ADD y", "DROP TABLE missing"])
     newer = await Database.open(path, [first, "ALTER TABLE a ADD y", "UPDATE a SET y = 2"])
-    rows = await newer.read(lambda: newer.sql.execute("SELECT x, y FROM a").fetchall())
+    rows = await newer.read(lambda: newer.connection.execute("SELECT x, y FROM a").fetchall())
     await newer.close()
     assert rows == [(1, 2)]
     with pytest.raises(StateError, match=r"newer version \(schema 3, ours is 1\)"):
@@ -316,7 +316,7 @@ async def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 async def test_pruning_spares_bars_without_an_outcome_and_their_contexts(state: State) -> None:
     await state.save_bars([(A, bar(i)) for i in range(10)])
-    await state.begin(A, 4 * 60_000)
+    await state.init_watermark(A, 4 * 60_000)
     await state.prune(3, 0)
     assert [one.candle.time // 60_000 for one in await state.load(A, 99)] == list(range(2, 10))
 

@@ -21,8 +21,8 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter, forecasts, wanted
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Message, Outbox
-from kronos_stream.daemon.press import refused
+from kronos_stream.daemon.outbox import Envelope, Outbox
+from kronos_stream.daemon.press import refusal_dead_letter
 from kronos_stream.daemon.state import State
 from kronos_stream.forecast.message import DeadLetter
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
@@ -166,11 +166,11 @@ def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> No
         for second in range(seconds):
             await outbox.publish([], [_message(20 * second + i, FORECAST_BYTES) for i in range(20)])
             await clock.sleep(1.0)
-        assert outbox.healthy() == {"gone": "nobody there"}
+        assert outbox.problems() == {"gone": "nobody there"}
         grown = _resident_mib() - before
         sink.there = True
         assert await outbox.drain(3_600.0) == 0
-        assert outbox.healthy() == {"gone": ""}
+        assert outbox.problems() == {"gone": ""}
         running.cancel()
         await asyncio.wait([running])
         await state.close()
@@ -221,13 +221,13 @@ def _outbox(state: State, sink: object, clock: Clock) -> Outbox:
         Random(0),
         Metrics(),
         max_age_seconds=86_400.0,
-        bury=lambda sink, refusal: refused(sink, refusal, clock.now()),
+        make_dead_letter=lambda sink, refusal: refusal_dead_letter(sink, refusal, clock.now()),
     )
 
 
-def _message(number: int, size: int) -> Message:
+def _message(number: int, size: int) -> Envelope:
     value = (b"%d " % number).ljust(size, b".")
-    return Message("forecast", f"binance:S{number % 4}/USDT:1s", value, (("ce_id", b"0"),))
+    return Envelope("forecast", f"binance:S{number % 4}/USDT:1s", value, (("ce_id", b"0"),))
 
 
 def _wait_for_more(daemon: DaemonProcess) -> None:

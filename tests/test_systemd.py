@@ -22,11 +22,11 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from kronos_stream.daemon.environment import describe, read_settings
+from kronos_stream.daemon.environment import describe_settings, read_settings
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.notify import _MOST_OWED, Notifier
-from kronos_stream.daemon.progress import Progress, Work
-from kronos_stream.daemon.reporter import Reporter
+from kronos_stream.daemon.notify import _MAX_PENDING, Notifier
+from kronos_stream.daemon.progress import Watchdog, StallCheck
+from kronos_stream.daemon.reporter import StatusReporter
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
@@ -329,11 +329,11 @@ def _forecasts(daemon: DaemonProcess) -> None:
 def test_nobody_is_told_where_nobody_listens() -> None:
     environ = {"PATH": "/bin", "WATCHDOG_USEC": "1000000"}
     with capture_logs() as logs:
-        notifier = Notifier.of(environ)
-        notifier.tell(READY=1)
+        notifier = Notifier.from_environ(environ)
+        notifier.notify(READY=1)
         notifier.close()
-    assert not notifier.listens
-    assert notifier.watchdog == 0
+    assert not notifier.enabled
+    assert notifier.watchdog_seconds == 0
     assert environ == {"PATH": "/bin"}
     assert logs == []
 
@@ -342,9 +342,9 @@ def test_nobody_is_told_where_nobody_listens() -> None:
 def test_the_watchdog_may_be_meant_for_another(pid: str, seconds: float, manager: Manager) -> None:
     meant = str(os.getpid()) if pid == "ours" else pid
     environ = {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": meant, "NOTIFY_SOCKET": manager.address}
-    notifier = Notifier.of(environ)
-    assert notifier.listens
-    assert notifier.watchdog == seconds
+    notifier = Notifier.from_environ(environ)
+    assert notifier.enabled
+    assert notifier.watchdog_seconds == seconds
     assert environ == {}
     notifier.close()
 
@@ -352,15 +352,15 @@ def test_the_watchdog_may_be_meant_for_another(pid: str, seconds: float, manager
 @pytest.mark.parametrize("address", ["/nowhere/notify", "vsock:2:4711"])
 def test_a_manager_that_is_not_there_is_a_warning(address: str) -> None:
     with capture_logs() as logs:
-        notifier = Notifier.of({"NOTIFY_SOCKET": address})
-        notifier.tell(READY=1)
+        notifier = Notifier.from_environ({"NOTIFY_SOCKET": address})
+        notifier.notify(READY=1)
     assert [line["log_level"] for line in logs] == ["warning"]
     notifier.close()
 
 
 def test_messages_are_lines_without_breaks(manager: Manager) -> None:
     notifier = Notifier(manager.address)
-    notifier.tell(READY=1, STATUS="two\nlines, one of them\nSTOPPING=1 " + chr(0xDC80))
+    notifier.notify(READY=1, STATUS="two\nlines, one of them\nSTOPPING=1 " + chr(0xDC80))
     assert manager.wait_for("READY", "1").said["STATUS"] == "two lines, one of them STOPPING=1 ?"
     assert not manager.says("STOPPING")
     notifier.close()
@@ -371,15 +371,15 @@ def test_a_manager_that_is_busy_is_told_later_in_order(tmp_path: Path) -> None:
         theirs.bind(str(tmp_path / "notify"))
         theirs.setblocking(False)  # noqa: FBT003
         notifier = Notifier(str(tmp_path / "notify"))
-        sent = _MOST_OWED + int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text("ascii"))
+        sent = _MAX_PENDING + int(Path("/proc/sys/net/unix/max_dgram_qlen").read_text("ascii"))
         for number in range(sent):  # nobody reads, nobody waits
-            notifier.tell(X_NUMBER=number)
+            notifier.notify(X_NUMBER=number)
         heard: list[bytes] = []
         while b"X_NUMBER=last" not in heard:
             try:
                 heard.append(theirs.recv(100))
             except BlockingIOError:
-                notifier.tell(X_NUMBER="last")
+                notifier.notify(X_NUMBER="last")
         assert heard[:sent] == [f"X_NUMBER={number}".encode() for number in range(sent)]
         notifier.close()
 
@@ -394,7 +394,7 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: Manager) -
         settings = Settings(role=role)  # type: ignore[arg-type]
         metrics = Metrics()
         running, ready = asyncio.Event(), asyncio.Event()
-        progress = Progress()
+        progress = Watchdog()
         followed = 3
 
         def checks(self) -> dict[str, str]:
@@ -402,7 +402,7 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: Manager) -
 
     async def work() -> None:
         notifier = Notifier(manager.address)
-        reporting = asyncio.create_task(Reporter(daemon, notifier).run())
+        reporting = asyncio.create_task(StatusReporter(daemon, notifier).run())
         daemon.running.set()
         daemon.ready.set()
         await asyncio.sleep(1.0)
@@ -423,23 +423,23 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: Manager) -
 
 def test_what_waits_and_is_not_worked_off_is_overdue() -> None:
     waiting, done, patience = 0, 0, 10.0
-    work = Work("digging", lambda: waiting, lambda: done, lambda: patience)
-    progress = Progress()
-    assert progress.overdue(0.0) == ""
-    progress.watch([work])
-    assert progress.overdue(0.0) == ""
-    assert progress.overdue(1000.0) == ""  # there was nothing to do
+    work = StallCheck("digging", lambda: waiting, lambda: done, lambda: patience)
+    progress = Watchdog()
+    assert progress.stalled(0.0) == ""
+    progress.set_checks([work])
+    assert progress.stalled(0.0) == ""
+    assert progress.stalled(1000.0) == ""  # there was nothing to do
     waiting = 3
-    assert progress.overdue(1001.0) == ""
-    assert progress.overdue(1010.0) == ""
-    assert progress.overdue(1011.0) == "digging: nothing done for 11 s"
+    assert progress.stalled(1001.0) == ""
+    assert progress.stalled(1010.0) == ""
+    assert progress.stalled(1011.0) == "digging: nothing done for 11 s"
     patience = 900.0
-    assert progress.overdue(1012.0) == ""
+    assert progress.stalled(1012.0) == ""
     done, patience = 1, 10.0
-    assert progress.overdue(1500.0) == ""
-    assert progress.overdue(1511.0) != ""
+    assert progress.stalled(1500.0) == ""
+    assert progress.stalled(1511.0) != ""
     waiting = 0
-    assert progress.overdue(1512.0) == ""
+    assert progress.stalled(1512.0) == ""
 
 
 # The unit.
@@ -578,7 +578,7 @@ def test_the_unit_and_the_daemon_agree() -> None:
     assert int(limit) >= grace + 30
     assert "Environment=KRONOS_STREAM_SECRETS_DIR=%d" in text
     assert "LoadCredential=kronos_stream:" in text  # files: kronos_stream_NAME
-    known = {setting.name for setting in describe()}
+    known = {setting.name for setting in describe_settings()}
     assert set(re.findall(r"KRONOS_STREAM_[A-Z_]+", text)) <= known
 
 
@@ -587,4 +587,4 @@ def test_the_example_of_settings_is_taken() -> None:
     read_settings(dict(re.findall(r"^(KRONOS_STREAM_\w+)=(.*)$", example, re.MULTILINE)))
     others = set(re.findall(r"^#(KRONOS_STREAM_\w+)=", example, re.MULTILINE))
     assert others
-    assert others <= {setting.name for setting in describe()}
+    assert others <= {setting.name for setting in describe_settings()}

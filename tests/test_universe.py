@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kronos_stream.daemon import following, universe
-from kronos_stream.daemon.app import Daemon
-from kronos_stream.daemon.settings import Http, Settings, SettingsError
+from kronos_stream.daemon.app import StandaloneRole
+from kronos_stream.daemon.settings import HttpSettings, Settings, SettingsError
 from kronos_stream.daemon.state import State
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
@@ -71,37 +71,37 @@ def _universe(*, patient: bool = True, **venues: _Venue) -> universe.Universe:
         for venue in venues
     ]
     sources: Any = venues
-    return universe.Universe(entries, (), sources, SystemClock(), patient=patient)
+    return universe.Universe(entries, (), sources, SystemClock(), retry_login=patient)
 
 
 async def test_who_does_not_answer_holds_nobody_up_and_is_named() -> None:
     found = _universe(here=_Venue(back=True), there=_Venue(back=False))
-    await found.settle(())
+    await found.resolve_initial(())
     assert found.series == {HERE}
-    assert found.absent == {"there"}
-    assert found.waits("there") == "no route to it"
-    assert found.waits("here") == ""
+    assert found.pending_venues == {"there"}
+    assert found.venue_problem("there") == "no route to it"
+    assert found.venue_problem("here") == ""
 
 
 async def test_where_nobody_answers_the_first_that_does_is_waited_for() -> None:
     here, there = _Venue(back=False), _Venue(back=False)
     found = _universe(here=here, there=there)
-    settling = asyncio.create_task(found.settle(()))
+    settling = asyncio.create_task(found.resolve_initial(()))
     await asyncio.sleep(0.3)
     assert not settling.done()
-    assert found.waits("here") == "no route to it"
+    assert found.venue_problem("here") == "no route to it"
     here.back = True
     await settling
     assert found.series == {HERE}
-    assert found.absent == {"there"}
+    assert found.pending_venues == {"there"}
 
 
 async def test_a_refusal_is_final_and_of_the_last_venue_an_error() -> None:
     found = _universe(here=_Venue(back=True), there=_Venue(back=True, refuses=True))
-    await found.settle(())
-    assert found.lost == {"there": "HTTP 451"}
+    await found.resolve_initial(())
+    assert found.dropped_venues == {"there": "HTTP 451"}
     with pytest.raises(VenueRefused):
-        await _universe(there=_Venue(back=True, refuses=True)).settle(())
+        await _universe(there=_Venue(back=True, refuses=True)).resolve_initial(())
 
 
 async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
@@ -111,11 +111,11 @@ async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
     here, there = _Venue(back=False), _Venue(back=True, login=False)
     with pytest.raises(LoginRefused):  # nor is the one waited for that does not answer
         async with asyncio.timeout(5):
-            await _universe(here=here, there=there, patient=False).settle(())
+            await _universe(here=here, there=there, patient=False).resolve_initial(())
     found = _universe(there=there)
-    settling = asyncio.create_task(found.settle(()))
+    settling = asyncio.create_task(found.resolve_initial(()))
     await asyncio.sleep(0.1)
-    assert found.waits("there") == "wrong password"
+    assert found.venue_problem("there") == "wrong password"
     there.login = True
     await settling
     assert found.series == {THERE}
@@ -124,7 +124,7 @@ async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
 async def test_what_a_venue_lacks_is_an_error_whoever_is_away() -> None:
     found = _universe(here=_Venue(back=True, has=False), there=_Venue(back=False))
     with pytest.raises(SettingsError, match="here:A/B:5m: not listed"):
-        await found.settle(())
+        await found.resolve_initial(())
 
 
 @pytest.fixture
@@ -133,54 +133,56 @@ async def others() -> _Others:
 
 
 @pytest.fixture
-async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[Daemon]:
+async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
     """A daemon past its start, with one of two venues away that it used to follow."""
     settings = Settings(
         symbols=(WatchlistEntry("here", "A/B"), WatchlistEntry("there", "A/B")),
         model="nano",
         state_file=tmp_path / "state.sqlite",
-        http=Http(port=0),
+        http=HttpSettings(port=0),
     )
     sources: Any = {"here": _Venue(back=True), "there": _Venue(back=False)}
-    daemon = Daemon(settings, sources, [], clock=SystemClock(), random=Random(0))
+    daemon = StandaloneRole(settings, sources, [], clock=SystemClock(), random=Random(0))
     daemon._state = await State.open(settings.state_file)
-    await daemon._state.follow([HERE.name, THERE.name])
+    await daemon._state.set_followed([HERE.name, THERE.name])
     both: Any = others
-    daemon._desk = daemon._press = both
-    await daemon._universe.settle((HERE, THERE))
-    await daemon._say_what_is_gone()
+    daemon._pipeline = daemon._publisher = both
+    await daemon._universe.resolve_initial((HERE, THERE))
+    await daemon._retract_removed_series()
     daemon.ready.set()
     yield daemon
     await daemon._state.close()
 
 
 async def test_once_it_answers_it_is_followed_and_was_never_gone(
-    daemon: Daemon, others: _Others
+    daemon: StandaloneRole, others: _Others
 ) -> None:
     there: Any = daemon._sources["there"]
-    welcoming = asyncio.create_task(daemon._welcome())
+    welcoming = asyncio.create_task(daemon._retry_pending_venues())
     await asyncio.sleep(0.1)
-    assert daemon._universe.waits("there") == "no route to it"
+    assert daemon._universe.venue_problem("there") == "no route to it"
     there.back = True
     await asyncio.wait_for(welcoming, 5)
     assert others.followed == [{HERE, THERE}]
     assert there.pointed == [{THERE}]
     assert others.gone == []
-    assert daemon._universe.waits("there") == ""
-    assert await daemon._state.followed() == {HERE.name, THERE.name}
+    assert daemon._universe.venue_problem("there") == ""
+    assert await daemon._state.followed_series() == {HERE.name, THERE.name}
 
 
-async def test_a_reload_meanwhile_changes_the_others_alone(daemon: Daemon, others: _Others) -> None:
+async def test_a_reload_meanwhile_changes_the_others_alone(
+    daemon: StandaloneRole, others: _Others
+) -> None:
     await daemon.reload()
     assert others.followed == [{HERE}]
     assert others.gone == []
 
 
 async def test_what_it_then_lacks_is_said_and_asked_for_no_more(
-    daemon: Daemon, others: _Others
+    daemon: StandaloneRole, others: _Others
 ) -> None:
     there: Any = daemon._sources["there"]
     there.back, there.has = True, False
-    await asyncio.wait_for(daemon._welcome(), 5)
-    assert daemon._universe.waits("there") == "there:A/B:5m: not listed"
+    await asyncio.wait_for(daemon._retry_pending_venues(), 5)
+    assert daemon._universe.venue_problem("there") == "there:A/B:5m: not listed"
     assert others.followed == []

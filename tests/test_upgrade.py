@@ -53,10 +53,10 @@ def test_there_is_a_file_of_each_version() -> None:
 async def test_tape_marks_and_outcomes_are_kept(state: State) -> None:
     for series in (BTC, ETH):
         assert await state.load(series, 100) == [_bar(number) for number in range(20)]
-        assert await state.mark(series) == (FIRST + 17 * MINUTE, 0)
+        assert await state.watermark(series) == (FIRST + 17 * MINUTE, 0)
         outcomes = await state.outcomes(series, 0)
         assert [one.result for one in outcomes] == ["skipped", "forecast"] * 4
-        assert await state.relayed(series) == -1
+        assert await state.last_relayed(series) == -1
 
 
 async def test_the_outbox_is_kept_in_order(state: State) -> None:

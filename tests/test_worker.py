@@ -21,15 +21,23 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.daemon.job import Drawn, Failed, Plan, in_scale, price_scale
+from kronos_stream.daemon.job import (
+    InferenceResult,
+    InferenceFailure,
+    ForecastConfig,
+    scale_prices,
+    price_scale,
+)
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import Worker, WorkerError, WorkerLost, usable_cores
-from kronos_stream.daemon.worker_main import Drawer
+from kronos_stream.daemon.worker import WorkerSupervisor, WorkerError, WorkerLost, usable_cores
+from kronos_stream.daemon.worker_main import ModelHost
 from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market import Candle, Series
 from kronos_stream.market.contexts import Window
 
-PLAN = Plan("nano", device="cpu", dtype="float32", lookback=96, horizon=8, paths=20, seed=3)
+PLAN = ForecastConfig(
+    "nano", device="cpu", dtype="float32", lookback=96, horizon=8, paths=20, seed=3
+)
 
 PATIENCE = 30.0
 """Seconds for an honest batch on a busy machine."""
@@ -75,15 +83,17 @@ def by_hand(nano: Forecaster, one: Window) -> Outlook:
     return build_outlook(paths, times, one.last.close, PLAN.quantiles)
 
 
-def outlooks(results: Sequence[Drawn | Failed]) -> list[Outlook]:
-    assert all(isinstance(result, Drawn) for result in results), results
-    return [result.outlook for result in results if isinstance(result, Drawn)]
+def outlooks(results: Sequence[InferenceResult | InferenceFailure]) -> list[Outlook]:
+    assert all(isinstance(result, InferenceResult) for result in results), results
+    return [result.outlook for result in results if isinstance(result, InferenceResult)]
 
 
 @asynccontextmanager
-async def started(plan: Plan = PLAN, **settings: Any) -> AsyncIterator[tuple[Worker, Metrics]]:
+async def started(
+    plan: ForecastConfig = PLAN, **settings: Any
+) -> AsyncIterator[tuple[WorkerSupervisor, Metrics]]:
     metrics = Metrics()
-    worker = Worker(plan, metrics, **settings)
+    worker = WorkerSupervisor(plan, metrics, **settings)
     await worker.start()
     try:
         yield worker, metrics
@@ -104,12 +114,12 @@ async def test_forecasts_are_those_made_by_hand(nano: Forecaster) -> None:
     ]
     wanted = [by_hand(nano, one) for one in windows]
     bad = replace(windows[0], values=np.full_like(windows[0].values, np.nan))
-    worker = Worker(PLAN, Metrics())
+    worker = WorkerSupervisor(PLAN, Metrics())
     identity = await worker.start()
     try:
         assert (identity.model, identity.tokenizer, identity.dtype) == ("nano", "nano", "float32")
         assert identity.revision is not None
-        assert 0 < worker.expected(1) < 5
+        assert 0 < worker.estimate_seconds(1) < 5
         random = np.random.default_rng(0)
         for size in (len(windows), 17, 1):
             members = random.permutation(len(windows))[:size]
@@ -117,7 +127,7 @@ async def test_forecasts_are_those_made_by_hand(nano: Forecaster) -> None:
             batch = await worker.forecast([*company, bad], PATIENCE)
             assert outlooks(batch.results[:-1]) == [wanted[i] for i in members]
             (failure,) = batch.results[-1:]
-            assert isinstance(failure, Failed)
+            assert isinstance(failure, InferenceFailure)
             assert "S0/X" in failure.reason
             assert batch.seconds > 0
     finally:
@@ -167,14 +177,14 @@ async def test_a_worker_that_dies_between_batches_is_replaced_before_the_next() 
 
 async def test_a_standby_takes_over_and_goes_with_the_worker() -> None:
     async with started(standby=True) as (worker, metrics):
-        first, spare = worker.pid, worker._spare
+        first, spare = worker.pid, worker._standby_process
         assert first is not None
         assert spare is not None
         os.kill(first, signal.SIGKILL)
         await worker.forecast([window(1)], PATIENCE)
         assert worker.pid == spare.pid
         assert restarts(metrics) == {"hang": 0, "crash": 1}
-        next_spare = worker._spare
+        next_spare = worker._standby_process
     assert next_spare is not None
     assert not alive(next_spare.pid)
     assert not alive(spare.pid)
@@ -229,7 +239,7 @@ async def test_the_contexts_that_kill_workers_are_found(poison: list[int]) -> No
         for again in (False, True):
             before = restarts(metrics)["crash"]
             results = (await worker.forecast(windows, PATIENCE)).results
-            drawn = [i for i, result in enumerate(results) if result == Failed("drawn")]
+            drawn = [i for i, result in enumerate(results) if result == InferenceFailure("drawn")]
             assert drawn == [i for i in range(7) if i not in poison]
             assert (restarts(metrics)["crash"] == before) == again
 
@@ -240,7 +250,7 @@ async def test_where_nothing_can_be_drawn_no_context_is_to_blame() -> None:
     async with started(command=(sys.executable, "-c", PUPPET, *names)) as (worker, metrics):
         for times in (1, 2):
             results = (await worker.forecast([window(i) for i in range(7)], PATIENCE)).results
-            assert not any(result == Failed("drawn") for result in results)
+            assert not any(result == InferenceFailure("drawn") for result in results)
             assert 8 * times <= restarts(metrics)["crash"] <= 11 * times
 
 
@@ -324,20 +334,22 @@ def alive(pid: int) -> bool:
         (replace(PLAN, dtype="float8"), "dtype 'float8'"),
     ],
 )
-def test_plans_that_cannot_be_carried_out(plan: Plan, why: str) -> None:
+def test_plans_that_cannot_be_carried_out(plan: ForecastConfig, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        Drawer(plan)
+        ModelHost(plan)
 
 
 async def test_what_the_user_can_mend_is_said() -> None:
-    worker = Worker(replace(PLAN, model="no/such/model"), Metrics())
+    worker = WorkerSupervisor(replace(PLAN, model="no/such/model"), Metrics())
     with pytest.raises(WorkerError, match="no/such/model"):
         await worker.start()
     assert worker.pid is None
 
 
 async def test_a_process_that_does_not_start_is_no_users_fault() -> None:
-    worker = Worker(PLAN, Metrics(), command=(sys.executable, "-c", "raise SystemExit(3)"))
+    worker = WorkerSupervisor(
+        PLAN, Metrics(), command=(sys.executable, "-c", "raise SystemExit(3)")
+    )
     with pytest.raises(WorkerLost, match="did not start"):
         await worker.start()
 
@@ -346,15 +358,15 @@ def test_scales_are_powers_of_two_that_lift_what_hardly_moves() -> None:
     ordinary = window(1).values
     assert price_scale(ordinary) == 1
     for k in (20, 30, 60):
-        scale = price_scale(in_scale(ordinary, 2.0**-k))
-        deviation = (in_scale(ordinary, 2.0**-k)[:, 3] * np.float64(scale)).std()
+        scale = price_scale(scale_prices(ordinary, 2.0**-k))
+        deviation = (scale_prices(ordinary, 2.0**-k)[:, 3] * np.float64(scale)).std()
         assert np.log2(scale) % 1 == 0
         assert 1 <= deviation < 2
     flat = np.full((50, 6), 1e-8, np.float32)
     assert 1e-9 / price_scale(flat) < 1e-15  # the model's 1e-5 is nothing beside the price
     assert price_scale(np.full((50, 6), 5e4, np.float32)) == 1
     assert price_scale(np.zeros((50, 5), np.float32)) == 1
-    rich = in_scale(ordinary, 2.0**-60)
+    rich = scale_prices(ordinary, 2.0**-60)
     rich[:, 5] = 1e12
     assert 1 <= price_scale(rich) * 1e12 < 1e17
 
@@ -363,12 +375,12 @@ def test_tiny_prices_are_forecast_like_large_ones(nano: Forecaster) -> None:
     """A coin priced in another unit has the same future in that unit."""
     one = window(1, price=64.0)
     scale = 2.0 ** -np.floor(np.log2(one.values[:, 3].std()))
-    one = replace(one, values=in_scale(one.values, scale))
+    one = replace(one, values=scale_prices(one.values, scale))
     one = replace(one, last=one.last._replace(close=float(one.values[-1, 3])))
     assert price_scale(one.values) == 1
     tiny = replace(
         one,
-        values=in_scale(one.values, 2.0**-40),
+        values=scale_prices(one.values, 2.0**-40),
         last=one.last._replace(close=one.last.close * 2.0**-40),
     )
     large, small = by_hand(nano, one), by_hand(nano, tiny)

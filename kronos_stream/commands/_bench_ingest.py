@@ -17,7 +17,7 @@ import orjson
 from kronos_connectors.binance.connection import Connection
 from kronos_connectors.binance.fleet import Fleet
 from kronos_connectors.binance.frames import Kline
-from kronos_stream.daemon.desk import Desk
+from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Candle, Update
@@ -75,7 +75,7 @@ async def _measure(seconds: float) -> Ingest:
     clock = ManualClock(_START_MS)
     with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
         state = await State.open(Path(folder) / "state.sqlite")
-        desk = Desk(
+        desk = IntakePipeline(
             {"binance": _Flat()},
             state,
             lambda _: None,
@@ -84,12 +84,12 @@ async def _measure(seconds: float) -> Ingest:
             Metrics(),
             lookback=_LOOKBACK,
             catch_up="newest",
-            bury=lambda *what: None,  # noqa: ARG005
+            dead_letter=lambda *what: None,  # noqa: ARG005
         )
         await desk.start(series.values())
         running = asyncio.create_task(desk.run())
         try:
-            await desk.settled()
+            await desk.drain()
             return await _feed(desk, clock, series, seconds)
         finally:
             running.cancel()
@@ -98,12 +98,15 @@ async def _measure(seconds: float) -> Ingest:
 
 
 async def _feed(
-    desk: Desk, clock: ManualClock, series: Mapping[tuple[str, str], Series], seconds: float
+    desk: IntakePipeline,
+    clock: ManualClock,
+    series: Mapping[tuple[str, str], Series],
+    seconds: float,
 ) -> Ingest:
     fleet = Fleet(Random(0), room=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
     fleet.follow(series)
     connection = Connection(stall_seconds=10, lifetime_seconds=3_600)
-    intake = desk.intake("binance")
+    intake = desk.callbacks("binance")
     frames, parsed, decoded, taken_in, saved = 0, 0.0, 0.0, 0.0, 0.0
     opened = _START_MS
     while parsed + decoded + taken_in + saved < seconds:
@@ -119,7 +122,7 @@ async def _feed(
             times.append(process_time())
             _take_in(fleet, connection, intake, clock, batch)
             times.append(process_time())
-            await desk.settled()
+            await desk.drain()
             times.append(process_time())
             frames += len(batch)
             parsed += times[1] - times[0]

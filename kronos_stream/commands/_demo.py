@@ -18,9 +18,9 @@ from rich.live import Live
 
 from kronos_stream.commands._figures import Figures, Timed
 from kronos_stream.daemon import connectors, service
-from kronos_stream.daemon.app import Daemon
+from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.logs import configure
-from kronos_stream.daemon.settings import Http, Settings
+from kronos_stream.daemon.settings import HttpSettings, Settings
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.watchlist import WatchlistEntry
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -75,7 +75,7 @@ async def _forecast(
     clock = SystemClock()
     figures = Figures([series.name for series in settings.series()], clock)
     sinks = [Timed(sink, figures) for sink in service.build_sinks(settings, clock)]
-    daemon = service.build(settings, sinks=sinks, watch=figures.watch)
+    daemon = service.build_standalone(settings, sinks=sinks, on_results=figures.watch)
     console.print(f"Kafka listens at [bold]{bootstrap}[/bold]. Read the forecasts elsewhere with:")
     console.print(f"  kcat -C -q -b {bootstrap} -t kronos.forecasts.v1", soft_wrap=True)
     console.print(f"  {_reader(bootstrap)}", soft_wrap=True)
@@ -107,7 +107,7 @@ async def _show(figures: Figures, console: Console) -> None:
             await asyncio.sleep(1 / _FRAMES_PER_SECOND)
 
 
-async def _end(figures: Figures, daemon: Daemon, seconds: float | None) -> None:
+async def _end(figures: Figures, daemon: StandaloneRole, seconds: float | None) -> None:
     """Stop ``seconds`` after the first forecast."""
     if seconds is not None:
         await figures.begun.wait()
@@ -148,7 +148,7 @@ async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
 
 
 def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
-    binance, kafka = connectors.options("binance"), connectors.options("kafka")
+    binance, kafka = connectors.options_type("binance"), connectors.options_type("kafka")
     assert binance is not None  # noqa: S101 - both are in this distribution
     assert kafka is not None  # noqa: S101
     return Settings(
@@ -160,7 +160,7 @@ def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
         horizon=_HORIZON,
         paths=_PATHS,
         state_file=folder / "state.sqlite",
-        http=Http(port=0),
+        http=HttpSettings(port=0),
         options={
             "binance": binance(
                 ws_url=served["ws"],

@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from rich.table import Table
 
-from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.due import ForecastResult
 from kronos_stream.forecast.sink import Record, Refusal, Sink
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import parse_time, rfc3339
@@ -29,7 +29,7 @@ class Figures:
         self._clock = clock
         self._started = clock.now()
         self._series = list(series)
-        self._latest: dict[str, Result] = {}
+        self._latest: dict[str, ForecastResult] = {}
         self._outcomes: Counter[str] = Counter()
         self._delivered: Counter[str] = Counter()
         self._delays: deque[float] = deque(maxlen=_REMEMBERED)
@@ -37,12 +37,12 @@ class Figures:
         self.begun = asyncio.Event()
         """Set with the first delivered forecast."""
 
-    def watch(self, results: Sequence[Result]) -> None:
+    def watch(self, results: Sequence[ForecastResult]) -> None:
         """Results that are durable."""
         for result in results:
             self._outcomes[result.reason or "forecast"] += 1
             if result.outlook is not None:
-                self._latest[result.due.series.name] = result
+                self._latest[result.request.series.name] = result
 
     def delivered(self, record: Record) -> None:
         """A record that the sink has acknowledged just now."""

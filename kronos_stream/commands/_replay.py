@@ -22,11 +22,11 @@ from kronos_connectors.replay.pace import PacedClock, driving, pacing
 from kronos_connectors.replay.source import Recording, Replay
 from kronos_stream.commands.replay import Speed
 from kronos_stream.daemon import service
-from kronos_stream.daemon.app import Daemon
-from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.app import StandaloneRole
+from kronos_stream.daemon.due import ForecastResult
 from kronos_stream.daemon.environment import read_settings
 from kronos_stream.daemon.logs import configure
-from kronos_stream.daemon.settings import Settings, variable
+from kronos_stream.daemon.settings import Settings, variable_name
 from kronos_stream.market.clock import Clock, ManualClock, SystemClock
 from kronos_stream.market.utc import rfc3339
 
@@ -65,7 +65,7 @@ class Figures:
         self._began = self._ended = self._clock.now()
         return True
 
-    def watch(self, results: Sequence[Result]) -> None:
+    def watch(self, results: Sequence[ForecastResult]) -> None:
         """Results that are durable."""
         for result in results:
             self._outcomes[result.reason or "forecast"] += 1
@@ -134,25 +134,25 @@ async def _replay(
         )
 
         async def settled() -> None:
-            await daemon.settled()
+            await daemon.drain()
             if figures.begin():
                 progress.update(bar, description="bars", total=total)
 
         clock: ManualClock | PacedClock
         if options.speed == "max":
             clock = ManualClock(start)
-            reach = driving(clock, settled, lambda: daemon.next_alarm)
+            reach = driving(clock, settled, lambda: daemon.next_timer)
         else:
             clock = PacedClock(start, options.speed)
             reach = pacing(clock, settled)
-        daemon = Daemon(
+        daemon = StandaloneRole(
             settings,
             {recording.venue: Replay(recording, clock, start, reach=reach, closes=options.bars)},
             service.build_sinks(settings, wall, Random(0)),
             clock=clock,
             random=Random(0),
             series=recording.series,
-            watch=figures.watch,
+            on_results=figures.watch,
         )
         await service.serve(daemon)
     name = "kronos_synthetic_bars_total"
@@ -175,11 +175,11 @@ def _environment(options: Options, state: Path) -> Mapping[str, str]:
         "catch_up": "all" if options.speed == "max" else None,
     }
     # Nobody looks at a replay's health unless asked to, and several run side by side.
-    defaults = {variable("http", "port"): "0", variable("log", "level"): "warning"}
+    defaults = {variable_name("http", "port"): "0", variable_name("log", "level"): "warning"}
     return (
         defaults
         | os.environ
-        | {variable(name): str(value) for name, value in said.items() if value is not None}
+        | {variable_name(name): str(value) for name, value in said.items() if value is not None}
     )
 
 

@@ -42,7 +42,7 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
     import asyncio
     import os
 
-    from kronos_stream.daemon.doctor import found_in
+    from kronos_stream.daemon.doctor import environment_finding
     from kronos_stream.daemon.environment import read_settings
     from kronos_stream.daemon.logs import configure
     from kronos_stream.daemon.settings import SettingsError
@@ -56,7 +56,7 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
         report.end()
         ctx.exit(_UNREADABLE)
     configure("console", "error")
-    report.add("settings", found_in(os.environ))
+    report.add("settings", environment_finding(os.environ))
     asyncio.run(_examine(settings, skip, report))
     report.end()
     if report.failed:
@@ -93,10 +93,10 @@ class _Report:
         self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
 
     def add(self, name: str, finding: Finding) -> None:
-        from kronos_stream.daemon.logs import without_passwords
+        from kronos_stream.daemon.logs import redact
 
         level, found, cure = finding
-        found = without_passwords(found)
+        found = redact(found)
         self.failed = self.failed or level == "fail"
         self._findings.append({"check": name, "level": level, "found": found, "cure": cure or None})
         if self._watched:

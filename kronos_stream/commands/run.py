@@ -9,14 +9,17 @@ class _Run(click.Command):
     """Its help lists the settings, from where they are defined."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from kronos_stream.daemon.environment import describe
+        from kronos_stream.daemon.environment import describe_settings
 
         super().format_options(ctx, formatter)
         with formatter.section("Environment"):
             formatter.write_dl(
                 [
-                    (one.name, f"{one.about} [{one.default}]" if one.default else one.about)
-                    for one in describe()
+                    (
+                        one.name,
+                        f"{one.description} [{one.default}]" if one.default else one.description,
+                    )
+                    for one in describe_settings()
                 ]
             )
 

@@ -13,7 +13,7 @@ from kronos_stream.market.clock import Clock
 _T = TypeVar("_T")
 
 
-class Alarms(Generic[_T]):
+class TimerQueue(Generic[_T]):
     """Items and moments, UTC ms; an item may be set several times and is woken as often."""
 
     def __init__(self, clock: Clock) -> None:
@@ -28,23 +28,23 @@ class Alarms(Generic[_T]):
         """The earliest moment that is set."""
         return self._heap[0][0] if self._heap else None
 
-    def set(self, moment: int, item: _T) -> None:
+    def schedule(self, moment: int, item: _T) -> None:
         heapq.heappush(self._heap, (moment, next(self._order), item))
         if moment < self._asleep_until:
             self._earlier.set()
 
-    def ring(self, wake: Callable[[_T, int], None]) -> None:
+    def fire(self, callback: Callable[[_T, int], None]) -> None:
         """Wake whose moment has come: called with the item and the present time."""
         now = self._clock.now()
         rung = []
         while self._heap and self._heap[0][0] <= now:
             rung.append(heapq.heappop(self._heap)[2])
         for item in rung:
-            wake(item, now)
+            callback(item, now)
 
-    async def sleep(self, longest: int) -> None:
+    async def sleep(self, max_ms: int) -> None:
         """Until the next moment, or for ``longest`` ms."""
-        self._asleep_until = self._clock.now() + longest
+        self._asleep_until = self._clock.now() + max_ms
         if self._heap:
             self._asleep_until = min(self._asleep_until, self._heap[0][0])
         time_up = asyncio.ensure_future(self._clock.sleep_until(self._asleep_until))

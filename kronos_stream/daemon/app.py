@@ -13,13 +13,13 @@ from math import inf
 from random import Random
 
 from kronos_stream.daemon import progress
-from kronos_stream.daemon.crew import MakeWorker, Working, hire
-from kronos_stream.daemon.desk import Desk
-from kronos_stream.daemon.due import Due, Result
-from kronos_stream.daemon.following import Following
-from kronos_stream.daemon.job import Identity
+from kronos_stream.daemon.crew import WorkerFactory, InferenceBackend, create_backend
+from kronos_stream.daemon.desk import IntakePipeline
+from kronos_stream.daemon.due import ForecastRequest, ForecastResult
+from kronos_stream.daemon.following import VenueRole
+from kronos_stream.daemon.job import ModelIdentity
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.press import Graveyard, Press, composer
+from kronos_stream.daemon.press import DeadLetterQueue, ForecastPublisher, build_composer
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
@@ -29,10 +29,10 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.source import Source
 
 
-class Daemon(Following):
+class StandaloneRole(VenueRole):
     """One process's series, from candles to delivered forecasts."""
 
-    _worker: Working
+    _worker: InferenceBackend
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Daemon(Following):
         series: Collection[Series] | None = None,
         wall: Clock | None = None,
         metrics: Metrics | None = None,
-        watch: Callable[[Sequence[Result]], None] | None = None,
-        worker: MakeWorker | None = None,
+        on_results: Callable[[Sequence[ForecastResult]], None] | None = None,
+        worker_factory: WorkerFactory | None = None,
     ) -> None:
         """Nothing is opened yet.
 
@@ -64,55 +64,55 @@ class Daemon(Following):
             wall=wall,
             metrics=metrics,
         )
-        self._watch = watch
-        self._make_worker = worker
+        self._on_results = on_results
+        self._worker_factory = worker_factory
 
-    async def check(self) -> tuple[Identity, int]:
+    async def check(self) -> tuple[ModelIdentity, int]:
         """Load the model and ask the venues for what is wanted, in place of :meth:`run`.
 
         Raises SettingsError and WorkerError for what the user can mend, SourceError where a venue
         does not answer. Returns who forecasts, and how many series.
         """
         async with AsyncExitStack() as stack:
-            worker = hire(self.settings, self.metrics, self._make_worker)
+            worker = create_backend(self.settings, self.metrics, self._worker_factory)
             stack.push_async_callback(worker.close)
             for source in self._sources.values():
                 stack.push_async_callback(source.close)
             await self._universe.check()
             return await worker.start(), len(self._universe.series)
 
-    def checks(self) -> dict[str, str]:
-        return {"worker": self._worker.healthy(), **super().checks()}
+    def readiness(self) -> dict[str, str]:
+        return {"worker": self._worker.problem(), **super().readiness()}
 
-    async def settled(self) -> None:
+    async def drain(self) -> None:
         """Return once all that was taken in is forecast and delivered; what waits on time may."""
-        await self._desk.settled()
-        await self._scheduler.settled()
+        await self._pipeline.drain()
+        await self._scheduler.drain()
         await self._outbox.drain(inf)
 
     async def _open(self, stack: AsyncExitStack) -> State:
         state = await super()._open(stack)
-        self._worker = hire(self.settings, self.metrics, self._make_worker)
+        self._worker = create_backend(self.settings, self.metrics, self._worker_factory)
         stack.push_async_callback(self._worker.close)
         return state
 
-    def _steps(self) -> Sequence[Iterable[progress.Work]]:
-        working = progress.forecasting(self._scheduler, self._worker, self.metrics)
-        return (*super()._steps(), working)
+    def _stall_checks(self) -> Sequence[Iterable[progress.StallCheck]]:
+        working = progress.forecast_checks(self._scheduler, self._worker, self.metrics)
+        return (*super()._stall_checks(), working)
 
     async def _work(self) -> None:
-        if not await self._unless_stopped(self._start()):
+        if not await self._run_until_stopped(self._start()):
             return
         async with asyncio.TaskGroup() as tasks:
             beside = [
                 tasks.create_task(work)
-                for work in (self._worker.run(), self._scheduler.run(), self._graveyard.run())
+                for work in (self._worker.run(), self._scheduler.run(), self._dead_letters.run())
             ]
-            await self._take_in()
+            await self._run_intake()
             began = asyncio.get_running_loop().time()
             whole = await self._scheduler.finish(self.settings.stop_grace)
-            await self._graveyard.flush()
-            await self._deliver(began, whole=whole)
+            await self._dead_letters.flush()
+            await self._drain_outbox(began, batch_finished=whole)
             for task in beside:
                 task.cancel()
 
@@ -120,46 +120,46 @@ class Daemon(Following):
         """Load the model, ask the venues whether they have what is asked for, load the state."""
         async with asyncio.TaskGroup() as tasks:  # where one fails, the other is not left running
             loading = tasks.create_task(self._worker.start())
-            tasks.create_task(self._settle_universe())
-        self._put_together(loading.result())
-        await self._desk.start(self._universe.series)
-        await self._say_what_is_gone()
+            tasks.create_task(self._resolve_universe())
+        self._build(loading.result())
+        await self._pipeline.start(self._universe.series)
+        await self._retract_removed_series()
 
-    def _put_together(self, identity: Identity) -> None:
+    def _build(self, identity: ModelIdentity) -> None:
         settings = self.settings
-        press = self._press = Press(
-            composer(settings.plan(), identity),
+        press = self._publisher = ForecastPublisher(
+            build_composer(settings.forecast_config(), identity),
             self._outbox,
             self._clock,
             self._wall,
-            follows=lambda series: series in self._universe.series,
-            told=self._board.told,
+            is_followed=lambda series: series in self._universe.series,
+            on_published=self._series_status.record,
         )
-        self._graveyard = Graveyard(self._outbox, self._wall)
+        self._dead_letters = DeadLetterQueue(self._outbox, self._wall)
 
-        async def publish(results: Sequence[Result]) -> Sequence[Result]:
+        async def publish(results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
             told = await press.publish(results)
-            if self._watch is not None:
-                self._watch(told)
+            if self._on_results is not None:
+                self._on_results(told)
             return told
 
-        self._desk = Desk(
+        self._pipeline = IntakePipeline(
             self._sources,
             self._state,
-            self._take_due,
+            self._submit,
             self._clock,
             self._random,
             self.metrics,
             lookback=settings.lookback,
             catch_up=settings.catch_up,
             degraded=settings.degraded,
-            bury=self._graveyard.bury,
+            dead_letter=self._dead_letters.put,
         )
-        self._board.look_at(lambda: self._desk.followed)
+        self._series_status.track(lambda: self._pipeline.series_states)
         self._scheduler = Scheduler(
             self._worker,
-            self._desk.window,
-            self._desk.awaited,
+            self._pipeline.window,
+            self._pipeline.outstanding_bars,
             publish,
             self._clock,
             self.metrics,
@@ -168,9 +168,9 @@ class Daemon(Following):
             batch_deadline=settings.batch_deadline,
         )
 
-    def _take_due(self, due: Due) -> None:
+    def _submit(self, request: ForecastRequest) -> None:
         """The desk's word to the scheduler, which is made after it."""
-        self._scheduler.due(due)
+        self._scheduler.submit(request)
 
     async def _retract(self, series: Sequence[str]) -> None:
-        await self._press.retract(series)
+        await self._publisher.retract(series)

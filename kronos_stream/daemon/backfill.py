@@ -11,59 +11,61 @@ from kronos_stream.market.effects import Fetch
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Source, SourceError
 
-_AT_ONCE = 8
+_CONCURRENCY = 8
 """Requests under way per venue; what its limits allow is the source's to watch."""
 
-_DEADLINE_SECONDS = 120.0
+_TIMEOUT_SECONDS = 120.0
 
 
-class Question(NamedTuple):
+class BackfillRequest(NamedTuple):
     """What a tape wants to know."""
 
     series: Series
-    asked: Fetch
-    reply: Callable[[Fetch, Sequence[Candle] | SourceError], None]
+    fetch: Fetch
+    callback: Callable[[Fetch, Sequence[Candle] | SourceError], None]
 
 
 class Backfill:
     """Asks venues. As a tape asks one thing at a time, the series bound what waits here."""
 
-    def __init__(self, sources: Mapping[str, Source], room: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, sources: Mapping[str, Source], wait_for_room: Callable[[], Awaitable[None]]
+    ) -> None:
         """room: returns when more bars can be taken in."""
-        self._sources, self._room = sources, room
-        self._waiting: dict[str, asyncio.Queue[Question]] = {
+        self._sources, self._wait_for_room = sources, wait_for_room
+        self._queues: dict[str, asyncio.Queue[BackfillRequest]] = {
             venue: asyncio.Queue() for venue in sources
         }
-        self.open = 0
+        self.outstanding = 0
         """Questions without a reply."""
 
-    def ask(self, question: Question) -> None:
-        self.open += 1
-        self._waiting[question.series.venue].put_nowait(question)
+    def submit(self, request: BackfillRequest) -> None:
+        self.outstanding += 1
+        self._queues[request.series.venue].put_nowait(request)
 
     async def run(self) -> None:
         """Answer until cancelled; whatever a source raises but SourceError ends this."""
         async with asyncio.TaskGroup() as tasks:
             for venue in self._sources:
-                for _ in range(_AT_ONCE):
+                for _ in range(_CONCURRENCY):
                     tasks.create_task(self._work(venue))
 
     async def _work(self, venue: str) -> None:
-        source, waiting = self._sources[venue], self._waiting[venue]
+        source, waiting = self._sources[venue], self._queues[venue]
         while True:
             question = await waiting.get()
-            await self._room()
-            answer = await _answer(source, question)
-            self.open -= 1
-            question.reply(question.asked, answer)
+            await self._wait_for_room()
+            answer = await _fetch(source, question)
+            self.outstanding -= 1
+            question.callback(question.fetch, answer)
 
 
-async def _answer(source: Source, question: Question) -> Sequence[Candle] | SourceError:
-    start, end = question.asked
+async def _fetch(source: Source, request: BackfillRequest) -> Sequence[Candle] | SourceError:
+    start, end = request.fetch
     try:
-        async with asyncio.timeout(_DEADLINE_SECONDS):
-            return await source.history(question.series, start, end)
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            return await source.history(request.series, start, end)
     except TimeoutError:
-        return SourceError(f"no answer within {_DEADLINE_SECONDS:g} s")
+        return SourceError(f"no answer within {_TIMEOUT_SECONDS:g} s")
     except SourceError as error:
         return error

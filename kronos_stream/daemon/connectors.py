@@ -20,51 +20,51 @@ class ConnectorError(Exception):
     """A connector is not there, or cannot be used; one clause for people."""
 
 
-def names(group: Group) -> list[str]:
+def installed_names(group: Group) -> list[str]:
     """What is installed of a group."""
-    return sorted(_found(group))
+    return sorted(_entry_points(group))
 
 
-def source(venue: str) -> tuple[str, SourceConnector]:
+def load_source(venue: str) -> tuple[str, SourceConnector]:
     """The connector of a venue, and that connector's name. Raises ConnectorError."""
     for name in (venue, venue.partition(".")[0]):
-        if name in _found("sources"):
+        if name in _entry_points("sources"):
             return name, _load("sources", name, SourceConnector)
-    for name in names("sources"):
+    for name in installed_names("sources"):
         with suppress(ConnectorError):  # that one is not what was asked for
             connector = _load("sources", name, SourceConnector)
             if venue in connector.venues():
                 return name, connector
-    raise _missing("sources", venue)
+    raise _not_installed("sources", venue)
 
 
-def sink(name: str) -> SinkConnector:
+def load_sink(name: str) -> SinkConnector:
     """The connector of a sink. Raises ConnectorError."""
     return _load("sinks", name, SinkConnector)
 
 
-def relay(name: str) -> RelayConnector:
+def load_relay(name: str) -> RelayConnector:
     """The sink of role ingest. Raises ConnectorError."""
     return _load("relays", name, RelayConnector)
 
 
-def feed(name: str) -> FeedConnector:
+def load_feed(name: str) -> FeedConnector:
     """What role forecast reads. Raises ConnectorError."""
     return _load("feeds", name, FeedConnector)
 
 
-def options(name: str) -> type[Any] | None:
+def options_type(name: str) -> type[Any] | None:
     """The options of the source or sink called ``name``; None if there is neither.
 
     A source and a sink of one name share their options. Raises ConnectorError.
     """
-    if name in _found("sources"):
-        return source(name)[1].options
-    return sink(name).options if name in _found("sinks") else None
+    if name in _entry_points("sources"):
+        return load_source(name)[1].options
+    return load_sink(name).options if name in _entry_points("sinks") else None
 
 
 @cache
-def _found(group: Group) -> dict[str, EntryPoint]:
+def _entry_points(group: Group) -> dict[str, EntryPoint]:
     # Names become parts of variables: lower-case words.
     return {
         point.name: point
@@ -73,16 +73,16 @@ def _found(group: Group) -> dict[str, EntryPoint]:
     }
 
 
-def _missing(group: Group, name: str) -> ConnectorError:
+def _not_installed(group: Group, name: str) -> ConnectorError:
     return ConnectorError(
-        f"none of the {group} is called {name!r}; there are {', '.join(names(group))}"
+        f"none of the {group} is called {name!r}; there are {', '.join(installed_names(group))}"
     )
 
 
 def _load(group: Group, name: str, kind: type[_Connector]) -> _Connector:
-    point = _found(group).get(name)
+    point = _entry_points(group).get(name)
     if point is None:
-        raise _missing(group, name)
+        raise _not_installed(group, name)
     try:
         connector = point.load()
     except (ImportError, AttributeError) as error:

@@ -11,49 +11,51 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from kronos_stream.daemon.job import Identity, Plan
+from kronos_stream.daemon.job import ModelIdentity, ForecastConfig
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.scheduler import Forecasting
+from kronos_stream.daemon.scheduler import BatchForecaster
 from kronos_stream.daemon.settings import Settings
-from kronos_stream.daemon.worker import Batch, Worker, WorkerError
+from kronos_stream.daemon.worker import BatchResult, WorkerSupervisor, WorkerError
 from kronos_stream.market.contexts import Window
 
 
-class Working(Forecasting, Protocol):
+class InferenceBackend(BatchForecaster, Protocol):
     """What the daemon needs of a worker."""
 
-    def healthy(self) -> str: ...
+    def problem(self) -> str: ...
 
-    async def start(self) -> Identity: ...
+    async def start(self) -> ModelIdentity: ...
 
     async def run(self) -> None: ...
 
     async def close(self) -> None: ...
 
 
-MakeWorker: TypeAlias = Callable[[Plan, Metrics], Working]
+WorkerFactory: TypeAlias = Callable[[ForecastConfig, Metrics], InferenceBackend]
 
 
-def hire(settings: Settings, metrics: Metrics, make: MakeWorker | None = None) -> Working:
+def create_backend(
+    settings: Settings, metrics: Metrics, worker_factory: WorkerFactory | None = None
+) -> InferenceBackend:
     """What the settings ask for: a worker, or a crew where they name more devices than one."""
-    make = make or partial(Worker, standby=settings.standby)
-    plan, devices = settings.plan(), settings.devices
-    workers = [make(replace(plan, device=device), metrics) for device in devices]
-    return workers[0] if len(workers) == 1 else Crew(workers)
+    worker_factory = worker_factory or partial(WorkerSupervisor, standby=settings.standby)
+    plan, devices = settings.forecast_config(), settings.devices
+    workers = [worker_factory(replace(plan, device=device), metrics) for device in devices]
+    return workers[0] if len(workers) == 1 else WorkerPool(workers)
 
 
-class Crew:
+class WorkerPool:
     """Workers of one model on several devices."""
 
-    def __init__(self, workers: Sequence[Working]) -> None:
+    def __init__(self, workers: Sequence[InferenceBackend]) -> None:
         """workers: at least one."""
         self._workers = tuple(workers)
 
-    def healthy(self) -> str:
+    def problem(self) -> str:
         """Why nothing can be forecast just now, or not by all; empty if it can."""
-        return next((why for worker in self._workers if (why := worker.healthy())), "")
+        return next((why for worker in self._workers if (why := worker.problem())), "")
 
-    async def start(self) -> Identity:
+    async def start(self) -> ModelIdentity:
         """Start all. The first one's identity stands for all of them.
 
         Raises what a worker's start raises, and WorkerError where they would not compute alike.
@@ -78,30 +80,30 @@ class Crew:
         """End all; bounded."""
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
-    def expected(self, series: int) -> float:
+    def estimate_seconds(self, count: int) -> float:
         """Seconds that forecasting so many series takes: as long as the last share of them."""
-        shares = zip(self._workers, self._shared(series), strict=True)
-        return max(worker.expected(share) for worker, share in shares)
+        shares = zip(self._workers, self._split(count), strict=True)
+        return max(worker.estimate_seconds(share) for worker, share in shares)
 
     def capacity(self, seconds: float) -> int:
         """How many series can be forecast in so long."""
         return sum(worker.capacity(seconds) for worker in self._workers)
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         """As of a worker; each forecasts its share."""
         parts, begin = [], 0
-        for worker, share in zip(self._workers, self._shared(len(windows)), strict=True):
+        for worker, share in zip(self._workers, self._split(len(windows)), strict=True):
             if share:
                 parts.append(worker.forecast(windows[begin : begin + share], deadline))
             begin += share
         batches = await asyncio.gather(*parts)
         results = [result for batch in batches for result in batch.results]
-        return Batch(results, max((batch.seconds for batch in batches), default=0.0))
+        return BatchResult(results, max((batch.seconds for batch in batches), default=0.0))
 
-    def _shared(self, series: int) -> Iterator[int]:
+    def _split(self, count: int) -> Iterator[int]:
         """How many of so many series each worker gets."""
         speeds = [
-            0.0 if worker.healthy() else 1 / max(worker.expected(1), 1e-9)
+            0.0 if worker.problem() else 1 / max(worker.estimate_seconds(1), 1e-9)
             for worker in self._workers
         ]
         if not any(speeds):  # whoever is replaced first
@@ -109,6 +111,6 @@ class Crew:
         done, total, part = 0, sum(speeds), 0.0
         for speed in speeds:
             part += speed
-            upto = round(series * part / total)
+            upto = round(count * part / total)
             yield upto - done
             done = upto

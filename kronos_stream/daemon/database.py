@@ -23,15 +23,15 @@ _T = TypeVar("_T")
 
 APPLICATION_ID = 0x4B524F4E
 """KRON: marks the file as ours."""
-_BUSY_SECONDS = 10.0
+_BUSY_TIMEOUT_SECONDS = 10.0
 """How long somebody else, with a shell on the file, may hold it up."""
 _CACHE_KB = 32_768
 """With SQLite's own 2 MB, a batch of forecasts takes twice as long."""
 
-_MEMORY = Path(":memory:")
+_IN_MEMORY = Path(":memory:")
 """SQLite's name of a database without a file."""
 
-_CURES = {
+_REMEDIES = {
     sqlite3.SQLITE_NOTADB: "not a state file; name another file, or move this one away",
     sqlite3.SQLITE_CORRUPT: (
         "damaged; move it away with its -wal file and start again: bars come back from the venues, "
@@ -54,16 +54,16 @@ class StateError(Exception):
 class Database:
     """An open file. Calls queue for its thread, so that the event loop never waits for a disk."""
 
-    sql: sqlite3.Connection
+    connection: sqlite3.Connection
     """For the functions given to :meth:`read` and :meth:`write` alone."""
 
     def __init__(self, path: Path, lock: int | None) -> None:
         """:meth:`open` makes one."""
         self.path = path
-        self.forget: Callable[[], None] = _nothing
+        self.on_rollback: Callable[[], None] = _noop
         """Called in the thread when a transaction did not happen, to drop what was made of it."""
         self._lock = lock
-        self._thread = ThreadPoolExecutor(1, "state")
+        self._executor = ThreadPoolExecutor(1, "state")
 
     @classmethod
     async def open(cls, path: Path | None, schema: Sequence[str]) -> Self:
@@ -74,21 +74,21 @@ class Database:
         schema: one script per version, each leading from the version before; never changed later.
         """
         loop = asyncio.get_running_loop()
-        lock = None if path is None else await loop.run_in_executor(None, _locked, path)
-        database = cls(path or _MEMORY, lock)
+        lock = None if path is None else await loop.run_in_executor(None, _acquire_lock, path)
+        database = cls(path or _IN_MEMORY, lock)
         try:
             await database.read(lambda: database._connect(schema))
         except BaseException:
-            database._let_go()
+            database._release()
             raise
         return database
 
     async def close(self) -> None:
         """Fold the log into the file and let go of it."""
         try:
-            await self.read(self.sql.close)
+            await self.read(self.connection.close)
         finally:
-            self._let_go()
+            self._release()
 
     async def read(self, work: Callable[[], _T]) -> _T:
         """What ``work`` gives, in the database's thread. Raises StateError."""
@@ -97,9 +97,9 @@ class Database:
             try:
                 return work()
             except sqlite3.Error as error:
-                raise self._explained(error) from error
+                raise self._to_state_error(error) from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._thread, explained)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, explained)
 
     async def write(self, work: Callable[[], _T]) -> _T:
         """As :meth:`read`, in one transaction: all of it has happened on return, or none.
@@ -108,38 +108,40 @@ class Database:
         """
 
         def transaction() -> _T:
-            self.sql.execute("BEGIN IMMEDIATE")
+            self.connection.execute("BEGIN IMMEDIATE")
             try:
                 result = work()
-                self.sql.execute("COMMIT")
+                self.connection.execute("COMMIT")
             except BaseException:
-                self.forget()
-                if self.sql.in_transaction:
-                    self.sql.execute("ROLLBACK")
+                self.on_rollback()
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
             return result
 
         return await self.read(transaction)
 
-    def _let_go(self) -> None:
-        self._thread.shutdown(wait=False)
+    def _release(self) -> None:
+        self._executor.shutdown(wait=False)
         if self._lock is not None:
             os.close(self._lock)
 
     def _connect(self, schema: Sequence[str]) -> None:
-        self.sql = sqlite3.connect(self.path, isolation_level=None, timeout=_BUSY_SECONDS)
+        self.connection = sqlite3.connect(
+            self.path, isolation_level=None, timeout=_BUSY_TIMEOUT_SECONDS
+        )
         try:
-            self._check(newest=len(schema))
-            self._tune()
+            self._check_version(newest=len(schema))
+            self._set_pragmas()
             self._migrate(schema)
         except BaseException:
-            self.sql.close()
+            self.connection.close()
             raise
 
-    def _check(self, newest: int) -> None:
-        version = self._number("PRAGMA user_version")
-        tables = self._number("SELECT count(*) FROM sqlite_master")
-        if tables and self._number("PRAGMA application_id") != APPLICATION_ID:
+    def _check_version(self, newest: int) -> None:
+        version = self._scalar("PRAGMA user_version")
+        tables = self._scalar("SELECT count(*) FROM sqlite_master")
+        if tables and self._scalar("PRAGMA application_id") != APPLICATION_ID:
             raise StateError(f"{self.path}: a database, but none of ours; name another file")
         if version > newest:
             raise StateError(
@@ -147,46 +149,46 @@ class Database:
                 "use that version, or another file"
             )
 
-    def _tune(self) -> None:
-        self.sql.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file alone
-        mode = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
-        if self.path != _MEMORY and mode != ("wal",):
+    def _set_pragmas(self) -> None:
+        self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file alone
+        mode = self.connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if self.path != _IN_MEMORY and mode != ("wal",):
             raise StateError(f"{self.path}: not on a local disk; name a file on one")
-        self.sql.execute("PRAGMA synchronous = NORMAL")
-        self.sql.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
+        self.connection.execute("PRAGMA synchronous = NORMAL")
+        self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
 
     def _migrate(self, schema: Sequence[str]) -> None:
-        had = self._number("PRAGMA user_version")
+        had = self._scalar("PRAGMA user_version")
         for version, script in enumerate(schema[had:], had + 1):
             if had:
                 _log.info("state file brought up to date", path=str(self.path), schema=version)
-            self.sql.executescript(
+            self.connection.executescript(
                 f"BEGIN; {script}; PRAGMA application_id = {APPLICATION_ID}; "
                 f"PRAGMA user_version = {version}; COMMIT;"
             )
 
-    def _number(self, query: str) -> int:
-        number: int = self.sql.execute(query).fetchone()[0]
+    def _scalar(self, query: str) -> int:
+        number: int = self.connection.execute(query).fetchone()[0]
         return number
 
-    def _explained(self, error: sqlite3.Error) -> StateError:
+    def _to_state_error(self, error: sqlite3.Error) -> StateError:
         code = getattr(error, "sqlite_errorcode", None)
-        cure = None if code is None else _CURES.get(code & 0xFF)
+        cure = None if code is None else _REMEDIES.get(code & 0xFF)
         return StateError(f"{self.path}: {f'{cure} ({error})' if cure else error}")
 
 
-def _nothing() -> None:
+def _noop() -> None:
     pass
 
 
-def lock_name(path: Path) -> Path:
+def lock_path(path: Path) -> Path:
     """The file that whoever has ``path`` open holds locked; its process number is in there."""
     return path.with_name(path.name + ".lock")
 
 
-def _locked(path: Path) -> int:
+def _acquire_lock(path: Path) -> int:
     """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
-    name = lock_name(path)
+    name = lock_path(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -9,7 +9,7 @@ from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 
 
-class Due(NamedTuple):
+class ForecastRequest(NamedTuple):
     """A closed bar, saved and in its context; exactly one outcome is recorded for it."""
 
     series: Series
@@ -20,7 +20,7 @@ class Due(NamedTuple):
     """Close of the bar, UTC ms: open of the next."""
     received: int
     """UTC ms when the venue's last word on it arrived."""
-    obstacle: str | None = None
+    skip_reason: str | None = None
     """Why it cannot be forecast ("gap", "warming up"), if so."""
 
 
@@ -35,10 +35,10 @@ class Outcome(NamedTuple):
     """Why it was skipped: overrun, revised, gap, warming up, stale, failed, removed."""
 
 
-class Result(NamedTuple):
+class ForecastResult(NamedTuple):
     """What became of a due bar, with the forecast if there is one."""
 
-    due: Due
+    request: ForecastRequest
     window: Window | None = None
     outlook: Outlook | None = None
     reason: str = ""
@@ -51,12 +51,12 @@ class Result(NamedTuple):
     """What its batch took in the worker."""
 
     @property
-    def removed(self) -> Result:
+    def as_removed(self) -> ForecastResult:
         """The same for a series that is followed no more."""
-        return Result(self.due, reason="removed")
+        return ForecastResult(self.request, reason="removed")
 
     @property
     def outcome(self) -> Outcome:
-        due = self.due
+        due = self.request
         kind: Literal["forecast", "skipped"] = "skipped" if self.outlook is None else "forecast"
         return Outcome(due.series.name, due.origin, due.revision, kind, self.reason)

@@ -16,31 +16,31 @@ from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
-from kronos_stream.daemon.logs import hide, without_passwords
-from kronos_stream.daemon.settings import PREFIX, Settings, SettingsError, variable
-from kronos_stream.daemon.textfile import read_small
+from kronos_stream.daemon.logs import register_secrets, redact
+from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError, variable_name
+from kronos_stream.daemon.textfile import read_text_file
 from kronos_stream.market.timeframe import Timeframe
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-_FILE = "_FILE"
+_FILE_SUFFIX = "_FILE"
 
 BROKER = "kafka"
 """What carries candles from role ingest to role forecast."""
 
-_OTHERS_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_FOREIGN_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
-_LISTS = {tuple, list, set, frozenset}
+_COLLECTION_TYPES = {tuple, list, set, frozenset}
 
-_SHOWN = 60
+_MAX_VALUE_LENGTH = 60
 """Characters of a value that are shown."""
-_REASON = 400
+_MAX_REASON_LENGTH = 400
 """Of why it will not do, which may repeat it."""
 
 # What Kubernetes tells every container about a Service whose name begins with kronos-stream.
-_SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
-_SERVICE_PORT = re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
-_SERVICE_URL = ("tcp://", "udp://", "sctp://")
+_KUBERNETES_SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
+_KUBERNETES_PORT = re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_KUBERNETES_URL = ("tcp://", "udp://", "sctp://")
 
 
 def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
@@ -52,9 +52,9 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
 
     live: False for a replay, which needs neither symbols nor a sink.
     """
-    given = _given(environ)
+    given = _read_variables(environ)
     settings = _parse(Settings, given)
-    problems = list(_unfit(settings)) if live else []
+    problems = list(_find_role_conflicts(settings)) if live else []
     venues: dict[str, None] = {}
     if live and settings.role != "forecast":
         try:
@@ -64,21 +64,25 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
     for venue in venues if settings.role == "ingest" else ():
         if venue.partition(".")[0] == BROKER:
             problems.append(
-                f"{variable('symbols')}: {variable('role')}=ingest cannot take candles from the "
+                f"{variable_name('symbols')}: {variable_name('role')}=ingest cannot take candles from the "
                 f"topics that it writes to; name other venues than {venue}"
             )
     options: dict[str, Any] = {}
     for field, load, wanted in (
-        ("symbols", connectors.source, venues),
-        ("sinks", lambda name: (name, connectors.sink(name)), settings.sinks),
-        ("role", lambda name: (name, connectors.relay(name)), _broker(settings, live=live)),
+        ("symbols", connectors.load_source, venues),
+        ("sinks", lambda name: (name, connectors.load_sink(name)), settings.sinks),
+        (
+            "role",
+            lambda name: (name, connectors.load_relay(name)),
+            _required_relays(settings, live=live),
+        ),
     ):
         for asked in wanted:
             try:
                 name, connector = load(asked)
                 options[name] = _parse(connector.options, given, name)
             except ConnectorError as error:
-                problems.append(f"{variable(field)}: {error}")
+                problems.append(f"{variable_name(field)}: {error}")
             except SettingsError as error:
                 problems.extend(error.problems)
     if problems:
@@ -89,27 +93,27 @@ def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
 def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
     """What ``environ`` tells the connector ``name``: its options. Raises SettingsError."""
     try:
-        kind = connectors.options(name)
+        kind = connectors.options_type(name)
     except ConnectorError as error:
         raise SettingsError(str(error)) from error
     if kind is None:
         raise SettingsError(f"no connector is called {name}")
-    return _parse(kind, _given(environ), name)
+    return _parse(kind, _read_variables(environ), name)
 
 
 def candle_timeframes(environ: Mapping[str, str]) -> Sequence[Timeframe]:
     """Those whose candle topics the role in ``environ`` needs. Raises SettingsError."""
-    settings = _parse(Settings, _given(environ))
-    return () if settings.role == "all" else settings.lengths()
+    settings = _parse(Settings, _read_variables(environ))
+    return () if settings.role == "all" else settings.candle_timeframes()
 
 
-def told(environ: Mapping[str, str]) -> dict[str, str]:
+def redacted_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Our variables that are set, and to what; secrets withheld. Raises SettingsError."""
     shown = {}
-    for name, value in _given(environ).items():
+    for name, value in _read_variables(environ).items():
         from_file = environ.get(name) != value
-        withheld = from_file or _secret(name)
-        shown[name] = "***" if withheld else _short(without_passwords(value))
+        withheld = from_file or _is_secret(name)
+        shown[name] = "***" if withheld else _truncate(redact(value))
     return shown
 
 
@@ -120,31 +124,33 @@ class Setting(NamedTuple):
     """The variable."""
     default: str
     """As it would be set; empty if there is none."""
-    about: str
+    description: str
 
 
-def describe() -> Iterator[Setting]:
+def describe_settings() -> Iterator[Setting]:
     """Every setting there is, of the installed connectors, too."""
-    yield from _describe(Settings)
-    for name in sorted({*connectors.names("sources"), *connectors.names("sinks")}):
+    yield from _describe_model(Settings)
+    for name in sorted(
+        {*connectors.installed_names("sources"), *connectors.installed_names("sinks")}
+    ):
         with suppress(ConnectorError):  # said where it is asked for
-            yield from _describe(connectors.options(name), name)
+            yield from _describe_model(connectors.options_type(name), name)
 
 
-def _describe(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a class of pydantic's
+def _describe_model(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a class of pydantic's
     for name, field in _variables(model, *path):
         default = field.get_default(call_default_factory=True)
-        yield Setting(name, _shown(default), " ".join((field.description or "").split()))
+        yield Setting(name, _format_default(default), " ".join((field.description or "").split()))
 
 
-def _shown(value: object) -> str:
+def _format_default(value: object) -> str:
     if value is None or value is PydanticUndefined or isinstance(value, SecretStr):
         return ""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.15g}"
-    return ",".join(map(_shown, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(_format_default, value)) if isinstance(value, tuple) else str(value)
 
 
 def _variables(model: Any, *path: str) -> Iterator[tuple[str, FieldInfo]]:  # noqa: ANN401
@@ -153,167 +159,171 @@ def _variables(model: Any, *path: str) -> Iterator[tuple[str, FieldInfo]]:  # no
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _variables(field.annotation, *path, name)
         elif not (field.exclude and model is Settings):
-            yield variable(*path, name), field
+            yield variable_name(*path, name), field
 
 
-def _given(environ: Mapping[str, str]) -> dict[str, str]:
+def _read_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Our variables that are set, those in files included. SettingsError for any unknown."""
     given = {
         name: value
         for name, value in environ.items()
-        if value and name.upper().startswith(PREFIX) and not _from_kubernetes(name, value)
+        if value
+        and name.upper().startswith(ENV_PREFIX)
+        and not _is_kubernetes_variable(name, value)
     }
     folder = Path(
-        given.get(variable("secrets_dir")) or Settings.model_fields["secrets_dir"].default
+        given.get(variable_name("secrets_dir")) or Settings.model_fields["secrets_dir"].default
     )
-    given = _in_folder(folder) | given
-    known = _known(given)
+    given = _read_secrets_dir(folder) | given
+    known = _known_variables(given)
     problems: list[str] = []
-    hide(*(environ.get(name, "") for name in _OTHERS_SECRETS))
+    register_secrets(*(environ.get(name, "") for name in _FOREIGN_SECRETS))
     for name in [*given]:
-        owner = name.removesuffix(_FILE)
+        owner = name.removesuffix(_FILE_SUFFIX)
         if name in known:
             continue
         if "__" in owner and owner in known and name != owner:
             try:
-                given.setdefault(owner, _read(Path(given.pop(name)), name))
+                given.setdefault(owner, _read_secret(Path(given.pop(name)), name))
             except SettingsError as error:
                 problems.extend(error.problems)
         else:
-            problems.append(_unknown(name, known))
-    hide(*(value for name, value in given.items() if name in known and _secret(name)))
+            problems.append(_unknown_variable_error(name, known))
+    register_secrets(
+        *(value for name, value in given.items() if name in known and _is_secret(name))
+    )
     if problems:
         raise SettingsError(problems)
     return given
 
 
-def _from_kubernetes(name: str, value: str) -> bool:
-    tail = name.removeprefix(PREFIX)
+def _is_kubernetes_variable(name: str, value: str) -> bool:
+    tail = name.removeprefix(ENV_PREFIX)
     return bool(
-        _SERVICE.fullmatch(tail)
-        or _SERVICE_PORT.fullmatch(tail)
-        or (tail.endswith("PORT") and value.startswith(_SERVICE_URL))
+        _KUBERNETES_SERVICE.fullmatch(tail)
+        or _KUBERNETES_PORT.fullmatch(tail)
+        or (tail.endswith("PORT") and value.startswith(_KUBERNETES_URL))
     )
 
 
-def _in_folder(folder: Path) -> dict[str, str]:
+def _read_secrets_dir(folder: Path) -> dict[str, str]:
     """Files called like variables, in either case."""
-    name = variable("secrets_dir")
+    name = variable_name("secrets_dir")
     try:
-        files = [path for path in folder.iterdir() if path.name.upper().startswith(PREFIX)]
+        files = [path for path in folder.iterdir() if path.name.upper().startswith(ENV_PREFIX)]
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise SettingsError(f"{name}: {folder}: {error.strerror}") from None
-    texts = {path.name.upper(): _read(path, name) for path in sorted(files)}
+    texts = {path.name.upper(): _read_secret(path, name) for path in sorted(files)}
     return {owner: text for owner, text in texts.items() if text}
 
 
-def _read(path: Path, name: str) -> str:
+def _read_secret(path: Path, name: str) -> str:
     """A secret, which ``name`` leads to: a file's text without the line end that editors add."""
     try:
-        return read_small(path).removesuffix("\n").removesuffix("\r")
+        return read_text_file(path).removesuffix("\n").removesuffix("\r")
     except ValueError as error:
         raise SettingsError(f"{name}: {path}: {error}") from None
 
 
-def _known(given: Iterable[str]) -> set[str]:
+def _known_variables(given: Iterable[str]) -> set[str]:
     """The variables there are; of connectors, those that are spoken to."""
     known = {name for name, _ in _variables(Settings)}
-    others = {name.removeprefix(PREFIX) for name in given if name not in known}
+    others = {name.removeprefix(ENV_PREFIX) for name in given if name not in known}
     for connector in sorted({name.partition("__")[0].lower() for name in others if "__" in name}):
         try:
-            options = connectors.options(connector)
+            options = connectors.options_type(connector)
         except ConnectorError as error:
-            raise SettingsError(f"{variable(connector)}__*: {error}") from error
+            raise SettingsError(f"{variable_name(connector)}__*: {error}") from error
         if options is not None:
             known |= {name for name, _ in _variables(options, connector)}
     return known
 
 
-def _unknown(name: str, known: Collection[str]) -> str:
-    names = [one.removeprefix(PREFIX) for one in known]
-    near = get_close_matches(name.upper().removeprefix(PREFIX), sorted(names), n=1, cutoff=0.7)
-    cure = f"did you mean {PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
+def _unknown_variable_error(name: str, known: Collection[str]) -> str:
+    names = [one.removeprefix(ENV_PREFIX) for one in known]
+    near = get_close_matches(name.upper().removeprefix(ENV_PREFIX), sorted(names), n=1, cutoff=0.7)
+    cure = f"did you mean {ENV_PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
     return f"{name}: there is no such setting; {cure}"
 
 
-def _broker(settings: Settings, *, live: bool) -> Sequence[str]:
+def _required_relays(settings: Settings, *, live: bool) -> Sequence[str]:
     """What carries candles between the roles, where there are several."""
     return (BROKER,) if live and settings.role != "all" else ()
 
 
-def _unfit(settings: Settings) -> Iterator[str]:
+def _find_role_conflicts(settings: Settings) -> Iterator[str]:
     """What does not go with the role."""
-    role = f"{variable('role')}={settings.role}"
+    role = f"{variable_name('role')}={settings.role}"
     if settings.role != "ingest" and not settings.sinks:
-        yield _no_sink()
+        yield _missing_sinks_error()
     if settings.role == "ingest" and settings.sinks:
         yield (
-            f"{variable('sinks')}: {role} writes candles to Kafka, and no forecasts; unset it, or "
+            f"{variable_name('sinks')}: {role} writes candles to Kafka, and no forecasts; unset it, or "
             "set it where forecasts are made"
         )
     if settings.role == "forecast" and (settings.symbols or settings.symbols_file):
         yield (
-            f"{variable('symbols' if settings.symbols else 'symbols_file')}: {role} forecasts what "
-            f"is in the candle topics of {variable('timeframes')}; unset it, or set it where "
-            f"{variable('role')}=ingest"
+            f"{variable_name('symbols' if settings.symbols else 'symbols_file')}: {role} forecasts what "
+            f"is in the candle topics of {variable_name('timeframes')}; unset it, or set it where "
+            f"{variable_name('role')}=ingest"
         )
 
 
-def _no_sink() -> str:
+def _missing_sinks_error() -> str:
     return (
-        f"{variable('sinks')} is empty, so forecasts would go nowhere: set it to any of "
-        f"{','.join(connectors.names('sinks'))}"
+        f"{variable_name('sinks')} is empty, so forecasts would go nowhere: set it to any of "
+        f"{','.join(connectors.installed_names('sinks'))}"
     )
 
 
-def _secret(name: str) -> bool:
+def _is_secret(name: str) -> bool:
     """Whether a variable's value is never shown."""
     fields = dict(_variables(Settings))
-    connector = name.removeprefix(PREFIX).partition("__")[0].lower()
-    if name not in fields and (options := connectors.options(connector)) is not None:
+    connector = name.removeprefix(ENV_PREFIX).partition("__")[0].lower()
+    if name not in fields and (options := connectors.options_type(connector)) is not None:
         fields |= dict(_variables(options, connector))
     kind = fields[name].annotation
     return SecretStr in {kind, *get_args(kind)}
 
 
-class _Variables(EnvSettingsSource):
+class _VariablesSource(EnvSettingsSource):
     """A model's variables, out of those that are given; lists with commas in place of JSON."""
 
     def __init__(self, model: Any, given: Mapping[str, str], *path: str) -> None:  # noqa: ANN401
-        super().__init__(model, env_prefix=variable(*path, ""), env_nested_delimiter="__")
+        super().__init__(model, env_prefix=variable_name(*path, ""), env_nested_delimiter="__")
         self.env_vars = {name.lower(): value for name, value in given.items()}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: str) -> Any:  # noqa: ANN401, ARG002
-        if get_origin(field.annotation) not in _LISTS:
+        if get_origin(field.annotation) not in _COLLECTION_TYPES:
             return value
         return [part.strip() for part in value.split(",") if part.strip()]
 
 
 def _parse(kind: type[_Model], given: Mapping[str, str], *path: str) -> _Model:
     try:
-        return kind(**_Variables(kind, given, *path)())
+        return kind(**_VariablesSource(kind, given, *path)())
     except ValidationError as error:
-        raise SettingsError(_explain(error, given, *path)) from None
+        raise SettingsError(_format_errors(error, given, *path)) from None
 
 
-def _explain(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:
+def _format_errors(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:
     """A line per variable. Values of connectors are not repeated: they may hold secrets."""
     lines: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False):
         within = [part for part in fault["loc"] if isinstance(part, str)]
-        name = variable(*path, *within) if within else variable(*path, "*")
+        name = variable_name(*path, *within) if within else variable_name(*path, "*")
         reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        reason = reason if len(reason) <= _REASON else f"{reason[:_REASON]}…"
+        reason = reason if len(reason) <= _MAX_REASON_LENGTH else f"{reason[:_MAX_REASON_LENGTH]}…"
         line = f"{name}: {reason}"
         if fault["type"] == "missing":
             line = f"{name} is not set, and has no default"
-        elif name in given and not path and not _secret(name):
-            line = f"{name}={_short(given[name])}: {reason}"
+        elif name in given and not path and not _is_secret(name):
+            line = f"{name}={_truncate(given[name])}: {reason}"
         lines.setdefault(name, line)
     return list(lines.values())
 
 
-def _short(value: str) -> str:
-    return value if len(value) <= _SHOWN else f"{value[:_SHOWN]}…"
+def _truncate(value: str) -> str:
+    return value if len(value) <= _MAX_VALUE_LENGTH else f"{value[:_MAX_VALUE_LENGTH]}…"

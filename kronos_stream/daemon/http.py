@@ -17,12 +17,12 @@ from typing import Self
 import structlog
 from aiohttp import web
 
-from kronos_stream.daemon.pages import Answer, Pages, problem
-from kronos_stream.daemon.settings import Http, SettingsError, variable
+from kronos_stream.daemon.pages import Response, Endpoints, error_response
+from kronos_stream.daemon.settings import HttpSettings, SettingsError, variable_name
 
 _log = structlog.get_logger()
 
-MOST_CONNECTIONS = 64
+MAX_CONNECTIONS = 64
 IDLE_SECONDS = 20.0
 """A connection is ended when no request of it was answered, and the answer read, for so long."""
 
@@ -32,18 +32,18 @@ _STOP_SECONDS = 1.0
 
 # What aiohttp says of malformed requests is of no use to whoever runs the daemon, and any client
 # could fill the log with it. Failures of our own are logged here.
-_silent = logging.getLogger(f"{__name__}.silent")
-_silent.disabled = True
+_disabled_logger = logging.getLogger(f"{__name__}.silent")
+_disabled_logger.disabled = True
 
 
-class Served:
+class StatusServer:
     """The pages, served while the ``async with`` block runs."""
 
-    def __init__(self, settings: Http, pages: Pages) -> None:
+    def __init__(self, settings: HttpSettings, pages: Endpoints) -> None:
         self.port = settings.port
-        self._host, self._pages = settings.host, pages
-        self._door = _Door(pages)
-        self._runner = web.ServerRunner(self._door, shutdown_timeout=_STOP_SECONDS)
+        self._host, self._endpoints = settings.host, pages
+        self._limiter = _ConnectionLimiter(pages)
+        self._runner = web.ServerRunner(self._limiter, shutdown_timeout=_STOP_SECONDS)
 
     async def __aenter__(self) -> Self:
         """Listen. Raises SettingsError where that is impossible."""
@@ -52,10 +52,12 @@ class Served:
             await web.TCPSite(self._runner, self._host, self.port).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise SettingsError(explain(error, self._host, self.port)) from None
+            raise SettingsError(explain_bind_error(error, self._host, self.port)) from None
         addresses = self._runner.addresses
         self.port = addresses[0][1]
-        self._pages.private = all(ip_address(address[0]).is_loopback for address in addresses)
+        self._endpoints.loopback_only = all(
+            ip_address(address[0]).is_loopback for address in addresses
+        )
         _log.info("metrics and health are served", host=self._host, port=self.port)
         return self
 
@@ -66,16 +68,16 @@ class Served:
         trace: TracebackType | None,
     ) -> None:
         await self._runner.cleanup()
-        self._door.clear()
+        self._limiter.clear()
 
 
-class _Door(web.Server):
+class _ConnectionLimiter(web.Server):
     """Lets connections in, and shows those out that get nowhere."""
 
-    def __init__(self, pages: Pages) -> None:
+    def __init__(self, pages: Endpoints) -> None:
         super().__init__(
-            self._answer,
-            logger=_silent,
+            self._handle,
+            logger=_disabled_logger,
             access_log=None,
             max_line_size=_LINE_BYTES,
             max_field_size=_LINE_BYTES,
@@ -83,30 +85,30 @@ class _Door(web.Server):
             lingering_time=0,  # bodies are not waited for: no page takes any
             auto_decompress=False,
         )
-        self._pages = pages
-        self._inside: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+        self._endpoints = pages
+        self._active: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
         """The one that got somewhere last stands last."""
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        if len(self._inside) >= MOST_CONNECTIONS:
-            self._show_out(next(iter(self._inside)))
-        self._inside[handler] = transport, self._timer(handler)
+        if len(self._active) >= MAX_CONNECTIONS:
+            self._evict(next(iter(self._active)))
+        self._active[handler] = transport, self._timer(handler)
 
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
-        if handler in self._inside:
-            self._inside.pop(handler)[1].cancel()
+        if handler in self._active:
+            self._active.pop(handler)[1].cancel()
         super().connection_lost(handler, exc)
 
     def clear(self) -> None:
         """End what is left, unread answers included."""
-        for handler in list(self._inside):
-            self._show_out(handler)
+        for handler in list(self._active):
+            self._evict(handler)
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._page(request)
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        answer = await self._respond(request)
         response = web.Response(
             body=answer.body,
             status=answer.status,
@@ -116,40 +118,42 @@ class _Door(web.Server):
             response.force_close()
         await response.prepare(request)
         await response.write_eof()  # returns once the client has read, but for the last 64 KiB
-        self._got_somewhere(request.protocol)
+        self._touch(request.protocol)
         return response
 
-    async def _page(self, request: web.BaseRequest) -> Answer:
+    async def _respond(self, request: web.BaseRequest) -> Response:
         headers = request.headers
         try:
-            return await self._pages.answer(
+            return await self._endpoints.handle(
                 request.method, request.rel_url.raw_path, headers.get("Authorization")
             )
         except Exception:  # noqa: BLE001 - a page is no reason to end the daemon
             _log.exception("page failed", path=request.rel_url.raw_path[:200])
-            return problem(500, "this page failed; the daemon's log says why")
+            return error_response(500, "this page failed; the daemon's log says why")
 
     def _timer(self, handler: web.RequestHandler) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(IDLE_SECONDS, self._show_out, handler)
+        return asyncio.get_running_loop().call_later(IDLE_SECONDS, self._evict, handler)
 
-    def _got_somewhere(self, handler: web.RequestHandler) -> None:
-        if handler in self._inside:
-            transport, timer = self._inside.pop(handler)
+    def _touch(self, handler: web.RequestHandler) -> None:
+        if handler in self._active:
+            transport, timer = self._active.pop(handler)
             timer.cancel()
-            self._inside[handler] = transport, self._timer(handler)
+            self._active[handler] = transport, self._timer(handler)
 
-    def _show_out(self, handler: web.RequestHandler) -> None:
-        transport, timer = self._inside.pop(handler)
+    def _evict(self, handler: web.RequestHandler) -> None:
+        transport, timer = self._active.pop(handler)
         timer.cancel()
         transport.abort()  # close() would wait for a client that does not read
 
 
-def explain(error: OSError, host: str, port: int) -> str:
+def explain_bind_error(error: OSError, host: str, port: int) -> str:
     """Why one cannot listen there, and what to do."""
     if error.errno == errno.EADDRINUSE:
         why = f"another program listens on {host} there; choose another, or 0 for any that is free"
-        return f"{variable('http', 'port')}={port}: {why}"
+        return f"{variable_name('http', 'port')}={port}: {why}"
     if error.errno == errno.EACCES:
-        return f"{variable('http', 'port')}={port}: not ours to listen on; choose one above 1023"
+        return (
+            f"{variable_name('http', 'port')}={port}: not ours to listen on; choose one above 1023"
+        )
     why = "is no address of this machine; 127.0.0.1 is for itself alone, 0.0.0.0 for all"
-    return f"{variable('http', 'host')}={host}: {why}"
+    return f"{variable_name('http', 'host')}={host}: {why}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kronos_stream.forecast.outlook import PublishedPaths, Outlook
 
-LENGTH = struct.Struct("<Q")
+FRAME_LENGTH = struct.Struct("<Q")
 """What goes before each frame: how many bytes it has."""
 
 _CLOSE, _VOLUME, _AMOUNT = 3, 4, 5
@@ -28,12 +28,12 @@ _SMALL_SPREAD = 1e-3
 _ULP = 2.0**-24
 """Half the distance of float32 neighbours, relatively: what a flat price may be said to move."""
 
-_LARGEST = 2.0**56
+_MAX_TURNOVER = 2.0**56
 """Scaled turnover stays below: the model's normalisation squares it and adds up, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ForecastConfig:
     """What a worker draws; fixed for its life."""
 
     model: str
@@ -53,11 +53,11 @@ class Plan:
     seed: int = 0
     anchor: bool = True
     quantiles: tuple[float, ...] = (0.05, 0.25, 0.5, 0.75, 0.95)
-    keep: PublishedPaths = "none"
+    include_paths: PublishedPaths = "none"
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class ModelIdentity:
     """Who forecasts, for messages: what was loaded, and where it computes."""
 
     model: str
@@ -72,7 +72,7 @@ class Identity:
     """Version of this program."""
 
 
-class Task(NamedTuple):
+class InferenceRequest(NamedTuple):
     """One context to forecast from, in the venue's units."""
 
     series: str
@@ -82,38 +82,38 @@ class Task(NamedTuple):
     last: float
 
 
-class Load(NamedTuple):
+class LoadModel(NamedTuple):
     """The daemon's first word: load the model."""
 
-    plan: Plan
+    config: ForecastConfig
     measure: bool
     """Whether to time a forecast, so that batches can be sized."""
 
 
-class Job(NamedTuple):
+class RequestChunk(NamedTuple):
     """A piece of a batch; its last piece starts the work."""
 
-    tasks: list[Task]
-    complete: bool
+    requests: list[InferenceRequest]
+    is_last: bool
 
 
-class Ready(NamedTuple):
+class ModelLoaded(NamedTuple):
     """The model is loaded."""
 
-    identity: Identity
-    series: int
+    identity: ModelIdentity
+    measured_series: int
     """How many series were forecast to measure, 0 if none."""
-    seconds: float
+    measured_seconds: float
     """How long they took."""
 
 
-class Refused(NamedTuple):
+class LoadFailed(NamedTuple):
     """The plan cannot be carried out; the user can mend it."""
 
     reason: str
 
 
-class Drawn(NamedTuple):
+class InferenceResult(NamedTuple):
     """A task's forecast, in the venue's units."""
 
     outlook: Outlook
@@ -121,28 +121,30 @@ class Drawn(NamedTuple):
     """What prices were multiplied with for the model."""
 
 
-class Failed(NamedTuple):
+class InferenceFailure(NamedTuple):
     """A task that cannot be forecast, whatever the others are."""
 
     reason: str
 
 
-class Done(NamedTuple):
+class ResultChunk(NamedTuple):
     """A piece of a batch's results, in the tasks' order."""
 
-    results: list[Drawn | Failed]
-    complete: bool
+    results: list[InferenceResult | InferenceFailure]
+    is_last: bool
     seconds: float
     """What the whole batch took in the worker."""
 
 
-def frame(message: Load | Job | Ready | Refused | Done) -> bytes:
+def encode_frame(
+    message: LoadModel | RequestChunk | ModelLoaded | LoadFailed | ResultChunk,
+) -> bytes:
     """``message`` as it goes over the socket."""
     body = pickle.dumps(message, protocol=5)
-    return LENGTH.pack(len(body)) + body
+    return FRAME_LENGTH.pack(len(body)) + body
 
 
-def unframe(body: bytes) -> Any:  # noqa: ANN401 - whoever reads knows what may come
+def decode_frame(body: bytes) -> Any:  # noqa: ANN401 - whoever reads knows what may come
     """What :func:`frame` put behind the length."""
     return pickle.loads(body)  # noqa: S301 - of our own other half
 
@@ -163,11 +165,11 @@ def price_scale(values: NDArray[np.float32]) -> float:
         turnover = float((values[:, _VOLUME].astype(np.float64) * closes).max())
     exponent = -math.floor(math.log2(spread))
     if turnover > 0:
-        exponent = min(exponent, math.floor(math.log2(_LARGEST / turnover)))
+        exponent = min(exponent, math.floor(math.log2(_MAX_TURNOVER / turnover)))
     return 2.0 ** max(exponent, 0)
 
 
-def in_scale(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
+def scale_prices(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
     """Prices and amounts of ``values`` (…, 5 | 6) times ``scale``; volumes as they are."""
     if scale == 1:
         return values

@@ -7,82 +7,82 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import dropwhile
 
-from kronos_stream.daemon.due import Due, Result
+from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.market.series import Series
 
 
 @dataclass(slots=True, eq=False)
-class Item:
+class Pending:
     """A due bar in its lane."""
 
-    due: Due
+    request: ForecastRequest
     arrived: int
     """UTC ms."""
-    taken: bool = False
+    in_batch: bool = False
     """True from the moment a batch takes it."""
-    result: Result | None = None
-    withdrawn: bool = False
+    result: ForecastResult | None = None
+    cancelled: bool = False
     """Whether it is taken back, whatever becomes of it."""
 
     @property
     def waiting(self) -> bool:
-        return not self.taken and self.result is None
+        return not self.in_batch and self.result is None
 
 
-class Lanes:
+class ResultSequencer:
     """A queue per series. Whatever is decided first, results leave a lane from its head."""
 
     def __init__(self) -> None:
-        self.held = 0
+        self.pending = 0
         """Bars in all lanes, and those that have left but are not yet :meth:`told`."""
-        self.through = 0
+        self.published = 0
         """Bars that were told, ever."""
-        self.decided = asyncio.Event()
+        self.result_ready = asyncio.Event()
         """Set when a result may have come to a head."""
-        self._lanes: dict[Series, deque[Item]] = {}
+        self._queues: dict[Series, deque[Pending]] = {}
         self._changed: dict[Series, None] = {}
 
-    def add(self, item: Item) -> Item | None:
+    def add(self, item: Pending) -> Pending | None:
         """Put a bar behind those of its series; the one before it, if that still waits."""
-        lane = self._lanes.setdefault(item.due.series, deque())
+        lane = self._queues.setdefault(item.request.series, deque())
         before = lane[-1] if lane else None
         lane.append(item)
-        self.held += 1
+        self.pending += 1
         return before if before is not None and before.waiting else None
 
-    def oldest_waiting(self, series: Series) -> Item | None:
-        return next((item for item in self._lanes.get(series, ()) if item.waiting), None)
+    def oldest_waiting(self, series: Series) -> Pending | None:
+        return next((item for item in self._queues.get(series, ()) if item.waiting), None)
 
-    def withdraw(self) -> list[Item]:
+    def cancel_waiting(self) -> list[Pending]:
         """Take back what no batch has taken, and what is behind it; the former, to be decided."""
         waiting = []
-        for lane in self._lanes.values():
+        for lane in self._queues.values():
             for item in dropwhile(lambda item: not item.waiting, lane):
                 if item.waiting:
                     waiting.append(item)
-                item.withdrawn = True
+                item.cancelled = True
         return waiting
 
-    def decide(self, item: Item, result: Result) -> None:
+    def set_result(self, item: Pending, result: ForecastResult) -> None:
         item.result = result
-        self._changed[item.due.series] = None
-        self.decided.set()
+        self._changed[item.request.series] = None
+        self.result_ready.set()
 
-    def heads(self, most: int) -> list[Item]:
+    def pop_ready(self, limit: int) -> list[Pending]:
         """Take out items that have nothing undecided before them, at most so many."""
-        items: list[Item] = []
+        items: list[Pending] = []
         for series in list(self._changed):
-            lane = self._lanes[series]
+            lane = self._queues[series]
             while lane and lane[0].result is not None:
-                if len(items) == most:
+                if len(items) == limit:
                     return items
                 items.append(lane.popleft())
             del self._changed[series]
             if not lane:
-                del self._lanes[series]
+                del self._queues[series]
         return items
 
-    def told(self, results: int) -> None:
+    def mark_published(self, count: int) -> None:
         """So many results are out of the house."""
-        self.held -= results
-        self.through += results
+        self.pending -= count
+        self.published += count

@@ -26,18 +26,18 @@ Level = Literal["debug", "info", "warning", "error"]
 
 _log = structlog.get_logger()
 
-_MAX_WAITING = 10_000
+_MAX_QUEUED_LINES = 10_000
 _FLUSH_SECONDS = 2.0
 
 # Their everyday life is of no interest; what matters of it, the connectors say.
-_QUIET = ("aiohttp", "aiokafka", "asyncio", "websockets")
+_QUIET_LOGGERS = ("aiohttp", "aiokafka", "asyncio", "websockets")
 
-_SHORTEST_SECRET = 8
+_MIN_SECRET_LENGTH = 8
 """Shorter ones would take half of what is said with them."""
 
-_hidden: set[str] = set()
+_secrets: set[str] = set()
 
-_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):[^/\s@\"']+@")
+_URL_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):[^/\s@\"']+@")
 
 
 def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Callable[[], None]:
@@ -54,9 +54,9 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
-    handler = _Handler(out)
+    handler = _QueueHandler(out)
     handler.setFormatter(
-        _Formatter(
+        _RedactingFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -68,7 +68,7 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
     root.addHandler(handler)
     root.setLevel(number)
     logging.captureWarnings(capture=True)
-    for name in _QUIET:
+    for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(max(number, logging.WARNING))
 
     def end() -> None:
@@ -78,19 +78,19 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
     return end
 
 
-def hide(*secrets: str) -> None:
+def register_secrets(*secrets: str) -> None:
     """Let nothing that is logged or told by a command hold these, wherever they got into it."""
     for secret in secrets:
-        if len(secret) >= _SHORTEST_SECRET:
+        if len(secret) >= _MIN_SECRET_LENGTH:
             # As it is, and as it stands in JSON and in Python's error texts.
-            _hidden.update((secret, orjson.dumps(secret).decode()[1:-1], repr(secret)[1:-1]))
+            _secrets.update((secret, orjson.dumps(secret).decode()[1:-1], repr(secret)[1:-1]))
 
 
-def without_passwords(text: str) -> str:
+def redact(text: str) -> str:
     """``mqtt://me:secret@host`` → ``mqtt://me:***@host``, and what is to be hidden: ``***``."""
-    for secret in sorted(_hidden, key=len, reverse=True):
+    for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _PASSWORD.sub(r"\1:***@", text)
+    return _URL_PASSWORD.sub(r"\1:***@", text)
 
 
 def _stderr() -> TextIO:
@@ -113,28 +113,28 @@ def _renderers(format_: Format, *, colours: bool) -> list[Processor]:
         ]
     return [
         structlog.processors.format_exc_info,
-        structlog.processors.JSONRenderer(serializer=_json),
+        structlog.processors.JSONRenderer(serializer=_to_json),
     ]
 
 
-def _json(event: dict[str, Any], **_: Any) -> str:  # noqa: ANN401 - what structlog passes
+def _to_json(event: dict[str, Any], **_: Any) -> str:  # noqa: ANN401 - what structlog passes
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-class _Formatter(structlog.stdlib.ProcessorFormatter):
+class _RedactingFormatter(structlog.stdlib.ProcessorFormatter):
     """Takes passwords out, wherever in a line they stand."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return without_passwords(super().format(record))
+        return redact(super().format(record))
 
 
-class _Handler(logging.Handler):
+class _QueueHandler(logging.Handler):
     """Hands lines to a thread; never waits for it, except, for a while, at the end."""
 
     def __init__(self, out: TextIO) -> None:
         super().__init__()
         self._out = out
-        self._lines: Queue[str | None] = Queue(_MAX_WAITING)
+        self._lines: Queue[str | None] = Queue(_MAX_QUEUED_LINES)
         self._dropped = 0
         self._writer = Thread(target=self._write, name="log", daemon=True)
         self._writer.start()

@@ -14,12 +14,12 @@ from random import Random
 import structlog
 
 from kronos_stream.daemon import progress
-from kronos_stream.daemon.allotment import Allotment
-from kronos_stream.daemon.crew import MakeWorker, Working, hire
-from kronos_stream.daemon.due import Due, Result
-from kronos_stream.daemon.job import Identity
+from kronos_stream.daemon.allotment import PartitionTracker
+from kronos_stream.daemon.crew import WorkerFactory, InferenceBackend, create_backend
+from kronos_stream.daemon.due import ForecastRequest, ForecastResult
+from kronos_stream.daemon.job import ModelIdentity
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.press import Graveyard, Press, composer
+from kronos_stream.daemon.press import DeadLetterQueue, ForecastPublisher, build_composer
 from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.daemon.settings import Settings
@@ -32,13 +32,13 @@ from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()
 
-_GIVE_UP_SECONDS = 20.0
+_REVOKE_TIMEOUT_SECONDS = 20.0
 """For the batch in hand when parts are taken from us; the group waits for us meanwhile."""
 
-_LOOK_SECONDS = 0.05
+_DELIVERY_POLL_SECONDS = 0.05
 
 
-class Member(Role):
+class ForecastRole(Role):
     """One process's share of the group's series, from candle records to delivered forecasts."""
 
     def __init__(
@@ -51,57 +51,62 @@ class Member(Role):
         random: Random,
         wall: Clock | None = None,
         metrics: Metrics | None = None,
-        worker: MakeWorker | None = None,
+        worker_factory: WorkerFactory | None = None,
     ) -> None:
         """As of a Role.
 
         worker: makes what forecasts; left out, a process for each device.
         """
         super().__init__(settings, sinks, clock=clock, random=random, wall=wall, metrics=metrics)
-        self._feed, self._make_worker = feed, worker
-        self._retracted: asyncio.Queue[Series] = asyncio.Queue()
+        self._feed, self._worker_factory = feed, worker_factory
+        self._removed_series: asyncio.Queue[Series] = asyncio.Queue()
 
-    async def check(self) -> Identity:
+    async def check(self) -> ModelIdentity:
         """Load the model, in place of :meth:`run`. Raises WorkerError."""
-        worker = hire(self.settings, self.metrics, self._make_worker)
+        worker = create_backend(self.settings, self.metrics, self._worker_factory)
         try:
             return await worker.start()
         finally:
             await worker.close()
 
-    def checks(self) -> dict[str, str]:
-        found = {"worker": self._worker.healthy(), **super().checks()}
+    def readiness(self) -> dict[str, str]:
+        found = {"worker": self._worker.problem(), **super().readiness()}
         found["candles"] = self._feed.problem
         if self.ready.is_set():
-            found["candles"] = found["candles"] or self._allotment.unready
+            found["candles"] = found["candles"] or self._tracker.unready_reason
             # Whoever works off what is old hears nothing new, and is no less ready for that.
-            idle = not self._allotment.behind
-            venues = {series.venue for series in self._allotment.lines if idle}
-            found |= {f"source {one}": why for one, why in self._board.silent(venues).items()}
+            idle = not self._tracker.has_backlog
+            venues = {series.venue for series in self._tracker.series if idle}
+            found |= {
+                f"source {one}": why
+                for one, why in self._series_status.silent_venues(venues).items()
+            }
         return found
 
     @property
-    def followed(self) -> int:
+    def series_count(self) -> int:
         """How many series."""
-        return len(self._allotment.lines) if self.ready.is_set() else 0
+        return len(self._tracker.series) if self.ready.is_set() else 0
 
     async def _open(self, stack: AsyncExitStack) -> State:
         state = await State.open(None)
         stack.push_async_callback(state.close)
-        self._worker: Working = hire(self.settings, self.metrics, self._make_worker)
+        self._worker: InferenceBackend = create_backend(
+            self.settings, self.metrics, self._worker_factory
+        )
         stack.push_async_callback(self._worker.close)
         stack.push_async_callback(self._feed.close)
         return state
 
-    def _steps(self) -> Sequence[Iterable[progress.Work]]:
+    def _stall_checks(self) -> Sequence[Iterable[progress.StallCheck]]:
         return (
-            progress.forecasting(self._scheduler, self._worker, self.metrics),
-            progress.delivering(self._outbox.deliveries.items()),
-            progress.reading(self._feed),
+            progress.forecast_checks(self._scheduler, self._worker, self.metrics),
+            progress.delivery_checks(self._outbox.queues.items()),
+            progress.feed_checks(self._feed),
         )
 
     async def _work(self) -> None:
-        if not await self._unless_stopped(self._start()):
+        if not await self._run_until_stopped(self._start()):
             return
         async with asyncio.TaskGroup() as tasks:
             beside = [
@@ -109,13 +114,13 @@ class Member(Role):
                 for work in (
                     self._worker.run(),
                     self._scheduler.run(),
-                    self._graveyard.run(),
-                    self._watch_delivery(),
-                    self._retract(),
+                    self._dead_letters.run(),
+                    self._track_deliveries(),
+                    self._publish_removals(),
                 )
             ]
-            reading = tasks.create_task(self._feed.run(self._allotment))
-            self.progress.watch(*self._steps())
+            reading = tasks.create_task(self._feed.run(self._tracker))
+            self.watchdog.set_checks(*self._stall_checks())
             self.ready.set()
             _log.info("reads candles as one of a group")
             await self._stop.wait()
@@ -123,11 +128,11 @@ class Member(Role):
             began = asyncio.get_running_loop().time()
             reading.cancel()
             await asyncio.wait([reading])
-            self._scheduler.withdraw()
+            self._scheduler.cancel_waiting()
             whole = await self._scheduler.finish(self.settings.stop_grace)
-            await self._graveyard.flush()
-            await self._deliver(began, whole=whole)
-            self._allotment.delivered(self._outbox.through)
+            await self._dead_letters.flush()
+            await self._drain_outbox(began, batch_finished=whole)
+            self._tracker.mark_delivered(self._outbox.delivered_sequence)
             await self._feed.close()
             for task in beside:
                 task.cancel()
@@ -135,79 +140,79 @@ class Member(Role):
     async def _start(self) -> None:
         identity = await self._worker.start()
         settings = self.settings
-        self._graveyard = Graveyard(self._outbox, self._wall)
-        self._allotment = Allotment(
-            self._take_due,
-            self._retracted.put_nowait,
-            self._graveyard.bury,
-            self._give_up,
+        self._dead_letters = DeadLetterQueue(self._outbox, self._wall)
+        self._tracker = PartitionTracker(
+            self._submit,
+            self._removed_series.put_nowait,
+            self._dead_letters.put,
+            self._drain_in_flight,
             self._clock,
             self.metrics,
             lookback=settings.lookback,
             catch_up=settings.catch_up,
             degraded=settings.degraded,
         )
-        self._board.look_at(lambda: self._allotment.lines)
-        self._press = Press(
-            composer(settings.plan(), identity),
+        self._series_status.track(lambda: self._tracker.series)
+        self._publisher = ForecastPublisher(
+            build_composer(settings.forecast_config(), identity),
             self._outbox,
             self._clock,
             self._wall,
-            follows=lambda _: True,
-            told=self._board.told,
-            remembers=False,
+            is_followed=lambda _: True,
+            on_published=self._series_status.record,
+            record_outcomes=False,
         )
         self._scheduler = Scheduler(
             self._worker,
             self._window,
-            self._allotment.awaited,
+            self._tracker.outstanding_bars,
             self._publish,
             self._clock,
             self.metrics,
             catch_up=settings.catch_up,
             batch_wait=settings.batch_wait,
             batch_deadline=settings.batch_deadline,
-            longest=_GIVE_UP_SECONDS,  # batches are sized to half of it
+            max_deadline=_REVOKE_TIMEOUT_SECONDS,  # batches are sized to half of it
         )
 
     # -- from due bars to delivered forecasts ----------------------------------------------
 
-    def _take_due(self, due: Due) -> None:
+    def _submit(self, request: ForecastRequest) -> None:
         """The allotment's word to the scheduler, which is made after it."""
-        self._scheduler.due(due)
+        self._scheduler.submit(request)
 
-    async def _window(self, due: Due) -> Window | None:
-        return self._allotment.window(due)
+    async def _window(self, request: ForecastRequest) -> Window | None:
+        return self._tracker.window(request)
 
-    async def _publish(self, results: Sequence[Result]) -> Sequence[Result]:
+    async def _publish(self, results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
         """Put forecasts into the outbox; what was taken from us meanwhile is somebody else's."""
-        ours = [result for result in results if self._allotment.holds(result.due)]
+        ours = [result for result in results if self._tracker.owns(result.request)]
         if not ours:
             return ours
-        told = await self._press.publish(ours)
+        told = await self._publisher.publish(ours)
         for result in ours:
-            self._allotment.handed(result.due, self._outbox.newest)
+            self._tracker.mark_published(result.request, self._outbox.last_sequence)
         return told
 
-    async def _retract(self) -> None:
+    async def _publish_removals(self) -> None:
         """Tell readers of series that are given up; until cancelled."""
         while True:
-            series = await self._retracted.get()
-            if self._allotment.owes(series):
-                await self._press.retract([series.name])
-                self._allotment.handed(series, self._outbox.newest)
+            series = await self._removed_series.get()
+            if self._tracker.removal_pending(series):
+                await self._publisher.retract([series.name])
+                self._tracker.mark_published(series, self._outbox.last_sequence)
 
-    async def _watch_delivery(self) -> None:
+    async def _track_deliveries(self) -> None:
         """See what is delivered, until cancelled."""
         while True:
-            self._allotment.delivered(self._outbox.through)
-            await asyncio.sleep(_LOOK_SECONDS)
+            self._tracker.mark_delivered(self._outbox.delivered_sequence)
+            await asyncio.sleep(_DELIVERY_POLL_SECONDS)
 
-    async def _give_up(self) -> None:
+    async def _drain_in_flight(self) -> None:
         """Parts are about to be taken: finish and deliver the batch in hand, within a while."""
-        self._scheduler.withdraw()
+        self._scheduler.cancel_waiting()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_GIVE_UP_SECONDS):
-                await self._scheduler.settled()
-                await self._outbox.drain(_GIVE_UP_SECONDS)
-        self._allotment.delivered(self._outbox.through)
+            async with asyncio.timeout(_REVOKE_TIMEOUT_SECONDS):
+                await self._scheduler.drain()
+                await self._outbox.drain(_REVOKE_TIMEOUT_SECONDS)
+        self._tracker.mark_delivered(self._outbox.delivered_sequence)

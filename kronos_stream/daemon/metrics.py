@@ -13,10 +13,10 @@ from prometheus_client import (
     generate_latest,
 )
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-_SKIPPED = ("overrun", "stale", "gap", "warming up", "revised", "failed", "removed")
-_CAUSES = ("crash", "hang")
+_SKIP_REASONS = ("overrun", "stale", "gap", "warming up", "revised", "failed", "removed")
+_RESTART_CAUSES = ("crash", "hang")
 
 
 class Metrics:
@@ -33,7 +33,9 @@ class Metrics:
             return Gauge(f"kronos_{name}", about, labels, registry=registry)
 
         def histogram(name: str, about: str, *labels: str) -> Histogram:
-            return Histogram(f"kronos_{name}", about, labels, buckets=_SECONDS, registry=registry)
+            return Histogram(
+                f"kronos_{name}", about, labels, buckets=_LATENCY_BUCKETS, registry=registry
+            )
 
         self.build_info = gauge("build_info", "What runs; always 1", "version", "role")
         self.ready = gauge("ready", "1 while /readyz says so, else 0")
@@ -45,9 +47,9 @@ class Metrics:
         self.revisions = counter("revisions", "Closed bars changed by the venue", "venue", "age")
         self.gaps = counter("gaps", "Holes seen in what a venue pushed", "venue")
         self.backfills = counter("backfills", "Requests for missing bars", "venue", "result")
-        self.synthetic = counter("synthetic_bars", "Bars the venue does not have", "venue")
-        self.silent = gauge("silent_series", "Series of which nothing is heard", "venue")
-        self.held = gauge("held_series", "Series waiting for missing bars", "venue")
+        self.synthetic_bars = counter("synthetic_bars", "Bars the venue does not have", "venue")
+        self.silent_series = gauge("silent_series", "Series of which nothing is heard", "venue")
+        self.held_series = gauge("held_series", "Series waiting for missing bars", "venue")
         self.outcomes = counter("outcomes", "What became of due bars", "result", "reason")
         self.batch_series = Histogram(
             "kronos_batch_series",
@@ -55,11 +57,17 @@ class Metrics:
             buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
             registry=registry,
         )
-        self.received = histogram("close_to_received_seconds", "Bar close to its last word")
-        self.batched = histogram("received_to_batched_seconds", "Last word to the worker")
-        self.computed = histogram("compute_seconds", "A batch in the worker")
-        self.published = histogram("received_to_published_seconds", "Last word to delivery", "sink")
-        self.queued = gauge("queue_depth", "Items waiting", "queue")
+        self.close_to_received = histogram(
+            "close_to_received_seconds", "Bar close to its last word"
+        )
+        self.received_to_batched = histogram(
+            "received_to_batched_seconds", "Last word to the worker"
+        )
+        self.compute_seconds = histogram("compute_seconds", "A batch in the worker")
+        self.received_to_published = histogram(
+            "received_to_published_seconds", "Last word to delivery", "sink"
+        )
+        self.queue_depth = gauge("queue_depth", "Items waiting", "queue")
         self.outbox_age = gauge("outbox_age_seconds", "Age of the oldest undelivered", "sink")
         self.delivered = counter("delivered", "Records acknowledged", "sink", "kind")
         self.refused = counter("refused", "Records a sink will never take", "sink")
@@ -74,15 +82,15 @@ class Metrics:
 
         # What has not happened yet is told as 0: nobody sees a counter rise that begins at 1.
         self.outcomes.labels("forecast", "")
-        for reason in _SKIPPED:
+        for reason in _SKIP_REASONS:
             self.outcomes.labels("skipped", reason)
-        for cause in _CAUSES:
+        for cause in _RESTART_CAUSES:
             self.worker_restarts.labels(cause)
 
-    def expect(self, *, venues: Iterable[str] = (), sinks: Iterable[str] = ()) -> None:
+    def initialise_labels(self, *, venues: Iterable[str] = (), sinks: Iterable[str] = ()) -> None:
         """Tell of these venues and sinks from now on, though nothing has happened to them yet."""
         for venue in venues:
-            for counter in (self.updates, self.rejected, self.gaps, self.synthetic):
+            for counter in (self.updates, self.rejected, self.gaps, self.synthetic_bars):
                 counter.labels(venue)
             self.backfills.labels(venue, "failed")
             for age in ("newest", "older"):

@@ -13,38 +13,43 @@ from typing import NamedTuple
 import orjson
 
 _VERSION = 1
-_LONGEST = 3_500
-_MOST_DONE = 1_000_000
+_MAX_LENGTH = 3_500
+_MAX_DONE = 1_000_000
 
 
-class Kept(NamedTuple):
+class CommitMetadata(NamedTuple):
     """What a note says."""
 
-    start: int
+    rebuild_start: int
     """Offset from which contexts can be built."""
-    bars: int
+    lookback: int
     """How long these are."""
-    done: set[int]
+    done_offsets: set[int]
     """Offsets of records that are done with, beyond the noted one."""
 
 
-def write(kept: Kept, base: int) -> str:
+def encode_metadata(metadata: CommitMetadata, base: int) -> str:
     """As text; what would make it too long is left out, and done again then.
 
     base: the noted offset.
     """
     pieces, length = [], 0
-    for first, last in _runs(sorted(kept.done)):
+    for first, last in _runs(sorted(metadata.done_offsets)):
         piece = f"{first - base}" if first == last else f"{first - base}-{last - base}"
         length += len(piece) + 1
-        if length > _LONGEST:
+        if length > _MAX_LENGTH:
             break
         pieces.append(piece)
-    text = {"v": _VERSION, "start": kept.start, "bars": kept.bars, "done": ",".join(pieces)}
+    text = {
+        "v": _VERSION,
+        "start": metadata.rebuild_start,
+        "bars": metadata.lookback,
+        "done": ",".join(pieces),
+    }
     return orjson.dumps(text).decode()
 
 
-def parse(text: str, base: int) -> Kept | None:
+def decode_metadata(text: str, base: int) -> CommitMetadata | None:
     """What :func:`write` wrote; None for anything else."""
     done: set[int] = set()
     try:
@@ -55,14 +60,14 @@ def parse(text: str, base: int) -> Kept | None:
         for run in filter(None, str(said["done"]).split(",")):
             first, _, last = run.partition("-")
             offsets = range(base + int(first), base + int(last or first) + 1)
-            if len(offsets) + len(done) > _MOST_DONE:
+            if len(offsets) + len(done) > _MAX_DONE:
                 return None
             done.update(offsets)
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
     if not 0 <= start <= base:
         return None
-    return Kept(start, bars, done)
+    return CommitMetadata(start, bars, done)
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:

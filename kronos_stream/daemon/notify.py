@@ -16,7 +16,7 @@ import structlog
 
 _log = structlog.get_logger()
 
-_MOST_OWED = 50
+_MAX_PENDING = 50
 """Messages kept for a manager that does not listen."""
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -24,20 +24,20 @@ _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 class Notifier:
     """Speaks to the service manager; to nobody where there is none."""
 
-    def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
+    def __init__(self, address: str = "", watchdog_seconds: float = 0.0) -> None:
         """address: a path, or an abstract name behind ``@``; empty: nobody listens.
 
         watchdog: seconds within which the manager wants a sign of life; 0: none is wanted.
         """
-        self.watchdog = watchdog if address else 0.0
+        self.watchdog_seconds = watchdog_seconds if address else 0.0
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
-        self._owed: deque[bytes] = deque(maxlen=_MOST_OWED)
+        self._pending: deque[bytes] = deque(maxlen=_MAX_PENDING)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         if self._socket is not None:
             self._socket.settimeout(0.0)
 
     @classmethod
-    def of(cls, environ: MutableMapping[str, str]) -> Self:
+    def from_environ(cls, environ: MutableMapping[str, str]) -> Self:
         """The one that the environment names. Taken out of it: our children are none of theirs."""
         address, wanted, pid = (environ.pop(name, "") for name in _VARIABLES)
         if address and not address.startswith(("/", "@")):
@@ -47,16 +47,16 @@ class Notifier:
         return cls(address, int(wanted) / 1e6 if ours and wanted.isdecimal() else 0.0)
 
     @property
-    def listens(self) -> bool:
+    def enabled(self) -> bool:
         """Whether anybody does."""
         return self._socket is not None
 
-    def tell(self, **said: object) -> None:
+    def notify(self, **assignments: object) -> None:
         """Send assignments as one message, such as ``READY=1, STATUS="following 20 series"``."""
         if self._socket is None:
             return
-        lines = (f"{name}={' '.join(str(value).split())}" for name, value in said.items())
-        self._owed.append("\n".join(lines).encode("utf-8", "replace"))
+        lines = (f"{name}={' '.join(str(value).split())}" for name, value in assignments.items())
+        self._pending.append("\n".join(lines).encode("utf-8", "replace"))
         self._send(self._socket)
 
     def close(self) -> None:
@@ -65,12 +65,12 @@ class Notifier:
             self._socket = None
 
     def _send(self, to: socket.socket) -> None:
-        while self._owed:
+        while self._pending:
             try:
-                to.sendto(self._owed[0], self._address)
+                to.sendto(self._pending[0], self._address)
             except BlockingIOError:  # it has more to read than it likes
                 return
             except OSError as error:
                 why = error.strerror or str(error)
                 _log.warning("service manager cannot be told", why=why)
-            self._owed.popleft()
+            self._pending.popleft()

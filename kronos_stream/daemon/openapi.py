@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
-from kronos_stream.daemon.board import Standing
+from kronos_stream.daemon.board import SeriesStatus
 from kronos_stream.forecast.message import Forecast, Latency, Time
 
 _PATTERN = r"^[^:]+:.+:[1-9][0-9]*[smhdwM]$"
@@ -83,7 +83,7 @@ class SeriesState(_Page):
 
     series: str
     """venue:symbol:timeframe."""
-    state: Standing
+    state: SeriesStatus
     """starting: no bar is known yet; live: its next bar is expected in time; held: bars wait for
     missing ones; silent: neither pushes nor the history have its next bar; late: its next bar has
     not come within a minute, and why is not known."""
@@ -113,7 +113,7 @@ _MODELS: tuple[type[BaseModel], ...] = (Problem, Readiness, AllSeries, Forecast)
 
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 _UNAUTHORISED = "The token is missing or wrong."
-_PRIVATE = "No token is set, so only this machine may ask, and the daemon listens on more."
+_LOOPBACK_ONLY = "No token is set, so only this machine may ask, and the daemon listens on more."
 
 
 def document() -> dict[str, Any]:
@@ -160,7 +160,7 @@ def document() -> dict[str, Any]:
                 "How each series stands.",
                 {
                     "200": ("All series.", _json(AllSeries)),
-                    "403": (_PRIVATE, _json(Problem)),
+                    "403": (_LOOPBACK_ONLY, _json(Problem)),
                 },
             ),
             "/forecasts/{series}": {
@@ -170,7 +170,7 @@ def document() -> dict[str, Any]:
                     "The newest forecast of a series, as on the topic.",
                     {
                         "200": ("The message.", _json(Forecast)),
-                        "403": (_PRIVATE, _json(Problem)),
+                        "403": (_LOOPBACK_ONLY, _json(Problem)),
                         "404": ("There is none, for the reason given.", _json(Problem)),
                     },
                 ),
@@ -208,17 +208,17 @@ _SERIES: Mapping[str, Any] = {
     "example": "binance:BTC/USDT:5m",
 }
 
-_Answers = Mapping[str, tuple[str, Mapping[str, Any]]]
+_Responses = Mapping[str, tuple[str, Mapping[str, Any]]]
 """By status: what it means, and what comes with it."""
 
 
-def _probe(name: str, about: str, answers: _Answers) -> dict[str, Any]:
+def _probe(name: str, about: str, answers: _Responses) -> dict[str, Any]:
     """A page that never asks for the token."""
     operation = _operation(name, f"{about} Never needs the token.", answers)
     return {"get": {**operation, "security": []}}
 
 
-def _page(name: str, about: str, answers: _Answers) -> dict[str, Any]:
+def _page(name: str, about: str, answers: _Responses) -> dict[str, Any]:
     refusal = (_UNAUTHORISED, _json(Problem))
     operation = _operation(name, about, {**answers, "401": refusal})
     operation["responses"]["401"]["headers"] = {
@@ -227,7 +227,7 @@ def _page(name: str, about: str, answers: _Answers) -> dict[str, Any]:
     return {"get": operation}
 
 
-def _operation(name: str, about: str, answers: _Answers) -> dict[str, Any]:
+def _operation(name: str, about: str, answers: _Responses) -> dict[str, Any]:
     return {
         "operationId": name,
         "summary": about,

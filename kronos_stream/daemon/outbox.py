@@ -11,17 +11,17 @@ from typing import NamedTuple
 
 import structlog
 
-from kronos_stream.daemon.delivery import Delivery
+from kronos_stream.daemon.delivery import SinkQueue
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import Draft, Passed, State
+from kronos_stream.daemon.state import NewRecord, PublishedBar, State
 from kronos_stream.forecast.sink import RecordKind, Refusal, Sink
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
 
 
-class Message(NamedTuple):
+class Envelope(NamedTuple):
     """What every sink shall get."""
 
     kind: RecordKind
@@ -48,28 +48,28 @@ class Outbox:
         metrics: Metrics,
         *,
         max_age_seconds: float,
-        bury: Callable[[str, Refusal], Message],
-        patient: bool = True,
+        make_dead_letter: Callable[[str, Refusal], Envelope],
+        retry_login: bool = True,
     ) -> None:
         """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink.
 
         patient: whether a sink is tried again that does not let us in from the start.
         """
-        self._state, self._wall, self._bury = state, wall, bury
+        self._state, self._wall, self._make_dead_letter = state, wall, make_dead_letter
         self._max_age = round(1000 * max_age_seconds)
-        self._newest = 0
-        order = self._order = asyncio.Lock()
-        self._deliveries = {
-            sink.name: Delivery(
+        self._last_sequence = 0
+        order = self._lock = asyncio.Lock()
+        self._queues = {
+            sink.name: SinkQueue(
                 sink,
                 state,
                 wall,
                 random,
                 metrics,
                 max_age=self._max_age,
-                letter=self._letter,
-                order=order,
-                patient=patient,
+                make_dead_letter=self._dead_letter_record,
+                lock=order,
+                retry_login=retry_login,
             )
             for sink in sinks
         }
@@ -77,63 +77,63 @@ class Outbox:
     async def publish(
         self,
         outcomes: Sequence[Outcome],
-        messages: Sequence[Message],
-        passed: Sequence[Passed] = (),
+        envelopes: Sequence[Envelope],
+        bars: Sequence[PublishedBar] = (),
     ) -> None:
         """Record outcomes and messages, all or none; they are safe when this returns.
 
         passed: bars that the messages are of, saved with them.
         """
-        drafts = [self._draft(sink, one) for one in messages for sink in self._deliveries]
-        received = [message.received for message in messages for _ in self._deliveries]
-        async with self._order:
+        drafts = [self._new_record(sink, one) for one in envelopes for sink in self._queues]
+        received = [message.received for message in envelopes for _ in self._queues]
+        async with self._lock:
             try:
-                records = await self._state.record(outcomes, drafts, passed)
+                records = await self._state.record(outcomes, drafts, bars)
             except BaseException:  # cancelled, they may be in the file nevertheless
-                for delivery in self._deliveries.values():
-                    delivery.look()
+                for delivery in self._queues.values():
+                    delivery.reload()
                 raise
             for (sink, record), arrived in zip(records, received, strict=True):
-                self._deliveries[sink].offer(record, arrived)
-                self._newest = record.sequence
+                self._queues[sink].enqueue(record, arrived)
+                self._last_sequence = record.sequence
 
     @property
-    def newest(self) -> int:
+    def last_sequence(self) -> int:
         """Sequence of the last record that was put in."""
-        return self._newest
+        return self._last_sequence
 
     @property
-    def through(self) -> float:
+    def delivered_sequence(self) -> float:
         """Every sink has taken or refused all records up to this sequence; infinite if all."""
-        return min((one.first for one in self._deliveries.values()), default=inf) - 1
+        return min((one.first_sequence for one in self._queues.values()), default=inf) - 1
 
     async def run(self) -> None:
         """Deliver until cancelled; the sinks are closed then. Raises StateError, SinkRefused."""
         backlogs = await self._state.backlogs()
         async with asyncio.TaskGroup() as tasks:
-            for delivery in self._deliveries.values():
+            for delivery in self._queues.values():
                 tasks.create_task(delivery.run())
-            for sink in backlogs.keys() - self._deliveries.keys():
-                await self._forsake(sink, backlogs[sink].records)
+            for sink in backlogs.keys() - self._queues.keys():
+                await self._warn_orphaned(sink, backlogs[sink].records)
 
     async def drain(self, seconds: float) -> int:
         """Wait for delivery, no longer than that: how many records are still undelivered."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None if isinf(seconds) else seconds):
-                for delivery in self._deliveries.values():
+                for delivery in self._queues.values():
                     await delivery.idle.wait()
-        return sum(delivery.waiting for delivery in self._deliveries.values())
+        return sum(delivery.waiting for delivery in self._queues.values())
 
     @property
-    def deliveries(self) -> Mapping[str, Delivery]:
+    def queues(self) -> Mapping[str, SinkQueue]:
         """By sink, for whoever looks."""
-        return self._deliveries
+        return self._queues
 
-    def healthy(self) -> dict[str, str]:
+    def problems(self) -> dict[str, str]:
         """By sink: why it does not deliver; empty if it does."""
-        return {name: one.trouble or one.lateness() for name, one in self._deliveries.items()}
+        return {name: one.problem or one.delay_problem() for name, one in self._queues.items()}
 
-    async def _forsake(self, sink: str, records: int) -> None:
+    async def _warn_orphaned(self, sink: str, records: int) -> None:
         """Records of a sink that is not set up wait for its return, until they are too old."""
         before = self._wall.now() - self._max_age
         given_up = 0
@@ -146,9 +146,9 @@ class Outbox:
             given_up=given_up,
         )
 
-    def _draft(self, sink: str, message: Message) -> Draft:
-        kind, key, value, headers, _ = message
-        return Draft(sink, kind, key, value, headers, self._wall.now())
+    def _new_record(self, sink: str, envelope: Envelope) -> NewRecord:
+        kind, key, value, headers, _ = envelope
+        return NewRecord(sink, kind, key, value, headers, self._wall.now())
 
-    def _letter(self, sink: str, refusal: Refusal) -> Draft:
-        return self._draft(sink, self._bury(sink, refusal))
+    def _dead_letter_record(self, sink: str, refusal: Refusal) -> NewRecord:
+        return self._new_record(sink, self._make_dead_letter(sink, refusal))

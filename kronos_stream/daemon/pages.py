@@ -18,11 +18,11 @@ import orjson
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
-from kronos_stream.daemon.board import STANDINGS, Board
-from kronos_stream.daemon.logs import without_passwords
+from kronos_stream.daemon.board import SERIES_STATUSES, SeriesStatusRegistry
+from kronos_stream.daemon.logs import redact
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.openapi import document
-from kronos_stream.daemon.settings import variable
+from kronos_stream.daemon.settings import variable_name
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import rfc3339
 
@@ -31,16 +31,16 @@ _T = TypeVar("_T")
 JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
 
-_OPEN = frozenset({"/healthz", "/readyz"})
-_FORECASTS = "/forecasts/"
+_TOKENLESS_PATHS = frozenset({"/healthz", "/readyz"})
+_FORECASTS_PREFIX = "/forecasts/"
 
-_SERIES_SECONDS, _METRICS_SECONDS = 1.0, 0.1
+_SERIES_TTL_SECONDS, _METRICS_TTL_SECONDS = 1.0, 0.1
 """For so long a page is what it was."""
-_TURN = 32
+_ROWS_PER_SLICE = 32
 """Rows made before other tasks have their turn: a millisecond's work."""
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What is sent back."""
 
     status: int
@@ -49,17 +49,17 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class Pages:
+class Endpoints:
     """The pages of one daemon."""
 
     def __init__(
         self,
         metrics: Metrics,
         checks: Callable[[], Mapping[str, str]],
-        board: Board,
+        board: SeriesStatusRegistry,
         clock: Clock,
         *,
-        overdue: Callable[[], str] = str,
+        stalled: Callable[[], str] = str,
         token: SecretStr | None = None,
     ) -> None:
         """``checks``: what readiness hangs on → why it is not so, empty if it is.
@@ -68,46 +68,53 @@ class Pages:
 
         token: what must be shown for all pages but those for probes.
         """
-        self.private = True
+        self.loopback_only = True
         """Whether nobody but this machine can ask."""
-        self._checks, self._board, self._clock, self._metrics = checks, board, clock, metrics
+        self._checks, self._series_status, self._clock, self._metrics = (
+            checks,
+            board,
+            clock,
+            metrics,
+        )
         metrics.ready.set_function(lambda: not any(checks().values()))
-        self._overdue = overdue
+        self._stalled = stalled
         self._token = None if token is None else token.get_secret_value().encode()
         self._document = orjson.dumps(document())
-        metrics_page = _Kept(self._render_metrics, _METRICS_SECONDS)
-        self._series = _Kept(self._render_series, _SERIES_SECONDS)
-        self._pages: dict[str, Callable[[], Awaitable[Answer]]] = {
+        metrics_page = _CachedBody(self._render_metrics, _METRICS_TTL_SECONDS)
+        self._series_body = _CachedBody(self._render_series, _SERIES_TTL_SECONDS)
+        self._routes: dict[str, Callable[[], Awaitable[Response]]] = {
             "/healthz": self._liveness,
             "/readyz": self._readiness,
-            "/metrics": metrics_page.answering(CONTENT_TYPE_LATEST),
-            "/series": self._series.answering(JSON),
-            "/openapi.json": lambda: _ready(Answer(200, self._document)),
+            "/metrics": metrics_page.handler(CONTENT_TYPE_LATEST),
+            "/series": self._series_body.handler(JSON),
+            "/openapi.json": lambda: _completed(Response(200, self._document)),
         }
 
-    async def answer(self, method: str, raw_path: str, authorization: str | None) -> Answer:
+    async def handle(self, method: str, raw_path: str, authorization: str | None) -> Response:
         """The page of a request. raw_path: as it came, percent-encoded, without the query."""
         path = unquote(raw_path, errors="replace")
-        page, series = self._pages.get(path), path.removeprefix(_FORECASTS)
+        page, series = self._routes.get(path), path.removeprefix(_FORECASTS_PREFIX)
         wants_forecast = series != path
-        if path not in _OPEN and not self._admits(authorization):
-            return self._refusal()
+        if path not in _TOKENLESS_PATHS and not self._authorised(authorization):
+            return self._unauthorised()
         if page is None and not wants_forecast:
-            there = ", ".join((*self._pages, "/forecasts/SERIES"))
-            return problem(404, f"there is no such page; there are {there}")
+            there = ", ".join((*self._routes, "/forecasts/SERIES"))
+            return error_response(404, f"there is no such page; there are {there}")
         if method not in {"GET", "HEAD"}:
-            return problem(405, "pages are only read: GET or HEAD", (("Allow", "GET, HEAD"),))
-        if (wants_forecast or path == "/series") and self._token is None and not self.private:
-            return problem(403, _CLOSED)
+            return error_response(
+                405, "pages are only read: GET or HEAD", (("Allow", "GET, HEAD"),)
+            )
+        if (wants_forecast or path == "/series") and self._token is None and not self.loopback_only:
+            return error_response(403, _LOOPBACK_ONLY_ERROR)
         return self._forecast(series) if page is None else await page()
 
-    def _forecast(self, series: str) -> Answer:
+    def _forecast(self, series: str) -> Response:
         try:
-            return Answer(200, self._board.forecast(series))
+            return Response(200, self._series_status.latest_forecast(series))
         except LookupError as error:
-            return problem(404, str(error.args[0]))
+            return error_response(404, str(error.args[0]))
 
-    def _admits(self, authorization: str | None) -> bool:
+    def _authorised(self, authorization: str | None) -> bool:
         if self._token is None:
             return True
         scheme, _, shown = (authorization or "").partition(" ")
@@ -116,79 +123,79 @@ class Pages:
         return compare_digest(given, self._token) and scheme.lower() == "bearer"
 
     @staticmethod
-    def _refusal() -> Answer:
-        why = f"this page needs the header Authorization: Bearer, with {variable('http', 'token')}"
-        return problem(401, why, (("WWW-Authenticate", 'Bearer realm="kronos-stream"'),))
+    def _unauthorised() -> Response:
+        why = f"this page needs the header Authorization: Bearer, with {variable_name('http', 'token')}"
+        return error_response(401, why, (("WWW-Authenticate", 'Bearer realm="kronos-stream"'),))
 
-    async def _liveness(self) -> Answer:
+    async def _liveness(self) -> Response:
         """To answer at all is half of it; the other half is that nothing hangs."""
-        why = self._overdue()
-        return Answer(503 if why else 200, f"{why or 'alive'}\n".encode(), _TEXT)
+        why = self._stalled()
+        return Response(503 if why else 200, f"{why or 'alive'}\n".encode(), _TEXT)
 
-    async def _readiness(self) -> Answer:
+    async def _readiness(self) -> Response:
         checks = self._checks()
         ready = not any(checks.values())
-        told = {name: without_passwords(why) or "ok" for name, why in checks.items()}
+        told = {name: redact(why) or "ok" for name, why in checks.items()}
         said = {"ready": ready, "checks": told}
-        return Answer(200 if ready else 503, orjson.dumps(said))
+        return Response(200 if ready else 503, orjson.dumps(said))
 
     async def _render_metrics(self) -> bytes:
         """With what the board knows of series, counted."""
         counts: Counter[tuple[str, str, str]] = Counter()
-        for number, standing in enumerate(self._board.standings(), 1):
+        for number, standing in enumerate(self._series_status.statuses(), 1):
             counts[standing] += 1
-            if number % _TURN == 0:
+            if number % _ROWS_PER_SLICE == 0:
                 await asyncio.sleep(0)
         gauge = self._metrics.series
         gauge.clear()
         for venue, timeframe in {(venue, timeframe) for venue, timeframe, _ in counts}:
-            for standing in STANDINGS:  # also those that none is in
+            for standing in SERIES_STATUSES:  # also those that none is in
                 gauge.labels(venue, timeframe, standing).set(counts[venue, timeframe, standing])
         return self._metrics.render()
 
     async def _render_series(self) -> bytes:
         rows: list[bytes] = []
-        for number, row in enumerate(self._board.rows(), 1):
+        for number, row in enumerate(self._series_status.rows(), 1):
             rows.append(orjson.dumps(row))
-            if number % _TURN == 0:
+            if number % _ROWS_PER_SLICE == 0:
                 await asyncio.sleep(0)
         head = orjson.dumps({"at": rfc3339(self._clock.now())})[:-1]
         return head + b',"series":[' + b",".join(rows) + b"]}"
 
 
-class _Kept:
+class _CachedBody:
     """A page's body, made anew when it is asked for and old; all who ask meanwhile share one."""
 
     def __init__(self, make: Callable[[], Awaitable[bytes]], seconds: float) -> None:
-        self._make, self._seconds = make, seconds
-        self._body, self._old = b"", 0.0
-        self._making = asyncio.Lock()
+        self._render, self._ttl = make, seconds
+        self._body, self._expires = b"", 0.0
+        self._lock = asyncio.Lock()
 
-    def answering(self, content_type: str) -> Callable[[], Awaitable[Answer]]:
-        async def answer() -> Answer:
-            return Answer(200, await self._fresh(), content_type)
+    def handler(self, content_type: str) -> Callable[[], Awaitable[Response]]:
+        async def answer() -> Response:
+            return Response(200, await self._get(), content_type)
 
         return answer
 
-    async def _fresh(self) -> bytes:
+    async def _get(self) -> bytes:
         uptime = asyncio.get_running_loop().time
-        async with self._making:
-            if not self._body or uptime() >= self._old:
-                self._body = await self._make()
-                self._old = uptime() + self._seconds
+        async with self._lock:
+            if not self._body or uptime() >= self._expires:
+                self._body = await self._render()
+                self._expires = uptime() + self._ttl
             return self._body
 
 
-def problem(status: int, why: str, headers: tuple[tuple[str, str], ...] = ()) -> Answer:
+def error_response(status: int, why: str, headers: tuple[tuple[str, str], ...] = ()) -> Response:
     """An answer that says why there is none."""
-    return Answer(status, orjson.dumps({"error": why}), JSON, headers)
+    return Response(status, orjson.dumps({"error": why}), JSON, headers)
 
 
-async def _ready(value: _T) -> _T:
+async def _completed(value: _T) -> _T:
     return value
 
 
-_CLOSED = (
+_LOOPBACK_ONLY_ERROR = (
     "without a token this page is shown only where 127.0.0.1 is all that is listened on: set "
-    f"{variable('http', 'token')}, or listen on 127.0.0.1 ({variable('http', 'host')})"
+    f"{variable_name('http', 'token')}, or listen on 127.0.0.1 ({variable_name('http', 'host')})"
 )

@@ -9,9 +9,9 @@ from typing import Literal
 
 import structlog
 
-from kronos_stream.daemon.due import Result
-from kronos_stream.daemon.job import Identity, Plan
-from kronos_stream.daemon.outbox import Message, Outbox
+from kronos_stream.daemon.due import ForecastResult
+from kronos_stream.daemon.job import ModelIdentity, ForecastConfig
+from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.forecast.compose import Composer, dead_letter, removal
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook
@@ -22,15 +22,15 @@ from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()
 
-_TURN = 32
+_YIELD_EVERY = 32
 """Messages composed before other tasks have their turn."""
 
-_MOST_WAITING = 100
-_PAUSE_SECONDS = 0.5
+_MAX_QUEUED = 100
+_FLUSH_INTERVAL_SECONDS = 0.5
 """Together 200 dead letters of venues a second; the counters count them all."""
 
 
-def composer(plan: Plan, identity: Identity) -> Composer:
+def build_composer(config: ForecastConfig, identity: ModelIdentity) -> Composer:
     """What writes the messages of the worker that ``identity`` describes."""
     return Composer(
         Model(
@@ -41,29 +41,29 @@ def composer(plan: Plan, identity: Identity) -> Composer:
         ),
         Engine(version=identity.engine, device=identity.device, dtype=identity.dtype),
         Sampling(
-            paths=plan.paths,
-            temperature=plan.temperature,
-            top_k=plan.top_k,
-            top_p=plan.top_p,
-            seed=plan.seed,
-            anchor=plan.anchor,
+            paths=config.paths,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            anchor=config.anchor,
         ),
     )
 
 
-class Press:
+class ForecastPublisher:
     """Writes what came of due bars, and what could not be taken in, into the outbox."""
 
     def __init__(
         self,
-        compose: Composer,
+        composer: Composer,
         outbox: Outbox,
         clock: Clock,
         wall: Clock,
         *,
-        follows: Callable[[Series], bool],
-        told: Callable[[Sequence[Result], Sequence[Message]], None],
-        remembers: bool = True,
+        is_followed: Callable[[Series], bool],
+        on_published: Callable[[Sequence[ForecastResult], Sequence[Envelope]], None],
+        record_outcomes: bool = True,
     ) -> None:
         """``clock`` is the market's, records carry the time of ``wall``.
 
@@ -72,40 +72,49 @@ class Press:
         told: results and the forecasts among them, once they are durable.
         remembers: whether outcomes are recorded; where a log tells what is done, they are not.
         """
-        self._remembers = remembers
-        self._compose, self._outbox = compose, outbox
-        self._clock, self._wall, self._follows, self._told = clock, wall, follows, told
+        self._record_outcomes = record_outcomes
+        self._composer, self._outbox = composer, outbox
+        self._clock, self._wall, self._is_followed, self._on_published = (
+            clock,
+            wall,
+            is_followed,
+            on_published,
+        )
 
-    async def publish(self, results: Sequence[Result]) -> Sequence[Result]:
+    async def publish(self, results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
         """Compose the forecasts; all is durable when this returns: what became of the bars."""
-        composed: list[tuple[Result, Message | None]] = []
+        composed: list[tuple[ForecastResult, Envelope | None]] = []
         for i, result in enumerate(results, 1):
             message = None
             if result.window is not None and result.outlook is not None:
-                message = self._forecast(result, result.window, result.outlook)
+                message = self._compose_forecast(result, result.window, result.outlook)
             composed.append((result, message))
-            if i % _TURN == 0:
+            if i % _YIELD_EVERY == 0:
                 await asyncio.sleep(0)
         final = [
-            (result, message) if self._follows(result.due.series) else (result.removed, None)
+            (result, message)
+            if self._is_followed(result.request.series)
+            else (result.as_removed, None)
             for result, message in composed
         ]
         messages = [message for _, message in final if message is not None]
-        outcomes = [result.outcome for result, _ in final] if self._remembers else []
+        outcomes = [result.outcome for result, _ in final] if self._record_outcomes else []
         await self._outbox.publish(outcomes, messages)
         told = [result for result, _ in final]
-        self._told(told, messages)
+        self._on_published(told, messages)
         return told
 
     async def retract(self, series: Sequence[str]) -> None:
         """Tell readers that these series are not forecast any more; durable on return."""
         now = self._wall.now()
         gone = [removal(name, at=now) for name in series]
-        await self._outbox.publish([], [Message("removal", *one[1:]) for one in gone])
+        await self._outbox.publish([], [Envelope("removal", *one[1:]) for one in gone])
 
-    def _forecast(self, result: Result, window: Window, outlook: Outlook) -> Message:
-        due = result.due
-        composed = self._compose.forecast(
+    def _compose_forecast(
+        self, result: ForecastResult, window: Window, outlook: Outlook
+    ) -> Envelope:
+        due = result.request
+        composed = self._composer.forecast(
             window,
             outlook,
             created=self._wall.now(),
@@ -118,52 +127,52 @@ class Press:
         )
         # The outbox measures latency by the wall clock, bars arrive by the market's.
         ago = self._clock.now() - due.received
-        return Message(
+        return Envelope(
             "forecast", composed.key, composed.value, composed.headers, self._wall.now() - ago
         )
 
 
-class Graveyard:
+class DeadLetterQueue:
     """Dead letters of what venues sent: bounded, so that a flood of garbage stays a trickle."""
 
     def __init__(self, outbox: Outbox, wall: Clock) -> None:
         self._outbox, self._wall = outbox, wall
-        self._waiting: deque[Message] = deque()
-        self._lost = 0
-        self._news = asyncio.Event()
+        self._queue: deque[Envelope] = deque()
+        self._dropped = 0
+        self._wakeup = asyncio.Event()
 
-    def bury(self, series: Series | None, reason: str, raw: bytes) -> None:
+    def put(self, series: Series | None, reason: str, raw: bytes) -> None:
         """Keep a frame or candle that cannot be. Returns at once."""
-        if len(self._waiting) >= _MOST_WAITING:
-            self._lost += 1
+        if len(self._queue) >= _MAX_QUEUED:
+            self._dropped += 1
             return
         what: Literal["candle", "frame"] = "frame" if series is None else "candle"
         name = None if series is None else series.name
         letter = dead_letter(what, reason, raw, at=self._wall.now(), series=name)
-        self._waiting.append(Message("deadletter", letter.key, letter.value, letter.headers))
-        self._news.set()
+        self._queue.append(Envelope("deadletter", letter.key, letter.value, letter.headers))
+        self._wakeup.set()
 
     async def run(self) -> None:
         """Put them into the outbox, a few a second at most; until cancelled."""
         while True:
-            await self._news.wait()
-            self._news.clear()
+            await self._wakeup.wait()
+            self._wakeup.clear()
             await self.flush()
-            await asyncio.sleep(_PAUSE_SECONDS)
+            await asyncio.sleep(_FLUSH_INTERVAL_SECONDS)
 
     async def flush(self) -> None:
-        messages = list(self._waiting)
-        self._waiting.clear()
-        if self._lost:
-            _log.warning("dead letters left out: too many at once", number=self._lost)
-            self._lost = 0
+        messages = list(self._queue)
+        self._queue.clear()
+        if self._dropped:
+            _log.warning("dead letters left out: too many at once", number=self._dropped)
+            self._dropped = 0
         if messages:
             await self._outbox.publish([], messages)
 
 
-def refused(sink: str, refusal: Refusal, at: int) -> Message:
+def refusal_dead_letter(sink: str, refusal: Refusal, at: int) -> Envelope:
     """The dead letter of a record that ``sink`` will never take. at: UTC ms."""
     record = refusal.record
     series = record.key or None
     letter = dead_letter("record", refusal.reason, record.value, at=at, series=series, sink=sink)
-    return Message("deadletter", letter.key, letter.value, letter.headers)
+    return Envelope("deadletter", letter.key, letter.value, letter.headers)

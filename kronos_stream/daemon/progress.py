@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kronos_stream.daemon.delivery import DELIVER_SECONDS, Delivery
-from kronos_stream.daemon.desk import Desk
+from kronos_stream.daemon.delivery import DELIVER_TIMEOUT_SECONDS, SinkQueue
+from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.market.clock import Clock
@@ -29,98 +29,106 @@ _REPLACE_SECONDS = 900.0
 
 
 @dataclass(slots=True)
-class Work:
+class StallCheck:
     """Something that is worked off, and how it is seen that it is."""
 
-    what: str
+    name: str
     """In words: who does what."""
-    waits: Callable[[], object]
+    pending: Callable[[], object]
     """True while there is something to do."""
-    done: Callable[[], object]
+    progress: Callable[[], object]
     """Changes with whatever is done."""
-    seconds: Callable[[], float]
+    timeout: Callable[[], float]
     """How long it may stay the same while something is to be done."""
-    _seen: object = None
-    _since: float | None = None
+    _last_progress: object = None
+    _last_change: float | None = None
 
-    def look(self, now: float) -> str:
+    def check(self, now: float) -> str:
         """What is wrong with it, in words; empty if nothing is. now: monotonic seconds."""
-        done = self.done()
-        if self._since is None or done != self._seen or not self.waits():
-            self._seen, self._since = done, now
-        still = now - self._since
-        return f"{self.what}: nothing done for {still:.0f} s" if still > self.seconds() else ""
+        done = self.progress()
+        if self._last_change is None or done != self._last_progress or not self.pending():
+            self._last_progress, self._last_change = done, now
+        still = now - self._last_change
+        return f"{self.name}: nothing done for {still:.0f} s" if still > self.timeout() else ""
 
 
-class Progress:
+class Watchdog:
     """All that is worked off in one daemon."""
 
     def __init__(self) -> None:
-        self._works: tuple[Work, ...] = ()
+        self._checks: tuple[StallCheck, ...] = ()
 
-    def watch(self, *works: Iterable[Work]) -> None:
+    def set_checks(self, *works: Iterable[StallCheck]) -> None:
         """Look at these from now on, and at no others."""
-        self._works = tuple(work for some in works for work in some)
+        self._checks = tuple(work for some in works for work in some)
 
-    def overdue(self, now: float | None = None) -> str:
+    def stalled(self, now: float | None = None) -> str:
         """What does not get on, in words; empty if all does. To be asked now and then.
 
         now: monotonic seconds.
         """
         moment = time.monotonic() if now is None else now
-        return "; ".join(filter(None, [work.look(moment) for work in self._works]))
+        return "; ".join(filter(None, [work.check(moment) for work in self._checks]))
 
 
-def starting(seconds: float) -> Iterator[Work]:
+def startup_checks(seconds: float) -> Iterator[StallCheck]:
     """The start, which is bounded as a whole."""
-    yield Work("the start", lambda: True, lambda: None, lambda: seconds)
+    yield StallCheck("the start", lambda: True, lambda: None, lambda: seconds)
 
 
-def taking_in(desk: Desk, clock: Clock) -> Iterator[Work]:
+def intake_checks(desk: IntakePipeline, clock: Clock) -> Iterator[StallCheck]:
     """Closed bars are saved, and series looked after when it is time."""
-    saving = desk.saving
+    saving = desk.save_queue
 
     def late() -> bool:
-        return desk.next_alarm is not None and desk.next_alarm <= clock.now()
+        return desk.next_timer is not None and desk.next_timer <= clock.now()
 
-    yield Work(
-        "saving closed bars", lambda: not saving.idle, lambda: saving.done, lambda: _SAVE_SECONDS
+    yield StallCheck(
+        "saving closed bars", lambda: not saving.idle, lambda: saving.commits, lambda: _SAVE_SECONDS
     )
-    yield Work("looking after series", late, lambda: desk.next_alarm, lambda: _WAKE_SECONDS)
+    yield StallCheck("looking after series", late, lambda: desk.next_timer, lambda: _WAKE_SECONDS)
 
 
-class _Worker(Protocol):
-    def healthy(self) -> str: ...
+class _Backend(Protocol):
+    def problem(self) -> str: ...
 
 
-def forecasting(scheduler: Scheduler, worker: _Worker, metrics: Metrics) -> Iterator[Work]:
+def forecast_checks(
+    scheduler: Scheduler, worker: _Backend, metrics: Metrics
+) -> Iterator[StallCheck]:
     """Due bars get their outcomes, or at least the worker is replaced."""
 
     def done() -> tuple[int, float]:
         lost = [sample.value for one in metrics.worker_restarts.collect() for sample in one.samples]
-        return scheduler.told, sum(lost)
+        return scheduler.published, sum(lost)
 
     def seconds() -> float:
-        return _REPLACE_SECONDS if worker.healthy() else scheduler.longest + _MARGIN_SECONDS
+        return (
+            _REPLACE_SECONDS
+            if worker.problem()
+            else scheduler.max_latency_seconds + _MARGIN_SECONDS
+        )
 
-    yield Work("forecasting due bars", lambda: scheduler.held, done, seconds)
+    yield StallCheck("forecasting due bars", lambda: scheduler.pending, done, seconds)
 
 
-def reading(feed: Feed) -> Iterator[Work]:
+def feed_checks(feed: Feed) -> Iterator[StallCheck]:
     """The feed turns, whether there is something to read or not."""
-    yield Work("reading candles", lambda: True, lambda: feed.iterations, lambda: _READ_SECONDS)
+    yield StallCheck(
+        "reading candles", lambda: True, lambda: feed.iterations, lambda: _READ_SECONDS
+    )
 
 
-def delivering(deliveries: Iterable[tuple[str, Delivery]]) -> Iterator[Work]:
+def delivery_checks(deliveries: Iterable[tuple[str, SinkQueue]]) -> Iterator[StallCheck]:
     """Records are given to their sink, again and again if it does not take them."""
     for name, one in deliveries:
-        yield _delivering(name, one)
+        yield _delivery_check(name, one)
 
 
-def _delivering(name: str, one: Delivery) -> Work:
-    return Work(
+def _delivery_check(name: str, one: SinkQueue) -> StallCheck:
+    return StallCheck(
         f"delivering to {name}",
         lambda: not one.idle.is_set(),
         lambda: one.attempts,
-        lambda: DELIVER_SECONDS + _MARGIN_SECONDS,
+        lambda: DELIVER_TIMEOUT_SECONDS + _MARGIN_SECONDS,
     )

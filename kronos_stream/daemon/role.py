@@ -18,13 +18,13 @@ import structlog
 
 from kronos_stream import __version__
 from kronos_stream.daemon import progress
-from kronos_stream.daemon.board import Board
+from kronos_stream.daemon.board import SeriesStatusRegistry
 from kronos_stream.daemon.health import watch_loop_lag
-from kronos_stream.daemon.http import Served
+from kronos_stream.daemon.http import StatusServer
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Outbox
-from kronos_stream.daemon.pages import Pages
-from kronos_stream.daemon.press import refused
+from kronos_stream.daemon.pages import Endpoints
+from kronos_stream.daemon.press import refusal_dead_letter
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
 from kronos_stream.forecast.sink import Sink
@@ -32,7 +32,7 @@ from kronos_stream.market.clock import Clock, SystemClock
 
 _log = structlog.get_logger()
 
-_START_SECONDS = 1_800.0
+_START_TIMEOUT_SECONDS = 1_800.0
 """For the model, the venues and the bars in the state file."""
 
 
@@ -60,10 +60,10 @@ class Role(ABC):
         """Set once all is loaded and candles are followed."""
         self.running = asyncio.Event()
         """Set once the state is ours and tasks are supervised, whoever may be away."""
-        self.progress = progress.Progress()
+        self.watchdog = progress.Watchdog()
         self._sinks = list(sinks)
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
-        self._board = Board(clock)
+        self._series_status = SeriesStatusRegistry(clock)
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -86,18 +86,20 @@ class Role(ABC):
                 self._random,
                 self.metrics,
                 max_age_seconds=self._max_age,
-                bury=lambda sink, refusal: refused(sink, refusal, self._wall.now()),
-                patient=settings.login_refused == "retry",
+                make_dead_letter=lambda sink, refusal: refusal_dead_letter(
+                    sink, refusal, self._wall.now()
+                ),
+                retry_login=settings.login_refused == "retry",
             )
-            pages = Pages(
+            pages = Endpoints(
                 self.metrics,
-                self.checks,
-                self._board,
+                self.readiness,
+                self._series_status,
                 self._clock,
-                overdue=self.progress.overdue,
+                stalled=self.watchdog.stalled,
                 token=settings.http.token,
             )
-            await stack.enter_async_context(Served(settings.http, pages))
+            await stack.enter_async_context(StatusServer(settings.http, pages))
             try:
                 async with asyncio.TaskGroup() as tasks:
                     beside = [
@@ -105,30 +107,30 @@ class Role(ABC):
                         for work in (
                             self._outbox.run(),
                             watch_loop_lag(self.metrics),
-                            *self._upkeep(),
+                            *self._background_tasks(),
                         )
                     ]
-                    self.progress.watch(
-                        progress.starting(_START_SECONDS),
-                        progress.delivering(self._outbox.deliveries.items()),
+                    self.watchdog.set_checks(
+                        progress.startup_checks(_START_TIMEOUT_SECONDS),
+                        progress.delivery_checks(self._outbox.queues.items()),
                     )
                     self.running.set()
                     await self._work()
                     for task in beside:
                         task.cancel()
             except* Exception as failures:  # noqa: BLE001 - whatever it was, it ends the daemon
-                raise _first(failures) from None
+                raise _first_error(failures) from None
 
-    def checks(self) -> dict[str, str]:
+    def readiness(self) -> dict[str, str]:
         """What readiness hangs on: what it is → why it is not so, empty if it is."""
-        found = {f"sink {name}": why for name, why in self._outbox.healthy().items()}
+        found = {f"sink {name}": why for name, why in self._outbox.problems().items()}
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
         return found
 
     @property
     @abstractmethod
-    def followed(self) -> int:
+    def series_count(self) -> int:
         """How many series."""
 
     async def reload(self) -> None:
@@ -148,20 +150,20 @@ class Role(ABC):
     async def _work(self) -> None:
         """Take in, and hand over to the outbox, until told to stop; then :meth:`_deliver`."""
 
-    def _upkeep(self) -> Sequence[Coroutine[Any, Any, None]]:
+    def _background_tasks(self) -> Sequence[Coroutine[Any, Any, None]]:
         """What else runs until the end."""
         return ()
 
-    async def _deliver(self, began: float, *, whole: bool) -> None:
+    async def _drain_outbox(self, stop_began: float, *, batch_finished: bool) -> None:
         """Deliver what is in the outbox, within what is left of the grace.
 
         began: loop time at which the stop began. whole: whether the work in hand was finished.
         """
-        left = self.settings.stop_grace - (asyncio.get_running_loop().time() - began)
+        left = self.settings.stop_grace - (asyncio.get_running_loop().time() - stop_began)
         waiting = await self._outbox.drain(max(0.0, left))
-        _log.info("stopped", batch_finished=whole, undelivered=waiting)
+        _log.info("stopped", batch_finished=batch_finished, undelivered=waiting)
 
-    async def _unless_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
+    async def _run_until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
         """Run ``work``; given up, and False, when told to stop before it is done."""
         task = asyncio.ensure_future(work)
         stop = asyncio.ensure_future(self._stop.wait())
@@ -172,16 +174,16 @@ class Role(ABC):
                 return True
             return False
         finally:
-            await _cancelled(task, stop)
+            await _cancel_all(task, stop)
 
 
-async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
+async def _cancel_all(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _first(failures: BaseExceptionGroup[Exception]) -> Exception:
+def _first_error(failures: BaseExceptionGroup[Exception]) -> Exception:
     """What failed first: the groups around it say nothing to a reader."""
     failure: BaseException = failures
     while isinstance(failure, BaseExceptionGroup):

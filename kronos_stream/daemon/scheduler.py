@@ -13,40 +13,40 @@ from typing import Literal, Protocol
 
 import structlog
 
-from kronos_stream.daemon.batches import Gathering, valid_until
-from kronos_stream.daemon.due import Due, Result
-from kronos_stream.daemon.job import Drawn, Failed
-from kronos_stream.daemon.lanes import Item, Lanes
+from kronos_stream.daemon.batches import Batcher, valid_until
+from kronos_stream.daemon.due import ForecastRequest, ForecastResult
+from kronos_stream.daemon.job import InferenceResult, InferenceFailure
+from kronos_stream.daemon.lanes import Pending, ResultSequencer
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import Batch
+from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.timeframe import Timeframe
 
-__all__ = ["CatchUp", "Forecasting", "Result", "Scheduler"]
+__all__ = ["CatchUp", "BatchForecaster", "ForecastResult", "Scheduler"]
 
 _log = structlog.get_logger()
 
 CatchUp = Literal["newest", "all"]
 
-_TURN = 32
+_YIELD_EVERY = 32
 """Windows built before other tasks have their turn."""
 
-_CHUNK = 256
+_PUBLISH_CHUNK = 256
 """Results published at a time."""
 
-_SHORTEST_DEADLINE_SECONDS = 2.0
-_LONGEST_DEADLINE_SECONDS = 60.0
+_MIN_DEADLINE_SECONDS = 2.0
+_MAX_DEADLINE_SECONDS = 60.0
 
 
-class Forecasting(Protocol):
+class BatchForecaster(Protocol):
     """What the scheduler needs of a worker."""
 
-    def expected(self, series: int) -> float: ...
+    def estimate_seconds(self, count: int) -> float: ...
 
     def capacity(self, seconds: float) -> int: ...
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch: ...
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult: ...
 
 
 class Scheduler:
@@ -54,19 +54,19 @@ class Scheduler:
 
     def __init__(
         self,
-        worker: Forecasting,
-        window: Callable[[Due], Awaitable[Window | None]],
-        awaited: Callable[[int], int],
-        publish: Callable[[Sequence[Result]], Awaitable[Sequence[Result]]],
+        worker: BatchForecaster,
+        get_window: Callable[[ForecastRequest], Awaitable[Window | None]],
+        outstanding_bars: Callable[[int], int],
+        publish: Callable[[Sequence[ForecastResult]], Awaitable[Sequence[ForecastResult]]],
         clock: Clock,
         metrics: Metrics,
         *,
         catch_up: CatchUp = "newest",
         batch_wait: float | None = None,
         batch_deadline: float | None = None,
-        longest: float = _LONGEST_DEADLINE_SECONDS,
-        most: int = 1000,
-        backlog: int = 200_000,
+        max_deadline: float = _MAX_DEADLINE_SECONDS,
+        max_batch_size: int = 1000,
+        max_backlog: int = 200_000,
     ) -> None:
         """What it takes to forecast, and where results go.
 
@@ -84,82 +84,90 @@ class Scheduler:
         most: series in a batch. backlog: bars that may wait; beyond, the oldest are skipped even
             where all are asked for.
         """
-        self._worker, self._window, self._publish = worker, window, publish
+        self._worker, self._get_window, self._publish = worker, get_window, publish
         self._clock, self._metrics = clock, metrics
         self._catch_up = catch_up
         self._batch_wait, self._batch_deadline = batch_wait, batch_deadline
-        self._longest, self._most, self._backlog = longest, most, backlog
-        self._lanes = Lanes()
-        self._gathering = Gathering(awaited, batch_wait)
-        self._waiting = self._batches = self._hurried = 0
-        self._finishing = self._worked = False
-        self._news, self._settled, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._settled.set()
+        self._max_deadline, self._max_batch_size, self._max_backlog = (
+            max_deadline,
+            max_batch_size,
+            max_backlog,
+        )
+        self._sequencer = ResultSequencer()
+        self._batcher = Batcher(outstanding_bars, batch_wait)
+        self._waiting = self._batches = self._drain_callers = 0
+        self._finishing = self._batching_done = False
+        self._wakeup, self._drained, self._stopped = (
+            asyncio.Event(),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+        self._drained.set()
 
-    def due(self, due: Due) -> None:
+    def submit(self, request: ForecastRequest) -> None:
         """Take in a bar; in order per series. Returns at once."""
         if self._finishing:
             return
-        self._settled.clear()
-        item = Item(due, self._clock.now())
-        before = self._lanes.add(item)
+        self._drained.clear()
+        item = Pending(request, self._clock.now())
+        before = self._sequencer.add(item)
         self._waiting += 1
-        self._metrics.received.observe(max(0, due.received - due.close) / 1000)
-        if before is not None and before.due.origin == due.origin:
+        self._metrics.close_to_received.observe(max(0, request.received - request.close) / 1000)
+        if before is not None and before.request.origin == request.origin:
             self._skip(before, "revised")
         elif before is not None and self._catch_up == "newest":
             self._skip(before, "overrun")
-        if self._waiting > self._backlog:
-            oldest = self._lanes.oldest_waiting(due.series)
+        if self._waiting > self._max_backlog:
+            oldest = self._sequencer.oldest_waiting(request.series)
             if oldest is not None:
                 self._skip(oldest, "overrun")
-        if due.obstacle is not None:
-            self._skip(item, due.obstacle)
+        if request.skip_reason is not None:
+            self._skip(item, request.skip_reason)
         else:
-            self._gathering.add(item)
-            self._news.set()
-        self._metrics.queued.labels("due").set(self._waiting)
+            self._batcher.add(item)
+            self._wakeup.set()
+        self._metrics.queue_depth.labels("due").set(self._waiting)
 
     async def run(self) -> None:
         """Work until cancelled, or until :meth:`finish`. Fails if publishing or the worker does."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._work())
-                tasks.create_task(self._tell())
+                tasks.create_task(self._run_batches())
+                tasks.create_task(self._publish_results())
         finally:
-            self._ended.set()
+            self._stopped.set()
 
-    async def settled(self) -> None:
+    async def drain(self) -> None:
         """Return once every bar taken in has its result published; nobody is waited for then."""
-        self._hurried += 1
-        self._news.set()
+        self._drain_callers += 1
+        self._wakeup.set()
         try:
-            await self._settled.wait()
+            await self._drained.wait()
         finally:
-            self._hurried -= 1
+            self._drain_callers -= 1
 
     @property
-    def held(self) -> int:
+    def pending(self) -> int:
         """Bars taken in whose results are not published yet."""
-        return self._lanes.held
+        return self._sequencer.pending
 
     @property
-    def told(self) -> int:
+    def published(self) -> int:
         """Results published so far."""
-        return self._lanes.through
+        return self._sequencer.published
 
     @property
-    def longest(self) -> float:
+    def max_latency_seconds(self) -> float:
         """Seconds from a bar until its result, where the first attempt of a batch is good."""
-        deadline = self._batch_deadline or self._longest
-        return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.expected(1))
+        deadline = self._batch_deadline or self._max_deadline
+        return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.estimate_seconds(1))
 
-    def withdraw(self) -> None:
+    def cancel_waiting(self) -> None:
         """Take back all bars that wait for a batch, and those of their series behind them.
 
         They get no result, and may be due again.
         """
-        for item in self._lanes.withdraw():
+        for item in self._sequencer.cancel_waiting():
             self._skip(item, "withdrawn")
 
     async def finish(self, grace: float) -> bool:
@@ -169,30 +177,30 @@ class Scheduler:
         grace: seconds.
         """
         self._finishing = True
-        self._news.set()
+        self._wakeup.set()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await self._ended.wait()
-        return self._ended.is_set()
+                await self._stopped.wait()
+        return self._stopped.is_set()
 
-    async def _work(self) -> None:
+    async def _run_batches(self) -> None:
         while not self._finishing:
-            self._news.clear()
-            self._gathering.release(self._clock.now(), hurry=self._hurried > 0)
-            batch, deadline = self._form()
+            self._wakeup.clear()
+            self._batcher.release(self._clock.now(), force=self._drain_callers > 0)
+            batch, deadline = self._next_batch()
             if batch:
-                await self._forecast(batch, deadline)
+                await self._run_batch(batch, deadline)
             else:
-                await self._wait()
-        self._worked = True
-        self._lanes.decided.set()
+                await self._wait_for_batch()
+        self._batching_done = True
+        self._sequencer.result_ready.set()
 
-    async def _wait(self) -> None:
+    async def _wait_for_batch(self) -> None:
         """Until something has come, or the time of a gathering close is up."""
-        waits = [asyncio.ensure_future(self._news.wait())]
-        end = self._gathering.next_end()
+        waits = [asyncio.ensure_future(self._wakeup.wait())]
+        end = self._batcher.next_deadline()
         if end is not None:
-            waits.append(asyncio.ensure_future(self._until(end)))
+            waits.append(asyncio.ensure_future(self._sleep_until(end)))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in done:
@@ -201,65 +209,71 @@ class Scheduler:
             for wait in waits:
                 wait.cancel()
 
-    async def _until(self, moment: int) -> Literal[True]:
+    async def _sleep_until(self, moment: int) -> Literal[True]:
         await self._clock.sleep_until(moment)
         return True
 
-    def _form(self) -> tuple[list[Item], float]:
+    def _next_batch(self) -> tuple[list[Pending], float]:
         """The next batch, and the seconds it may take."""
-        self._gathering.tidy(self._drop_expired)
-        ready = self._gathering.ready
+        self._batcher.discard_resolved(self._drop_expired)
+        ready = self._batcher.ready
         if not ready:
             return [], 0.0
         deadline = min(self._deadline(series.timeframe) for series in ready)
-        batch = self._gathering.take(min(self._most, self._worker.capacity(deadline / 2)))
+        batch = self._batcher.pop_batch(
+            min(self._max_batch_size, self._worker.capacity(deadline / 2))
+        )
         self._waiting -= len(batch)
-        self._metrics.queued.labels("due").set(self._waiting)
-        return batch, max(deadline, 2 * self._worker.expected(len(batch)))
+        self._metrics.queue_depth.labels("due").set(self._waiting)
+        return batch, max(deadline, 2 * self._worker.estimate_seconds(len(batch)))
 
-    def _drop_expired(self, item: Item) -> None:
+    def _drop_expired(self, item: Pending) -> None:
         """Skip a series' newest bar if its forecast would not be valid any more."""
-        end = valid_until(item.due)
+        end = valid_until(item.request)
         if self._catch_up == "newest" and end <= self._clock.now():
             # It came too late, or it was kept here too long.
             self._skip(item, "stale" if item.arrived >= end else "overrun")
 
-    async def _forecast(self, batch: Sequence[Item], deadline: float) -> None:
+    async def _run_batch(self, batch: Sequence[Pending], deadline: float) -> None:
         """Decide every bar of the batch."""
-        items, windows = await self._windows(batch)
+        items, windows = await self._load_windows(batch)
         if not items:
             return
         now = self._clock.now()
         drawn, seconds = await self._worker.forecast(windows, deadline)
         self._batches += 1
         self._metrics.batch_series.observe(len(items))
-        self._metrics.computed.observe(seconds)
+        self._metrics.compute_seconds.observe(seconds)
         _log.debug("batch drawn", batch=self._batches, series=len(items), seconds=round(seconds, 3))
         for item, window, made in zip(items, windows, drawn, strict=True):
-            queued = max(0, now - item.due.received)
-            self._metrics.batched.observe(queued / 1000)
-            result = Result(item.due, window, queued_ms=queued, compute_ms=round(1000 * seconds))
-            self._lanes.decide(item, self._filled(result, made))
+            queued = max(0, now - item.request.received)
+            self._metrics.received_to_batched.observe(queued / 1000)
+            result = ForecastResult(
+                item.request, window, queued_ms=queued, compute_ms=round(1000 * seconds)
+            )
+            self._sequencer.set_result(item, self._with_forecast(result, made))
 
-    async def _windows(self, batch: Sequence[Item]) -> tuple[list[Item], list[Window]]:
+    async def _load_windows(self, batch: Sequence[Pending]) -> tuple[list[Pending], list[Window]]:
         """What to forecast from; bars whose context is gone are skipped."""
-        items: list[Item] = []
+        items: list[Pending] = []
         windows: list[Window] = []
         for i, item in enumerate(batch, 1):
-            window = await self._window(item.due)
+            window = await self._get_window(item.request)
             if window is None:
-                self._lanes.decide(item, Result(item.due, reason="gap"))
+                self._sequencer.set_result(item, ForecastResult(item.request, reason="gap"))
             else:
                 items.append(item)
                 windows.append(window)
-            if i % _TURN == 0:
+            if i % _YIELD_EVERY == 0:
                 await asyncio.sleep(0)
         return items, windows
 
-    def _filled(self, result: Result, made: Drawn | Failed) -> Result:
-        if isinstance(made, Drawn):
+    def _with_forecast(
+        self, result: ForecastResult, made: InferenceResult | InferenceFailure
+    ) -> ForecastResult:
+        if isinstance(made, InferenceResult):
             return result._replace(outlook=made.outlook, scale=made.scale)
-        due = result.due
+        due = result.request
         _log.warning(
             "forecast failed",
             series=due.series.name,
@@ -269,27 +283,27 @@ class Scheduler:
         )
         return result._replace(reason="failed")
 
-    def _skip(self, item: Item, reason: str) -> None:
+    def _skip(self, item: Pending, reason: str) -> None:
         """Decide a bar that waits."""
         self._waiting -= 1
-        self._lanes.decide(item, Result(item.due, reason=reason))
+        self._sequencer.set_result(item, ForecastResult(item.request, reason=reason))
 
-    async def _tell(self) -> None:
+    async def _publish_results(self) -> None:
         """Publish what is decided, as soon as its turn in its lane has come."""
-        lanes = self._lanes
+        lanes = self._sequencer
         while True:
-            await lanes.decided.wait()
-            lanes.decided.clear()
-            while heads := lanes.heads(_CHUNK):
+            await lanes.result_ready.wait()
+            lanes.result_ready.clear()
+            while heads := lanes.pop_ready(_PUBLISH_CHUNK):
                 results = [
-                    item.result for item in heads if item.result is not None and not item.withdrawn
+                    item.result for item in heads if item.result is not None and not item.cancelled
                 ]
                 for outcome in (result.outcome for result in await self._publish(results)):
                     self._metrics.outcomes.labels(outcome.result, outcome.reason).inc()
-                lanes.told(len(heads))
-                if not lanes.held:
-                    self._settled.set()
-            if self._worked:
+                lanes.mark_published(len(heads))
+                if not lanes.pending:
+                    self._drained.set()
+            if self._batching_done:
                 return
 
     def _deadline(self, timeframe: Timeframe) -> float:
@@ -297,6 +311,6 @@ class Scheduler:
             return self._batch_deadline
         length = timeframe.milliseconds
         if length is None:  # a month
-            return self._longest
-        seconds = min(0.0008 * length, self._longest)
-        return max(_SHORTEST_DEADLINE_SECONDS, seconds)
+            return self._max_deadline
+        seconds = min(0.0008 * length, self._max_deadline)
+        return max(_MIN_DEADLINE_SECONDS, seconds)

@@ -14,14 +14,14 @@ from typing import Any
 import structlog
 
 from kronos_stream.daemon import connectors
-from kronos_stream.daemon.app import Daemon
-from kronos_stream.daemon.crew import MakeWorker
-from kronos_stream.daemon.due import Result
+from kronos_stream.daemon.app import StandaloneRole
+from kronos_stream.daemon.crew import WorkerFactory
+from kronos_stream.daemon.due import ForecastResult
 from kronos_stream.daemon.environment import BROKER
-from kronos_stream.daemon.ingest import Ingest
-from kronos_stream.daemon.member import Member
+from kronos_stream.daemon.ingest import IngestRole
+from kronos_stream.daemon.member import ForecastRole
 from kronos_stream.daemon.notify import Notifier
-from kronos_stream.daemon.reporter import Reporter
+from kronos_stream.daemon.reporter import StatusReporter
 from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.forecast.sink import Sink
@@ -31,10 +31,10 @@ from kronos_stream.market.source import Source, SourceError
 
 _log = structlog.get_logger()
 
-_BY_SIGNAL = 128
+_SIGNAL_EXIT_BASE = 128
 
-_COLLECT_SECONDS = 600.0
-_NEVER = 2**31 - 1
+_GC_SECONDS = 600.0
+_GC_NEVER = 2**31 - 1
 
 
 def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str, Source]:
@@ -42,10 +42,10 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
     venues = sorted({entry.venue for entry in settings.watchlist()})
     return {
         venue: connector.build(
-            venue, _options(settings, name, connector.options), clock, _child(random)
+            venue, _options(settings, name, connector.options), clock, _child_random(random)
         )
         for venue in venues
-        for name, connector in [connectors.source(venue)]
+        for name, connector in [connectors.load_source(venue)]
     }
 
 
@@ -53,25 +53,25 @@ def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) 
     """The settings' sinks. Raises ConnectorError."""
     random = random or Random()
     return [
-        connector.build(_options(settings, name, connector.options), clock, _child(random))
+        connector.build(_options(settings, name, connector.options), clock, _child_random(random))
         for name in settings.sinks
-        for connector in [connectors.sink(name)]
+        for connector in [connectors.load_sink(name)]
     ]
 
 
 def build_feed(settings: Settings, needs: FeedNeeds, clock: Clock, random: Random) -> Feed:
     """What brings role forecast its candles. Raises ConnectorError."""
-    feed = connectors.feed(BROKER)
-    return feed.build(_options(settings, BROKER, feed.options), needs, clock, _child(random))
+    feed = connectors.load_feed(BROKER)
+    return feed.build(_options(settings, BROKER, feed.options), needs, clock, _child_random(random))
 
 
-def build(
+def build_standalone(
     settings: Settings,
     *,
     sinks: Sequence[Sink] | None = None,
-    watch: Callable[[Sequence[Result]], None] | None = None,
-    worker: MakeWorker | None = None,
-) -> Daemon:
+    on_results: Callable[[Sequence[ForecastResult]], None] | None = None,
+    worker_factory: WorkerFactory | None = None,
+) -> StandaloneRole:
     """A daemon on the wall clock.
 
     sinks: in place of the settings'. watch: told every result once it is durable. worker: makes
@@ -79,32 +79,36 @@ def build(
     """
     clock = SystemClock()
     random = Random()
-    return Daemon(
+    return StandaloneRole(
         settings,
         build_sources(settings, clock, random),
         build_sinks(settings, clock, random) if sinks is None else sinks,
         clock=clock,
         random=random,
-        watch=watch,
-        worker=worker,
+        on_results=on_results,
+        worker_factory=worker_factory,
     )
 
 
-def build_role(settings: Settings, *, worker: MakeWorker | None = None) -> Daemon | Ingest | Member:
+def build_role(
+    settings: Settings, *, worker_factory: WorkerFactory | None = None
+) -> StandaloneRole | IngestRole | ForecastRole:
     """What the settings' role is, on the wall clock. worker: as of :func:`build`."""
     if settings.role == "all":
-        return build(settings, worker=worker)
+        return build_standalone(settings, worker_factory=worker_factory)
     clock, random = SystemClock(), Random()
     if settings.role == "ingest":
-        relay = connectors.relay(BROKER)
+        relay = connectors.load_relay(BROKER)
         options = _options(settings, BROKER, relay.options)
-        sink = relay.build(options, settings.lengths(), clock, _child(random))
+        sink = relay.build(options, settings.candle_timeframes(), clock, _child_random(random))
         sources = build_sources(settings, clock, random)
-        return Ingest(settings, sources, [sink], clock=clock, random=random)
+        return IngestRole(settings, sources, [sink], clock=clock, random=random)
     needs = FeedNeeds(settings.timeframes, settings.lookback)
     reads = build_feed(settings, needs, clock, random)
     sinks = build_sinks(settings, clock, random)
-    return Member(settings, reads, sinks, clock=clock, random=random, worker=worker)
+    return ForecastRole(
+        settings, reads, sinks, clock=clock, random=random, worker_factory=worker_factory
+    )
 
 
 async def check(settings: Settings) -> str:
@@ -113,10 +117,10 @@ async def check(settings: Settings) -> str:
     Raises SettingsError, WorkerError, SourceError.
     """
     role = build_role(settings)
-    if isinstance(role, Ingest):
+    if isinstance(role, IngestRole):
         return f"{await role.check()} series to pass on: settings and symbols are fine"
     sinks = ", ".join(settings.sinks)
-    if isinstance(role, Member):
+    if isinstance(role, ForecastRole):
         identity = await role.check()
         made = f"{identity.model} on {identity.device}, to {sinks}"
         return f"forecasts of what the group gives us with {made}: settings and model are fine"
@@ -132,11 +136,11 @@ async def serve(daemon: Role) -> None:
 
     The service manager, if one started us, is kept informed.
     """
-    notifier = Notifier.of(os.environ)
-    reporter = Reporter(daemon, notifier)
-    with _signals(daemon, reporter):
+    notifier = Notifier.from_environ(os.environ)
+    reporter = StatusReporter(daemon, notifier)
+    with _handle_signals(daemon, reporter):
         beside = [
-            asyncio.create_task(_collect_seldom(daemon)),
+            asyncio.create_task(_limit_gc(daemon)),
             asyncio.create_task(reporter.run()),
         ]
         failure = ""
@@ -153,7 +157,7 @@ async def serve(daemon: Role) -> None:
             notifier.close()
 
 
-async def _collect_seldom(daemon: Role) -> None:
+async def _limit_gc(daemon: Role) -> None:
     """Have Python look for garbage among all there is only now and then; until cancelled.
 
     With a thousand series that stops everything for a quarter of a second, and left to itself it
@@ -164,9 +168,9 @@ async def _collect_seldom(daemon: Role) -> None:
     gc.collect()
     gc.freeze()
     try:
-        gc.set_threshold(young, middle, _NEVER)
+        gc.set_threshold(young, middle, _GC_NEVER)
         while True:
-            await asyncio.sleep(_COLLECT_SECONDS)
+            await asyncio.sleep(_GC_SECONDS)
             gc.collect()
     finally:
         gc.set_threshold(young, middle, old)
@@ -174,7 +178,7 @@ async def _collect_seldom(daemon: Role) -> None:
 
 
 @contextmanager
-def _signals(daemon: Role, reporter: Reporter) -> Iterator[None]:
+def _handle_signals(daemon: Role, reporter: StatusReporter) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     told = False
     reloads: set[asyncio.Task[None]] = set()
@@ -183,7 +187,7 @@ def _signals(daemon: Role, reporter: Reporter) -> Iterator[None]:
         nonlocal told
         if told:
             # The state file is consistent at any moment, and the worker ends with us.
-            os._exit(_BY_SIGNAL + number)
+            os._exit(_SIGNAL_EXIT_BASE + number)
         told = True
         _log.info("stopping; once more ends at once", signal=signal.Signals(number).name)
         reporter.stopping()
@@ -207,7 +211,7 @@ def _signals(daemon: Role, reporter: Reporter) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-async def _reload(daemon: Role, reporter: Reporter) -> None:
+async def _reload(daemon: Role, reporter: StatusReporter) -> None:
     """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
     try:
         await daemon.reload()
@@ -224,5 +228,5 @@ def _options(settings: Settings, name: str, kind: type[Any]) -> Any:  # noqa: AN
     return settings.options[name] if name in settings.options else kind()
 
 
-def _child(random: Random) -> Random:
+def _child_random(random: Random) -> Random:
     return Random(random.getrandbits(64))

@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from kronos_stream.daemon.job import Plan
-from kronos_stream.daemon.textfile import read_small
+from kronos_stream.daemon.job import ForecastConfig
+from kronos_stream.daemon.textfile import read_text_file
 from kronos_stream.daemon.worker import usable_cores
 from kronos_stream.forecast.outlook import PublishedPaths
 from kronos_stream.forecast.quantiles import check_supported, required_paths
@@ -32,7 +32,7 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.watchlist import WatchlistEntry
 
-PREFIX = "KRONOS_STREAM_"
+ENV_PREFIX = "KRONOS_STREAM_"
 
 
 class SettingsError(Exception):
@@ -43,25 +43,25 @@ class SettingsError(Exception):
         super().__init__("; ".join(self.problems))
 
 
-def variable(*path: str) -> str:
+def variable_name(*path: str) -> str:
     """The environment variable of a field: ``("http", "port")`` → KRONOS_STREAM_HTTP__PORT."""
-    return PREFIX + "__".join(path).upper()
+    return ENV_PREFIX + "__".join(path).upper()
 
 
-def _timeframe(value: object) -> Timeframe:
+def _parse_timeframe(value: object) -> Timeframe:
     return value if isinstance(value, Timeframe) else Timeframe.parse(str(value))
 
 
-def _entry(value: object) -> WatchlistEntry:
+def _parse_entry(value: object) -> WatchlistEntry:
     return value if isinstance(value, WatchlistEntry) else WatchlistEntry.parse(str(value))
 
 
-def _probability(p: float) -> float:
+def _validate_probability(p: float) -> float:
     required_paths(p)
     return p
 
 
-def _state_file() -> Path:
+def _default_state_file() -> Path:
     """Where systemd says, else the user's own state; see the XDG base directories."""
     given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
     if given:
@@ -70,14 +70,14 @@ def _state_file() -> Path:
     return Path(home).expanduser() / "kronos-stream" / "state.sqlite"
 
 
-def _threads() -> int:
+def _default_threads() -> int:
     """One core is left to the daemon itself."""
     return max(1, usable_cores() - 1)
 
 
-_LONGEST_LINE = 400
+_MAX_LINE_LENGTH = 400
 """Characters of a line of the symbols file."""
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 """That are told of one file."""
 
 _Path = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -93,7 +93,7 @@ _CONFIG = SettingsConfigDict(
 )
 
 
-class Messages(BaseModel):
+class MessageSettings(BaseModel):
     """What goes into a forecast's message beside the bands."""
 
     model_config = _CONFIG
@@ -102,7 +102,7 @@ class Messages(BaseModel):
     """Of the sample paths themselves: none, their closes, or all channels (ohlcva)."""
 
 
-class Http(BaseModel):
+class HttpSettings(BaseModel):
     """Where /metrics, /series, /forecasts, /readyz and /healthz are served."""
 
     model_config = _CONFIG
@@ -117,13 +117,13 @@ class Http(BaseModel):
 
     @field_validator("token")
     @classmethod
-    def _hard_to_guess(cls, token: SecretStr | None) -> SecretStr | None:
+    def _validate_token(cls, token: SecretStr | None) -> SecretStr | None:
         if token and not re.fullmatch(r"[\w.~+/=-]{16,}", token.get_secret_value(), re.ASCII):
             raise ValueError("expected at least 16 of the characters A-Z a-z 0-9 . _ ~ + / = -")
         return token
 
 
-class Log(BaseModel):
+class LogSettings(BaseModel):
     """What is logged, on stderr."""
 
     model_config = _CONFIG
@@ -145,14 +145,14 @@ class Settings(BaseSettings):
     role: Literal["all", "ingest", "forecast"] = "all"
     """What this process does. all: everything, without a broker. ingest: candles of venues to
     Kafka. forecast: candles from Kafka to forecasts, as one of a group that shares the work."""
-    symbols: tuple[Annotated[WatchlistEntry, PlainValidator(_entry)], ...] = ()
+    symbols: tuple[Annotated[WatchlistEntry, PlainValidator(_parse_entry)], ...] = ()
     """What to forecast: venue:symbol, a comma list. binance:BTC/USDT is spot,
     binance:BTC/USDT:USDT the linear perpetual, binance:*/USDT?top=50 the fifty most traded of
     those, looked up daily."""
     symbols_file: _Path | None = None
     """A file with more of them, one per line, # for comments; a line may name its timeframes
     behind the symbol: binance:BTC/USDT 1m,1h. Read again on SIGHUP."""
-    timeframes: tuple[Annotated[Timeframe, PlainValidator(_timeframe)], ...] = Field(
+    timeframes: tuple[Annotated[Timeframe, PlainValidator(_parse_timeframe)], ...] = Field(
         default=(Timeframe(5, "m"),), min_length=1
     )
     """Lengths of bars, such as 1m,5m; every symbol is forecast in each."""
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
     worker each."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the device multiplies it natively."""
-    threads: int = Field(default_factory=_threads, ge=1, le=1_024)
+    threads: int = Field(default_factory=_default_threads, ge=1, le=1_024)
     """CPU threads of the model; one less than the cores we may use."""
     standby: bool = False
     """Keep a second worker process started, so that a broken one is replaced sooner; it takes some
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
     """Fixes the noise; the same bars and seed give the same forecast."""
     anchor: bool = True
     """Scale paths so that the model's view of the last bar closes where it did."""
-    quantiles: tuple[Annotated[float, AfterValidator(_probability)], ...] = Field(
+    quantiles: tuple[Annotated[float, AfterValidator(_validate_probability)], ...] = Field(
         default=(0.05, 0.25, 0.5, 0.75, 0.95), min_length=1
     )
     """Quantiles to publish, between 0 and 1."""
@@ -208,7 +208,7 @@ class Settings(BaseSettings):
     batch_deadline: float | None = Field(default=None, gt=0)
     """Seconds for a batch before the worker is replaced; else 0.8 of the timeframe, between 2 and
     60."""
-    state_file: _Path = Field(default_factory=_state_file)
+    state_file: _Path = Field(default_factory=_default_state_file)
     """Bars, outcomes and undelivered messages, on a local disk; one daemon per file."""
     outbox_max_age: float = Field(default=86_400.0, gt=0)
     """Seconds after which an undelivered message is given up."""
@@ -220,9 +220,9 @@ class Settings(BaseSettings):
     secrets_dir: _Path = Path("/run/secrets")
     """Folder of files named like variables, such as kronos_stream_kafka__sasl_password."""
 
-    forecast: Messages = Field(default_factory=Messages)
-    http: Http = Field(default_factory=Http)
-    log: Log = Field(default_factory=Log)
+    forecast: MessageSettings = Field(default_factory=MessageSettings)
+    http: HttpSettings = Field(default_factory=HttpSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
 
     options: dict[str, Any] = Field(default_factory=dict, exclude=True)
     """What connectors were told, by name; those missing here take their defaults."""
@@ -239,31 +239,31 @@ class Settings(BaseSettings):
 
     @field_validator("device")
     @classmethod
-    def _names_devices(cls, device: str) -> str:
+    def _validate_device(cls, device: str) -> str:
         if not all(part.strip() for part in device.split(",")):
             raise ValueError("expected a device, or several with commas, such as cuda:0,cuda:1")
         return device
 
     @field_validator("symbols", "timeframes", "sinks", "quantiles")
     @classmethod
-    def _none_twice(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _validate_unique(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if twice := [str(value) for i, value in enumerate(values) if value in values[:i]]:
             raise ValueError(f"{twice[0]} stands there twice")
         return values
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        problems = list(self._misfits())
+    def _validate_conflicts(self) -> Self:
+        problems = list(self._find_conflicts())
         if problems:
             raise SettingsError(problems)
         return self
 
     def watchlist(self) -> tuple[WatchlistEntry, ...]:
         """What to forecast, in which timeframes; reads the symbols file. Raises SettingsError."""
-        entries = [*self.symbols, *self._listed()]
+        entries = [*self.symbols, *self._read_symbols_file()]
         if not entries:
             raise SettingsError(
-                f"{variable('symbols')} and {variable('symbols_file')} name nothing: set one to "
+                f"{variable_name('symbols')} and {variable_name('symbols_file')} name nothing: set one to "
                 "what to forecast, such as binance:BTC/USDT,binance:ETH/USDT"
             )
         return tuple(
@@ -276,7 +276,7 @@ class Settings(BaseSettings):
         named = [entry for entry in self.watchlist() if not entry.is_pattern]
         return tuple(series for entry in named for series in entry.series())
 
-    def lengths(self) -> tuple[Timeframe, ...]:
+    def candle_timeframes(self) -> tuple[Timeframe, ...]:
         """Of the bars that go from role to role: all that is followed, or that is read.
 
         Raises SettingsError.
@@ -291,9 +291,9 @@ class Settings(BaseSettings):
         """Where to compute: one worker each."""
         return tuple(device.strip() for device in self.device.split(","))
 
-    def plan(self) -> Plan:
+    def forecast_config(self) -> ForecastConfig:
         """What the worker is to draw."""
-        return Plan(
+        return ForecastConfig(
             model=self.model,
             tokenizer=self.tokenizer,
             revision=self.model_revision,
@@ -310,15 +310,15 @@ class Settings(BaseSettings):
             seed=self.seed,
             anchor=self.anchor,
             quantiles=self.quantiles,
-            keep=self.forecast.paths,
+            include_paths=self.forecast.paths,
         )
 
-    def _listed(self) -> Sequence[WatchlistEntry]:
+    def _read_symbols_file(self) -> Sequence[WatchlistEntry]:
         if self.symbols_file is None:
             return ()
-        name = variable("symbols_file")
+        name = variable_name("symbols_file")
         try:
-            lines = read_small(self.symbols_file, "utf-8-sig").splitlines()
+            lines = read_text_file(self.symbols_file, "utf-8-sig").splitlines()
         except ValueError as error:
             raise SettingsError(f"{name}={self.symbols_file}: {error}") from None
         entries: list[WatchlistEntry] = []
@@ -328,7 +328,7 @@ class Settings(BaseSettings):
             if not text:
                 continue
             try:
-                if len(text) > _LONGEST_LINE:
+                if len(text) > _MAX_LINE_LENGTH:
                     raise ValueError(f"{text[:80]!r}… is too long: {len(text):,} characters")  # noqa: TRY301
                 entry = WatchlistEntry.parse(text)
                 if any(entry[:2] == other[:2] for other in (*self.symbols, *entries)):
@@ -336,22 +336,22 @@ class Settings(BaseSettings):
                 entries.append(entry)
             except ValueError as error:
                 problems.append(f"{name}={self.symbols_file}, line {number}: {error}")
-        if len(problems) > _MOST_PROBLEMS:
-            more = f"{name}={self.symbols_file}: and {len(problems) - _MOST_PROBLEMS:,} more lines"
-            problems = [*problems[:_MOST_PROBLEMS], more]
+        if len(problems) > _MAX_PROBLEMS:
+            more = f"{name}={self.symbols_file}: and {len(problems) - _MAX_PROBLEMS:,} more lines"
+            problems = [*problems[:_MAX_PROBLEMS], more]
         if problems:
             raise SettingsError(problems)
         return entries
 
-    def _misfits(self) -> Iterator[str]:
+    def _find_conflicts(self) -> Iterator[str]:
         try:
             check_supported(self.quantiles, self.paths)
         except ValueError as error:
-            yield f"{variable('quantiles')}: {error}; change it, or raise {variable('paths')}"
+            yield f"{variable_name('quantiles')}: {error}; change it, or raise {variable_name('paths')}"
         bars = self.lookback + self.horizon
         if self.max_context is not None and bars > self.max_context:
             yield (
-                f"{variable('lookback')}={self.lookback}: with {variable('horizon')}="
-                f"{self.horizon} it exceeds {variable('max_context')}={self.max_context}; lower "
+                f"{variable_name('lookback')}={self.lookback}: with {variable_name('horizon')}="
+                f"{self.horizon} it exceeds {variable_name('max_context')}={self.max_context}; lower "
                 "either"
             )

@@ -22,7 +22,7 @@ from kronos_stream.forecast.sink import RecordKind, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
-__all__ = ["Backlog", "Draft", "Passed", "State", "StateError"]
+__all__ = ["Backlog", "NewRecord", "PublishedBar", "State", "StateError"]
 
 _log = structlog.get_logger()
 
@@ -53,13 +53,13 @@ ALTER TABLE series ADD COLUMN relayed INTEGER NOT NULL DEFAULT -1;
 """One script per version; a file is brought up to date by those it lacks."""
 SCHEMA_VERSION = len(_SCHEMA)
 
-_BAR = "time, open, high, low, close, volume, amount, revision, synthetic, received"
-_PRUNED_ROWS = 2_000
+_BAR_COLUMNS = "time, open, high, low, close, volume, amount, revision, synthetic, received"
+_PRUNE_BATCH = 2_000
 """What is pruned at once: nobody waits longer for the file than that takes."""
-_VACUUMED_PAGES, _FREE_PAGES = 1_000, 4_000
+_VACUUM_PAGES, _MAX_FREE_PAGES = 1_000, 4_000
 
 
-class Draft(NamedTuple):
+class NewRecord(NamedTuple):
     """A record on its way into the outbox of one sink."""
 
     sink: str
@@ -71,12 +71,12 @@ class Draft(NamedTuple):
     """UTC ms."""
 
 
-class Passed(NamedTuple):
+class PublishedBar(NamedTuple):
     """A closed bar that is passed on to others, who forecast."""
 
     series: Series
     bar: Bar
-    news: bool
+    triggers_forecast: bool
     """Whether they are to forecast from it."""
 
 
@@ -98,7 +98,7 @@ class State:
         """:meth:`open` makes one."""
         self._db = database
         self._ids: dict[str, int] = {}
-        database.forget = self._ids.clear
+        database.on_rollback = self._ids.clear
 
     @property
     def path(self) -> Path:
@@ -119,7 +119,7 @@ class State:
     async def load(self, series: Series, bars: int, until: int | None = None) -> list[Bar]:
         """The newest ``bars`` closed bars that open at ``until`` or before, oldest first."""
         query = (
-            f"SELECT {_BAR} FROM bars "  # noqa: S608
+            f"SELECT {_BAR_COLUMNS} FROM bars "  # noqa: S608
             "WHERE series = (SELECT id FROM series WHERE name = ?) AND time <= ? "
             "ORDER BY time DESC LIMIT ?"
         )
@@ -128,51 +128,52 @@ class State:
 
     async def save_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
         """Insert or replace."""
-        await self._db.write(lambda: self._save(rows))
+        await self._db.write(lambda: self._upsert_bars(rows))
 
-    async def begin(self, series: Series, origin: int) -> None:
+    async def init_watermark(self, series: Series, origin: int) -> None:
         """Bars up to ``origin`` need no outcome; without effect if the series has a mark."""
 
         def begin() -> None:
-            self._db.sql.execute(
+            self._db.connection.execute(
                 "UPDATE series SET origin = ? WHERE id = ? AND origin IS NULL",
-                (origin, self._id(series.name)),
+                (origin, self._series_id(series.name)),
             )
 
         await self._db.write(begin)
 
-    async def mark(self, series: Series) -> tuple[int, int] | None:
+    async def watermark(self, series: Series) -> tuple[int, int] | None:
         """Origin and revision of the newest bar with an outcome, or where the series began."""
         query = "SELECT origin, revision FROM series WHERE name = ? AND origin IS NOT NULL"
         rows = await self._select(query, series.name)
         return (rows[0][0], rows[0][1]) if rows else None
 
-    async def relayed(self, series: Series) -> int:
+    async def last_relayed(self, series: Series) -> int:
         """Open of the newest bar of ``series`` that was passed on, UTC ms; -1 if none was."""
         rows = await self._select("SELECT relayed FROM series WHERE name = ?", series.name)
         return int(rows[0][0]) if rows else -1
 
-    async def relay_again(self, names: Collection[str]) -> None:
+    async def reset_relayed(self, names: Collection[str]) -> None:
         """Forget that bars of these series were passed on."""
 
         def forget() -> None:
-            self._db.sql.executemany(
+            self._db.connection.executemany(
                 "UPDATE series SET relayed = -1 WHERE name = ?", [(name,) for name in names]
             )
 
         await self._db.write(forget)
 
-    async def followed(self) -> set[str]:
+    async def followed_series(self) -> set[str]:
         """Names of the series that readers were not told to be gone."""
         return {name for (name,) in await self._select("SELECT name FROM series WHERE followed")}
 
-    async def follow(self, names: Collection[str]) -> None:
+    async def set_followed(self, names: Collection[str]) -> None:
         """Keep that exactly these are followed."""
 
         def follow() -> None:
-            self._db.sql.execute("UPDATE series SET followed = 0")
-            self._db.sql.executemany(
-                "UPDATE series SET followed = 1 WHERE id = ?", [(self._id(name),) for name in names]
+            self._db.connection.execute("UPDATE series SET followed = 0")
+            self._db.connection.executemany(
+                "UPDATE series SET followed = 1 WHERE id = ?",
+                [(self._series_id(name),) for name in names],
             )
 
         await self._db.write(follow)
@@ -180,8 +181,8 @@ class State:
     async def record(
         self,
         outcomes: Sequence[Outcome],
-        drafts: Sequence[Draft],
-        passed: Sequence[Passed] = (),
+        new_records: Sequence[NewRecord],
+        bars: Sequence[PublishedBar] = (),
     ) -> list[tuple[str, Record]]:
         """Keep outcomes and put records into the outbox, all or none: (sink, record) each.
 
@@ -193,11 +194,11 @@ class State:
 
         def record() -> list[tuple[str, Record]]:
             for outcome in outcomes:
-                self._keep(outcome)
-            self._save([one[:2] for one in passed])
-            for series, bar, news in passed:
-                self._pass(series, bar, news=news)
-            return [(draft.sink, self._put(draft)) for draft in drafts]
+                self._insert_outcome(outcome)
+            self._upsert_bars([one[:2] for one in bars])
+            for series, bar, news in bars:
+                self._mark_relayed(series, bar, triggers_forecast=news)
+            return [(draft.sink, self._insert_record(draft)) for draft in new_records]
 
         return await self._db.write(record)
 
@@ -219,7 +220,7 @@ class State:
 
         def read() -> list[Record]:
             records, bytes_read = [], 0
-            for row in self._db.sql.execute(query, (sink, limit)):
+            for row in self._db.connection.execute(query, (sink, limit)):
                 records.append(_record(row))
                 bytes_read += len(records[-1].value)
                 if bytes_read >= size:
@@ -228,8 +229,8 @@ class State:
 
         return await self._db.read(read)
 
-    async def delivered(
-        self, sink: str, through: int, letters: Sequence[Draft] = ()
+    async def mark_delivered(
+        self, sink: str, through: int, dead_letters: Sequence[NewRecord] = ()
     ) -> list[tuple[str, Record]]:
         """Take a sink's records up to ``through`` out, and put ``letters`` in, as :meth:`record`.
 
@@ -237,12 +238,12 @@ class State:
         """
 
         def settle() -> list[tuple[str, Record]]:
-            self._take_out(sink, through)
-            return [(draft.sink, self._put(draft)) for draft in letters]
+            self._delete_records(sink, through)
+            return [(draft.sink, self._insert_record(draft)) for draft in dead_letters]
 
         return await self._db.write(settle)
 
-    async def expire(self, sink: str, before: int, limit: int = _PRUNED_ROWS) -> tuple[int, int]:
+    async def expire(self, sink: str, before: int, limit: int = _PRUNE_BATCH) -> tuple[int, int]:
         """Take out a sink's first records that were created before a time, ``limit`` at most.
 
         before: UTC ms. Returns how many, and the sequence of the last.
@@ -250,11 +251,11 @@ class State:
         query = "SELECT sequence, created FROM outbox WHERE sink = ? ORDER BY sequence LIMIT ?"
 
         def expire() -> tuple[int, int]:
-            rows = self._db.sql.execute(query, (sink, limit)).fetchall()
+            rows = self._db.connection.execute(query, (sink, limit)).fetchall()
             old = [row[0] for row in takewhile(lambda row: row[1] < before, rows)]
             if not old:
                 return 0, 0
-            self._take_out(sink, old[-1])
+            self._delete_records(sink, old[-1])
             return len(old), old[-1]
 
         return await self._db.write(expire)
@@ -285,73 +286,83 @@ class State:
             for statement, most in ((bars, keep - 1), (outcomes, outcomes_before)):
                 await self._delete(statement, series, most)
         # What an outage left free goes back to the disk; what comes and goes daily stays free.
-        while (await self._select("PRAGMA freelist_count"))[0][0] > _FREE_PAGES:
-            await self._select(f"PRAGMA incremental_vacuum({_VACUUMED_PAGES})")
+        while (await self._select("PRAGMA freelist_count"))[0][0] > _MAX_FREE_PAGES:
+            await self._select(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
 
     async def _delete(self, statement: str, series: int, most: int) -> None:
-        arguments = (series, most, _PRUNED_ROWS)
-        work = partial(self._db.sql.execute, statement, arguments)
-        while (await self._db.write(lambda: work().rowcount)) == _PRUNED_ROWS:
+        arguments = (series, most, _PRUNE_BATCH)
+        work = partial(self._db.connection.execute, statement, arguments)
+        while (await self._db.write(lambda: work().rowcount)) == _PRUNE_BATCH:
             pass
 
     async def _select(self, query: str, *arguments: str | int) -> list[Any]:
-        return await self._db.read(lambda: self._db.sql.execute(query, arguments).fetchall())
+        return await self._db.read(lambda: self._db.connection.execute(query, arguments).fetchall())
 
-    def _keep(self, outcome: Outcome) -> None:
-        series, sql = self._id(outcome.series), self._db.sql
+    def _insert_outcome(self, outcome: Outcome) -> None:
+        series, sql = self._series_id(outcome.series), self._db.connection
         kept = sql.execute(
             "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?)", (series, *outcome[1:])
         )
         if not kept.rowcount:
             _log.error("a bar's second outcome is left out", **outcome._asdict())
-        self._mark(series, outcome.origin, outcome.revision)
+        self._advance_watermark(series, outcome.origin, outcome.revision)
 
-    def _save(self, rows: Sequence[tuple[Series, Bar]]) -> None:
-        self._db.sql.executemany(
+    def _upsert_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
+        self._db.connection.executemany(
             "INSERT OR REPLACE INTO bars VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (self._id(series.name), *bar.candle, bar.revision, bar.synthetic, bar.received)
+                (
+                    self._series_id(series.name),
+                    *bar.candle,
+                    bar.revision,
+                    bar.synthetic,
+                    bar.received,
+                )
                 for series, bar in rows
             ],
         )
 
-    def _pass(self, series: Series, bar: Bar, *, news: bool) -> None:
-        number, time = self._id(series.name), bar.candle.time
-        self._db.sql.execute(
+    def _mark_relayed(self, series: Series, bar: Bar, *, triggers_forecast: bool) -> None:
+        number, time = self._series_id(series.name), bar.candle.time
+        self._db.connection.execute(
             "UPDATE series SET relayed = max(relayed, ?) WHERE id = ?", (time, number)
         )
-        if news:
-            self._mark(number, time, bar.revision)
+        if triggers_forecast:
+            self._advance_watermark(number, time, bar.revision)
 
-    def _mark(self, series: int, origin: int, revision: int) -> None:
-        self._db.sql.execute(
+    def _advance_watermark(self, series: int, origin: int, revision: int) -> None:
+        self._db.connection.execute(
             "UPDATE series SET origin = ?1, revision = ?2 WHERE id = ?3 "
             "AND (origin IS NULL OR (origin, revision) < (?1, ?2))",
             (origin, revision, series),
         )
 
-    def _put(self, draft: Draft) -> Record:
-        sink, kind, key, value, headers, created = draft
+    def _insert_record(self, new_record: NewRecord) -> Record:
+        sink, kind, key, value, headers, created = new_record
         named = orjson.dumps([(name, text.decode()) for name, text in headers])
-        cursor = self._db.sql.execute(
+        cursor = self._db.connection.execute(
             "INSERT INTO outbox (sink, kind, key, value, headers, created) VALUES (?,?,?,?,?,?)",
             (sink, kind, key, value, named, created),
         )
         assert cursor.lastrowid is not None  # noqa: S101 - of an insert
         return Record(cursor.lastrowid, kind, key, value, headers, created)
 
-    def _take_out(self, sink: str, through: int) -> None:
-        self._db.sql.execute("DELETE FROM outbox WHERE sink = ? AND sequence <= ?", (sink, through))
+    def _delete_records(self, sink: str, through: int) -> None:
+        self._db.connection.execute(
+            "DELETE FROM outbox WHERE sink = ? AND sequence <= ?", (sink, through)
+        )
 
-    def _id(self, name: str) -> int:
+    def _series_id(self, name: str) -> int:
         known = self._ids.get(name)
         if known is None:
-            known = self._ids[name] = self._numbered(name)
+            known = self._ids[name] = self._insert_series(name)
         return known
 
-    def _numbered(self, name: str) -> int:
-        self._db.sql.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
-        row = self._db.sql.execute("SELECT id FROM series WHERE name = ?", (name,)).fetchone()
+    def _insert_series(self, name: str) -> int:
+        self._db.connection.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
+        row = self._db.connection.execute(
+            "SELECT id FROM series WHERE name = ?", (name,)
+        ).fetchone()
         return int(row[0])
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_MOST_BYTES = 2**20
+_MAX_BYTES = 2**20
 
 
-def read_small(path: Path, encoding: str = "utf-8") -> str:
+def read_text_file(path: Path, encoding: str = "utf-8") -> str:
     """The file's text. Raises ValueError with why it cannot be had, for people.
 
     Whatever could make us wait is refused: a pipe would hold up the whole daemon.
@@ -17,8 +17,8 @@ def read_small(path: Path, encoding: str = "utf-8") -> str:
             raise ValueError("No such file or directory")
         if not path.is_file():
             raise ValueError("not an ordinary file")
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"larger than {_MOST_BYTES:,} bytes")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"larger than {_MAX_BYTES:,} bytes")
         return path.read_text(encoding)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from None

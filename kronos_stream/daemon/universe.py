@@ -21,8 +21,8 @@ from kronos_stream.market.watchlist import WatchlistEntry
 
 _log = structlog.get_logger()
 
-ASK_AGAIN_SECONDS = 5.0
-_PATIENCE_SECONDS = 30.0
+RETRY_SECONDS = 5.0
+_START_TIMEOUT_SECONDS = 30.0
 
 
 class Universe:
@@ -35,7 +35,7 @@ class Universe:
         sources: Mapping[str, Source],
         clock: Clock,
         *,
-        patient: bool = True,
+        retry_login: bool = True,
     ) -> None:
         """series: what is followed beside the watchlist.
 
@@ -43,15 +43,15 @@ class Universe:
         """
         self.watchlist = watchlist
         self.series = frozenset(series)
-        self.lost: dict[str, str] = {}
+        self.dropped_venues: dict[str, str] = {}
         """Venues that will not serve us, and why."""
-        self.trouble: dict[str, str] = {}
+        self.venue_errors: dict[str, str] = {}
         """Venues that do not answer yet, and why."""
-        self.absent: set[str] = set()
+        self.pending_venues: set[str] = set()
         """Venues that did not answer at the start: nothing of them is followed so far."""
-        self._sources, self._clock, self._patient = sources, clock, patient
+        self._sources, self._clock, self._retry_login = sources, clock, retry_login
 
-    async def settle(self, held: Collection[Series]) -> None:
+    async def resolve_initial(self, previous: Collection[Series]) -> None:
         """Find out what to follow at the start; returns once the venues have answered.
 
         One that refuses us is lost. One that does not answer is waited for no longer than others
@@ -61,12 +61,12 @@ class Universe:
         where every venue is lost, LoginRefused where that is not to be tried again.
         """
         asked = {
-            asyncio.ensure_future(self._settle_patiently(venue, held)): venue
+            asyncio.ensure_future(self._resolve_with_retry(venue, previous)): venue
             for venue in self._sources
         }
         try:
             done, waiting = await asyncio.wait(
-                asked, timeout=_PATIENCE_SECONDS, return_when=asyncio.FIRST_EXCEPTION
+                asked, timeout=_START_TIMEOUT_SECONDS, return_when=asyncio.FIRST_EXCEPTION
             )
             if not done:
                 done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
@@ -76,11 +76,13 @@ class Universe:
             await asyncio.gather(*asked, return_exceptions=True)
         if problems := [line for task in done for line in task.result()]:
             raise SettingsError(problems)
-        self.absent = {asked[task] for task in waiting}
-        if self.absent:
-            _log.error("begins without venues that do not answer", venues=sorted(self.absent))
+        self.pending_venues = {asked[task] for task in waiting}
+        if self.pending_venues:
+            _log.error(
+                "begins without venues that do not answer", venues=sorted(self.pending_venues)
+            )
 
-    async def welcome(self, venue: str) -> frozenset[Series]:
+    async def resolve_pending(self, venue: str) -> frozenset[Series]:
         """What is to be followed now that an absent venue may answer.
 
         Raises SettingsError for what it cannot answer, SourceError where it is still away.
@@ -90,74 +92,76 @@ class Universe:
 
     async def check(self) -> None:
         """As :meth:`settle`, but ask once. Raises SourceError, too."""
-        lines = [line for venue in self._sources for line in await self._settle(venue, ())]
+        lines = [line for venue in self._sources for line in await self._resolve_venue(venue, ())]
         if lines:
             raise SettingsError(lines)
 
-    async def today(self, watchlist: Sequence[WatchlistEntry]) -> frozenset[Series]:
+    async def resolve_watchlist(self, watchlist: Sequence[WatchlistEntry]) -> frozenset[Series]:
         """What ``watchlist`` stands for now; what is followed of lost venues stays.
 
         Raises SettingsError for what no venue can answer, SourceError where one does not.
         """
-        away = self.lost.keys() | self.absent
+        away = self.dropped_venues.keys() | self.pending_venues
         entries = [entry for entry in watchlist if entry.venue not in away]
-        stays = {one for one in self.series if one.venue in self.lost}
+        stays = {one for one in self.series if one.venue in self.dropped_venues}
         return await resolve(entries, self._sources, self.series) | stays
 
-    async def refuse_unknown(self, wanted: Collection[Series]) -> None:
+    async def validate_change(self, wanted: Collection[Series]) -> None:
         """Raises SettingsError where of ``wanted`` something new is nowhere to be had."""
         strange = sorted({one.venue for one in wanted} - self._sources.keys())
         lines = [f"{venue}: not among the venues at the start; restart" for venue in strange]
         if not lines:
             new = frozenset(wanted) - self.series
-            lines = [line for venue in self._sources for line in await self._unknown(venue, new)]
+            lines = [
+                line for venue in self._sources for line in await self._unsupported(venue, new)
+            ]
         if lines:
             raise SettingsError(lines)
 
-    def waits(self, venue: str) -> str:
+    def venue_problem(self, venue: str) -> str:
         """Why nothing comes of a venue, if it is known."""
-        return self.lost.get(venue) or self.trouble.get(venue, "")
+        return self.dropped_venues.get(venue) or self.venue_errors.get(venue, "")
 
-    def point_sources(self) -> None:
+    def update_sources(self) -> None:
         """Tell the venues what is followed."""
         for venue, source in self._sources.items():
             source.subscribe([one for one in self.series if one.venue == venue])
 
-    def lose(self, venue: str, error: VenueRefused) -> None:
+    def drop_venue(self, venue: str, error: VenueRefused) -> None:
         """Go on without a venue that will not serve us; raise where it was the last."""
-        self.lost[venue] = str(error)
+        self.dropped_venues[venue] = str(error)
         _log.error("venue refused us; its series stop here", venue=venue, why=str(error))
-        if len(self.lost) == len(self._sources):
+        if len(self.dropped_venues) == len(self._sources):
             raise error
 
-    async def _settle_patiently(self, venue: str, held: Collection[Series]) -> list[str]:
+    async def _resolve_with_retry(self, venue: str, previous: Collection[Series]) -> list[str]:
         """As :meth:`_settle`, for as long as it takes."""
         while True:
             try:
-                lines = await self._settle(venue, held)
+                lines = await self._resolve_venue(venue, previous)
             except VenueRefused as error:
-                self.lose(venue, error)
+                self.drop_venue(venue, error)
                 lines = []
             except SourceError as error:
-                if isinstance(error, LoginRefused) and not self._patient:
+                if isinstance(error, LoginRefused) and not self._retry_login:
                     raise
-                if self.trouble.get(venue) != str(error):
+                if self.venue_errors.get(venue) != str(error):
                     _log.warning("venue does not answer yet", venue=venue, why=str(error))
-                self.trouble[venue] = str(error)
-                await self._clock.sleep(max(ASK_AGAIN_SECONDS, error.retry_after))
+                self.venue_errors[venue] = str(error)
+                await self._clock.sleep(max(RETRY_SECONDS, error.retry_after))
                 continue
-            self.trouble.pop(venue, None)
+            self.venue_errors.pop(venue, None)
             return lines
 
-    async def _settle(self, venue: str, held: Collection[Series]) -> list[str]:
+    async def _resolve_venue(self, venue: str, previous: Collection[Series]) -> list[str]:
         """Follow what of the watchlist is the venue's; a line for each series it does not have."""
         entries = [entry for entry in self.watchlist if entry.venue == venue]
-        chosen = await resolve(entries, self._sources, held)
-        lines = await self._unknown(venue, self.series | chosen)
+        chosen = await resolve(entries, self._sources, previous)
+        lines = await self._unsupported(venue, self.series | chosen)
         self.series |= chosen
         return lines
 
-    async def _unknown(self, venue: str, series: Collection[Series]) -> list[str]:
+    async def _unsupported(self, venue: str, series: Collection[Series]) -> list[str]:
         asked = [one for one in series if one.venue == venue]
         if not asked:
             return []
@@ -166,7 +170,7 @@ class Universe:
 
 
 async def resolve(
-    entries: Sequence[WatchlistEntry], sources: Mapping[str, Source], held: Collection[Series]
+    entries: Sequence[WatchlistEntry], sources: Mapping[str, Source], previous: Collection[Series]
 ) -> frozenset[Series]:
     """The series of ``entries``.
 
@@ -185,7 +189,7 @@ async def resolve(
             problems.append(f"{entry}: {entry.venue} cannot say what is traded most; name symbols")
         else:
             named = {other.symbol for other in entries if other.venue == entry.venue}
-            known = {one.symbol for one in held if one.venue == entry.venue} - named
+            known = {one.symbol for one in previous if one.venue == entry.venue} - named
             symbols = entry.select(await source.ranked(entry.symbol), known)
             if not symbols:
                 problems.append(f"{entry}: nothing that trades there is called so")

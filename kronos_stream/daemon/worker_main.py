@@ -23,21 +23,21 @@ import numpy as np
 
 from kronos_stream import __version__
 from kronos_stream.daemon.job import (
-    LENGTH,
-    Done,
-    Drawn,
-    Failed,
-    Identity,
-    Job,
-    Load,
-    Plan,
-    Ready,
-    Refused,
-    Task,
-    frame,
-    in_scale,
+    FRAME_LENGTH,
+    ResultChunk,
+    InferenceResult,
+    InferenceFailure,
+    ModelIdentity,
+    RequestChunk,
+    LoadModel,
+    ForecastConfig,
+    ModelLoaded,
+    LoadFailed,
+    InferenceRequest,
+    encode_frame,
+    scale_prices,
     price_scale,
-    unframe,
+    decode_frame,
 )
 from kronos_stream.engine import Context, ContextError, Draw, Forecaster
 from kronos_stream.engine.sampling import Sampling
@@ -45,55 +45,55 @@ from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, Source
 
-_PIECE = 32
+_CHUNK_SIZE = 32
 """Results per frame: the daemon reads one at a time, and does other things in between."""
 
-_MEASURED = 8
+_BENCHMARK_SERIES = 8
 """Series forecast together to measure the speed, unless one alone takes long."""
 
-_LONG_SECONDS = 0.25
+_SLOW_SECONDS = 0.25
 
 _PR_SET_PDEATHSIG = 1
 
 
-class Drawer:
+class ModelHost:
     """A plan's forecaster: tasks in, results out."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, config: ForecastConfig) -> None:
         """Load the model. Raises CheckpointError or ValueError for what the user can mend."""
         import torch
 
-        torch.set_num_threads(plan.threads)
-        check_supported(plan.quantiles, plan.paths)
-        Sampling(plan.temperature, plan.top_k, plan.top_p)
-        self.plan = plan
+        torch.set_num_threads(config.threads)
+        check_supported(config.quantiles, config.paths)
+        Sampling(config.temperature, config.top_k, config.top_p)
+        self.config = config
         self._forecaster = Forecaster.from_pretrained(
-            plan.model,
-            plan.tokenizer,
-            plan.revision,
-            device=plan.device,
-            dtype=plan.dtype,
-            max_context=plan.max_context,
+            config.model,
+            config.tokenizer,
+            config.revision,
+            device=config.device,
+            dtype=config.dtype,
+            max_context=config.max_context,
         )
         room = self._forecaster.max_context
-        if plan.lookback + plan.horizon > room:
+        if config.lookback + config.horizon > room:
             raise ValueError(
-                f"a lookback of {plan.lookback} bars and a horizon of {plan.horizon} exceed the "
-                f"{room} bars that {plan.model} was trained on; set KRONOS_STREAM_LOOKBACK to at "
-                f"most {max(room - plan.horizon, 2)}"
-                + ("" if plan.horizon <= room - 2 else ", and KRONOS_STREAM_HORIZON lower")
+                f"a lookback of {config.lookback} bars and a horizon of {config.horizon} exceed the "
+                f"{room} bars that {config.model} was trained on; set KRONOS_STREAM_LOOKBACK to at "
+                f"most {max(room - config.horizon, 2)}"
+                + ("" if config.horizon <= room - 2 else ", and KRONOS_STREAM_HORIZON lower")
             )
 
-    def identity(self) -> Identity:
+    def identity(self) -> ModelIdentity:
         found = self._forecaster.checkpoint
         assert found is not None  # noqa: S101 - from_pretrained sets it
-        own_tokenizer = self.plan.tokenizer or found.tokenizer.name
-        bundled = self.plan.tokenizer is None and Path(own_tokenizer).is_dir()
-        return Identity(
-            model=self.plan.model,
+        own_tokenizer = self.config.tokenizer or found.tokenizer.name
+        bundled = self.config.tokenizer is None and Path(own_tokenizer).is_dir()
+        return ModelIdentity(
+            model=self.config.model,
             revision=_revision(found.predictor),
             # A folder that holds both halves has one name.
-            tokenizer=self.plan.model if bundled else own_tokenizer,
+            tokenizer=self.config.model if bundled else own_tokenizer,
             tokenizer_revision=_revision(found.tokenizer),
             device=self._forecaster.device.type,  # whichever card it is, the id is the same
             dtype=str(self._forecaster.dtype).removeprefix("torch."),
@@ -101,13 +101,15 @@ class Drawer:
             engine=__version__,
         )
 
-    def draw(self, tasks: Sequence[Task]) -> list[Drawn | Failed]:
+    def infer(
+        self, requests: Sequence[InferenceRequest]
+    ) -> list[InferenceResult | InferenceFailure]:
         """One result per task. A task that is refused does not hold up the others."""
-        plan = self.plan
-        scales = [price_scale(task.values) for task in tasks]
+        plan = self.config
+        scales = [price_scale(task.values) for task in requests]
         contexts = [
-            Context(in_scale(task.values, scale), task.times, task.series, task.timeframe)
-            for task, scale in zip(tasks, scales, strict=True)
+            Context(scale_prices(task.values, scale), task.times, task.series, task.timeframe)
+            for task, scale in zip(requests, scales, strict=True)
         ]
         try:
             draws = self._forecaster.draw(
@@ -122,76 +124,78 @@ class Drawer:
             )
         except ContextError as error:
             # Contexts are checked before anything is drawn, so looking for it costs little.
-            if len(tasks) == 1:
-                return [Failed(str(error))]
-            middle = len(tasks) // 2
-            return self.draw(tasks[:middle]) + self.draw(tasks[middle:])
-        return [self._drawn(*drawn) for drawn in zip(tasks, scales, draws, strict=True)]
+            if len(requests) == 1:
+                return [InferenceFailure(str(error))]
+            middle = len(requests) // 2
+            return self.infer(requests[:middle]) + self.infer(requests[middle:])
+        return [self._to_result(*drawn) for drawn in zip(requests, scales, draws, strict=True)]
 
-    def _drawn(self, task: Task, scale: float, draw: Draw) -> Drawn | Failed:
+    def _to_result(
+        self, task: InferenceRequest, scale: float, draw: Draw
+    ) -> InferenceResult | InferenceFailure:
         try:
             made = build_outlook(
-                in_scale(draw.paths, 1 / scale),
+                scale_prices(draw.paths, 1 / scale),
                 draw.times,
                 task.last,
-                self.plan.quantiles,
-                publish=self.plan.keep,
+                self.config.quantiles,
+                publish=self.config.include_paths,
             )
         except ValueError as error:
-            return Failed(str(error))
-        return Drawn(made, scale)
+            return InferenceFailure(str(error))
+        return InferenceResult(made, scale)
 
     def warm_up(self) -> None:
         """Forecast a made-up series: a GPU's first call takes seconds."""
-        self.draw(_made_up(1, self.plan.lookback))
+        self.infer(_synthetic_requests(1, self.config.lookback))
 
     def measure(self) -> tuple[int, float]:
         """Forecast made-up series: how many in a batch, and its seconds."""
         seconds = 0.0
-        for count in (1, _MEASURED):
+        for count in (1, _BENCHMARK_SERIES):
             began = time.perf_counter()
-            self.draw(_made_up(count, self.plan.lookback))
+            self.infer(_synthetic_requests(count, self.config.lookback))
             seconds = time.perf_counter() - began
-            if count == _MEASURED or seconds > _LONG_SECONDS:
+            if count == _BENCHMARK_SERIES or seconds > _SLOW_SECONDS:
                 break
         return count, seconds
 
 
 def main() -> NoReturn:
     """Serve the daemon at the other end of the socket until it is gone."""
-    _belong_to_parent()
+    _exit_with_parent()
     channel = socket.socket(fileno=int(sys.argv[1]))
     inbox: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_read, args=(channel, inbox), daemon=True).start()
-    load: Load = inbox.get()
+    threading.Thread(target=_receive_messages, args=(channel, inbox), daemon=True).start()
+    load: LoadModel = inbox.get()
     try:
-        drawer = Drawer(load.plan)
+        drawer = ModelHost(load.config)
     except (CheckpointError, ValueError) as error:
-        _send(channel, Refused(str(error)))
+        _send(channel, LoadFailed(str(error)))
         sys.exit(0)
     drawer.warm_up()
     series, seconds = drawer.measure() if load.measure else (0, 0.0)
-    _send(channel, Ready(drawer.identity(), series, seconds))
+    _send(channel, ModelLoaded(drawer.identity(), series, seconds))
     while True:
-        tasks = _batch(inbox)
+        tasks = _receive_batch(inbox)
         began = time.perf_counter()
-        results = drawer.draw(tasks)
+        results = drawer.infer(tasks)
         seconds = time.perf_counter() - began
-        for first in range(0, len(results), _PIECE):
-            piece = results[first : first + _PIECE]
-            _send(channel, Done(piece, first + _PIECE >= len(results), seconds))
+        for first in range(0, len(results), _CHUNK_SIZE):
+            piece = results[first : first + _CHUNK_SIZE]
+            _send(channel, ResultChunk(piece, first + _CHUNK_SIZE >= len(results), seconds))
 
 
-def _batch(inbox: SimpleQueue[Any]) -> list[Task]:
-    tasks: list[Task] = []
+def _receive_batch(inbox: SimpleQueue[Any]) -> list[InferenceRequest]:
+    tasks: list[InferenceRequest] = []
     while True:
-        job: Job = inbox.get()
-        tasks += job.tasks
-        if job.complete:
+        job: RequestChunk = inbox.get()
+        tasks += job.requests
+        if job.is_last:
             return tasks
 
 
-def _belong_to_parent() -> None:
+def _exit_with_parent() -> None:
     """Stop signals are the parent's to judge; its end is ours, even while we are stopped."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -200,24 +204,24 @@ def _belong_to_parent() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _read(channel: socket.socket, inbox: SimpleQueue[Any]) -> None:
+def _receive_messages(channel: socket.socket, inbox: SimpleQueue[Any]) -> None:
     """Take in what the parent says; when it is gone, end the process, whatever it does."""
     try:
         with channel.makefile("rb") as stream:
-            while len(head := stream.read(LENGTH.size)) == LENGTH.size:
-                inbox.put(unframe(stream.read(LENGTH.unpack(head)[0])))
+            while len(head := stream.read(FRAME_LENGTH.size)) == FRAME_LENGTH.size:
+                inbox.put(decode_frame(stream.read(FRAME_LENGTH.unpack(head)[0])))
     finally:
         os._exit(0)
 
 
-def _send(channel: socket.socket, message: Ready | Refused | Done) -> None:
+def _send(channel: socket.socket, message: ModelLoaded | LoadFailed | ResultChunk) -> None:
     try:
-        channel.sendall(frame(message))
+        channel.sendall(encode_frame(message))
     except OSError:  # the parent is gone
         os._exit(0)
 
 
-def _made_up(count: int, bars: int) -> list[Task]:
+def _synthetic_requests(count: int, bars: int) -> list[InferenceRequest]:
     """Series of random candles of one minute."""
     random = np.random.default_rng(0)
     times = 60_000 * np.arange(bars)
@@ -225,7 +229,9 @@ def _made_up(count: int, bars: int) -> list[Task]:
     for i in range(count):
         close = 100 + random.normal(0, 0.1, bars).cumsum()
         values = np.stack((close, close + 0.1, close - 0.1, close, close, close * close), axis=1)
-        tasks.append(Task(f"made:up{i}:1m", "1m", values.astype(np.float32), times, 100.0))
+        tasks.append(
+            InferenceRequest(f"made:up{i}:1m", "1m", values.astype(np.float32), times, 100.0)
+        )
     return tasks
 
 

@@ -205,7 +205,7 @@ async def _decided(path: Path, names: Sequence[Series]) -> dict[Series, tuple[in
     try:
         found = {}
         for series in names:
-            mark = await state.mark(series)
+            mark = await state.watermark(series)
             if mark is not None:
                 outcomes = await state.outcomes(series, 0)
                 first = outcomes[0].origin if outcomes else series.timeframe.after(mark[0])

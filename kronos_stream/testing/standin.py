@@ -13,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kronos_stream.daemon.job import Drawn, Identity
-from kronos_stream.daemon.worker import Batch
+from kronos_stream.daemon.job import InferenceResult, ModelIdentity
+from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.forecast.outlook import CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market.contexts import Window
@@ -30,9 +30,9 @@ class StandIn:
     def healthy(self) -> str:
         return ""
 
-    async def start(self) -> Identity:
+    async def start(self) -> ModelIdentity:
         await asyncio.sleep(self._pace)
-        return Identity("none", None, "none", None, "cpu", "float32", 512, "stand-in")
+        return ModelIdentity("none", None, "none", None, "cpu", "float32", 512, "stand-in")
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -46,11 +46,11 @@ class StandIn:
     def capacity(self, seconds: float) -> int:
         return max(1, int(seconds / self._pace))
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         seconds = self.expected(len(windows))
         async with asyncio.timeout(deadline):
             await asyncio.sleep(seconds)
-        return Batch([Drawn(_flat(window), 1.0) for window in windows], seconds)
+        return BatchResult([InferenceResult(_flat(window), 1.0) for window in windows], seconds)
 
 
 def _flat(window: Window) -> Outlook:
@@ -69,7 +69,7 @@ def main(pace: float) -> None:
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)
-    role = service.build_role(settings, worker=lambda *_: StandIn(pace))
+    role = service.build_role(settings, worker_factory=lambda *_: StandIn(pace))
     asyncio.run(service.serve(role))
 
 

@@ -25,11 +25,11 @@ import structlog
 from numpy.typing import NDArray
 
 from kronos_stream.daemon import connectors
-from kronos_stream.daemon.app import Daemon
-from kronos_stream.daemon.due import Due, Outcome
+from kronos_stream.daemon.app import StandaloneRole
+from kronos_stream.daemon.due import ForecastRequest, Outcome
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
-from kronos_stream.daemon.worker import Batch
+from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
@@ -125,7 +125,7 @@ class Script:
 
 
 def _binance_options(exchange: SimulatedExchange) -> Any:  # noqa: ANN401 - a connector's own
-    return connectors.source("binance")[1].options(
+    return connectors.load_source("binance")[1].options(
         ws_url=exchange.ws_url,
         rest_url=exchange.rest_url,
         futures_ws_url=f"{exchange.ws_url}/market",
@@ -262,7 +262,7 @@ class _Trial:
 
     def _make_settings(self) -> Settings:
         venue = self._wire.venue
-        connector, _ = connectors.source(venue)
+        connector, _ = connectors.load_source(venue)
         return Settings.model_validate(
             {
                 "symbols": tuple(f"{venue}:{symbol}" for symbol in self._exchange.symbols),
@@ -296,7 +296,7 @@ class _Trial:
         await self._end(daemon, running, killed=False)
         await self._look_back()
 
-    async def _begin(self) -> tuple[Daemon, asyncio.Task[None]]:
+    async def _begin(self) -> tuple[StandaloneRole, asyncio.Task[None]]:
         journal, life = self._journal, len(self._journal.lives)
         state = await State.open(self._file)
         tapes = {one: await state.load(one, _EVERYTHING) for one in journal.series}
@@ -304,23 +304,25 @@ class _Trial:
         journal.lives.append(Life(self._clock.now(), tapes))
         chance = f"{self._script.seed}:{life}"
         venue = self._wire.venue
-        name, connector = connectors.source(venue)
+        name, connector = connectors.load_source(venue)
         options = self._settings.options[name]
         made = connector.build(venue, options, self._clock, Random(f"source:{chance}"))
         source = _Overheard(self._wrap(made), life, self._exchange, journal)
         forecaster = _Forecaster(life, self._exchange, self._script.pace, journal)
-        daemon = Daemon(
+        daemon = StandaloneRole(
             self._settings,
             {venue: source},
             [_Recorder(self._script, journal)],
             clock=self._clock,
             wall=self._clock,
             random=Random(f"daemon:{chance}"),
-            worker=lambda _plan, _metrics: forecaster,
+            worker_factory=lambda _plan, _metrics: forecaster,
         )
         return daemon, asyncio.create_task(daemon.run(), name="daemon")
 
-    async def _end(self, daemon: Daemon, running: asyncio.Task[None], *, killed: bool) -> None:
+    async def _end(
+        self, daemon: StandaloneRole, running: asyncio.Task[None], *, killed: bool
+    ) -> None:
         loop, life = asyncio.get_running_loop(), self._journal.lives[-1]
         began = loop.time()
         if running.done():
@@ -336,7 +338,7 @@ class _Trial:
         elif not running.cancelled() and (error := running.exception()) is not None:
             self._journal.troubles.append(f"the daemon failed: {error!r}")
 
-    async def _mend(self, daemon: Daemon, running: asyncio.Task[None]) -> None:
+    async def _mend(self, daemon: StandaloneRole, running: asyncio.Task[None]) -> None:
         """Wait until the daemon has what the exchange has, within bounds."""
         loop, journal, ended = asyncio.get_running_loop(), self._journal, self._script.seconds
         while not running.done():
@@ -349,7 +351,7 @@ class _Trial:
                 return
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _compare(self, daemon: Daemon) -> tuple[bool, bool]:
+    async def _compare(self, daemon: StandaloneRole) -> tuple[bool, bool]:
         """Whether no bar is missing or made up and all is forecast; and whether all are equal."""
         if not daemon.ready.is_set():
             return False, False
@@ -371,17 +373,17 @@ class _Trial:
                 if not true.synthetic and ours.candle != self._wire.heard(true.candle):
                     changed.add((series, opened))
         self._changed = changed
-        whole = daemon._scheduler._lanes.held == 0
+        whole = daemon._scheduler._sequencer.pending == 0
         return whole, whole and not changed
 
-    async def _compare_contexts(self, daemon: Daemon) -> None:
+    async def _compare_contexts(self, daemon: StandaloneRole) -> None:
         for series in self._journal.series:
             bars = await daemon._state.load(series, LOOKBACK)
             newest = bars[-1]
             opened = newest.candle.time
             close = series.timeframe.after(opened)
-            due = Due(series, opened, newest.revision, close, newest.received)
-            window = await daemon._desk.window(due)
+            due = ForecastRequest(series, opened, newest.revision, close, newest.received)
+            window = await daemon._pipeline.window(due)
             if window is None or not np.array_equal(window.values, rows(bars)):
                 self._journal.troubles.append(f"{series}: the context is not the tape")
 
@@ -480,7 +482,7 @@ class _Forecaster(StandIn):
         super().__init__(pace)
         self._life, self._exchange, self._journal = life, exchange, journal
 
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> Batch:
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         moment = self._exchange.clock.now()
         self._journal.forecasts += [Forecast(self._life, moment, window) for window in windows]
         return await super().forecast(windows, deadline)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.commands.evaluate import as_forecast
+from kronos_stream.commands.evaluate import forecast_function
 from kronos_stream.compat import Kronos
 from kronos_stream.forecast.evaluation import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
@@ -58,7 +58,7 @@ def test_poison_after_the_origin_changes_no_forecast(nano: Forecaster) -> None:
 def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
     """A coarse check of the model card's figures, on few forecasts."""
     cases = list(generated_cases(["5m", "15m", "1h"], count=288, horizon=8, seed=77))
-    report = evaluate(cases, as_forecast(nano), paths=32)
+    report = evaluate(cases, forecast_function(nano), paths=32)
     assert report.crps_ratio["random walk"].value < 1.01
     assert 0.70 < report.coverage["80%"].value < 0.90
     assert report.volatility_ratio["random walk"].value < 0.95

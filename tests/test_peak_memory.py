@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kronos_stream import Forecaster
-from kronos_stream.commands._bench import market
+from kronos_stream.commands._bench import random_walk_contexts
 from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.config import PUBLISHED_PREDICTORS, PUBLISHED_TOKENIZER
 
@@ -30,10 +30,10 @@ def test_small_8x32() -> None:
     predictor = Predictor(PUBLISHED_PREDICTORS["small"]).eval()
     tokenizer = Tokenizer(PUBLISHED_TOKENIZER).eval()
     forecaster = Forecaster(predictor, tokenizer, device="cpu", dtype="float32")
-    forecaster.sample(market(1, 32), 2, 1)  # libraries load on first use
+    forecaster.sample(random_walk_contexts(1, 32), 2, 1)  # libraries load on first use
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak counts from here
     before = memory_mib("VmRSS")
-    forecaster.sample(market(8, 488), 24, 32, top_p=0.9)
+    forecaster.sample(random_walk_contexts(8, 488), 24, 32, top_p=0.9)
     grown = memory_mib("VmHWM") - before
     print(f"small 8x32: {grown:.0f} MiB over the weights")  # noqa: T201
     # Its caches alone are about 380 MiB: much less would mean that nothing was measured.

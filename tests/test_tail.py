@@ -25,7 +25,7 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import forecasts, wanted
 from kronos_stream.commands import _board, _tail
-from kronos_stream.commands._board import Board
+from kronos_stream.commands._board import ForecastTable
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.testing.apache import ApacheKafka
@@ -106,11 +106,11 @@ async def _publish(
 
 
 def _drawn(
-    board: Board, now: int, height: int = 30, *, width: int = 140, color: bool = False
+    board: ForecastTable, now: int, height: int = 30, *, width: int = 140, color: bool = False
 ) -> str:
     console = Console(width=width, force_terminal=color, color_system="standard" if color else None)
     with console.capture() as captured:
-        console.print(board.table(now, width, height))
+        console.print(board.render(now, width, height))
     return captured.get()
 
 
@@ -121,8 +121,8 @@ def _rows(drawn: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
 def test_where_there_is_little_room_columns_go_and_no_name_or_number_is_cut(width: int) -> None:
-    board = Board("here", newest_first=False)
-    board.put(_forecast(BTC))
+    board = ForecastTable("here", newest_first=False)
+    board.add(_forecast(BTC))
     (row,) = _rows(_drawn(board, START, width=width))
     assert row[0] == BTC
     assert "…" not in "".join(row)
@@ -131,10 +131,10 @@ def test_where_there_is_little_room_columns_go_and_no_name_or_number_is_cut(widt
 
 
 def test_a_row_tells_what_the_newest_forecast_of_a_series_says() -> None:
-    board = Board("here", newest_first=False)
+    board = ForecastTable("here", newest_first=False)
     for origin in (START, START + MINUTE, START):
-        board.put(_forecast(ETH, origin))
-    board.put(_forecast(BTC, degraded=True))
+        board.add(_forecast(ETH, origin))
+    board.add(_forecast(BTC, degraded=True))
     drawn = _drawn(board, START + 90_000)
     assert "here: 4 forecasts of 2 series" in drawn
     assert [name.split() for name in re.findall(r"q\d+", drawn)] == [["q05"], ["q50"], ["q95"]]
@@ -145,9 +145,9 @@ def test_a_row_tells_what_the_newest_forecast_of_a_series_says() -> None:
 
 
 def test_an_expired_forecast_is_dim() -> None:
-    board = Board("here", newest_first=False)
-    board.put(_forecast(BTC))
-    board.put(_forecast(ETH, START + MINUTE))
+    board = ForecastTable("here", newest_first=False)
+    board.add(_forecast(BTC))
+    board.add(_forecast(ETH, START + MINUTE))
     lines = _drawn(board, START + 2 * MINUTE, color=True).splitlines()
     assert {
         name: any("\x1b[2m" in one and name in one for one in lines) for name in (BTC, ETH)
@@ -160,9 +160,9 @@ def test_an_expired_forecast_is_dim() -> None:
 def test_rows_are_in_order_and_as_many_as_there_is_room_for() -> None:
     names = [f"binance:S{i:02}/USDT:1m" for i in range(20)]
     for newest_first in (False, True):
-        board = Board("here", newest_first=newest_first)
+        board = ForecastTable("here", newest_first=newest_first)
         for i, name in enumerate(names):
-            board.put(_forecast(name, START + i * MINUTE))
+            board.add(_forecast(name, START + i * MINUTE))
         shown = [row[0] for row in _rows(_drawn(board, START, height=11))]
         assert shown == (names[:-6:-1] if newest_first else names[:5])
         drawn = _drawn(board, START, height=11)
@@ -180,20 +180,20 @@ def test_rows_are_in_order_and_as_many_as_there_is_room_for() -> None:
 )
 def test_bands_are_the_usual_or_the_outermost(bands: Sequence[str], shown: Sequence[str]) -> None:
     made = _forecast(bands=bands)
-    assert _board.bands(made) == shown
-    board = Board("here", newest_first=False)
-    board.put(made)
+    assert _board.band_names(made) == shown
+    board = ForecastTable("here", newest_first=False)
+    board.add(made)
     assert all(name in _drawn(board, START) for name in shown)
-    board.put(_forecast(ETH, bands=("q20", "q80")))
+    board.add(_forecast(ETH, bands=("q20", "q80")))
     assert all(name in _drawn(board, START) for name in ("low", "middle", "high"))
-    assert "mean" not in _board.line(_forecast(bands=("q50",)))
+    assert "mean" not in _board.format_line(_forecast(bands=("q50",)))
 
 
 @pytest.mark.parametrize(
     ("seconds", "age"), [(-5, "0 s"), (119, "119 s"), (120, "2 min"), (9_000, "2 h"), (2e6, "23 d")]
 )
 def test_ages_are_short(seconds: float, age: str) -> None:
-    assert _board._age(1000 * seconds) == age
+    assert _board._format_age(1000 * seconds) == age
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def test_waiting_in_vain_it_says_what_for(kafka: ApacheKafka, topic_prefix: str)
     with _process(kafka.bootstrap, "--prefix", topic_prefix, "--series", BTC) as process:
         assert process.stderr is not None
         said = [process.stderr.readline() for _ in range(2)][1]
-        assert time.monotonic() - began > _tail._PATIENCE_SECONDS
+        assert time.monotonic() - began > _tail._WAITING_NOTICE_SECONDS
         assert all(part in said for part in (BTC, forecasts(topic_prefix), kafka.bootstrap))
         _, rest = process.communicate(timeout=_SECONDS)
     assert process.returncode == 1

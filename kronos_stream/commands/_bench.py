@@ -21,10 +21,10 @@ from kronos_stream.commands._machine import (
     Machine,
     measure_machine,
     median_seconds,
-    seconds_of,
-    wait_for,
+    time_call,
+    synchronise,
 )
-from kronos_stream.commands._precision import compare
+from kronos_stream.commands._precision import compare_precision
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
 from kronos_stream.engine.cost import Work, stage_costs
@@ -111,9 +111,9 @@ def run(options: Options, *, as_json: bool) -> None:
                         click.echo(done, err=True)
     precision = None
     if options.precision:
-        precision = compare(
+        precision = compare_precision(
             options.precision_model,
-            market(options.precision, _PRECISION_BARS),
+            random_walk_contexts(options.precision, _PRECISION_BARS),
             horizon=options.horizon,
             paths=_PRECISION_PATHS,
             device=options.device,
@@ -128,7 +128,7 @@ def run(options: Options, *, as_json: bool) -> None:
         }
         click.echo(json.dumps(report, indent=2))
     else:
-        _show(machine, rows, options)
+        _print_report(machine, rows, options)
         if precision is not None:
             click.echo(
                 f"bfloat16 against float32, {options.precision_model}, {precision.contexts} "
@@ -149,11 +149,11 @@ def _measure(
     paths: int,
     uncached_step: float | None,
 ) -> Row:
-    batch = market(contexts, options.lookback)
+    batch = random_walk_contexts(contexts, options.lookback)
     stages: dict[str, list[float]] = defaultdict(list)
 
     def call() -> None:
-        clock = _StageClock(forecaster.device)
+        clock = _StageTimer(forecaster.device)
         forecaster.on_stage = clock
         forecaster.sample(batch, options.horizon, paths, top_p=options.top_p)
         for stage, seconds in clock.seconds.items():
@@ -163,7 +163,7 @@ def _measure(
     for _ in range(3 if forecaster.device.type == "cuda" else 1):
         call()
     stages.clear()
-    times = [seconds_of(call, forecaster.device) for _ in range(options.repeats)]
+    times = [time_call(call, forecaster.device) for _ in range(options.repeats)]
     dtype = str(forecaster.dtype).removeprefix("torch.")
     work = Work(contexts, paths, options.lookback, options.horizon)
     costs = stage_costs(
@@ -195,7 +195,7 @@ def _measure(
     )
 
 
-class _StageClock:
+class _StageTimer:
     """Adds up the time between stage marks."""
 
     def __init__(self, device: torch.device) -> None:
@@ -205,7 +205,7 @@ class _StageClock:
         self._since = 0.0
 
     def __call__(self, stage: str) -> None:
-        wait_for(self._device)
+        synchronise(self._device)
         now = perf_counter()
         if self._stage in self.seconds:
             self.seconds[self._stage] += now - self._since
@@ -217,7 +217,7 @@ def _uncached_step(
     predictor: Predictor, tokenizer: Tokenizer, options: Options, device: torch.device
 ) -> float:
     """Seconds a plain float32 loop takes per window and step: the mean of its first two steps."""
-    item = prepare(market(1, options.lookback)[0], 0, 2)
+    item = prepare(random_walk_contexts(1, options.lookback)[0], 0, 2)
     candles = torch.from_numpy(item.normalised)[None].to(device)
     stamps = torch.from_numpy(item.stamps)[None].to(device)
     noise = torch.full((2, 2, 1, _UNCACHED_WINDOWS), 0.5, device=device)
@@ -236,7 +236,7 @@ def _uncached_step(
     return median_seconds(call, device, 1) / (2 * _UNCACHED_WINDOWS)
 
 
-def market(contexts: int, lookback: int) -> list[Context]:
+def random_walk_contexts(contexts: int, lookback: int) -> list[Context]:
     """Seeded random-walk candles."""
     rng = np.random.default_rng(0)
     batch = []
@@ -257,7 +257,7 @@ def _label(row: Row) -> str:
     return f"{row.model} {row.contexts}x{row.paths}{short}"
 
 
-def _show(machine: Machine, rows: list[Row], options: Options) -> None:
+def _print_report(machine: Machine, rows: list[Row], options: Options) -> None:
     console = Console(width=None if sys.stdout.isatty() else 80)
     rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in machine.gflops.items())
     console.print(

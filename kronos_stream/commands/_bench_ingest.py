@@ -33,7 +33,7 @@ _START_MS = 1_750_000_020_000
 
 
 @dataclass(frozen=True, slots=True)
-class Ingest:
+class IngestRates:
     """Frames per second of processor time, of one-minute bars that are pushed every two seconds."""
 
     series: int
@@ -63,12 +63,12 @@ def run(*, as_json: bool) -> None:
         click.echo(f"{rate:10,.0f} kline frames a second and core: {what}")
 
 
-def measure(seconds: float = 3.0) -> Ingest:
+def measure(seconds: float = 3.0) -> IngestRates:
     """Take in frames for about ``seconds``; what it takes to make them is not counted."""
     return asyncio.run(_measure(seconds))
 
 
-async def _measure(seconds: float) -> Ingest:
+async def _measure(seconds: float) -> IngestRates:
     series = {
         (f"SIM{n:03}USDT", "1m"): Series.parse(f"binance:SIM{n:03}/USDT:1m") for n in range(_SERIES)
     }
@@ -76,7 +76,7 @@ async def _measure(seconds: float) -> Ingest:
     with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
         state = await State.open(Path(folder) / "state.sqlite")
         desk = IntakePipeline(
-            {"binance": _Flat()},
+            {"binance": _FlatSource()},
             state,
             lambda _: None,
             clock,
@@ -90,19 +90,19 @@ async def _measure(seconds: float) -> Ingest:
         running = asyncio.create_task(desk.run())
         try:
             await desk.drain()
-            return await _feed(desk, clock, series, seconds)
+            return await _measure_intake(desk, clock, series, seconds)
         finally:
             running.cancel()
             await asyncio.wait((running,))
             await state.close()
 
 
-async def _feed(
+async def _measure_intake(
     desk: IntakePipeline,
     clock: ManualClock,
     series: Mapping[tuple[str, str], Series],
     seconds: float,
-) -> Ingest:
+) -> IngestRates:
     fleet = Fleet(Random(0), room=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
     fleet.follow(series)
     connection = Connection(stall_seconds=10, lifetime_seconds=3_600)
@@ -120,7 +120,7 @@ async def _feed(
             for frame in batch:
                 fleet.receive(connection, frame, 0.0)
             times.append(process_time())
-            _take_in(fleet, connection, intake, clock, batch)
+            _receive(fleet, connection, intake, clock, batch)
             times.append(process_time())
             await desk.drain()
             times.append(process_time())
@@ -130,12 +130,12 @@ async def _feed(
             taken_in += times[3] - times[2]
             saved += times[4] - times[2]
         opened += _MINUTE_MS
-    return Ingest(
+    return IngestRates(
         _SERIES, frames, frames / decoded, frames / taken_in, frames / saved, frames / parsed
     )
 
 
-def _take_in(
+def _receive(
     fleet: Fleet,
     connection: Connection,
     intake: SourceCallbacks,
@@ -167,18 +167,18 @@ def _frames(series: Mapping[tuple[str, str], Series], opened: int, event: int) -
         )  # fmt: skip
 
 
-class _Flat:
+class _FlatSource:
     """A venue where nothing ever happened, for the beginning."""
 
     venue = "binance"
     traits = Traits()
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:  # noqa: ARG002
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:  # noqa: ARG002
         return {}
 
-    def follow(self, series: Collection[Series]) -> None: ...
+    def subscribe(self, series: Collection[Series]) -> None: ...
 
-    async def run(self, intake: SourceCallbacks) -> None: ...
+    async def run(self, callbacks: SourceCallbacks) -> None: ...
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         first = series.timeframe.after(start - 1 - (start - 1) % _MINUTE_MS)

@@ -9,49 +9,49 @@ from rich.table import Table
 from kronos_stream.commands._text import printable
 from kronos_stream.forecast.message import Forecast
 
-_MOST_SERIES = 10_000
+_MAX_SERIES = 10_000
 """Remembered; of more, those go that were not heard of for longest."""
 
-_FRAME_LINES = 6
+_OVERHEAD_LINES = 6
 """Lines of a table that are no rows."""
 
 _PADDING = 3
 """Of each column."""
-_SPARE = (7, 8, 1, 9, 4, 2)
+_OPTIONAL_COLUMNS = (7, 8, 1, 9, 4, 2)
 """Columns that are left out where there is no room, in this order: volatility, age, origin…"""
 
 
-class Board:
+class ForecastTable:
     """The newest forecast of each series. Times are UTC ms."""
 
     def __init__(self, title: str, *, newest_first: bool) -> None:
         self._title, self._newest_first = title, newest_first
         self._rows: dict[str, Forecast] = {}
-        self._seen = 0
+        self._received = 0
 
-    def put(self, forecast: Forecast) -> None:
+    def add(self, forecast: Forecast) -> None:
         """The newest of its series, by its origin and revision, stays."""
-        self._seen += 1
+        self._received += 1
         old = self._rows.pop(forecast.series, None)
         if old is not None and (old.origin, old.revision) > (forecast.origin, forecast.revision):
             forecast = old
         self._rows[forecast.series] = forecast
-        if len(self._rows) > _MOST_SERIES:
+        if len(self._rows) > _MAX_SERIES:
             del self._rows[next(iter(self._rows))]
 
-    def table(self, now: int, width: int, height: int) -> Table:
+    def render(self, now: int, width: int, height: int) -> Table:
         """As many rows as ``height`` lines have room for; expired ones are dim.
 
         Columns that find no room in ``width`` are left out, the least telling ones first.
         """
-        shown = self._ordered()[: max(1, height - _FRAME_LINES)]
-        names = {bands(forecast) for forecast in shown}
-        title = f"{self._title}: {self._seen:,} forecasts of {len(self._rows):,} series"
+        shown = self._sorted()[: max(1, height - _OVERHEAD_LINES)]
+        names = {band_names(forecast) for forecast in shown}
+        title = f"{self._title}: {self._received:,} forecasts of {len(self._rows):,} series"
         table = Table(title=title, title_justify="left", title_style="")
         low, middle, high = names.pop() if len(names) == 1 else ("low", "middle", "high")
         titles = ("series", "origin", "last", low, middle, high, "P(up)", "volatility", "age", "")
         rows = [_cells(forecast, now) for forecast in shown]
-        columns = _fitting(titles, rows, width)
+        columns = _visible_columns(titles, rows, width)
         for at in columns:
             table.add_column(titles[at], justify="right" if at else "left", no_wrap=True)
         for forecast, cells in zip(shown, rows, strict=True):
@@ -61,17 +61,19 @@ class Board:
             table.caption = f"and {len(self._rows) - len(shown):,} more"
         return table
 
-    def _ordered(self) -> Sequence[Forecast]:
+    def _sorted(self) -> Sequence[Forecast]:
         if self._newest_first:
             return sorted(self._rows.values(), key=lambda one: one.created_at, reverse=True)
         return [self._rows[name] for name in sorted(self._rows)]
 
 
-def _fitting(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Sequence[int]:
+def _visible_columns(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> Sequence[int]:
     """Which columns are shown: those that find room, and have something in them."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     columns = [at for at, needed in enumerate(widths) if needed]
-    for spare in _SPARE:
+    for spare in _OPTIONAL_COLUMNS:
         if sum(widths[at] + _PADDING for at in columns) + 1 <= width:
             break
         if spare in columns:
@@ -79,7 +81,7 @@ def _fitting(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
     return columns
 
 
-def bands(forecast: Forecast) -> tuple[str, str, str]:
+def band_names(forecast: Forecast) -> tuple[str, str, str]:
     """The bands that are shown: 5 %, median and 95 %, or the outermost and the middle there are."""
     names = sorted(name for name in forecast.close if name != "mean")
     low = "q05" if "q05" in names else names[0]
@@ -87,9 +89,9 @@ def bands(forecast: Forecast) -> tuple[str, str, str]:
     return low, "q50" if "q50" in names else "mean", high
 
 
-def line(forecast: Forecast) -> str:
+def format_line(forecast: Forecast) -> str:
     """Final close: its median, its outer bands, and the chance that it is up."""
-    names = bands(forecast)
+    names = band_names(forecast)
     low, middle, high = (f"{forecast.close[name][-1]:.6g}" for name in names)
     return (
         f"{forecast.origin:%Y-%m-%d %H:%M:%S}  {printable(forecast.series)}  "
@@ -105,15 +107,15 @@ def _cells(forecast: Forecast, now: int) -> tuple[str, ...]:
         printable(forecast.series),
         f"{forecast.origin:%m-%d %H:%M:%S}",
         f"{forecast.last.close:.6g}",
-        *(f"{forecast.close[name][-1]:.6g}" for name in bands(forecast)),
+        *(f"{forecast.close[name][-1]:.6g}" for name in band_names(forecast)),
         f"{forecast.summary.p_up:.2f}",
         "" if volatility is None else f"{volatility:.3%}",
-        _age(now - forecast.created_at.timestamp() * 1000),
+        _format_age(now - forecast.created_at.timestamp() * 1000),
         "degraded" if forecast.degraded else "",
     )
 
 
-def _age(milliseconds: float) -> str:
+def _format_age(milliseconds: float) -> str:
     """In the largest unit of which there are two at least."""
     seconds = max(0, int(milliseconds / 1000))
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from kronos_stream.commands._figures import Figures, Timed
+from kronos_stream.commands._figures import DemoStats, TimedSink
 from kronos_stream.daemon import connectors, service
 from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.logs import configure
@@ -29,7 +29,7 @@ _LOOKBACK, _HORIZON, _PATHS = 96, 8, 20
 _HISTORY = 200
 _START_SECONDS, _END_SECONDS = 60.0, 5.0
 _FRAMES_PER_SECOND = 4
-_LINGER_SECONDS = 2.0
+_READER_SECONDS = 2.0
 """Readers get so long after the last forecast: the broker forgets everything at its end."""
 
 _TOPICS = ("kronos.forecasts.v1", "kronos.forecasts.latest.v1", "kronos.deadletter.v1")
@@ -62,7 +62,7 @@ async def _run(options: Options) -> None:
             with EmbeddedBroker(_TOPICS) as broker:
                 settings = _settings(served, broker.bootstrap, Path(folder))
                 figures = await _forecast(options, settings, broker.bootstrap, console)
-                await asyncio.sleep(_LINGER_SECONDS)
+                await asyncio.sleep(_READER_SECONDS)
     if options.as_json:
         click.echo(json.dumps(figures.to_dict()))
     else:
@@ -71,16 +71,16 @@ async def _run(options: Options) -> None:
 
 async def _forecast(
     options: Options, settings: Settings, bootstrap: str, console: Console
-) -> Figures:
+) -> DemoStats:
     clock = SystemClock()
-    figures = Figures([series.name for series in settings.series()], clock)
-    sinks = [Timed(sink, figures) for sink in service.build_sinks(settings, clock)]
-    daemon = service.build_standalone(settings, sinks=sinks, on_results=figures.watch)
+    figures = DemoStats([series.name for series in settings.series()], clock)
+    sinks = [TimedSink(sink, figures) for sink in service.build_sinks(settings, clock)]
+    daemon = service.build_standalone(settings, sinks=sinks, on_results=figures.record_results)
     console.print(f"Kafka listens at [bold]{bootstrap}[/bold]. Read the forecasts elsewhere with:")
     console.print(f"  kcat -C -q -b {bootstrap} -t kronos.forecasts.v1", soft_wrap=True)
-    console.print(f"  {_reader(bootstrap)}", soft_wrap=True)
+    console.print(f"  {_tail_command(bootstrap)}", soft_wrap=True)
     showing = asyncio.create_task(_show(figures, console))
-    ending = asyncio.create_task(_end(figures, daemon, options.seconds))
+    ending = asyncio.create_task(_stop_after(figures, daemon, options.seconds))
     try:
         await service.serve(daemon)
     finally:
@@ -90,27 +90,27 @@ async def _forecast(
     return figures
 
 
-def _reader(bootstrap: str) -> str:
+def _tail_command(bootstrap: str) -> str:
     """A command that reads with the client in this package."""
     return f"{sys.executable} -m kronos_stream tail {bootstrap}"
 
 
-async def _show(figures: Figures, console: Console) -> None:
+async def _show(figures: DemoStats, console: Console) -> None:
     """A live table on a terminal; elsewhere a line now and then."""
     if not console.is_terminal:
         while True:
             await asyncio.sleep(_END_SECONDS)
-            console.print(figures.line())
+            console.print(figures.summary_line())
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
             live.update(figures.table(), refresh=True)
             await asyncio.sleep(1 / _FRAMES_PER_SECOND)
 
 
-async def _end(figures: Figures, daemon: StandaloneRole, seconds: float | None) -> None:
+async def _stop_after(figures: DemoStats, daemon: StandaloneRole, seconds: float | None) -> None:
     """Stop ``seconds`` after the first forecast."""
     if seconds is not None:
-        await figures.begun.wait()
+        await figures.first_delivered.wait()
         await asyncio.sleep(seconds)
         daemon.stop()
 

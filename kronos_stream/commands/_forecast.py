@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kronos_stream import __version__
-from kronos_stream.commands._request import Request
-from kronos_stream.commands._window import Window, bars_to_origin, cut_window
+from kronos_stream.commands._request import ForecastArguments
+from kronos_stream.commands._window import InputWindow, bars_to_origin, cut_window
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.forecast.paths_file import paths_writer
 from kronos_stream.forecast.quantiles import check_supported
@@ -30,7 +30,7 @@ from kronos_stream.market.utc import rfc3339
 if TYPE_CHECKING:
     from kronos_stream import Forecaster
 
-BLOCK = 512
+PATHS_PER_BLOCK = 512
 """Paths drawn at a time: enough to fill the hardware, few enough to hold and to show progress."""
 
 _SUFFIXES = re.compile(
@@ -38,7 +38,7 @@ _SUFFIXES = re.compile(
 )
 
 
-def run(request: Request) -> None:
+def run(request: ForecastArguments) -> None:
     """Do what ``request`` asks; errors it explains are click's or those ``cli.main`` knows."""
     try:
         check_supported(request.quantiles, request.paths)
@@ -49,10 +49,10 @@ def run(request: Request) -> None:
     end = bars_to_origin(request, table)
     forecaster = _load(request)
     window = cut_window(request, table, end, forecaster.max_context)
-    settings = _settings(request, table, window, forecaster)
+    settings = _provenance(request, table, window, forecaster)
     closes = _sample(request, table, window, forecaster, settings)
     fan = Fan(
-        series=_name(request),
+        series=_series_name(request),
         timeframe=table.timeframe,
         origin=window.origin,
         last=float(window.values[-1, CLOSE]),
@@ -60,19 +60,19 @@ def run(request: Request) -> None:
         closes=closes,
         probs=request.quantiles,
     )
-    about = _about(request, window)
+    about = _caption(request, window)
     if request.plot:
         from kronos_stream.forecast.plot import draw_fan
 
-        with _writing(request.plot):
+        with _report_write_errors(request.plot):
             draw_fan(request.plot, table, fan, about)
     if request.as_json:
-        click.echo(json.dumps(_message(fan, settings, window), indent=2, allow_nan=False))
+        click.echo(json.dumps(_json_report(fan, settings, window), indent=2, allow_nan=False))
     else:
         print_fan(fan, about)
 
 
-def _check_sampling(request: Request) -> None:
+def _check_sampling(request: ForecastArguments) -> None:
     """Refuse what the engine would refuse after the model is loaded."""
     from kronos_stream.engine.sampling import Sampling
 
@@ -82,8 +82,8 @@ def _check_sampling(request: Request) -> None:
         raise click.UsageError(str(error)) from None
 
 
-def _load(request: Request) -> Forecaster:
-    with _terminal().status(f"loading {request.model}"):
+def _load(request: ForecastArguments) -> Forecaster:
+    with _stderr_console().status(f"loading {request.model}"):
         from kronos_stream import Forecaster
 
         try:
@@ -100,9 +100,9 @@ def _load(request: Request) -> Forecaster:
 
 
 def _sample(
-    request: Request,
+    request: ForecastArguments,
     table: CandleTable,
-    window: Window,
+    window: InputWindow,
     forecaster: Forecaster,
     settings: dict[str, Any],
 ) -> NDArray[np.float32]:
@@ -111,11 +111,11 @@ def _sample(
     with ExitStack() as stack:
         writer = None
         if request.out:
-            stack.enter_context(_writing(request.out))
+            stack.enter_context(_report_write_errors(request.out))
             writer = stack.enter_context(
                 paths_writer(
                     request.out,
-                    series=_name(request),
+                    series=_series_name(request),
                     origin=window.origin,
                     times=window.future,
                     settings=settings,
@@ -129,7 +129,7 @@ def _sample(
 
 
 def _blocks(
-    request: Request, table: CandleTable, window: Window, forecaster: Forecaster
+    request: ForecastArguments, table: CandleTable, window: InputWindow, forecaster: Forecaster
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Blocks of paths (n, horizon, 6) with the number of their first; together, one call's."""
     from kronos_stream import Context
@@ -143,8 +143,8 @@ def _blocks(
     )
     with _progress() as progress:
         task = progress.add_task("drawing paths", total=request.paths)
-        for first in range(0, request.paths, BLOCK):
-            count = min(BLOCK, request.paths - first)
+        for first in range(0, request.paths, PATHS_PER_BLOCK):
+            count = min(PATHS_PER_BLOCK, request.paths - first)
             (paths,) = forecaster.sample(
                 [context],
                 horizon=request.horizon,
@@ -161,7 +161,7 @@ def _blocks(
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _report_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -169,7 +169,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _progress() -> Progress:
-    console = _terminal()
+    console = _stderr_console()
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -181,18 +181,18 @@ def _progress() -> Progress:
     )
 
 
-def _terminal() -> Console:
+def _stderr_console() -> Console:
     """Stderr: what is said on the way stays out of the result."""
     return Console(stderr=True)
 
 
-def _name(request: Request) -> str:
+def _series_name(request: ForecastArguments) -> str:
     # A file's name may hold bytes that are no text.
     name = os.fsencode(request.file.name).decode(errors="replace")
     return request.series or _SUFFIXES.sub("", name)
 
 
-def _about(request: Request, window: Window) -> str:
+def _caption(request: ForecastArguments, window: InputWindow) -> str:
     parts = [
         request.model,
         f"{len(window.times)} bars",
@@ -206,13 +206,13 @@ def _about(request: Request, window: Window) -> str:
     return ", ".join(parts)
 
 
-def _settings(
-    request: Request, table: CandleTable, window: Window, forecaster: Forecaster
+def _provenance(
+    request: ForecastArguments, table: CandleTable, window: InputWindow, forecaster: Forecaster
 ) -> dict[str, Any]:
     """How the figures came about, for --json and for the metadata of --out."""
     loaded = forecaster.checkpoint
     return {
-        "series": _name(request),
+        "series": _series_name(request),
         "timeframe": str(table.timeframe),
         "origin": rfc3339(window.origin),
         "model": {
@@ -240,18 +240,18 @@ def _settings(
             "first": rfc3339(int(window.times[0])),
             "missing": window.missing,
             "volume": "reported" if table.has_volume else None,
-            "amount": _amount(table),
+            "amount": _amount_origin(table),
         },
     }
 
 
-def _amount(table: CandleTable) -> str | None:
+def _amount_origin(table: CandleTable) -> str | None:
     if not table.has_volume:
         return None
     return "reported" if table.has_amount else "derived"
 
 
-def _message(fan: Fan, settings: dict[str, Any], window: Window) -> dict[str, Any]:
+def _json_report(fan: Fan, settings: dict[str, Any], window: InputWindow) -> dict[str, Any]:
     last = dict(zip(("open", "high", "low", "close", "volume"), window.values[-1], strict=False))
     return {
         **settings,

@@ -61,18 +61,18 @@ def _read_rate(device: torch.device) -> float:
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median seconds of ``call`` after a first one that does not count."""
     call()
-    return statistics.median(seconds_of(call, device) for _ in range(repeats))
+    return statistics.median(time_call(call, device) for _ in range(repeats))
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    wait_for(device)
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    synchronise(device)
     start = perf_counter()
     call()
-    wait_for(device)
+    synchronise(device)
     return perf_counter() - start
 
 
-def wait_for(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     """Return once the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

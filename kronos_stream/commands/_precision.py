@@ -32,7 +32,7 @@ class Precision:
     """The same with bfloat16 on the other seed: about 1 when the type adds nothing of its own."""
 
 
-def compare(
+def compare_precision(
     model: str, contexts: Sequence[Context], *, horizon: int, paths: int, device: str
 ) -> Precision:
     """Draw the same contexts in both types from two seeds each."""
@@ -62,14 +62,14 @@ def compare(
         contexts=len(contexts),
         paths=paths,
         horizon=horizon,
-        flips=_flips(tokens[0], tokens[1]),
+        flips=_flip_rate(tokens[0], tokens[1]),
         paths_apart=float((tokens[0] != tokens[1]).any((-2, -1)).mean()),
         same_noise=distance(exact, fast) / seeds,
         other_noise=distance(exact, ("bfloat16", 1)) / seeds,
     )
 
 
-def _flips(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
+def _flip_rate(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
     """First differences over draws with equal history, (..., horizon, 2) in drawing order."""
     differ = (one != other).reshape(-1, one.shape[-2] * one.shape[-1])
     before = np.cumsum(differ, axis=1) - differ

@@ -47,25 +47,25 @@ class Options:
     as_json: bool
 
 
-class Figures:
+class ReplayStats:
     """What came of the bars, in how long."""
 
-    def __init__(self, clock: Clock, shown: Callable[[int, str], None]) -> None:
+    def __init__(self, clock: Clock, on_progress: Callable[[int, str], None]) -> None:
         """shown: told how many bars there were so far, and how fast they are."""
-        self._clock, self._shown = clock, shown
+        self._clock, self._on_progress = clock, on_progress
         self._outcomes: Counter[str] = Counter()
         self._degraded = 0
-        self._began: int | None = None
+        self._started: int | None = None
         self._ended = 0
 
-    def begin(self) -> bool:
+    def start(self) -> bool:
         """All is ready, and bars are about to come; True the first time."""
-        if self._began is not None:
+        if self._started is not None:
             return False
-        self._began = self._ended = self._clock.now()
+        self._started = self._ended = self._clock.now()
         return True
 
-    def watch(self, results: Sequence[ForecastResult]) -> None:
+    def record_results(self, results: Sequence[ForecastResult]) -> None:
         """Results that are durable."""
         for result in results:
             self._outcomes[result.reason or "forecast"] += 1
@@ -74,12 +74,12 @@ class Figures:
         figures = self.to_dict(0)
         speeds = [figures[f"{what}_per_second"] for what in ("bars", "forecasts")]
         if None not in speeds:
-            self._shown(figures["bars"], "{:.0f} bars/s, {:.0f} forecasts/s".format(*speeds))
+            self._on_progress(figures["bars"], "{:.0f} bars/s, {:.0f} forecasts/s".format(*speeds))
 
     def to_dict(self, synthetic: int) -> dict[str, Any]:
         """The figures, for machines. synthetic: bars that the recording lacks."""
         bars, forecasts = self._outcomes.total(), self._outcomes["forecast"]
-        seconds = 0.0 if self._began is None else (self._ended - self._began) / 1000
+        seconds = 0.0 if self._started is None else (self._ended - self._started) / 1000
         return {
             "bars": bars,
             "forecasts": forecasts,
@@ -129,13 +129,13 @@ async def _replay(
         bar = progress.add_task("loading the model", total=None, about="")
         wall = SystemClock()
         total = recording.count(start) if options.bars is None else None
-        figures = Figures(
+        figures = ReplayStats(
             wall, lambda bars, about: progress.update(bar, completed=bars, about=about)
         )
 
         async def settled() -> None:
             await daemon.drain()
-            if figures.begin():
+            if figures.start():
                 progress.update(bar, description="bars", total=total)
 
         clock: ManualClock | PacedClock
@@ -152,7 +152,7 @@ async def _replay(
             clock=clock,
             random=Random(0),
             series=recording.series,
-            on_results=figures.watch,
+            on_results=figures.record_results,
         )
         await service.serve(daemon)
     name = "kronos_synthetic_bars_total"

@@ -9,7 +9,7 @@ from kronos_stream.market.timeframe import Timeframe
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ForecastArguments:
     """What was asked for, checked as far as it can be without reading anything."""
 
     file: Path

@@ -22,7 +22,7 @@ from kronos_connectors.kafka.reasons import fault, said
 from kronos_connectors.kafka.topics import forecasts as topic_of
 from kronos_connectors.tls import Fault
 from kronos_stream.client import Forecast, forecasts
-from kronos_stream.commands._board import Board, line
+from kronos_stream.commands._board import ForecastTable, format_line
 from kronos_stream.daemon.environment import read_options
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
@@ -30,10 +30,10 @@ from kronos_stream.market.series import Series
 Start: TypeAlias = Literal["latest", "earliest"] | datetime
 
 _FRAME_SECONDS = 0.5
-_PATIENCE_SECONDS = 10.0
-_ANSWER_MS = 15_000
+_WAITING_NOTICE_SECONDS = 10.0
+_REQUEST_TIMEOUT_MS = 15_000
 """After so long a topic that is not there is said to be missing."""
-_BACK = timedelta(minutes=2)
+_INITIAL_LOOKBACK = timedelta(minutes=2)
 """A table begins with what was published lately, so that it is not empty for a whole bar."""
 
 
@@ -50,57 +50,59 @@ class Options:
     as_json: bool
 
 
-class _Screen(Protocol):
-    def put(self, forecast: Forecast) -> None: ...
+class _Display(Protocol):
+    def add(self, forecast: Forecast) -> None: ...
 
     def refresh(self) -> None: ...
 
 
-class _Lines:
+class _LineDisplay:
     """A line per forecast."""
 
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
 
-    def put(self, forecast: Forecast) -> None:
-        click.echo(forecast.encode().decode() if self._as_json else line(forecast))
+    def add(self, forecast: Forecast) -> None:
+        click.echo(forecast.encode().decode() if self._as_json else format_line(forecast))
 
     def refresh(self) -> None:
         pass
 
 
-class _Table:
+class _TableDisplay:
     """A row per series, drawn anew now and then: ages grow even if nothing comes."""
 
-    def __init__(self, board: Board, live: Live) -> None:
-        self._board, self._live, self._clock = board, live, SystemClock()
-        self.put = board.put
+    def __init__(self, board: ForecastTable, live: Live) -> None:
+        self._table, self._live, self._clock = board, live, SystemClock()
+        self.add = board.add
 
     def refresh(self) -> None:
         console = self._live.console
-        table = self._board.table(self._clock.now(), console.width, console.height)
+        table = self._table.render(self._clock.now(), console.width, console.height)
         self._live.update(table, refresh=True)
 
 
 def run(options: Options) -> None:
     """Show until interrupted. Raises click's exceptions and SettingsError."""
-    kafka = _kafka(options)
-    topic = _topic(kafka)
+    kafka = _kafka_options(options)
+    topic = _topic_label(kafka)
     console = Console()
     if options.plain or options.as_json or not console.is_terminal:
         click.echo(f"Reading {topic}; Ctrl-C ends", err=True)
         start: Start = "earliest" if options.from_start else "latest"
         stream = _stream(options, kafka, start, expired=options.from_start)
-        _finish(_show(stream, _Lines(as_json=options.as_json), kafka, options.series), kafka)
+        _run_until_interrupted(
+            _show(stream, _LineDisplay(as_json=options.as_json), kafka, options.series), kafka
+        )
         return
-    start = "earliest" if options.from_start else datetime.now(UTC) - _BACK
+    start = "earliest" if options.from_start else datetime.now(UTC) - _INITIAL_LOOKBACK
     stream = _stream(options, kafka, start, expired=True)
     with Live(console=console, auto_refresh=False) as live:
-        screen = _Table(Board(topic, newest_first=options.newest), live)
-        _finish(_show(stream, screen, kafka, options.series), kafka)
+        screen = _TableDisplay(ForecastTable(topic, newest_first=options.newest), live)
+        _run_until_interrupted(_show(stream, screen, kafka, options.series), kafka)
 
 
-def _kafka(options: Options) -> KafkaOptions:
+def _kafka_options(options: Options) -> KafkaOptions:
     """Where and as whom to read."""
     for name in options.series:
         try:
@@ -129,14 +131,14 @@ def _stream(
         topic_prefix=kafka.topic_prefix,
         start=start,
         expired=expired,
-        request_timeout_ms=_ANSWER_MS,
+        request_timeout_ms=_REQUEST_TIMEOUT_MS,
         **connection,
     )
 
 
 async def _show(
     stream: AsyncGenerator[Forecast, None],
-    screen: _Screen,
+    screen: _Display,
     kafka: KafkaOptions,
     series: Sequence[str],
 ) -> None:
@@ -151,34 +153,38 @@ async def _show(
                 await asyncio.wait((coming,), timeout=_FRAME_SECONDS)
                 if coming.done():
                     waiting_since = None
-                    screen.put(coming.result())
+                    screen.add(coming.result())
                     coming = asyncio.ensure_future(anext(stream))
-                elif waiting_since is not None and loop.time() - waiting_since > _PATIENCE_SECONDS:
+                elif (
+                    waiting_since is not None
+                    and loop.time() - waiting_since > _WAITING_NOTICE_SECONDS
+                ):
                     waiting_since = None
-                    click.echo(_in_vain(kafka, series, said(chatter, kafka)), err=True)
+                    click.echo(_waiting_notice(kafka, series, said(chatter, kafka)), err=True)
                 screen.refresh()
         finally:
             coming.cancel()
             await asyncio.wait((coming,))
 
 
-def _in_vain(kafka: KafkaOptions, series: Sequence[str], trouble: Fault | None) -> str:
+def _waiting_notice(kafka: KafkaOptions, series: Sequence[str], trouble: Fault | None) -> str:
     of = f" of {', '.join(series)}" if series else ""
-    return f"No forecast{of} for {_PATIENCE_SECONDS:g} s; still waiting for {_topic(kafka)}" + (
-        f" ({trouble})" if trouble else ": does a daemon publish there?"
+    return (
+        f"No forecast{of} for {_WAITING_NOTICE_SECONDS:g} s; still waiting for {_topic_label(kafka)}"
+        + (f" ({trouble})" if trouble else ": does a daemon publish there?")
     )
 
 
-def _topic(kafka: KafkaOptions) -> str:
+def _topic_label(kafka: KafkaOptions) -> str:
     return f"{topic_of(kafka.topic_prefix)} at {kafka.bootstrap_servers}"
 
 
-def _finish(work: Coroutine[Any, Any, None], kafka: KafkaOptions) -> None:
+def _run_until_interrupted(work: Coroutine[Any, Any, None], kafka: KafkaOptions) -> None:
     try:
         asyncio.run(work)
     except UnknownTopicOrPartitionError:
         raise click.ClickException(
-            f"no topic {_topic(kafka)}, or no right to see it; "
+            f"no topic {_topic_label(kafka)}, or no right to see it; "
             "to create it: kronos-stream topics create"
         ) from None
     except KafkaError as error:

@@ -8,16 +8,16 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.commands._request import Request
+from kronos_stream.commands._request import ForecastArguments
 from kronos_stream.market.files import CandleTable
 from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339
 
-_FEWEST_BARS = 2
+_MIN_BARS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Window:
+class InputWindow:
     """Past bars ``times`` (L,) and ``values`` (L, 6); ``future`` (horizon,) opens; UTC ms.
 
     ``missing`` counts the bars that the venue or the file lacks between the first and the last.
@@ -33,7 +33,7 @@ class Window:
         return int(self.times[-1])
 
 
-def bars_to_origin(request: Request, table: CandleTable) -> int:
+def bars_to_origin(request: ForecastArguments, table: CandleTable) -> int:
     """How many of the table's bars there are up to the origin, it included."""
     if request.at is None:
         return len(table)
@@ -50,19 +50,20 @@ def bars_to_origin(request: Request, table: CandleTable) -> int:
     return end
 
 
-def cut_window(request: Request, table: CandleTable, end: int, max_context: int) -> Window:
+def cut_window(
+    request: ForecastArguments, table: CandleTable, end: int, max_context: int
+) -> InputWindow:
     """The last bars before ``end`` that fit the request and the model; says so if they are few."""
     room = max_context - request.horizon
-    if room < _FEWEST_BARS:
+    if room < _MIN_BARS:
         raise click.UsageError(
             f"--horizon {request.horizon} leaves no room for past bars in the model's window of "
             f"{max_context} bars"
         )
     bars = min(request.lookback, end, room)
-    if bars < _FEWEST_BARS:
+    if bars < _MIN_BARS:
         raise click.UsageError(
-            f"{request.file}: only one bar up to the origin; a forecast needs at least "
-            f"{_FEWEST_BARS}"
+            f"{request.file}: only one bar up to the origin; a forecast needs at least {_MIN_BARS}"
         )
     if bars < request.lookback:
         why = (
@@ -70,13 +71,13 @@ def cut_window(request: Request, table: CandleTable, end: int, max_context: int)
             if bars == end
             else f"the model's window of {max_context} bars less a horizon of {request.horizon}"
         )
-        _note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
+        _print_note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
     times = table.times[end - bars : end]
     gaps = find_gaps(times, table.timeframe)
     missing = sum(count for _, count in gaps)
     if gaps:
         first = rfc3339(gaps[0][0])
-        _note(f"the lookback spans {missing} missing bars, the first after {first}")
+        _print_note(f"the lookback spans {missing} missing bars, the first after {first}")
     after, origin = table.timeframe.after, int(times[-1])
     try:
         future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
@@ -86,8 +87,8 @@ def cut_window(request: Request, table: CandleTable, end: int, max_context: int)
             f"{request.horizon} bars of {table.timeframe} after {rfc3339(origin)} pass the year "
             "9999; is --timeframe right?"
         ) from None
-    return Window(times, table.values[end - bars : end], future, missing)
+    return InputWindow(times, table.values[end - bars : end], future, missing)
 
 
-def _note(text: str) -> None:
+def _print_note(text: str) -> None:
     click.echo(f"note: {text}", err=True)

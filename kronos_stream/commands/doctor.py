@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from kronos_stream.checkup import Finding, Result
     from kronos_stream.daemon.settings import Settings
 
-_FAILED, _UNREADABLE = 1, 2
-_CLEAR = "\r\x1b[K"
+_FAILED, _INVALID_SETTINGS = 1, 2
+_CLEAR_LINE = "\r\x1b[K"
 """Back to the beginning of an empty line."""
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -52,13 +52,13 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
         settings = read_settings(os.environ)
     except SettingsError as error:
         for problem in error.problems:
-            report.unreadable(problem)
-        report.end()
-        ctx.exit(_UNREADABLE)
+            report.add_settings_problem(problem)
+        report.finish()
+        ctx.exit(_INVALID_SETTINGS)
     configure("console", "error")
     report.add("settings", environment_finding(os.environ))
     asyncio.run(_examine(settings, skip, report))
-    report.end()
+    report.finish()
     if report.failed:
         ctx.exit(_FAILED)
 
@@ -66,8 +66,8 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
 async def _examine(settings: Settings, skip: tuple[str, ...], report: _Report) -> None:
     from kronos_stream.daemon.doctor import Doctor
 
-    async for told in Doctor(settings).examine(report.begins, skip):
-        report.told(told)
+    async for told in Doctor(settings).examine(report.check_started, skip):
+        report.add_result(told)
 
 
 class _Report:
@@ -76,18 +76,18 @@ class _Report:
     def __init__(self, *, as_json: bool) -> None:
         self.failed = False
         self._as_json = as_json
-        self._watched = sys.stderr.isatty()
+        self._interactive = sys.stderr.isatty()
         self._findings: list[dict[str, Any]] = []
 
-    def begins(self, name: str) -> None:
+    def check_started(self, name: str) -> None:
         """Let whoever waits see for what."""
-        if self._watched:
-            click.echo(f"{_CLEAR}...   {name}", err=True, nl=False)
+        if self._interactive:
+            click.echo(f"{_CLEAR_LINE}...   {name}", err=True, nl=False)
 
-    def told(self, told: Result) -> None:
+    def add_result(self, told: Result) -> None:
         self.add(told.name, told.finding)
 
-    def unreadable(self, problem: str) -> None:
+    def add_settings_problem(self, problem: str) -> None:
         from kronos_stream.checkup import Finding
 
         self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
@@ -99,13 +99,13 @@ class _Report:
         found = redact(found)
         self.failed = self.failed or level == "fail"
         self._findings.append({"check": name, "level": level, "found": found, "cure": cure or None})
-        if self._watched:
-            click.echo(_CLEAR, err=True, nl=False)
+        if self._interactive:
+            click.echo(_CLEAR_LINE, err=True, nl=False)
         if not self._as_json:
             line = printable(f"{name}: {found}" + (f"; {cure}" if cure else ""))
             click.echo(f"{click.style(f'{level:4}', fg=_COLOURS[level])}  {line}")
 
-    def end(self) -> None:
+    def finish(self) -> None:
         import json
 
         if self._as_json:

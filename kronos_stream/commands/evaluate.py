@@ -110,7 +110,7 @@ def evaluate(
     try:
         report = score(
             cases(truth),
-            as_forecast(forecaster, seed=seed, anchor=anchor),
+            forecast_function(forecaster, seed=seed, anchor=anchor),
             paths=paths,
             model=model,
             seed=seed,
@@ -119,7 +119,7 @@ def evaluate(
         raise click.ClickException(str(error)) from None
     codec_at = find(model, tokenizer).tokenizer
     codec = reconstruction(load_tokenizer(codec_at.name, codec_at.revision), cases(0), seed=seed)
-    for line in (*table(report), *_codec_lines(codec.to_dict())):
+    for line in (*report_lines(report), *_codec_lines(codec.to_dict())):
         click.echo(line)
     click.echo(f"{time.monotonic() - began:.0f} s")
     if json_file is not None:
@@ -131,10 +131,12 @@ def evaluate(
             "forecast": report.to_dict(),
             "reconstruction": codec.to_dict(),
         }
-        _write(json_file, document)
+        _write_json(json_file, document)
 
 
-def as_forecast(forecaster: Forecaster, *, seed: int = 0, anchor: bool = True) -> ForecastFunction:
+def forecast_function(
+    forecaster: Forecaster, *, seed: int = 0, anchor: bool = True
+) -> ForecastFunction:
     """A Forecaster as what :func:`kronos_stream.forecast.evaluation.evaluate` calls."""
     from kronos_stream.engine import Context
 
@@ -149,7 +151,7 @@ def as_forecast(forecaster: Forecaster, *, seed: int = 0, anchor: bool = True) -
     return forecast
 
 
-def table(report: Report) -> list[str]:
+def report_lines(report: Report) -> list[str]:
     """The report as lines of text."""
     names = list(report.crps_ratio)
     lines = [
@@ -191,7 +193,7 @@ def _codec_lines(codec: dict[str, Any]) -> list[str]:
     return [errors, usage]
 
 
-def _write(path: Path, document: dict[str, Any]) -> None:
+def _write_json(path: Path, document: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

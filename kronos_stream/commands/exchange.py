@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kronos_stream.testing.exchange import Faults, SimulatedExchange
 
 
-def _timeframes(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+def _parse_timeframes(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     try:
         return [str(Timeframe.parse(part.strip())) for part in text.split(",") if part.strip()]
     except ValueError as error:
@@ -45,7 +45,7 @@ def _timeframes(_: click.Context, __: click.Parameter, text: str) -> list[str]:
     "--timeframe",
     "timeframes",
     default="",
-    callback=_timeframes,
+    callback=_parse_timeframes,
     metavar="LIST",
     help="Intervals to offer, with commas; the shortest is drawn, the others are made of it. "
     "Left out: 1s, or that of the candles.",

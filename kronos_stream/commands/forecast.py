@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from kronos_stream.commands._request import Request
+from kronos_stream.commands._request import ForecastArguments
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-class _Parsed(click.ParamType[Any]):
+class _ParsedType(click.ParamType[Any]):
     """A value that a function reads from text; its ValueError is the message."""
 
     def __init__(self, name: str, parse: Any) -> None:  # noqa: ANN401
@@ -32,14 +32,14 @@ class _Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
-def _probabilities(text: str) -> tuple[float, ...]:
+def _parse_probabilities(text: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
         raise ValueError(f"{text!r}: expected numbers between 0 and 1 with commas") from None
 
 
-def _device(text: str) -> str:
+def _parse_device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise ValueError(f"{text!r}: expected auto, cpu, mps, cuda or cuda:N")
     return text
@@ -59,7 +59,7 @@ def _new_file(text: str) -> Path:
     return path
 
 
-def _series(text: str) -> str:
+def _parse_series(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -162,27 +162,27 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--timeframe",
-    type=_Parsed("timeframe", Timeframe.parse),
+    type=_ParsedType("timeframe", Timeframe.parse),
     metavar="5m|1h|1d|...",
     help="Length of a bar. Left out, the most common distance between the file's bars.",
 )
 @click.option(
     "--series",
-    type=_Parsed("name", _series),
+    type=_ParsedType("name", _parse_series),
     metavar="NAME",
     help="Name of the series, such as binance:BTC/USDT:5m. It is shown, stored in --out, and keys "
     "the noise. Left out, the file's name is shown and the noise is that of an unnamed series.",
 )
 @click.option(
     "--at",
-    type=_Parsed("time", parse_time),
+    type=_ParsedType("time", parse_time),
     metavar="TIME",
     help="The origin: open time of the last bar the model may see, such as 2024-06-18T11:15Z (no "
     "zone means UTC). Left out, the file's last bar.",
 )
 @click.option(
     "--device",
-    type=_Parsed("device", _device),
+    type=_ParsedType("device", _parse_device),
     default="auto",
     metavar="auto|cpu|cuda|cuda:N|mps",
     help="Where to compute; auto takes the fastest there is.",
@@ -196,7 +196,7 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--quantiles",
-    type=_Parsed("quantiles", _probabilities),
+    type=_ParsedType("quantiles", _parse_probabilities),
     default="0.05,0.25,0.5,0.75,0.95",
     metavar="P,P,...",
     help="Probabilities to show, between 0 and 1. Those that so few paths cannot support are "
@@ -204,13 +204,13 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--plot",
-    type=_Parsed("file", _plot_file),
+    type=_ParsedType("file", _plot_file),
     metavar="FILE",
     help="Draw the last candles and the fan of quantiles: .png, .svg or .pdf.",
 )
 @click.option(
     "--out",
-    type=_Parsed("file", _new_file),
+    type=_ParsedType("file", _new_file),
     metavar="FILE",
     help="Write every path, unrepaired, as Parquet: one row per path and step. With many --paths "
     "this is a generator of synthetic candles. The file appears whole or not at all.",
@@ -229,14 +229,14 @@ def forecast(**options: Any) -> None:  # noqa: ANN401 - click has checked them
     kronos-stream forecast btc-5m.csv --model nano --horizon 8 --plot fan.png
     kronos-stream forecast btc-5m.csv --paths 10000 --out synthetic.parquet
     """  # noqa: D301 - click's mark for a paragraph to be left as it is
-    request = Request(**options)
+    request = ForecastArguments(**options)
     _refuse_overwriting(request)
     from kronos_stream.commands._forecast import run
 
     run(request)
 
 
-def _refuse_overwriting(request: Request) -> None:
+def _refuse_overwriting(request: ForecastArguments) -> None:
     """The input and the two outputs are three files."""
     out = request.out and request.out.resolve()
     plot = request.plot and request.plot.resolve()

@@ -12,7 +12,7 @@ from kronos_stream.market.utc import parse_time
 Speed = float | Literal["max"]
 
 
-def _speed(_: click.Context, __: click.Parameter, text: str) -> Speed:
+def _parse_speed(_: click.Context, __: click.Parameter, text: str) -> Speed:
     if text == "max":
         return "max"
     try:
@@ -24,7 +24,7 @@ def _speed(_: click.Context, __: click.Parameter, text: str) -> Speed:
     return speed
 
 
-def _time(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
     try:
         return None if text is None else parse_time(text)
     except ValueError as error:
@@ -39,7 +39,7 @@ def _time(_: click.Context, __: click.Parameter, text: str | None) -> int | None
     "--speed",
     default="max",
     show_default=True,
-    callback=_speed,
+    callback=_parse_speed,
     metavar="1|N|max",
     help="1: as it happened. N: so many times as fast; what takes too long is skipped, as it would "
     "be live. max: as fast as this machine can, and every bar is forecast.",
@@ -47,7 +47,7 @@ def _time(_: click.Context, __: click.Parameter, text: str | None) -> int | None
 @click.option(
     "--from",
     "start",
-    callback=_time,
+    callback=_parse_from,
     metavar="TIME",
     help="Forecast the bars that close after TIME, such as 2024-06-18T11:15Z (no zone means UTC); "
     "those before are history. Left out: once a series has as many bars as a context takes.",

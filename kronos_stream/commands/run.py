@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-class _Run(click.Command):
+class _RunCommand(click.Command):
     """Its help lists the settings, from where they are defined."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -24,7 +24,7 @@ class _Run(click.Command):
             )
 
 
-@click.command(cls=_Run)
+@click.command(cls=_RunCommand)
 @click.option(
     "--check",
     is_flag=True,

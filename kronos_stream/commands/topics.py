@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kronos_connectors.kafka.options import KafkaOptions
     from kronos_connectors.kafka.topics import Topic
 
-_PROBLEMS = 2
+_PROBLEMS_EXIT_CODE = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,10 +43,10 @@ def create(timeframes: str) -> None:
     """Create the topics that are missing; leave the others as they are."""
     from kronos_connectors.kafka import admin
 
-    options, wanted = _wanted(timeframes)
+    options, wanted = _required_topics(timeframes)
     for line in _run(admin.create(options, wanted)):
         click.echo(line)
-    _report(_run(admin.check(options, wanted)))
+    _exit_on_problems(_run(admin.check(options, wanted)))
 
 
 @topics.command()
@@ -55,12 +55,12 @@ def check(timeframes: str) -> None:
     """Check the topics; exit code 2 and a line for each that will not do."""
     from kronos_connectors.kafka import admin
 
-    options, wanted = _wanted(timeframes)
-    _report(_run(admin.check(options, wanted)))
+    options, wanted = _required_topics(timeframes)
+    _exit_on_problems(_run(admin.check(options, wanted)))
     click.echo(f"{len(wanted)} topics are as they should be")
 
 
-def _wanted(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
+def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
     from kronos_connectors.kafka.topics import wanted
     from kronos_stream.daemon.environment import candle_timeframes, read_options
 
@@ -81,9 +81,9 @@ def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:
         raise click.ClickException(str(error)) from error
 
 
-def _report(problems: list[str]) -> None:
+def _exit_on_problems(problems: list[str]) -> None:
     """Say what is wrong, if anything is, and leave."""
     for line in problems:
         click.echo(line, err=True)
     if problems:
-        click.get_current_context().exit(_PROBLEMS)
+        click.get_current_context().exit(_PROBLEMS_EXIT_CODE)

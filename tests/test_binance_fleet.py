@@ -12,9 +12,9 @@ import orjson
 import pytest
 
 from kronos_connectors.binance import fleet as fleets
-from kronos_connectors.binance.connection import ANSWER_SECONDS, NEVER, Connection
-from kronos_connectors.binance.fleet import Close, Fleet, Open, Rejected, Send
-from kronos_connectors.binance.frames import Answer, Kline, Other, Shutdown
+from kronos_connectors.binance.connection import RESPONSE_TIMEOUT_SECONDS, NEVER, Connection
+from kronos_connectors.binance.fleet import Close, ConnectionPool, Open, InvalidFrame, Send
+from kronos_connectors.binance.frames import Response, Kline, IgnoredFrame, ServerShutdown
 from kronos_stream.market.series import Series
 
 OPEN_MS = 1_750_000_020_000
@@ -52,7 +52,7 @@ class Socket:
 class Venue:
     """The other side of a fleet; time leaps to whatever is due next."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: ConnectionPool) -> None:
         self.fleet, self.now = fleet, 0.0
         self.opens: list[float] = []
         self.open: dict[Connection, Socket] = {}
@@ -73,10 +73,10 @@ class Venue:
     def run(self, seconds: float) -> None:
         until = self.now + seconds
         while True:
-            for command in self.fleet.act(self.now):
+            for command in self.fleet.poll(self.now):
                 self._obey(command)
-            assert self.fleet.wake > self.now  # or it would be asked without end
-            due = min(self.fleet.wake, self._later[0][0])
+            assert self.fleet.next_wakeup > self.now  # or it would be asked without end
+            due = min(self.fleet.next_wakeup, self._later[0][0])
             if due > until:
                 self.now = until
                 return
@@ -95,14 +95,14 @@ class Venue:
 
     def cut(self, connection: Connection) -> None:
         if self.open.pop(connection, None) is not None:
-            self.fleet.lost(connection, self.now)
+            self.fleet.on_lost(connection, self.now)
 
     def covered(self) -> set[str]:
         """What reaches the client."""
         return {stream for socket in self.open.values() for stream in socket.streams}
 
     def _obey(self, command: Open | Send | Close) -> None:
-        connection = command.connection
+        connection = command.member
         if isinstance(command, Open):
             self.opens.append(self.now)
             self._dialled.add(connection)
@@ -110,7 +110,7 @@ class Venue:
         elif isinstance(command, Send):
             self._take(connection, command.message)
         else:
-            self.closed.append((self.now, command.why))
+            self.closed.append((self.now, command.reason))
             self._dialled.discard(connection)
             self.open.pop(connection, None)
 
@@ -119,9 +119,9 @@ class Venue:
             return
         if self.accepts(number):
             self.open[connection] = Socket()
-            self.fleet.opened(connection, self.now)
+            self.fleet.on_opened(connection, self.now)
         else:
-            self.fleet.lost(connection, self.now, self.retry_after)
+            self.fleet.on_lost(connection, self.now, self.retry_after)
 
     def _take(self, connection: Connection, message: bytes) -> None:
         socket = self.open.get(connection)
@@ -150,7 +150,7 @@ class Venue:
 
 
 def venue(streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m") -> Venue:
-    fleet = Fleet(Random(seed), room=room, stall_seconds=STALL, lifetime_seconds=LIFE)
+    fleet = ConnectionPool(Random(seed), capacity=room, stall_seconds=STALL, lifetime_seconds=LIFE)
     fleet.follow(followed(*range(streams), interval=interval))
     return Venue(fleet)
 
@@ -181,16 +181,16 @@ def test_frames_become_what_they_tell() -> None:
     told = receive(kline(name(0)))
     assert isinstance(told, Kline)
     assert told.series.name == "binance:S0000/USDT:1m"
-    assert receive(kline(name(7))) == Other()
-    assert receive(b'{"result":null,"id":99}') == Answer(99, "")
+    assert receive(kline(name(7))) == IgnoredFrame()
+    assert receive(b'{"result":null,"id":99}') == Response(99, "")
     garbage = receive(b"<html>")
-    assert isinstance(garbage, Rejected)
+    assert isinstance(garbage, InvalidFrame)
     assert garbage.series is None
     assert "not JSON" in garbage.reason
-    assert receive(kline(name(0)).replace(b'"x":false', b'"x":0')) == Rejected(
+    assert receive(kline(name(0)).replace(b'"x":false', b'"x":0')) == InvalidFrame(
         told.series, "closed or not: 0"
     )
-    assert receive(b'{"e":"serverShutdown"}') == Shutdown()
+    assert receive(b'{"e":"serverShutdown"}') == ServerShutdown()
 
 
 def test_streams_are_spread_evenly_and_asked_for_in_steps() -> None:
@@ -201,7 +201,7 @@ def test_streams_are_spread_evenly_and_asked_for_in_steps() -> None:
     for socket in v.open.values():
         assert len(socket.arrivals) == 6
         assert all(b - a >= 0.34 for a, b in pairwise(socket.arrivals))
-    assert all(b - a >= fleets.SPACING_SECONDS for a, b in pairwise(v.opens))
+    assert all(b - a >= fleets.OPEN_INTERVAL_SECONDS for a, b in pairwise(v.opens))
 
 
 def test_changes_ask_for_the_difference_and_touch_nothing_else() -> None:
@@ -295,9 +295,9 @@ def test_a_silent_server_is_asked_and_soon_left() -> None:
     v = venue()
     v.run(100)
     _stall(v)
-    v.run(STALL + ANSWER_SECONDS + 3)
+    v.run(STALL + RESPONSE_TIMEOUT_SECONDS + 3)
     ((ended, why),) = v.closed
-    assert ended == pytest.approx(100 + STALL + ANSWER_SECONDS, abs=1.5)
+    assert ended == pytest.approx(100 + STALL + RESPONSE_TIMEOUT_SECONDS, abs=1.5)
     assert why == "no answer within 5 s"
     assert len(v.opens) == 2
 
@@ -416,8 +416,8 @@ def test_there_are_never_more_attempts_than_the_venue_allows() -> None:
 
     cut()
     v.run(1_500)
-    for first, later in zip(v.opens, v.opens[fleets.MOST_ATTEMPTS :], strict=False):
-        assert later - first > fleets.ATTEMPTS_SECONDS - 0.001
+    for first, later in zip(v.opens, v.opens[fleets.MAX_ATTEMPTS :], strict=False):
+        assert later - first > fleets.ATTEMPT_WINDOW_SECONDS - 0.001
     assert len(v.opens) > 800  # and it makes use of them
 
 
@@ -426,8 +426,8 @@ def test_word_of_connections_that_are_gone_changes_nothing() -> None:
     v.run(10)
     (old,) = v.open
     _cut(v)
-    v.fleet.lost(old, v.now)
-    v.fleet.opened(old, v.now)
+    v.fleet.on_lost(old, v.now)
+    v.fleet.on_opened(old, v.now)
     v.fleet.receive(old, b'{"e":"serverShutdown"}', v.now)
     v.run(10)
     assert len(v.opens) == 2
@@ -498,23 +498,23 @@ def _live_through(seed: int) -> None:
 
 def test_a_connection_that_is_not_open_has_nothing_to_say() -> None:
     one = Connection(stall_seconds=STALL, lifetime_seconds=LIFE)
-    one.want({"a"}, 60)
-    assert one.request(0) is None
-    assert one.wake(0) == NEVER
-    assert one.broken(1e9) == ""
-    assert not one.tired(1e9)
+    one.assign({"a"}, 60)
+    assert one.next_request(0) is None
+    assert one.next_wakeup(0) == NEVER
+    assert one.failure(1e9) == ""
+    assert not one.expired(1e9)
 
 
 def test_it_wakes_no_later_than_something_is_due() -> None:
     one = Connection(stall_seconds=STALL, lifetime_seconds=LIFE)
-    one.want({"a"}, 80)
-    one.open(100)
-    assert one.request(100) is not None
-    assert one.wake(100) == pytest.approx(100.35)  # when it may speak again
-    assert one.wake(101) == 100 + ANSWER_SECONDS
-    one.answer(Answer(1, ""), 101)
-    one.heard(101)
-    assert one.wake(101) == 101 + STALL
-    one.kline(120)
-    assert one.wake(150) == 200
-    assert one.wake(1_000) == 100 + LIFE
+    one.assign({"a"}, 80)
+    one.on_opened(100)
+    assert one.next_request(100) is not None
+    assert one.next_wakeup(100) == pytest.approx(100.35)  # when it may speak again
+    assert one.next_wakeup(101) == 100 + RESPONSE_TIMEOUT_SECONDS
+    one.on_response(Response(1, ""), 101)
+    one.on_activity(101)
+    assert one.next_wakeup(101) == 101 + STALL
+    one.on_candle(120)
+    assert one.next_wakeup(150) == 200
+    assert one.next_wakeup(1_000) == 100 + LIFE

@@ -16,11 +16,11 @@ import orjson
 import pytest
 
 from kronos_connectors.binance.frames import (
-    Answer,
+    Response,
     FrameError,
     Kline,
-    Other,
-    Shutdown,
+    IgnoredFrame,
+    ServerShutdown,
     decode,
     read_candle,
 )
@@ -53,16 +53,16 @@ def test_a_kline_is_read_from_a_combined_and_from_a_raw_stream() -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"result":null,"id":7}', Answer(7, "")),
-        ('{"error":{"code":2,"msg":"Invalid request"},"id":3}', Answer(3, "Invalid request")),
-        ('{"code":2,"msg":"Invalid JSON","id":null}', Answer(None, "Invalid JSON")),
-        ('{"e":"serverShutdown","E":1}', Shutdown()),
-        ('{"stream":"!x","data":{"e":"serverShutdown","E":1}}', Shutdown()),
-        ('{"event":{"e":"serverShutdown","E":1}}', Shutdown()),
-        ('{"stream":"a@bookTicker","data":{"u":1,"s":"A"}}', Other()),
-        ('{"stream":"!ticker@arr","data":[{"e":"24hrTicker"}]}', Other()),
-        ('{"e":"trade","s":"BTCUSDT","p":"1"}', Other()),
-        ("{}", Other()),
+        ('{"result":null,"id":7}', Response(7, "")),
+        ('{"error":{"code":2,"msg":"Invalid request"},"id":3}', Response(3, "Invalid request")),
+        ('{"code":2,"msg":"Invalid JSON","id":null}', Response(None, "Invalid JSON")),
+        ('{"e":"serverShutdown","E":1}', ServerShutdown()),
+        ('{"stream":"!x","data":{"e":"serverShutdown","E":1}}', ServerShutdown()),
+        ('{"event":{"e":"serverShutdown","E":1}}', ServerShutdown()),
+        ('{"stream":"a@bookTicker","data":{"u":1,"s":"A"}}', IgnoredFrame()),
+        ('{"stream":"!ticker@arr","data":[{"e":"24hrTicker"}]}', IgnoredFrame()),
+        ('{"e":"trade","s":"BTCUSDT","p":"1"}', IgnoredFrame()),
+        ("{}", IgnoredFrame()),
     ],
 )
 def test_what_else_is_said_is_known_or_let_pass(content: str, told: object) -> None:
@@ -75,7 +75,7 @@ def test_klines_that_are_not_followed_are_let_pass() -> None:
         other["data"]["k"][field] = value
         if field == "s":
             other["data"]["s"] = value
-        assert decode(orjson.dumps(other), STREAMS) == Other()
+        assert decode(orjson.dumps(other), STREAMS) == IgnoredFrame()
 
 
 def _kline(**fields: Any) -> Callable[[dict[str, Any]], None]:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kronos_connectors.binance.budget import Budget
-from kronos_connectors.binance.http import retry_after
+from kronos_connectors.binance.budget import WeightLimiter
+from kronos_connectors.binance.http import parse_retry_after
 from kronos_connectors.binance.options import BinanceOptions
-from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, Rest
+from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, RestClient
 from kronos_connectors.binance.symbols import Listing
 from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.market.clock import ManualClock, LoopClock
@@ -29,11 +29,11 @@ BTC = Series.parse("binance:BTC/USDT:1m")
 
 def test_weight_flows_evenly_and_in_order() -> None:
     async def main() -> None:
-        budget, loop = Budget(600, 0.5, LoopClock(START)), asyncio.get_running_loop()
+        budget, loop = WeightLimiter(600, 0.5, LoopClock(START)), asyncio.get_running_loop()
         spent: list[tuple[int, float]] = []
 
         async def spend(number: int) -> None:
-            await budget.spend(5)
+            await budget.acquire(5)
             spent.append((number, loop.time()))
 
         await asyncio.gather(*(spend(number) for number in range(65)))
@@ -48,9 +48,9 @@ def test_weight_flows_evenly_and_in_order() -> None:
 
 def test_who_waits_for_weight_is_told_when_the_venue_wants_quiet() -> None:
     async def main() -> None:
-        budget = Budget(600, 0.5, LoopClock(START))
-        await budget.spend(25)
-        waiting = [asyncio.create_task(budget.spend(5)) for _ in range(3)]
+        budget = WeightLimiter(600, 0.5, LoopClock(START))
+        await budget.acquire(25)
+        waiting = [asyncio.create_task(budget.acquire(5)) for _ in range(3)]
         await asyncio.sleep(0)
         budget.pause(120)
         for task in waiting:
@@ -58,16 +58,16 @@ def test_who_waits_for_weight_is_told_when_the_venue_wants_quiet() -> None:
                 await task
             assert 118 < told.value.retry_after <= 120
         await asyncio.sleep(121)
-        await budget.spend(5)
+        await budget.acquire(5)
 
     run_virtual(main())
 
 
 def test_one_who_gives_up_does_not_hold_up_the_others() -> None:
     async def main() -> None:
-        budget = Budget(600, 0.5, LoopClock(START))
-        await budget.spend(25)
-        first, second = (asyncio.create_task(budget.spend(25)) for _ in range(2))
+        budget = WeightLimiter(600, 0.5, LoopClock(START))
+        await budget.acquire(25)
+        first, second = (asyncio.create_task(budget.acquire(25)) for _ in range(2))
         await asyncio.sleep(1)
         first.cancel()
         async with asyncio.timeout(6):
@@ -78,13 +78,13 @@ def test_one_who_gives_up_does_not_hold_up_the_others() -> None:
 
 def test_weight_that_others_use_is_counted_until_the_minute_ends() -> None:
     async def main() -> None:
-        budget = Budget(6_000, 0.5, LoopClock(START))
+        budget = WeightLimiter(6_000, 0.5, LoopClock(START))
         venue_time = START // MINUTE * MINUTE + 45_000
-        budget.used(4_499, venue_time)
-        await budget.spend(1)
-        budget.used(4_500, venue_time)
+        budget.record_usage(4_499, venue_time)
+        await budget.acquire(1)
+        budget.record_usage(4_500, venue_time)
         with pytest.raises(SourceError) as told:
-            await budget.spend(1)
+            await budget.acquire(1)
         assert told.value.retry_after == pytest.approx(15)
 
     run_virtual(main())
@@ -93,11 +93,11 @@ def test_weight_that_others_use_is_counted_until_the_minute_ends() -> None:
 def test_a_clock_set_back_neither_gives_weight_nor_takes_it() -> None:
     async def main() -> None:
         clock = ManualClock(START)
-        budget = Budget(600, 0.5, clock)
+        budget = WeightLimiter(600, 0.5, clock)
         clock._now -= 3_600_000
         async with asyncio.timeout(1):
-            await budget.spend(25)
-        waiting = asyncio.create_task(budget.spend(5))
+            await budget.acquire(25)
+        waiting = asyncio.create_task(budget.acquire(5))
         await asyncio.sleep(0.1)
         assert not waiting.done()
         clock.advance(clock.now() + 1_002)
@@ -111,7 +111,7 @@ def test_a_clock_set_back_neither_gives_weight_nor_takes_it() -> None:
     [("7", 7), ("0", 1), (None, 60), ("soon", 60), ("-5", 60), ("nan", 60), ("99999999", 259_200)],
 )
 def test_the_wait_asked_for_is_read_and_bounded(text: str | None, seconds: float) -> None:
-    assert retry_after(text) == seconds
+    assert parse_retry_after(text) == seconds
 
 
 # -- the venue's clock -----------------------------------------------------------------------
@@ -175,14 +175,14 @@ FUTURES_INFO = [
 
 def test_symbols_are_mapped_by_what_the_venue_says_of_them() -> None:
     spot, futures = Listing(SPOT_INFO, futures=False), Listing(FUTURES_INFO, futures=True)
-    assert spot.name("USDT/TRY") == "USDTTRY"
-    assert spot.name("1000SATS/USDT") == "1000SATSUSDT"
-    assert spot.name("BTC/USDT:USDT") is None
-    assert futures.name("BTC/USDT:USDT") == "BTCUSDT"
-    assert futures.name("ETH/BTC:BTC") == "ETHBTC"
-    assert futures.name("BTC/USDT") is None
+    assert spot.venue_symbol("USDT/TRY") == "USDTTRY"
+    assert spot.venue_symbol("1000SATS/USDT") == "1000SATSUSDT"
+    assert spot.venue_symbol("BTC/USDT:USDT") is None
+    assert futures.venue_symbol("BTC/USDT:USDT") == "BTCUSDT"
+    assert futures.venue_symbol("ETH/BTC:BTC") == "ETHBTC"
+    assert futures.venue_symbol("BTC/USDT") is None
     for symbol in ("BTC/USDT", "USDT/TRY"):
-        assert spot.problem(symbol) is None
+        assert spot.unsupported_reason(symbol) is None
 
 
 @pytest.mark.parametrize(
@@ -195,15 +195,17 @@ def test_symbols_are_mapped_by_what_the_venue_says_of_them() -> None:
     ],
 )
 def test_what_is_not_there_is_explained(symbol: str, reason: str) -> None:
-    assert reason in str(Listing(SPOT_INFO, futures=False).problem(symbol))
+    assert reason in str(Listing(SPOT_INFO, futures=False).unsupported_reason(symbol))
 
 
 def test_what_does_not_trade_now_is_said_but_no_reason_to_fail() -> None:
     spot, futures = Listing(SPOT_INFO, futures=False), Listing(FUTURES_INFO, futures=True)
-    assert spot.halted("LUNA/USDT") == "BREAK"
-    assert futures.halted("OLD/USDT:USDT") == "SETTLING"
-    assert spot.problem("LUNA/USDT") is futures.problem("OLD/USDT:USDT") is None
-    assert spot.halted("BTC/USDT") is None
+    assert spot.halted_status("LUNA/USDT") == "BREAK"
+    assert futures.halted_status("OLD/USDT:USDT") == "SETTLING"
+    assert (
+        spot.unsupported_reason("LUNA/USDT") is futures.unsupported_reason("OLD/USDT:USDT") is None
+    )
+    assert spot.halted_status("BTC/USDT") is None
 
 
 # -- requests ------------------------------------------------------------------------------
@@ -217,7 +219,9 @@ def row(opened: int, **changes: Any) -> list[Any]:
     return [opened, o, h, l, c, v, opened + MINUTE - 1, q, 3, "1", "2", "0"]
 
 
-async def serving(reply: Reply, host: Host = SPOT, **options: float) -> tuple[Rest, web.AppRunner]:
+async def serving(
+    reply: Reply, host: Host = SPOT, **options: float
+) -> tuple[RestClient, web.AppRunner]:
     app = web.Application()
     app.router.add_get("/{path:.*}", reply)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -225,10 +229,10 @@ async def serving(reply: Reply, host: Host = SPOT, **options: float) -> tuple[Re
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     knobs = {"weight_share": 0.75, "timeout_seconds": 5.0} | options
-    return Rest(host, url, LoopClock(START), **knobs), runner
+    return RestClient(host, url, LoopClock(START), **knobs), runner
 
 
-def play(scene: Callable[[Rest], Awaitable[None]], reply: Reply, host: Host = SPOT) -> None:
+def play(scene: Callable[[RestClient], Awaitable[None]], reply: Reply, host: Host = SPOT) -> None:
     async def main() -> None:
         rest, runner = await serving(reply, host)
         try:
@@ -252,7 +256,7 @@ def answering(content: Any, **headers: str) -> Reply:
 def test_rows_become_candles_and_the_open_one_is_left_out() -> None:
     rows = [row(START - 2 * MINUTE), row(START - MINUTE), row(START)]
 
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         candles = await rest.klines(BTC, "BTCUSDT", START - 2 * MINUTE, START + MINUTE)
         # A minute that ends just now may not have ended there.
         assert [candle.time for candle in candles] == [START - 2 * MINUTE]
@@ -268,7 +272,7 @@ def test_rows_become_candles_and_the_open_one_is_left_out() -> None:
 
 
 def test_a_candle_that_cannot_be_is_handed_on_for_the_tape_to_judge() -> None:
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         (candle,) = await rest.klines(BTC, "BTCUSDT", START - 5 * MINUTE, START - 4 * MINUTE)
         assert candle.invalid_reason() is not None
 
@@ -291,7 +295,7 @@ def test_a_candle_that_cannot_be_is_handed_on_for_the_tape_to_judge() -> None:
     ],
 )
 def test_an_answer_that_is_none_is_an_error(content: Any) -> None:
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         with pytest.raises(SourceError, match="klines of BTC/USDT"):
             await rest.klines(BTC, "BTCUSDT", START - 5 * MINUTE, START - 2 * MINUTE)
 
@@ -314,7 +318,7 @@ def test_refusals_are_told_apart(
     async def reply(_: web.Request) -> web.Response:
         return web.Response(status=status, text=body)
 
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         with pytest.raises(SourceError, match=words) as failed:
             await rest.symbols()
         assert type(failed.value) is kind
@@ -333,8 +337,8 @@ def test_when_told_to_wait_all_wait(status: int) -> None:
             return web.Response(status=status, headers={"Retry-After": "90"})
         return web.json_response({"symbols": []})
 
-    async def scene(rest: Rest) -> None:
-        rest.note = notes.append
+    async def scene(rest: RestClient) -> None:
+        rest.on_event = notes.append
         for _ in range(3):
             with pytest.raises(SourceError) as failed:
                 await rest.symbols()
@@ -349,7 +353,7 @@ def test_when_told_to_wait_all_wait(status: int) -> None:
 
 
 def test_the_venues_own_count_of_weight_is_heeded() -> None:
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         await rest.symbols()
         with pytest.raises(SourceError, match="wait"):
             await rest.symbols()
@@ -365,7 +369,7 @@ def test_one_symbol_that_hangs_does_not_hold_up_the_others() -> None:
             await asyncio.sleep(1_000)
         return web.json_response([row(int(request.query["startTime"]))])
 
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         loop = asyncio.get_running_loop()
 
         async def ask(symbol: str) -> float:
@@ -393,7 +397,7 @@ def test_pages_of_futures_are_those_that_cost_least_and_none_is_lost() -> None:
         opens = range(-(-first // MINUTE) * MINUTE, last + 1, MINUTE)
         return web.json_response([row(opened) for opened in opens][:limit])
 
-    async def scene(rest: Rest) -> None:
+    async def scene(rest: RestClient) -> None:
         candles = await rest.klines(BTC, "BTCUSDT", START, START + 1_050 * MINUTE)
         assert [c.time for c in candles] == list(range(START, START + 1_050 * MINUTE, MINUTE))
         assert limits == [499, 499, 52]
@@ -407,9 +411,9 @@ def test_an_interval_that_nobody_knows_is_asked_for() -> None:
             return web.json_response([])
         return web.json_response({"code": -1120, "msg": "Invalid interval."}, status=400)
 
-    async def scene(rest: Rest) -> None:
-        assert await rest.offers("BTCUSDT", "10s")
-        assert not await rest.offers("BTCUSDT", "7m")
+    async def scene(rest: RestClient) -> None:
+        assert await rest.has_interval("BTCUSDT", "10s")
+        assert not await rest.has_interval("BTCUSDT", "7m")
 
     play(scene, reply)
 

@@ -7,26 +7,30 @@ from collections.abc import Collection, Sequence
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
-from kronos_connectors.binance.http import FINAL
-from kronos_connectors.binance.rest import Rest
+from kronos_connectors.binance.http import BLOCKED_STATUSES
+from kronos_connectors.binance.rest import RestClient
 from kronos_stream.checkup import Finding, compare_clocks
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError, VenueRefused
 
 
-async def clock(rest: Rest, clock: Clock, series: Collection[Series]) -> Sequence[Finding]:
+async def check_clock(
+    rest: RestClient, clock: Clock, series: Collection[Series]
+) -> Sequence[Finding]:
     """Whether REST answers, and how far our clock is from the venue's. Raises SourceError."""
-    return [await compare_clocks(rest.time, clock, series)]
+    return [await compare_clocks(rest.server_time, clock, series)]
 
 
-async def websocket(url: str, timeout_seconds: float) -> Sequence[Finding]:
+async def check_websocket(url: str, timeout_seconds: float) -> Sequence[Finding]:
     """Whether a websocket opens. Raises SourceError."""
     try:
         async with connect(url, open_timeout=timeout_seconds, close_timeout=1.0, proxy=None):
             return [Finding("ok", f"{url} opens")]
     except InvalidStatus as error:
         status = error.response.status_code
-        raise (VenueRefused if status in FINAL else SourceError)(f"{url}: HTTP {status}") from None
+        raise (VenueRefused if status in BLOCKED_STATUSES else SourceError)(
+            f"{url}: HTTP {status}"
+        ) from None
     except (OSError, InvalidHandshake, InvalidURI, EOFError) as error:
         raise SourceError(f"{url}: {error or type(error).__name__}") from None

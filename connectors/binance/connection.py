@@ -10,15 +10,15 @@ from itertools import islice
 
 import orjson
 
-from kronos_connectors.binance.frames import Answer
+from kronos_connectors.binance.frames import Response
 
-PER_REQUEST = 150
+STREAMS_PER_REQUEST = 150
 """Streams per SUBSCRIBE: messages stay small."""
 
-PACE_SECONDS = 0.35
+REQUEST_INTERVAL_SECONDS = 0.35
 """Between requests: with pongs at most four messages a second reach the venue, of five allowed."""
 
-ANSWER_SECONDS = 5.0
+RESPONSE_TIMEOUT_SECONDS = 5.0
 """Deadline of the answer to a request."""
 
 NEVER = float("inf")
@@ -32,102 +32,108 @@ class Connection:
     """
 
     def __init__(self, *, stall_seconds: float, lifetime_seconds: float) -> None:
-        self.opened = NEVER
+        self.opened_at = NEVER
         """When the handshake succeeded."""
         self.live_since = NEVER
         """Since when all that was wanted first has been granted."""
         self._stall, self._lifetime = stall_seconds, lifetime_seconds
-        self._quiet = NEVER
-        self._heard = self._kline = NEVER
-        self._wanted: frozenset[str] = frozenset()
-        self._asked: set[str] = set()
-        self._waiting: dict[int, float] = {}
-        self._next_request = 0.0
-        self._number = 0
-        self._trouble = ""
-        self._retiring = False
+        self._candle_timeout = NEVER
+        self._last_activity = self._last_candle = NEVER
+        self._streams: frozenset[str] = frozenset()
+        self._requested: set[str] = set()
+        self._response_deadlines: dict[int, float] = {}
+        self._next_request_at = 0.0
+        self._last_request_id = 0
+        self._error = ""
+        self._shutting_down = False
 
     # -- in --------------------------------------------------------------------------------
 
-    def open(self, now: float) -> None:
+    def on_opened(self, now: float) -> None:
         """The handshake has succeeded."""
-        self.opened = self._heard = self._next_request = now
+        self.opened_at = self._last_activity = self._next_request_at = now
 
-    def want(self, streams: Collection[str], quiet_seconds: float) -> None:
+    def assign(self, streams: Collection[str], candle_timeout: float) -> None:
         """Follow exactly these, of which a kline is to come every ``quiet_seconds``."""
-        self._wanted, self._quiet = frozenset(streams), quiet_seconds
+        self._streams, self._candle_timeout = frozenset(streams), candle_timeout
 
-    def heard(self, now: float) -> None:
+    def on_activity(self, now: float) -> None:
         """Some frame came."""
-        self._heard = now
+        self._last_activity = now
 
-    def kline(self, now: float) -> None:
+    def on_candle(self, now: float) -> None:
         """A kline came."""
-        self._heard = self._kline = now
+        self._last_activity = self._last_candle = now
 
-    def answer(self, answer: Answer, now: float) -> None:
+    def on_response(self, response: Response, now: float) -> None:
         """The venue answers a request."""
-        known = answer.id is not None and self._waiting.pop(answer.id, None) is not None
-        if answer.error:
-            self._trouble = f"request refused: {answer.error}"
+        known = (
+            response.id is not None and self._response_deadlines.pop(response.id, None) is not None
+        )
+        if response.error:
+            self._error = f"request refused: {response.error}"
         elif known and self.live_since == NEVER and self.granted:
-            self.live_since = self._kline = now
+            self.live_since = self._last_candle = now
 
-    def retire(self) -> None:
+    def on_shutdown(self) -> None:
         """The server says that it will go away."""
-        self._retiring = True
+        self._shutting_down = True
 
     # -- out -------------------------------------------------------------------------------
 
     @property
     def granted(self) -> bool:
         """Whether all that is wanted now was asked for and granted."""
-        return not self._waiting and self._asked == self._wanted
+        return not self._response_deadlines and self._requested == self._streams
 
-    def request(self, now: float) -> bytes | None:
+    def next_request(self, now: float) -> bytes | None:
         """The message to send now, if one is due."""
-        if self.opened == NEVER or now < self._next_request:
+        if self.opened_at == NEVER or now < self._next_request_at:
             return None
         for method, streams in (
-            ("UNSUBSCRIBE", self._asked - self._wanted),  # first: there may be no room
-            ("SUBSCRIBE", self._wanted - self._asked),
+            ("UNSUBSCRIBE", self._requested - self._streams),  # first: there may be no room
+            ("SUBSCRIBE", self._streams - self._requested),
         ):
             if streams:
-                part = list(islice(sorted(streams), PER_REQUEST))
-                self._asked.symmetric_difference_update(part)
-                return self._say(now, {"method": method, "params": part})
-        if now >= self._heard + self._stall and not self._waiting:
-            return self._say(now, {"method": "LIST_SUBSCRIPTIONS"})
+                part = list(islice(sorted(streams), STREAMS_PER_REQUEST))
+                self._requested.symmetric_difference_update(part)
+                return self._encode_request(now, {"method": method, "params": part})
+        if now >= self._last_activity + self._stall and not self._response_deadlines:
+            return self._encode_request(now, {"method": "LIST_SUBSCRIPTIONS"})
         return None
 
-    def _say(self, now: float, request: dict[str, object]) -> bytes:
-        self._number += 1
-        self._waiting[self._number] = now + ANSWER_SECONDS
-        self._next_request = now + PACE_SECONDS
-        return orjson.dumps({**request, "id": self._number})
+    def _encode_request(self, now: float, request: dict[str, object]) -> bytes:
+        self._last_request_id += 1
+        self._response_deadlines[self._last_request_id] = now + RESPONSE_TIMEOUT_SECONDS
+        self._next_request_at = now + REQUEST_INTERVAL_SECONDS
+        return orjson.dumps({**request, "id": self._last_request_id})
 
-    def broken(self, now: float) -> str:
+    def failure(self, now: float) -> str:
         """Why it is of no more use; empty if it is."""
-        if self._trouble:
-            return self._trouble
-        if any(until <= now for until in self._waiting.values()):
-            return f"no answer within {ANSWER_SECONDS:g} s"
-        return f"no kline for {self._quiet:g} s" if self.quiet(now) else ""
+        if self._error:
+            return self._error
+        if any(until <= now for until in self._response_deadlines.values()):
+            return f"no answer within {RESPONSE_TIMEOUT_SECONDS:g} s"
+        return f"no kline for {self._candle_timeout:g} s" if self.candle_overdue(now) else ""
 
-    def quiet(self, now: float) -> bool:
+    def candle_overdue(self, now: float) -> bool:
         """Whether no kline came although some should have."""
-        return now >= self._kline + self._quiet
+        return now >= self._last_candle + self._candle_timeout
 
-    def tired(self, now: float) -> bool:
+    def expired(self, now: float) -> bool:
         """Whether another should take its place while it still works."""
-        return self._retiring or now >= self.opened + self._lifetime
+        return self._shutting_down or now >= self.opened_at + self._lifetime
 
-    def wake(self, now: float) -> float:
+    def next_wakeup(self, now: float) -> float:
         """When :meth:`request`, :meth:`broken` or :meth:`tired` may next say something new."""
-        if self.opened == NEVER:
+        if self.opened_at == NEVER:
             return NEVER
-        moments = [self.opened + self._lifetime, self._kline + self._quiet, self._next_request]
-        moments += self._waiting.values()
-        if not self._waiting:
-            moments.append(self._heard + self._stall)
+        moments = [
+            self.opened_at + self._lifetime,
+            self._last_candle + self._candle_timeout,
+            self._next_request_at,
+        ]
+        moments += self._response_deadlines.values()
+        if not self._response_deadlines:
+            moments.append(self._last_activity + self._stall)
         return min((moment for moment in moments if moment > now), default=NEVER)

@@ -38,7 +38,7 @@ class Kline(NamedTuple):
     closed: bool
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """To a request of ours."""
 
     id: int | None
@@ -46,15 +46,17 @@ class Answer(NamedTuple):
     """Empty where it was carried out."""
 
 
-class Shutdown(NamedTuple):
+class ServerShutdown(NamedTuple):
     """The server is about to go away."""
 
 
-class Other(NamedTuple):
+class IgnoredFrame(NamedTuple):
     """A frame that is none of our business."""
 
 
-def decode(frame: bytes | str, streams: Streams) -> Kline | Answer | Shutdown | Other:
+def decode(
+    frame: bytes | str, streams: Streams
+) -> Kline | Response | ServerShutdown | IgnoredFrame:
     """Read a frame. Raises FrameError for what is no event, or a kline that cannot be."""
     try:
         message = orjson.loads(frame)
@@ -66,20 +68,20 @@ def decode(frame: bytes | str, streams: Streams) -> Kline | Answer | Shutdown | 
     if event is None:
         event = message.get("event", message)
     if type(event) is list:  # of streams such as !ticker@arr
-        return Other()
+        return IgnoredFrame()
     if type(event) is not dict:
         raise FrameError("its data is no JSON object")
     kind = event.get("e")
     if kind == "kline":
         return _kline(event, streams)
     if kind == "serverShutdown":
-        return Shutdown()
+        return ServerShutdown()
     if kind is None and message.keys() & {"result", "error", "code"}:
-        return _answer(message)
-    return Other()
+        return _response(message)
+    return IgnoredFrame()
 
 
-def _kline(event: dict[str, Any], streams: Streams) -> Kline | Other:
+def _kline(event: dict[str, Any], streams: Streams) -> Kline | IgnoredFrame:
     kline = event.get("k")
     if type(kline) is not dict:
         raise FrameError("a kline event without a kline")
@@ -88,19 +90,21 @@ def _kline(event: dict[str, Any], streams: Streams) -> Kline | Other:
         raise FrameError("a kline without symbol and interval")
     series = streams.get((symbol, interval))
     if series is None:
-        return Other()
+        return IgnoredFrame()
     if event.get("s") != symbol:
-        raise FrameError(f"a kline of {symbol} as an event of {_shown(event.get('s'))}", series)
+        raise FrameError(
+            f"a kline of {symbol} as an event of {_short_repr(event.get('s'))}", series
+        )
     opened, closed, said = kline.get("t"), kline.get("x"), event.get("E")
     if type(opened) is not int or not 0 <= opened < _LATEST:
-        raise FrameError(f"open time {_shown(opened)}", series)
+        raise FrameError(f"open time {_short_repr(opened)}", series)
     ends = series.timeframe.after(opened) - 1
     if kline.get("T") != ends:
-        raise FrameError(f"close time {_shown(kline.get('T'))}, open time {opened}", series)
+        raise FrameError(f"close time {_short_repr(kline.get('T'))}, open time {opened}", series)
     if type(closed) is not bool:
-        raise FrameError(f"closed or not: {_shown(closed)}", series)
+        raise FrameError(f"closed or not: {_short_repr(closed)}", series)
     if type(said) is not int or said < (ends if closed else opened):
-        raise FrameError(f"event time {_shown(said)}, before what it tells of", series)
+        raise FrameError(f"event time {_short_repr(said)}, before what it tells of", series)
     return Kline(series, _candle(opened, kline, series), closed)
 
 
@@ -108,7 +112,7 @@ def _candle(opened: int, kline: dict[str, Any], series: Series) -> Candle:
     numbers = [kline.get(name) for name in "ohlcvq"]
     candle = read_candle(opened, numbers)
     if candle is None:
-        raise FrameError(f"numbers {', '.join(map(_shown, numbers))}", series)
+        raise FrameError(f"numbers {', '.join(map(_short_repr, numbers))}", series)
     _, opening, high, low, close, volume, amount = candle
     if not (
         0 < low <= opening <= high <= MAX_FLOAT32
@@ -130,18 +134,18 @@ def read_candle(opened: int, numbers: Sequence[Any]) -> Candle | None:
     return Candle(opened, *map(float, numbers))
 
 
-def _answer(message: dict[str, Any]) -> Answer:
+def _response(message: dict[str, Any]) -> Response:
     number = message.get("id")
     error = message.get("error")
     if error is None and "code" in message:
         error = message
     if type(error) is dict:
         error = error.get("msg", "an error without a message")
-    text = error[:200] if type(error) is str else "" if error is None else _shown(error)
-    return Answer(number if type(number) is int else None, text)
+    text = error[:200] if type(error) is str else "" if error is None else _short_repr(error)
+    return Response(number if type(number) is int else None, text)
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     """For people, short; what is nested is not shown, however deep it is."""
     if value is None or type(value) in {str, int, float, bool}:
         return repr(value)[:40]

@@ -10,10 +10,10 @@ from random import Random
 import structlog
 
 from kronos_connectors.binance import checks
-from kronos_connectors.binance.fleet import Fleet
+from kronos_connectors.binance.fleet import ConnectionPool
 from kronos_connectors.binance.options import BinanceOptions
-from kronos_connectors.binance.rest import FUTURES, SPOT, Rest
-from kronos_connectors.binance.sockets import Sockets
+from kronos_connectors.binance.rest import FUTURES, SPOT, RestClient
+from kronos_connectors.binance.sockets import ConnectionRunner
 from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
 from kronos_stream.checkup import Check
 from kronos_stream.market.candle import Candle
@@ -35,7 +35,7 @@ class Market:
         self._options, self._clock, self._random, self._futures = options, clock, random, futures
         ws_url = options.futures_ws_url if futures else options.ws_url
         self._ws_url = f"{ws_url.rstrip('/')}/stream"
-        self._rest = Rest(
+        self._rest = RestClient(
             FUTURES if futures else SPOT,
             options.futures_rest_url if futures else options.rest_url,
             clock,
@@ -48,27 +48,27 @@ class Market:
         self._series: frozenset[Series] = frozenset()
         self._changed = asyncio.Event()
 
-    async def unknown(self, series: Collection[Series]) -> dict[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> dict[Series, str]:
         """See :class:`~kronos_stream.market.source.Source`; asks the venue anew."""
         found = {}
-        listing = await self._list(anew=True)
+        listing = await self._load_listing(refresh=True)
         for one in sorted(series):
-            problem = listing.problem(one.symbol)
-            name = listing.name(one.symbol)
-            if name is not None and problem is None and not await self._offers(one, name):
+            problem = listing.unsupported_reason(one.symbol)
+            name = listing.venue_symbol(one.symbol)
+            if name is not None and problem is None and not await self._has_interval(one, name):
                 intervals = ", ".join(length for length, has in self._intervals.items() if has)
                 kind = "perpetuals" if self._futures else "spot markets"
                 problem = f"binance has no bars of {one.timeframe} for {kind}, only {intervals}"
             if problem is not None:
                 found[one] = problem
-            elif (status := listing.halted(one.symbol)) is not None:
+            elif (status := listing.halted_status(one.symbol)) is not None:
                 # It may trade again; a restart must not fail for it.
                 _log.warning("symbol does not trade now", series=one.name, status=status)
         return found
 
     async def ranked(self) -> Sequence[str]:
         """See :class:`~kronos_stream.market.source.Ranking`."""
-        listing = await self._list(anew=True)
+        listing = await self._load_listing(refresh=True)
         ranked = listing.ranked(await self._rest.turnover())
         if not ranked:
             raise SourceError("nothing trades on binance just now")
@@ -81,37 +81,39 @@ class Market:
         return [
             Check(
                 f"binance {kind} clock",
-                partial(checks.clock, self._rest, self._clock, series),
+                partial(checks.check_clock, self._rest, self._clock, series),
                 3 * timeout,
             ),
             Check(
                 f"binance {kind} websocket",
-                partial(checks.websocket, self._ws_url, timeout),
+                partial(checks.check_websocket, self._ws_url, timeout),
                 2 * timeout,
             ),
         ]
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self._series = frozenset(series)
         self._changed.set()
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        name = (await self._list()).name(series.symbol)
+        name = (await self._load_listing()).venue_symbol(series.symbol)
         if name is None:
             raise SourceError(f"binance does not list {series.symbol}")
         return await self._rest.klines(series, name, start, end)
 
-    async def run(self, intake: SourceCallbacks) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         """Push until cancelled. Raises VenueRefused, in an exception group."""
-        self._rest.note = intake.count_event
+        self._rest.on_event = callbacks.count_event
         options = self._options
-        fleet = Fleet(
+        fleet = ConnectionPool(
             self._random,
-            room=options.streams_per_connection,
+            capacity=options.streams_per_connection,
             stall_seconds=options.stall_seconds,
             lifetime_seconds=options.lifetime_seconds,
         )
-        sockets = Sockets(self._ws_url, fleet, intake, self._clock, options.timeout_seconds)
+        sockets = ConnectionRunner(
+            self._ws_url, fleet, callbacks, self._clock, options.timeout_seconds
+        )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(sockets.run())
             while True:
@@ -128,20 +130,20 @@ class Market:
         series = self._series
         if not series:
             return streams
-        listing = await self._list_patiently()
+        listing = await self._load_listing_with_retries()
         for one in series:
-            name = listing.name(one.symbol)
+            name = listing.venue_symbol(one.symbol)
             if name is None:
                 _log.error("not listed, so not followed", series=one.name)
             else:
                 streams[name, str(one.timeframe)] = one
         return streams
 
-    async def _list_patiently(self) -> Listing:
+    async def _load_listing_with_retries(self) -> Listing:
         pause = _SHORTEST_PAUSE_SECONDS
         while True:
             try:
-                return await self._list()
+                return await self._load_listing()
             except VenueRefused:
                 raise
             except SourceError as error:
@@ -150,16 +152,16 @@ class Market:
                 await asyncio.sleep(max(error.retry_after, pause * jitter))
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _list(self, *, anew: bool = False) -> Listing:
+    async def _load_listing(self, *, refresh: bool = False) -> Listing:
         async with self._listing_lock:
-            if self._listing is None or anew:
+            if self._listing is None or refresh:
                 infos = await self._rest.symbols()
                 self._listing = Listing(infos, futures=self._futures)
             return self._listing
 
-    async def _offers(self, series: Series, name: str) -> bool:
+    async def _has_interval(self, series: Series, name: str) -> bool:
         """Whether there are such bars; a length that is not known is asked for once."""
         interval = str(series.timeframe)
         if interval not in self._intervals:
-            self._intervals[interval] = await self._rest.offers(name, interval)
+            self._intervals[interval] = await self._rest.has_interval(name, interval)
         return self._intervals[interval]

@@ -11,9 +11,9 @@ import aiohttp
 import orjson
 import structlog
 
-from kronos_connectors.binance.budget import Budget
+from kronos_connectors.binance.budget import WeightLimiter
 from kronos_connectors.binance.frames import read_candle
-from kronos_connectors.binance.http import FINAL, PATIENCE, retry_after
+from kronos_connectors.binance.http import BLOCKED_STATUSES, RATE_LIMIT_STATUSES, parse_retry_after
 from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
@@ -23,10 +23,10 @@ from kronos_stream.market.source import SourceError, VenueRefused
 _log = structlog.get_logger()
 
 _TIME_WEIGHT, _INFO_WEIGHT = 1, 20
-_REQUESTS = 8
+_MAX_CONCURRENT_REQUESTS = 8
 """At a time: one that hangs leaves room for others."""
 
-_LONG_SECONDS = 60.0
+_LARGE_RESPONSE_SECONDS = 60.0
 """The list of symbols is megabytes; it may take so long as it keeps coming."""
 
 _NOTABLE_OFFSET_MS = 2_000
@@ -40,15 +40,15 @@ class Host:
 
     prefix: str
     weight_per_minute: int
-    page: int
+    page_size: int
     """Rows asked for at a time: as many as are cheapest by weight."""
-    weights: tuple[tuple[int, int], ...]
+    klines_weights: tuple[tuple[int, int], ...]
     """Rows up to → weight of a request for klines."""
     tickers_weight: int
     """Of the 24 h figures of all symbols."""
 
-    def weight(self, rows: int) -> int:
-        return next(weight for most, weight in self.weights if rows <= most)
+    def klines_weight(self, rows: int) -> int:
+        return next(weight for most, weight in self.klines_weights if rows <= most)
 
 
 SPOT = Host("/api/v3", 6_000, 1_000, ((1_000, 2),), 80)
@@ -63,25 +63,25 @@ class ApiError(SourceError):
         self.code = code
 
 
-class Rest:
+class RestClient:
     """One host's answers. Every call raises SourceError, VenueRefused where there is no hope."""
 
     def __init__(
         self, host: Host, url: str, clock: Clock, *, weight_share: float, timeout_seconds: float
     ) -> None:
-        self.note: Callable[[str], None] = lambda _: None
+        self.on_event: Callable[[str], None] = lambda _: None
         """Told of what is worth counting."""
         self._host, self._url, self._clock = host, url.rstrip("/") + host.prefix, clock
         self._timeout = timeout_seconds
-        self._budget = Budget(host.weight_per_minute, weight_share, clock)
-        self._requests = asyncio.Semaphore(_REQUESTS)
+        self._limiter = WeightLimiter(host.weight_per_minute, weight_share, clock)
+        self._request_slots = asyncio.Semaphore(_MAX_CONCURRENT_REQUESTS)
         self._venue_clock = VenueClock()
-        self._measuring = asyncio.Lock()
+        self._clock_lock = asyncio.Lock()
         self._session: aiohttp.ClientSession | None = None
 
     async def symbols(self) -> list[Mapping[str, Any]]:
         """What exchangeInfo says of each symbol."""
-        info = await self._get("exchangeInfo", {}, _INFO_WEIGHT, long=True)
+        info = await self._get("exchangeInfo", {}, _INFO_WEIGHT, large=True)
         listed = info.get("symbols") if isinstance(info, dict) else None
         if not isinstance(listed, list):
             raise SourceError(f"{self._url}: exchangeInfo without symbols")
@@ -89,13 +89,13 @@ class Rest:
 
     async def turnover(self) -> dict[str, float]:
         """What was traded of each symbol in the last 24 hours, in quote units."""
-        tickers = await self._get("ticker/24hr", {}, self._host.tickers_weight, long=True)
+        tickers = await self._get("ticker/24hr", {}, self._host.tickers_weight, large=True)
         try:
             return {one["symbol"]: float(one["quoteVolume"]) for one in tickers}
         except (KeyError, TypeError, ValueError):
             raise SourceError(f"{self._url}: 24 h figures that are none") from None
 
-    async def time(self) -> int:
+    async def server_time(self) -> int:
         """UTC ms, as the venue says."""
         answer = await self._get("time", {}, _TIME_WEIGHT)
         said = answer.get("serverTime") if isinstance(answer, dict) else None
@@ -103,11 +103,11 @@ class Rest:
             raise SourceError(f"{self._url}: its time is none")
         return said
 
-    async def offers(self, symbol: str, interval: str) -> bool:
+    async def has_interval(self, symbol: str, interval: str) -> bool:
         """Whether there are bars of ``interval``; any symbol will do."""
         query = {"symbol": symbol, "interval": interval, "limit": "1"}
         try:
-            await self._get("klines", query, self._host.weight(1))
+            await self._get("klines", query, self._host.klines_weight(1))
         except ApiError as error:
             if error.code == _INVALID_INTERVAL:
                 return False
@@ -124,7 +124,7 @@ class Rest:
             end = min(end, now)
             if start >= end:
                 break
-            rows = min(self._host.page, (end - start - 1) // step + 1)
+            rows = min(self._host.page_size, (end - start - 1) // step + 1)
             query = {
                 "symbol": symbol,
                 "interval": str(timeframe),
@@ -132,8 +132,8 @@ class Rest:
                 "endTime": str(end - 1),
                 "limit": str(rows),
             }
-            page = await self._get("klines", query, self._host.weight(rows))
-            read = self._read(page, series, start, end)
+            page = await self._get("klines", query, self._host.klines_weight(rows))
+            read = self._parse_klines(page, series, start, end)
             candles += [candle for candle in read if timeframe.after(candle.time) <= now]
             if len(read) < rows:
                 break
@@ -145,13 +145,13 @@ class Rest:
             await self._session.close()
             self._session = None
 
-    def _read(self, page: object, series: Series, start: int, end: int) -> list[Candle]:
+    def _parse_klines(self, page: object, series: Series, start: int, end: int) -> list[Candle]:
         """Rows as candles: what they say may be wrong, but not how they say it."""
         if not isinstance(page, list):
             raise SourceError(f"{self._url}: klines of {series.symbol} are no list")
         candles = []
         for row in page:
-            candle = self._row(row)
+            candle = self._parse_row(row)
             if candle is None or not start <= candle.time < end:
                 raise SourceError(
                     f"{self._url}: klines of {series.symbol} hold what cannot be: {row!r:.200}"
@@ -161,7 +161,7 @@ class Rest:
         return candles
 
     @staticmethod
-    def _row(row: object) -> Candle | None:
+    def _parse_row(row: object) -> Candle | None:
         if not isinstance(row, list) or len(row) < 8 or type(row[0]) is not int:
             return None
         return read_candle(row[0], (*row[1:6], row[7]))
@@ -169,29 +169,29 @@ class Rest:
     async def _venue_time(self) -> int:
         """UTC ms by the venue's clock, or somewhat less."""
         uptime = asyncio.get_running_loop().time
-        async with self._measuring:
+        async with self._clock_lock:
             before = self._clock.now()
             if self._venue_clock.stale(before, uptime()):
-                said = await self.time()
+                said = await self.server_time()
                 self._venue_clock.measured(before, said, self._clock.now(), uptime())
                 if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
-                    self.note("clock skewed")
+                    self.on_event("clock skewed")
                     offset = self._venue_clock.offset
                     _log.warning("our clock differs from the venue's", url=self._url, ms=-offset)
         return self._venue_clock.at_least(self._clock.now())
 
     async def _get(
-        self, what: str, query: Mapping[str, str], weight: int, *, long: bool = False
+        self, what: str, query: Mapping[str, str], weight: int, *, large: bool = False
     ) -> Any:  # noqa: ANN401 - JSON is anything
-        async with self._requests:
-            await self._budget.spend(weight)
-            return await self._answer(f"{self._url}/{what}", query, long=long)
+        async with self._request_slots:
+            await self._limiter.acquire(weight)
+            return await self._request(f"{self._url}/{what}", query, large=large)
 
-    async def _answer(self, url: str, query: Mapping[str, str], *, long: bool) -> Any:  # noqa: ANN401
+    async def _request(self, url: str, query: Mapping[str, str], *, large: bool) -> Any:  # noqa: ANN401
         if self._session is None:
             self._session = aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(
-            total=_LONG_SECONDS + self._timeout if long else self._timeout,
+            total=_LARGE_RESPONSE_SECONDS + self._timeout if large else self._timeout,
             sock_connect=self._timeout,
             sock_read=self._timeout,
         )
@@ -200,26 +200,26 @@ class Rest:
                 body = await answer.read()
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError, too
             raise SourceError(f"{url}: {error or type(error).__name__}") from None
-        self._account(answer.headers.get("X-MBX-USED-WEIGHT-1M"))
+        self._record_usage(answer.headers.get("X-MBX-USED-WEIGHT-1M"))
         if answer.status != 200:
-            raise self._refusal(url, answer, body)
+            raise self._error_from(url, answer, body)
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise SourceError(f"{url}: not JSON: {error.msg}") from None
 
-    def _account(self, used: str | None) -> None:
+    def _record_usage(self, used: str | None) -> None:
         if used is not None and used.isascii() and used.isdecimal() and len(used) < 10:
-            self._budget.used(int(used), self._clock.now() + self._venue_clock.offset)
+            self._limiter.record_usage(int(used), self._clock.now() + self._venue_clock.offset)
 
-    def _refusal(self, url: str, answer: aiohttp.ClientResponse, body: bytes) -> SourceError:
+    def _error_from(self, url: str, answer: aiohttp.ClientResponse, body: bytes) -> SourceError:
         status = answer.status
-        if status in FINAL:
+        if status in BLOCKED_STATUSES:
             return VenueRefused(f"{url}: HTTP {status}")
-        if status in PATIENCE:
-            wait = retry_after(answer.headers.get("Retry-After"))
-            self._budget.pause(wait)
-            self.note("rate limited")
+        if status in RATE_LIMIT_STATUSES:
+            wait = parse_retry_after(answer.headers.get("Retry-After"))
+            self._limiter.pause(wait)
+            self.on_event("rate limited")
             _log.warning("too many requests", url=url, status=status, seconds=wait)
             return SourceError(f"{url}: HTTP {status}", wait)
         try:

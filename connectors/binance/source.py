@@ -28,12 +28,12 @@ class BinanceSource:
             futures: Market(options, clock, random, futures=futures) for futures in (False, True)
         }
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         found: dict[Series, str] = {}
         for futures, market in self._markets.items():
             asked = [one for one in series if _is_futures(one) is futures]
             if asked:
-                found |= await market.unknown(asked)
+                found |= await market.unsupported(asked)
         return found
 
     async def ranked(self, pattern: str) -> Sequence[str]:
@@ -46,17 +46,17 @@ class BinanceSource:
                 found += market.checks(asked)
         return found
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         for futures, market in self._markets.items():
-            market.follow([one for one in series if _is_futures(one) is futures])
+            market.subscribe([one for one in series if _is_futures(one) is futures])
 
-    async def run(self, intake: SourceCallbacks) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for market in self._markets.values():
-                    tasks.create_task(market.run(intake))
+                    tasks.create_task(market.run(callbacks))
         except* VenueRefused as refusals:
-            raise _first(refusals) from None
+            raise _first_refusal(refusals) from None
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         return await self._markets[_is_futures(series)].history(series, start, end)
@@ -70,7 +70,7 @@ def _is_futures(series: Series) -> bool:
     return ":" in series.symbol
 
 
-def _first(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
+def _first_refusal(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

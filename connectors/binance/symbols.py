@@ -35,15 +35,15 @@ class Listing:
             if info.get("status") != "TRADING":
                 self._halted[unified] = str(info.get("status"))
 
-    def name(self, symbol: str) -> str | None:
+    def venue_symbol(self, symbol: str) -> str | None:
         """Binance's own name of it."""
         return self._names.get(symbol)
 
-    def halted(self, symbol: str) -> str | None:
+    def halted_status(self, symbol: str) -> str | None:
         """The status of a symbol that is listed but does not trade now."""
         return self._halted.get(symbol)
 
-    def problem(self, symbol: str) -> str | None:
+    def unsupported_reason(self, symbol: str) -> str | None:
         """Why there can be no bars of ``symbol``, if so."""
         if symbol in self._names:
             return None
@@ -56,10 +56,10 @@ class Listing:
 
     def _hint(self, symbol: str) -> str:
         # People write BTCUSDT or btc/usdt for BTC/USDT; the letters are the same.
-        plain = {_letters(known): known for known in self._names if known not in self._halted}
-        near = get_close_matches(_letters(symbol), plain, 1, 0.7)
+        plain = {_alphanumeric(known): known for known in self._names if known not in self._halted}
+        near = get_close_matches(_alphanumeric(symbol), plain, 1, 0.7)
         return f"; did you mean {plain[near[0]]}?" if near else ""
 
 
-def _letters(symbol: str) -> str:
+def _alphanumeric(symbol: str) -> str:
     return "".join(filter(str.isalnum, symbol.partition(":")[0])).upper()

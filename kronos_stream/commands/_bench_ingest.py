@@ -15,7 +15,7 @@ import click
 import orjson
 
 from kronos_connectors.binance.connection import Connection
-from kronos_connectors.binance.fleet import Fleet
+from kronos_connectors.binance.fleet import ConnectionPool
 from kronos_connectors.binance.frames import Kline
 from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.metrics import Metrics
@@ -103,7 +103,7 @@ async def _measure_intake(
     series: Mapping[tuple[str, str], Series],
     seconds: float,
 ) -> IngestRates:
-    fleet = Fleet(Random(0), room=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
+    fleet = ConnectionPool(Random(0), capacity=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
     fleet.follow(series)
     connection = Connection(stall_seconds=10, lifetime_seconds=3_600)
     intake = desk.callbacks("binance")
@@ -136,7 +136,7 @@ async def _measure_intake(
 
 
 def _receive(
-    fleet: Fleet,
+    fleet: ConnectionPool,
     connection: Connection,
     intake: SourceCallbacks,
     clock: ManualClock,

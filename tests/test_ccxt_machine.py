@@ -10,11 +10,11 @@ import pytest
 from kronos_connectors.ccxt.shards import (
     NEVER,
     OVERLAP_SECONDS,
-    Begin,
+    Open,
     Client,
-    End,
-    Leave,
-    Shards,
+    Close,
+    Unwatch,
+    ClientPool,
     Watch,
 )
 from kronos_stream.market.series import Series
@@ -30,7 +30,9 @@ class World:
     """The clients that shards ask for; each pushes what it watches every second while it works."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.shards = Shards(Random(seed), room=ROOM, stall_seconds=STALL, lifetime_seconds=LIFE)
+        self.shards = ClientPool(
+            Random(seed), capacity=ROOM, stall_seconds=STALL, lifetime_seconds=LIFE
+        )
         self.now = 0.0
         self.watched: dict[Client, set[Series]] = {}
         self.dumb: set[Client] = set()
@@ -41,23 +43,23 @@ class World:
         self.begun = 0
 
     def act(self) -> None:
-        for command in self.shards.act(self.now):
-            client = command.client
-            if isinstance(command, Begin):
+        for command in self.shards.poll(self.now):
+            client = command.member
+            if isinstance(command, Open):
                 assert client not in self.watched
                 self.watched[client] = set()
                 self.begun += 1
             elif isinstance(command, Watch):
                 assert command.series not in self.watched[client]
                 self.watched[client].add(command.series)
-            elif isinstance(command, Leave):
+            elif isinstance(command, Unwatch):
                 self.watched[client].remove(command.series)
-            elif isinstance(command, End):
+            elif isinstance(command, Close):
                 del self.watched[client]
-                self.ended.append(command.why)
+                self.ended.append(command.reason)
 
     def fail(self, client: Client, retry_after: float = 0.0) -> None:
-        self.shards.failed(client, self.now, retry_after)
+        self.shards.on_lost(client, self.now, retry_after)
         del self.watched[client]
 
     def run(self, seconds: float, events: Callable[[], None] = lambda: None) -> None:
@@ -68,10 +70,10 @@ class World:
             for client, series in self.watched.items():
                 if client in self.dumb:
                     continue
-                self.shards.heard(client, self.now)
+                self.shards.on_activity(client, self.now)
                 if client not in self.pinging and not self.quiet:
                     for one in series - self.mute:
-                        self.shards.pushed(client, one, self.now)
+                        self.shards.on_candle(client, one, self.now)
             self.now += 1.0
 
     def counts(self) -> dict[Series, int]:
@@ -176,7 +178,7 @@ def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() 
             if bad in series:
                 tried += 1
                 series.remove(bad)
-                world.shards.refused(client, bad, world.now)
+                world.shards.on_refused(client, bad, world.now)
 
     world.run(1_800, refuse)
     assert 3 <= tried <= 8
@@ -195,7 +197,7 @@ def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
     world.shards.follow([])
     world.run(2)
     assert world.watched == {}
-    assert world.shards.wake == NEVER
+    assert world.shards.next_wakeup == NEVER
 
 
 def test_a_client_that_hears_much_of_no_use_is_replaced() -> None:

@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
-from kronos_connectors.ccxt.errors import HttpStatus, SeriesRefused, told
-from kronos_connectors.ccxt.markets import inactive, problem
-from kronos_connectors.ccxt.rows import Page, Pages, Pushed, RowError, read_row
+from kronos_connectors.ccxt.errors import HttpStatusError, SeriesRefused, translate_error
+from kronos_connectors.ccxt.markets import inactive, unsupported_reason
+from kronos_connectors.ccxt.rows import Page, Paginator, PushDiff, RowError, read_row
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
@@ -56,22 +56,22 @@ def times(candles: Sequence[Candle]) -> list[int]:
 
 
 def test_of_what_ccxt_keeps_the_newest_is_told_and_what_has_changed() -> None:
-    pushed, now = Pushed(), START + 3 * MINUTE
+    pushed, now = PushDiff(), START + 3 * MINUTE
     rows = [row(START + i * MINUTE) for i in range(3)]
-    assert times(pushed.news(rows[:2], now)) == [0, 1]
-    assert times(pushed.news(rows[:2], now)) == [1]
-    assert times(pushed.news(rows, now)) == [2]
+    assert times(pushed.changed(rows[:2], now)) == [0, 1]
+    assert times(pushed.changed(rows[:2], now)) == [1]
+    assert times(pushed.changed(rows, now)) == [2]
     rows[1] = row(START + MINUTE, 2.5)
-    assert times(pushed.news(rows[::-1], now)) == [1, 2]
-    assert pushed.news([], now) == []
+    assert times(pushed.changed(rows[::-1], now)) == [1, 2]
+    assert pushed.changed([], now) == []
 
 
 def test_nonsense_among_the_rows_is_passed_over_and_told_only_if_alone() -> None:
     nonsense: list[object] = [row(START + 10 * MINUTE), [None, 1, 3, 1, 2, 5]]
-    assert times(Pushed().news([*nonsense, row(START)], START + 5)) == [0]
-    assert Pushed().news(nonsense[:1], START + 5) == []
+    assert times(PushDiff().changed([*nonsense, row(START)], START + 5)) == [0]
+    assert PushDiff().changed(nonsense[:1], START + 5) == []
     with pytest.raises(RowError):
-        Pushed().news(nonsense, START + 5)
+        PushDiff().changed(nonsense, START + 5)
 
 
 # -- pages ---------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ def test_history_is_whole_whatever_an_exchange_makes_of_pages(answer: Answer, se
     bars = [START + i * MINUTE for i in range(700) if i % 100 < 40 and random.random() < 0.7]
     now = bars[-1] + 30_000
     start, end = START + random.randrange(400) * MINUTE, now + random.randrange(-200, 3) * MINUTE
-    pages = Pages(Timeframe(1, "m"), start, min(end, now), random.choice((2, 50, 300, 1_000)))
+    pages = Paginator(Timeframe(1, "m"), start, min(end, now), random.choice((2, 50, 300, 1_000)))
     asked = 0
-    while (page := pages.next()) is not None:
-        pages.take(page, [row(bar) for bar in answer(bars, page)], now)
+    while (page := pages.next_page()) is not None:
+        pages.add(page, [row(bar) for bar in answer(bars, page)], now)
         asked += 1
         assert asked < 1_000
     wanted = [bar for bar in bars if start <= bar < min(end, now) and bar + MINUTE <= now]
@@ -119,21 +119,21 @@ def test_history_is_whole_whatever_an_exchange_makes_of_pages(answer: Answer, se
 
 
 def test_a_bar_that_is_open_when_asked_for_is_left_out() -> None:
-    pages = Pages(Timeframe(1, "m"), START, START + 2 * MINUTE, 100)
-    page = pages.next()
+    pages = Paginator(Timeframe(1, "m"), START, START + 2 * MINUTE, 100)
+    page = pages.next_page()
     assert page == Page(START, 3)
-    pages.take(page, [row(START), row(START + MINUTE)], START + 2 * MINUTE - 1)
+    pages.add(page, [row(START), row(START + MINUTE)], START + 2 * MINUTE - 1)
     assert [candle.time for candle in pages.candles] == [START]
-    assert pages.next() is None
+    assert pages.next_page() is None
 
 
 def test_months_are_paged_by_the_calendar() -> None:
     month = Timeframe(1, "M")
     opens = [month.after(1_704_067_200_000, n) for n in range(30)]
-    pages = Pages(month, opens[0], opens[-1], 7)
-    while (page := pages.next()) is not None:
+    pages = Paginator(month, opens[0], opens[-1], 7)
+    while (page := pages.next_page()) is not None:
         found = [row(time) for time in opens if time >= page.since][: page.limit]
-        pages.take(page, found, opens[-1])
+        pages.add(page, found, opens[-1])
     assert [candle.time for candle in pages.candles] == opens[:-1]
 
 
@@ -149,12 +149,12 @@ def ccxt_error(name: str, text: str) -> Exception:
 @pytest.mark.parametrize(
     ("error", "kind", "wait"),
     [
-        (HttpStatus(429, "", "17"), SourceError, 17.0),
-        (HttpStatus(418, "", None), SourceError, 60.0),
-        (HttpStatus(429, "", "soon"), SourceError, 60.0),
-        (HttpStatus(451, ""), VenueRefused, 0.0),
-        (HttpStatus(403, "<html>Forbidden"), SourceError, 600.0),
-        (HttpStatus(403, "not available in your country"), VenueRefused, 0.0),
+        (HttpStatusError(429, "", "17"), SourceError, 17.0),
+        (HttpStatusError(418, "", None), SourceError, 60.0),
+        (HttpStatusError(429, "", "soon"), SourceError, 60.0),
+        (HttpStatusError(451, ""), VenueRefused, 0.0),
+        (HttpStatusError(403, "<html>Forbidden"), SourceError, 600.0),
+        (HttpStatusError(403, "not available in your country"), VenueRefused, 0.0),
         (("RateLimitExceeded", "x"), SourceError, 60.0),
         (("DDoSProtection", "x"), SourceError, 60.0),
         (("OnMaintenance", "x"), SourceError, 60.0),
@@ -176,7 +176,7 @@ def test_errors_say_what_to_do(
     error: Exception | tuple[str, str], kind: type[SourceError], wait: float
 ) -> None:
     raised = ccxt_error(*error) if isinstance(error, tuple) else error
-    found = told(raised, "kraken")
+    found = translate_error(raised, "kraken")
     assert type(found) is kind
     assert found.retry_after == wait
     assert str(found).startswith("kraken: ")
@@ -184,7 +184,7 @@ def test_errors_say_what_to_do(
 
 def test_an_error_is_one_short_line_without_secrets() -> None:
     url = "GET https://x.test/y?apiKey=SESAME&signature=OPEN&symbol=A\n<html>" + 500 * "z"
-    found = str(told(ccxt_error("ExchangeError", url), "kraken"))
+    found = str(translate_error(ccxt_error("ExchangeError", url), "kraken"))
     assert "symbol=A" in found
     assert "SESAME" not in found
     assert "OPEN" not in found
@@ -193,7 +193,7 @@ def test_an_error_is_one_short_line_without_secrets() -> None:
 
 
 def test_refused_keys_name_the_variable() -> None:
-    found = told(ccxt_error("AuthenticationError", "bad key"), "kraken")
+    found = translate_error(ccxt_error("AuthenticationError", "bad key"), "kraken")
     assert "KRONOS_STREAM_CCXT__CONFIG" in str(found)
 
 
@@ -213,8 +213,8 @@ def test_a_bad_config_is_refused_without_being_shown(text: str) -> None:
 
 def test_config_is_by_exchange_and_never_printed() -> None:
     options = CcxtOptions.model_validate({"config": '{"kraken": {"secret": "SESAME"}}'})
-    assert options.of("kraken") == {"secret": "SESAME"}
-    assert options.of("kucoin") == {}
+    assert options.config_for("kraken") == {"secret": "SESAME"}
+    assert options.config_for("kucoin") == {}
     assert "SESAME" not in repr(options)
 
 
@@ -239,7 +239,7 @@ MARKETS: dict[str, dict[str, Any]] = {
 )
 def test_what_cannot_be_followed_is_explained(symbol: str, timeframe: str, why: str | None) -> None:
     series = Series.of("kraken", symbol, Timeframe.parse(timeframe))
-    found = problem(series, MARKETS, ("1m", "5m"), "kraken")
+    found = unsupported_reason(series, MARKETS, ("1m", "5m"), "kraken")
     assert (found or "").startswith(why or "")
     assert (found is None) == (why is None)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from kronos_connectors.ccxt.secrets import Hidden
+from kronos_connectors.ccxt.secrets import Redactor
 from kronos_stream.daemon.environment import read_settings
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto
@@ -239,12 +239,12 @@ def test_what_is_secret_of_an_exchange_is_taken_out_of_its_errors() -> None:
         "httpsProxy": "http://user:proxypass@proxy.example:3128",
         "urls": {"api": "https://{hostname}/pathsecret/v1?sig=querysecret", "www": "https://x.y"},
     }
-    hidden = Hidden(config)
+    hidden = Redactor(config)
     said = (
         "future https://x.y https://real.host/pathsecret/v1?sig=querysecret headervalue "
         "tokentoken proxypass at proxy.example " + "A" * 20
     )
-    left = hidden.out_of(said)
+    left = hidden.redact(said)
     assert left == (
         "future https://x.y https://real.host/***/v1?sig=*** *** *** *** at proxy.example ***"
     )

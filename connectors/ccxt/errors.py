@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 from kronos_stream.market.source import SourceError, VenueRefused
 
-_UNASKED_SECONDS = 60.0
+_DEFAULT_RETRY_SECONDS = 60.0
 """To wait after too many requests where the exchange does not say how long."""
 
-_BARRED_SECONDS = 600.0
+_FORBIDDEN_SECONDS = 600.0
 """To wait after HTTP 403, which exchanges answer both to wrong addresses and to hasty ones."""
 
-_LONGEST_WAIT_SECONDS = 3 * 86_400.0
+_MAX_RETRY_SECONDS = 3 * 86_400.0
 
-_MOST_SAID = 200
+_MAX_ERROR_CHARACTERS = 200
 
 _PLACE = r"(countr|region|location|jurisdiction|territor)"
 _RESTRICTED = re.compile(
@@ -26,7 +26,7 @@ _RESTRICTED = re.compile(
 _SECRETS = re.compile(r"(?i)\b(api[-_]?key|key|secret|sign(ature)?|token|password)=[^&\s]+")
 
 
-class HttpStatus(Exception):  # noqa: N818 - what was answered, which need not be an error
+class HttpStatusError(Exception):  # noqa: N818 - what was answered, which need not be an error
     """An HTTP status by which an exchange means more than ccxt tells."""
 
     def __init__(self, status: int, body: str, retry_after: str | None = None) -> None:
@@ -38,8 +38,8 @@ class SeriesRefused(SourceError):  # noqa: N818 - as VenueRefused is
     """The exchange, or ccxt, will not do what was asked for this series; others may do."""
 
 
-def told(
-    error: Exception, venue: str, without: Callable[[str], str] = lambda text: text
+def translate_error(
+    error: Exception, venue: str, redact: Callable[[str], str] = lambda text: text
 ) -> SourceError:
     """``error``, raised while ccxt spoke with ``venue``, in our terms.
 
@@ -50,10 +50,10 @@ def told(
     """
     if isinstance(error, SourceError):
         return error
-    said = f"{venue}: {_shown(error, without)}"
-    status = error if isinstance(error, HttpStatus) else _of_handshake(error)
+    said = f"{venue}: {_describe(error, redact)}"
+    status = error if isinstance(error, HttpStatusError) else _handshake_status(error)
     if status is not None:
-        return _of_status(status, said)
+        return _status_error(status, said)
     # By name: this needs no ccxt, and ccxt has each class twice.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "AuthenticationError" in kinds:
@@ -61,36 +61,36 @@ def told(
     if kinds & {"AuthenticationError", "RestrictedLocation"} or _RESTRICTED.search(str(error)):
         return VenueRefused(said)
     if kinds & {"RateLimitExceeded", "DDoSProtection", "OnMaintenance"}:
-        return SourceError(said, _UNASKED_SECONDS)
+        return SourceError(said, _DEFAULT_RETRY_SECONDS)
     return SeriesRefused(said) if "ExchangeError" in kinds else SourceError(said)
 
 
-def _of_handshake(error: Exception) -> HttpStatus | None:
+def _handshake_status(error: Exception) -> HttpStatusError | None:
     """The status that a websocket was refused with: ccxt wraps up what aiohttp raised."""
     cause = error.args[0] if error.args else None
     status, headers = getattr(cause, "status", None), getattr(cause, "headers", None) or {}
     if status not in {403, 418, 429, 451}:
         return None
-    return HttpStatus(status, str(cause), headers.get("Retry-After"))
+    return HttpStatusError(status, str(cause), headers.get("Retry-After"))
 
 
-def _of_status(error: HttpStatus, said: str) -> SourceError:
+def _status_error(error: HttpStatusError, said: str) -> SourceError:
     if error.status == 451 or _RESTRICTED.search(error.body):
         return VenueRefused(said)
     if error.status in {418, 429}:
-        return SourceError(said, _seconds(error.retry_after))
-    return SourceError(said, _BARRED_SECONDS if error.status == 403 else 0.0)
+        return SourceError(said, _parse_retry_after(error.retry_after))
+    return SourceError(said, _FORBIDDEN_SECONDS if error.status == 403 else 0.0)
 
 
-def _seconds(text: str | None) -> float:
+def _parse_retry_after(text: str | None) -> float:
     """What a ``Retry-After`` header asks for."""
     if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10):
-        return _UNASKED_SECONDS
-    return min(max(float(text), 1.0), _LONGEST_WAIT_SECONDS)
+        return _DEFAULT_RETRY_SECONDS
+    return min(max(float(text), 1.0), _MAX_RETRY_SECONDS)
 
 
-def _shown(error: Exception, without: Callable[[str], str]) -> str:
+def _describe(error: Exception, redact: Callable[[str], str]) -> str:
     """One line, short, without what may be secret in a URL."""
-    text = _SECRETS.sub(r"\1=***", without(" ".join(str(error).split())))
-    short = text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+    text = _SECRETS.sub(r"\1=***", redact(" ".join(str(error).split())))
+    short = text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}…"
     return f"{type(error).__name__} {short}".strip()

@@ -6,24 +6,24 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
-from kronos_connectors.ccxt.errors import HttpStatus
+from kronos_connectors.ccxt.errors import HttpStatusError
 from kronos_connectors.ccxt.rows import RowError, read_row
 
-MOST_KEPT = 4_096
+MAX_RAW_BYTES = 4_096
 """Bytes of a frame that cannot be, for those who look into it."""
 
 
 class Hooks(NamedTuple):
     """What happens on the sockets of an instance."""
 
-    heard: Callable[[], None]
+    on_activity: Callable[[], None]
     """A frame came, if only a pong."""
-    rejected: Callable[[str, bytes], None]
+    on_invalid_frame: Callable[[str, bytes], None]
     """A frame came that ccxt cannot read: why, and what it was."""
 
 
 @cache
-def guarded(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
+def strict_class(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
     """``kind``, but that a bad answer is an error, and a bad frame not the end of its socket."""
 
     class Guarded(kind):  # type: ignore[misc]
@@ -36,7 +36,7 @@ def guarded(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
             # ccxt would pass on neither these as such nor how long to wait.
             if code in {418, 429, 451}:
                 waits = [value for name, value in headers.items() if name.lower() == "retry-after"]
-                raise HttpStatus(code, body, waits[0] if waits else None)
+                raise HttpStatusError(code, body, waits[0] if waits else None)
             said: str = super().on_rest_response(code, reason, url, method, headers, body, *rest)
             return said
 
@@ -44,7 +44,7 @@ def guarded(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
             self, code: int, reason: str, url: str, method: str, body: str
         ) -> None:
             if code == 403:
-                raise HttpStatus(code, body)
+                raise HttpStatusError(code, body)
             super().handle_http_status_code(code, reason, url, method, body)
 
         async def fetch(self, *request: object, **more: object) -> object:
@@ -63,24 +63,24 @@ def guarded(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
             is_new = url not in (self.clients or {})
             client = super().client(url)
             if is_new and self.hooks is not None:
-                client.handle_message = _careful(client.handle_message, self.hooks)
+                client.handle_message = _catch_errors(client.handle_message, self.hooks)
             return client
 
     return Guarded
 
 
-def _careful(handle: Callable[[Any], None], hooks: Hooks) -> Callable[[Any], None]:
+def _catch_errors(handle: Callable[[Any], None], hooks: Hooks) -> Callable[[Any], None]:
     """``handle``, which would leave its socket unread if it failed."""
 
     def handle_carefully(message: Any) -> None:  # noqa: ANN401 - aiohttp's
-        hooks.heard()
+        hooks.on_activity()
         try:
             handle(message)
         except Exception as error:  # noqa: BLE001 - whatever a frame makes of ccxt
             data = message.data if isinstance(message.data, (bytes, str)) else ""
             raw = data.encode() if isinstance(data, str) else data
-            hooks.rejected(
-                f"ccxt cannot read it: {type(error).__name__} {error!s:.80}", raw[:MOST_KEPT]
+            hooks.on_invalid_frame(
+                f"ccxt cannot read it: {type(error).__name__} {error!s:.80}", raw[:MAX_RAW_BYTES]
             )
 
     return handle_carefully

@@ -11,10 +11,10 @@ from kronos_stream.market.series import Series
 Markets = Mapping[str, Mapping[str, Any]]
 """Unified symbol → ccxt's description of the market."""
 
-_SUGGESTED = 3
+_MAX_SUGGESTIONS = 3
 
 
-def problem(
+def unsupported_reason(
     series: Series, markets: Markets, timeframes: Collection[str], exchange: str
 ) -> str | None:
     """Why there can be no bars of ``series``, if so; one clause for people."""
@@ -39,10 +39,10 @@ def _hint(symbol: str, markets: Markets) -> str:
     plain: dict[str, str] = {}
     for known, market in markets.items():
         if market.get("active") is not False and not market.get("expiry"):
-            plain.setdefault(_letters(known), known)
-    near = get_close_matches(_letters(symbol), plain, _SUGGESTED, 0.7)
+            plain.setdefault(_alphanumeric(known), known)
+    near = get_close_matches(_alphanumeric(symbol), plain, _MAX_SUGGESTIONS, 0.7)
     return f"; did you mean {' or '.join(plain[one] for one in near)}?" if near else ""
 
 
-def _letters(symbol: str) -> str:
+def _alphanumeric(symbol: str) -> str:
     return "".join(filter(str.isalnum, symbol)).upper()

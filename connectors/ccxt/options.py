@@ -40,19 +40,19 @@ class CcxtOptions(BaseModel):
     @field_validator("config")
     @classmethod
     def _is_json(cls, value: SecretStr) -> SecretStr:
-        _read(value)
+        _parse_config(value)
         return value
 
-    def of(self, exchange: str) -> dict[str, Any]:
+    def config_for(self, exchange: str) -> dict[str, Any]:
         """What the constructor of ``exchange`` is told."""
-        return _read(self.config).get(exchange, {})
+        return _parse_config(self.config).get(exchange, {})
 
-    def named(self) -> Collection[str]:
+    def configured_exchanges(self) -> Collection[str]:
         """The exchanges that are told something."""
-        return _read(self.config)
+        return _parse_config(self.config)
 
 
-def _read(config: SecretStr) -> dict[str, dict[str, Any]]:
+def _parse_config(config: SecretStr) -> dict[str, dict[str, Any]]:
     text = config.get_secret_value()
     # What is wrong is said without what stands there: it may be a key.
     try:
@@ -70,14 +70,14 @@ def build(venue: str, options: CcxtOptions, clock: Clock, random: Random) -> Sou
     It connects when it runs. Raises SourceError where ccxt does not have what is asked for.
     """
     # Not above: help reads the options, and ccxt takes seconds to import.
-    from kronos_connectors.ccxt.exchange import Exchanges
+    from kronos_connectors.ccxt.exchange import ExchangeFactory
     from kronos_connectors.ccxt.source import CcxtSource
 
-    return CcxtSource(venue, Exchanges.of(venue, options), options, clock, random)
+    return CcxtSource(venue, ExchangeFactory.for_venue(venue, options), options, clock, random)
 
 
 def venues() -> Collection[str]:
     """The exchanges that ccxt knows."""
-    from kronos_connectors.ccxt.exchange import known
+    from kronos_connectors.ccxt.exchange import exchange_names
 
-    return known()
+    return exchange_names()

@@ -11,11 +11,11 @@ from kronos_stream.market.source import SourceError
 _log = structlog.get_logger()
 
 
-class Respite:
+class Cooldown:
     """When an exchange wants to be left alone by all who ask it. Times are the event loop's."""
 
     def __init__(self, name: str) -> None:
-        self.note: Callable[[str], None] = lambda _: None
+        self.on_event: Callable[[str], None] = lambda _: None
         """Told of what is worth counting."""
         self._name, self._until = name, 0.0
 
@@ -25,9 +25,9 @@ class Respite:
         if wait > 0:
             raise SourceError(f"{self._name}: asked to wait for another {wait:.0f} s", wait)
 
-    def take(self, error: SourceError, now: float) -> None:
+    def record(self, error: SourceError, now: float) -> None:
         """Keep the pause that an answer asks for."""
         if error.retry_after:
             self._until = max(self._until, now + error.retry_after)
-            self.note("rate limited")
+            self.on_event("rate limited")
             _log.warning("asked to wait", why=str(error), seconds=error.retry_after)

@@ -39,13 +39,13 @@ def read_row(row: object) -> Candle | None:
     return Candle(time, *map(float, numbers))
 
 
-class Pushed:
+class PushDiff:
     """What has been pushed of one series: tells apart what is new in what ccxt keeps."""
 
     def __init__(self) -> None:
         self._known: dict[int, Candle] = {}
 
-    def news(self, rows: Iterable[object], now: int) -> list[Candle]:
+    def changed(self, rows: Iterable[object], now: int) -> list[Candle]:
         """The newest candle, and older ones that have changed; the newest last, by UTC ms ``now``.
 
         What makes no sense is passed over: ccxt tells it again and again. Raises RowError where
@@ -79,16 +79,16 @@ class Page(NamedTuple):
     limit: int
 
 
-class Pages:
+class Paginator:
     """Goes through an exchange's history, whatever the exchange makes of ``since`` and ``limit``.
 
     Some answer with fewer rows than they have, with rows of other times, or count intervals
     without trades; so the end is reached only when all time has been asked for.
     """
 
-    def __init__(self, timeframe: Timeframe, start: int, end: int, most: int) -> None:
+    def __init__(self, timeframe: Timeframe, start: int, end: int, max_rows: int) -> None:
         """Of the bars with start <= open < end, UTC ms; ``most`` rows at a time."""
-        self._timeframe, self._since, self._end, self._most = timeframe, start, end, most
+        self._timeframe, self._since, self._end, self._max_rows = timeframe, start, end, max_rows
         self._step = shortest_step(timeframe)
         self._found: dict[int, Candle] = {}
 
@@ -97,15 +97,15 @@ class Pages:
         """The closed bars found so far, ascending."""
         return [self._found[time] for time in sorted(self._found)]
 
-    def next(self) -> Page | None:
+    def next_page(self) -> Page | None:
         """What to ask for next; None when all is known."""
         if self._since >= self._end:
             return None
         bars = (self._end - self._since - 1) // self._step + 1
         # One more: some leave out the first or the last.
-        return Page(self._since, min(bars + 1, self._most))
+        return Page(self._since, min(bars + 1, self._max_rows))
 
-    def take(self, page: Page, rows: Iterable[object], now: int) -> None:
+    def add(self, page: Page, rows: Iterable[object], now: int) -> None:
         """Take in the answer; at the venue it was certainly ``now``, UTC ms, when it was asked.
 
         A bar that was still open then is left out. Raises RowError.

@@ -13,12 +13,12 @@ from random import Random
 
 import structlog
 
-from kronos_connectors.ccxt.exchange import Exchanges
-from kronos_connectors.ccxt.markets import inactive, problem
+from kronos_connectors.ccxt.exchange import ExchangeFactory
+from kronos_connectors.ccxt.markets import inactive, unsupported_reason
 from kronos_connectors.ccxt.options import CcxtOptions
-from kronos_connectors.ccxt.rows import Pages, RowError
-from kronos_connectors.ccxt.shards import Shards
-from kronos_connectors.ccxt.watching import Watching
+from kronos_connectors.ccxt.rows import Paginator, RowError
+from kronos_connectors.ccxt.shards import ClientPool
+from kronos_connectors.ccxt.watching import ClientRunner
 from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.checkup import Check, Finding, compare_clocks
 from kronos_stream.market.candle import Candle
@@ -44,98 +44,100 @@ class CcxtSource:
     def __init__(
         self,
         venue: str,
-        exchanges: Exchanges,
+        factory: ExchangeFactory,
         options: CcxtOptions,
         clock: Clock,
         random: Random,
     ) -> None:
         self.venue = venue
         self._settle_ms = round(options.settle_seconds * 1000)
-        grace = max(_GRACE_SECONDS if exchanges.watches else 0.0, options.settle_seconds)
-        self.traits = Traits(grace_seconds=grace, fills_empty=exchanges.fills_empty)
-        self._exchanges, self._main = exchanges, exchanges.main
+        grace = max(_GRACE_SECONDS if factory.watch_enabled else 0.0, options.settle_seconds)
+        self.traits = Traits(grace_seconds=grace, fills_empty=factory.fills_empty)
+        self._factory, self._rest = factory, factory.rest
         self._options, self._clock, self._random = options, clock, random
         self._venue_clock = VenueClock()
-        self._measuring, self._loading = asyncio.Lock(), asyncio.Lock()
+        self._clock_lock, self._markets_lock = asyncio.Lock(), asyncio.Lock()
         self._series: frozenset[Series] = frozenset()
         self._changed = asyncio.Event()
-        self._watching: Watching | None = None
+        self._runner: ClientRunner | None = None
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
-        found = await self._problems(series)
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
+        found = await self._unsupported(series)
         # What a proxy serves may read as an exchange without markets: one word is not enough.
-        return await self._problems(found) if found else {}
+        return await self._unsupported(found) if found else {}
 
     def checks(self, series: Collection[Series]) -> Sequence[Check]:
-        if self._main.has("fetchTime") is not True:
+        if self._rest.has("fetchTime") is not True:
             return []
 
         async def look() -> Sequence[Finding]:
-            return [await compare_clocks(self._main.time, self._clock, series)]
+            return [await compare_clocks(self._rest.server_time, self._clock, series)]
 
         return [Check(f"{self.venue} clock", look, 3 * self._options.timeout_seconds)]
 
-    async def _problems(self, series: Collection[Series]) -> dict[Series, str]:
-        async with self._loading:
-            await self._main.load()
+    async def _unsupported(self, series: Collection[Series]) -> dict[Series, str]:
+        async with self._markets_lock:
+            await self._rest.load_markets()
         found: dict[Series, str] = {}
         for one in sorted(series):
-            why = problem(one, self._main.markets, self._main.timeframes, self._exchanges.name)
+            why = unsupported_reason(
+                one, self._rest.markets, self._rest.timeframes, self._factory.name
+            )
             if why is not None:
                 found[one] = why
-            elif inactive(one, self._main.markets):
+            elif inactive(one, self._rest.markets):
                 # It may trade again; a restart must not fail for it.
                 _log.warning("symbol does not trade now", series=one.name)
         return found
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self._series = frozenset(series)
         self._changed.set()
 
-    async def run(self, intake: SourceCallbacks) -> None:
-        self._exchanges.respite.note = intake.count_event
-        await self._load_patiently()
-        if not self._exchanges.watches:
+    async def run(self, callbacks: SourceCallbacks) -> None:
+        self._factory.cooldown.on_event = callbacks.count_event
+        await self._load_with_retries()
+        if not self._factory.watch_enabled:
             await asyncio.Event().wait()  # the tapes ask at each close
         options = self._options
-        shards = Shards(
+        shards = ClientPool(
             self._random,
-            room=options.shard_size,
+            capacity=options.shard_size,
             stall_seconds=options.stall_seconds,
             lifetime_seconds=3600 * options.restart_hours,
         )
-        self._watching = Watching(self._exchanges, shards, intake, self._clock)
+        self._runner = ClientRunner(self._factory, shards, callbacks, self._clock)
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._watching.run())
+                tasks.create_task(self._runner.run())
                 while True:
                     self._changed.clear()
-                    self._watching.follow(self._series)
+                    self._runner.follow(self._series)
                     await self._changed.wait()
         except* VenueRefused as refusals:
-            raise _first(refusals) from None
+            raise _first_refusal(refusals) from None
         finally:
-            await self._watching.close()
+            await self._runner.close()
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        await self._know(series)
-        settled = await self._settled(end)
-        most = self._main.page(series.symbol)
-        pages = Pages(series.timeframe, start, min(end, settled), most)
-        while (page := pages.next()) is not None:
-            rows = await self._main.rows(series, *page)
+        await self._ensure_listed(series)
+        settled = await self._wait_until_settled(end)
+        most = self._rest.page_size(series.symbol)
+        pages = Paginator(series.timeframe, start, min(end, settled), most)
+        while (page := pages.next_page()) is not None:
+            rows = await self._rest.fetch_ohlcv(series, *page)
             try:
-                pages.take(page, rows, settled)
+                pages.add(page, rows, settled)
             except RowError as error:
                 raise SourceError(f"{self.venue}: {error}") from None
         return pages.candles
 
     async def close(self) -> None:
-        if self._watching is not None:
-            await self._watching.close()
-        await self._main.close()
+        if self._runner is not None:
+            await self._runner.close()
+        await self._rest.close()
 
-    async def _settled(self, end: int) -> int:
+    async def _wait_until_settled(self, end: int) -> int:
         """The moment by which a bar must have closed to be taken, UTC ms by the exchange's clock.
 
         What a cache serves just after the close may be the bar as it was just before. An answer
@@ -150,19 +152,19 @@ class CcxtSource:
             await self._clock.sleep((wait + 1) / 1000)
         return settled
 
-    async def _know(self, series: Series) -> None:
-        async with self._loading:
-            if series.symbol not in self._main.markets:
-                await self._main.load()
-        if series.symbol not in self._main.markets:
-            raise SourceError(f"{self._exchanges.name} does not list {series.symbol}")
+    async def _ensure_listed(self, series: Series) -> None:
+        async with self._markets_lock:
+            if series.symbol not in self._rest.markets:
+                await self._rest.load_markets()
+        if series.symbol not in self._rest.markets:
+            raise SourceError(f"{self._factory.name} does not list {series.symbol}")
 
-    async def _load_patiently(self) -> None:
+    async def _load_with_retries(self) -> None:
         pause = _SHORTEST_PAUSE_SECONDS
-        while not self._main.markets:
+        while not self._rest.markets:
             try:
-                async with self._loading:
-                    await self._main.load()
+                async with self._markets_lock:
+                    await self._rest.load_markets()
             except VenueRefused:
                 raise
             except SourceError as error:
@@ -174,19 +176,19 @@ class CcxtSource:
     async def _venue_time(self) -> int:
         """UTC ms by the exchange's clock, or somewhat less; by ours where it does not say."""
         uptime = asyncio.get_running_loop().time
-        async with self._measuring:
+        async with self._clock_lock:
             before = self._clock.now()
-            if self._main.has("fetchTime") is True and self._venue_clock.stale(before, uptime()):
-                said = await self._main.time()
+            if self._rest.has("fetchTime") is True and self._venue_clock.stale(before, uptime()):
+                said = await self._rest.server_time()
                 self._venue_clock.measured(before, said, self._clock.now(), uptime())
                 if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
-                    self._exchanges.respite.note("clock skewed")
+                    self._factory.cooldown.on_event("clock skewed")
                     ms = -self._venue_clock.offset
                     _log.warning("our clock differs from the venue's", venue=self.venue, ms=ms)
         return self._venue_clock.at_least(self._clock.now())
 
 
-def _first(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
+def _first_refusal(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

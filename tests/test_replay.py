@@ -16,9 +16,9 @@ import pytest
 
 from kronos_connectors.replay import CONNECTOR
 from kronos_connectors.replay.candles import symbol_of
-from kronos_connectors.replay.pace import PacedClock, driving, pacing
-from kronos_connectors.replay.source import Recording, Replay
-from kronos_connectors.replay.tracks import Wanted
+from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_advance
+from kronos_connectors.replay.source import Recording, ReplaySource
+from kronos_connectors.replay.tracks import FileSpec
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock, ManualClock, LoopClock
 from kronos_stream.market.files import CandleFileError
@@ -121,10 +121,10 @@ def replayed(
     start = recording.start(lookback) if start is None else start
     clock = ManualClock(start)
     heard = Heard(clock)
-    source = Replay(
-        recording, clock, start, reach=driving(clock, _settled, lambda: None), **options
+    source = ReplaySource(
+        recording, clock, start, advance_to=driven_advance(clock, _settled, lambda: None), **options
     )
-    source.follow(recording.series)
+    source.subscribe(recording.series)
     asyncio.run(source.run(heard.intake))
     return heard
 
@@ -155,14 +155,14 @@ def test_a_files_name_gives_the_symbol(name: str, symbol: str) -> None:
     ],
 )
 def test_a_series_may_be_said(text: str, venue: str, symbol: str, timeframe: str | None) -> None:
-    wanted = Wanted.parse(text)
-    expected = Wanted(Path("a.csv"), venue, symbol, timeframe and Timeframe.parse(timeframe))  # type: ignore[arg-type]
+    wanted = FileSpec.parse(text)
+    expected = FileSpec(Path("a.csv"), venue, symbol, timeframe and Timeframe.parse(timeframe))  # type: ignore[arg-type]
     assert wanted == expected
 
 
 def test_a_name_with_an_equals_sign_is_a_file_if_there_is_one(write: Write) -> None:
     path = write("ETH_BTC=5m.csv")
-    assert Wanted.parse(path) == Wanted(Path(path))
+    assert FileSpec.parse(path) == FileSpec(Path(path))
 
 
 def test_bars_of_all_series_come_at_their_closes_in_order(write: Write) -> None:
@@ -201,7 +201,7 @@ def test_history_never_holds_a_bar_that_is_open_nor_one_the_file_lacks(write: Wr
     recording = Recording.read([write("A_B.csv", 20, without=[7])])
     (series,) = recording.series
     clock = ManualClock(START_MS)
-    source = Replay(recording, clock, START_MS)
+    source = ReplaySource(recording, clock, START_MS)
 
     async def bars(moment: int, start: int, end: int) -> list[int]:
         clock.advance(START_MS + moment)
@@ -238,15 +238,17 @@ def test_only_what_is_followed_is_pushed(write: Write) -> None:
     recording = Recording.read([write("A_B.csv"), write("C_D.csv")])
     clock = ManualClock(START_MS)
     heard = Heard(clock)
-    source = Replay(recording, clock, START_MS, reach=driving(clock, _settled, lambda: None))
-    source.follow([Series.parse("replay:C/D:1m")])
+    source = ReplaySource(
+        recording, clock, START_MS, advance_to=driven_advance(clock, _settled, lambda: None)
+    )
+    source.subscribe([Series.parse("replay:C/D:1m")])
     asyncio.run(source.run(heard.intake))
     assert {one.series.symbol for one in heard.updates} == {"C/D"}
 
 
 def test_a_series_that_is_not_recorded_is_unknown(write: Write) -> None:
-    source = Replay(Recording.read([write("A_B.csv")]), ManualClock(0), 0)
-    found = asyncio.run(source.unknown([Series.parse("replay:A/B:1m"), BTC]))
+    source = ReplaySource(Recording.read([write("A_B.csv")]), ManualClock(0), 0)
+    found = asyncio.run(source.unsupported([Series.parse("replay:A/B:1m"), BTC]))
     assert found == {BTC: "not recorded; there are replay:A/B:1m"}
 
 
@@ -264,8 +266,10 @@ def test_time_stops_at_alarms_and_goes_on_only_from_what_is_settled(write: Write
     def alarm() -> int:
         return START_MS + (settled[-1] // 20 + 1) * 20_000
 
-    source = Replay(recording, clock, START_MS, reach=driving(clock, settle, alarm))
-    source.follow(recording.series)
+    source = ReplaySource(
+        recording, clock, START_MS, advance_to=driven_advance(clock, settle, alarm)
+    )
+    source.subscribe(recording.series)
     asyncio.run(source.run(heard.intake))
     assert heard.times == [START_MS + bar * 2 * MINUTE for bar in (1, 2, 3)]
     assert settled == list(range(0, 360, 20))
@@ -279,8 +283,8 @@ def test_at_a_speed_bars_come_when_their_time_has_come(write: Write, speed: floa
         recording = Recording.read([write("A_B.csv", 5)])
         clock = PacedClock(START_MS, speed)
         heard = Heard(clock)
-        source = Replay(recording, clock, START_MS, reach=pacing(clock, _settled))
-        source.follow(recording.series)
+        source = ReplaySource(recording, clock, START_MS, advance_to=paced_advance(clock, _settled))
+        source.subscribe(recording.series)
         await asyncio.sleep(10)
         assert clock.now() == START_MS
         began = asyncio.get_running_loop().time()
@@ -417,7 +421,7 @@ def test_after_its_end_a_recording_knows_nothing(write: Write) -> None:
     recording = Recording.read([write("A_B.csv", 5), write("C_D.csv", 9)])
     ended, other = sorted(recording.series, key=lambda one: one.name)
     end = START_MS + 5 * MINUTE
-    source = Replay(recording, ManualClock(START_MS + 9 * MINUTE), START_MS)
+    source = ReplaySource(recording, ManualClock(START_MS + 9 * MINUTE), START_MS)
     assert len(asyncio.run(source.history(ended, end - MINUTE, end + MINUTE))) == 1
     assert len(asyncio.run(source.history(other, end, end + MINUTE))) == 1
     with pytest.raises(SourceError, match="its recording has ended") as raised:

@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from kronos_connectors.replay.tracks import VENUE, Wanted
+from kronos_connectors.replay.tracks import DEFAULT_VENUE, FileSpec
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.files import CandleFileError, CandleTable, read_candles
 from kronos_stream.market.series import Series
@@ -25,23 +25,21 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CandleTrack:
+class CandleFile:
     """The bars of one series, a :class:`~kronos_connectors.replay.tracks.Track`."""
 
-    one: Series
+    only_series: Series
     table: CandleTable
 
     @classmethod
-    def read(cls, wanted: Wanted) -> Self:
+    def read(cls, spec: FileSpec) -> Self:
         """Raises CandleFileError, also where the series has no possible name."""
-        table = read_candles(wanted.path, wanted.timeframe)
-        symbol = wanted.symbol or symbol_of(wanted.path)
+        table = read_candles(spec.path, spec.timeframe)
+        symbol = spec.symbol or symbol_of(spec.path)
         try:
-            return cls(Series.of(wanted.venue or VENUE, symbol, table.timeframe), table)
+            return cls(Series.of(spec.venue or DEFAULT_VENUE, symbol, table.timeframe), table)
         except ValueError as error:
-            raise CandleFileError(
-                f"{wanted.path}: {error}; name it: SERIES={wanted.path}"
-            ) from None
+            raise CandleFileError(f"{spec.path}: {error}; name it: SERIES={spec.path}") from None
 
     @property
     def path(self) -> Path:
@@ -49,44 +47,44 @@ class CandleTrack:
 
     @property
     def series(self) -> frozenset[Series]:
-        return frozenset((self.one,))
+        return frozenset((self.only_series,))
 
     @property
     def end(self) -> int:
-        return self.one.timeframe.after(int(self.table.times[-1]))
+        return self.only_series.timeframe.after(int(self.table.times[-1]))
 
     def start(self, bars: int) -> int:
         """Holes count as bars: they will be filled."""
-        return self.one.timeframe.after(int(self.table.times[0]), bars - 1)
+        return self.only_series.timeframe.after(int(self.table.times[0]), bars - 1)
 
     def count(self, start: int) -> int:
-        return len(self.table) - self._closed(start)
+        return len(self.table) - self._closed_count(start)
 
-    def told(self, start: int) -> Iterator[Update]:
-        after = self.one.timeframe.after
-        for first in range(self._closed(start), len(self.table), _CHUNK):
+    def events(self, start: int) -> Iterator[Update]:
+        after = self.only_series.timeframe.after
+        for first in range(self._closed_count(start), len(self.table), _CHUNK):
             for candle in self._candles(first, first + _CHUNK):
-                yield Update(self.one, candle, closed=True, received=after(candle.time))
+                yield Update(self.only_series, candle, closed=True, received=after(candle.time))
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:  # noqa: ARG002
         first, last = np.searchsorted(self.table.times, (start, end))
-        return self._candles(int(first), min(int(last), self._closed(now)))
+        return self._candles(int(first), min(int(last), self._closed_count(now)))
 
     def until(self, moment: int) -> Self | None:
         """The same up to the bar that closes at ``moment``, UTC ms; None if that is nothing."""
-        bars = self._closed(moment)
+        bars = self._closed_count(moment)
         if not bars:
             return None
         table = replace(self.table, times=self.table.times[:bars], values=self.table.values[:bars])
         return replace(self, table=table)
 
-    def moved(self, milliseconds: int) -> Self:
+    def shifted(self, milliseconds: int) -> Self:
         """The same bars so much later."""
         return replace(self, table=replace(self.table, times=self.table.times + milliseconds))
 
-    def _closed(self, now: int) -> int:
+    def _closed_count(self, now: int) -> int:
         """How many bars have closed."""
-        times, after = self.table.times, self.one.timeframe.after
+        times, after = self.table.times, self.only_series.timeframe.after
         count = int(np.searchsorted(times, now))
         while count and after(int(times[count - 1])) > now:
             count -= 1

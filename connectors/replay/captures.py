@@ -18,7 +18,7 @@ from typing import IO, NoReturn, Self
 from urllib.parse import urlsplit
 
 from kronos_connectors.binance.frames import FrameError, Kline, decode
-from kronos_connectors.replay.tracks import Rejected, Wanted
+from kronos_connectors.replay.tracks import InvalidFrame, FileSpec
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
@@ -41,7 +41,7 @@ _received = attrgetter("received")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CaptureTrack:
+class CaptureFile:
     """The klines in a capture, a :class:`~kronos_connectors.replay.tracks.Track`."""
 
     path: Path
@@ -49,15 +49,15 @@ class CaptureTrack:
     """UTC ms of the first frame."""
     end: int
     """And of the last one."""
-    closed: dict[Series, list[Update]] = field(repr=False)
+    closed_bars: dict[Series, list[Update]] = field(repr=False)
     """The venue's last words, by series, in the order of arrival; empty where there is none."""
 
     @classmethod
-    def read(cls, wanted: Wanted) -> Self:
+    def read(cls, spec: FileSpec) -> Self:
         """Look through the whole file. Raises CandleFileError where it is no capture of klines."""
-        path = wanted.path
-        if wanted.symbol:
-            _refuse(path, "its frames name the series; give the file alone")
+        path = spec.path
+        if spec.symbol:
+            _raise_error(path, "its frames name the series; give the file alone")
         closed: dict[Series, list[Update]] = {}
         begin: int | None = None
         received = 0
@@ -68,29 +68,30 @@ class CaptureTrack:
                 if told.closed:
                     words.append(told)
         if begin is None or not closed:
-            _refuse(path, "no klines of Binance in it")
+            _raise_error(path, "no klines of Binance in it")
         return cls(path, begin, received, closed)
 
     @property
     def series(self) -> frozenset[Series]:
-        return frozenset(self.closed)
+        return frozenset(self.closed_bars)
 
     def start(self, bars: int) -> int:  # noqa: ARG002 - it begins when it begins
         return self.begin - 1
 
     def count(self, start: int) -> int:
         return sum(
-            len(words) - bisect_right(words, start, key=_received) for words in self.closed.values()
+            len(words) - bisect_right(words, start, key=_received)
+            for words in self.closed_bars.values()
         )
 
-    def told(self, start: int) -> Iterator[Update | Rejected]:
+    def events(self, start: int) -> Iterator[Update | InvalidFrame]:
         frames = _frames(self.path)
         return (told for received, told in frames if told is not None and received > start)
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
         known = {
             told.candle.time: told.candle
-            for told in self.closed[series]
+            for told in self.closed_bars[series]
             if told.received <= now and start <= told.candle.time < end
         }
         return [known[time] for time in sorted(known)]
@@ -99,13 +100,13 @@ class CaptureTrack:
 def is_capture(path: Path) -> bool:
     """Whether the file begins as a capture does."""
     try:
-        with _opened(path) as lines:
+        with _open_lines(path) as lines:
             return _HEAD.fullmatch(lines.readline(100_000)) is not None
     except (OSError, EOFError):  # whoever reads it as something else will say so
         return False
 
 
-class _Markets(Mapping[tuple[str, str], Series]):
+class _SeriesLookup(Mapping[tuple[str, str], Series]):
     """Series by Binance's symbol and interval, whatever symbol is asked for."""
 
     def __init__(self, url: str) -> None:
@@ -139,40 +140,42 @@ class _Markets(Mapping[tuple[str, str], Series]):
             return None
 
 
-def _frames(path: Path) -> Iterator[tuple[int, Update | Rejected | None]]:
+def _frames(path: Path) -> Iterator[tuple[int, Update | InvalidFrame | None]]:
     """Each frame's arrival, UTC ms, and what it tells; None where that is nothing of ours."""
-    with _opened(path) as lines:
+    with _open_lines(path) as lines:
         try:
             head = _HEAD.fullmatch(lines.readline())
             if head is None:
-                _refuse(
+                _raise_error(
                     path, "not a capture: no line such as 'wss://… <-> 1626992740.1' at its top"
                 )
-            markets = _Markets(head[1].decode(errors="replace"))
+            markets = _SeriesLookup(head[1].decode(errors="replace"))
             received = 0
             for number, line in enumerate(lines, 2):
                 match = _LINE.fullmatch(line.rstrip(b"\r\n"))
                 if match is None:
-                    _refuse(path, f"line {number}: expected 'epoch seconds: frame'")
+                    _raise_error(path, f"line {number}: expected 'epoch seconds: frame'")
                 # Recorders write down two sockets out of order, and clocks are set back.
                 received = max(received, round(float(match[1]) * 1000))
-                yield received, _told(match[2], markets, received)
+                yield received, _decode_frame(match[2], markets, received)
         except (EOFError, gzip.BadGzipFile) as error:
-            _refuse(path, f"not readable ({error})")
+            _raise_error(path, f"not readable ({error})")
 
 
-def _told(frame: bytes, markets: _Markets, received: int) -> Update | Rejected | None:
+def _decode_frame(
+    frame: bytes, markets: _SeriesLookup, received: int
+) -> Update | InvalidFrame | None:
     try:
         told = decode(frame, markets)
     except FrameError as error:
-        return Rejected(error.series, str(error), frame, received)
+        return InvalidFrame(error.series, str(error), frame, received)
     if isinstance(told, Kline):
         return Update(told.series, told.candle, told.closed, received)
     return None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+def _open_lines(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
     with path.open("rb") as file:
         zipped = file.read(2) == _GZIP
         file.seek(0)
@@ -183,5 +186,5 @@ def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
             yield file
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
+def _raise_error(path: Path, reason: str) -> NoReturn:
     raise CandleFileError(f"{path}: {reason}") from None

@@ -27,18 +27,18 @@ def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Sourc
     Raises CandleFileError.
     """
     # Not above: help reads the options, and pandas takes a second to import.
-    from kronos_connectors.replay.candles import CandleTrack
-    from kronos_connectors.replay.source import Recording, Replay
-    from kronos_connectors.replay.tracks import Wanted
+    from kronos_connectors.replay.candles import CandleFile
+    from kronos_connectors.replay.source import Recording, ReplaySource
+    from kronos_connectors.replay.tracks import FileSpec
     from kronos_stream.market.files import CandleFileError
     from kronos_stream.market.spacing import shortest_step
 
-    tracks = [CandleTrack.read(Wanted.parse(text)) for text in options.files]
+    tracks = [CandleFile.read(FileSpec.parse(text)) for text in options.files]
     start = Recording(tracks, []).start(options.history + 1)
     for track in tracks:
-        if track.one.timeframe.milliseconds is None:
+        if track.only_series.timeframe.milliseconds is None:
             raise CandleFileError(f"{track.path}: months cannot be moved; use kronos-stream replay")
-    step = max(shortest_step(track.one.timeframe) for track in tracks)
+    step = max(shortest_step(track.only_series.timeframe) for track in tracks)
     moved = (clock.now() - start) // step * step
-    recording = Recording([track.moved(moved) for track in tracks], [])
-    return Replay(recording, clock, start + moved)
+    recording = Recording([track.shifted(moved) for track in tracks], [])
+    return ReplaySource(recording, clock, start + moved)

@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable
 
 from kronos_stream.market.clock import ManualClock, LoopClock
 
-Reach = Callable[[int], Awaitable[None]]
+AdvanceTo = Callable[[int], Awaitable[None]]
 """Returns when the market's time is this, UTC ms."""
 
-Settled = Callable[[], Awaitable[None]]
+WaitUntilIdle = Callable[[], Awaitable[None]]
 """Returns when all that was taken in is dealt with, except what waits for time to pass."""
 
 
-Alarm = Callable[[], int | None]
+NextTimer = Callable[[], int | None]
 """When the daemon has something to do even if nothing comes, UTC ms."""
 
 
@@ -24,16 +24,16 @@ class PacedClock:
     def __init__(self, start: int, speed: float = 1.0) -> None:
         self._start, self._speed = start, speed
         self._running: LoopClock | None = None
-        self._begun = asyncio.Event()
+        self._started = asyncio.Event()
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         return self._running is not None
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Let time pass, from the start on."""
         self._running = LoopClock(self._start, self._speed)
-        self._begun.set()
+        self._started.set()
 
     def now(self) -> int:
         return self._start if self._running is None else self._running.now()
@@ -45,31 +45,33 @@ class PacedClock:
         await asyncio.sleep(0)
         while self.now() < moment:
             if self._running is None:
-                await self._begun.wait()
+                await self._started.wait()
             else:
                 await self._running.sleep_until(moment)
 
 
-def pacing(clock: PacedClock, settled: Settled) -> Reach:
+def paced_advance(clock: PacedClock, wait_until_idle: WaitUntilIdle) -> AdvanceTo:
     """Time passes by ``clock``, once what precedes the first event has ``settled``."""
 
     async def reach(moment: int) -> None:
-        if not clock.begun:
-            await settled()
-            clock.begin()
+        if not clock.started:
+            await wait_until_idle()
+            clock.start()
         await clock.sleep_until(moment)
 
     return reach
 
 
-def driving(clock: ManualClock, settled: Settled, alarm: Alarm) -> Reach:
+def driven_advance(
+    clock: ManualClock, wait_until_idle: WaitUntilIdle, next_timer: NextTimer
+) -> AdvanceTo:
     """Time leaps to whatever comes next, an event or an alarm, once all before has ``settled``."""
 
     async def reach(moment: int) -> None:
-        await settled()
-        while (wake := alarm()) is not None and wake < moment:
+        await wait_until_idle()
+        while (wake := next_timer()) is not None and wake < moment:
             clock.advance(wake)
-            await settled()
+            await wait_until_idle()
         clock.advance(moment)
 
     return reach

@@ -11,11 +11,11 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
-VENUE = "replay"
+DEFAULT_VENUE = "replay"
 """Of series that are not said to be another's."""
 
 
-class Rejected(NamedTuple):
+class InvalidFrame(NamedTuple):
     """A recorded frame that cannot be."""
 
     series: Series | None
@@ -25,7 +25,7 @@ class Rejected(NamedTuple):
     """UTC ms."""
 
 
-class Track(Protocol):
+class RecordedFile(Protocol):
     """A file: what it tells, and when that was known. All times are UTC ms."""
 
     @property
@@ -44,14 +44,14 @@ class Track(Protocol):
     def count(self, start: int) -> int:
         """How many bars close, as far as is told, after ``start``."""
 
-    def told(self, start: int) -> Iterator[Update | Rejected]:
+    def events(self, start: int) -> Iterator[Update | InvalidFrame]:
         """What became known after ``start``, in that order."""
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
         """The bars with start <= open < end that were known to be closed at ``now``."""
 
 
-class Wanted(NamedTuple):
+class FileSpec(NamedTuple):
     """A file to replay, and what is said of its series; empty or None where nothing is."""
 
     path: Path
@@ -72,5 +72,5 @@ class Wanted(NamedTuple):
         venue, _, symbol = name.partition(":")
         # BTC/USDT:USDT is a symbol: no venue has a slash.
         if not symbol or "/" in venue:
-            venue, symbol = VENUE, name
+            venue, symbol = DEFAULT_VENUE, name
         return cls(Path(path), venue, symbol, timeframe)

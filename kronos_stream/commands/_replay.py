@@ -18,8 +18,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kronos_connectors.replay.pace import PacedClock, driving, pacing
-from kronos_connectors.replay.source import Recording, Replay
+from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_advance
+from kronos_connectors.replay.source import Recording, ReplaySource
 from kronos_stream.commands.replay import Speed
 from kronos_stream.daemon import service
 from kronos_stream.daemon.app import StandaloneRole
@@ -141,13 +141,17 @@ async def _replay(
         clock: ManualClock | PacedClock
         if options.speed == "max":
             clock = ManualClock(start)
-            reach = driving(clock, settled, lambda: daemon.next_timer)
+            reach = driven_advance(clock, settled, lambda: daemon.next_timer)
         else:
             clock = PacedClock(start, options.speed)
-            reach = pacing(clock, settled)
+            reach = paced_advance(clock, settled)
         daemon = StandaloneRole(
             settings,
-            {recording.venue: Replay(recording, clock, start, reach=reach, closes=options.bars)},
+            {
+                recording.venue: ReplaySource(
+                    recording, clock, start, advance_to=reach, max_closes=options.bars
+                )
+            },
             service.build_sinks(settings, wall, Random(0)),
             clock=clock,
             random=Random(0),

@@ -26,7 +26,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import wanted
+from kronos_connectors.kafka.topics import required_topics
 from kronos_stream import Context, Forecaster
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.forecast.compose import Envelope, Composer
@@ -176,7 +176,7 @@ def daemon_of(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]
 
     def make(exchange: ExchangeProcess, bootstrap: str, **settings: str) -> DaemonProcess:
         kafka = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=topic_prefix, partitions=4)
-        asyncio.run(create(kafka, wanted(kafka)))
+        asyncio.run(create(kafka, required_topics(kafka)))
         return DaemonProcess(
             tmp_path,
             {

@@ -18,8 +18,8 @@ from aiokafka.errors import KafkaConnectionError
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import forecasts as topic_of
-from kronos_connectors.kafka.topics import wanted
+from kronos_connectors.kafka.topics import forecast_topic as topic_of
+from kronos_connectors.kafka.topics import required_topics
 from kronos_stream.client import Forecast, _Filter, forecasts
 from kronos_stream.forecast.compose import removal
 from kronos_stream.market.clock import ManualClock
@@ -216,7 +216,7 @@ async def test_it_can_begin_at_a_time(kafka: ApacheKafka, topic_prefix: str) -> 
     options = KafkaOptions(
         bootstrap_servers=kafka.bootstrap, topic_prefix=topic_prefix, partitions=3
     )
-    await create(options, wanted(options))
+    await create(options, required_topics(options))
     await _publish(kafka.bootstrap, [_forecast(0)], topic_prefix)
     await asyncio.sleep(0.05)
     moment = datetime.now(UTC)
@@ -235,7 +235,7 @@ async def test_a_group_goes_on_after_what_it_has_finished(
     options = KafkaOptions(
         bootstrap_servers=kafka.bootstrap, topic_prefix=topic_prefix, partitions=1
     )
-    await create(options, wanted(options))
+    await create(options, required_topics(options))
     await _publish(kafka.bootstrap, [_forecast(minute) for minute in range(4)], topic_prefix)
 
     def member() -> AsyncGenerator[Forecast, None]:
@@ -259,7 +259,7 @@ async def test_a_group_goes_on_after_what_it_has_finished(
 async def test_it_survives_its_broker(kafka_jars: Path, tmp_path: Path) -> None:
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         options = KafkaOptions(bootstrap_servers=kafka.bootstrap, partitions=3)
-        await create(options, wanted(options))
+        await create(options, required_topics(options))
         async with aclosing(forecasts(kafka.bootstrap, start="earliest", expired=True)) as stream:
             await _publish(kafka.bootstrap, [_forecast(0)])
             assert await _next(stream, 1) == _names(0)

@@ -76,10 +76,10 @@ def test_asyncapi_names_the_topics_that_the_sink_writes_to() -> None:
     assert document["asyncapi"] == "3.0.0"
     written: dict[str, list[str]] = {}
     for kind in ("forecast", "removal", "deadletter", "candle"):
-        for topic in topics.of_record("kronos", kind, "binance:BTC/USDT:5m"):
+        for topic in topics.topics_for_record("kronos", kind, "binance:BTC/USDT:5m"):
             written.setdefault(topic, []).append(kind)
-    written[topics.latest("kronos")].remove("removal")  # no message: a record without a value
-    written[topics.candles("kronos", Timeframe(5, "m"))].append("removal")
+    written[topics.latest_topic("kronos")].remove("removal")  # no message: a record without a value
+    written[topics.candle_topic("kronos", Timeframe(5, "m"))].append("removal")
     named = {
         channel["address"].format(prefix="kronos", timeframe="5m"): list(channel["messages"])
         for channel in document["channels"].values()

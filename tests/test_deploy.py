@@ -564,7 +564,7 @@ def test_keda_watches_the_lag_of_the_group(chart: Chart, tmp_path: Path) -> None
     assert [str(length) for length in lengths] == ["5m", "1h", "1m", "1M"]
     triggers = [trigger["metadata"] for trigger in scaled["spec"]["triggers"]]
     assert [trigger["topic"] for trigger in triggers] == [
-        topics.candles(options.topic_prefix, length) for length in lengths
+        topics.candle_topic(options.topic_prefix, length) for length in lengths
     ]
     feed = KafkaFeed(options, FeedNeeds(lengths, 1), SystemClock(), Random(0))
     assert {trigger["consumerGroup"] for trigger in triggers} == {feed._group}
@@ -640,6 +640,8 @@ def test_job_creates_the_topics(
     done = program([*command, *arguments])
     assert done.returncode == 0, done.stderr
     for length in ("1m", "5m"):
-        assert f"{topics.candles(topic_prefix, Timeframe.parse(length))}: created" in done.stdout
+        assert (
+            f"{topics.candle_topic(topic_prefix, Timeframe.parse(length))}: created" in done.stdout
+        )
     checked = program([*command, "topics", "check", "--candles", "1m,5m"])
     assert checked.returncode == 0, checked.stderr

@@ -23,7 +23,7 @@ import pytest
 from confluent_kafka import Producer
 from jsonschema import Draft202012Validator
 
-from kronos_connectors.kafka.topics import forecasts as topic_of
+from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_stream.cli import cli
 from kronos_stream.daemon.environment import describe_settings, read_settings
 from kronos_stream.forecast import contract

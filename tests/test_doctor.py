@@ -27,7 +27,7 @@ from pydantic import SecretStr
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import wanted
+from kronos_connectors.kafka.topics import required_topics
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.processes import ExchangeProcess
 
@@ -185,7 +185,7 @@ def test_topics_are_looked_at(
     assert "kronos-stream topics create" in said
     options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=topic_prefix)
     options = options.model_copy(update={"partitions": 3})
-    asyncio.run(create(options, wanted(options)))
+    asyncio.run(create(options, required_topics(options)))
     found = _doctor(environ, *skip)
     assert found.status == 0, found.text
     assert "3 topics are as they should be" in found.of("kafka", "ok")
@@ -212,7 +212,7 @@ def locked_kafka(
                 sasl_username=name, sasl_password=SecretStr(PASSWORD), partitions=3,
             )  # fmt: skip
 
-        asyncio.run(create(options("owner"), wanted(options("owner"))))
+        asyncio.run(create(options("owner"), required_topics(options("owner"))))
         _let_look(broker.bootstrap, "guest")
         yield options
 

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 from confluent_kafka import Producer
 
-from kronos_connectors.kafka.topics import forecasts as topic_of
+from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_connectors.mqtt import SINK, MqttOptions
 from kronos_stream.forecast.compose import Envelope, removal
 from kronos_stream.forecast.sink import RecordKind, Record, SinkUnavailable

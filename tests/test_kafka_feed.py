@@ -17,7 +17,7 @@ from confluent_kafka import Producer
 from kronos_connectors.kafka import member, seat
 from kronos_connectors.kafka.feed import KafkaFeed
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import candles
+from kronos_connectors.kafka.topics import candle_topic
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.feed import (
@@ -93,7 +93,7 @@ class House:
 
     def __init__(self, kafka: ApacheKafka, prefix: str) -> None:
         self.options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix)
-        self.topic = candles(prefix, SECOND)
+        self.topic = candle_topic(prefix, SECOND)
         self._bootstrap, self._written = kafka.bootstrap, defaultdict[int, int](int)
 
     async def make(self, partitions: int = 1) -> None:
@@ -166,7 +166,7 @@ async def test_who_goes_on_begins_where_the_one_before_noted(house: House) -> No
     first, second = Keeper(text="seven"), Keeper()
     async with house.reading(first) as feed:
         await until(lambda: first.bars == 7)
-        assert feed.trouble == ""
+        assert feed.problem == ""
         assert first.begun[Partition(house.topic, 0)] == PartitionBounds(0, 7, 0, None)
     house.write(3)
     async with house.reading(second):
@@ -182,7 +182,7 @@ async def test_a_member_without_a_share_is_fine(house: House) -> None:
         await until(lambda: one.begun)
         async with house.reading(other) as second:
             await until(lambda: [] in (*one.given_parts, *other.given_parts))
-            await until(lambda: first.trouble == second.trouble == "")
+            await until(lambda: first.problem == second.problem == "")
 
 
 async def test_a_slow_hand_over_is_no_dead_broker(
@@ -249,7 +249,7 @@ async def test_what_cannot_be_committed_is_said(house: House) -> None:
     house.write(1)
     keeper = Keeper(text="x" * 10_000)  # a broker takes 4,096
     async with house.reading(keeper) as feed:
-        await until(lambda: "cannot be committed" in feed.trouble, 40)
+        await until(lambda: "cannot be committed" in feed.problem, 40)
 
 
 async def test_a_topic_that_goes_is_said_and_read_again_when_it_comes(
@@ -258,15 +258,15 @@ async def test_a_topic_that_goes_is_said_and_read_again_when_it_comes(
     monkeypatch.setattr(seat, "_TOPICS_SECONDS", 0.5)
     keeper = Keeper()
     async with house.reading(keeper) as feed:
-        await until(lambda: "topics create --candles 1s" in feed.trouble)
+        await until(lambda: "topics create --candles 1s" in feed.problem)
         await house.make()
         house.write(2)
         await until(lambda: keeper.bars == 2)
-        assert feed.trouble == ""
+        assert feed.problem == ""
         await house.delete()
-        await until(lambda: "no topic" in feed.trouble)
+        await until(lambda: "no topic" in feed.problem)
         await house.make()
-        await until(lambda: feed.trouble == "")
+        await until(lambda: feed.problem == "")
 
 
 async def test_a_broker_that_does_not_tell_what_is_done_is_asked_again(
@@ -295,8 +295,8 @@ async def test_the_work_goes_on_turn_by_turn_also_without_a_broker(topic_prefix:
     options = KafkaOptions(bootstrap_servers="127.0.0.1:1", topic_prefix=topic_prefix)
     feed = KafkaFeed(options, FeedNeeds([SECOND], 32), SystemClock(), Random(1))
     task = asyncio.create_task(feed.run(Keeper()))
-    await until(lambda: feed.turns > 1)
-    assert "nobody listens there" in feed.trouble
+    await until(lambda: feed.iterations > 1)
+    assert "nobody listens there" in feed.problem
     task.cancel()
     await asyncio.wait([task])
     await feed.close()

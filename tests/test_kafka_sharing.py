@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from kronos_connectors.kafka.sharing import assignor, share_out
+from kronos_connectors.kafka.sharing import create_sticky_assignor, assign_partitions
 
 TOPICS = {"1m": range(32), "1s": range(32), "1d": range(5)}
 
@@ -36,7 +36,7 @@ def test_members_come_and_go(seed: int) -> None:
         stay = {one: share for one, share in shares.items() if random.random() < 0.8}
         new = [f"new-{number}-{one}" for one in range(random.randrange(3))]
         members = stay | {one: {} for one in new} or {"only": {}}
-        after = share_out(TOPICS, members)
+        after = assign_partitions(TOPICS, members)
         _check(after)
         if members == shares:
             assert after == shares, "nobody came or went"
@@ -44,20 +44,20 @@ def test_members_come_and_go(seed: int) -> None:
 
 
 def test_no_more_moves_than_must() -> None:
-    two = share_out(TOPICS, {"a": {}, "b": {}})
+    two = assign_partitions(TOPICS, {"a": {}, "b": {}})
     assert [len(two["a"][topic]) for topic in ("1m", "1s")] == [16, 16]
-    three = share_out(TOPICS, two | {"c": {}})
+    three = assign_partitions(TOPICS, two | {"c": {}})
     assert _moved(two, three) == sum(map(len, three["c"].values()))
     left = {one: share for one, share in three.items() if one != "a"}
-    assert _moved(left, share_out(TOPICS, left)) == sum(map(len, three["a"].values()))
+    assert _moved(left, assign_partitions(TOPICS, left)) == sum(map(len, three["a"].values()))
 
 
 def test_what_two_claim_is_one_members() -> None:
-    _check(share_out(TOPICS, {"a": {"1m": range(32)}, "b": {"1m": range(32), "gone": [1]}}))
+    _check(assign_partitions(TOPICS, {"a": {"1m": range(32)}, "b": {"1m": range(32), "gone": [1]}}))
 
 
 def test_members_tell_what_they_have_through_the_group() -> None:
-    ours, theirs = assignor(), assignor()
+    ours, theirs = create_sticky_assignor(), create_sticky_assignor()
     members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
 
     class Cluster:

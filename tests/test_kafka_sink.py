@@ -17,7 +17,12 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import deadletter, forecasts, latest, wanted
+from kronos_connectors.kafka.topics import (
+    deadletter_topic,
+    forecast_topic,
+    latest_topic,
+    required_topics,
+)
 from kronos_stream.forecast.sink import RecordKind, Record, Refusal, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka
@@ -61,7 +66,7 @@ async def _create(bootstrap: str, prefix: str, **options: Any) -> None:
     settings = KafkaOptions(
         bootstrap_servers=bootstrap, topic_prefix=prefix, **{"partitions": 4, **options}
     )
-    await create(settings, wanted(settings))
+    await create(settings, required_topics(settings))
 
 
 async def _read(bootstrap: str, topic: str) -> list[ConsumerRecord]:
@@ -108,7 +113,7 @@ def _in_order(records: Sequence[ConsumerRecord], expected: Sequence[int]) -> Non
 async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
     """A broker with the topics, of either make."""
     if request.param == "embedded":
-        topics = [one(topic_prefix) for one in (forecasts, latest, deadletter)]
+        topics = [one(topic_prefix) for one in (forecast_topic, latest_topic, deadletter_topic)]
         with EmbeddedBroker(topics) as broker:
             yield broker.bootstrap
     else:
@@ -126,7 +131,7 @@ async def test_records_arrive_as_given(bootstrap: str, topic_prefix: str) -> Non
             assert not await sink.deliver(records[first : first + 50])
         assert not await sink.deliver([])
         assert not await sink.deliver(buried)
-    for topic in (forecasts(topic_prefix), latest(topic_prefix)):
+    for topic in (forecast_topic(topic_prefix), latest_topic(topic_prefix)):
         arrived = await _read(bootstrap, topic)
         assert sorted(_sequences(arrived)) == list(range(200))
         _in_order(arrived, range(200))
@@ -134,7 +139,7 @@ async def test_records_arrive_as_given(bootstrap: str, topic_prefix: str) -> Non
             given = records[_sequences([got])[0]]
             assert (got.key.decode(), got.value) == (given.key, given.value)
             assert (got.headers, got.timestamp) == (given.headers, given.created)
-    letters = await _read(bootstrap, deadletter(topic_prefix))
+    letters = await _read(bootstrap, deadletter_topic(topic_prefix))
     assert sorted(_sequences(letters)) == [200, 201, 202]
 
 
@@ -159,7 +164,7 @@ async def test_refused_records_are_named_and_delay_nobody(
         assert {refusal.record.sequence for refusal in refusals} == set(spoiled)
         assert all(refusal.reason for refusal in refusals)
         assert not await sink.deliver([_record(i) for i in range(400, 440)])
-    arrived = await _read(kafka.bootstrap, forecasts(topic_prefix))
+    arrived = await _read(kafka.bootstrap, forecast_topic(topic_prefix))
     assert len(arrived) == 440 - len(spoiled)  # and none twice
     _in_order(arrived, sorted(set(range(440)) - set(spoiled)))
 
@@ -224,7 +229,7 @@ async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: P
                 await delivery
 
             assert not await _give(sink, [_record(i) for i in range(100)])
-        _in_order(await _read(kafka.bootstrap, forecasts("kronos")), range(100))
+        _in_order(await _read(kafka.bootstrap, forecast_topic("kronos")), range(100))
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -250,7 +255,7 @@ async def _through(
             await asyncio.sleep(0.1)
     await troubled
     assert _rss() - memory < 32_000_000
-    for topic in (forecasts("kronos"), latest("kronos")):
+    for topic in (forecast_topic("kronos"), latest_topic("kronos")):
         _in_order(await _read(kafka.bootstrap, topic), range(sequence))
     assert len(asyncio.all_tasks()) == 1
     return longest

@@ -21,7 +21,7 @@ from kronos_connectors.kafka import SOURCE, member
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.source import KafkaSource
-from kronos_connectors.kafka.topics import candles, wanted
+from kronos_connectors.kafka.topics import candle_topic, required_topics
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
@@ -66,7 +66,7 @@ async def _following(
     bootstrap: str, prefix: str, *series: Series, **options: Any
 ) -> AsyncIterator[Following]:
     one = Following(_source(bootstrap, prefix, **options))
-    one.source.follow(series or (BTC,))
+    one.source.subscribe(series or (BTC,))
     intake = SourceCallbacks(
         one.updates.append,
         lambda series, reason, raw: one.rejected.append((series, reason, raw)),
@@ -86,7 +86,7 @@ async def _create(bootstrap: str, prefix: str, *timeframes: Timeframe, **options
     settings = KafkaOptions(
         bootstrap_servers=bootstrap, topic_prefix=prefix, **{"partitions": 4, **options}
     )
-    await create(settings, wanted(settings, timeframes or (MINUTE,)))
+    await create(settings, required_topics(settings, timeframes or (MINUTE,)))
 
 
 def _bar(number: int, series: Series = BTC) -> bytes:
@@ -110,7 +110,7 @@ async def _produce(
     producer = AIOKafkaProducer(bootstrap_servers=bootstrap, **connection)
     await producer.start()
     try:
-        topic = candles(prefix, series.timeframe)
+        topic = candle_topic(prefix, series.timeframe)
         for value in [*(_bar(number, series) for number in numbers), *values]:
             await producer.send_and_wait(topic, value, series.name.encode() if key else None)
     finally:
@@ -127,7 +127,7 @@ async def _until(happened: Callable[[], object], seconds: float = 30.0) -> None:
 async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
     """A broker with the topic of minutes, of either make."""
     if request.param == "embedded":
-        with EmbeddedBroker([candles(topic_prefix, MINUTE)]) as broker:
+        with EmbeddedBroker([candle_topic(topic_prefix, MINUTE)]) as broker:
             yield broker.bootstrap
     else:
         kafka: ApacheKafka = request.getfixturevalue("kafka")
@@ -139,7 +139,7 @@ async def test_the_topic_is_history_and_news(bootstrap: str, topic_prefix: str) 
     await _produce(bootstrap, topic_prefix, range(1, 500))
     await _produce(bootstrap, topic_prefix, range(1, 9), ETH)
     async with _following(bootstrap, topic_prefix) as one:
-        assert await one.source.unknown([BTC, ETH]) == {}
+        assert await one.source.unsupported([BTC, ETH]) == {}
         assert await one.past() == list(map(float, range(1, 500)))
         await _produce(bootstrap, topic_prefix, [500, 501, 501, 400])
         await _produce(bootstrap, topic_prefix, [502], key=False)
@@ -172,16 +172,16 @@ async def test_what_is_followed_changes_while_it_runs(
     async with _following(*where, BTC) as one:
         assert len(await one.past()) == 199
         produced = asyncio.create_task(_slowly(where, BTC, range(200, 300)))
-        one.source.follow([BTC, ETH])
+        one.source.subscribe([BTC, ETH])
         assert len(await one.past(ETH)) == 199
-        one.source.follow([BTC, ETH, BTC_FIVE])
+        one.source.subscribe([BTC, ETH, BTC_FIVE])
         assert len(await one.past(BTC_FIVE)) == 199
         await _produce(*where, [200], BTC_FIVE)
-        one.source.follow([BTC, BTC_FIVE])
+        one.source.subscribe([BTC, BTC_FIVE])
         await _until(lambda: one.bars(BTC_FIVE) == [200.0])
-        one.source.follow([])
+        one.source.subscribe([])
         await asyncio.sleep(1)
-        one.source.follow([BTC])
+        one.source.subscribe([BTC])
         await produced
         await _until(lambda: one.bars()[-1:] == [299.0])
         # None is missing, and none comes twice.
@@ -195,7 +195,7 @@ async def _slowly(where: tuple[str, str], series: Series, numbers: Iterable[int]
     await producer.start()
     try:
         for number in numbers:
-            topic = candles(where[1], series.timeframe)
+            topic = candle_topic(where[1], series.timeframe)
             await producer.send_and_wait(topic, _bar(number, series), series.name.encode())
             await asyncio.sleep(0.05)
     finally:
@@ -213,7 +213,7 @@ async def test_how_far_it_is_can_be_seen_in_the_group(
         async with _following(kafka.bootstrap, topic_prefix, group=group) as one:
             assert len(await one.past()) == 30
         committed = await admin.list_consumer_group_offsets(name)
-        assert committed[TopicPartition(candles(topic_prefix, MINUTE), 0)].offset == 30
+        assert committed[TopicPartition(candle_topic(topic_prefix, MINUTE), 0)].offset == 30
     await admin.close()
     assert _source("x:1", topic_prefix, "kafka.us")._group == f"{topic_prefix}-ingest.us"
 
@@ -228,15 +228,15 @@ async def test_a_member_is_told_apart_from_its_companions(
     async with _following(kafka.bootstrap, topic_prefix, *names) as one:
         assert [await one.past(series) for series in names] == [[1.0]] * 8
         async with _following(kafka.bootstrap, topic_prefix, *names) as other:
-            both = [one.source._reading, other.source._reading]
-            await _until(lambda: all(one.shared and not one.unplaced for one in both))
+            both = [one.source._topic_state, other.source._topic_state]
+            await _until(lambda: all(one.shared_topics and not one.pending for one in both))
             monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.5)
             lacking = [[await _lacks(who, name) for who in (one, other)] for name in names]
             # Whoever comes later has seen no more than the partition that it got.
             assert sorted(map(sum, lacking)) == [1] * 8
             assert {lacks for _, lacks in lacking} == {True, False}
         monkeypatch.undo()
-        await _until(lambda: not one.source._reading.shared)
+        await _until(lambda: not one.source._topic_state.shared_topics)
         await _produce(kafka.bootstrap, topic_prefix, [2], names[0])
         await _until(lambda: one.bars(names[0]) == [2.0])
         assert [len(await one.past(series)) for series in names] == [2] + [1] * 7
@@ -298,41 +298,41 @@ async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: P
     right, wrong = ({**login, "sasl_password": password} for password in ("right", "hunter2"))
     with ApacheKafka(kafka_jars, tmp_path, users={"kronos": "right"}) as kafka:
         await _create(kafka.bootstrap, "kronos", **right)
-        found = await _source(kafka.bootstrap, "kronos", **right).unknown([BTC, BTC_FIVE])
+        found = await _source(kafka.bootstrap, "kronos", **right).unsupported([BTC, BTC_FIVE])
         assert list(found) == [BTC_FIVE]
         assert "no topic kronos.candles.5m.v1" in found[BTC_FIVE]
         assert "kronos-stream topics create --candles 5m" in found[BTC_FIVE]
         with pytest.raises(SourceError, match="KAFKA__SASL_PASSWORD") as refused:
-            await _source(kafka.bootstrap, "kronos", **wrong).unknown([BTC])
+            await _source(kafka.bootstrap, "kronos", **wrong).unsupported([BTC])
         assert "hunter2" not in str(refused.value)
         async with _following(kafka.bootstrap, "kronos", **wrong) as one:
             await _until(lambda: "lost" in one.notes)
-            assert "SASL_PASSWORD" in one.source._trouble
+            assert "SASL_PASSWORD" in one.source._problem
         async with _following(kafka.bootstrap, "kronos", **right) as one:
             assert await one.past() == []
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:1"):
-        await _source("127.0.0.1:1", "kronos").unknown([BTC])
+        await _source("127.0.0.1:1", "kronos").unsupported([BTC])
     assert len(asyncio.all_tasks()) == 1
 
 
 async def test_what_cannot_be_unpacked_is_said_with_its_cure() -> None:
-    with EmbeddedBroker([candles("kronos", MINUTE)]) as broker:
+    with EmbeddedBroker([candle_topic("kronos", MINUTE)]) as broker:
         async with _following(broker.bootstrap, "kronos") as one:
             assert await one.past() == []
             packed = Producer({"bootstrap.servers": broker.bootstrap, "compression.type": "lz4"})
             for _ in range(50):  # fewer are sent as they are
-                packed.produce(candles("kronos", MINUTE), _bar(1), BTC.name)
+                packed.produce(candle_topic("kronos", MINUTE), _bar(1), BTC.name)
             await asyncio.to_thread(packed.flush)
             if has_lz4():
                 await _until(lambda: len(one.updates) == 50)
             else:
                 await _until(lambda: "lost" in one.notes)
-                assert "pip install 'aiokafka[all]'" in one.source._trouble
+                assert "pip install 'aiokafka[all]'" in one.source._problem
 
 
 def test_it_waits_longer_after_every_failure_and_never_for_ever() -> None:
     source = _source("x:1", "kronos")
-    pauses = [source._pause(tries) for tries in range(200)]
+    pauses = [source._retry_delay(tries) for tries in range(200)]
     assert all(0.25 <= pause <= 30 for pause in pauses)
     assert max(pauses[:2]) <= 1 < min(pauses[7:])
     assert len(set(pauses)) == len(pauses)

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from pydantic import ValidationError
 
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import candles, wanted
+from kronos_connectors.kafka.topics import candle_topic, required_topics
 from kronos_stream.commands.topics import topics
 from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.market.timeframe import Timeframe
@@ -133,9 +133,9 @@ def test_no_broker_is_one_line(run: Run) -> None:
 def test_candle_topics_hold_twice_the_longest_context() -> None:
     options = KafkaOptions(bootstrap_servers="x:1")
     timeframes = [Timeframe.parse(text) for text in ("1s", "1h", "1M")]
-    configs = {topic.name: topic.configs for topic in wanted(options, timeframes)}
+    configs = {topic.name: topic.configs for topic in required_topics(options, timeframes)}
     days = [
-        int(configs[candles("kronos", timeframe)]["retention.ms"]) / 86_400_000
+        int(configs[candle_topic("kronos", timeframe)]["retention.ms"]) / 86_400_000
         for timeframe in timeframes[:2]
     ]
     assert days[0] == 7
@@ -177,4 +177,4 @@ def test_the_password_is_not_shown() -> None:
         sasl_password="hunter2",  # type: ignore[arg-type]  # noqa: S106
     )
     assert "hunter2" not in f"{options} {options!r} {options.model_dump()}"
-    assert options.connection()["sasl_plain_password"] == "hunter2"  # noqa: S105
+    assert options.client_arguments()["sasl_plain_password"] == "hunter2"  # noqa: S105

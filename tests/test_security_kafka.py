@@ -14,9 +14,9 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from kronos_connectors.kafka import SINK, SOURCE, admin
-from kronos_connectors.kafka.checks import _in_the_clear
+from kronos_connectors.kafka.checks import _warn_plaintext_password
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import wanted
+from kronos_connectors.kafka.topics import required_topics
 from kronos_stream.checkup import CheckedSink, Finding
 from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
@@ -99,7 +99,7 @@ async def _looked_over(options: KafkaOptions) -> list[Finding]:
 
 async def _gets_through(options: KafkaOptions) -> None:
     """Topics are made, forecasts delivered, candles looked for, and doctor finds nothing wrong."""
-    topics = wanted(options, [MINUTE])
+    topics = required_topics(options, [MINUTE])
     await admin.create(options, topics)
     assert await admin.check(options, topics) == []
     sink = SINK.build(options, SystemClock(), Random(0))
@@ -143,7 +143,7 @@ def test_a_password_that_travels_in_the_clear_is_told(hosts: str, way: Any, warn
         bootstrap_servers=hosts, security_protocol="SASL_PLAINTEXT", sasl_mechanism=way,
         sasl_username="me", sasl_password=SecretStr(PASSWORD),
     )  # fmt: skip
-    assert [one.level for one in _in_the_clear(options)] == ["warn"] * warned
+    assert [one.level for one in _warn_plaintext_password(options)] == ["warn"] * warned
 
 
 SEE = "see KRONOS_STREAM_KAFKA__"
@@ -280,7 +280,7 @@ async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]
     assert isinstance(unknown.value, LoginRefused) is final
     assert str(denied.value).endswith(said)
     assert finding.level == "fail"
-    assert f"{finding.found}; {finding.remedy}".endswith(said) or not denied.value.cure
+    assert f"{finding.found}; {finding.remedy}".endswith(said) or not denied.value.remedy
     assert PASSWORD not in said
     assert "\n" not in said
     return said, final

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, SecretStr
 
-from kronos_connectors.kafka.topics import of_record, wanted
+from kronos_connectors.kafka.topics import topics_for_record, required_topics
 from kronos_stream.cli import cli, main
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.settings import Settings
@@ -90,11 +90,13 @@ def test_topics() -> None:
     kafka = options["kafka"](bootstrap_servers="localhost:9092", topic_prefix="prefix")
     lines = [
         f"kafka {topic.name}: {topic.partitions} partitions, {topic.configs}\n"
-        for topic in wanted(kafka, [Timeframe.parse(text) for text in ("1m", "4h", "1M")])
+        for topic in required_topics(kafka, [Timeframe.parse(text) for text in ("1m", "4h", "1M")])
     ]
     kinds: tuple[Literal["forecast", "removal", "deadletter", "candle"], ...]
     kinds = "forecast", "removal", "deadletter", "candle"
-    lines += [f"kafka {one}: {', '.join(of_record('prefix', one, _BTC.name))}\n" for one in kinds]
+    lines += [
+        f"kafka {one}: {', '.join(topics_for_record('prefix', one, _BTC.name))}\n" for one in kinds
+    ]
     mqtt = options["mqtt"](url="mqtt://localhost", client_id="client")
     topics = mqtt.candles().of(_BTC), mqtt.forecasts().of(_BTC), mqtt.deadletter_topic
     lines += [f"mqtt {topic}\n" for topic in (*topics, mqtt.status())]

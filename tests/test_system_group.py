@@ -21,7 +21,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import candles, forecasts, wanted
+from kronos_connectors.kafka.topics import candle_topic, forecast_topic, required_topics
 from kronos_stream.forecast.message import FORECAST, REMOVAL
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
@@ -149,7 +149,7 @@ class Group:
         """
         opens: dict[str, list[int]] = defaultdict(list)
         for timeframe in self.exchange.timeframes:
-            topic = candles(self.prefix, Timeframe.parse(timeframe))
+            topic = candle_topic(self.prefix, Timeframe.parse(timeframe))
             for key, value in read_topic(self.bootstrap, topic):
                 told = orjson.loads(value)
                 if not told.get("history"):
@@ -161,7 +161,7 @@ class Group:
         }
 
     def audit(self) -> Audit:
-        return audit(read_topic(self.bootstrap, forecasts(self.prefix)), self.due())
+        return audit(read_topic(self.bootstrap, forecast_topic(self.prefix)), self.due())
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def group(
 ) -> Iterator[Group]:
     options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix, partitions=12)
     lengths = [Timeframe.parse(one) for one in timeframes.split(",")]
-    asyncio.run(create(options, wanted(options, lengths)))
+    asyncio.run(create(options, required_topics(options, lengths)))
     arguments = [part for one in timeframes.split(",") for part in ("--timeframe", one)]
     with (
         ExchangeProcess("--symbols", str(symbols), *arguments) as exchange,
@@ -194,7 +194,7 @@ def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Aud
         group.join()
     for member in group.members:
         member.wait_until_ready(150)
-    listener = Listener(group.bootstrap, forecasts(group.prefix))
+    listener = Listener(group.bootstrap, forecast_topic(group.prefix))
     try:
         began, caught_up = time.monotonic(), []
         for number in range(rounds):
@@ -308,7 +308,7 @@ def test_a_series_that_is_given_up_is_told_to_the_readers(
 
         def told() -> list[tuple[str, str]]:
             """Series and schema of all that was said, in order per series."""
-            records = read_topic(kafka.bootstrap, forecasts(topic_prefix))
+            records = read_topic(kafka.bootstrap, forecast_topic(topic_prefix))
             return [(key, orjson.loads(value)["schema"]) for key, value in records]
 
         gone = f"{goes}:1s"
@@ -321,7 +321,7 @@ def test_a_series_that_is_given_up_is_told_to_the_readers(
         ingest.signal(signal.SIGHUP)
         wait_for("it is forecast again", lambda: told_last(told(), gone) == FORECAST, 60)
         assert trial.stop(member) == ingest.stop() == 0
-        records = read_topic(kafka.bootstrap, forecasts(topic_prefix))
+        records = read_topic(kafka.bootstrap, forecast_topic(topic_prefix))
     said = [orjson.loads(value) for key, value in records if key == gone]
     (end,) = (at for at, one in enumerate(said) if one["schema"] == REMOVAL)
     # Whoever follows it again has its whole past again.
@@ -360,7 +360,7 @@ def test_who_forecast_alone_before_passes_on_what_it_knows(
         ingest = trial.process("then", ROLE="ingest", **shared)
         ingest.start()
         ingest.wait_until_ready()
-        topic = candles(topic_prefix, SECOND)
+        topic = candle_topic(topic_prefix, SECOND)
 
         def passed() -> list[dict[str, Any]]:
             return [orjson.loads(value) for _, value in read_topic(kafka.bootstrap, topic)]
@@ -378,7 +378,7 @@ def test_who_forecast_alone_before_passes_on_what_it_knows(
         alone.wait_until_ready()
         assert alone.metric("kronos_gaps_total") == 0
         assert alone.stop() == 0
-    assert not audit(read_topic(kafka.bootstrap, forecasts(topic_prefix)), {}).faults
+    assert not audit(read_topic(kafka.bootstrap, forecast_topic(topic_prefix)), {}).faults
 
 
 def _news(passed: Sequence[Mapping[str, Any]]) -> int:

@@ -18,7 +18,7 @@ import pytest
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import candles, wanted
+from kronos_connectors.kafka.topics import candle_topic, required_topics
 from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
@@ -96,7 +96,7 @@ class Market:
 
 @contextmanager
 def _market(bootstrap: str, prefix: str) -> Iterator[Market]:
-    market = Market(bootstrap, candles(prefix, SECOND))
+    market = Market(bootstrap, candle_topic(prefix, SECOND))
     try:
         yield market
     finally:
@@ -105,7 +105,7 @@ def _market(bootstrap: str, prefix: str) -> Iterator[Market]:
 
 def _daemon(bootstrap: str, prefix: str, folder: Path) -> DaemonProcess:
     options = KafkaOptions(bootstrap_servers=bootstrap, topic_prefix=prefix, partitions=2)
-    asyncio.run(create(options, wanted(options, [SECOND])))
+    asyncio.run(create(options, required_topics(options, [SECOND])))
     return DaemonProcess(
         folder,
         {

@@ -19,7 +19,7 @@ from confluent_kafka import Producer
 from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import deadletter, forecasts, wanted
+from kronos_connectors.kafka.topics import deadletter_topic, forecast_topic, required_topics
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.daemon.press import refusal_dead_letter
@@ -96,7 +96,7 @@ def test_one_of_three_brokers_may_die(
         daemon.start()
         daemon.wait_until_ready()
         _wait_for_more(daemon)
-        leader = kafka.number(_leader_port(kafka.bootstrap, forecasts(topic_prefix)))
+        leader = kafka.number(_leader_port(kafka.bootstrap, forecast_topic(topic_prefix)))
         kafka.kill(leader)
         died = time.monotonic()
         _wait_for_more(daemon)
@@ -117,7 +117,7 @@ async def test_refused_records_are_buried_and_delay_nobody(
         partitions=4,
         max_record_bytes=80_000,
     )
-    await create(options, wanted(options))
+    await create(options, required_topics(options))
     sink = SINK.build(options, SystemClock(), Random(0))
     clock = _Ahead()
     state = await State.open(tmp_path / "state")
@@ -135,14 +135,14 @@ async def test_refused_records_are_buried_and_delay_nobody(
     await state.close()
     assert left == 0
 
-    arrived = await asyncio.to_thread(read_topic, bootstrap, forecasts(topic_prefix))
+    arrived = await asyncio.to_thread(read_topic, bootstrap, forecast_topic(topic_prefix))
     by_key: dict[str, list[int]] = {}
     for key, value in arrived:
         by_key.setdefault(key, []).append(int(value.split()[0]))
     assert by_key == {
         f"binance:S{s}/USDT:1s": [i for i in range(s, 40, 4) if i not in {11, 22}] for s in range(4)
     }
-    buried = await asyncio.to_thread(read_topic, bootstrap, deadletter(topic_prefix))
+    buried = await asyncio.to_thread(read_topic, bootstrap, deadletter_topic(topic_prefix))
     letters = {key: DeadLetter.parse(value) for key, value in buried}
     assert {key: letter.what for key, letter in letters.items()} == {
         "binance:S3/USDT:1s": "record",
@@ -248,7 +248,7 @@ def _assert_nothing_is_lost(
     assert daemon.undelivered() == 0
     decided = daemon.decided(exchange.series())
     due = {series: exchange.closed(series, *span) for series, span in decided.items()}
-    found = audit(read_topic(bootstrap, forecasts(prefix)), due)
+    found = audit(read_topic(bootstrap, forecast_topic(prefix)), due)
     assert found.faults == []
     assert len(due) == SYMBOLS
 

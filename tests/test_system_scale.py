@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import candles, forecasts, wanted
+from kronos_connectors.kafka.topics import candle_topic, forecast_topic, required_topics
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
@@ -50,7 +50,7 @@ class Past:
 
     def write(self, series: Sequence[Series], opens: Sequence[int], *, history: int = 0) -> None:
         """history: how many of the first are not to be forecast from."""
-        topic = candles(self._prefix, series[0].timeframe)
+        topic = candle_topic(self._prefix, series[0].timeframe)
         for number, opened in enumerate(opens):
             for one in series:
                 close = 100 + self._random.random()
@@ -75,7 +75,9 @@ def _opens(timeframe: str, bars: int) -> list[int]:
 
 def _topics(kafka: ApacheKafka, prefix: str, *timeframes: str) -> None:
     options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix)
-    asyncio.run(create(options, wanted(options, [Timeframe.parse(one) for one in timeframes])))
+    asyncio.run(
+        create(options, required_topics(options, [Timeframe.parse(one) for one in timeframes]))
+    )
 
 
 def _member(
@@ -155,7 +157,9 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[
 
                 wait_for("every series is forecast", done, 30)
             assert member.stop() == 0
-    said = [Forecast.parse(value) for _, value in read_topic(kafka.bootstrap, forecasts(prefix))]
+    said = [
+        Forecast.parse(value) for _, value in read_topic(kafka.bootstrap, forecast_topic(prefix))
+    ]
     bars = {one.series: one.context.bars for one in said}
     assert bars == {one.name: LOOKBACK for one in (*quick, *daily)}
     return took

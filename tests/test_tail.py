@@ -23,7 +23,7 @@ from rich.console import Console
 
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import forecasts, wanted
+from kronos_connectors.kafka.topics import forecast_topic, required_topics
 from kronos_stream.commands import _board, _tail
 from kronos_stream.commands._board import ForecastTable
 from kronos_stream.forecast.message import Forecast
@@ -100,7 +100,7 @@ async def _publish(
     await producer.start()
     try:
         for one in made:
-            await producer.send_and_wait(forecasts(prefix), one.encode(), one.series.encode())
+            await producer.send_and_wait(forecast_topic(prefix), one.encode(), one.series.encode())
     finally:
         await producer.stop()
 
@@ -221,7 +221,7 @@ def _lines(process: subprocess.Popen[str], count: int) -> list[str]:
 
 def test_in_a_pipe_it_prints_a_line_each_until_ctrl_c() -> None:
     made = [_forecast(BTC), _forecast(ETH), _forecast(BTC, START + MINUTE, degraded=True)]
-    with EmbeddedBroker([forecasts("kronos")]) as broker:
+    with EmbeddedBroker([forecast_topic("kronos")]) as broker:
         asyncio.run(_publish(broker.bootstrap, made, "kronos"))
         with _process(broker.bootstrap, "--from-start", "--series", BTC) as process:
             first, second = _lines(process, 2)
@@ -250,8 +250,8 @@ def test_it_logs_in_as_the_daemon_does(kafka_jars: Path, tmp_path: Path) -> None
             "sasl_password": "right",
         }
         options = KafkaOptions(**given)
-        asyncio.run(create(options, wanted(options)))
-        connection = options.connection()
+        asyncio.run(create(options, required_topics(options)))
+        connection = options.client_arguments()
         asyncio.run(
             _publish(connection.pop("bootstrap_servers"), [_forecast()], "mine", **connection)
         )
@@ -289,16 +289,16 @@ def test_waiting_in_vain_it_says_what_for(kafka: ApacheKafka, topic_prefix: str)
         assert process.stderr is not None
         said = [process.stderr.readline() for _ in range(2)][1]
         assert time.monotonic() - began > _tail._WAITING_NOTICE_SECONDS
-        assert all(part in said for part in (BTC, forecasts(topic_prefix), kafka.bootstrap))
+        assert all(part in said for part in (BTC, forecast_topic(topic_prefix), kafka.bootstrap))
         _, rest = process.communicate(timeout=_SECONDS)
     assert process.returncode == 1
-    assert f"no topic {forecasts(topic_prefix)}" in rest
+    assert f"no topic {forecast_topic(topic_prefix)}" in rest
     assert "kronos-stream topics create" in rest
 
 
 def test_on_a_terminal_it_is_a_table_until_ctrl_c() -> None:
     terminal, end = pty.openpty()
-    with EmbeddedBroker([forecasts("kronos")]) as broker:
+    with EmbeddedBroker([forecast_topic("kronos")]) as broker:
         process = subprocess.Popen(  # noqa: S603 - our own
             [*_COMMAND, broker.bootstrap],
             env={**os.environ, "COLUMNS": "140", "LINES": "20", "TERM": "xterm"},

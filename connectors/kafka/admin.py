@@ -17,15 +17,15 @@ from aiokafka.errors import (
     for_code,
 )
 
-from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.chatter import capture_aiokafka_errors
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import fault
-from kronos_connectors.kafka.topics import Topic, timeframe_of
+from kronos_connectors.kafka.reasons import explain
+from kronos_connectors.kafka.topics import TopicSpec, timeframe_of
 
-HIDDEN = "its settings are hidden from us"
+CONFIG_HIDDEN = "its settings are hidden from us"
 """Of a topic that we may use all the same."""
 
-_SECONDS = 30.0
+_TIMEOUT_SECONDS = 30.0
 
 
 class TopicsError(Exception):
@@ -34,12 +34,12 @@ class TopicsError(Exception):
     cure: what to do about it.
     """
 
-    def __init__(self, why: str, cure: str = "") -> None:
-        super().__init__(f"{why}; {cure}" if cure else why)
-        self.why, self.cure = why, cure
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}; {remedy}" if remedy else reason)
+        self.reason, self.remedy = reason, remedy
 
 
-async def create(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
+async def create(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]:
     """Create what is missing; one line per topic. What exists is left as it is."""
     async with _admin(options) as admin:
         cluster = await admin.describe_cluster()
@@ -70,7 +70,7 @@ async def create(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
     return lines
 
 
-async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
+async def check(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]:
     """What is wrong with the topics, and the cure: one line each."""
     async with _admin(options) as admin:
         # All topics, since a broker may create what it is asked about by name.
@@ -96,12 +96,12 @@ async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
             )
         if (has := configs.get(topic.name)) is None:
             problems.append(
-                f"{topic.name}: {HIDDEN}; to have them checked: kafka-acls.sh --add "
+                f"{topic.name}: {CONFIG_HIDDEN}; to have them checked: kafka-acls.sh --add "
                 f"--allow-principal User:{options.sasl_username or 'NAME'} "
                 f"--operation DescribeConfigs --topic {topic.name}"
             )
             continue
-        settings = dict(_unserved(topic.configs, has))
+        settings = dict(_config_mismatches(topic.configs, has))
         copies = min(len(partition["replicas"]) for partition in partitions)
         if int(has["min.insync.replicas"]) > copies:  # nothing could be written
             settings["min.insync.replicas"] = str(max(1, copies - 1))
@@ -113,17 +113,19 @@ async def check(options: KafkaOptions, topics: Sequence[Topic]) -> list[str]:
     return problems
 
 
-def _unserved(wanted: Mapping[str, str], has: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _config_mismatches(
+    wanted: Mapping[str, str], actual: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """The configs that matter to readers and are not as they should be."""
     policy = wanted["cleanup.policy"]
-    if has["cleanup.policy"] != policy:
+    if actual["cleanup.policy"] != policy:
         yield "cleanup.policy", policy
     retention = wanted.get("retention.ms")
-    if retention is not None and _for_ever(has["retention.ms"]) < _for_ever(retention):
+    if retention is not None and _retention_ms(actual["retention.ms"]) < _retention_ms(retention):
         yield "retention.ms", retention
 
 
-def _for_ever(milliseconds: str) -> float:
+def _retention_ms(milliseconds: str) -> float:
     return float("inf") if milliseconds == "-1" else float(milliseconds)
 
 
@@ -147,11 +149,11 @@ async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
 
 @asynccontextmanager
 async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
-    chatter = listen()
-    chatter.forget()
+    chatter = capture_aiokafka_errors()
+    chatter.clear()
     try:
-        async with asyncio.timeout(_SECONDS):
-            admin = AIOKafkaAdminClient(**options.connection())
+        async with asyncio.timeout(_TIMEOUT_SECONDS):
+            admin = AIOKafkaAdminClient(**options.client_arguments())
             try:
                 await admin.start()
                 yield admin
@@ -163,6 +165,8 @@ async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
             f"describe topics ({error.args[0]}); an embedded one has its topics from the start"
         ) from error
     except (KafkaError, OSError) as error:
-        found = fault(error, chatter, options, silence=f"no answer in {_SECONDS:g} s")
-        where = "" if chatter.said else f"{options.bootstrap_servers}: "
+        found = explain(
+            error, chatter, options, timeout_message=f"no answer in {_TIMEOUT_SECONDS:g} s"
+        )
+        where = "" if chatter.errors else f"{options.bootstrap_servers}: "
         raise TopicsError(f"{where}{found.what}", found.cure) from error

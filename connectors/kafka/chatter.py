@@ -9,12 +9,12 @@ _SENDING = "Got error produce response"
 """How those begin that tell why something failed; the error is their last argument."""
 
 
-class Chatter(logging.Handler):
+class ErrorCapture(logging.Handler):
     """aiokafka's messages: those that tell why it could not connect or send."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: dict[str, BaseException] = {}
+        self.errors: dict[str, BaseException] = {}
         """By broker, or empty: what happened last."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -27,21 +27,21 @@ class Chatter(logging.Handler):
         if isinstance(error, type):  # some it gives without an instance
             error = error()
         if isinstance(error, BaseException):
-            self.said.pop(broker, None)
-            self.said[broker] = error
+            self.errors.pop(broker, None)
+            self.errors[broker] = error
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """What is said from now on is about something else."""
-        self.said.clear()
+        self.errors.clear()
 
 
-def listen() -> Chatter:
+def capture_aiokafka_errors() -> ErrorCapture:
     """Take over aiokafka's logger, once: in an outage it speaks many times a second."""
     logger = logging.getLogger("aiokafka")
     for handler in logger.handlers:
-        if isinstance(handler, Chatter):
+        if isinstance(handler, ErrorCapture):
             return handler
-    chatter = Chatter()
+    chatter = ErrorCapture()
     logger.addHandler(chatter)
     logger.propagate = False
     return chatter

@@ -13,20 +13,20 @@ from random import Random
 import structlog
 from aiokafka.errors import KafkaError
 
-from kronos_connectors.kafka.chatter import listen
-from kronos_connectors.kafka.checks import Right, checks_of_candles
-from kronos_connectors.kafka.member import ANSWER_SECONDS
+from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors.kafka.checks import Operation, candle_checks
+from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import fault
-from kronos_connectors.kafka.seat import NoTopic, Seat
-from kronos_connectors.kafka.topics import candles
+from kronos_connectors.kafka.reasons import explain
+from kronos_connectors.kafka.seat import TopicNotFound, GroupSession
+from kronos_connectors.kafka.topics import candle_topic
 from kronos_stream.checkup import Check
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.feed import FeedNeeds, PartitionHandler
 
 _log = structlog.get_logger()
 
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
 
 
 class KafkaFeed:
@@ -35,68 +35,68 @@ class KafkaFeed:
     def __init__(
         self, options: KafkaOptions, needs: FeedNeeds, clock: Clock, random: Random
     ) -> None:
-        self.turns = 0
+        self.iterations = 0
         """Grows while it works, whether there is something to read or not."""
         self._options, self._needs, self._clock, self._random = options, needs, clock, random
-        self._topics = {candles(options.topic_prefix, one): one for one in needs.timeframes}
+        self._topics = {candle_topic(options.topic_prefix, one): one for one in needs.timeframes}
         self._group = options.group or f"{options.topic_prefix}-forecast"
-        self._chatter = listen()
-        self._why = "not connected to kafka yet"
-        self._seat: Seat | None = None
+        self._client_errors = capture_aiokafka_errors()
+        self._problem = "not connected to kafka yet"
+        self._session: GroupSession | None = None
 
     @property
-    def trouble(self) -> str:
+    def problem(self) -> str:
         """Why nothing can be read or noted just now, in words; empty if all is well."""
-        if self._seat is None or not self._seat.reads:
-            return self._why
-        error = self._seat.unnoted
-        return f"what is done cannot be committed: {self._explained(error)}" if error else ""
+        if self._session is None or not self._session.ready:
+            return self._problem
+        error = self._session.commit_error
+        return f"what is done cannot be committed: {self._explain(error)}" if error else ""
 
     def checks(self, *, writes: bool) -> Sequence[Check]:
-        right: Right = "Write" if writes else "Read"
-        return checks_of_candles(self._options, self._needs.timeframes, right)
+        right: Operation = "Write" if writes else "Read"
+        return candle_checks(self._options, self._needs.timeframes, right)
 
-    async def run(self, reader: PartitionHandler) -> None:
+    async def run(self, handler: PartitionHandler) -> None:
         """Read until cancelled, reconnecting by itself."""
         tries = 0
         while True:
             began = self._now()
-            self._chatter.forget()
+            self._client_errors.clear()
             try:
-                self._seat = Seat(
-                    self._options, self._group, self._topics, self._needs, self._clock, reader
+                self._session = GroupSession(
+                    self._options, self._group, self._topics, self._needs, self._clock, handler
                 )
-                async for _ in self._seat.turns():
-                    self.turns += 1
-            except NoTopic as error:
-                self._complain(str(error))
+                async for _ in self._session.poll():
+                    self.iterations += 1
+            except TopicNotFound as error:
+                self._report_problem(str(error))
             except Exception as error:  # noqa: BLE001 - whatever it was, a new seat begins anew
                 if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
                     _log.exception("unexpected failure of the kafka consumer")
-                self._complain(self._explained(error))
-            if self._seat is not None:
-                await self._seat.leave()
-                self._seat = None
+                self._report_problem(self._explain(error))
+            if self._session is not None:
+                await self._session.drain_and_close()
+                self._session = None
             tries = 0 if self._now() - began > _HEALTHY_SECONDS else tries + 1
-            await self._clock.sleep(self._pause(tries))
-            self.turns += 1
+            await self._clock.sleep(self._retry_delay(tries))
+            self.iterations += 1
 
     async def close(self) -> None:
         """Note what is done, and leave the group, so that others need not wait; bounded."""
-        if self._seat is not None:
-            await self._seat.close()
+        if self._session is not None:
+            await self._session.close()
 
-    def _complain(self, why: str) -> None:
-        if why != self._why:  # an outage is told of once
-            _log.warning("candles cannot be read from kafka", why=why)
-        self._why = why
+    def _report_problem(self, problem: str) -> None:
+        if problem != self._problem:  # an outage is told of once
+            _log.warning("candles cannot be read from kafka", why=problem)
+        self._problem = problem
 
-    def _explained(self, error: BaseException) -> str:
-        silence = f"no answer in {ANSWER_SECONDS:g} s"
-        return str(fault(error, self._chatter, self._options, silence=silence))
+    def _explain(self, error: BaseException) -> str:
+        silence = f"no answer in {REQUEST_TIMEOUT_SECONDS:g} s"
+        return str(explain(error, self._client_errors, self._options, timeout_message=silence))
 
-    def _pause(self, tries: int) -> float:
-        most = min(_SHORTEST_PAUSE_SECONDS * 2.0 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
+    def _retry_delay(self, tries: int) -> float:
+        most = min(_MIN_RETRY_SECONDS * 2.0 ** min(tries, 10), _MAX_RETRY_SECONDS)
         return most * self._random.uniform(0.5, 1.0)
 
     @staticmethod

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 
 from kronos_connectors import tls
 
-NAMES = tls.Names(
+SETTING_NAMES = tls.Names(
     address="KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS",
     encrypt="KRONOS_STREAM_KAFKA__SECURITY_PROTOCOL",
     cafile="KRONOS_STREAM_KAFKA__SSL_CAFILE",
@@ -22,7 +22,7 @@ SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
 
-def _servers(text: str) -> str:
+def _validate_servers(text: str) -> str:
     for server in text.split(","):
         host, _, port = server.strip().rpartition(":")
         if "@" in server or not host or not port.isdecimal() or not 0 < int(port) < 65_536:
@@ -35,7 +35,7 @@ class KafkaOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    bootstrap_servers: Annotated[str, AfterValidator(_servers)]
+    bootstrap_servers: Annotated[str, AfterValidator(_validate_servers)]
     """Brokers as host:port, more than one with commas."""
     topic_prefix: str = Field(default="kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """How the topics' names begin: PREFIX.forecasts.v1 and so on."""
@@ -78,7 +78,7 @@ class KafkaOptions(BaseModel):
     """How long new topics keep forecasts."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _validate(self) -> Self:
         if self.security_protocol.startswith("SASL"):
             if not self.sasl_username or not self.sasl_password.get_secret_value():
                 raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
@@ -104,7 +104,7 @@ class KafkaOptions(BaseModel):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: no such file")
         try:
-            self.tls()
+            self.ssl_context()
         except tls.CertificateError as error:
             raise ValueError(str(error)) from None
 
@@ -112,14 +112,16 @@ class KafkaOptions(BaseModel):
     def encrypted(self) -> bool:
         return self.security_protocol.endswith("SSL")
 
-    def tls(self) -> ssl.SSLContext | None:
+    def ssl_context(self) -> ssl.SSLContext | None:
         """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
         if not self.encrypted:
             return None
         password = self.ssl_key_password.get_secret_value()
-        return tls.context(self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile, password, NAMES)
+        return tls.context(
+            self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile, password, SETTING_NAMES
+        )
 
-    def connection(self) -> dict[str, Any]:
+    def client_arguments(self) -> dict[str, Any]:
         """Arguments for any client of aiokafka; reads the certificates.
 
         Raises CertificateError, an OSError: they may have been changed since the start.
@@ -135,6 +137,6 @@ class KafkaOptions(BaseModel):
                 "sasl_plain_username": self.sasl_username,
                 "sasl_plain_password": self.sasl_password.get_secret_value(),
             }
-        if (context := self.tls()) is not None:
+        if (context := self.ssl_context()) is not None:
             arguments["ssl_context"] = context
         return arguments

@@ -16,25 +16,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
-from kronos_connectors.kafka.topics import candles
+from kronos_connectors.kafka.topics import candle_topic
 from kronos_connectors.shelf import Shelf
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.wire import CandleMessageError, decode_update
 
-_MOST_RECORDS = 1_000_000
+_MAX_RECORDS_READ_BACK = 1_000_000
 """Of a partition, read back at most, however long the time that is wanted of it."""
 
 
-class Place(NamedTuple):
+class Partition(NamedTuple):
     """A partition."""
 
     topic: str
     partition: int
 
 
-class Bounds(NamedTuple):
+class PartitionBounds(NamedTuple):
     """Offsets of a partition, as the brokers know them."""
 
     first: int
@@ -46,7 +46,7 @@ class Bounds(NamedTuple):
     """Where the group was, None if it never was there."""
 
 
-class Taken(Protocol):
+class ConsumedRecord(Protocol):
     """A record as a consumer gives it."""
 
     @property
@@ -57,7 +57,7 @@ class Taken(Protocol):
     def value(self) -> bytes | None: ...
 
 
-class Rejected(NamedTuple):
+class InvalidRecord(NamedTuple):
     """A record that cannot be: its series if known, why, and its value."""
 
     series: Series | None
@@ -65,7 +65,7 @@ class Rejected(NamedTuple):
     raw: bytes
 
 
-Told: TypeAlias = Update | Rejected
+DecodedRecord: TypeAlias = Update | InvalidRecord
 
 
 @dataclass(slots=True)
@@ -76,42 +76,42 @@ class _Topic:
 
 
 @dataclass(slots=True)
-class _Partition:
-    next: int
+class _PartitionProgress:
+    next_offset: int
     """Offset of the first record that has not been read."""
-    end: int
+    history_end: int
     """History is known from here on."""
-    news: int
+    live_from: int
     """First offset to pass on."""
-    judged: int
+    reject_from: int
     """First offset to reject."""
     committed: int
 
 
-class _Left(NamedTuple):
+class _SavedProgress(NamedTuple):
     """Where we were when a partition was taken from us."""
 
-    next: int
-    news: int
-    judged: int
-    anew: bool = False
+    next_offset: int
+    live_from: int
+    reject_from: int
+    reread: bool = False
     """Whether what came before is to be read back, for the sake of series that are new."""
 
 
-class Reading:
+class TopicState:
     """All times are UTC ms, all offsets of records to be read next."""
 
     def __init__(self, prefix: str, bars: int) -> None:
         """prefix: of the topics' names. bars: of each series, to be read back and kept."""
         self._prefix, self._bars = prefix, bars
-        self._shelf = Shelf(bars)
+        self._recent_bars = Shelf(bars)
         self._topics: dict[str, _Topic] = {}
-        self._partitions: dict[str, int] = {}
+        self._partition_counts: dict[str, int] = {}
         """How many each topic has."""
-        self._unplaced: set[Place] = set()
-        self._reading: dict[Place, _Partition] = {}
-        self._left: dict[Place, _Left] = {}
-        self._seen: dict[Series, Place] = {}
+        self._pending: set[Partition] = set()
+        self._active: dict[Partition, _PartitionProgress] = {}
+        self._saved: dict[Partition, _SavedProgress] = {}
+        self._last_partition: dict[Series, Partition] = {}
         """Where a record of each series was read last."""
 
     # -- what is wanted --------------------------------------------------------------------
@@ -125,101 +125,108 @@ class Reading:
         """Follow exactly these. Where one is new, the past of its topic is read back once more."""
         topics: dict[str, _Topic] = {}
         for one in series:
-            name = candles(self._prefix, one.timeframe)
+            name = candle_topic(self._prefix, one.timeframe)
             topics.setdefault(name, _Topic(one.timeframe)).followed[one.name.encode()] = one
         for name, topic in topics.items():
             old = self._topics.get(name)
             if old is None or topic.followed.keys() - old.followed.keys():
-                self._read_back(name)
+                self._reread(name)
         self._topics = topics
-        self._shelf.keep(series)
-        self._seen = {one: place for one, place in self._seen.items() if one in set(series)}
+        self._recent_bars.keep(series)
+        self._last_partition = {
+            one: place for one, place in self._last_partition.items() if one in set(series)
+        }
 
-    def _read_back(self, topic: str) -> None:
-        again = {place for place in self._reading if place.topic == topic}
-        self.revoked(again)
-        self._unplaced |= again
-        for place, left in self._left.items():
+    def _reread(self, topic: str) -> None:
+        again = {place for place in self._active if place.topic == topic}
+        self.on_revoked(again)
+        self._pending |= again
+        for place, left in self._saved.items():
             if place.topic == topic:
-                self._left[place] = left._replace(anew=True)
+                self._saved[place] = left._replace(anew=True)
 
     # -- which partitions are ours, and where they begin -----------------------------------
 
     @property
-    def unplaced(self) -> Collection[Place]:
+    def pending(self) -> Collection[Partition]:
         """Partitions that are ours; :meth:`begin` is to be told about them."""
-        return frozenset(self._unplaced)
+        return frozenset(self._pending)
 
-    def assigned(self, places: Iterable[Place], partitions: Mapping[str, int]) -> None:
+    def on_assigned(self, partitions: Iterable[Partition], counts: Mapping[str, int]) -> None:
         """These are ours. partitions: how many each topic has."""
-        self._partitions = dict(partitions)
-        self._unplaced |= set(places) - self._reading.keys()
+        self._partition_counts = dict(counts)
+        self._pending |= set(partitions) - self._active.keys()
 
-    def revoked(self, places: Iterable[Place]) -> None:
+    def on_revoked(self, partitions: Iterable[Partition]) -> None:
         """These are no longer ours, or nobody knows."""
-        for place in places:
-            self._unplaced.discard(place)
-            if (at := self._reading.pop(place, None)) is not None:
-                news, judged = max(at.next, at.news), max(at.next, at.judged)
-                self._left[place] = _Left(at.next, news, judged)
+        for place in partitions:
+            self._pending.discard(place)
+            if (at := self._active.pop(place, None)) is not None:
+                news, judged = (
+                    max(at.next_offset, at.live_from),
+                    max(at.next_offset, at.reject_from),
+                )
+                self._saved[place] = _SavedProgress(at.next_offset, news, judged)
 
-    def lost(self) -> None:
+    def on_lost(self) -> None:
         """The brokers are gone, and with them every partition."""
-        self.revoked([*self._unplaced, *self._reading])
+        self.on_revoked([*self._pending, *self._active])
 
-    def since(self, place: Place, now: int) -> int:
+    def oldest_timestamp(self, partition: Partition, now: int) -> int:
         """How young a record must be at least to be read back.
 
         A record is made when its bar closes, or later, so none that is wanted is older.
         """
-        return max(0, self._topics[place.topic].timeframe.after(now, -self._bars))
+        return max(0, self._topics[partition.topic].timeframe.after(now, -self._bars))
 
-    def begin(self, place: Place, bounds: Bounds) -> int:
+    def begin(self, partition: Partition, bounds: PartitionBounds) -> int:
         """The offset to begin at."""
         first, end, since, committed = bounds
-        start = max(first, end - _MOST_RECORDS, first if since is None else since)
-        left = self._left.pop(place, None)
+        start = max(first, end - _MAX_RECORDS_READ_BACK, first if since is None else since)
+        left = self._saved.pop(partition, None)
         known = committed if committed is not None and first <= committed <= end else None
         news, judged = end, first if known is None else known
-        if left is not None and start <= left.next <= end:
-            news, judged = left.news, left.judged
-            start = start if left.anew else left.next
-        self._unplaced.discard(place)
-        self._reading[place] = _Partition(start, end, news, judged, known or 0)
+        if left is not None and start <= left.next_offset <= end:
+            news, judged = left.live_from, left.reject_from
+            start = start if left.reread else left.next_offset
+        self._pending.discard(partition)
+        self._active[partition] = _PartitionProgress(start, end, news, judged, known or 0)
         return start
 
     # -- records ---------------------------------------------------------------------------
 
-    def take(self, place: Place, records: Iterable[Taken], received: int) -> list[Told]:
+    def read(
+        self, partition: Partition, records: Iterable[ConsumedRecord], received_at: int
+    ) -> list[DecodedRecord]:
         """What records of a partition, in order, tell that is new."""
-        at, topic = self._reading.get(place), self._topics.get(place.topic)
+        at, topic = self._active.get(partition), self._topics.get(partition.topic)
         if at is None or topic is None:
             return []  # fetched before it was known where to begin
-        told: list[Told] = []
+        told: list[DecodedRecord] = []
         for record in records:
             offset = record.offset
-            if offset < at.next:
+            if offset < at.next_offset:
                 continue
-            at.next = offset + 1
+            at.next_offset = offset + 1
             try:
-                update = self._read(topic, record, received)
+                update = self._decode(topic, record, received_at)
             except CandleMessageError as error:
-                if offset >= at.judged:
-                    reason = f"{place.topic}[{place.partition}]@{offset}: {error}"
-                    told.append(Rejected(error.series, reason, record.value or b""))
+                if offset >= at.reject_from:
+                    reason = f"{partition.topic}[{partition.partition}]@{offset}: {error}"
+                    told.append(InvalidRecord(error.series, reason, record.value or b""))
                 continue
             if update is not None:
-                self._seen[update.series] = place
-                if offset >= at.news:
+                self._last_partition[update.series] = partition
+                if offset >= at.live_from:
                     told.append(update)
         return told
 
-    def passed(self, place: Place, position: int) -> None:
+    def advance(self, partition: Partition, position: int) -> None:
         """The consumer is there: what it gave no records for is nothing to wait for."""
-        if (at := self._reading.get(place)) is not None:
-            at.next = max(at.next, position)
+        if (at := self._active.get(partition)) is not None:
+            at.next_offset = max(at.next_offset, position)
 
-    def _read(self, topic: _Topic, record: Taken, received: int) -> Update | None:
+    def _decode(self, topic: _Topic, record: ConsumedRecord, received: int) -> Update | None:
         """What a record says, and on the shelf with it; None if it is of none of ours.
 
         Raises WireError.
@@ -227,74 +234,83 @@ class Reading:
         series = None
         if record.key:
             series = topic.followed.get(record.key)
-            if series is None and (other := _named(record.key)) is not None:
-                _fits(other, topic)
+            if series is None and (other := _parse_series(record.key)) is not None:
+                _check_timeframe(other, topic)
                 return None
         if record.value is None:
             raise CandleMessageError("a record without a value", series)
         update = decode_update(record.value, series, received)
         if update.series.name.encode() not in topic.followed:
-            _fits(update.series, topic)
+            _check_timeframe(update.series, topic)
             return None
         candle = update.candle
         if update.closed:
             if (fault := candle.invalid_reason()) is not None:
                 raise CandleMessageError(fault, update.series)
             if candle.time <= received:  # what opens only then would crowd out what is real
-                self._shelf.put(update.series, candle)
+                self._recent_bars.put(update.series, candle)
         return update
 
     # -- history ---------------------------------------------------------------------------
 
     @property
-    def behind(self) -> Collection[Place]:
+    def catching_up(self) -> Collection[Partition]:
         """Partitions whose history has not been read to its end."""
-        return [place for place, at in self._reading.items() if _missing(at)]
+        return [place for place, at in self._active.items() if _remaining(at)]
 
-    def lacks(self, series: Series, group: str) -> str:
+    def unavailable_reason(self, series: Series, group: str) -> str:
         """Why the history of ``series`` cannot be told now: a clause for people, or nothing."""
-        topic = candles(self._prefix, series.timeframe)
-        ours = {place: at for place, at in self._reading.items() if place.topic == topic}
-        if not ours or any(place.topic == topic for place in self._unplaced):
+        topic = candle_topic(self._prefix, series.timeframe)
+        ours = {place: at for place, at in self._active.items() if place.topic == topic}
+        if not ours or any(place.topic == topic for place in self._pending):
             return f"{topic}: its partitions are not ours yet, in the group {group}"
-        if missing := sum(map(_missing, ours.values())):
+        if missing := sum(map(_remaining, ours.values())):
             return f"{topic}: {missing:,} records are still to be read back"
-        if len(ours) < self._partitions.get(topic, 0) and self._seen.get(series) not in ours:
+        if (
+            len(ours) < self._partition_counts.get(topic, 0)
+            and self._last_partition.get(series) not in ours
+        ):
             return (
-                f"{topic}: {len(ours)} of its {self._partitions[topic]} partitions are ours, and "
+                f"{topic}: {len(ours)} of its {self._partition_counts[topic]} partitions are ours, and "
                 f"{series} is in none of them; other members of the group {group} have the rest"
             )
         return ""
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
         """The bars with start <= open < end that have closed, ascending."""
-        bars = self._shelf.between(series, start, end)
+        bars = self._recent_bars.between(series, start, end)
         return [candle for candle in bars if series.timeframe.after(candle.time) <= now]
 
     # -- the group -------------------------------------------------------------------------
 
     @property
-    def shared(self) -> Collection[str]:
+    def shared_topics(self) -> Collection[str]:
         """Topics that others in the group read with us."""
-        ours = [place.topic for place in {*self._reading, *self._unplaced}]
-        return sorted(name for name in {*ours} if ours.count(name) < self._partitions.get(name, 0))
+        ours = [place.topic for place in {*self._active, *self._pending}]
+        return sorted(
+            name for name in {*ours} if ours.count(name) < self._partition_counts.get(name, 0)
+        )
 
-    def offsets(self) -> dict[Place, int]:
+    def offsets_to_commit(self) -> dict[Partition, int]:
         """What is to be committed: how far we are beyond what was."""
-        return {place: at.next for place, at in self._reading.items() if at.next > at.committed}
+        return {
+            place: at.next_offset
+            for place, at in self._active.items()
+            if at.next_offset > at.committed
+        }
 
-    def committed(self, offsets: Mapping[Place, int]) -> None:
+    def on_committed(self, offsets: Mapping[Partition, int]) -> None:
         """The brokers know of these."""
         for place, offset in offsets.items():
-            if (at := self._reading.get(place)) is not None:
+            if (at := self._active.get(place)) is not None:
                 at.committed = offset
 
 
-def _missing(at: _Partition) -> int:
-    return max(0, at.end - at.next)
+def _remaining(at: _PartitionProgress) -> int:
+    return max(0, at.history_end - at.next_offset)
 
 
-def _named(key: bytes) -> Series | None:
+def _parse_series(key: bytes) -> Series | None:
     """The series that a key is the name of, if it is one's."""
     try:
         return Series.parse(key.decode())
@@ -302,6 +318,6 @@ def _named(key: bytes) -> Series | None:
         return None
 
 
-def _fits(series: Series, topic: _Topic) -> None:
+def _check_timeframe(series: Series, topic: _Topic) -> None:
     if series.timeframe != topic.timeframe:
         raise CandleMessageError(f"a bar of {series} among those of {topic.timeframe}", series)

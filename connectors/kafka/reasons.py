@@ -18,12 +18,12 @@ from aiokafka.errors import (
 )
 
 from kronos_connectors import tls
-from kronos_connectors.kafka.chatter import Chatter
-from kronos_connectors.kafka.options import NAMES, KafkaOptions
+from kronos_connectors.kafka.chatter import ErrorCapture
+from kronos_connectors.kafka.options import SETTING_NAMES, KafkaOptions
 from kronos_connectors.tls import Fault
 
 _PREFIX = "KRONOS_STREAM_KAFKA__"
-_LOGIN = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"
+_LOGIN_REMEDY = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"
 _TLS_ALERT = 0x1503
 """How an alert of TLS begins; to Kafka it is half the length of an answer."""
 _DENIED = (
@@ -31,54 +31,64 @@ _DENIED = (
     GroupAuthorizationFailedError,
     TopicAuthorizationFailedError,
 )
-_AWAY: dict[type[Exception], str] = {
+_UNREACHABLE: dict[type[Exception], str] = {
     ConnectionRefusedError: "nobody listens there (connection refused)",
     socket.gaierror: "no such host",
     TimeoutError: "no answer",
 }
 
 
-def fault(
-    error: BaseException, chatter: Chatter, options: KafkaOptions, *, silence: str = ""
+def explain(
+    error: BaseException,
+    captured: ErrorCapture,
+    options: KafkaOptions,
+    *,
+    timeout_message: str = "",
 ) -> Fault:
     """Why ``error``, which a client of aiokafka raised.
 
     chatter: what it has said meanwhile. silence: what it means that time was up.
     """
-    told = said(chatter, options)
+    told = explain_captured(captured, options)
     # Where no broker can be had it raises no more than that, or waits until time is up.
     if told is not None and (told.refused or isinstance(error, KafkaConnectionError)):
         return told
-    if isinstance(error, TimeoutError) and silence:
-        return told._replace(what=f"{silence} ({told.what})") if told else Fault(silence, "")
-    return _of(error, options)
+    if isinstance(error, TimeoutError) and timeout_message:
+        return (
+            told._replace(what=f"{timeout_message} ({told.what})")
+            if told
+            else Fault(timeout_message, "")
+        )
+    return _explain_error(error, options)
 
 
-def said(chatter: Chatter, options: KafkaOptions) -> Fault | None:
+def explain_captured(captured: ErrorCapture, options: KafkaOptions) -> Fault | None:
     """What was said of brokers: that one refuses us before all else, or what was said last."""
     faults = []
-    for where, error in chatter.said.items():
-        told = _of(error, options)
+    for where, error in captured.errors.items():
+        told = _explain_error(error, options)
         # A login is not one broker's business; nor is it to be told of each in turn.
-        place = options.bootstrap_servers if _of_login(error, options) else where
+        place = options.bootstrap_servers if _explain_login(error, options) else where
         faults.append(told._replace(what=f"{place}: {told.what}") if place else told)
     return next((one for one in faults if one.refused), faults[-1] if faults else None)
 
 
-def _of(error: BaseException, options: KafkaOptions) -> Fault:
+def _explain_error(error: BaseException, options: KafkaOptions) -> Fault:
     """What ``error`` means by itself."""
     return (
-        tls.fault(error, NAMES, options.ssl_cafile, options.ssl_certfile)
-        or _of_login(error, options)
-        or _of_connection(error, options)
+        tls.fault(error, SETTING_NAMES, options.ssl_cafile, options.ssl_certfile)
+        or _explain_login(error, options)
+        or _explain_connection(error, options)
         or Fault(str(error) or type(error).__name__, "")
     )
 
 
-def _of_login(error: BaseException, options: KafkaOptions) -> Fault | None:
+def _explain_login(error: BaseException, options: KafkaOptions) -> Fault | None:
     if isinstance(error, SaslAuthenticationFailed):
         told = ", ".join(map(str, error.args))
-        return Fault(f"login as {options.sasl_username} refused ({told})", _LOGIN, refused=True)
+        return Fault(
+            f"login as {options.sasl_username} refused ({told})", _LOGIN_REMEDY, refused=True
+        )
     if isinstance(error, UnsupportedSaslMechanismError):
         what = f"no login by {options.sasl_mechanism} there"
         return Fault(what, f"see {_PREFIX}SASL_MECHANISM", refused=True)
@@ -93,7 +103,7 @@ def _of_login(error: BaseException, options: KafkaOptions) -> Fault | None:
     return None
 
 
-def _of_connection(error: BaseException, options: KafkaOptions) -> Fault | None:
+def _explain_connection(error: BaseException, options: KafkaOptions) -> Fault | None:
     cause, security = error.__cause__ or error, f"see {_PREFIX}SECURITY_PROTOCOL"
     if isinstance(cause, asyncio.IncompleteReadError) and (cause.expected or 0) >> 16 == _TLS_ALERT:
         return Fault("it speaks TLS there", security, refused=True)
@@ -105,7 +115,7 @@ def _of_connection(error: BaseException, options: KafkaOptions) -> Fault | None:
         return Fault(what, f"set {_PREFIX}GROUP to a name that nobody else uses")
     if isinstance(error, UnsupportedCodecError):
         return Fault(str(error), "to have them all: pip install 'aiokafka[all]'")
-    for kind, what in _AWAY.items():
+    for kind, what in _UNREACHABLE.items():
         if isinstance(error, kind):
             return Fault(what, f"see {_PREFIX}BOOTSTRAP_SERVERS")
     return None

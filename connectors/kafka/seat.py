@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from kronos_connectors.kafka import member
-from kronos_connectors.kafka.member import ANSWER_SECONDS
+from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.message import REMOVAL
 from kronos_stream.market.clock import Clock
@@ -39,23 +39,23 @@ from kronos_stream.market.wire import RelayedBar, CandleMessageError, decode_bar
 _log = structlog.get_logger()
 
 _POLL_MS, _POLL_RECORDS = 200, 500
-_NOTE_SECONDS, _NOTE_PATIENCE_SECONDS = 0.5, 5.0
-_NOTE_TRIES = 3
+_COMMIT_INTERVAL_SECONDS, _COMMIT_TIMEOUT_SECONDS = 0.5, 5.0
+_COMMIT_FAILURES_BEFORE_WARNING = 3
 """So often noting may fail in a row before it is said."""
-_SHARING_SECONDS = 120.0
+_REBALANCE_DEADLINE_SECONDS = 120.0
 """The group may take so long to share out anew."""
-_TOPICS_SECONDS = 60.0
+_TOPIC_CHECK_SECONDS = 60.0
 """How often it is looked whether the topics are still there."""
-_CLOSE_SECONDS = 2.0
-_AHEAD_MS = 60_000
+_CLOSE_TIMEOUT_SECONDS = 2.0
+_MAX_CLOCK_SKEW_MS = 60_000
 """So far apart clocks may be."""
 
 
-class NoTopic(Exception):  # noqa: N818
+class TopicNotFound(Exception):  # noqa: N818
     """A topic is not there."""
 
 
-class Seat:
+class GroupSession:
     """See the module; :meth:`turns` once, then :meth:`leave` or :meth:`close`."""
 
     def __init__(
@@ -65,107 +65,111 @@ class Seat:
         topics: Mapping[str, Timeframe],
         needs: FeedNeeds,
         clock: Clock,
-        reader: PartitionHandler,
+        handler: PartitionHandler,
     ) -> None:
         """topics: to read, and whose bars are in them."""
-        self.reads = False
+        self.ready = False
         """Whether the group has given us what is ours, and it is known where that begins."""
-        self.unnoted: BaseException | None = None
+        self.commit_error: BaseException | None = None
         """Why what is done cannot be noted, for a while already."""
         self._options, self._group, self._topics = options, group, topics
-        self._needs, self._clock, self._reader = needs, clock, reader
-        self._consumer = member.make_sharing(options, group)
-        self._series: dict[bytes, Series | None] = {}
+        self._needs, self._clock, self._handler = needs, clock, handler
+        self._consumer = member.create_sticky_consumer(options, group)
+        self._series_by_key: dict[bytes, Series | None] = {}
         """By key: what it is the name of."""
-        self._unbegun: set[Partition] = set()
-        self._reached: dict[Partition, int] = {}
-        self._ends: dict[Partition, int] = {}
-        self._noting, self._failures = asyncio.Lock(), 0
+        self._pending: set[Partition] = set()
+        self._positions: dict[Partition, int] = {}
+        self._end_offsets: dict[Partition, int] = {}
+        self._commit_lock, self._commit_failures = asyncio.Lock(), 0
 
-    async def turns(self) -> AsyncIterator[None]:
+    async def poll(self) -> AsyncIterator[None]:
         """Read for ever; a turn is over now and then.
 
         Raises NoTopic, KafkaError or OSError.
         """
         consumer = self._consumer
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             await consumer.start()
-        await self._look_for_topics()
-        consumer.subscribe(sorted(self._topics), listener=_Listener(self, self._reader))
-        pulse, now = member.Pulse(self._now()), self._now()
-        note_at, look_at, shared_at = now, now + _TOPICS_SECONDS, now
+        await self._check_topics()
+        consumer.subscribe(sorted(self._topics), listener=_RebalanceListener(self, self._handler))
+        pulse, now = member.LivenessCheck(self._now()), self._now()
+        note_at, look_at, shared_at = now, now + _TOPIC_CHECK_SECONDS, now
         while True:
             if now >= look_at:
-                await self._look_for_topics()
-                look_at = now + _TOPICS_SECONDS
-            if self._unbegun:
-                await self._begin()
-            wanted = self._choose()
-            given, now = await self._take(), self._now()
+                await self._check_topics()
+                look_at = now + _TOPIC_CHECK_SECONDS
+            if self._pending:
+                await self._seek_to_start()
+            wanted = self._apply_pauses()
+            given, now = await self._poll_records(), self._now()
             if given:
                 shared_at = now
-            elif now - shared_at > _SHARING_SECONDS:
-                raise KafkaError(f"the group has not shared out anew in {_SHARING_SECONDS:g} s")
+            elif now - shared_at > _REBALANCE_DEADLINE_SECONDS:
+                raise KafkaError(
+                    f"the group has not shared out anew in {_REBALANCE_DEADLINE_SECONDS:g} s"
+                )
             if given and wanted:
                 pulse.check(consumer, now)
             else:  # no broker is asked for records
-                pulse = member.Pulse(now)
+                pulse = member.LivenessCheck(now)
             if now >= note_at:
-                self._tell_lags()
-                note_at = now + (1 if await self.note() else 10) * _NOTE_SECONDS
+                self._report_lags()
+                note_at = now + (1 if await self.commit() else 10) * _COMMIT_INTERVAL_SECONDS
             yield
             await asyncio.sleep(0)  # records that wait already must not starve the others
 
-    async def leave(self) -> None:
+    async def drain_and_close(self) -> None:
         """Finish what is in hand, note it, and leave; bounded."""
-        await self._reader.drain()
-        await self.note()
-        self.taken()
-        await member.end(self._consumer)
+        await self._handler.drain()
+        await self.commit()
+        self.on_revoked()
+        await member.close_consumer(self._consumer)
 
     async def close(self) -> None:
         """Note what is done, and leave; bounded."""
-        await self.note()
-        await member.end(self._consumer)
+        await self.commit()
+        await member.close_consumer(self._consumer)
 
     # -- what is ours ----------------------------------------------------------------------
 
-    def given(self, parts: Sequence[Partition]) -> None:
+    def on_assigned(self, partitions: Sequence[Partition]) -> None:
         """The group has given us these, and no others; maybe none."""
-        self._unbegun = set(parts)
-        self.reads = not parts
-        self._reader.on_assigned(parts)
+        self._pending = set(partitions)
+        self.ready = not partitions
+        self._handler.on_assigned(partitions)
 
-    def taken(self) -> None:
+    def on_revoked(self) -> None:
         """Nothing is ours any more."""
-        self.reads = False
-        self._unbegun.clear()
-        self._reached.clear()
-        self._reader.on_revoked()
+        self.ready = False
+        self._pending.clear()
+        self._positions.clear()
+        self._handler.on_revoked()
 
-    async def _look_for_topics(self) -> None:
-        async with asyncio.timeout(ANSWER_SECONDS):
+    async def _check_topics(self) -> None:
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             there = await self._consumer.topics()
         if missing := sorted(self._topics.keys() - there):
             lacking = ",".join(str(self._topics[name]) for name in missing)
-            raise NoTopic(
+            raise TopicNotFound(
                 f"no topic {', '.join(missing)}, or no right to see it; to create it: "
                 f"kronos-stream topics create --candles {lacking}"
             )
 
-    async def _begin(self) -> None:
+    async def _seek_to_start(self) -> None:
         """Look up where parts begin that are ours since just now."""
         consumer = self._consumer
-        places = [TopicPartition(*part) for part in sorted(self._unbegun)]
-        async with asyncio.timeout(ANSWER_SECONDS):
+        places = [TopicPartition(*part) for part in sorted(self._pending)]
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             firsts = await consumer.beginning_offsets(places)
             ends = await consumer.end_offsets(places)
-            since = await consumer.offsets_for_times({one: self._since(one) for one in places})
-            notes = await self._noted(places)
+            since = await consumer.offsets_for_times(
+                {one: self._oldest_timestamp(one) for one in places}
+            )
+            notes = await self._fetch_committed(places)
         back = 0
         for place in places:
             part = Partition(*place)
-            if part not in self._unbegun or place not in consumer.assignment():
+            if part not in self._pending or place not in consumer.assignment():
                 continue  # taken from us meanwhile
             young, note = since.get(place), notes[place]
             extent = PartitionBounds(
@@ -174,44 +178,48 @@ class Seat:
                 ends[place] if young is None else young.offset,
                 None if note.offset < 0 else Checkpoint(note.offset, note.metadata),
             )
-            start = self._reached[part] = self._reader.start_partition(part, extent)
-            self._ends[part] = extent.end
+            start = self._positions[part] = self._handler.start_partition(part, extent)
+            self._end_offsets[part] = extent.end
             consumer.seek(place, start)
-            self._unbegun.discard(part)
+            self._pending.discard(part)
             back += extent.end - start
-        self.reads = not self._unbegun
+        self.ready = not self._pending
         _log.info("reads candle topics", partitions=len(places), records_back=back)
 
-    async def _noted(self, places: Sequence[TopicPartition]) -> dict[Any, OffsetAndMetadata]:
-        admin = AIOKafkaAdminClient(**self._options.connection())
+    async def _fetch_committed(
+        self, partitions: Sequence[TopicPartition]
+    ) -> dict[Any, OffsetAndMetadata]:
+        admin = AIOKafkaAdminClient(**self._options.client_arguments())
         try:
             await admin.start()
-            notes = await admin.list_consumer_group_offsets(self._group, partitions=list(places))
+            notes = await admin.list_consumer_group_offsets(
+                self._group, partitions=list(partitions)
+            )
         finally:
             with suppress(KafkaError, OSError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                     await admin.close()
         # Whoever was asked is not in charge any more, or not yet; aiokafka does not tell.
-        if set(places) - notes.keys():
+        if set(partitions) - notes.keys():
             raise KafkaError(f"what the group {self._group} has done was not told")
         return dict(notes)
 
-    def _since(self, place: TopicPartition) -> int:
+    def _oldest_timestamp(self, partition: TopicPartition) -> int:
         """How young a record must be at least for a context that begins now, UTC ms.
 
         A record is made when its bar closes, or later, so none that is wanted is older; and whoever
         makes them may be behind.
         """
-        timeframe = self._topics[place.topic]
+        timeframe = self._topics[partition.topic]
         return max(0, timeframe.after(self._clock.now(), -2 * self._needs.lookback))
 
     # -- records ---------------------------------------------------------------------------
 
-    def _choose(self) -> bool:
+    def _apply_pauses(self) -> bool:
         """Have only those parts read of which more is wanted; whether there is any."""
         consumer = self._consumer
         ours = consumer.assignment()
-        enough = {TopicPartition(*part) for part in self._reader.paused()}
+        enough = {TopicPartition(*part) for part in self._handler.paused()}
         paused = consumer.paused()
         if more := (paused - enough) & ours:
             consumer.resume(*more)
@@ -219,7 +227,7 @@ class Seat:
             consumer.pause(*less)
         return bool(ours - enough)
 
-    async def _take(self) -> bool:
+    async def _poll_records(self) -> bool:
         """Wait a moment for records, and pass them on; False while the group shares out anew."""
         consumer = self._consumer
         try:
@@ -230,78 +238,82 @@ class Seat:
             return False
         for place, records in batches.items():
             timeframe = self._topics[place.topic]
-            told = [(one.offset, self._told(timeframe, one)) for one in records]
-            self._read(Partition(*place), told, records[-1].offset + 1)
-        for part in [*self._reached]:
+            told = [(one.offset, self._decode(timeframe, one)) for one in records]
+            self._dispatch(Partition(*place), told, records[-1].offset + 1)
+        for part in [*self._positions]:
             place = TopicPartition(*part)
             if place not in batches and place in consumer.assignment():
                 # Marks of transactions are no records, and are passed over.
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    self._read(part, (), await consumer.position(place))
+                async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+                    self._dispatch(part, (), await consumer.position(place))
         return True
 
-    def _read(self, part: Partition, told: Iterable[tuple[int, FeedRecord]], reached: int) -> None:
-        if reached > self._reached.get(part, reached):
-            self._reached[part] = reached
-            self._reader.on_records(part, told, reached)
+    def _dispatch(
+        self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], position: int
+    ) -> None:
+        if position > self._positions.get(partition, position):
+            self._positions[partition] = position
+            self._handler.on_records(partition, records, position)
 
-    def _told(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> FeedRecord:
+    def _decode(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> FeedRecord:
         """What a record says."""
-        series = self._named(record.key or b"")
+        series = self._parse_series(record.key or b"")
         value = record.value or b""
         try:
             gone = ("ce_type", REMOVAL.encode()) in record.headers and series is not None
             told = SeriesRemoved(series) if gone and series else decode_bar(value, series)
             if told is not None:
-                _fits(told, timeframe, record.timestamp)
+                _validate(told, timeframe, record.timestamp)
         except CandleMessageError as error:
             where = f"{record.topic}[{record.partition}]@{record.offset}"
             return Unreadable(error.series, f"{where}: {error}", value)
         return told
 
-    def _named(self, key: bytes) -> Series | None:
-        if key not in self._series:
+    def _parse_series(self, key: bytes) -> Series | None:
+        if key not in self._series_by_key:
             try:
-                self._series[key] = Series.parse(key.decode())
+                self._series_by_key[key] = Series.parse(key.decode())
             except ValueError:
                 return None
-        return self._series[key]
+        return self._series_by_key[key]
 
     # -- what is done ----------------------------------------------------------------------
 
-    def _tell_lags(self) -> None:
-        if not self.reads:
+    def _report_lags(self) -> None:
+        if not self.ready:
             return
         lags = dict.fromkeys(self._topics, 0)
-        for part, reached in self._reached.items():
+        for part, reached in self._positions.items():
             with suppress(KafkaError, AssertionError):  # no longer ours
                 end = self._consumer.highwater(TopicPartition(*part)) or 0
-                lags[part.log] += max(0, max(end, self._ends[part]) - reached)
-        self._reader.on_lag(lags)
+                lags[part.log] += max(0, max(end, self._end_offsets[part]) - reached)
+        self._handler.on_lag(lags)
 
-    async def note(self) -> bool:
+    async def commit(self) -> bool:
         """Commit what is done; False if that was not possible. Bounded."""
-        async with self._noting:
+        async with self._commit_lock:
             ours = self._consumer.assignment()
             notes = {
                 part: note
-                for part, note in self._reader.pending_checkpoints().items()
+                for part, note in self._handler.pending_checkpoints().items()
                 if part in ours
             }
             if not notes:
                 return True
             offsets = {TopicPartition(*part): (*note,) for part, note in notes.items()}
             try:
-                async with asyncio.timeout(_NOTE_PATIENCE_SECONDS):
+                async with asyncio.timeout(_COMMIT_TIMEOUT_SECONDS):
                     await self._consumer.commit(offsets)
             except (KafkaError, OSError) as error:
-                self._failures += 1
-                if self._failures == _NOTE_TRIES:
+                self._commit_failures += 1
+                if self._commit_failures == _COMMIT_FAILURES_BEFORE_WARNING:
                     _log.warning("offsets cannot be committed", why=repr(error))
-                self.unnoted = error if self._failures >= _NOTE_TRIES else None
+                self.commit_error = (
+                    error if self._commit_failures >= _COMMIT_FAILURES_BEFORE_WARNING else None
+                )
                 return False
-            self._failures, self.unnoted = 0, None
-            self._reader.on_checkpointed(notes)
+            self._commit_failures, self.commit_error = 0, None
+            self._handler.on_checkpointed(notes)
             return True
 
     @staticmethod
@@ -309,34 +321,34 @@ class Seat:
         return asyncio.get_running_loop().time()
 
 
-def _fits(told: RelayedBar | SeriesRemoved, timeframe: Timeframe, written: int) -> None:
+def _validate(record: RelayedBar | SeriesRemoved, timeframe: Timeframe, written_at: int) -> None:
     """Raises WireError. written: when the record was, UTC ms."""
-    series = told.series
+    series = record.series
     if series.timeframe != timeframe:
         raise CandleMessageError(f"{series} among the series of {timeframe}", series)
-    if isinstance(told, RelayedBar):
-        ahead = timeframe.after(told.bar.candle.time) - written
-        if ahead > _AHEAD_MS:
+    if isinstance(record, RelayedBar):
+        ahead = timeframe.after(record.bar.candle.time) - written_at
+        if ahead > _MAX_CLOCK_SKEW_MS:
             raise CandleMessageError(
                 f"a bar that closes {ahead / 1000:.0f} s after it was written", series
             )
 
 
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+class _RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Tells what the group gives and takes; the group waits while what is in hand is finished."""
 
-    def __init__(self, seat: Seat, reader: PartitionHandler) -> None:
-        self._seat, self._reader = seat, reader
+    def __init__(self, session: GroupSession, handler: PartitionHandler) -> None:
+        self._session, self._handler = session, handler
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         try:
             if any(True for _ in revoked):
-                await self._reader.drain()
-                await self._seat.note()
+                await self._handler.drain()
+                await self._session.commit()
         except Exception:  # noqa: BLE001 - aiokafka would say nothing of it, and go on
             _log.exception("not handed over in good order")
         finally:
-            self._seat.taken()
+            self._session.on_revoked()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._seat.given([Partition(*place) for place in assigned])
+        self._session.on_assigned([Partition(*place) for place in assigned])

@@ -16,12 +16,12 @@ from aiokafka.coordinator.protocol import (
     ConsumerProtocolMemberMetadata,
 )
 
-Owned = Mapping[str, Iterable[int]]
+OwnedPartitions = Mapping[str, Iterable[int]]
 """Partitions by topic."""
 
 
-def share_out(
-    topics: Mapping[str, Iterable[int]], members: Mapping[str, Owned]
+def assign_partitions(
+    topics: Mapping[str, Iterable[int]], members: Mapping[str, OwnedPartitions]
 ) -> dict[str, dict[str, list[int]]]:
     """Whose is what: by member and topic.
 
@@ -51,10 +51,10 @@ def share_out(
     return shares
 
 
-def assignor() -> type[AbstractPartitionAssignor]:
+def create_sticky_assignor() -> type[AbstractPartitionAssignor]:
     """For one consumer: aiokafka's assignors keep what they remember with their class."""
 
-    class Sharing(AbstractPartitionAssignor):  # type: ignore[misc]
+    class StickyAssignor(AbstractPartitionAssignor):  # type: ignore[misc]
         """Every member tells what it has; the group's leader shares out."""
 
         name = "kronos"
@@ -66,10 +66,10 @@ def assignor() -> type[AbstractPartitionAssignor]:
         ) -> dict[str, ConsumerProtocolMemberAssignment]:
             wanted = {topic for one in members.values() for topic in one.subscription}
             topics = {topic: cluster.partitions_for_topic(topic) or () for topic in wanted}
-            had = {one: _read(metadata.user_data) for one, metadata in members.items()}
+            had = {one: _decode_owned(metadata.user_data) for one, metadata in members.items()}
             return {
                 one: ConsumerProtocolMemberAssignment(0, sorted(share.items()), b"")
-                for one, share in share_out(topics, had).items()
+                for one, share in assign_partitions(topics, had).items()
             }
 
         @classmethod
@@ -80,13 +80,13 @@ def assignor() -> type[AbstractPartitionAssignor]:
         def on_assignment(cls, assignment: ConsumerProtocolMemberAssignment) -> None:
             cls._owned = {topic: list(partitions) for topic, partitions in assignment.assignment}
 
-    return Sharing
+    return StickyAssignor
 
 
-def _read(said: bytes) -> dict[str, list[int]]:
+def _decode_owned(user_data: bytes) -> dict[str, list[int]]:
     """What a member has had; nothing if that cannot be read."""
     try:
-        owned = orjson.loads(said)
+        owned = orjson.loads(user_data)
         return {str(topic): [int(one) for one in parts] for topic, parts in owned.items()}
     except (ValueError, TypeError, AttributeError):
         return {}

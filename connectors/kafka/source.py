@@ -18,12 +18,12 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from kronos_connectors.kafka import member
-from kronos_connectors.kafka.chatter import listen
-from kronos_connectors.kafka.member import ANSWER_SECONDS
+from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reading import Bounds, Reading, Rejected
-from kronos_connectors.kafka.reasons import fault
-from kronos_connectors.kafka.topics import candles
+from kronos_connectors.kafka.reading import PartitionBounds, TopicState, InvalidRecord
+from kronos_connectors.kafka.reasons import explain
+from kronos_connectors.kafka.topics import candle_topic
 from kronos_connectors.tls import Fault
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
@@ -33,10 +33,10 @@ from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceErr
 _log = structlog.get_logger()
 
 _POLL_MS, _POLL_RECORDS = 500, 500
-_COMMIT_SECONDS, _COMMIT_PATIENCE_SECONDS = 5.0, 2.0
-_HISTORY_SECONDS, _LOOK_SECONDS = 30.0, 0.05
-_CLOSE_SECONDS = 2.0
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
+_COMMIT_INTERVAL_SECONDS, _COMMIT_TIMEOUT_SECONDS = 5.0, 2.0
+_HISTORY_TIMEOUT_SECONDS, _HISTORY_POLL_SECONDS = 30.0, 0.05
+_CLOSE_TIMEOUT_SECONDS = 2.0
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
 
 
 class KafkaSource:
@@ -51,21 +51,21 @@ class KafkaSource:
         # Venues such as kafka.us beside kafka must not take each other's partitions.
         self._group = options.group or f"{options.topic_prefix}-ingest"
         self._group += venue.removeprefix("kafka")
-        self._reading = Reading(options.topic_prefix, options.history_bars)
+        self._topic_state = TopicState(options.topic_prefix, options.history_bars)
         self._consumer: AIOKafkaConsumer | None = None
-        self._chatter = listen()
-        self._wanted = asyncio.Event()
-        self._trouble = ""
+        self._client_errors = capture_aiokafka_errors()
+        self._has_series = asyncio.Event()
+        self._problem = ""
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         options = self._options
-        self._chatter.forget()
+        self._client_errors.clear()
         try:
-            client = AIOKafkaClient(**options.connection())
+            client = AIOKafkaClient(**options.client_arguments())
         except OSError as error:  # a certificate that has been changed since the start
             raise LoginRefused(f"kafka: {self._explain(error)}") from error
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
                 await client.bootstrap()
                 # All topics, since a broker may create what it is asked about by name.
                 topics = (await client.fetch_all_metadata()).topics()
@@ -75,9 +75,9 @@ class KafkaSource:
             raise kind(f"kafka: {found}") from error
         finally:
             with suppress(KafkaError, OSError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
+                async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                     await client.close()
-        wanted = {one: candles(options.topic_prefix, one.timeframe) for one in series}
+        wanted = {one: candle_topic(options.topic_prefix, one.timeframe) for one in series}
         return {
             one: f"no topic {name}, or no right to see it; to create it: "
             f"kronos-stream topics create --candles {one.timeframe}"
@@ -85,93 +85,93 @@ class KafkaSource:
             if name not in topics
         }
 
-    def follow(self, series: Collection[Series]) -> None:
-        self._reading.follow(series)
+    def subscribe(self, series: Collection[Series]) -> None:
+        self._topic_state.follow(series)
         if series:
-            self._wanted.set()
+            self._has_series.set()
         else:
-            self._wanted.clear()
+            self._has_series.clear()
 
-    async def run(self, intake: SourceCallbacks) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         tries = 0
         while True:
-            await self._wanted.wait()
+            await self._has_series.wait()
             began = self._now()
             try:
-                await self._read(intake)
+                await self._run_consumer(callbacks)
             except Exception as error:  # noqa: BLE001 - whatever it was, a new consumer begins anew
                 if not isinstance(error, (KafkaError, OSError)):  # a timeout is an OSError, too
                     _log.exception("unexpected failure of the kafka consumer")
-                intake.count_event("lost")
+                callbacks.count_event("lost")
                 why = str(self._explain(error))
-                if why != self._trouble:  # an outage is told of once
+                if why != self._problem:  # an outage is told of once
                     _log.warning("candles cannot be read from kafka", why=why)
-                self._trouble = why
-            await self._let_go()
+                self._problem = why
+            await self._close_consumer()
             tries = 0 if self._now() - began > _HEALTHY_SECONDS else tries + 1
-            await self._clock.sleep(self._pause(tries))
+            await self._clock.sleep(self._retry_delay(tries))
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         """What was read back and has come since; waits a while until all was read back."""
         began = self._now()
-        while lack := self._reading.lacks(series, self._group):
-            if self._now() - began > _HISTORY_SECONDS:
-                raise SourceError(f"{lack} ({self._trouble})" if self._trouble else lack)
-            await asyncio.sleep(_LOOK_SECONDS)
-        return self._reading.history(series, start, end, self._clock.now())
+        while lack := self._topic_state.unavailable_reason(series, self._group):
+            if self._now() - began > _HISTORY_TIMEOUT_SECONDS:
+                raise SourceError(f"{lack} ({self._problem})" if self._problem else lack)
+            await asyncio.sleep(_HISTORY_POLL_SECONDS)
+        return self._topic_state.history(series, start, end, self._clock.now())
 
     async def close(self) -> None:
         if self._consumer is not None:
             await self._commit(self._consumer)
-        await self._let_go()
+        await self._close_consumer()
 
     # -- one consumer ----------------------------------------------------------------------
 
-    async def _read(self, intake: SourceCallbacks) -> None:
+    async def _run_consumer(self, intake: SourceCallbacks) -> None:
         """Read until there is nothing to follow. Raises KafkaError or OSError."""
-        self._chatter.forget()
-        consumer = self._consumer = member.make(self._options, self._group)
-        async with asyncio.timeout(ANSWER_SECONDS):
+        self._client_errors.clear()
+        consumer = self._consumer = member.create_consumer(self._options, self._group)
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             await consumer.start()
         intake.count_event("connected")
-        listener, topics = member.Listener(self._reading, consumer), frozenset[str]()
-        pulse, commit_at = member.Pulse(self._now()), self._now()
-        while self._reading.topics:
-            if self._reading.topics != topics:
-                topics = self._reading.topics
+        listener, topics = member.RebalanceListener(self._topic_state, consumer), frozenset[str]()
+        pulse, commit_at = member.LivenessCheck(self._now()), self._now()
+        while self._topic_state.topics:
+            if self._topic_state.topics != topics:
+                topics = self._topic_state.topics
                 consumer.subscribe(sorted(topics), listener=listener)
-            await self._begin(consumer)
-            await self._take(consumer, intake)
+            await self._seek_to_start(consumer)
+            await self._poll_records(consumer, intake)
             pulse.check(consumer, self._now())
             if self._now() >= commit_at:
                 done = await self._commit(consumer)
-                commit_at = self._now() + (1 if done else 10) * _COMMIT_SECONDS
+                commit_at = self._now() + (1 if done else 10) * _COMMIT_INTERVAL_SECONDS
             await asyncio.sleep(0)  # records that wait already must not starve the others
 
-    async def _begin(self, consumer: AIOKafkaConsumer) -> None:
+    async def _seek_to_start(self, consumer: AIOKafkaConsumer) -> None:
         """Look up where partitions begin that are ours since just now."""
-        reading, now = self._reading, self._clock.now()
-        places = [TopicPartition(*place) for place in reading.unplaced]
+        reading, now = self._topic_state, self._clock.now()
+        places = [TopicPartition(*place) for place in reading.pending]
         if not places:
             return
-        async with asyncio.timeout(ANSWER_SECONDS):
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             firsts = await consumer.beginning_offsets(places)
             ends = await consumer.end_offsets(places)
-            times = {place: reading.since(place, now) for place in places}
+            times = {place: reading.oldest_timestamp(place, now) for place in places}
             since = await consumer.offsets_for_times(times)
             committed = await asyncio.gather(*map(consumer.committed, places))
         behind = 0
         for place, offset in zip(places, committed, strict=True):
-            if place in reading.unplaced and place in consumer.assignment():
+            if place in reading.pending and place in consumer.assignment():
                 at = since.get(place)
-                bounds = Bounds(firsts[place], ends[place], at and at.offset, offset)
+                bounds = PartitionBounds(firsts[place], ends[place], at and at.offset, offset)
                 start = reading.begin(place, bounds)
                 consumer.seek(place, start)
                 behind += ends[place] - start
-        self._trouble = ""
-        self._chatter.forget()
+        self._problem = ""
+        self._client_errors.clear()
         _log.info("reads candles from kafka", partitions=len(places), records_back=behind)
-        if shared := reading.shared:
+        if shared := reading.shared_topics:
             _log.warning(
                 "others read these topics with us, and take series from us; if they should not, "
                 "set KRONOS_STREAM_KAFKA__GROUP to a name of our own",
@@ -179,9 +179,9 @@ class KafkaSource:
                 group=self._group,
             )
 
-    async def _take(self, consumer: AIOKafkaConsumer, intake: SourceCallbacks) -> None:
+    async def _poll_records(self, consumer: AIOKafkaConsumer, intake: SourceCallbacks) -> None:
         """Wait a moment for records, and pass them on."""
-        reading = self._reading
+        reading = self._topic_state
         try:
             # While the group shares out anew, aiokafka waits for that without end.
             async with asyncio.timeout(2 * _POLL_MS / 1000):
@@ -190,48 +190,48 @@ class KafkaSource:
             batches = {}
         now = self._clock.now()
         for place, records in batches.items():
-            for told in reading.take(place, records, now):
-                if isinstance(told, Rejected):
+            for told in reading.read(place, records, now):
+                if isinstance(told, InvalidRecord):
                     intake.reject(*told)
                 else:
                     intake.update(told)
-        for place in reading.behind:
+        for place in reading.catching_up:
             if place in consumer.assignment():
-                reading.passed(place, await consumer.position(place))
+                reading.advance(place, await consumer.position(place))
 
     async def _commit(self, consumer: AIOKafkaConsumer) -> bool:
         """Let the brokers know how far we are: for those who watch the lag, not for ourselves."""
         ours = consumer.assignment()
         offsets = {
             TopicPartition(*place): offset
-            for place, offset in self._reading.offsets().items()
+            for place, offset in self._topic_state.offsets_to_commit().items()
             if place in ours
         }
         if not offsets:
             return True
         try:
-            async with asyncio.timeout(_COMMIT_PATIENCE_SECONDS):
+            async with asyncio.timeout(_COMMIT_TIMEOUT_SECONDS):
                 await consumer.commit(offsets)
         except (KafkaError, OSError) as error:
             _log.debug("offsets not committed", why=str(error))
             return False
-        self._reading.committed(offsets)
+        self._topic_state.on_committed(offsets)
         return True
 
-    async def _let_go(self) -> None:
+    async def _close_consumer(self) -> None:
         consumer, self._consumer = self._consumer, None
-        self._reading.lost()
+        self._topic_state.on_lost()
         if consumer is not None:
-            await member.end(consumer)
+            await member.close_consumer(consumer)
 
     # -- small things ----------------------------------------------------------------------
 
     def _explain(self, error: BaseException) -> Fault:
-        silence = f"no answer in {ANSWER_SECONDS:g} s"
-        return fault(error, self._chatter, self._options, silence=silence)
+        silence = f"no answer in {REQUEST_TIMEOUT_SECONDS:g} s"
+        return explain(error, self._client_errors, self._options, timeout_message=silence)
 
-    def _pause(self, tries: int) -> float:
-        most = min(_SHORTEST_PAUSE_SECONDS * 2.0 ** min(tries, 10), _LONGEST_PAUSE_SECONDS)
+    def _retry_delay(self, tries: int) -> float:
+        most = min(_MIN_RETRY_SECONDS * 2.0 ** min(tries, 10), _MAX_RETRY_SECONDS)
         return most * self._random.uniform(0.5, 1.0)
 
     @staticmethod

@@ -11,12 +11,12 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 _DAY_MS = 86_400_000
-_CANDLE_BARS = 2 * 2_048
+_MIN_CANDLE_BARS = 2 * 2_048
 """Bars of a candle topic that must be there: twice the longest context of any model."""
 
 
 @dataclass(frozen=True, slots=True)
-class Topic:
+class TopicSpec:
     """A topic as it should be."""
 
     name: str
@@ -24,22 +24,22 @@ class Topic:
     configs: dict[str, str] = field(hash=False)
 
 
-def forecasts(prefix: str) -> str:
+def forecast_topic(prefix: str) -> str:
     """Every forecast."""
     return f"{prefix}.forecasts.v1"
 
 
-def latest(prefix: str) -> str:
+def latest_topic(prefix: str) -> str:
     """The newest forecast of each series: compacted."""
     return f"{prefix}.forecasts.latest.v1"
 
 
-def deadletter(prefix: str) -> str:
+def deadletter_topic(prefix: str) -> str:
     """What could not be taken in or sent out, and why."""
     return f"{prefix}.deadletter.v1"
 
 
-def candles(prefix: str, timeframe: Timeframe) -> str:
+def candle_topic(prefix: str, timeframe: Timeframe) -> str:
     """Closed bars of one timeframe."""
     return f"{prefix}.candles.{timeframe}.v1"
 
@@ -50,16 +50,16 @@ def timeframe_of(topic: str) -> str:
     return timeframe if (kind, version) == ("candles", "v1") else ""
 
 
-def of_record(prefix: str, kind: RecordKind, key: str) -> tuple[str, ...]:
+def topics_for_record(prefix: str, kind: RecordKind, key: str) -> tuple[str, ...]:
     """To which topics a record goes. key: its series, empty for a dead letter without one."""
     if kind == "deadletter":
-        return (deadletter(prefix),)
+        return (deadletter_topic(prefix),)
     if kind == "candle":
-        return (candles(prefix, Series.parse(key).timeframe),)
-    return forecasts(prefix), latest(prefix)
+        return (candle_topic(prefix, Series.parse(key).timeframe),)
+    return forecast_topic(prefix), latest_topic(prefix)
 
 
-def wanted(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[Topic]:
+def required_topics(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[TopicSpec]:
     """The topics that a daemon with these options writes to.
 
     Compression is left to the cluster: gzip by the broker adds 8 ms to 20 forecasts of 6 KB, lz4
@@ -74,20 +74,24 @@ def wanted(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[
         "min.cleanable.dirty.ratio": "0.1",
     }
     return [
-        Topic(forecasts(prefix), partitions, _kept_for(kept)),
-        Topic(latest(prefix), partitions, compacted),
-        Topic(deadletter(prefix), partitions, _kept_for(max(kept, 30 * _DAY_MS))),
+        TopicSpec(forecast_topic(prefix), partitions, _retention_config(kept)),
+        TopicSpec(latest_topic(prefix), partitions, compacted),
+        TopicSpec(deadletter_topic(prefix), partitions, _retention_config(max(kept, 30 * _DAY_MS))),
         *(
-            Topic(candles(prefix, timeframe), partitions, _kept_for(_history(timeframe)))
+            TopicSpec(
+                candle_topic(prefix, timeframe),
+                partitions,
+                _retention_config(_candle_retention_ms(timeframe)),
+            )
             for timeframe in timeframes
         ),
     ]
 
 
-def _kept_for(milliseconds: int) -> dict[str, str]:
+def _retention_config(milliseconds: int) -> dict[str, str]:
     return {"cleanup.policy": "delete", "retention.ms": str(milliseconds)}
 
 
-def _history(timeframe: Timeframe) -> int:
+def _candle_retention_ms(timeframe: Timeframe) -> int:
     bar = timeframe.milliseconds
-    return -1 if bar is None else max(_CANDLE_BARS * bar, 7 * _DAY_MS)
+    return -1 if bar is None else max(_MIN_CANDLE_BARS * bar, 7 * _DAY_MS)

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 
-from kronos_connectors.kafka.chatter import listen
+from kronos_connectors.kafka.chatter import capture_aiokafka_errors
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import fault, said
-from kronos_connectors.kafka.topics import forecasts as topic_of
+from kronos_connectors.kafka.reasons import explain, explain_captured
+from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_connectors.tls import Fault
 from kronos_stream.client import Forecast, forecasts
 from kronos_stream.commands._board import ForecastTable, format_line
@@ -124,7 +124,7 @@ def _kafka_options(options: Options) -> KafkaOptions:
 def _stream(
     options: Options, kafka: KafkaOptions, start: Start, *, expired: bool
 ) -> AsyncGenerator[Forecast, None]:
-    connection = kafka.connection()
+    connection = kafka.client_arguments()
     return forecasts(
         connection.pop("bootstrap_servers"),
         series=options.series or None,
@@ -143,7 +143,7 @@ async def _show(
     series: Sequence[str],
 ) -> None:
     """Show what comes; say so, once, if nothing does."""
-    chatter = listen()
+    chatter = capture_aiokafka_errors()
     loop = asyncio.get_running_loop()
     waiting_since: float | None = loop.time()
     async with aclosing(stream):
@@ -160,7 +160,9 @@ async def _show(
                     and loop.time() - waiting_since > _WAITING_NOTICE_SECONDS
                 ):
                     waiting_since = None
-                    click.echo(_waiting_notice(kafka, series, said(chatter, kafka)), err=True)
+                    click.echo(
+                        _waiting_notice(kafka, series, explain_captured(chatter, kafka)), err=True
+                    )
                 screen.refresh()
         finally:
             coming.cancel()
@@ -188,4 +190,4 @@ def _run_until_interrupted(work: Coroutine[Any, Any, None], kafka: KafkaOptions)
             "to create it: kronos-stream topics create"
         ) from None
     except KafkaError as error:
-        raise click.ClickException(str(fault(error, listen(), kafka))) from error
+        raise click.ClickException(str(explain(error, capture_aiokafka_errors(), kafka))) from error

@@ -13,7 +13,7 @@ from kronos_stream.market.timeframe import Timeframe
 
 if TYPE_CHECKING:
     from kronos_connectors.kafka.options import KafkaOptions
-    from kronos_connectors.kafka.topics import Topic
+    from kronos_connectors.kafka.topics import TopicSpec
 
 _PROBLEMS_EXIT_CODE = 2
 
@@ -60,8 +60,8 @@ def check(timeframes: str) -> None:
     click.echo(f"{len(wanted)} topics are as they should be")
 
 
-def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
-    from kronos_connectors.kafka.topics import wanted
+def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[TopicSpec]]:
+    from kronos_connectors.kafka.topics import required_topics
     from kronos_stream.daemon.environment import candle_timeframes, read_options
 
     try:
@@ -69,7 +69,7 @@ def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[Topic]]:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     options = read_options("kafka", os.environ)
-    return options, wanted(options, parsed or candle_timeframes(os.environ))
+    return options, required_topics(options, parsed or candle_timeframes(os.environ))
 
 
 def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from kronos_connectors.mqtt.backoff import Backoff
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.reasons import SILENCE, Answer
+from kronos_connectors.mqtt.reasons import NO_RESPONSE, BrokerResponse
 from kronos_connectors.mqtt.subscriptions import (
-    PER_REQUEST,
+    TOPICS_PER_REQUEST,
     Subscribe,
     Subscriptions,
     Unsubscribe,
 )
-from kronos_connectors.mqtt.suspects import Suspects
-from kronos_connectors.mqtt.topics import SERIES, Template, encoded, fault
+from kronos_connectors.mqtt.suspects import PoisonTracker
+from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate, encode_level, invalid_reason
 from kronos_stream.daemon.environment import read_options
 from kronos_stream.daemon.settings import SettingsError
 from kronos_stream.market.series import Series
@@ -35,11 +35,13 @@ _URL = {"KRONOS_STREAM_MQTT__URL": "mqtt://localhost"}
 
 
 def test_a_series_has_a_topic_of_its_own() -> None:
-    template = Template("kronos/{venue}/{symbol}/{timeframe}", needed=SERIES, known=SERIES)
+    template = TopicTemplate(
+        "kronos/{venue}/{symbol}/{timeframe}", required=SERIES_FIELDS, allowed=SERIES_FIELDS
+    )
     perpetual = Series.parse("binance:BTC/USDT:USDT:5m")
-    assert template.of(perpetual) == "kronos/binance/BTC%2FUSDT:USDT/5m"
+    assert template.for_series(perpetual) == "kronos/binance/BTC%2FUSDT:USDT/5m"
     odd = Series.parse("mqtt:50%+#1 é:1M")
-    assert template.of(odd) == "kronos/mqtt/50%25%2B%231 é/1M"
+    assert template.for_series(odd) == "kronos/mqtt/50%25%2B%231 é/1M"
 
 
 _SYMBOLS = st.text(min_size=1).filter(lambda text: text.strip(" :") == text)
@@ -47,8 +49,10 @@ _SYMBOLS = st.text(min_size=1).filter(lambda text: text.strip(" :") == text)
 
 @given(_SYMBOLS, _SYMBOLS)
 def test_no_two_symbols_share_a_topic(one: str, other: str) -> None:
-    template = Template("c/{symbol}/{timeframe}", needed={"symbol"}, known=SERIES)
-    topics = [template.of(Series.of("mqtt", symbol, Timeframe(1, "m"))) for symbol in (one, other)]
+    template = TopicTemplate("c/{symbol}/{timeframe}", required={"symbol"}, allowed=SERIES_FIELDS)
+    topics = [
+        template.for_series(Series.of("mqtt", symbol, Timeframe(1, "m"))) for symbol in (one, other)
+    ]
     assert (topics[0] == topics[1]) == (one == other)
     for topic, symbol in zip(topics, (one, other), strict=True):
         assert topic.count("/") == 2
@@ -57,12 +61,12 @@ def test_no_two_symbols_share_a_topic(one: str, other: str) -> None:
 
 
 def test_what_no_topic_can_hold_is_said() -> None:
-    assert fault("kronos/candles/mqtt/BTC%2FUSDT/1m") is None
-    assert "U+0000" in (fault("a\0b") or "")
-    assert "surrogate" in (fault("\ud800") or "")
-    assert fault("é" * 32_767) is None
-    assert "65,536 bytes" in (fault("é" * 32_768) or "")
-    assert encoded("plain") == "plain"
+    assert invalid_reason("kronos/candles/mqtt/BTC%2FUSDT/1m") is None
+    assert "U+0000" in (invalid_reason("a\0b") or "")
+    assert "surrogate" in (invalid_reason("\ud800") or "")
+    assert invalid_reason("é" * 32_767) is None
+    assert "65,536 bytes" in (invalid_reason("é" * 32_768) or "")
+    assert encode_level("plain") == "plain"
 
 
 # Settings.
@@ -77,13 +81,16 @@ def _told(**variables: str) -> MqttOptions:
 
 def test_defaults_are_enough_once_the_broker_is_named() -> None:
     options = _told()
-    assert (options.host, options.port, options.tls()) == ("localhost", 1883, None)
-    assert options.candles().of(Series.parse("mqtt:A/B:1m")) == "kronos/candles/mqtt/A%2FB/1m"
+    assert (options.host, options.port, options.ssl_context()) == ("localhost", 1883, None)
+    assert (
+        options.candle_template().for_series(Series.parse("mqtt:A/B:1m"))
+        == "kronos/candles/mqtt/A%2FB/1m"
+    )
     assert options.status() == f"kronos/status/{options.client_id}"
     encrypted = _told(URL="mqtts://[::1]/")
     assert (encrypted.host, encrypted.port) == ("::1", 8883)
     assert encrypted.address == "mqtts://[::1]:8883"
-    assert encrypted.tls() is not None
+    assert encrypted.ssl_context() is not None
 
 
 @pytest.mark.parametrize(
@@ -160,20 +167,20 @@ def test_a_password_may_stand_in_a_file_and_is_never_shown(tmp_path: Path) -> No
     ],
 )
 def test_what_becomes_of_a_record(code: int, verdict: str) -> None:
-    assert Answer(code, "Whatever").verdict == verdict
+    assert BrokerResponse(code, "Whatever").publish_outcome == verdict
 
 
 def test_refused_logins_are_final_and_come_with_a_cure() -> None:
     for code in (134, 135):
-        answer = Answer(code, "Not authorized")
-        assert answer.final
+        answer = BrokerResponse(code, "Not authorized")
+        assert answer.permanent
         assert "KRONOS_STREAM_MQTT__PASSWORD" in str(answer)
     for code in (136, 137, 151, 159):  # unavailable, busy, quota, rate
-        assert not Answer(code, "Busy").final
-    assert "KRONOS_STREAM_MQTT__CLIENT_ID" in str(Answer(142, "Session taken over"))
-    assert not SILENCE.final
-    assert not SILENCE.over_a_message
-    assert str(SILENCE) == "connection lost"
+        assert not BrokerResponse(code, "Busy").permanent
+    assert "KRONOS_STREAM_MQTT__CLIENT_ID" in str(BrokerResponse(142, "Session taken over"))
+    assert not NO_RESPONSE.permanent
+    assert not NO_RESPONSE.caused_by_message
+    assert str(NO_RESPONSE) == "connection lost"
 
 
 # Pauses.
@@ -181,7 +188,7 @@ def test_refused_logins_are_final_and_come_with_a_cure() -> None:
 
 def test_pauses_grow_up_to_a_point_and_differ() -> None:
     backoff = Backoff(Random(0))
-    pauses = [backoff.pause() for _ in range(2_000)]
+    pauses = [backoff.next_delay() for _ in range(2_000)]
     assert 0.125 <= pauses[0] <= 0.25
     assert all(pause <= 10.0 for pause in pauses)
     assert min(pauses[7:]) >= 5.0
@@ -191,16 +198,16 @@ def test_pauses_grow_up_to_a_point_and_differ() -> None:
 def test_a_connection_that_held_makes_pauses_short_again() -> None:
     backoff = Backoff(Random(0))
     for i in range(10):
-        backoff.ended(1.0)  # one that ends at once is no success
-        assert backoff.cut_short == i + 1
-        backoff.pause()
-    assert backoff.pause() >= 5.0
-    backoff.ended(11.0)
-    assert backoff.cut_short == 0
-    assert backoff.pause() <= 0.25
-    backoff.ended(1.0)
-    backoff.ended(None)
-    assert backoff.cut_short == 0
+        backoff.connection_ended(1.0)  # one that ends at once is no success
+        assert backoff.short_lived == i + 1
+        backoff.next_delay()
+    assert backoff.next_delay() >= 5.0
+    backoff.connection_ended(11.0)
+    assert backoff.short_lived == 0
+    assert backoff.next_delay() <= 0.25
+    backoff.connection_ended(1.0)
+    backoff.connection_ended(None)
+    assert backoff.short_lived == 0
 
 
 # Subscriptions.
@@ -209,64 +216,68 @@ def test_a_connection_that_held_makes_pauses_short_again() -> None:
 def _settle(subscriptions: Subscriptions) -> list[Any]:
     """Grant whatever is asked for: the requests."""
     requests: list[Any] = []
-    while request := subscriptions.request():
+    while request := subscriptions.next_request():
         requests.append(request)
         if isinstance(request, Subscribe):
-            subscriptions.granted(request.topics)
+            subscriptions.on_subscribed(request.topics)
         else:
-            subscriptions.ended(request.topics)
+            subscriptions.on_unsubscribed(request.topics)
     return requests
 
 
 def test_only_the_difference_is_asked_for() -> None:
     subscriptions = Subscriptions()
-    subscriptions.want({"b", "a"})
+    subscriptions.set_wanted({"b", "a"})
     assert _settle(subscriptions) == [Subscribe(["a", "b"])]
-    subscriptions.want({"b", "c"})
+    subscriptions.set_wanted({"b", "c"})
     assert _settle(subscriptions) == [Unsubscribe(["a"]), Subscribe(["c"])]
     assert _settle(subscriptions) == []
 
 
 def test_a_new_connection_asks_for_all_in_parts() -> None:
     subscriptions = Subscriptions()
-    topics = [f"t{i:04}" for i in range(2 * PER_REQUEST + 1)]
-    subscriptions.want(topics)
+    topics = [f"t{i:04}" for i in range(2 * TOPICS_PER_REQUEST + 1)]
+    subscriptions.set_wanted(topics)
     _settle(subscriptions)
-    subscriptions.connected()
+    subscriptions.on_connected()
     requests = _settle(subscriptions)
-    assert [len(request.topics) for request in requests] == [PER_REQUEST, PER_REQUEST, 1]
+    assert [len(request.topics) for request in requests] == [
+        TOPICS_PER_REQUEST,
+        TOPICS_PER_REQUEST,
+        1,
+    ]
     assert [topic for request in requests for topic in request.topics] == topics
 
 
 def test_what_a_former_session_left_behind_is_ended() -> None:
     subscriptions = Subscriptions()
-    subscriptions.want({"a"})
+    subscriptions.set_wanted({"a"})
     _settle(subscriptions)
-    assert subscriptions.arrived("a")
-    assert not subscriptions.arrived("old")
+    assert subscriptions.on_message("a")
+    assert not subscriptions.on_message("old")
     assert _settle(subscriptions) == [Unsubscribe(["old"])]
-    subscriptions.arrived("b")
-    subscriptions.want({"a", "b"})  # wanted before it could be ended
+    subscriptions.on_message("b")
+    subscriptions.set_wanted({"a", "b"})  # wanted before it could be ended
     assert _settle(subscriptions) == [Subscribe(["b"])]
 
 
 def test_a_flood_of_strange_topics_takes_no_memory() -> None:
     subscriptions = Subscriptions()
     for i in range(100_000):
-        subscriptions.arrived(f"strange/{i}")
-    assert sys.getsizeof(subscriptions._strange) < 2**20
+        subscriptions.on_message(f"strange/{i}")
+    assert sys.getsizeof(subscriptions._unwanted) < 2**20
     assert sum(len(request.topics) for request in _settle(subscriptions)) == 10_000
 
 
 def test_what_is_refused_is_asked_for_again_later_only() -> None:
     subscriptions = Subscriptions()
-    subscriptions.want({"a", "b"})
-    assert subscriptions.request() == Subscribe(["a", "b"])
-    subscriptions.granted({"a"})
+    subscriptions.set_wanted({"a", "b"})
+    assert subscriptions.next_request() == Subscribe(["a", "b"])
+    subscriptions.on_subscribed({"a"})
     subscriptions.refused["b"] = "not authorized"
-    assert subscriptions.request() is None
-    subscriptions.again()
-    assert subscriptions.request() == Subscribe(["b"])
+    assert subscriptions.next_request() is None
+    subscriptions.retry_refused()
+    assert subscriptions.next_request() == Subscribe(["b"])
 
 
 # Suspects.
@@ -275,39 +286,41 @@ def test_what_is_refused_is_asked_for_again_later_only() -> None:
 @given(st.sets(st.integers(0, 40), max_size=3), st.integers(1, 12), st.randoms())
 def test_the_culprits_are_found_and_nobody_else(bad: set[int], window: int, chance: Random) -> None:
     """A broker that hangs up over some records; those sent with them are in doubt each time."""
-    suspects, taken = Suspects(), set[int]()
+    suspects, taken = PoisonTracker(), set[int]()
     records = list(range(20))
     refused: list[int] = []
     for _ in range(200):
         under_way: list[int] = []
         for record in records:
-            if suspects.guilty(record):
+            if suspects.poison_reason(record):
                 continue
-            if suspects.alone(record) or len(under_way) >= window:
+            if suspects.is_suspect(record) or len(under_way) >= window:
                 taken.update(under_way)
                 under_way.clear()
             under_way.append(record)
             if record in bad:
                 # Of those sent before it any number may have been answered.
                 answered = chance.randint(0, len(under_way) - 1)
-                suspects.hung_up(under_way[answered:], "too large")
+                suspects.on_disconnected(under_way[answered:], "too large")
                 break
-            if suspects.alone(record):
+            if suspects.is_suspect(record):
                 taken.update(under_way)
                 under_way.clear()
         else:
-            refused = [record for record in records if suspects.guilty(record)]
+            refused = [record for record in records if suspects.poison_reason(record)]
             break
     assert set(refused) == bad & set(records)
     assert taken.isdisjoint(refused)
-    suspects.delivered(records)
-    assert not any(suspects.alone(record) or suspects.guilty(record) for record in records)
+    suspects.discard(records)
+    assert not any(
+        suspects.is_suspect(record) or suspects.poison_reason(record) for record in records
+    )
 
 
 def test_one_accident_condemns_nobody() -> None:
-    suspects = Suspects()
-    suspects.hung_up([7], "protocol error")
-    assert suspects.alone(7)
-    assert suspects.guilty(7) is None
-    suspects.hung_up([7], "packet too large")
-    assert suspects.guilty(7) == "packet too large"
+    suspects = PoisonTracker()
+    suspects.on_disconnected([7], "protocol error")
+    assert suspects.is_suspect(7)
+    assert suspects.poison_reason(7) is None
+    suspects.on_disconnected([7], "packet too large")
+    assert suspects.poison_reason(7) == "packet too large"

@@ -193,7 +193,7 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
             with pytest.raises(SinkUnavailable, match="no acknowledgement in 1 s"):
                 await sink.deliver([_record(i) for i in range(10)])
             assert time.monotonic() - began < 1.5
-            await _in_time(lambda: "no answer in 1 s" in sink._keeper.trouble)
+            await _in_time(lambda: "no answer in 1 s" in sink._reconnector.problem)
             broker.thaw()
             assert not await _give(sink, [_record(i) for i in range(10)])
             broker.freeze()
@@ -240,12 +240,12 @@ async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf
     with mosquitto_of() as broker:
         async with _sink(broker) as sink:
             await sink.start()
-            assert sink._keeping is not None
-            assert sink._link is not None
-            assert sink._link._client._sock is not None
-            sink._link._client._sock.close()  # as the kernel does for a killed process
-            sink._keeping.cancel()
-            await asyncio.wait([sink._keeping])
+            assert sink._reconnect_task is not None
+            assert sink._connection is not None
+            assert sink._connection._client._sock is not None
+            sink._connection._client._sock.close()  # as the kernel does for a killed process
+            sink._reconnect_task.cancel()
+            await asyncio.wait([sink._reconnect_task])
             kept = await asyncio.to_thread(retained, broker)
         assert kept["kronos/status/test"] == b"offline"
 
@@ -266,7 +266,7 @@ async def test_a_series_that_is_given_up_is_retained_no_more(
             assert _topic(2) not in kept
             # Nor is it once a broker has come to remember it again.
             await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
-            sink._link.give_up("test")  # type: ignore[union-attr]
+            sink._connection.abort("test")  # type: ignore[union-attr]
             assert not await _give(sink, [_record(3)])
             assert _topic(2) not in await asyncio.to_thread(retained, broker)
 

@@ -7,36 +7,50 @@ from functools import partial
 from uuid import uuid4
 
 from kronos_connectors import tls
-from kronos_connectors.mqtt.link import Link, LinkError
+from kronos_connectors.mqtt.link import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_stream.checkup import Check, Finding
 
 NOT_RETAINED = "it retains no messages, so nobody could have the latest forecasts"
 
-_MORE_SECONDS = 5.0
+_CLOSE_TIMEOUT_SECONDS = 5.0
 """Than connecting may take: for hanging up."""
 
-_AWAY = "see KRONOS_STREAM_MQTT__URL, whether a broker listens there, and whether it is encrypted"
+_UNREACHABLE_REMEDY = (
+    "see KRONOS_STREAM_MQTT__URL, whether a broker listens there, and whether it is encrypted"
+)
 
 
 def checks(options: MqttOptions) -> Sequence[Check]:
     """Whether the broker lets us in, what it takes, and whether it retains it."""
-    return [Check("mqtt", partial(_look, options), options.connect_seconds + _MORE_SECONDS)]
+    return [
+        Check(
+            "mqtt",
+            partial(_check_broker, options),
+            options.connect_seconds + _CLOSE_TIMEOUT_SECONDS,
+        )
+    ]
 
 
-async def _look(options: MqttOptions) -> Sequence[Finding]:
+async def _check_broker(options: MqttOptions) -> Sequence[Finding]:
     # Under a name of its own: of two clients with one name a broker throws out the first.
-    link = Link(options, f"{options.client_id}-doctor-{uuid4().hex[:8]}")
+    link = Connection(options, f"{options.client_id}-doctor-{uuid4().hex[:8]}")
     try:
         await link.open()
-    except LinkError as error:
+    except MqttConnectionError as error:
         said = f"{options.address}: {error}"
-        return [Finding("fail", said, "" if error.refused or error.answer.failed else _AWAY)]
+        return [
+            Finding(
+                "fail",
+                said,
+                "" if error.permanent or error.response.failed else _UNREACHABLE_REMEDY,
+            )
+        ]
     finally:
         await link.close()
-    if not link.retains:
+    if not link.retain_available:
         return [Finding("fail", f"{options.address}: {NOT_RETAINED}", "have it retain messages")]
-    found = f"{link.most_bytes:,} bytes a message, {link.window} messages at once"
+    found = f"{link.max_packet_size:,} bytes a message, {link.max_inflight} messages at once"
     findings = [Finding("ok", f"{options.address} lets us in; {found}")]
     if options.username and not options.encrypted and tls.readable(options.host):
         cure = "use mqtts:// in KRONOS_STREAM_MQTT__URL"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 from kronos_connectors import tls
-from kronos_connectors.mqtt.options import NAMES, MqttOptions
+from kronos_connectors.mqtt.options import SETTING_NAMES, MqttOptions
 from kronos_connectors.tls import Fault
 
-HUNG_UP = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
+CONNECTION_CLOSED = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
 
 
-class Ear(logging.Handler):
+class PahoErrorCapture(logging.Handler):
     """What paho logs on one link: nobody is told, but some errors it names there alone."""
 
     def __init__(self) -> None:
@@ -25,16 +25,17 @@ class Ear(logging.Handler):
             if isinstance(one, BaseException):
                 self._error = one
 
-    def fault(self, error: BaseException, options: MqttOptions) -> Fault | None:
+    def explain(self, error: BaseException, options: MqttOptions) -> Fault | None:
         """What keeps us from a connection, by ``error`` and what was heard; None if unknown."""
         for one in (error, self._error):
             if one is None:
                 continue
-            if found := tls.fault(one, NAMES, options.tls_cafile, options.tls_certfile):
+            if found := tls.fault(one, SETTING_NAMES, options.tls_cafile, options.tls_certfile):
                 return found
             if any(isinstance(origin, ConnectionResetError) for origin in tls.origins(one)):
-                asks = f"it may ask for a certificate of ours: {NAMES.certfile}"
+                asks = f"it may ask for a certificate of ours: {SETTING_NAMES.certfile}"
                 return Fault(
-                    HUNG_UP, asks if options.encrypted and not options.tls_certfile else ""
+                    CONNECTION_CLOSED,
+                    asks if options.encrypted and not options.tls_certfile else "",
                 )
         return None

@@ -9,31 +9,33 @@ from random import Random
 import structlog
 
 from kronos_connectors.mqtt.backoff import Backoff
-from kronos_connectors.mqtt.link import Link, LinkError
-from kronos_connectors.mqtt.reasons import SILENCE
+from kronos_connectors.mqtt.link import Connection, MqttConnectionError
+from kronos_connectors.mqtt.reasons import NO_RESPONSE
 
 _log = structlog.get_logger()
 
-_SUSPICIOUS = 3
-_TWINS = "does another client have the same KRONOS_STREAM_MQTT__CLIENT_ID?"
+_SHORT_LIVED_LIMIT = 3
+_DUPLICATE_CLIENT_ID_HINT = "does another client have the same KRONOS_STREAM_MQTT__CLIENT_ID?"
 """Some brokers hang up on the elder of two without a word, and both come back for ever."""
 
 
-class Keeper:
+class Reconnector:
     """One link at a time, for as long as it runs."""
 
-    def __init__(self, make: Callable[[], Link], address: str, random: Random) -> None:
+    def __init__(
+        self, create_connection: Callable[[], Connection], address: str, random: Random
+    ) -> None:
         """make: a new link. address: of the broker, for people."""
-        self.trouble = "not connected yet"
+        self.problem = "not connected yet"
         """Why there is no connection that works; empty while there is."""
-        self.refused = False
+        self.permanent = False
         """Whether that is so until somebody changes something."""
-        self.failed = asyncio.Event()
+        self.failing = asyncio.Event()
         """Set while tries fail."""
-        self._make, self._address, self._random = make, address, random
+        self._create_connection, self._address, self._random = create_connection, address, random
 
     async def run(
-        self, serve: Callable[[Link], Awaitable[None]], note: Callable[[str], None]
+        self, serve: Callable[[Connection], Awaitable[None]], on_event: Callable[[str], None]
     ) -> None:
         """Until cancelled.
 
@@ -42,31 +44,33 @@ class Keeper:
         """
         backoff, time = Backoff(self._random), asyncio.get_running_loop().time
         while True:
-            link = self._make()
+            link = self._create_connection()
             opened: float | None = None
             try:
                 await link.open()
                 opened = time()
-                note("connected")
+                on_event("connected")
                 await serve(link)
-            except LinkError as error:
-                backoff.ended(None if opened is None else time() - opened)
-                note("not connected" if opened is None else "lost")
-                twins = error.answer is SILENCE and backoff.cut_short >= _SUSPICIOUS
-                self.refused = error.refused
-                self._fails(f"{error}; {_TWINS}" if twins else str(error))
+            except MqttConnectionError as error:
+                backoff.connection_ended(None if opened is None else time() - opened)
+                on_event("not connected" if opened is None else "lost")
+                twins = error.response is NO_RESPONSE and backoff.short_lived >= _SHORT_LIVED_LIMIT
+                self.permanent = error.permanent
+                self._record_failure(
+                    f"{error}; {_DUPLICATE_CLIENT_ID_HINT}" if twins else str(error)
+                )
             finally:
                 await link.close()
-            await asyncio.sleep(backoff.pause())
+            await asyncio.sleep(backoff.next_delay())
 
-    def works(self) -> None:
+    def mark_ready(self) -> None:
         """The connection can be used."""
-        self.trouble, self.refused = "", False
-        self.failed.clear()
+        self.problem, self.permanent = "", False
+        self.failing.clear()
         _log.info("connected to mqtt broker", url=self._address)
 
-    def _fails(self, why: str) -> None:
-        if why != self.trouble:
-            _log.warning("no mqtt broker, trying again", url=self._address, why=why)
-        self.trouble = why
-        self.failed.set()
+    def _record_failure(self, problem: str) -> None:
+        if problem != self.problem:
+            _log.warning("no mqtt broker, trying again", url=self._address, why=problem)
+        self.problem = problem
+        self.failing.set()

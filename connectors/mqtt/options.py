@@ -13,9 +13,9 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from kronos_connectors import tls
-from kronos_connectors.mqtt.topics import SERIES, Template
+from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate
 
-NAMES = tls.Names(
+SETTING_NAMES = tls.Names(
     address="KRONOS_STREAM_MQTT__URL",
     encrypt="whether it is to begin with mqtts:// or mqtt://",
     cafile="KRONOS_STREAM_MQTT__TLS_CAFILE",
@@ -23,10 +23,10 @@ NAMES = tls.Names(
     key_password="KRONOS_STREAM_MQTT__TLS_KEY_PASSWORD",  # noqa: S106 - its name
 )
 
-_PORTS = {"mqtt": 1883, "mqtts": 8883}
+_DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
-def _url(text: str) -> str:
+def _validate_url(text: str) -> str:
     # The text is not repeated: it may hold a password.
     expected = "expected mqtt://host:1883, or mqtts://host:8883 for an encrypted connection"
     try:
@@ -40,20 +40,20 @@ def _url(text: str) -> str:
             "KRONOS_STREAM_MQTT__PASSWORD"
         )
     rest = parts.path.strip("/") or parts.query or parts.fragment
-    if parts.scheme not in _PORTS or not parts.hostname or rest or port == 0:
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname or rest or port == 0:
         raise ValueError(expected)
     return text
 
 
-def _topic(needed: Collection[str], known: Collection[str]) -> AfterValidator:
+def _validate_topic(required: Collection[str], allowed: Collection[str]) -> AfterValidator:
     def check(text: str) -> str:
-        Template(text, needed=needed, known=known)
+        TopicTemplate(text, required=required, allowed=allowed)
         return text
 
     return AfterValidator(check)
 
 
-def _client_id() -> str:
+def _default_client_id() -> str:
     """Of this machine, for a session is only found again under the same name."""
     return "kronos-stream-" + (re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100] or "0")
 
@@ -65,7 +65,7 @@ class MqttOptions(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    url: Annotated[str, AfterValidator(_url)]
+    url: Annotated[str, AfterValidator(_validate_url)]
     """The broker: mqtt://host:1883, or encrypted mqtts://host:8883."""
     username: str = ""
     """As whom to log in."""
@@ -79,21 +79,21 @@ class MqttOptions(BaseModel):
     """Its key, PEM, if not in the same file."""
     tls_key_password: SecretStr = SecretStr("")
     """Of that key, where it is encrypted."""
-    client_id: str = Field(default_factory=_client_id, pattern=r"^[A-Za-z0-9._-]{1,200}$")
+    client_id: str = Field(default_factory=_default_client_id, pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """How our names at the broker begin. Always the same for one daemon, and different for each:
     brokers let only one client of a name in."""
 
-    candle_topic: Annotated[str, _topic({"symbol", "timeframe"}, SERIES)] = (
+    candle_topic: Annotated[str, _validate_topic({"symbol", "timeframe"}, SERIES_FIELDS)] = (
         "kronos/candles/{venue}/{symbol}/{timeframe}"
     )
     """Where a series' candles come from."""
-    forecast_topic: Annotated[str, _topic(SERIES, SERIES)] = (
+    forecast_topic: Annotated[str, _validate_topic(SERIES_FIELDS, SERIES_FIELDS)] = (
         "kronos/forecasts/{venue}/{symbol}/{timeframe}"
     )
     """Where its forecasts go; the broker retains the latest."""
-    deadletter_topic: Annotated[str, _topic((), ())] = "kronos/deadletter"
+    deadletter_topic: Annotated[str, _validate_topic((), ())] = "kronos/deadletter"
     """Where what went no further goes, and why."""
-    status_topic: Annotated[str, _topic((), {"client_id"})] = "kronos/status/{client_id}"
+    status_topic: Annotated[str, _validate_topic((), {"client_id"})] = "kronos/status/{client_id}"
     """Where online or offline stands, retained."""
 
     keepalive: int = Field(default=20, ge=2, le=65_535)
@@ -112,7 +112,7 @@ class MqttOptions(BaseModel):
     """Closed bars per series that are kept in memory: MQTT has no other history."""
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _validate(self) -> Self:
         if self.password.get_secret_value() and not self.username:
             raise ValueError("password is set, but username is not")
         if self.candle_topic == self.forecast_topic:
@@ -128,7 +128,7 @@ class MqttOptions(BaseModel):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: no such file")
         try:
-            self.tls()
+            self.ssl_context()
         except tls.CertificateError as error:
             raise ValueError(str(error)) from None
         return self
@@ -143,7 +143,7 @@ class MqttOptions(BaseModel):
 
     @property
     def port(self) -> int:
-        return self._parts.port or _PORTS[self._parts.scheme]
+        return self._parts.port or _DEFAULT_PORTS[self._parts.scheme]
 
     @property
     def address(self) -> str:
@@ -151,22 +151,28 @@ class MqttOptions(BaseModel):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self._parts.scheme}://{host}:{self.port}"
 
-    def tls(self) -> ssl.SSLContext | None:
+    def ssl_context(self) -> ssl.SSLContext | None:
         """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
         if not self.encrypted:
             return None
         password = self.tls_key_password.get_secret_value()
-        return tls.context(self.tls_cafile, self.tls_certfile, self.tls_keyfile, password, NAMES)
+        return tls.context(
+            self.tls_cafile, self.tls_certfile, self.tls_keyfile, password, SETTING_NAMES
+        )
 
-    def candles(self) -> Template:
-        return Template(self.candle_topic, needed={"symbol", "timeframe"}, known=SERIES)
+    def candle_template(self) -> TopicTemplate:
+        return TopicTemplate(
+            self.candle_topic, required={"symbol", "timeframe"}, allowed=SERIES_FIELDS
+        )
 
-    def forecasts(self) -> Template:
-        return Template(self.forecast_topic, needed=SERIES, known=SERIES)
+    def forecast_template(self) -> TopicTemplate:
+        return TopicTemplate(self.forecast_topic, required=SERIES_FIELDS, allowed=SERIES_FIELDS)
 
     def status(self) -> str:
         """The status topic."""
-        return Template(self.status_topic, known={"client_id"}).filled(client_id=self.client_id)
+        return TopicTemplate(self.status_topic, allowed={"client_id"}).render(
+            client_id=self.client_id
+        )
 
     @property
     def _parts(self) -> SplitResult:

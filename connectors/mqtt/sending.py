@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kronos_connectors.mqtt.link import Link
-from kronos_connectors.mqtt.reasons import Answer
-from kronos_connectors.mqtt.suspects import Suspects
+from kronos_connectors.mqtt.link import Connection
+from kronos_connectors.mqtt.reasons import BrokerResponse
+from kronos_connectors.mqtt.suspects import PoisonTracker
 from kronos_stream.forecast.sink import Record, Refusal
 
 _OVERHEAD, _PROPERTY_OVERHEAD = 32, 5
@@ -32,62 +32,65 @@ class Publication(NamedTuple):
         return _OVERHEAD + names + sum(map(len, texts))
 
 
-class Sending:
+class Publisher:
     """One delivery. An answer that is not yes stops it, and those under way are waited for."""
 
     def __init__(
-        self, link: Link, suspects: Suspects, taken: Callable[[Publication], None]
+        self,
+        connection: Connection,
+        poison: PoisonTracker,
+        on_accepted: Callable[[Publication], None],
     ) -> None:
         """taken: told each that the broker has accepted."""
         self.refusals: list[Refusal] = []
         """What the broker will never take."""
-        self.postponed = ""
+        self.retry_reason = ""
         """Why it did not take something that it may take another time; empty if there was none."""
-        self._link, self._suspects, self._taken = link, suspects, taken
-        self._under_way: deque[tuple[Publication, asyncio.Future[Answer | None]]] = deque()
+        self._connection, self._poison, self._on_accepted = connection, poison, on_accepted
+        self._inflight: deque[tuple[Publication, asyncio.Future[BrokerResponse | None]]] = deque()
 
     async def run(self, publications: Sequence[Publication]) -> None:
         """Send and hear of each. Raises LinkError where the link is lost."""
         for one in publications:
-            alone = self._suspects.alone(one.record.sequence)
-            await self._hear_until(0 if alone else self._link.window - 1)
-            if self.postponed:
+            alone = self._poison.is_suspect(one.record.sequence)
+            await self._wait_until_inflight(0 if alone else self._connection.max_inflight - 1)
+            if self.retry_reason:
                 break
-            self._under_way.append((one, self._send(one)))
+            self._inflight.append((one, self._send(one)))
             if alone:
-                await self._hear_until(0)
-        await self._hear_until(0)
+                await self._wait_until_inflight(0)
+        await self._wait_until_inflight(0)
 
-    async def _hear_until(self, most: int) -> None:
+    async def _wait_until_inflight(self, most: int) -> None:
         """Hear answers until no more than ``most`` are awaited."""
-        while len(self._under_way) > most:
-            one, answer = self._under_way[0]
+        while len(self._inflight) > most:
+            one, answer = self._inflight[0]
             said = await answer
             if said is None:
-                error = self._link.lost.result()
-                if error.answer.over_a_message:
-                    under_way = [sent.record.sequence for sent, _ in self._under_way]
-                    self._suspects.hung_up(under_way, f"the broker hung up over it: {error}")
+                error = self._connection.lost.result()
+                if error.response.caused_by_message:
+                    under_way = [sent.record.sequence for sent, _ in self._inflight]
+                    self._poison.on_disconnected(under_way, f"the broker hung up over it: {error}")
                 raise error
-            self._under_way.popleft()
-            self._judge(one, said)
+            self._inflight.popleft()
+            self._handle_response(one, said)
 
-    def _send(self, one: Publication) -> asyncio.Future[Answer | None]:
+    def _send(self, one: Publication) -> asyncio.Future[BrokerResponse | None]:
         """CloudEvents' attributes go as MQTT 5 has them: without prefix, the content type apart."""
         headers = {name: value.decode() for name, value in one.record.headers}
         content_type = headers.pop("content-type", "application/json")
-        return self._link.send(
+        return self._connection.publish_nowait(
             one.topic,
             one.payload,
             retain=one.retain,
             content_type=content_type,
-            attributes=[(name.removeprefix("ce_"), value) for name, value in headers.items()],
+            user_properties=[(name.removeprefix("ce_"), value) for name, value in headers.items()],
         )
 
-    def _judge(self, one: Publication, said: Answer) -> None:
-        if said.verdict == "taken":
-            self._taken(one)
-        elif said.verdict == "refused":
-            self.refusals.append(Refusal(one.record, f"refused by the broker: {said}"))
+    def _handle_response(self, one: Publication, response: BrokerResponse) -> None:
+        if response.publish_outcome == "taken":
+            self._on_accepted(one)
+        elif response.publish_outcome == "refused":
+            self.refusals.append(Refusal(one.record, f"refused by the broker: {response}"))
         else:
-            self.postponed = self.postponed or f"{one.topic}: {said}"
+            self.retry_reason = self.retry_reason or f"{one.topic}: {response}"

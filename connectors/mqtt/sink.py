@@ -15,12 +15,12 @@ from random import Random
 import aiomqtt
 
 from kronos_connectors.mqtt.checks import checks
-from kronos_connectors.mqtt.keeper import Keeper
-from kronos_connectors.mqtt.link import Link, LinkError
+from kronos_connectors.mqtt.keeper import Reconnector
+from kronos_connectors.mqtt.link import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.sending import Publication, Sending
-from kronos_connectors.mqtt.suspects import Suspects
-from kronos_connectors.mqtt.topics import fault
+from kronos_connectors.mqtt.sending import Publication, Publisher
+from kronos_connectors.mqtt.suspects import PoisonTracker
+from kronos_connectors.mqtt.topics import invalid_reason
 from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
@@ -28,10 +28,10 @@ from kronos_stream.market.series import Series
 
 _ONLINE, _OFFLINE = b"online", b"offline"
 
-_AT_ONCE = 500
+_REPUBLISH_BATCH = 500
 """Forecasts sent again within one deadline."""
 
-_CLOSE_SECONDS = 1.0
+_CLOSE_TIMEOUT_SECONDS = 1.0
 
 
 class MqttSink:
@@ -41,160 +41,171 @@ class MqttSink:
 
     def __init__(self, options: MqttOptions, random: Random) -> None:
         self._options = options
-        self._topic, self._status = options.forecasts().of, options.status()
-        self._keeper = Keeper(self._make_link, options.address, random)
-        self._keeping: asyncio.Task[None] | None = None
-        self._link: Link | None = None
+        self._topic_for, self._status_topic = (
+            options.forecast_template().for_series,
+            options.status(),
+        )
+        self._reconnector = Reconnector(self._create_connection, options.address, random)
+        self._reconnect_task: asyncio.Task[None] | None = None
+        self._connection: Connection | None = None
         """The connection, once all is said on it that comes first."""
         self._ready = asyncio.Event()
         self._latest: dict[str, Publication] = {}
         """By topic: what the broker was given last to retain, and has taken."""
-        self._suspects = Suspects()
+        self._poison = PoisonTracker()
 
     def checks(self) -> Sequence[Check]:
         return checks(self._options)
 
     async def start(self) -> None:
         """Connect; where that fails, it is tried on."""
-        if self._keeping is None:
-            self._keeping = asyncio.create_task(self._keeper.run(self._serve, _uncounted))
+        if self._reconnect_task is None:
+            self._reconnect_task = asyncio.create_task(
+                self._reconnector.run(self._serve, _ignore_event)
+            )
         options = self._options
-        waits = [asyncio.ensure_future(one.wait()) for one in (self._ready, self._keeper.failed)]
+        waits = [
+            asyncio.ensure_future(one.wait()) for one in (self._ready, self._reconnector.failing)
+        ]
         try:
             await asyncio.wait(
-                (*waits, self._keeping),
+                (*waits, self._reconnect_task),
                 timeout=options.connect_seconds + options.delivery_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
         finally:
             for wait in waits:
                 wait.cancel()
-        self._there()
+        self._get_connection()
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
-        if self._keeping is None:  # it ended by a mistake of ours, which was told
+        if self._reconnect_task is None:  # it ended by a mistake of ours, which was told
             await self.start()
-        link = self._there()
+        link = self._get_connection()
         fit: list[Publication] = []
         refusals: list[Refusal] = []
         for record in records:
             found = self._publications(record)
             if isinstance(found, Refusal):
                 refusals.append(found)
-            elif (size := max(one.size() for one in found)) > link.most_bytes:
-                why = f"{size:,} bytes, over the limit of {link.most_bytes:,}"
+            elif (size := max(one.size() for one in found)) > link.max_packet_size:
+                why = f"{size:,} bytes, over the limit of {link.max_packet_size:,}"
                 refusals.append(Refusal(record, why))
             else:
                 fit += found
-        refusals += await self._bounded(link, fit)
-        self._suspects.delivered([record.sequence for record in records])
+        refusals += await self._publish_with_deadline(link, fit)
+        self._poison.discard([record.sequence for record in records])
         return sorted(refusals, key=lambda refusal: refusal.record.sequence)
 
     async def close(self) -> None:
         """Say that we are offline, if anyone hears it, and hang up."""
-        link, keeping = self._link, self._keeping
-        self._link = self._keeping = None
+        link, keeping = self._connection, self._reconnect_task
+        self._connection = self._reconnect_task = None
         if link is not None:
             with suppress(TimeoutError):
-                async with asyncio.timeout(_CLOSE_SECONDS):
-                    await link.send(self._status, _OFFLINE, retain=True)
+                async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+                    await link.publish_nowait(self._status_topic, _OFFLINE, retain=True)
         if keeping is not None:
             keeping.cancel()
-            await asyncio.wait((keeping,), timeout=2 * _CLOSE_SECONDS)
+            await asyncio.wait((keeping,), timeout=2 * _CLOSE_TIMEOUT_SECONDS)
 
     # -- the connection ----------------------------------------------------------------------
 
-    def _make_link(self) -> Link:
-        return Link(
+    def _create_connection(self) -> Connection:
+        return Connection(
             self._options,
             f"{self._options.client_id}-sink",
-            will=aiomqtt.Will(self._status, _OFFLINE, qos=1, retain=True),
+            will=aiomqtt.Will(self._status_topic, _OFFLINE, qos=1, retain=True),
         )
 
-    async def _serve(self, link: Link) -> None:
+    async def _serve(self, connection: Connection) -> None:
         """Say what comes first, and let the link be used until it is lost."""
         seconds = self._options.delivery_seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._say_online(link)
+                await self._publish_online(connection)
             latest = list(self._latest.values())
-            for first in range(0, len(latest), _AT_ONCE):
+            for first in range(0, len(latest), _REPUBLISH_BATCH):
                 async with asyncio.timeout(seconds):
                     # One that is refused now will be again, with the next record of its series.
-                    await self._sending(link).run(latest[first : first + _AT_ONCE])
+                    await self._create_publisher(connection).run(
+                        latest[first : first + _REPUBLISH_BATCH]
+                    )
         except TimeoutError:
-            raise LinkError(f"no acknowledgement in {seconds:g} s") from None
-        self._keeper.works()
-        self._link = link
+            raise MqttConnectionError(f"no acknowledgement in {seconds:g} s") from None
+        self._reconnector.mark_ready()
+        self._connection = connection
         self._ready.set()
         try:
-            await asyncio.wait((link.lost,))
-            raise link.lost.result()
+            await asyncio.wait((connection.lost,))
+            raise connection.lost.result()
         finally:
-            self._link = None
+            self._connection = None
             self._ready.clear()
 
-    async def _say_online(self, link: Link) -> None:
-        answer = await link.send(self._status, _ONLINE, retain=True)
+    async def _publish_online(self, connection: Connection) -> None:
+        answer = await connection.publish_nowait(self._status_topic, _ONLINE, retain=True)
         if answer is None:
-            raise link.lost.result()
+            raise connection.lost.result()
         if answer.failed:
-            raise LinkError(f"{self._status}: {answer}", answer)
+            raise MqttConnectionError(f"{self._status_topic}: {answer}", answer)
 
-    def _there(self) -> Link:
+    def _get_connection(self) -> Connection:
         """The connection, or SinkUnavailable."""
-        if self._keeping is not None and self._keeping.done():
-            keeping, self._keeping = self._keeping, None
+        if self._reconnect_task is not None and self._reconnect_task.done():
+            keeping, self._reconnect_task = self._reconnect_task, None
             keeping.result()  # it ends by a mistake of ours alone, to be seen in full
-        if self._link is None or self._link.lost.done():
-            why = self._unavailable(self._keeper.trouble or "connection lost")
-            raise SinkLoginRefused(str(why)) if self._keeper.refused else why
-        return self._link
+        if self._connection is None or self._connection.lost.done():
+            why = self._unavailable(self._reconnector.problem or "connection lost")
+            raise SinkLoginRefused(str(why)) if self._reconnector.permanent else why
+        return self._connection
 
     def _unavailable(self, why: object) -> SinkUnavailable:
         return SinkUnavailable(f"{self._options.address}: {why}")
 
     # -- records -----------------------------------------------------------------------------
 
-    async def _bounded(self, link: Link, publications: Sequence[Publication]) -> Sequence[Refusal]:
+    async def _publish_with_deadline(
+        self, connection: Connection, publications: Sequence[Publication]
+    ) -> Sequence[Refusal]:
         """Send within the deadline; if that fails or is cancelled, the link goes with it."""
         seconds = self._options.delivery_seconds
-        sending = self._sending(link)
+        sending = self._create_publisher(connection)
         try:
             async with asyncio.timeout(seconds):
                 await sending.run(publications)
-        except LinkError as error:
+        except MqttConnectionError as error:
             raise self._unavailable(error) from None
         except TimeoutError:
             why = f"no acknowledgement in {seconds:g} s"
-            link.give_up(why)
+            connection.abort(why)
             raise self._unavailable(why) from None
         except BaseException:
-            link.give_up("a delivery was cut short")
+            connection.abort("a delivery was cut short")
             raise
-        if sending.postponed:
-            raise self._unavailable(sending.postponed)
+        if sending.retry_reason:
+            raise self._unavailable(sending.retry_reason)
         return sending.refusals
 
-    def _sending(self, link: Link) -> Sending:
-        return Sending(link, self._suspects, self._taken)
+    def _create_publisher(self, connection: Connection) -> Publisher:
+        return Publisher(connection, self._poison, self._remember_latest)
 
-    def _taken(self, one: Publication) -> None:
+    def _remember_latest(self, one: Publication) -> None:
         if one.retain:
             self._latest[one.topic] = one
 
     def _publications(self, record: Record) -> list[Publication] | Refusal:
         """What to publish of a record, or why no broker would ever take it."""
-        if why := self._suspects.guilty(record.sequence):
+        if why := self._poison.poison_reason(record.sequence):
             return Refusal(record, why)
         if record.kind == "deadletter":
             topic = self._options.deadletter_topic
             return [Publication(record, topic, record.value, retain=False)]
         try:
-            topic = self._topic(Series.parse(record.key))
+            topic = self._topic_for(Series.parse(record.key))
         except ValueError as error:
             return Refusal(record, str(error))
-        if why := fault(topic):
+        if why := invalid_reason(topic):
             return Refusal(record, why)
         if record.kind == "forecast":
             return [Publication(record, topic, record.value, retain=True)]
@@ -205,7 +216,7 @@ class MqttSink:
         ]
 
 
-def _uncounted(_: str) -> None:
+def _ignore_event(_: str) -> None:
     """What happens to a sink's connection is in its deliveries' metrics."""
 
 

@@ -12,11 +12,11 @@ from random import Random
 
 import structlog
 
-from kronos_connectors.mqtt.keeper import Keeper
-from kronos_connectors.mqtt.link import Link, LinkError
+from kronos_connectors.mqtt.keeper import Reconnector
+from kronos_connectors.mqtt.link import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.subscriptions import Subscribe, Subscriptions
-from kronos_connectors.mqtt.topics import fault
+from kronos_connectors.mqtt.topics import invalid_reason
 from kronos_connectors.shelf import Shelf
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
@@ -26,10 +26,10 @@ from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _log = structlog.get_logger()
 
-_ASK_AGAIN_SECONDS = 60.0
+_RESUBSCRIBE_SECONDS = 60.0
 """Until a subscription is asked for again that was refused."""
 
-_MOST_KEPT = 4_096
+_MAX_REJECTED_BYTES = 4_096
 """Bytes of a message that cannot be, for those who look into it."""
 
 
@@ -43,43 +43,47 @@ class MqttSource:
     def __init__(self, venue: str, options: MqttOptions, clock: Clock, random: Random) -> None:
         self.venue = venue
         self._options, self._clock = options, clock
-        self._topic = options.candles().of
-        self._series: dict[str, Series] = {}
+        self._topic_for = options.candle_template().for_series
+        self._series_by_topic: dict[str, Series] = {}
         self._subscriptions = Subscriptions()
-        self._shelf = Shelf(options.history_bars)
-        self._keeper = Keeper(self._link, options.address, random)
-        self._intake: SourceCallbacks | None = None
-        self._news = asyncio.Event()
+        self._recent_bars = Shelf(options.history_bars)
+        self._reconnector = Reconnector(self._create_connection, options.address, random)
+        self._callbacks: SourceCallbacks | None = None
+        self._changed = asyncio.Event()
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         """Those that cannot be topics and, before the start, those that we may not subscribe to."""
-        topics = {self._topic(one): one for one in series}
-        found = {one: why for topic, one in topics.items() if (why := fault(topic)) is not None}
-        if self._intake is None:
+        topics = {self._topic_for(one): one for one in series}
+        found = {
+            one: why for topic, one in topics.items() if (why := invalid_reason(topic)) is not None
+        }
+        if self._callbacks is None:
             refused = await self._probe(topic for topic, one in topics.items() if one not in found)
             found |= {topics[topic]: f"{topic}: {why}" for topic, why in refused.items()}
         return found
 
-    def follow(self, series: Collection[Series]) -> None:
-        self._series = {self._topic(one): one for one in series}
-        self._subscriptions.want(self._series)
-        self._shelf.keep(series)
-        self._news.set()
+    def subscribe(self, series: Collection[Series]) -> None:
+        self._series_by_topic = {self._topic_for(one): one for one in series}
+        self._subscriptions.set_wanted(self._series_by_topic)
+        self._recent_bars.keep(series)
+        self._changed.set()
 
-    async def run(self, intake: SourceCallbacks) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         """Until cancelled. A login that is refused by now may be granted again: it goes on."""
-        self._intake = intake
+        self._callbacks = callbacks
         try:
-            await self._keeper.run(self._serve, intake.count_event)
+            await self._reconnector.run(self._serve, callbacks.count_event)
         finally:
-            self._intake = None
+            self._callbacks = None
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        if self._keeper.trouble:
+        if self._reconnector.problem:
             # What is missing may wait for us there.
-            raise SourceError(f"{self._options.address}: {self._keeper.trouble}")
+            raise SourceError(f"{self._options.address}: {self._reconnector.problem}")
         now, after = self._clock.now(), series.timeframe.after
-        return [bar for bar in self._shelf.between(series, start, end) if after(bar.time) <= now]
+        return [
+            bar for bar in self._recent_bars.between(series, start, end) if after(bar.time) <= now
+        ]
 
     async def close(self) -> None:
         """Whoever ends ``run`` has ended the connection."""
@@ -87,67 +91,67 @@ class MqttSource:
     async def _probe(self, topics: Iterable[str]) -> Mapping[str, str]:
         """Log in and subscribe, under a name of its own: which topics are refused, and why."""
         options, trial = self._options, Subscriptions()
-        trial.want(list(topics))
-        link = Link(options, f"{options.client_id}-{self.venue}-probe")
+        trial.set_wanted(list(topics))
+        link = Connection(options, f"{options.client_id}-{self.venue}-probe")
         try:
             await link.open()
-            await _adjust(link, trial)
-        except LinkError as error:
-            kind = LoginRefused if error.refused else SourceError
+            await _sync_subscriptions(link, trial)
+        except MqttConnectionError as error:
+            kind = LoginRefused if error.permanent else SourceError
             raise kind(f"{options.address}: {error}") from None
         finally:
             await link.close()
         return trial.refused
 
-    def _link(self) -> Link:
+    def _create_connection(self) -> Connection:
         options = self._options
-        return Link(
+        return Connection(
             options,
             f"{options.client_id}-{self.venue}",
             session_seconds=options.session_seconds,
-            take=self._take,
+            on_message=self._on_message,
         )
 
-    async def _serve(self, link: Link) -> None:
+    async def _serve(self, connection: Connection) -> None:
         """Keep the subscriptions as they should be until the link is lost."""
-        if self._options.session_seconds and not link.resumed:
+        if self._options.session_seconds and not connection.resumed:
             _log.info("no earlier session at mqtt broker", venue=self.venue)
-        self._subscriptions.connected()
-        await _adjust(link, self._subscriptions)
-        self._keeper.works()
-        while not link.lost.done():
-            self._news.clear()
-            await _adjust(link, self._subscriptions)
-            await self._wait(link)
-        raise link.lost.result()
+        self._subscriptions.on_connected()
+        await _sync_subscriptions(connection, self._subscriptions)
+        self._reconnector.mark_ready()
+        while not connection.lost.done():
+            self._changed.clear()
+            await _sync_subscriptions(connection, self._subscriptions)
+            await self._wait_for_change(connection)
+        raise connection.lost.result()
 
-    async def _wait(self, link: Link) -> None:
+    async def _wait_for_change(self, connection: Connection) -> None:
         """Until there is something to adjust, or the link is lost."""
-        news = asyncio.ensure_future(self._news.wait())
+        news = asyncio.ensure_future(self._changed.wait())
         try:
-            seconds = _ASK_AGAIN_SECONDS if self._subscriptions.refused else None
+            seconds = _RESUBSCRIBE_SECONDS if self._subscriptions.refused else None
             done, _ = await asyncio.wait(
-                (news, link.lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                (news, connection.lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             news.cancel()
         if not done:
-            self._subscriptions.again()
+            self._subscriptions.retry_refused()
 
-    def _take(self, topic: str, payload: bytes) -> None:
+    def _on_message(self, topic: str, payload: bytes) -> None:
         """Take in a message; it is acknowledged when this returns."""
-        intake, series = self._intake, self._series.get(topic)
+        intake, series = self._callbacks, self._series_by_topic.get(topic)
         if intake is None:
             return
         if series is None:
-            self._subscriptions.arrived(topic)
-            self._news.set()
+            self._subscriptions.on_message(topic)
+            self._changed.set()
             intake.count_event("not followed")
             return
         try:
             update = decode_update(payload, series, self._clock.now())
         except CandleMessageError as error:
-            intake.reject(series, str(error), payload[:_MOST_KEPT])
+            intake.reject(series, str(error), payload[:_MAX_REJECTED_BYTES])
             return
         # What opens only later would crowd out what is real.
         if (
@@ -155,20 +159,20 @@ class MqttSource:
             and update.candle.invalid_reason() is None
             and update.candle.time <= update.received
         ):
-            self._shelf.put(series, update.candle)
+            self._recent_bars.put(series, update.candle)
         intake.update(update)
 
 
-async def _adjust(link: Link, subscriptions: Subscriptions) -> None:
+async def _sync_subscriptions(connection: Connection, subscriptions: Subscriptions) -> None:
     """Ask the broker for what is wanted until it is so. Raises LinkError."""
-    while request := subscriptions.request():
+    while request := subscriptions.next_request():
         topics = request.topics
         if not isinstance(request, Subscribe):
-            await link.unfollow(topics)
-            subscriptions.ended(topics)
+            await connection.unsubscribe_topics(topics)
+            subscriptions.on_unsubscribed(topics)
             continue
-        refused = await link.follow(topics)
-        subscriptions.granted(set(topics) - refused.keys())
+        refused = await connection.subscribe_topics(topics)
+        subscriptions.on_subscribed(set(topics) - refused.keys())
         subscriptions.refused |= refused
         for topic, why in refused.items():
             _log.warning("mqtt subscription refused", topic=topic, why=why)

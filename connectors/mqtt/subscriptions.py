@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-PER_REQUEST = 100
+TOPICS_PER_REQUEST = 100
 """Topics per request: packets stay small."""
 
-_STRANGERS = 10_000
+_MAX_UNWANTED = 10_000
 """Unwanted topics remembered at most; what is forgotten comes again, and is noticed again."""
 
 
@@ -34,42 +34,42 @@ class Subscriptions:
         self.refused: dict[str, str] = {}
         """Topics that the broker does not let us have, and why."""
         self._wanted: frozenset[str] = frozenset()
-        self._held: set[str] = set()
-        self._strange: set[str] = set()
+        self._active: set[str] = set()
+        self._unwanted: set[str] = set()
 
-    def want(self, topics: Collection[str]) -> None:
+    def set_wanted(self, topics: Collection[str]) -> None:
         """Set all that shall be sent."""
         self._wanted = frozenset(topics)
-        self._strange -= self._wanted
+        self._unwanted -= self._wanted
 
-    def connected(self) -> None:
+    def on_connected(self) -> None:
         """A new connection: all is asked for anew, which costs nothing where it is there."""
-        self._held.clear()
+        self._active.clear()
         self.refused.clear()
 
-    def again(self) -> None:
+    def retry_refused(self) -> None:
         """Ask once more for what was refused."""
         self.refused.clear()
 
-    def arrived(self, topic: str) -> bool:
+    def on_message(self, topic: str) -> bool:
         """Whether a message of ``topic`` is wanted; if not, it is not to come again."""
         if topic in self._wanted:
             return True
-        if len(self._strange) < _STRANGERS:
-            self._strange.add(topic)
+        if len(self._unwanted) < _MAX_UNWANTED:
+            self._unwanted.add(topic)
         return False
 
-    def granted(self, topics: Collection[str]) -> None:
-        self._held.update(topics)
+    def on_subscribed(self, topics: Collection[str]) -> None:
+        self._active.update(topics)
 
-    def ended(self, topics: Collection[str]) -> None:
-        self._held.difference_update(topics)
-        self._strange.difference_update(topics)
+    def on_unsubscribed(self, topics: Collection[str]) -> None:
+        self._active.difference_update(topics)
+        self._unwanted.difference_update(topics)
 
-    def request(self) -> Subscribe | Unsubscribe | None:
+    def next_request(self) -> Subscribe | Unsubscribe | None:
         """What to ask the broker for, to be answered before the next."""
-        gone = sorted((self._held - self._wanted) | self._strange)
+        gone = sorted((self._active - self._wanted) | self._unwanted)
         if gone:
-            return Unsubscribe(gone[:PER_REQUEST])
-        new = sorted(self._wanted - self._held - self.refused.keys())
-        return Subscribe(new[:PER_REQUEST]) if new else None
+            return Unsubscribe(gone[:TOPICS_PER_REQUEST])
+        new = sorted(self._wanted - self._active - self.refused.keys())
+        return Subscribe(new[:TOPICS_PER_REQUEST]) if new else None

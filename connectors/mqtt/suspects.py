@@ -9,30 +9,30 @@ from __future__ import annotations
 from collections.abc import Collection
 
 
-class Suspects:
+class PoisonTracker:
     """Records are told apart by their sequence."""
 
     def __init__(self) -> None:
         self._suspects: set[int] = set()
-        self._guilty: dict[int, str] = {}
+        self._poison: dict[int, str] = {}
 
-    def alone(self, sequence: int) -> bool:
+    def is_suspect(self, sequence: int) -> bool:
         """Whether nothing else may be under way together with this record."""
         return sequence in self._suspects
 
-    def guilty(self, sequence: int) -> str | None:
+    def poison_reason(self, sequence: int) -> str | None:
         """Why it is not to be sent again, if it is not."""
-        return self._guilty.get(sequence)
+        return self._poison.get(sequence)
 
-    def hung_up(self, under_way: Collection[int], why: str) -> None:
+    def on_disconnected(self, inflight: Collection[int], reason: str) -> None:
         """The broker ended the connection, it seems over one of these."""
-        if len(under_way) == 1 and self._suspects.issuperset(under_way):  # not for the first time
-            self._guilty.update(dict.fromkeys(under_way, why))
-        self._suspects.update(under_way)
+        if len(inflight) == 1 and self._suspects.issuperset(inflight):  # not for the first time
+            self._poison.update(dict.fromkeys(inflight, reason))
+        self._suspects.update(inflight)
 
-    def delivered(self, sequences: Collection[int]) -> None:
+    def discard(self, sequences: Collection[int]) -> None:
         """These have been taken or refused, and will not come again."""
         if self._suspects:
             self._suspects.difference_update(sequences)
-            for sequence in self._guilty.keys() & set(sequences):
-                del self._guilty[sequence]
+            for sequence in self._poison.keys() & set(sequences):
+                del self._poison[sequence]

@@ -12,58 +12,58 @@ from string import Formatter
 
 from kronos_stream.market.series import Series
 
-SERIES = frozenset({"venue", "symbol", "timeframe"})
+SERIES_FIELDS = frozenset({"venue", "symbol", "timeframe"})
 """The fields that a series fills."""
 
 _SPECIAL = re.compile("[%/+#]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
-_MOST_BYTES = 65_535
+_MAX_BYTES = 65_535
 
 
-class Template:
+class TopicTemplate:
     """A checked template. Raises ValueError, for people."""
 
     def __init__(
-        self, text: str, *, needed: Collection[str] = (), known: Collection[str] = ()
+        self, text: str, *, required: Collection[str] = (), allowed: Collection[str] = ()
     ) -> None:
         """needed: fields without which two topics would be one. known: what may stand there."""
         self._parts: list[tuple[str, str | None]] = []
-        for literal, field, spec, conversion in _parsed(text):
-            if spec or conversion or (field is not None and field not in known):
-                raise ValueError(f"{text!r}: {_choice(known)}")
+        for literal, field, spec, conversion in _parse(text):
+            if spec or conversion or (field is not None and field not in allowed):
+                raise ValueError(f"{text!r}: {_describe_fields(allowed)}")
             if bad := set(literal) & {"+", "#"}:
                 raise ValueError(f"{text!r}: {bad.pop()} is a wildcard; name one topic")
             self._parts.append((literal, field))
-        if missing := sorted(set(needed) - {field for _, field in self._parts}):
+        if missing := sorted(set(required) - {field for _, field in self._parts}):
             lacking = " and ".join(f"{{{field}}}" for field in missing)
             raise ValueError(f"{text!r} lacks {lacking}: different series would share a topic")
         if not text or text.startswith("$"):
             raise ValueError(
                 f"{text!r}: a topic has a name, and what begins with $ is the broker's"
             )
-        if reason := fault(text):
+        if reason := invalid_reason(text):
             raise ValueError(f"{text!r}: {reason}")
 
-    def filled(self, **fields: str) -> str:
+    def render(self, **fields: str) -> str:
         """The topic."""
         return "".join(
-            literal + ("" if field is None else encoded(fields[field]))
+            literal + ("" if field is None else encode_level(fields[field]))
             for literal, field in self._parts
         )
 
-    def of(self, series: Series) -> str:
+    def for_series(self, series: Series) -> str:
         """The topic of a series."""
-        return self.filled(
+        return self.render(
             venue=series.venue, symbol=series.symbol, timeframe=str(series.timeframe)
         )
 
 
-def encoded(text: str) -> str:
+def encode_level(text: str) -> str:
     """``text`` as one level of a topic."""
     return _SPECIAL.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
-def fault(topic: str) -> str | None:
+def invalid_reason(topic: str) -> str | None:
     """Why no broker would take this topic: one clause for people, or None."""
     if found := _UNPRINTABLE.search(topic):
         return f"a topic cannot hold the control character U+{ord(found[0]):04X}"
@@ -71,19 +71,19 @@ def fault(topic: str) -> str | None:
         size = len(topic.encode())
     except UnicodeEncodeError:
         return "a topic cannot hold half of a surrogate pair"
-    if size > _MOST_BYTES:
-        return f"as a topic it would have {size:,} bytes, and {_MOST_BYTES:,} is the limit"
+    if size > _MAX_BYTES:
+        return f"as a topic it would have {size:,} bytes, and {_MAX_BYTES:,} is the limit"
     return None
 
 
-def _parsed(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
+def _parse(text: str) -> list[tuple[str, str | None, str | None, str | None]]:
     try:
         return list(Formatter().parse(text))
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from None
 
 
-def _choice(known: Collection[str]) -> str:
-    if not known:
+def _describe_fields(allowed: Collection[str]) -> str:
+    if not allowed:
         return "this topic has no fields in braces"
-    return "fields are " + ", ".join(f"{{{field}}}" for field in sorted(known))
+    return "fields are " + ", ".join(f"{{{field}}}" for field in sorted(allowed))

@@ -26,7 +26,7 @@ _log = structlog.get_logger()
 _BLOCK = 65_536
 
 
-def _file(path: Path) -> Path:
+def _validate_path(path: Path) -> Path:
     path = path.expanduser()
     if not path.name or path.is_dir():
         raise ValueError(f"{path} is a folder: name a file, such as forecasts.jsonl")
@@ -38,7 +38,7 @@ class JsonlOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: Annotated[Path, AfterValidator(_file)]
+    path: Annotated[Path, AfterValidator(_validate_path)]
     """File that forecasts are appended to; dead letters go to PATH.deadletter. Log rotation may
     take either away at any time."""
     sync: bool = True
@@ -69,7 +69,7 @@ class JsonlSink:
 
     async def start(self) -> None:
         """See that the files can be written, and mend what a crash left unfinished."""
-        await self._call(self._prepare)
+        await self._run_in_thread(self._prepare)
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         lines: dict[Path, list[bytes]] = {}
@@ -78,13 +78,13 @@ class JsonlSink:
             line = record.value.replace(b"\n", b" ") + b"\n"
             lines.setdefault(self._paths[record.kind], []).append(line)
         for path, some in lines.items():
-            await self._call(partial(self._append, path, b"".join(some)))
+            await self._run_in_thread(partial(self._append, path, b"".join(some)))
         return ()
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False)
 
-    async def _call(self, work: Callable[[], None]) -> None:
+    async def _run_in_thread(self, work: Callable[[], None]) -> None:
         """One thread, so that a write that nobody waits for any more is over before the next."""
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -93,7 +93,7 @@ class JsonlSink:
 
     def _prepare(self) -> None:
         for path in self._paths.values():
-            _heal(path)
+            _repair(path)
 
     def _append(self, path: Path, lines: bytes) -> None:
         # Opened anew each time: log rotation may have taken the file away.
@@ -110,10 +110,10 @@ class JsonlSink:
             if self._sync:
                 os.fsync(file.fileno())
         if self._sync and not start:
-            _sync_folder(path.parent)
+            _fsync_directory(path.parent)
 
 
-def _heal(path: Path) -> None:
+def _repair(path: Path) -> None:
     """Make the file, or mend its last line.
 
     What a crash left of a record's line is cut off, for the record comes again; anything else
@@ -124,7 +124,7 @@ def _heal(path: Path) -> None:
         raise OSError(EINVAL, "not an ordinary file", str(path))
     with path.open("ab+") as file:
         end = file.tell()
-        start = _last_line(file, end)
+        start = _last_line_start(file, end)
         file.seek(start)
         line = file.read(end - start)
         if not line:
@@ -136,7 +136,7 @@ def _heal(path: Path) -> None:
             file.write(b"\n")
 
 
-def _last_line(file: BufferedRandom, end: int) -> int:
+def _last_line_start(file: BufferedRandom, end: int) -> int:
     """Where what follows the last line break begins."""
     start = end
     while start:
@@ -157,7 +157,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
+def _fsync_directory(folder: Path) -> None:
     """Make the name of a new file last."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -9,7 +9,7 @@ from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 
 
-class Shelf:
+class RecentBars:
     """The newest ``capacity`` closed bars of each series, as they were said last."""
 
     def __init__(self, capacity: int) -> None:
@@ -17,7 +17,7 @@ class Shelf:
         self._bars: dict[Series, dict[int, Candle]] = {}
         self._order: dict[Series, list[int]] = {}
 
-    def put(self, series: Series, candle: Candle) -> None:
+    def add(self, series: Series, candle: Candle) -> None:
         """Keep a closed bar; what was known of it before is forgotten."""
         bars = self._bars.setdefault(series, {})
         order = self._order.setdefault(series, [])
@@ -33,7 +33,7 @@ class Shelf:
         bars = self._bars.get(series, {})
         return [bars[time] for time in order[bisect_left(order, start) : bisect_left(order, end)]]
 
-    def keep(self, series: Collection[Series]) -> None:
+    def retain(self, series: Collection[Series]) -> None:
         """Forget all others."""
         for gone in self._bars.keys() - set(series):
             del self._bars[gone], self._order[gone]

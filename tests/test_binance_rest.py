@@ -119,15 +119,15 @@ def test_the_wait_asked_for_is_read_and_bounded(text: str | None, seconds: float
 
 def test_the_venues_time_is_never_taken_to_be_later_than_it_is() -> None:
     clock = VenueClock()
-    assert clock.stale(START, 0.0)
-    clock.measured(START, START + 5_000, START + 400, 10.0)  # said somewhere in these 400 ms
+    assert clock.needs_update(START, 0.0)
+    clock.update(START, START + 5_000, START + 400, 10.0)  # said somewhere in these 400 ms
     assert clock.offset == 4_800
     for said_at in (START, START + 400):
         venue_is_ahead = START + 5_000 - said_at
         for later in (400, 30_000, 59_000):
             for drift in (-0.0004, 0.0004):
                 there = START + later + venue_is_ahead + drift * later
-                assert there - 470 <= clock.at_least(START + later) <= there
+                assert there - 470 <= clock.lower_bound(START + later) <= there
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_it_is_measured_again_when_old_or_when_our_clock_was_set(
     stale: bool,  # noqa: FBT001
 ) -> None:
     clock = VenueClock()
-    clock.measured(START, START, START, 10.0)
-    assert clock.stale(START + now, uptime) is stale
+    clock.update(START, START, START, 10.0)
+    assert clock.needs_update(START + now, uptime) is stale
 
 
 # -- symbols -------------------------------------------------------------------------------

@@ -171,14 +171,14 @@ class RestClient:
         uptime = asyncio.get_running_loop().time
         async with self._clock_lock:
             before = self._clock.now()
-            if self._venue_clock.stale(before, uptime()):
+            if self._venue_clock.needs_update(before, uptime()):
                 said = await self.server_time()
-                self._venue_clock.measured(before, said, self._clock.now(), uptime())
+                self._venue_clock.update(before, said, self._clock.now(), uptime())
                 if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
                     self.on_event("clock skewed")
                     offset = self._venue_clock.offset
                     _log.warning("our clock differs from the venue's", url=self._url, ms=-offset)
-        return self._venue_clock.at_least(self._clock.now())
+        return self._venue_clock.lower_bound(self._clock.now())
 
     async def _get(
         self, what: str, query: Mapping[str, str], weight: int, *, large: bool = False

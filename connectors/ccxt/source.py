@@ -178,14 +178,16 @@ class CcxtSource:
         uptime = asyncio.get_running_loop().time
         async with self._clock_lock:
             before = self._clock.now()
-            if self._rest.has("fetchTime") is True and self._venue_clock.stale(before, uptime()):
+            if self._rest.has("fetchTime") is True and self._venue_clock.needs_update(
+                before, uptime()
+            ):
                 said = await self._rest.server_time()
-                self._venue_clock.measured(before, said, self._clock.now(), uptime())
+                self._venue_clock.update(before, said, self._clock.now(), uptime())
                 if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
                     self._factory.cooldown.on_event("clock skewed")
                     ms = -self._venue_clock.offset
                     _log.warning("our clock differs from the venue's", venue=self.venue, ms=ms)
-        return self._venue_clock.at_least(self._clock.now())
+        return self._venue_clock.lower_bound(self._clock.now())
 
 
 def _first_refusal(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:

@@ -169,4 +169,4 @@ async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
             error, chatter, options, timeout_message=f"no answer in {_TIMEOUT_SECONDS:g} s"
         )
         where = "" if chatter.errors else f"{options.bootstrap_servers}: "
-        raise TopicsError(f"{where}{found.what}", found.cure) from error
+        raise TopicsError(f"{where}{found.message}", found.remedy) from error

@@ -116,7 +116,7 @@ async def _check_permissions(
 def _warn_plaintext_password(options: KafkaOptions) -> Sequence[Finding]:
     hosts = [one.strip().rpartition(":")[0] for one in options.bootstrap_servers.split(",")]
     plain = (options.security_protocol, options.sasl_mechanism) == ("SASL_PLAINTEXT", "PLAIN")
-    if not plain or not tls.readable(*hosts):
+    if not plain or not tls.any_remote(*hosts):
         return []
     cure = "use SASL_SSL, or SCRAM-SHA-512 where the broker speaks no TLS"
     return [Finding("warn", "the password is sent as it is, to be read on its way", cure)]

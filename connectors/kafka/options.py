@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 
 from kronos_connectors import tls
 
-SETTING_NAMES = tls.Names(
+SETTING_NAMES = tls.SettingNames(
     address="KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS",
-    encrypt="KRONOS_STREAM_KAFKA__SECURITY_PROTOCOL",
+    encryption="KRONOS_STREAM_KAFKA__SECURITY_PROTOCOL",
     cafile="KRONOS_STREAM_KAFKA__SSL_CAFILE",
     certfile="KRONOS_STREAM_KAFKA__SSL_CERTFILE",
     key_password="KRONOS_STREAM_KAFKA__SSL_KEY_PASSWORD",  # noqa: S106 - its name
@@ -117,7 +117,7 @@ class KafkaOptions(BaseModel):
         if not self.encrypted:
             return None
         password = self.ssl_key_password.get_secret_value()
-        return tls.context(
+        return tls.create_context(
             self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile, password, SETTING_NAMES
         )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_connectors.shelf import Shelf
+from kronos_connectors.shelf import RecentBars
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
@@ -104,7 +104,7 @@ class TopicState:
     def __init__(self, prefix: str, bars: int) -> None:
         """prefix: of the topics' names. bars: of each series, to be read back and kept."""
         self._prefix, self._bars = prefix, bars
-        self._recent_bars = Shelf(bars)
+        self._recent_bars = RecentBars(bars)
         self._topics: dict[str, _Topic] = {}
         self._partition_counts: dict[str, int] = {}
         """How many each topic has."""
@@ -132,7 +132,7 @@ class TopicState:
             if old is None or topic.followed.keys() - old.followed.keys():
                 self._reread(name)
         self._topics = topics
-        self._recent_bars.keep(series)
+        self._recent_bars.retain(series)
         self._last_partition = {
             one: place for one, place in self._last_partition.items() if one in set(series)
         }
@@ -248,7 +248,7 @@ class TopicState:
             if (fault := candle.invalid_reason()) is not None:
                 raise CandleMessageError(fault, update.series)
             if candle.time <= received:  # what opens only then would crowd out what is real
-                self._recent_bars.put(update.series, candle)
+                self._recent_bars.add(update.series, candle)
         return update
 
     # -- history ---------------------------------------------------------------------------

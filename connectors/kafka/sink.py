@@ -163,7 +163,7 @@ class KafkaSink:
                 _log.exception("unexpected failure of the kafka producer")
             silence = f"no acknowledgement in {self._options.delivery_seconds:g} s"
             found = explain(error, self._client_errors, self._options, timeout_message=silence)
-            raise (SinkLoginRefused if found.refused else SinkUnavailable)(str(found)) from error
+            raise (SinkLoginRefused if found.permanent else SinkUnavailable)(str(found)) from error
         except BaseException:
             await self.close()
             raise

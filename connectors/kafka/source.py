@@ -24,7 +24,7 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reading import PartitionBounds, TopicState, InvalidRecord
 from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_connectors.tls import Fault
+from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -71,7 +71,7 @@ class KafkaSource:
                 topics = (await client.fetch_all_metadata()).topics()
         except (KafkaError, OSError) as error:
             found = self._explain(error)
-            kind = LoginRefused if found.refused else SourceError
+            kind = LoginRefused if found.permanent else SourceError
             raise kind(f"kafka: {found}") from error
         finally:
             with suppress(KafkaError, OSError):
@@ -226,7 +226,7 @@ class KafkaSource:
 
     # -- small things ----------------------------------------------------------------------
 
-    def _explain(self, error: BaseException) -> Fault:
+    def _explain(self, error: BaseException) -> ConnectionProblem:
         silence = f"no answer in {REQUEST_TIMEOUT_SECONDS:g} s"
         return explain(error, self._client_errors, self._options, timeout_message=silence)
 

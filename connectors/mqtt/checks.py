@@ -52,7 +52,7 @@ async def _check_broker(options: MqttOptions) -> Sequence[Finding]:
         return [Finding("fail", f"{options.address}: {NOT_RETAINED}", "have it retain messages")]
     found = f"{link.max_packet_size:,} bytes a message, {link.max_inflight} messages at once"
     findings = [Finding("ok", f"{options.address} lets us in; {found}")]
-    if options.username and not options.encrypted and tls.readable(options.host):
+    if options.username and not options.encrypted and tls.any_remote(options.host):
         cure = "use mqtts:// in KRONOS_STREAM_MQTT__URL"
         findings.append(
             Finding("warn", "the password is sent as it is, to be read on its way", cure)

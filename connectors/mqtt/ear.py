@@ -6,7 +6,7 @@ import logging
 
 from kronos_connectors import tls
 from kronos_connectors.mqtt.options import SETTING_NAMES, MqttOptions
-from kronos_connectors.tls import Fault
+from kronos_connectors.tls import ConnectionProblem
 
 CONNECTION_CLOSED = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
 
@@ -25,16 +25,16 @@ class PahoErrorCapture(logging.Handler):
             if isinstance(one, BaseException):
                 self._error = one
 
-    def explain(self, error: BaseException, options: MqttOptions) -> Fault | None:
+    def explain(self, error: BaseException, options: MqttOptions) -> ConnectionProblem | None:
         """What keeps us from a connection, by ``error`` and what was heard; None if unknown."""
         for one in (error, self._error):
             if one is None:
                 continue
-            if found := tls.fault(one, SETTING_NAMES, options.tls_cafile, options.tls_certfile):
+            if found := tls.explain(one, SETTING_NAMES, options.tls_cafile, options.tls_certfile):
                 return found
-            if any(isinstance(origin, ConnectionResetError) for origin in tls.origins(one)):
+            if any(isinstance(origin, ConnectionResetError) for origin in tls.exception_chain(one)):
                 asks = f"it may ask for a certificate of ours: {SETTING_NAMES.certfile}"
-                return Fault(
+                return ConnectionProblem(
                     CONNECTION_CLOSED,
                     asks if options.encrypted and not options.tls_certfile else "",
                 )

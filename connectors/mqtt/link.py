@@ -124,7 +124,7 @@ class Connection(aiomqtt.Client):
         except (aiomqtt.MqttError, OSError, ValueError) as error:
             self._release_socket()
             if found := self._error_capture.explain(error, self._options):
-                raise MqttConnectionError(found, permanent=found.refused) from None
+                raise MqttConnectionError(found, permanent=found.permanent) from None
             raise _to_connection_error(error) from None
         except BaseException:
             self._release_socket()

@@ -15,9 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, mo
 from kronos_connectors import tls
 from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate
 
-SETTING_NAMES = tls.Names(
+SETTING_NAMES = tls.SettingNames(
     address="KRONOS_STREAM_MQTT__URL",
-    encrypt="whether it is to begin with mqtts:// or mqtt://",
+    encryption="whether it is to begin with mqtts:// or mqtt://",
     cafile="KRONOS_STREAM_MQTT__TLS_CAFILE",
     certfile="KRONOS_STREAM_MQTT__TLS_CERTFILE",
     key_password="KRONOS_STREAM_MQTT__TLS_KEY_PASSWORD",  # noqa: S106 - its name
@@ -156,7 +156,7 @@ class MqttOptions(BaseModel):
         if not self.encrypted:
             return None
         password = self.tls_key_password.get_secret_value()
-        return tls.context(
+        return tls.create_context(
             self.tls_cafile, self.tls_certfile, self.tls_keyfile, password, SETTING_NAMES
         )
 

@@ -17,7 +17,7 @@ from kronos_connectors.mqtt.link import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.subscriptions import Subscribe, Subscriptions
 from kronos_connectors.mqtt.topics import invalid_reason
-from kronos_connectors.shelf import Shelf
+from kronos_connectors.shelf import RecentBars
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -46,7 +46,7 @@ class MqttSource:
         self._topic_for = options.candle_template().for_series
         self._series_by_topic: dict[str, Series] = {}
         self._subscriptions = Subscriptions()
-        self._recent_bars = Shelf(options.history_bars)
+        self._recent_bars = RecentBars(options.history_bars)
         self._reconnector = Reconnector(self._create_connection, options.address, random)
         self._callbacks: SourceCallbacks | None = None
         self._changed = asyncio.Event()
@@ -65,7 +65,7 @@ class MqttSource:
     def subscribe(self, series: Collection[Series]) -> None:
         self._series_by_topic = {self._topic_for(one): one for one in series}
         self._subscriptions.set_wanted(self._series_by_topic)
-        self._recent_bars.keep(series)
+        self._recent_bars.retain(series)
         self._changed.set()
 
     async def run(self, callbacks: SourceCallbacks) -> None:
@@ -159,7 +159,7 @@ class MqttSource:
             and update.candle.invalid_reason() is None
             and update.candle.time <= update.received
         ):
-            self._recent_bars.put(series, update.candle)
+            self._recent_bars.add(series, update.candle)
         intake.update(update)
 
 

@@ -20,7 +20,7 @@ from kronos_connectors.kafka.chatter import capture_aiokafka_errors
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import explain, explain_captured
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
-from kronos_connectors.tls import Fault
+from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.client import Forecast, forecasts
 from kronos_stream.commands._board import ForecastTable, format_line
 from kronos_stream.daemon.environment import read_options
@@ -169,7 +169,9 @@ async def _show(
             await asyncio.wait((coming,))
 
 
-def _waiting_notice(kafka: KafkaOptions, series: Sequence[str], trouble: Fault | None) -> str:
+def _waiting_notice(
+    kafka: KafkaOptions, series: Sequence[str], trouble: ConnectionProblem | None
+) -> str:
     of = f" of {', '.join(series)}" if series else ""
     return (
         f"No forecast{of} for {_WAITING_NOTICE_SECONDS:g} s; still waiting for {_topic_label(kafka)}"

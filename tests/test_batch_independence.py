@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.engine import Draw
+from kronos_stream.engine import SampledPaths
 from kronos_stream.engine.context import prepare
 from kronos_stream.engine.noise import noise_key, uniforms
 from kronos_stream.engine.sampling import Sampling
@@ -33,7 +33,7 @@ class Company(NamedTuple):
     forecaster: Forecaster
     contexts: list[Context]
     horizons: list[int]
-    alone: list[Draw]
+    alone: list[SampledPaths]
 
     def check(self, members: Sequence[int]) -> None:
         """Draw the members together; each must come out as it did alone."""
@@ -45,7 +45,7 @@ class Company(NamedTuple):
                 assert_same(draw, self.alone[i])
 
 
-def assert_same(draw: Draw, wanted: Draw) -> None:
+def assert_same(draw: SampledPaths, wanted: SampledPaths) -> None:
     """Bit for bit."""
     np.testing.assert_array_equal(draw.tokens, wanted.tokens)
     np.testing.assert_array_equal(draw.paths, wanted.paths)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.engine import Draw
-from kronos_stream.engine.context import Prepared, prepare
+from kronos_stream.engine import SampledPaths
+from kronos_stream.engine.context import PreparedContext, prepare
 from kronos_stream.engine.noise import noise_key, uniforms
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.uncached import generate
@@ -33,14 +33,14 @@ RELATIVE = 1e-4
 TEMPERATURES = st.floats(0.5, 1.5) | st.lists(st.floats(0.5, 1.5), min_size=1, max_size=4)
 
 
-def noise(item: Prepared, paths: int, seed: int) -> Tensor:
+def noise(item: PreparedContext, paths: int, seed: int) -> Tensor:
     """The uniform numbers of one context, (H, 2, 1, P)."""
     key = torch.tensor([noise_key(seed, item.name, item.origin)])
     return uniforms(key, 0, paths, item.horizon)
 
 
 def recompute(
-    models: tuple[Predictor, Tokenizer], item: Prepared, uniform: Tensor, sampling: Sampling
+    models: tuple[Predictor, Tokenizer], item: PreparedContext, uniform: Tensor, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """Normalised candles (P, H, 6) and tokens (P, H, 2) without any cache."""
     candles, stamps = torch.from_numpy(item.normalised)[None], torch.from_numpy(item.stamps)[None]
@@ -49,7 +49,7 @@ def recompute(
 
 
 def logits_after(
-    models: tuple[Predictor, Tokenizer], item: Prepared, drawn: Tensor, s1: int
+    models: tuple[Predictor, Tokenizer], item: PreparedContext, drawn: Tensor, s1: int
 ) -> tuple[Tensor, Tensor]:
     """Both levels' logits of the bar after the context and the ``drawn`` tokens (h, 2)."""
     predictor, tokenizer = models
@@ -81,7 +81,11 @@ def is_tie(logits: Tensor, uniform: float, pair: tuple[int, int], s: Sampling, s
 
 
 def check_paths(
-    models: tuple[Predictor, Tokenizer], item: Prepared, draw: Draw, sampling: Sampling, seed: int
+    models: tuple[Predictor, Tokenizer],
+    item: PreparedContext,
+    draw: SampledPaths,
+    sampling: Sampling,
+    seed: int,
 ) -> int:
     """Compare one context's paths with the recompute; the number of paths that end in a tie."""
     count = len(draw.tokens)

@@ -150,7 +150,7 @@ def test_a_cpu_without_stable_products_says_so(monkeypatch: pytest.MonkeyPatch) 
     """Where rows always depend on the batch, loading warns and takes the strictest limits."""
     monkeypatch.setattr(dense, "_holds", lambda *_: False)
     with pytest.warns(UserWarning, match="depend on the batch"):
-        assert dense.find_stable([(8, 8)]).block == 64
+        assert dense.find_batch_invariant_limits([(8, 8)]).block == 64
 
 
 def test_nano_products_are_stable_here() -> None:
@@ -172,10 +172,10 @@ def test_packed_products_are_products(block: int | None) -> None:
         bias,
         device=torch.device("cpu"),
         dtype=torch.float32,
-        stable=dense.Stable(packed=True, block=block, rows=4),
+        limits=dense.BatchInvariantLimits(packed=True, block=block, rows=4),
     )
     total = torch.ones(33, 6)
-    product.add_to(x, total)
+    product.multiply_add(x, total)
     torch.testing.assert_close(product(x), want)
-    torch.testing.assert_close(product.into(x, torch.empty(33, 6)), want)
+    torch.testing.assert_close(product.multiply_into(x, torch.empty(33, 6)), want)
     torch.testing.assert_close(total, want + 1)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.engine import Draw
+from kronos_stream.engine import SampledPaths
 from kronos_stream.engine.decode import Decoder
 from kronos_stream.model import Predictor, Tokenizer
 
@@ -99,7 +99,9 @@ def forecaster(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecast
     )
 
 
-def draw(forecaster: Forecaster, walks: Walks, lengths: Sequence[int], seed: int) -> list[Draw]:
+def draw(
+    forecaster: Forecaster, walks: Walks, lengths: Sequence[int], seed: int
+) -> list[SampledPaths]:
     return forecaster.draw(walks(lengths, seed=seed), HORIZONS, PATHS, seed=seed)
 
 

@@ -13,22 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.device import ACCELERATOR_SHARE
-from kronos_stream.engine.plan import Chunk, Planner, Sizes
+from kronos_stream.engine.plan import Chunk, Planner, MemorySizes
 from kronos_stream.engine.runner import ACCELERATOR_TUNING
 from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.config import PUBLISHED_PREDICTORS, PUBLISHED_TOKENIZER
 
-SIZES = Sizes(per_bar=100, per_step=40, per_row=500)
+SIZES = MemorySizes(per_bar=100, per_step=40, per_row=500)
 GIB = 2**30
 PADDING = 1.25
 """A group's context count is rounded up by less than a quarter."""
 
 
-def prepared(length: int, horizon: int) -> Prepared:
+def prepared(length: int, horizon: int) -> PreparedContext:
     """A context of which only the sizes matter."""
-    return Prepared(
+    return PreparedContext(
         name="",
         normalised=np.zeros((length, 6), np.float32),
         mean=np.zeros(6, np.float32),
@@ -101,7 +101,7 @@ def small_on_24_gb() -> Planner:
     with torch.device("meta"):
         models = Predictor(PUBLISHED_PREDICTORS["small"]), Tokenizer(PUBLISHED_TOKENIZER)
     return Planner(
-        Sizes.of(models[0].config, models[1].config, torch.bfloat16, 512),
+        MemorySizes.for_model(models[0].config, models[1].config, torch.bfloat16, 512),
         ACCELERATOR_TUNING.bucket,
         int(24 * GIB * ACCELERATOR_SHARE),
         pad_contexts=True,

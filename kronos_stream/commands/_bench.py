@@ -27,7 +27,7 @@ from kronos_stream.commands._machine import (
 from kronos_stream.commands._precision import compare_precision
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
-from kronos_stream.engine.cost import Work, stage_costs
+from kronos_stream.engine.cost import Workload, stage_costs
 from kronos_stream.engine.device import pick_device, pick_dtype
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.uncached import generate
@@ -165,7 +165,7 @@ def _measure(
     stages.clear()
     times = [time_call(call, forecaster.device) for _ in range(options.repeats)]
     dtype = str(forecaster.dtype).removeprefix("torch.")
-    work = Work(contexts, paths, options.lookback, options.horizon)
+    work = Workload(contexts, paths, options.lookback, options.horizon)
     costs = stage_costs(
         PUBLISHED_PREDICTORS[name], PUBLISHED_TOKENIZER, work, forecaster.dtype.itemsize
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.engine import Context, Draw, Forecaster
+from kronos_stream.engine import Context, SampledPaths, Forecaster
 from kronos_stream.forecast.quantiles import weibull_quantiles
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -36,7 +36,7 @@ def compare_precision(
     model: str, contexts: Sequence[Context], *, horizon: int, paths: int, device: str
 ) -> Precision:
     """Draw the same contexts in both types from two seeds each."""
-    draws: dict[tuple[str, int], list[Draw]] = {}
+    draws: dict[tuple[str, int], list[SampledPaths]] = {}
     for dtype in ("float32", "bfloat16"):
         forecaster = Forecaster.from_pretrained(model, device=device, dtype=dtype)
         for seed in (0, 1):

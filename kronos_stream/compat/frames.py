@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.model.inputs import CHANNELS, complete, normalise, time_stamps
 
 _PRICES = list(CHANNELS[:4])
@@ -21,7 +21,7 @@ def prepare_frame(
     y_timestamp: Any,
     pred_len: int,
     clip: float,
-) -> Prepared:
+) -> PreparedContext:
     """One series' history and the times to come, normalised as the reference does.
 
     index: the series' place in the call; it names the series in errors and keys its noise.
@@ -41,7 +41,7 @@ def prepare_frame(
         )
     mean, std, normalised = normalise(values, clip)
     past, future = wall_clock(x_timestamp), wall_clock(y_timestamp)
-    return Prepared(
+    return PreparedContext(
         name=str(index),
         normalised=normalised,
         mean=mean,

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import nn
 
 from kronos_stream.compat.frames import prepare_frame
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.device import pick_device
 from kronos_stream.engine.forecaster import Forecaster
 from kronos_stream.engine.noise import noise_key, uniforms
@@ -187,7 +187,7 @@ class KronosPredictor:
         return self._forecaster
 
     def _recompute(
-        self, item: Prepared, paths: int, sampling: Sampling, seed: int
+        self, item: PreparedContext, paths: int, sampling: Sampling, seed: int
     ) -> NDArray[np.float32]:
         """The mean path (H, 6) past max_context, where the window slides."""
         warnings.warn(

@@ -39,7 +39,7 @@ from kronos_stream.daemon.job import (
     price_scale,
     decode_frame,
 )
-from kronos_stream.engine import Context, ContextError, Draw, Forecaster
+from kronos_stream.engine import Context, ContextError, SampledPaths, Forecaster
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
@@ -131,7 +131,7 @@ class ModelHost:
         return [self._to_result(*drawn) for drawn in zip(requests, scales, draws, strict=True)]
 
     def _to_result(
-        self, task: InferenceRequest, scale: float, draw: Draw
+        self, task: InferenceRequest, scale: float, draw: SampledPaths
     ) -> InferenceResult | InferenceFailure:
         try:
             made = build_outlook(

@@ -2,6 +2,6 @@
 
 from kronos_stream.engine.context import Context, ContextError
 from kronos_stream.engine.forecaster import Forecaster
-from kronos_stream.engine.runner import Draw
+from kronos_stream.engine.runner import SampledPaths
 
-__all__ = ["Context", "ContextError", "Draw", "Forecaster"]
+__all__ = ["Context", "ContextError", "SampledPaths", "Forecaster"]

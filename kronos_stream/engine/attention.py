@@ -11,7 +11,7 @@ from kronos_stream.engine.dense import Scratch
 
 
 @dataclass(frozen=True, slots=True)
-class SharedKeys:
+class PrefixKeyValues:
     """Keys and values of a context's own bars, for B contexts, in one layer.
 
     Keys lie transposed: the score product of many queries reads them fastest so.
@@ -23,7 +23,7 @@ class SharedKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class OwnKeys:
+class SuffixKeyValues:
     """Keys and values of the bars each path has drawn, in one layer."""
 
     keys: Tensor  # (B * P, heads, T, head_dim)
@@ -37,7 +37,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def attend(
-    query: Tensor, prefix: SharedKeys, suffix: OwnKeys | None, out: Tensor, scratch: Scratch
+    query: Tensor,
+    prefix: PrefixKeyValues,
+    suffix: SuffixKeyValues | None,
+    out: Tensor,
+    scratch: Scratch,
 ) -> None:
     """One softmax over the shared prefix and the own suffix, for every path of B contexts.
 
@@ -78,7 +82,7 @@ def attend(
     )
 
 
-def _shared_values(weights: Tensor, prefix: SharedKeys, query: Tensor) -> Tensor:
+def _shared_values(weights: Tensor, prefix: PrefixKeyValues, query: Tensor) -> Tensor:
     """Mix the prefix's values: (B h, P Q, L) to (B, P, Q, heads, head_dim)."""
     b, p, q, heads, width = query.shape
     mixed = torch.bmm(weights, prefix.values.flatten(0, 1))

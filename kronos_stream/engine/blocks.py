@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronos_stream.engine.attention import OwnKeys, SharedKeys, attend, rotate
+from kronos_stream.engine.attention import SuffixKeyValues, PrefixKeyValues, attend, rotate
 from kronos_stream.engine.dense import Scratch, swiglu_
 from kronos_stream.engine.weights import BlockWeights, Stack
 from kronos_stream.model.layers import NORM_EPS
@@ -67,7 +67,7 @@ def run_prefix(
             mixed = F.scaled_dot_product_attention(q, k, v, seen[:, None, None], scale=1.0)
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-        block.out.add_to(mixed.transpose(1, 2).reshape(len(x), -1), x)
+        block.out.multiply_add(mixed.transpose(1, 2).reshape(len(x), -1), x)
         _feed_forward(block, x, scratch)
     return x
 
@@ -91,10 +91,12 @@ class PathRows:
 
     def attend(self, i: int, end: int, query: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Attend from these rows of query (R, heads, head_dim) to the suffix before ``end``."""
-        prefix = SharedKeys(self.prefix.keys[i], self.prefix.values[i], self.mask)
+        prefix = PrefixKeyValues(self.prefix.keys[i], self.prefix.values[i], self.mask)
         suffix = None
         if end > 0:
-            suffix = OwnKeys(self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end])
+            suffix = SuffixKeyValues(
+                self.suffix.keys[i, :, :, :end], self.suffix.values[i, :, :, :end]
+            )
         own = query[self.rows].unflatten(0, self.shape)
         attend(own, prefix, suffix, out[self.rows], scratch)
 
@@ -131,7 +133,7 @@ def run_rows(
         for group in groups:
             group.write(i, start, k, v)
         mixed = attend_all(groups, i, start + groups[0].shape[2], q, scratch)
-        block.out.add_to(mixed, x)
+        block.out.multiply_add(mixed, x)
         _feed_forward(block, x, scratch)
     return x
 
@@ -146,7 +148,9 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated queries and keys, and values, of rows x: each (*lead, heads, head_dim)."""
     normed = rms_norm(x, block.norm1, block.qkv.dtype)
-    qkv = block.qkv.into(normed, scratch("qkv", (len(x), 3 * stack.width), block.qkv.dtype))
+    qkv = block.qkv.multiply_into(
+        normed, scratch("qkv", (len(x), 3 * stack.width), block.qkv.dtype)
+    )
     qkv = qkv.view(*lead, 3, stack.heads, stack.head_dim)
     q, k = rotate(qkv[..., :2, :, :], rotation).unbind(-3)
     return q, k, qkv[..., 2, :, :]
@@ -155,5 +159,7 @@ def _project(
 def _feed_forward(block: BlockWeights, x: Tensor, scratch: Scratch) -> None:
     normed = rms_norm(x, block.norm2, block.gate_up.dtype)
     dense = block.gate_up
-    gate_up = dense.into(normed, scratch("gate_up", (len(x), dense.out_features), dense.dtype))
-    block.down.add_to(swiglu_(gate_up), x)
+    gate_up = dense.multiply_into(
+        normed, scratch("gate_up", (len(x), dense.out_features), dense.dtype)
+    )
+    block.down.multiply_add(swiglu_(gate_up), x)

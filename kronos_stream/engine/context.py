@@ -57,7 +57,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class PreparedContext:
     """A checked context in the model's units, for one horizon."""
 
     name: str
@@ -78,7 +78,7 @@ class Prepared:
         return len(self.future_times)
 
 
-def prepare_all(contexts: Sequence[Context], horizons: Sequence[int]) -> list[Prepared]:
+def prepare_all(contexts: Sequence[Context], horizons: Sequence[int]) -> list[PreparedContext]:
     """Check and normalise a call's contexts; ContextError says what is wrong and where."""
     stamps: dict[tuple[bytes, str | None], Ints] = {}
     pairs = zip(contexts, horizons, strict=True)
@@ -95,7 +95,7 @@ def prepare(
     index: int,
     horizon: int,
     known_stamps: dict[tuple[bytes, str | None], Ints] | None = None,
-) -> Prepared:
+) -> PreparedContext:
     """Check ``context`` and normalise it; ContextError says what is wrong and where.
 
     known_stamps: gains the stamps of these times; the series of a call mostly share them.
@@ -106,13 +106,13 @@ def prepare(
     times = _times(context.times, name)
     values = _candles(context.values, times, name)
     future = _future_times(context, times, horizon, name)
-    mean, std, normalised = _scaled(values, name)
+    mean, std, normalised = _normalise_checked(values, name)
     all_times = np.concatenate((times, future))
     key = all_times.tobytes(), context.timezone
     known = {} if known_stamps is None else known_stamps
     if key not in known:
         known[key] = time_stamps(all_times + utc_offsets(all_times, context.timezone, name))
-    return Prepared(
+    return PreparedContext(
         name=str(index) if context.series is None else context.series,
         normalised=normalised,
         mean=mean,
@@ -124,7 +124,7 @@ def prepare(
     )
 
 
-def _scaled(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
+def _normalise_checked(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
     """:func:`normalise`, refusing what float32 cannot hold the squares of."""
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std, normalised = normalise(values)
@@ -163,8 +163,8 @@ def _times(raw: ArrayLike, name: str) -> Ints:
     if len(bad):
         i = int(bad[0]) + 1
         raise ContextError(
-            f"{name}: times must strictly increase; bar {i} ({_when(times[i])}) "
-            f"does not follow bar {i - 1} ({_when(times[i - 1])})"
+            f"{name}: times must strictly increase; bar {i} ({_format_time(times[i])}) "
+            f"does not follow bar {i - 1} ({_format_time(times[i - 1])})"
         )
     return times
 
@@ -197,22 +197,22 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
         values = values.astype(np.float32, order="C")
     given = values.shape[1]
     values = complete(values)
-    row, column = _first(~np.isfinite(values))
+    row, column = _first_index(~np.isfinite(values))
     if row is not None:
         raise ContextError(
-            f"{name}: {CHANNELS[column]} of bar {row} ({_when(times[row])}) is "
+            f"{name}: {CHANNELS[column]} of bar {row} ({_format_time(times[row])}) is "
             f"{values[row, column]}; every value must be a finite float32"
         )
-    row, _ = _first(values[:, 1:2] < values[:, 2:3])
+    row, _ = _first_index(values[:, 1:2] < values[:, 2:3])
     if row is not None:
         raise ContextError(
-            f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
+            f"{name}: impossible candle at bar {row} ({_format_time(times[row])}): "
             f"high {values[row, 1]:g} is below low {values[row, 2]:g}"
         )
-    row, column = _first(values[:, 4:given] < 0)
+    row, column = _first_index(values[:, 4:given] < 0)
     if row is not None:
         raise ContextError(
-            f"{name}: impossible candle at bar {row} ({_when(times[row])}): "
+            f"{name}: impossible candle at bar {row} ({_format_time(times[row])}): "
             f"{CHANNELS[4 + column]} {values[row, 4 + column]:g} is negative"
         )
     return values
@@ -232,7 +232,7 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
         if len(bad):
             raise ContextError(
                 f"{name}: future_times must strictly increase after the last bar "
-                f"({_when(times[-1])}); entry {bad[0]} is {_when(future[bad[0]])}"
+                f"({_format_time(times[-1])}); entry {bad[0]} is {_format_time(future[bad[0]])}"
             )
         return future
     origin = int(times[-1])
@@ -266,12 +266,12 @@ def _check_text(text: object, what: str, name: str) -> None:
         raise ContextError(f"{name}: {what} {text!r} cannot be encoded as UTF-8") from None
 
 
-def _first(bad: NDArray[np.bool_]) -> tuple[int, int] | tuple[None, int]:
+def _first_index(bad: NDArray[np.bool_]) -> tuple[int, int] | tuple[None, int]:
     if not bad.any():
         return None, 0
     row, column = np.argwhere(bad)[0]
     return int(row), int(column)
 
 
-def _when(ms: np.int64) -> str:
+def _format_time(ms: np.int64) -> str:
     return rfc3339(int(ms))

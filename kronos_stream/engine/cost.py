@@ -13,7 +13,7 @@ from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Workload:
     """A call: contexts of one lookback, paths each, one horizon."""
 
     contexts: int
@@ -39,7 +39,7 @@ class Cost:
 
 
 def stage_costs(
-    p: PredictorConfig, t: TokenizerConfig, work: Work, itemsize: int
+    p: PredictorConfig, t: TokenizerConfig, work: Workload, itemsize: int
 ) -> dict[str, Cost]:
     """Cost by stage: encode, prefill, decode, detokenise. ``itemsize`` is of weights and caches."""
     bars = work.contexts * work.lookback
@@ -52,20 +52,20 @@ def stage_costs(
     }
 
 
-def _encode(t: TokenizerConfig, work: Work, bars: int) -> Cost:
+def _encode(t: TokenizerConfig, work: Workload, bars: int) -> Cost:
     blocks = t.n_enc_layers - 1
     weights = t.d_in * t.d_model + blocks * _block(t.d_model, t.ff_dim) + t.d_model * t.code_bits
     keys = (work.lookback + 1) / 2
     return Cost(2 * bars * (weights + blocks * 2 * keys * t.d_model), 4 * weights)
 
 
-def _prefill(p: PredictorConfig, work: Work, bars: int, itemsize: int) -> Cost:
+def _prefill(p: PredictorConfig, work: Workload, bars: int, itemsize: int) -> Cost:
     weights = p.n_layers * _block(p.d_model, p.ff_dim) + 2 * p.d_model**2
     attention = p.n_layers * 2 * (work.lookback + 1) / 2 * p.d_model
     return Cost(2 * bars * (weights + attention), itemsize * weights)
 
 
-def _decode(p: PredictorConfig, work: Work, rows: int, itemsize: int) -> Cost:
+def _decode(p: PredictorConfig, work: Workload, rows: int, itemsize: int) -> Cost:
     d = p.d_model
     trunk = p.n_layers * _block(d, p.ff_dim) + 2 * d**2  # with the s2 layer's keys and values
     s1_head, s2_head = d * 2**p.s1_bits, d**2 + d * 2**p.s2_bits
@@ -84,7 +84,7 @@ def _decode(p: PredictorConfig, work: Work, rows: int, itemsize: int) -> Cost:
     return Cost(2 * macs, itemsize * read)
 
 
-def _detokenise(t: TokenizerConfig, work: Work, bars: int, rows: int, itemsize: int) -> Cost:
+def _detokenise(t: TokenizerConfig, work: Workload, bars: int, rows: int, itemsize: int) -> Cost:
     blocks, d = t.n_dec_layers - 1, t.d_model
     block = _block(d, t.ff_dim)
     # Of the last block the prefix needs keys and values only.

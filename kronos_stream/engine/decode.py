@@ -75,7 +75,7 @@ class Decoder:
         self._uniforms = torch.full((self.horizon, 2, padded), 0.5, device=self.device)
         self._tokens = self._row_context.new_zeros(padded, self.horizon, 2)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._ran = False
+        self._warmed_up = False
 
     def run(self, keys: Tensor, first_path: int) -> list[Tensor]:
         """Draw every group's paths from its filled prefix.
@@ -88,11 +88,11 @@ class Decoder:
                 keys[group.contexts], first_path, group.shape.paths, group.shape.horizon
             )
             self._uniforms[: group.shape.horizon, :, group.rows] = noise.flatten(2)
-        if self.device.type == "cuda" and self._ran:
+        if self.device.type == "cuda" and self._warmed_up:
             self._replay()
         else:
             self._loop()
-        self._ran = True
+        self._warmed_up = True
         return [
             self._tokens[g.rows, : g.shape.horizon].unflatten(0, (g.shape.contexts, g.shape.paths))
             for g in self.groups
@@ -148,7 +148,7 @@ class Decoder:
         query = w.s2_query[s1].unflatten(-1, (S2_HEADS, -1))
         mixed = attend_all(groups, 0, step, query, self._scratch)
         total = hidden.clone()
-        w.s2_out.add_to(mixed, total)
+        w.s2_out.multiply_add(mixed, total)
         s2 = self._draw(w.s2_head(rms_norm(total, w.s2_norm, torch.float32)), step, level=1)
         rows = len(s1)
         self._tokens[:rows, step, 0] = s1

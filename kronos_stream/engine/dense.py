@@ -30,7 +30,7 @@ _SERIAL_ELEMENTS = 32768
 """Elementwise kernels stay on one thread up to this size (at::internal::GRAIN_SIZE)."""
 
 
-class Stable(NamedTuple):
+class BatchInvariantLimits(NamedTuple):
     """Limits within which a row's product does not depend on the other rows."""
 
     packed: bool
@@ -41,13 +41,13 @@ class Stable(NamedTuple):
     """Fewest rows of a product."""
 
 
-UNSTABLE = Stable(packed=False, block=None, rows=1)
+ROW_BY_ROW = BatchInvariantLimits(packed=False, block=None, rows=1)
 """For devices and types that promise nothing."""
 
 _CANDIDATES = (
-    *(Stable(packed=True, block=block, rows=4) for block in (None, 512, 128)),
+    *(BatchInvariantLimits(packed=True, block=block, rows=4) for block in (None, 512, 128)),
     *(
-        Stable(packed=False, block=block, rows=rows)
+        BatchInvariantLimits(packed=False, block=block, rows=rows)
         for rows in (4, 16)
         for block in (512, 256, 128, 64)
     ),
@@ -64,22 +64,22 @@ class Dense:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        stable: Stable,
+        limits: BatchInvariantLimits,
     ) -> None:
         """weight (out, in), bias (out,); ``stable``: how products are to be taken."""
         out_features, in_features = weight.shape
-        parts = 1 if stable.block is None else -(-in_features // stable.block)
+        parts = 1 if limits.block is None else -(-in_features // limits.block)
         width = -(-in_features // parts)
         self.spans = [(i, min(i + width, in_features)) for i in range(0, in_features, width)]
         weight = weight.detach().to(device, dtype)
         blocks = [weight[:, lo:hi] for lo, hi in self.spans]
-        self.packed = stable.packed
+        self.packed = limits.packed
         self.blocks = [_pack(b) if self.packed else b.T.contiguous() for b in blocks]
         self.bias = None if bias is None else bias.detach().to(device, dtype)
         self.out_features = out_features
         self.dtype = dtype
 
-    def into(self, x: Tensor, out: Tensor) -> Tensor:
+    def multiply_into(self, x: Tensor, out: Tensor) -> Tensor:
         """The product of x (R, in), in ``out`` (R, out) unless oneDNN gives memory of its own."""
         if self.packed:
             return self(x)
@@ -92,7 +92,7 @@ class Dense:
             out.addmm_(x[:, lo:hi], block)
         return out
 
-    def add_to(self, x: Tensor, total: Tensor) -> None:
+    def multiply_add(self, x: Tensor, total: Tensor) -> None:
         """Add the product of x (R, in) to the float32 ``total`` (R, out)."""
         if self.packed or self.dtype != total.dtype:
             total.add_(self(x))
@@ -111,7 +111,7 @@ class Dense:
             for (lo, hi), block in parts:
                 out += _packed_product(x[:, lo:hi], block, None)
             return out
-        return self.into(x, x.new_empty(x.shape[0], self.out_features))
+        return self.multiply_into(x, x.new_empty(x.shape[0], self.out_features))
 
 
 class Scratch:
@@ -144,7 +144,7 @@ def swiglu_(gate_up: Tensor) -> Tensor:
     return gate
 
 
-def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
+def find_batch_invariant_limits(shapes: Iterable[tuple[int, int]]) -> BatchInvariantLimits:
     """The least restrictive limits that hold on this CPU for products of these (in, out) shapes.
 
     Tried on random float32 rows from a fixed seed. Where none holds, which no CPU seen so far
@@ -154,7 +154,7 @@ def find_stable(shapes: Iterable[tuple[int, int]]) -> Stable:
     for limits in _CANDIDATES:
         if limits.packed and not can_pack():
             continue
-        if all(_holds(limits, inner, outer) for inner, outer in distinct):
+        if all(_is_batch_invariant(limits, inner, outer) for inner, outer in distinct):
             return limits
     warnings.warn(
         "this CPU's matrix products depend on the batch however they are taken: paths repeat to "
@@ -180,11 +180,11 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, "_linear_pointwise")
 
 
-def _holds(limits: Stable, inner: int, outer: int) -> bool:
+def _is_batch_invariant(limits: BatchInvariantLimits, inner: int, outer: int) -> bool:
     generator = torch.Generator().manual_seed(inner * 65537 + outer)
     weight = torch.randn(outer, inner, generator=generator)
     bias = torch.randn(outer, generator=generator)
-    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, stable=limits)
+    dense = Dense(weight, bias, device=torch.device("cpu"), dtype=torch.float32, limits=limits)
     x = torch.randn(max(_BATCHES), inner, generator=generator)
     probe = x[:_PROBE_ROWS]
     want = dense(probe)

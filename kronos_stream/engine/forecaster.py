@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from kronos_stream.engine.context import (
     Context,
     ContextError,
-    Prepared,
+    PreparedContext,
     context_name,
     prepare_all,
 )
 from kronos_stream.engine.device import free_memory, pick_device, pick_dtype
 from kronos_stream.engine.noise import noise_key
-from kronos_stream.engine.plan import Planner, Sizes
+from kronos_stream.engine.plan import Planner, MemorySizes
 from kronos_stream.engine.prefix import Stage
-from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, Draw, Runner
+from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, SampledPaths, Runner
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
 from kronos_stream.model.checkpoint import Found, find, load_predictor, load_tokenizer
@@ -69,12 +69,14 @@ class Forecaster:
         """Told which stage of the work begins; for measuring."""
         tuning = CPU_TUNING if self.device.type == "cpu" else ACCELERATOR_TUNING
         positions = max_context + tuning.bucket
-        with _plain_torch():
+        with _inference_mode():
             self._runner = Runner(
                 fold_predictor(predictor, self.device, self.dtype, positions),
                 fold_tokenizer(tokenizer, self.device, self.dtype, positions),
                 Planner(
-                    sizes=Sizes.of(predictor.config, tokenizer.config, self.dtype, max_context),
+                    sizes=MemorySizes.for_model(
+                        predictor.config, tokenizer.config, self.dtype, max_context
+                    ),
                     bucket=tuning.bucket,
                     budget=free_memory(self.device) if memory_budget is None else memory_budget,
                     pad_contexts=self.device.type == "cuda",
@@ -168,7 +170,7 @@ class Forecaster:
         anchor: bool = False,
         first_path: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Draw]:
+    ) -> list[SampledPaths]:
         """Like :meth:`sample`, with the tokens and the times of the drawn bars."""
         paths, first_path, top_k = index(paths), index(first_path), index(top_k)
         if paths < 1 or first_path < 0:
@@ -190,7 +192,7 @@ class Forecaster:
 
     def draw_prepared(
         self,
-        prepared: Sequence[Prepared],
+        prepared: Sequence[PreparedContext],
         paths: int,
         sampling: Sampling,
         *,
@@ -198,10 +200,10 @@ class Forecaster:
         anchor: bool = False,
         first_path: int = 0,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Draw]:
+    ) -> list[SampledPaths]:
         """:meth:`draw` for contexts that are in the model's units already, and fit its window."""
-        draws: dict[int, Draw] = {}
-        with _plain_torch():
+        draws: dict[int, SampledPaths] = {}
+        with _inference_mode():
             keys = torch.tensor(
                 [noise_key(seed, item.name, item.origin) for item in prepared], dtype=torch.long
             ).view(-1, 4)
@@ -219,7 +221,9 @@ class Forecaster:
                     progress(paths * len(draws), paths * len(prepared))
         return [draws[i] for i in range(len(prepared))]
 
-    def _prepare(self, contexts: Sequence[Context], horizon: int | Sequence[int]) -> list[Prepared]:
+    def _prepare(
+        self, contexts: Sequence[Context], horizon: int | Sequence[int]
+    ) -> list[PreparedContext]:
         if isinstance(horizon, (int, np.integer)):
             horizons = [index(horizon)] * len(contexts)
         else:
@@ -241,7 +245,7 @@ class Forecaster:
 
 
 @contextmanager
-def _plain_torch() -> Iterator[None]:
+def _inference_mode() -> Iterator[None]:
     """No gradients, and none of the defaults a caller may have set for code of their own."""
     dtype = torch.get_default_dtype()
     # As a context the device costs microseconds at every operation: only where it is needed.

@@ -9,12 +9,12 @@ from typing import Self
 
 import torch
 
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class MemorySizes:
     """What memory a plan costs, in bytes, from the model's sizes."""
 
     per_bar: int
@@ -25,7 +25,9 @@ class Sizes:
     """Activations of one path in a step."""
 
     @classmethod
-    def of(cls, p: PredictorConfig, t: TokenizerConfig, dtype: torch.dtype, positions: int) -> Self:
+    def for_model(
+        cls, p: PredictorConfig, t: TokenizerConfig, dtype: torch.dtype, positions: int
+    ) -> Self:
         """Sizes for caches of ``dtype`` and windows of up to ``positions`` bars."""
         item = dtype.itemsize
         step = 2 * (p.n_layers + 1) * p.d_model * item
@@ -67,12 +69,12 @@ class Planner:
     pad_contexts: round a group's context count up, so that few shapes recur (CUDA graphs).
     """
 
-    sizes: Sizes
+    sizes: MemorySizes
     bucket: int
     budget: int
     pad_contexts: bool
 
-    def chunks(self, prepared: Sequence[Prepared], paths: int) -> list[Chunk]:
+    def chunks(self, prepared: Sequence[PreparedContext], paths: int) -> list[Chunk]:
         """Every context in exactly one chunk."""
         order = sorted(range(len(prepared)), key=lambda i: self._group(prepared[i]))
         chunks: list[Chunk] = []
@@ -99,19 +101,19 @@ class Planner:
     def _row(self, horizon: int) -> int:
         return horizon * self.sizes.per_step + self.sizes.per_row
 
-    def _group(self, item: Prepared) -> tuple[int, int]:
+    def _group(self, item: PreparedContext) -> tuple[int, int]:
         return -item.horizon, self.padded(item.length)
 
-    def _cost(self, item: Prepared, per_slice: int) -> int:
+    def _cost(self, item: PreparedContext, per_slice: int) -> int:
         return self.cost([Shape(self.padded(item.length), item.horizon, 1, per_slice)])
 
-    def _slice(self, item: Prepared, paths: int) -> int:
+    def _slice(self, item: PreparedContext, paths: int) -> int:
         """Paths drawn at a time: from this context's horizon alone, so company never matters."""
         most = max(1, self.budget // 4 // self._row(item.horizon))
         return -(-paths // -(-paths // most))
 
     def _chunk(
-        self, prepared: Sequence[Prepared], chunk: list[int], paths: int, per_slice: int
+        self, prepared: Sequence[PreparedContext], chunk: list[int], paths: int, per_slice: int
     ) -> Chunk:
         groups = [
             (key, tuple(members))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kronos_stream.engine.blocks import LayerCache, rms_norm, run_prefix
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.plan import Shape
 from kronos_stream.engine.weights import PredictorWeights, Stack, TokenizerWeights
@@ -64,7 +64,7 @@ class ContextPrefix:
 
     def fill(
         self,
-        contexts: Sequence[Prepared],
+        contexts: Sequence[PreparedContext],
         predictor: PredictorWeights,
         tokenizer: TokenizerWeights,
         at_once: int,
@@ -80,7 +80,7 @@ class ContextPrefix:
 
     def _fill_slots(
         self,
-        contexts: Sequence[Prepared],
+        contexts: Sequence[PreparedContext],
         slots: slice,
         predictor: PredictorWeights,
         tokenizer: TokenizerWeights,
@@ -89,7 +89,7 @@ class ContextPrefix:
     ) -> None:
         on_stage("encode")
         device = self.hidden.device
-        candles, stamps, future = _stack_up(contexts, self.bars, self.time_embedding.shape[0])
+        candles, stamps, future = _stack_inputs(contexts, self.bars, self.time_embedding.shape[0])
         lengths = torch.tensor([c.length for c in contexts], device=device)
         self.lengths[slots] = lengths
         past = torch.arange(self.bars, device=device) >= lengths[:, None]
@@ -161,8 +161,8 @@ def _slots(cache: LayerCache, slots: slice) -> LayerCache:
     return LayerCache(cache.keys[:, slots], cache.values[:, slots])
 
 
-def _stack_up(
-    contexts: Sequence[Prepared], bars: int, horizon: int
+def _stack_inputs(
+    contexts: Sequence[PreparedContext], bars: int, horizon: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Candles (B, bars, 6), stamps (B, bars, 5), stamps of the bars to draw (B, horizon, 5).
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kronos_stream.engine.context import Prepared
+from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.decode import Decoder, Group
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.detokenise import detokenise
@@ -23,7 +23,7 @@ from kronos_stream.model.inputs import CLOSE, denormalise
 PRICES = slice(0, 4)
 """Columns of a candle that an anchor scales."""
 
-WILDEST_ANCHOR = 2.0
+MAX_ANCHOR_RATIO = 2.0
 """A tokenizer that rounds the close by more than this factor has lost the scale to correct by."""
 
 
@@ -40,17 +40,17 @@ class Tuning:
     bucket: int
     prefix_rows: int
     decode_rows: int
-    kept: int
+    cached_decoders: int
 
 
 # On the CPU as many rows as outweigh the calls and stay in a core's cache.
-CPU_TUNING = Tuning(bucket=8, prefix_rows=512, decode_rows=1024, kept=4)
+CPU_TUNING = Tuning(bucket=8, prefix_rows=512, decode_rows=1024, cached_decoders=4)
 # Elsewhere each kept shape saves a graph's capture; what they may hold is bounded by the budget.
-ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, kept=32)
+ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, cached_decoders=32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draw:
+class SampledPaths:
     """What was drawn for one context."""
 
     paths: NDArray[np.float32]  # (P, H, 6), price units
@@ -79,7 +79,7 @@ class Runner:
 
     def run(
         self,
-        prepared: Sequence[Prepared],
+        prepared: Sequence[PreparedContext],
         keys: torch.Tensor,
         paths: int,
         sampling: Sampling,
@@ -87,14 +87,14 @@ class Runner:
         *,
         anchor: bool,
         on_stage: Callable[[Stage], None],
-    ) -> Iterator[dict[int, Draw]]:
+    ) -> Iterator[dict[int, SampledPaths]]:
         """The draws of each chunk as it is done, by the context's index in ``prepared``.
 
         keys: (contexts, 4) noise keys, on the CPU.
         """
         for chunk in self.planner.chunks(prepared, paths):
             key = chunk.shapes, sampling
-            decoder = self._take(key)
+            decoder = self._decoder_for(key)
             self._fill(decoder, chunk, prepared, on_stage)
             chunk_keys = self._keys(decoder, chunk, keys)
             candles: defaultdict[int, list[NDArray[np.float32]]] = defaultdict(list)
@@ -114,7 +114,7 @@ class Runner:
             # Kept only now: a decoder that failed, out of memory say, is dropped whole.
             self.decoders[key] = decoder
             yield {
-                i: Draw(
+                i: SampledPaths(
                     paths=np.concatenate(candles[i])[:paths],
                     tokens=np.concatenate(tokens[i])[:paths],
                     times=prepared[i].future_times,
@@ -122,7 +122,7 @@ class Runner:
                 for i in candles
             }
 
-    def _take(self, key: tuple[tuple[Shape, ...], Sampling]) -> Decoder:
+    def _decoder_for(self, key: tuple[tuple[Shape, ...], Sampling]) -> Decoder:
         """Buffers for these shapes: kept, because the same batch comes at every bar close."""
         shapes, sampling = key
         decoder = self.decoders.pop(key, None)
@@ -130,7 +130,7 @@ class Runner:
             return decoder
         room = self.planner.budget - self.planner.cost(shapes)
         while self.decoders and (
-            len(self.decoders) >= self._tuning.kept
+            len(self.decoders) >= self._tuning.cached_decoders
             or sum(self.planner.cost(kept) for kept, _ in self.decoders) > room
         ):
             self.decoders.popitem(last=False)
@@ -140,7 +140,7 @@ class Runner:
         self,
         decoder: Decoder,
         chunk: Chunk,
-        prepared: Sequence[Prepared],
+        prepared: Sequence[PreparedContext],
         on_stage: Callable[[Stage], None],
     ) -> None:
         for group, members in zip(decoder.groups, chunk.members, strict=True):
@@ -162,7 +162,12 @@ class Runner:
         return torch.cat(ordered).to(self._device)
 
     def _candles(
-        self, group: Group, tokens: torch.Tensor, members: Sequence[Prepared], *, anchor: bool
+        self,
+        group: Group,
+        tokens: torch.Tensor,
+        members: Sequence[PreparedContext],
+        *,
+        anchor: bool,
     ) -> list[NDArray[np.float32]]:
         """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
         normalised = detokenise(
@@ -177,14 +182,14 @@ class Runner:
         for item, own, close in zip(members, normalised.cpu().numpy(), origin_close, strict=False):
             values = denormalise(own, item.mean, item.std)
             if anchor:
-                values[..., PRICES] *= _anchor(item, close)
+                values[..., PRICES] *= _anchor_ratio(item, close)
             candles.append(values)
         return candles
 
 
-def _anchor(item: Prepared, origin_close: np.float32) -> np.float32:
+def _anchor_ratio(item: PreparedContext, origin_close: np.float32) -> np.float32:
     """Actual over decoded close of the origin bar; 1 where the two have no common scale."""
     row = np.full(len(item.mean), origin_close)  # of which the close matters
     decoded = float(denormalise(row, item.mean, item.std)[CLOSE])
     ratio = item.last_close / decoded if decoded else 0.0
-    return np.float32(ratio if 1 / WILDEST_ANCHOR <= ratio <= WILDEST_ANCHOR else 1.0)
+    return np.float32(ratio if 1 / MAX_ANCHOR_RATIO <= ratio <= MAX_ANCHOR_RATIO else 1.0)

@@ -20,7 +20,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from kronos_stream.engine.dense import UNSTABLE, Dense, Stable, find_stable
+from kronos_stream.engine.dense import (
+    ROW_BY_ROW,
+    Dense,
+    BatchInvariantLimits,
+    find_batch_invariant_limits,
+)
 from kronos_stream.model.config import S2_HEADS
 from kronos_stream.model.layers import ROPE_BASE, Attention, Block
 from kronos_stream.model.predictor import STAMP_SIZES, Predictor
@@ -34,10 +39,10 @@ class Placement(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    stable: Stable
+    limits: BatchInvariantLimits
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
-        return Dense(weight, bias, device=self.device, dtype=self.dtype, stable=self.stable)
+        return Dense(weight, bias, device=self.device, dtype=self.dtype, limits=self.limits)
 
     def table(self, values: Tensor) -> Tensor:
         """A float32 table: sums over it stay in float32."""
@@ -137,7 +142,7 @@ def fold_predictor(
         s2_out=at.dense(attention.out_proj.weight, attention.out_proj.bias),
         s2_norm=at.table(model.dep_layer.norm.weight),
         s2_head=exact.dense(model.head.proj_s2.weight, model.head.proj_s2.bias),
-        min_rows=at.stable.rows,
+        min_rows=at.limits.rows,
     )
 
 
@@ -179,8 +184,8 @@ def _on_cpu(model: _Model) -> _Model:
 
 def _placement(device: torch.device, dtype: torch.dtype, models: Sequence[nn.Module]) -> Placement:
     if device.type != "cpu" or dtype != torch.float32:
-        return Placement(device, dtype, UNSTABLE)
-    return Placement(device, dtype, find_stable(_product_shapes(models)))
+        return Placement(device, dtype, ROW_BY_ROW)
+    return Placement(device, dtype, find_batch_invariant_limits(_product_shapes(models)))
 
 
 def _product_shapes(models: Sequence[nn.Module]) -> set[tuple[int, int]]:

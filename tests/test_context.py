@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kronos_stream import Context, ContextError, Forecaster
 from kronos_stream.engine.context import prepare, utc_offsets
-from kronos_stream.model.inputs import complete, denormalise, normalise, time_stamps
+from kronos_stream.model.inputs import fill_missing_channels, denormalise, normalise, time_stamps
 
 Walks = Callable[..., list[Context]]
 
@@ -163,14 +163,14 @@ def test_missing_columns(walks: Walks) -> None:
     """Five columns: amount is volume x mean price. Four: volume and amount are 0."""
     (context,) = walks([30])
     values = np.array(context.values, np.float32)
-    full = complete(values[:, :5])
+    full = fill_missing_channels(values[:, :5])
     np.testing.assert_array_equal(full[:, :5], values[:, :5])
     np.testing.assert_allclose(full[:, 5], values[:, 4] * values[:, :4].mean(1), rtol=1e-6)
     for columns in (4, 5):
         got = prepare(replace(context, values=values[:, :columns]), 0, 4)
-        want = prepare(replace(context, values=complete(values[:, :columns])), 0, 4)
+        want = prepare(replace(context, values=fill_missing_channels(values[:, :columns])), 0, 4)
         np.testing.assert_array_equal(got.normalised, want.normalised)
-    assert (complete(values[:, :4])[:, 4:] == 0).all()
+    assert (fill_missing_channels(values[:, :4])[:, 4:] == 0).all()
 
 
 def test_normalisation_and_back(walks: Walks) -> None:

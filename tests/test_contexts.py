@@ -10,7 +10,7 @@ import pytest
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.contexts import ContextStore, build_window
 from kronos_stream.market.series import Series
-from kronos_stream.model.inputs import complete, normalise
+from kronos_stream.model.inputs import fill_missing_channels, normalise
 
 SERIES = Series.parse("binance:BTC/USDT:1m")
 MINUTE = 60_000
@@ -141,7 +141,7 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
         bars[-1] = Bar(Candle(*last), received=1)  # type: ignore[arg-type]
         window = build_window(SERIES, bars)
         # What the model sees, before it clips.
-        z = normalise(complete(window.values), clip=np.inf)[2][-1]
+        z = normalise(fill_missing_channels(window.values), clip=np.inf)[2][-1]
         if np.abs(np.abs(z) - 5).min() > 1e-3:
             clipped = bool((np.abs(z) > 5).any())
             assert ("last bar clipped" in window.reasons) == clipped

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import try_to_load_from_cache
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.model.checkpoint import PINNED_REVISIONS, CheckpointError, resolve
+from kronos_stream.model.checkpoint import PINNED_REVISIONS, CheckpointError, fetch_checkpoint
 
 pytestmark = pytest.mark.hub
 
@@ -57,7 +57,7 @@ def _weights() -> None:
         pytest.skip("the published weights are not in the hub's cache and the hub does not answer")
     try:
         for name in names:
-            resolve(name)
+            fetch_checkpoint(name)
     except CheckpointError as error:
         pytest.skip(str(error))
 

@@ -12,7 +12,7 @@ from kronos_stream.commands.evaluate import forecast_function
 from kronos_stream.compat import Kronos
 from kronos_stream.forecast.evaluation import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
-from kronos_stream.model.checkpoint import BUNDLED, find
+from kronos_stream.model.checkpoint import BUNDLED_MODELS, find_model
 from kronos_stream.testing.cases import generated_cases
 from kronos_stream.testing.market import Market
 from kronos_stream.training.reconstruction import reconstruction
@@ -25,7 +25,7 @@ def nano() -> Forecaster:
 
 
 def test_nano_is_small() -> None:
-    found = find("nano")
+    found = find_model("nano")
     networks = load_predictor(found.predictor.name), load_tokenizer(found.tokenizer.name)
     parameters = sum(p.numel() for network in networks for p in network.parameters())
     assert parameters <= 1_500_000
@@ -62,7 +62,7 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
     assert report.crps_ratio["random walk"].value < 1.01
     assert 0.70 < report.coverage["80%"].value < 0.90
     assert report.volatility_ratio["random walk"].value < 0.95
-    codec = reconstruction(load_tokenizer(find("nano").tokenizer.name), cases[:96])
+    codec = reconstruction(load_tokenizer(find_model("nano").tokenizer.name), cases[:96])
     assert codec.full.value < 0.01
     assert codec.coarse.value > 1.2 * codec.full.value
     assert codec.codebook.warning() is None
@@ -70,7 +70,7 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
 
 def test_halves_by_name() -> None:
     """Training and compat take either half of the bundled model by its name, or by its folder."""
-    for source in ("nano", BUNDLED / "nano"):
+    for source in ("nano", BUNDLED_MODELS / "nano"):
         assert load_predictor(source).config.n_layers == 4
         assert load_tokenizer(source).config.s1_bits == 9
     assert Kronos.from_pretrained("nano").config == load_predictor("nano").config

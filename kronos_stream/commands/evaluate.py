@@ -86,7 +86,7 @@ def evaluate(
     from kronos_stream.engine import Forecaster
     from kronos_stream.forecast.cases import file_cases
     from kronos_stream.forecast.evaluation import evaluate as score
-    from kronos_stream.model.checkpoint import find, load_tokenizer
+    from kronos_stream.model.checkpoint import find_model, load_tokenizer
     from kronos_stream.testing.cases import generated_cases
     from kronos_stream.training.reconstruction import reconstruction
 
@@ -117,7 +117,7 @@ def evaluate(
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from None
-    codec_at = find(model, tokenizer).tokenizer
+    codec_at = find_model(model, tokenizer).tokenizer
     codec = reconstruction(load_tokenizer(codec_at.name, codec_at.revision), cases(0), seed=seed)
     for line in (*report_lines(report), *_codec_lines(codec.to_dict())):
         click.echo(line)

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kronos_stream.engine.context import PreparedContext
-from kronos_stream.model.inputs import CHANNELS, complete, normalise, time_stamps
+from kronos_stream.model.inputs import CHANNELS, fill_missing_channels, normalise, time_stamps
 
 _PRICES = list(CHANNELS[:4])
 
@@ -71,7 +71,7 @@ def candles(df: pd.DataFrame) -> NDArray[np.float32]:
     if np.isnan(values).any():
         raise ValueError("the DataFrame contains NaN values in price or volume columns")
     # Column by column, as pandas keeps them: the reference's sums over bars depend on that.
-    return complete(values).astype(np.float32, order="F")
+    return fill_missing_channels(values).astype(np.float32, order="F")
 
 
 def wall_clock(timestamps: Any) -> NDArray[np.int64]:

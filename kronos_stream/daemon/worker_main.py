@@ -43,7 +43,7 @@ from kronos_stream.engine import Context, ContextError, SampledPaths, Forecaster
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
-from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, Source
+from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, CheckpointLocation
 
 _CHUNK_SIZE = 32
 """Results per frame: the daemon reads one at a time, and does other things in between."""
@@ -235,7 +235,7 @@ def _synthetic_requests(count: int, bars: int) -> list[InferenceRequest]:
     return tasks
 
 
-def _revision(source: Source) -> str | None:
+def _revision(source: CheckpointLocation) -> str | None:
     """The commit, or what a folder's weights hash to."""
     weights = Path(source.name) / WEIGHTS_FILE
     if source.revision is not None or not weights.is_file():

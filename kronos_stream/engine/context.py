@@ -19,7 +19,7 @@ from kronos_stream.model.inputs import (
     CLOSE,
     Floats,
     Ints,
-    complete,
+    fill_missing_channels,
     normalise,
     time_stamps,
 )
@@ -196,7 +196,7 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
         # In C order: sums over bars depend on how they lie in memory.
         values = values.astype(np.float32, order="C")
     given = values.shape[1]
-    values = complete(values)
+    values = fill_missing_channels(values)
     row, column = _first_index(~np.isfinite(values))
     if row is not None:
         raise ContextError(

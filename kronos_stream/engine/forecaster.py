@@ -26,7 +26,7 @@ from kronos_stream.engine.prefix import Stage
 from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, SampledPaths, Runner
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
-from kronos_stream.model.checkpoint import Found, find, load_predictor, load_tokenizer
+from kronos_stream.model.checkpoint import ModelLocation, find_model, load_predictor, load_tokenizer
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Forecaster:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.max_context = max_context
-        self.checkpoint: Found | None = None
+        self.checkpoint: ModelLocation | None = None
         """What :meth:`from_pretrained` loaded."""
         self.on_stage: Callable[[Stage], None] | None = None
         """Told which stage of the work begins; for measuring."""
@@ -103,7 +103,7 @@ class Forecaster:
         tokenizer: needed for a predictor's folder alone; published predictors know theirs.
         max_context: by default what the checkpoint was trained on. Raises CheckpointError.
         """
-        found = find(model, tokenizer, revision, tokenizer_revision)
+        found = find_model(model, tokenizer, revision, tokenizer_revision)
         forecaster = cls(
             load_predictor(found.predictor.name, found.predictor.revision),
             load_tokenizer(found.tokenizer.name, found.tokenizer.revision),

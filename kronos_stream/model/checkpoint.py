@@ -44,15 +44,15 @@ PUBLISHED_CONTEXT = {
 }
 """Bars each published predictor was trained on."""
 
-BUNDLED = Path(__file__).parent.parent / "checkpoints"
+BUNDLED_MODELS = Path(__file__).parent.parent / "checkpoints"
 """Checkpoints that ship in the package, by folder name."""
 
 
-_FETCH_AGAIN = "fetch or copy the checkpoint again"
+_REFETCH_HINT = "fetch or copy the checkpoint again"
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CheckpointLocation:
     """Where one network's checkpoint is: a folder, or a hub id with its commit if one is known."""
 
     name: str
@@ -60,11 +60,11 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ModelLocation:
     """Where a model's two halves are."""
 
-    predictor: Source
-    tokenizer: Source
+    predictor: CheckpointLocation
+    tokenizer: CheckpointLocation
     max_context: int | None
     """Bars the model was trained on, where the checkpoint or its publisher says so."""
 
@@ -73,21 +73,21 @@ class CheckpointError(Exception):
     """A checkpoint cannot be found, read or used; the message says why and what to do."""
 
 
-def find(
+def find_model(
     model: str | Path,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     tokenizer_revision: str | None = None,
-) -> Found:
+) -> ModelLocation:
     """Resolve a model's name: a bundled one, a folder with both halves, a predictor, a hub id."""
     folder = Path(model)
-    if not folder.is_dir() and (BUNDLED / str(model)).is_dir():
-        folder = BUNDLED / str(model)
+    if not folder.is_dir() and (BUNDLED_MODELS / str(model)).is_dir():
+        folder = BUNDLED_MODELS / str(model)
     if (folder / "predictor").is_dir() and (folder / "tokenizer").is_dir():
-        return Found(
-            Source(str(folder / "predictor")),
-            _source(tokenizer or folder / "tokenizer", tokenizer_revision),
-            _trained_context(folder / MODEL_FILE),
+        return ModelLocation(
+            CheckpointLocation(str(folder / "predictor")),
+            _locate(tokenizer or folder / "tokenizer", tokenizer_revision),
+            _read_max_context(folder / MODEL_FILE),
         )
     matching = tokenizer or MATCHING_TOKENIZER.get(str(model))
     if matching is None:
@@ -95,37 +95,37 @@ def find(
             f"{model}: which tokenizer? Name it, or give a folder that holds predictor/ and "
             "tokenizer/, or a name such as nano or NeoQuasar/Kronos-small"
         )
-    return Found(
-        _source(model, revision),
-        _source(matching, tokenizer_revision),
+    return ModelLocation(
+        _locate(model, revision),
+        _locate(matching, tokenizer_revision),
         PUBLISHED_CONTEXT.get(str(model)),
     )
 
 
-def _source(name: str | Path, revision: str | None) -> Source:
+def _locate(name: str | Path, revision: str | None) -> CheckpointLocation:
     if Path(name).is_dir():
-        return Source(str(name))
-    return Source(str(name), revision or PINNED_REVISIONS.get(str(name)))
+        return CheckpointLocation(str(name))
+    return CheckpointLocation(str(name), revision or PINNED_REVISIONS.get(str(name)))
 
 
-def _trained_context(path: Path) -> int | None:
+def _read_max_context(path: Path) -> int | None:
     if not path.is_file():
         return None
     context = _json_object(path).get("max_context")
     if context is not None and (not isinstance(context, int) or context < 1):
-        raise CheckpointError(f"{path}: max_context must be a positive number; {_FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: max_context must be a positive number; {_REFETCH_HINT}")
     return context
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a folder, hub id or bundled model: eval mode, fp32, on the CPU."""
-    folder = resolve(source, revision, half="tokenizer")
+    folder = fetch_checkpoint(source, revision, part="tokenizer")
     return _load_weights(_build(Tokenizer, TokenizerConfig.from_dict, folder), folder)
 
 
 def load_predictor(source: str | Path, revision: str | None = None) -> Predictor:
     """Load a predictor from a folder, hub id or bundled model: eval mode, fp32, on the CPU."""
-    folder = resolve(source, revision, half="predictor")
+    folder = fetch_checkpoint(source, revision, part="predictor")
     return _load_weights(_build(Predictor, PredictorConfig.from_dict, folder), folder)
 
 
@@ -146,15 +146,15 @@ def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
     return folder
 
 
-def resolve(source: str | Path, revision: str | None = None, *, half: str = "") -> Path:
+def fetch_checkpoint(source: str | Path, revision: str | None = None, *, part: str = "") -> Path:
     """The local folder of a checkpoint, fetched from the hub (or its cache) if need be.
 
     half: "predictor" or "tokenizer", to take of a folder or a bundled model that holds both.
     """
     name = str(source)
-    for folder in (Path(source), BUNDLED / name):
+    for folder in (Path(source), BUNDLED_MODELS / name):
         if folder.is_dir():
-            return folder / half if (folder / half).is_dir() else folder
+            return folder / part if (folder / part).is_dir() else folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(
             f"no checkpoint folder {name!r}; give an existing folder, "
@@ -202,9 +202,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); {_FETCH_AGAIN}") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); {_REFETCH_HINT}") from None
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object; {_FETCH_AGAIN}")
+        raise CheckpointError(f"{path}: expected a JSON object; {_REFETCH_HINT}")
     return raw
 
 
@@ -216,7 +216,7 @@ def _build(
         return module(config(raw))
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: {_line(error)}; is this the right kind of checkpoint?"
+            f"{folder / CONFIG_FILE}: {_one_line(error)}; is this the right kind of checkpoint?"
         ) from None
 
 
@@ -229,20 +229,20 @@ def _load_weights(module: _Module, folder: Path) -> _Module:
         module.load_state_dict(weights)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: no {WEIGHTS_FILE}, so not a whole checkpoint; {_FETCH_AGAIN}"
+            f"{folder}: no {WEIGHTS_FILE}, so not a whole checkpoint; {_REFETCH_HINT}"
         ) from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: not a readable safetensors file ({_line(error)}); {_FETCH_AGAIN}"
+            f"{path}: not a readable safetensors file ({_one_line(error)}); {_REFETCH_HINT}"
         ) from None
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: does not fit its {CONFIG_FILE}; take both files from one checkpoint "
-            f"({_line(error)})"
+            f"({_one_line(error)})"
         ) from None
     return module.eval().requires_grad_(requires_grad=False)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """What ``error`` says, on one line of bounded length."""
     return " ".join(str(error).split())[:400]

@@ -29,7 +29,7 @@ _MINUTE_MS = 60_000
 _DAY_MS = 86_400_000
 
 
-def complete(values: _Numbers) -> _Numbers:
+def fill_missing_channels(values: _Numbers) -> _Numbers:
     """Fill missing volume and amount columns: (L, 4 | 5 | 6) to (L, 6)."""
     if values.shape[1] == 4:
         return np.pad(values, ((0, 0), (0, 2)))

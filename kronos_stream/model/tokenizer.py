@@ -12,7 +12,7 @@ from kronos_stream.model.config import TokenizerConfig
 from kronos_stream.model.layers import Block
 
 
-class Reconstruction(NamedTuple):
+class TokenizerOutput(NamedTuple):
     """What training needs of one pass; shapes (B, S, ...)."""
 
     coarse: Tensor
@@ -100,14 +100,14 @@ class Tokenizer(nn.Module):
         out: Tensor = self.head(z)
         return out
 
-    def forward(self, x: Tensor) -> Reconstruction:
+    def forward(self, x: Tensor) -> TokenizerOutput:
         """The training pass over normalised candles (B, S, d_in)."""
         unit = self.unit_code(x)
         signs = torch.where(unit > 0, 1.0, -1.0).type_as(unit)
         # Scaled after the straight-through step, so the gradient shrinks too: as the reference.
         quantised = (unit + (signs - unit).detach()) * unit.shape[-1] ** -0.5
         coarse = self.decode_code(quantised[..., : self.config.s1_bits])
-        return Reconstruction(coarse, self.decode_code(quantised), unit, quantised)
+        return TokenizerOutput(coarse, self.decode_code(quantised), unit, quantised)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

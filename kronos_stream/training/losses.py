@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kronos_stream.model.config import TokenizerConfig
-from kronos_stream.model.tokenizer import Reconstruction, unpack_bits
+from kronos_stream.model.tokenizer import TokenizerOutput, unpack_bits
 
 
 class TokenizerLoss(NamedTuple):
@@ -36,7 +36,7 @@ def _alone(mean: Tensor) -> Tensor:
 
 def tokenizer_loss(
     x: Tensor,
-    out: Reconstruction,
+    out: TokenizerOutput,
     config: TokenizerConfig,
     *,
     weights: Tensor | None = None,

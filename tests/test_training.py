@@ -23,10 +23,10 @@ from kronos_stream.testing.market import Market
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.generated import GeneratedWindows
-from kronos_stream.training.loop import Data, Trainer
+from kronos_stream.training.loop import TrainingData, Trainer
 from kronos_stream.training.losses import code_entropy, tokenizer_loss
-from kronos_stream.training.optimise import checkpoint_blocks, schedule
-from kronos_stream.training.processes import Processes
+from kronos_stream.training.optimise import checkpoint_blocks, learning_rate_factor
+from kronos_stream.training.processes import ProcessGroup
 from kronos_stream.training.settings import Stage, TrainSettings, read_recipe
 from kronos_stream.training.stages import PredictorRun, StageRun, TokenizerRun
 from kronos_stream.training.windows import Windows, WindowSource, make_batch
@@ -68,10 +68,10 @@ def trainer(settings: TrainSettings, folder: Path) -> Trainer:
     run: StageRun = (
         PredictorRun(settings, CPU)
         if settings.tokenizer
-        else TokenizerRun(settings, CPU, Processes())
+        else TokenizerRun(settings, CPU, ProcessGroup())
     )
     source = GeneratedWindows(settings.timeframes, settings.window, settings.seed)
-    return Trainer(run, Data(source, source), settings, folder, device=CPU)
+    return Trainer(run, TrainingData(source, source), settings, folder, device=CPU)
 
 
 def command(stage: Stage, data: Path, out: Path, *more: str) -> list[str]:
@@ -179,7 +179,7 @@ def test_resume_at_any_step_is_exact(optimizer: str, tokenizer: Path, tmp_path: 
     trainer(settings, tmp_path / "whole").run()
     # Stopped by an error of the source after seven steps.
     broken = trainer(settings, tmp_path / "parts")
-    broken._data = Data(Failing(broken._data.train, 7), None)
+    broken._data = TrainingData(Failing(broken._data.train, 7), None)
     with pytest.raises(ConnectionError):
         broken.run()
     again = trainer(settings, tmp_path / "parts")
@@ -331,8 +331,8 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None
 
 def test_a_collapsed_codebook_is_seen() -> None:
     tokens = torch.randint(0, 16, (4000,), generator=torch.Generator().manual_seed(0))
-    assert codebook.measure(tokens, tokens, 4, 4).warning() is None
-    dull = codebook.measure(tokens, torch.full_like(tokens, 3), 4, 4)
+    assert codebook.measure_usage(tokens, tokens, 4, 4).warning() is None
+    dull = codebook.measure_usage(tokens, torch.full_like(tokens, 3), 4, 4)
     assert dull.dead_bits == 4
     assert dull.s2_perplexity == pytest.approx(1)
     assert "collapses" in (dull.warning() or "")
@@ -340,7 +340,7 @@ def test_a_collapsed_codebook_is_seen() -> None:
 
 def test_the_rate_rises_then_falls() -> None:
     settings = small("tokenizer", steps=100, warmup=10)
-    rates = [schedule(step, settings) for step in range(100)]
+    rates = [learning_rate_factor(step, settings) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1)
     assert rates[-1] < 0.03

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-DEAD = 0.005
+DEAD_BIT_SHARE = 0.005
 """A bit that has one value in all but this share of bars carries nothing."""
 
-COLLAPSED = 0.05
+COLLAPSE_SHARE = 0.05
 """A level whose perplexity is below this share of its codes has collapsed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Codebook:
+class CodebookUsage:
     """Usage over held-out bars; shares of the codes that many bars could show at all."""
 
     bars: int
@@ -43,14 +43,14 @@ class Codebook:
             ("s1", self.s1_codes, self.s1_perplexity),
             ("s2", self.s2_codes, self.s2_perplexity),
         ):
-            if perplexity < COLLAPSED * min(codes, self.bars):
+            if perplexity < COLLAPSE_SHARE * min(codes, self.bars):
                 reasons.append(f"{level} perplexity {perplexity:.1f} of {codes} codes")
         if not reasons:
             return None
         return "the codebook collapses: " + ", ".join(reasons) + "; raise zeta or entropy_scale"
 
 
-def measure(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> Codebook:
+def measure_usage(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> CodebookUsage:
     """Usage of token tensors of equal shape."""
     s1, s2 = s1.flatten(), s2.flatten()
     joint = s1 << s2_bits | s2
@@ -58,8 +58,8 @@ def measure(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> Codebook:
     for tokens, bits in ((s1, s1_bits), (s2, s2_bits)):
         for bit in range(bits):
             share = (tokens >> bit & 1).double().mean().item()
-            dead += share < DEAD or share > 1 - DEAD
-    return Codebook(
+            dead += share < DEAD_BIT_SHARE or share > 1 - DEAD_BIT_SHARE
+    return CodebookUsage(
         len(s1),
         _used(s1, s1_bits),
         _used(s2, s2_bits),

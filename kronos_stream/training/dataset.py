@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from kronos_stream.market.files import read_candles
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.errors import TrainingError
-from kronos_stream.training.qlib import Stretch, is_qlib, read_qlib
+from kronos_stream.training.qlib import ContiguousBars, is_qlib, read_qlib
 from kronos_stream.training.windows import Windows, step_rng
 
-Part = Literal["train", "valid", "test"]
+Split = Literal["train", "valid", "test"]
 
 _SUFFIXES = (".csv", ".csv.gz", ".csv.zst", ".parquet", ".pq", ".feather")
 _INDEX, _TIMES, _VALUES = "index.json", "times.i64", "values.f64"
@@ -60,8 +60,8 @@ class CandleDataset:
         bars = sum(s.bars for s in self.segments)
         self._times = np.memmap(folder / _TIMES, np.int64, "r", shape=(bars,))
         self._values = np.memmap(folder / _VALUES, np.float64, "r", shape=(bars, 6))
-        self.valid_from = _moment(self.segments, 1 - valid_share - test_share)
-        self.test_from = _moment(self.segments, 1 - test_share)
+        self.valid_from = _split_time(self.segments, 1 - valid_share - test_share)
+        self.test_from = _split_time(self.segments, 1 - test_share)
 
     @classmethod
     def prepare(
@@ -80,7 +80,7 @@ class CandleDataset:
         """
         files = [file for path in paths for file in _expand(path)]
         fingerprint = [_fingerprint(file) for file in files] + [str(timeframe)]
-        if not _holds(store, fingerprint):
+        if not _is_current(store, fingerprint):
             part = store.with_name(store.name + ".part")
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -101,14 +101,14 @@ class CandleDataset:
             )
         return dataset
 
-    def source(self, part: Part, seed: int) -> FileWindows | None:
+    def source(self, split: Split, seed: int) -> FileWindows | None:
         """Windows of one part, None where it has none."""
-        low, high = self._bounds(part)
+        low, high = self._bounds(split)
         starts, counts = [], []
         for segment in self.segments:
             # First bars a window of this part may start at, by row of the store.
             times = self._times[segment.start : segment.start + segment.bars]
-            embargo = 0 if part == "train" else self.window * segment.step_ms
+            embargo = 0 if split == "train" else self.window * segment.step_ms
             first = int(np.searchsorted(times, low + embargo)) if low is not None else 0
             end = len(times) if high is None else int(np.searchsorted(times, high))
             count = end - first - self.window + 1
@@ -119,10 +119,10 @@ class CandleDataset:
             return None
         return FileWindows(self._times, self._values, self.window, starts, counts, seed)
 
-    def _bounds(self, part: Part) -> tuple[int | None, int | None]:
-        if part == "train":
+    def _bounds(self, split: Split) -> tuple[int | None, int | None]:
+        if split == "train":
             return None, self.valid_from
-        return (self.valid_from, self.test_from) if part == "valid" else (self.test_from, None)
+        return (self.valid_from, self.test_from) if split == "valid" else (self.test_from, None)
 
 
 class FileWindows:
@@ -147,9 +147,9 @@ class FileWindows:
     def draw(self, step: int, batch: int, rows: NDArray[np.int64]) -> Windows:
         """Rows of the batch of ``step``."""
         picks = step_rng(self._seed, step, 2).integers(len(self), size=batch)[rows]
-        return self.take(picks)
+        return self.windows_at(picks)
 
-    def take(self, picks: NDArray[np.int64]) -> Windows:
+    def windows_at(self, picks: NDArray[np.int64]) -> Windows:
         """The windows of these numbers, each below ``len``."""
         which = np.searchsorted(self._ends, picks, side="right")
         before = np.concatenate(([0], self._ends[:-1]))[which]
@@ -182,14 +182,14 @@ def _short_hash(parts: list[str]) -> str:
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _holds(store: Path, fingerprint: list[str]) -> bool:
+def _is_current(store: Path, fingerprint: list[str]) -> bool:
     try:
         return bool(json.loads((store / _INDEX).read_text())["files"] == fingerprint)
     except (OSError, ValueError, KeyError):
         return False
 
 
-def _read(path: Path, timeframe: Timeframe | None) -> Iterator[Stretch]:
+def _read(path: Path, timeframe: Timeframe | None) -> Iterator[ContiguousBars]:
     if path.is_dir():
         yield from read_qlib(path)
         return
@@ -200,7 +200,7 @@ def _read(path: Path, timeframe: Timeframe | None) -> Iterator[Stretch]:
     for first, end in pairwise(edges):
         times = table.times[first:end]
         step = table.timeframe.milliseconds or int(np.diff(times).max(initial=0))
-        yield Stretch(times, table.values[first:end], step)
+        yield ContiguousBars(times, table.values[first:end], step)
 
 
 def _fill(
@@ -226,7 +226,7 @@ def _fill(
     (folder / _INDEX).write_text(json.dumps(index))
 
 
-def _moment(segments: list[Segment], share: float) -> int:
+def _split_time(segments: list[Segment], share: float) -> int:
     """The time, UTC ms, before which about ``share`` of all bars open."""
     low = min(s.first_ms for s in segments)
     high = max(s.last_ms + s.step_ms for s in segments)

@@ -11,7 +11,7 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Candles, Market
 from kronos_stream.training.windows import Windows, step_rng
 
-HELD_OUT = 500_000
+HELD_OUT_SEED = 500_000
 """Markets from this index on are never trained on."""
 
 _SYMBOLS, _BARS = 64, 1024
@@ -54,7 +54,7 @@ class GeneratedWindows:
         return Windows(values, times)
 
     def _generate(self, index: int) -> Candles:
-        seed = self._seed * 1_000_000 + (HELD_OUT if self._held_out else 0) + index
+        seed = self._seed * 1_000_000 + (HELD_OUT_SEED if self._held_out else 0) + index
         weeks = int(np.random.default_rng([seed, 7]).integers(300))
         length = self._steps_ms[index % len(self._steps_ms)]
         return Market(_SYMBOLS, length, seed=seed, start_ms=START_MS + weeks * _WEEK_MS).run(_BARS)

@@ -13,7 +13,7 @@ import torch
 
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.optimise import Optimisers, checkpoint_blocks, clip_gradients
-from kronos_stream.training.processes import Processes
+from kronos_stream.training.processes import ProcessGroup
 from kronos_stream.training.settings import TrainSettings
 from kronos_stream.training.stages import Evaluation, StageRun
 from kronos_stream.training.store import RunFolder
@@ -27,10 +27,10 @@ from kronos_stream.training.windows import (
 VALIDATION_STEP = 2**31
 """The step number under which held-out windows are drawn: far from any step of training."""
 
-Report = Callable[[int, Mapping[str, Any]], None]
+ReportCallback = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and its figures; for a progress bar or a log."""
 
-_FREE_TO_CHANGE = {
+_CHANGEABLE_SETTINGS = {
     "steps",
     "stop_at",
     "device",
@@ -49,7 +49,7 @@ _FREE_TO_CHANGE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class TrainingData:
     """Where a run's windows come from; held-out ones may be missing in small data."""
 
     train: WindowSource
@@ -62,16 +62,16 @@ class Trainer:
     def __init__(
         self,
         stage: StageRun,
-        data: Data,
+        data: TrainingData,
         settings: TrainSettings,
         folder: Path,
         *,
         device: torch.device,
-        processes: Processes | None = None,
-        report: Report | None = None,
+        processes: ProcessGroup | None = None,
+        report: ReportCallback | None = None,
     ) -> None:
         self._stage, self._data, self._settings = stage, data, settings
-        self._device, self._processes = device, processes or Processes()
+        self._device, self._processes = device, processes or ProcessGroup()
         self._report = report or (lambda _step, _figures: None)
         self._folder = RunFolder(folder)
         self._optimisers = Optimisers(stage.network, settings)
@@ -86,7 +86,7 @@ class Trainer:
             )
         if settings.grad_checkpoint:
             checkpoint_blocks(stage.network)
-        if self._processes.first:
+        if self._processes.is_main:
             self._folder.create()
         self._processes.barrier()
         self._resume()
@@ -94,7 +94,7 @@ class Trainer:
     def run(self) -> Evaluation | None:
         """Train to the last step; returns the last evaluation, None without held-out data."""
         s, result = self._settings, None
-        held_out = self._held_out()
+        held_out = self._evaluate_held_out()
         began, since = time.monotonic(), self.step
         end = min(s.steps, s.stop_at or s.steps)
         while self.step < end:
@@ -114,7 +114,7 @@ class Trainer:
                 self._save()
         if s.early_stop and self._best is not None:
             self._stage.network.load_state_dict(self._best[1])
-        if self._processes.first:
+        if self._processes.is_main:
             self._folder.export(self._stage.network, half=s.half)
         if result is None and held_out:
             result = self._stage.evaluate(held_out)
@@ -154,7 +154,7 @@ class Trainer:
         rate = self._optimisers.step(self.step)
         return {**figures, "grad_norm": norm, "lr": rate}
 
-    def _held_out(self) -> list[Batch]:
+    def _evaluate_held_out(self) -> list[Batch]:
         s, source = self._settings, self._data.valid
         if source is None:
             return []
@@ -180,12 +180,12 @@ class Trainer:
         return result
 
     def _log(self, figures: Mapping[str, Any]) -> None:
-        if self._processes.first:
+        if self._processes.is_main:
             self._folder.log({"step": self.step, **figures})
             self._report(self.step, figures)
 
     def _save(self) -> None:
-        if not self._processes.first:
+        if not self._processes.is_main:
             return
         self._folder.write_state(
             {
@@ -201,11 +201,11 @@ class Trainer:
     def _resume(self) -> None:
         state = self._folder.load(self._device)
         if state is None:
-            if self._processes.first:
+            if self._processes.is_main:
                 self._folder.write_settings(self._settings.to_dict())
             return
         was, now = state["settings"], self._settings.to_dict()
-        changed = [k for k in now if k not in _FREE_TO_CHANGE and was.get(k) != now[k]]
+        changed = [k for k in now if k not in _CHANGEABLE_SETTINGS and was.get(k) != now[k]]
         if changed:
             raise TrainingError(
                 f"{self._folder.path} holds a run with other settings ({', '.join(changed)}); "
@@ -215,5 +215,5 @@ class Trainer:
         self._optimisers.restore(state["optimisers"])
         self.step, self._best = state["step"], state["best"]
         self._bad_evaluations = state["bad_evaluations"]
-        if self._processes.first:
+        if self._processes.is_main:
             self._folder.rewind_metrics(self.step)

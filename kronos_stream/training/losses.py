@@ -30,7 +30,7 @@ class PredictorLoss(NamedTuple):
     total: Tensor
 
 
-def _alone(mean: Tensor) -> Tensor:
+def _identity(mean: Tensor) -> Tensor:
     return mean
 
 
@@ -43,7 +43,7 @@ def tokenizer_loss(
     channels: Tensor | None = None,
     scale: float = 1.0,
     group: int = 1,
-    average: Callable[[Tensor], Tensor] = _alone,
+    average: Callable[[Tensor], Tensor] = _identity,
 ) -> TokenizerLoss:
     """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in).
 
@@ -73,7 +73,7 @@ def bsq_loss(
     *,
     scale: float = 1.0,
     group: int = 1,
-    average: Callable[[Tensor], Tensor] = _alone,
+    average: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
     """Commitment plus entropy loss of codes (B, S, bits): decided bits, varied codes."""
     commitment = (quantised.detach() - unit).square().sum(-1).mean()
@@ -92,7 +92,7 @@ def code_entropy(
     *,
     scale: float = 1.0,
     group: int = 1,
-    average: Callable[[Tensor], Tensor] = _alone,
+    average: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
     """Summed entropies of the batch-mean soft bits: high means varied.
 

@@ -37,34 +37,36 @@ class Optimisers:
             {"params": decayed, "weight_decay": s.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self._all: list[torch.optim.Optimizer] = [
+        self._optimisers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95))
         ]
         if matrices:
-            self._all.append(torch.optim.Muon(matrices, lr=s.lr_muon, weight_decay=s.weight_decay))
-        self._peaks = [s.lr, s.lr_muon]
+            self._optimisers.append(
+                torch.optim.Muon(matrices, lr=s.lr_muon, weight_decay=s.weight_decay)
+            )
+        self._peak_rates = [s.lr, s.lr_muon]
 
     def step(self, step: int) -> float:
         """Apply the gradients with the learning rate of ``step``; returns AdamW's rate."""
-        share = schedule(step, self._settings)
-        for optimizer, peak in zip(self._all, self._peaks, strict=False):
+        share = learning_rate_factor(step, self._settings)
+        for optimizer, peak in zip(self._optimisers, self._peak_rates, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return self._peaks[0] * share
+        return self._peak_rates[0] * share
 
     def state(self) -> list[dict[str, object]]:
         """All that a resumed run needs."""
-        return [optimizer.state_dict() for optimizer in self._all]
+        return [optimizer.state_dict() for optimizer in self._optimisers]
 
     def restore(self, state: list[dict[str, object]]) -> None:
         """The inverse of :meth:`state`."""
-        for optimizer, one in zip(self._all, state, strict=True):
+        for optimizer, one in zip(self._optimisers, state, strict=True):
             optimizer.load_state_dict(one)
 
 
-def schedule(step: int, settings: TrainSettings) -> float:
+def learning_rate_factor(step: int, settings: TrainSettings) -> float:
     """Share of the peak learning rate at ``step``: a linear rise, then a cosine to the floor."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup
@@ -73,9 +75,9 @@ def schedule(step: int, settings: TrainSettings) -> float:
     return settings.lr_floor + (1 - settings.lr_floor) * cosine
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], longest: float) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients whose joint norm is above ``longest``; returns the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, longest)
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def checkpoint_blocks(network: Network) -> None:
@@ -84,10 +86,10 @@ def checkpoint_blocks(network: Network) -> None:
     Set on the instances, so parameter names, and thus checkpoints, stay as they are.
     """
     for block in _blocks(network):
-        block.forward = _Recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _CheckpointedForward(block.forward)  # type: ignore[method-assign]
 
 
-class _Recomputed:
+class _CheckpointedForward:
     def __init__(self, forward: object) -> None:
         self._forward = forward
 

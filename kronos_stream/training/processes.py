@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
+class ProcessGroup:
     """A process among those that train together."""
 
     rank: int = 0
     world: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
@@ -75,10 +75,10 @@ class _Average(torch.autograd.Function):
         return gradient / dist.get_world_size()
 
 
-def join(device: torch.device) -> Processes:
+def join_process_group(device: torch.device) -> ProcessGroup:
     """Join the group ``torchrun`` started, or be alone."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        return Processes()
+        return ProcessGroup()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), world)
+    return ProcessGroup(dist.get_rank(), world)

@@ -36,7 +36,7 @@ class ProgressReport:
             disable=silent or not self._console.is_terminal,
             speed_estimate_period=120,
         )
-        self._silent = silent
+        self._disabled = silent
         self._task = self._progress.add_task(title, total=steps, loss="")
 
     def __enter__(self) -> Self:
@@ -57,7 +57,7 @@ class ProgressReport:
         self._progress.update(self._task, completed=step)
         if loss is not None:
             self._progress.update(self._task, loss=loss)
-        if self._silent:
+        if self._disabled:
             return
         if "warning" in figures:
             self._console.print(f"step {step}: warning: {figures['warning']}", style="yellow")

@@ -21,7 +21,7 @@ _PRICES = ("open", "high", "low", "close")
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class ContiguousBars:
     """Bars without a gap: ``times`` (N,) opens in UTC ms, ``values`` (N, 6)."""
 
     times: NDArray[np.int64]
@@ -35,7 +35,7 @@ def is_qlib(folder: Path) -> bool:
     return (folder / "calendars").is_dir() and (folder / "features").is_dir()
 
 
-def read_qlib(folder: Path) -> Iterator[Stretch]:
+def read_qlib(folder: Path) -> Iterator[ContiguousBars]:
     """Gap-free stretches of every instrument, neighbours by the calendar (not by the clock)."""
     calendars = sorted((folder / "calendars").glob("*.txt"))
     if len(calendars) != 1:
@@ -48,7 +48,7 @@ def read_qlib(folder: Path) -> Iterator[Stretch]:
     if not instruments:
         raise TrainingError(f"{folder}: no instruments in features/")
     for instrument in instruments:
-        yield from _stretches(instrument, frequency, times)
+        yield from _contiguous_bars(instrument, frequency, times)
 
 
 def _calendar(path: Path) -> NDArray[np.int64]:
@@ -78,7 +78,9 @@ def _field(
     return int(raw[0]), raw[1:].astype(np.float64)
 
 
-def _stretches(instrument: Path, frequency: str, times: NDArray[np.int64]) -> Iterator[Stretch]:
+def _contiguous_bars(
+    instrument: Path, frequency: str, times: NDArray[np.int64]
+) -> Iterator[ContiguousBars]:
     values = np.full((len(times), 6), np.nan)
     for column, name in enumerate((*_PRICES, "volume", "amount")):
         found = _field(instrument, name, frequency, len(times))
@@ -96,4 +98,4 @@ def _stretches(instrument: Path, frequency: str, times: NDArray[np.int64]) -> It
     for first, end in zip(edges[::2], edges[1::2], strict=True):
         part = times[first:end]
         step = int(np.diff(part).max()) if len(part) > 1 else 0
-        yield Stretch(part, values[first:end], step)
+        yield ContiguousBars(part, values[first:end], step)

@@ -23,7 +23,7 @@ class Reconstruction:
 
     full: Interval
     coarse: Interval
-    codebook: codebook.Codebook
+    codebook: codebook.CodebookUsage
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,5 +52,5 @@ def reconstruction(tokenizer: Tokenizer, cases: Iterable[Case], *, seed: int = 0
         for part in (full, coarse)
     ]
     bits = tokenizer.config
-    book = codebook.measure(torch.cat(s1), torch.cat(s2), bits.s1_bits, bits.s2_bits)
+    book = codebook.measure_usage(torch.cat(s1), torch.cat(s2), bits.s1_bits, bits.s2_bits)
     return Reconstruction(intervals[0], intervals[1], book)

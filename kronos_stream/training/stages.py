@@ -22,7 +22,7 @@ from kronos_stream.model.checkpoint import PINNED_REVISIONS
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.losses import predictor_loss, tokenizer_loss
-from kronos_stream.training.processes import Processes
+from kronos_stream.training.processes import ProcessGroup
 from kronos_stream.training.settings import TrainSettings
 from kronos_stream.training.windows import Batch
 
@@ -57,7 +57,9 @@ class StageRun(Protocol):
 class TokenizerRun:
     """Learns to write candles as tokens and to read them back."""
 
-    def __init__(self, settings: TrainSettings, device: torch.device, processes: Processes) -> None:
+    def __init__(
+        self, settings: TrainSettings, device: torch.device, processes: ProcessGroup
+    ) -> None:
         s = self._settings = settings
         if s.init:
             network = load_tokenizer(s.init, PINNED_REVISIONS.get(s.init)).requires_grad_(
@@ -127,7 +129,7 @@ class TokenizerRun:
             s2.append(tokens[1])
         self.network.train()
         c = self.network.config
-        book = codebook.measure(torch.cat(s1), torch.cat(s2), c.s1_bits, c.s2_bits)
+        book = codebook.measure_usage(torch.cat(s1), torch.cat(s2), c.s1_bits, c.s2_bits)
         full_mse, coarse_mse = (errors[:2] / errors[2]).tolist()
         figures = {"full_mse": full_mse, "coarse_mse": coarse_mse, **book.to_dict()}
         return Evaluation(full_mse + coarse_mse, figures, book.warning())

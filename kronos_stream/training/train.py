@@ -10,14 +10,14 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.dataset import CandleDataset
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.generated import GeneratedWindows
-from kronos_stream.training.loop import Data, Report, Trainer
-from kronos_stream.training.processes import Processes, join
+from kronos_stream.training.loop import TrainingData, ReportCallback, Trainer
+from kronos_stream.training.processes import ProcessGroup, join_process_group
 from kronos_stream.training.settings import GENERATED, Stage, TrainSettings
 from kronos_stream.training.stages import Evaluation, PredictorRun, StageRun, TokenizerRun
 
 
 def train(
-    stage: Stage, settings: TrainSettings, out: Path, report: Report | None = None
+    stage: Stage, settings: TrainSettings, out: Path, report: ReportCallback | None = None
 ) -> Evaluation | None:
     """Train ``stage`` in the folder ``out``, or resume the run it holds.
 
@@ -27,7 +27,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
-    processes = join(device)
+    processes = join_process_group(device)
     try:
         torch.manual_seed(settings.seed)  # so that all processes start from the same weights
         run: StageRun = (
@@ -57,12 +57,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _data(settings: TrainSettings, out: Path, processes: Processes) -> Data:
+def _data(settings: TrainSettings, out: Path, processes: ProcessGroup) -> TrainingData:
     s = settings
     if not s.data:
         raise TrainingError(f"no data given: name candle files, folders, or {GENERATED!r}")
     if s.data == (GENERATED,):
-        return Data(
+        return TrainingData(
             GeneratedWindows(s.timeframes, s.window, s.seed),
             GeneratedWindows(s.timeframes, s.window, s.seed, held_out=True),
         )
@@ -79,12 +79,12 @@ def _data(settings: TrainSettings, out: Path, processes: Processes) -> Data:
             test_share=s.test_share,
         )
 
-    if processes.first:  # it writes the store, the others find it
+    if processes.is_main:  # it writes the store, the others find it
         dataset = prepare()
     processes.barrier()
-    if not processes.first:
+    if not processes.is_main:
         dataset = prepare()
     train_windows = dataset.source("train", s.seed)
     if train_windows is None:
         raise TrainingError("no window to train on")  # prepare() has said so already
-    return Data(train_windows, dataset.source("valid", s.seed))
+    return TrainingData(train_windows, dataset.source("valid", s.seed))

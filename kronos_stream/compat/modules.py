@@ -85,9 +85,9 @@ class KronosTokenizer(Tokenizer):
         go to the hub's client and mean nothing for a folder. Raises CheckpointError for what
         cannot be found or read, TypeError for an option of another name.
         """
-        folder = _fetched(pretrained_model_name_or_path, revision, **options)
+        folder = _fetch(pretrained_model_name_or_path, revision, **options)
         loaded = load_tokenizer(folder, revision)
-        return _adopt(cls(**loaded.config.to_dict()), loaded)
+        return _copy_attributes(cls(**loaded.config.to_dict()), loaded)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; OSError where that cannot be."""
@@ -166,9 +166,9 @@ class Kronos(Predictor):
         go to the hub's client and mean nothing for a folder. Raises CheckpointError for what
         cannot be found or read, TypeError for an option of another name.
         """
-        folder = _fetched(pretrained_model_name_or_path, revision, **options)
+        folder = _fetch(pretrained_model_name_or_path, revision, **options)
         loaded = load_predictor(folder, revision)
-        return _adopt(cls(**loaded.config.to_dict()), loaded)
+        return _copy_attributes(cls(**loaded.config.to_dict()), loaded)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; OSError where that cannot be."""
@@ -209,7 +209,7 @@ class Kronos(Predictor):
 
         Arguments and errors are those of :meth:`forward`.
         """
-        _refuse_mask(padding_mask)
+        _reject_mask(padding_mask)
         hidden = self.hidden(s1_ids, s2_ids, None if stamp is None else stamp.long())
         return self.s1_logits(hidden), hidden
 
@@ -222,7 +222,7 @@ class Kronos(Predictor):
         keys and queries are rotated, and attention is causal in training mode only, as in the
         reference. Raises ValueError for a padding_mask.
         """
-        _refuse_mask(padding_mask)
+        _reject_mask(padding_mask)
         if s1_ids.shape[1] == 1:
             query = self.embedding.emb_s1(s1_ids)
             conditioned = self.dep_layer(context, query, rotate=False, causal=False)
@@ -231,7 +231,7 @@ class Kronos(Predictor):
         return self.s2_logits(context, s1_ids, rotate=True, causal=self.training)
 
 
-def _fetched(
+def _fetch(
     source: str | Path,
     revision: str | None,
     *,
@@ -265,11 +265,11 @@ def _fetched(
         ) from error
 
 
-def _refuse_mask(padding_mask: Tensor | None) -> None:
+def _reject_mask(padding_mask: Tensor | None) -> None:
     if padding_mask is not None:
         raise ValueError("padding_mask is not supported (nor does it run in the reference)")
 
 
-def _adopt(module: _Module, loaded: nn.Module) -> _Module:
+def _copy_attributes(module: _Module, loaded: nn.Module) -> _Module:
     module.load_state_dict(loaded.state_dict())
     return module.eval()

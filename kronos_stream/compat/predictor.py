@@ -169,7 +169,7 @@ class KronosPredictor:
 
     def _engine(self) -> Forecaster:
         """The folded weights, folded anew after the modules' parameters have changed."""
-        state = _state(self.model) + _state(self.tokenizer)
+        state = _parameter_versions(self.model) + _parameter_versions(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             if self._forecaster is not None:
                 # First of all its memory, which the new one budgets by what the device has free.
@@ -201,7 +201,7 @@ class KronosPredictor:
         key = torch.tensor([noise_key(seed, item.name, item.origin)], device=self.device)
         total = np.zeros((item.horizon, len(CHANNELS)), np.float64)
         with (
-            _evaluating(self.model, self.tokenizer),
+            _eval_mode(self.model, self.tokenizer),
             torch.autocast(self.device.type, enabled=False),
         ):
             for first in range(0, paths, _ROWS_AT_ONCE):
@@ -220,7 +220,7 @@ class KronosPredictor:
 
 
 @contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
+def _eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards for every part the mode that it had."""
     training = [part for module in modules for part in module.modules() if part.training]
     try:
@@ -232,7 +232,7 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _state(module: nn.Module) -> list[tuple[int, int, float]]:
+def _parameter_versions(module: nn.Module) -> list[tuple[int, int, float]]:
     """Something that differs once a parameter has changed, for each of them."""
     parameters = [p.detach() for p in module.parameters()]
     # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.

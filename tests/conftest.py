@@ -39,10 +39,10 @@ from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_token
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto, MosquittoFailed
-from kronos_stream.testing.mosquitto import program as mosquitto_program
+from kronos_stream.testing.mosquitto import find_program as mosquitto_program
 from kronos_stream.testing.processes import ExchangeProcess
 from kronos_stream.testing.prometheus import Prometheus, PrometheusFailed
-from kronos_stream.testing.prometheus import program as prometheus_program
+from kronos_stream.testing.prometheus import find_program as prometheus_program
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from kronos_stream.market.source import (
     SourceError,
     VenueRefused,
 )
-from kronos_stream.testing.exchange import Faults, Planned, SimulatedExchange
+from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -144,7 +144,7 @@ def test_an_old_socket_is_relieved_without_losing_a_bar() -> None:
 
 
 def test_a_server_that_says_goodbye_is_left_without_losing_a_bar() -> None:
-    goodbye = Faults(plan=(Planned("shutdown", 30, 10),))
+    goodbye = Faults(plan=(PlannedFault("shutdown", 30, 10),))
 
     async def body() -> None:
         async with venue(faults=goodbye) as v:
@@ -158,7 +158,7 @@ def test_a_server_that_says_goodbye_is_left_without_losing_a_bar() -> None:
 
 @pytest.mark.parametrize("kind", ["drop", "stall", "handshake"])
 def test_after_a_fault_of_the_socket_it_follows_again(kind: str) -> None:
-    plan = (Planned(kind, 20, 15), Planned("drop", 21))
+    plan = (PlannedFault(kind, 20, 15), PlannedFault("drop", 21))
 
     async def body() -> None:
         async with venue(faults=Faults(plan=plan)) as v:
@@ -246,7 +246,7 @@ def test_a_thousand_histories_flow_within_the_weight_that_is_allowed() -> None:
 
 
 def test_when_told_to_wait_nobody_asks_until_then() -> None:
-    limited = Faults(plan=(Planned("limited", 5, 20),))
+    limited = Faults(plan=(PlannedFault("limited", 5, 20),))
 
     async def body() -> None:
         async with venue(1, limited) as v:
@@ -316,7 +316,7 @@ def test_garbage_among_the_frames_costs_neither_a_bar_nor_the_connection() -> No
     async def body() -> None:
         async with venue(faults=Faults(seed=5, garbage=0.3)) as v:
             await asyncio.sleep(120)
-            assert v.exchange.fate.counts["garbage"] > 100
+            assert v.exchange.fault_injector.counts["garbage"] > 100
             assert len(v.heard.rejected) > 50  # the rest are frames of nobody's streams
             assert all(reason and len(raw) <= 4_096 for _, reason, raw in v.heard.rejected)
             assert v.heard.notes["connected"] == 1
@@ -351,7 +351,7 @@ def test_connections_of_all_sorts_of_bad_luck_come_back(seed: int) -> None:
     async def body() -> None:
         async with venue(5, faults=faults, streams_per_connection=2) as v:
             await asyncio.sleep(600)
-            counts = v.exchange.fate.counts
+            counts = v.exchange.fault_injector.counts
             assert min(counts[kind] for kind in ("drop", "stall", "handshake", "shutdown")) > 0
             heard = [len(v.heard.closed(one)) for one in v.series]
             assert min(heard) > 250  # of 600; a tape asks REST for the rest
@@ -397,7 +397,7 @@ def test_it_ends_at_once_whatever_it_is_doing() -> None:
 
     async def body() -> None:
         for seconds in (0, 0.01, 1.0, 12.0, 40.0):
-            plan = (Planned("handshake", 0, 8), Planned("stall", 15, 60))
+            plan = (PlannedFault("handshake", 0, 8), PlannedFault("stall", 15, 60))
             loop = asyncio.get_running_loop()
             async with venue(3, faults=Faults(plan=plan), streams_per_connection=1):
                 await asyncio.sleep(seconds)

@@ -30,9 +30,9 @@ from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.source import SourceCallbacks, Source, SourceError
-from kronos_stream.testing.exchange import Faults, Planned, SimulatedExchange
-from kronos_stream.testing.trial import Script, Wire, run_trial
-from kronos_stream.testing.verdict import faults_found
+from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
+from kronos_stream.testing.trial import Scenario, ConnectorSetup, run_chaos
+from kronos_stream.testing.verdict import find_violations
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -84,11 +84,15 @@ def play(seed: int, mode: str, folder: Path) -> None:
     # Of half the seeds clients are replaced every minute or so, as else every few hours.
     hours = 0.02 if seed % 2 else 6.0
     reach = partial(options, mode=mode, restart_hours=hours)
-    script = Script.of(seed)
-    journal = run_trial(script, folder, wire=Wire("ccxt.binance", reach, amounts=False))
-    found = faults_found(journal)
+    script = Scenario.from_seed(seed)
+    journal = run_chaos(
+        script, folder, connector=ConnectorSetup("ccxt.binance", reach, has_amounts=False)
+    )
+    found = find_violations(journal)
     if found:
-        pytest.fail("\n".join([str(script), f"struck: {journal.strikes}", *found]), pytrace=False)
+        pytest.fail(
+            "\n".join([str(script), f"struck: {journal.fault_counts}", *found]), pytrace=False
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -234,7 +238,7 @@ def test_clients_are_replaced_while_all_goes_on() -> None:
 
 @pytest.mark.parametrize("kind", ["drop", "stall", "handshake"])
 def test_after_a_fault_of_the_socket_another_client_goes_on(kind: str) -> None:
-    plan = (Planned(kind, 20, 15), Planned("drop", 21))
+    plan = (PlannedFault(kind, 20, 15), PlannedFault("drop", 21))
 
     async def body() -> None:
         async with venue(faults=Faults(plan=plan)) as v:
@@ -248,7 +252,7 @@ def test_after_a_fault_of_the_socket_another_client_goes_on(kind: str) -> None:
 
 def test_a_socket_that_is_silent_but_open_is_noticed() -> None:
     async def body() -> None:
-        async with venue(faults=Faults(plan=(Planned("stall", 20),)), stall_seconds=10) as v:
+        async with venue(faults=Faults(plan=(PlannedFault("stall", 20),)), stall_seconds=10) as v:
             await asyncio.sleep(60)
             assert v.heard.notes == {"connected": 2, "given up": 1}
             assert max(v.late(START + 45_000).values()) < 3_000
@@ -260,7 +264,7 @@ def test_frames_that_ccxt_cannot_read_cost_neither_the_socket_nor_a_bar() -> Non
     async def body() -> None:
         async with venue(faults=Faults(seed=5, garbage=0.3)) as v:
             await asyncio.sleep(120)
-            assert v.exchange.fate.counts["garbage"] > 100
+            assert v.exchange.fault_injector.counts["garbage"] > 100
             assert len(v.heard.rejected) > 10
             assert all(reason and len(raw) <= 4_096 for _, reason, raw in v.heard.rejected)
             assert v.heard.notes == {"connected": 1}
@@ -322,7 +326,7 @@ def test_what_has_closed_by_our_clock_is_waited_for_by_the_exchanges(skew: float
 
 def test_told_to_wait_the_tape_is_told_how_long() -> None:
     async def body() -> None:
-        async with venue(1, Faults(plan=(Planned("limited", 5, 20),))) as v:
+        async with venue(1, Faults(plan=(PlannedFault("limited", 5, 20),))) as v:
             await asyncio.sleep(10)
             now = v.exchange.clock.now()
             with pytest.raises(SourceError, match="429") as refused:
@@ -339,7 +343,7 @@ def test_told_to_wait_the_tape_is_told_how_long() -> None:
 
 @pytest.mark.parametrize("kind", ["error", "timeout", "mangled"])
 def test_a_bad_answer_is_an_error_and_never_an_empty_history(kind: str) -> None:
-    faults = Faults(seed=3, plan=(Planned(kind, 10, 1_000),))
+    faults = Faults(seed=3, plan=(PlannedFault(kind, 10, 1_000),))
 
     async def body() -> None:
         async with venue(1, faults, mode="poll") as v:
@@ -373,7 +377,7 @@ def test_it_ends_at_once_whatever_it_is_doing() -> None:
 
     async def body() -> None:
         for seconds in (0, 0.01, 1.0, 12.0, 40.0):
-            plan = (Planned("handshake", 0, 8), Planned("stall", 15, 60))
+            plan = (PlannedFault("handshake", 0, 8), PlannedFault("stall", 15, 60))
             loop = asyncio.get_running_loop()
             async with venue(3, faults=Faults(plan=plan), shard_size=1):
                 await asyncio.sleep(seconds)

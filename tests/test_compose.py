@@ -24,7 +24,7 @@ from confluent_kafka.admin import AdminClient
 from jsonschema import Draft202012Validator, ValidationError
 
 from kronos_stream.daemon.environment import describe_settings, read_options, read_settings
-from kronos_stream.testing.processes import get, wait_for
+from kronos_stream.testing.processes import http_get, wait_for
 from kronos_stream.testing.prometheus import Prometheus
 
 ROOT = Path(__file__).parents[1]
@@ -231,7 +231,7 @@ def test_services_work_together(
             f"{PREFIX}STATE_FILE": str(tmp_path / "state.sqlite"),
         }
         daemon = stack.enter_context(running("daemon", tmp_path, change, **more))
-        wait_for("the daemon is ready", lambda: get(f"{page}/readyz")[0] == 200, seconds)
+        wait_for("the daemon is ready", lambda: http_get(f"{page}/readyz")[0] == 200, seconds)
 
         text = change((FOLDER / "prometheus.yaml").read_text("utf-8"))
         rules = (ROOT / "deploy/prometheus/rules.yaml").read_text("utf-8")
@@ -244,7 +244,7 @@ def test_services_work_together(
                 lambda: any(value > 0 for _, value in prometheus.query(asked)),
                 seconds,
             )
-            found = prometheus.ask("rules")["groups"]
+            found = prometheus.api_get("rules")["groups"]
             assert len(found) == len(yaml.safe_load(rules)["groups"])
 
         daemon.send_signal(signal.SIGTERM)

@@ -17,7 +17,7 @@ from kronos_stream.daemon.worker import BatchResult, WorkerSupervisor, WorkerErr
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.testing.standin import StandIn
+from kronos_stream.testing.standin import FakeWorker
 
 
 def _window(number: int) -> Window:
@@ -29,7 +29,7 @@ def _window(number: int) -> Window:
     return Window(Series.parse(f"x:S{number}/Y:1m"), values, times, 0, 0, last)
 
 
-class _Other(StandIn):
+class _Other(FakeWorker):
     def __init__(self, pace: float, **differs: str) -> None:
         super().__init__(pace)
         self.sizes: list[int] = []

@@ -34,7 +34,7 @@ from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.feed import FeedNeeds
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.certificates import Authority
+from kronos_stream.testing.certificates import CertificateAuthority
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "deploy/kubernetes/kronos-stream"
@@ -98,8 +98,8 @@ def chart() -> Chart:
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates(tmp_path_factory: pytest.TempPathFactory) -> None:
-    authority = Authority(tmp_path_factory.mktemp("certificates"))
-    ours = authority.sign("kronos")
+    authority = CertificateAuthority(tmp_path_factory.mktemp("certificates"))
+    ours = authority.issue("kronos")
     SECRETS["kafka-cluster-ca-cert"] = {"ca.crt": authority.file.read_text("utf-8")}
     SECRETS["kronos-user"] = {
         "user.crt": ours.certificate.read_text("utf-8"),

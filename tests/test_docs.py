@@ -332,7 +332,7 @@ def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., En
 
         try:
             if reads:
-                wait_for(f"{block} says something", ended_or_said, 60.0, poll=0.3)
+                wait_for(f"{block} says something", ended_or_said, 60.0, interval=0.3)
             else:
                 process.wait(120)
             status = process.poll()

@@ -23,7 +23,7 @@ from kronos_stream.market.files import CandleFileError, read_candles
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.exchange import ExchangeError, SimulatedExchange
-from kronos_stream.testing.exchange.bars import opening
+from kronos_stream.testing.exchange.bars import bar_open_time
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -61,7 +61,7 @@ def test_bars_open_where_the_venues_do(timeframe: str, moment: str, expected: st
     def ms(text: str) -> int:
         return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
 
-    assert opening(Timeframe.parse(timeframe), ms(moment)) == ms(expected)
+    assert bar_open_time(Timeframe.parse(timeframe), ms(moment)) == ms(expected)
 
 
 def test_long_bars_are_made_of_short_ones() -> None:

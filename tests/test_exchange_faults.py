@@ -17,7 +17,13 @@ import websockets
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.exchange import PRESETS, Faults, FaultsError, Planned, SimulatedExchange
+from kronos_stream.testing.exchange import (
+    PRESETS,
+    Faults,
+    FaultsError,
+    PlannedFault,
+    SimulatedExchange,
+)
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000
@@ -88,7 +94,7 @@ async def listen(exchange: SimulatedExchange, seconds: float) -> Heard:
     for i, name in enumerate(NAMES):
         series = Series.parse(f"any:SIM0{i}/USDT:1s")
         heard.truth[name] = exchange.truth(series, START)
-    heard.counts = dict(exchange.fate.counts)
+    heard.counts = dict(exchange.fault_injector.counts)
     return heard
 
 
@@ -119,7 +125,7 @@ async def opens(exchange: SimulatedExchange, symbol: str = "SIM00USDT") -> list[
 
 
 def planned(kind: str, at: float, seconds: float = 0, symbol: str = "", **more: Any) -> Faults:
-    return Faults(plan=(Planned(kind, at, seconds, symbol),), **more)
+    return Faults(plan=(PlannedFault(kind, at, seconds, symbol),), **more)
 
 
 # -- bars ----------------------------------------------------------------------------------
@@ -459,7 +465,9 @@ def test_random_mixtures_come_from_the_seed_and_go_through_json() -> None:
     assert mixtures == [Faults.random(seed) for seed in range(200)]
     assert len(set(mixtures)) == 200
     assert [Faults.parse(mixture.dumps()) for mixture in mixtures] == mixtures
-    plan = Faults(seed=1, plan=(Planned("drop", 3.0), Planned("late", 1.0, symbol="SIM00/USDT")))
+    plan = Faults(
+        seed=1, plan=(PlannedFault("drop", 3.0), PlannedFault("late", 1.0, symbol="SIM00/USDT"))
+    )
     assert Faults.parse(plan.dumps()) == plan
 
 

@@ -21,8 +21,8 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceCallbacks, Source
 from kronos_stream.testing.exchange import Faults
-from kronos_stream.testing.trial import Journal, Script, run_trial
-from kronos_stream.testing.verdict import faults_found
+from kronos_stream.testing.trial import RunLog, Scenario, run_chaos
+from kronos_stream.testing.verdict import find_violations
 
 
 def seeds(default: range) -> list[int]:
@@ -36,11 +36,13 @@ def seeds(default: range) -> list[int]:
 
 
 def play(seed: int, folder: Path) -> None:
-    script = Script.of(seed)
-    journal = run_trial(script, folder)
-    found = faults_found(journal)
+    script = Scenario.from_seed(seed)
+    journal = run_chaos(script, folder)
+    found = find_violations(journal)
     if found:
-        pytest.fail("\n".join([str(script), f"struck: {journal.strikes}", *found]), pytrace=False)
+        pytest.fail(
+            "\n".join([str(script), f"struck: {journal.fault_counts}", *found]), pytrace=False
+        )
 
 
 @pytest.mark.parametrize("seed", seeds(range(20)))
@@ -54,7 +56,7 @@ def test_soak_seed(seed: int, tmp_path: Path) -> None:
     play(seed, tmp_path)
 
 
-def told(journal: Journal) -> object:
+def told(journal: RunLog) -> object:
     """What a run comes to.
 
     Sockets that are ready at one moment are read in any order, so who is asked first may differ.
@@ -65,28 +67,28 @@ def told(journal: Journal) -> object:
     ]
     tapes = {
         series: [(bar.candle, bar.revision, bar.synthetic) for bar in bars]
-        for series, bars in journal.tapes.items()
+        for series, bars in journal.stored_bars.items()
     }
     return sorted(forecasts), journal.outcomes, tapes
 
 
 @pytest.mark.parametrize("seed", [3, 5])
 def test_a_seed_plays_the_same_way_again(seed: int, tmp_path: Path) -> None:
-    script = replace(Script.of(seed), seconds=60.0)
+    script = replace(Scenario.from_seed(seed), seconds=60.0)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    assert told(run_trial(script, first)) == told(run_trial(script, second))
+    assert told(run_chaos(script, first)) == told(run_chaos(script, second))
 
 
-CALM = Script(seed=0, faults=Faults(), timeframes=("1s",), symbols=2, seconds=30.0)
+CALM = Scenario(seed=0, faults=Faults(), timeframes=("1s",), symbols=2, seconds=30.0)
 
 
 def test_without_faults_each_bar_is_forecast_within_a_second(tmp_path: Path) -> None:
-    journal = run_trial(CALM, tmp_path)
-    assert faults_found(journal) == []
+    journal = run_chaos(CALM, tmp_path)
+    assert find_violations(journal) == []
     after = journal.series[0].timeframe.after
-    late = [one.moment - after(one.window.last.time) for one in journal.forecasts]
+    late = [one.time - after(one.window.last.time) for one in journal.forecasts]
     assert len(late) >= 2 * 29
     assert max(late) < 1000
 
@@ -135,5 +137,5 @@ def test_a_source_that_lies_is_found_out(
     lie: Callable[[Update], Sequence[Update]], tmp_path: Path
 ) -> None:
     """So a trial can fail."""
-    journal = run_trial(CALM, tmp_path, wrap=lambda source: Meddled(source, lie))
-    assert faults_found(journal) != []
+    journal = run_chaos(CALM, tmp_path, wrap_source=lambda source: Meddled(source, lie))
+    assert find_violations(journal) != []

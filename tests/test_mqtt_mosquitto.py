@@ -17,7 +17,7 @@ from kronos_connectors.mqtt.sink import MqttSink
 from kronos_stream.checkup import CheckedSink, Finding
 from kronos_stream.forecast.sink import RecordKind, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
+from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages
 
 BrokerOf = Callable[..., Mosquitto]
 
@@ -96,7 +96,7 @@ async def test_records_arrive_as_given(mosquitto_of: BrokerOf, tmp_path: Path) -
             assert not await sink.deliver([])
             assert not await sink.deliver([_record(200, kind="deadletter")])
             await _in_time(lambda: len(subscriber.messages()) == 202)
-            kept = await asyncio.to_thread(retained, broker)
+            kept = await asyncio.to_thread(retained_messages, broker)
         assert kept["kronos/status/test"] == b"online"
         assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
             _topic(i): i for i in range(180, 200)
@@ -110,7 +110,9 @@ async def test_records_arrive_as_given(mosquitto_of: BrokerOf, tmp_path: Path) -
             assert message.properties["user-properties"] == {"id": str(given.sequence)}
         assert subscriber.messages()[201].topic == "kronos/deadletter"
         await _in_time(lambda: subscriber.messages()[-1].payload == b"offline")
-        assert (await asyncio.to_thread(retained, broker))["kronos/status/test"] == b"offline"
+        assert (await asyncio.to_thread(retained_messages, broker))[
+            "kronos/status/test"
+        ] == b"offline"
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -156,7 +158,9 @@ async def test_a_right_that_is_missing_holds_records_back(
             with pytest.raises(SinkUnavailable, match=r"forecasts/binance/S3%2FUSDT/1s: not auth"):
                 await sink.deliver([_record(3), _record(4)])
             # It is no reason to hang up.
-            assert (await asyncio.to_thread(retained, broker))["kronos/status/test"] == b"online"
+            assert (await asyncio.to_thread(retained_messages, broker))[
+                "kronos/status/test"
+            ] == b"online"
 
 
 async def test_a_broker_that_is_not_there_is_named_at_once(mosquitto_of: BrokerOf) -> None:
@@ -229,7 +233,7 @@ async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
             await asyncio.sleep(outage)
             await asyncio.to_thread(broker.start)
             assert not await _give(sink, [_record(i) for i in range(40, 50)])
-            kept = await asyncio.to_thread(retained, broker)
+            kept = await asyncio.to_thread(retained_messages, broker)
         assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
             _topic(i): i for i in range(30, 50)
         }
@@ -246,7 +250,7 @@ async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf
             sink._connection._client._sock.close()  # as the kernel does for a killed process
             sink._reconnect_task.cancel()
             await asyncio.wait([sink._reconnect_task])
-            kept = await asyncio.to_thread(retained, broker)
+            kept = await asyncio.to_thread(retained_messages, broker)
         assert kept["kronos/status/test"] == b"offline"
 
 
@@ -261,14 +265,14 @@ async def test_a_series_that_is_given_up_is_retained_no_more(
                 await _in_time(lambda: len(subscriber.messages()) == 5)
                 told = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
                 assert told == [_record(2).value, removal.value, b""]
-            kept = await asyncio.to_thread(retained, broker)
+            kept = await asyncio.to_thread(retained_messages, broker)
             assert _topic(1) in kept
             assert _topic(2) not in kept
             # Nor is it once a broker has come to remember it again.
             await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
             sink._connection.abort("test")  # type: ignore[union-attr]
             assert not await _give(sink, [_record(3)])
-            assert _topic(2) not in await asyncio.to_thread(retained, broker)
+            assert _topic(2) not in await asyncio.to_thread(retained_messages, broker)
 
 
 async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:

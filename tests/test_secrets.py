@@ -18,7 +18,7 @@ from kronos_connectors.ccxt.secrets import Redactor
 from kronos_stream.daemon.environment import read_settings
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto
-from kronos_stream.testing.processes import COMMAND, get, wait_for
+from kronos_stream.testing.processes import COMMAND, http_get, wait_for
 
 MARKS = {
     name: f"{name}-Mark'\"\\5eCr3t" for name in ("sasl", "mqtt", "key", "ccxt", "phrase", "hub")
@@ -111,12 +111,12 @@ def test_a_daemon_keeps_them_to_itself(
         words = ("no mqtt broker", "nobody listens there", "venue does not answer yet")
         wait_for("all complain", lambda: all(word in log() for word in words), 60 * patience)
         if form == "json":
-            status, checks = daemon.checks()
+            status, checks = daemon.readiness()
             assert status == 503
             assert "***" in checks["source ccxt.binance"]  # of the address, its path
             _clean(str(checks))
-            assert get(f"http://127.0.0.1:{daemon._port}/metrics")[0] == 401
-        worker = daemon.worker()
+            assert http_get(f"http://127.0.0.1:{daemon._port}/metrics")[0] == 401
+        worker = daemon.worker_pid()
         if worker is not None:
             _clean(Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], ""))
         daemon.signal(signal.SIGTERM)

@@ -31,8 +31,8 @@ from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.apache import ApacheKafka, Listener
-from kronos_stream.testing.certificates import Authority
+from kronos_stream.testing.apache import ApacheKafka, KafkaListener
+from kronos_stream.testing.certificates import CertificateAuthority
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
 
@@ -50,7 +50,7 @@ class Locked(NamedTuple):
 
     def settings(self, user: str, password: str = PASSWORD) -> dict[str, str]:
         return {
-            "KAFKA__BOOTSTRAP_SERVERS": self.kafka.at("safe"),
+            "KAFKA__BOOTSTRAP_SERVERS": self.kafka.bootstrap_for("safe"),
             "KAFKA__SECURITY_PROTOCOL": "SASL_SSL",
             "KAFKA__SASL_MECHANISM": "SCRAM-SHA-512",
             "KAFKA__SASL_USERNAME": user,
@@ -77,12 +77,14 @@ class Locked(NamedTuple):
 @pytest.fixture(scope="module")
 def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     folder = tmp_path_factory.mktemp("locked")
-    authority = Authority(folder)
+    authority = CertificateAuthority(folder)
     settings = {
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS;User:owner",
     }
-    doors = {"safe": Listener(tls=authority.sign("broker"), mechanisms=["SCRAM-SHA-512", "PLAIN"])}
+    doors = {
+        "safe": KafkaListener(tls=authority.issue("broker"), mechanisms=["SCRAM-SHA-512", "PLAIN"])
+    }
     users = dict.fromkeys(USERS, PASSWORD)
     kafka = ApacheKafka(
         kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
@@ -90,7 +92,7 @@ def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with kafka:
         client = AdminClient(
             {
-                "bootstrap.servers": kafka.at("safe"),
+                "bootstrap.servers": kafka.bootstrap_for("safe"),
                 "security.protocol": "SASL_SSL",
                 "ssl.ca.location": str(authority.file),
                 "sasl.mechanism": "SCRAM-SHA-512",
@@ -243,13 +245,13 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
         locked.kafka.start()
         try:
             why = "login as all refused"
-            wait_for(why, lambda: why in daemon.checks()[1].get("sink kafka", ""), 30 * patience)
-            assert daemon.checks()[0] == 503
+            wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 30 * patience)
+            assert daemon.readiness()[0] == 503
             time.sleep(3)  # some more tries
         finally:
             locked.change_password("all", PASSWORD)
         daemon.wait_until_ready(30 * patience)
-        told = [event for event in daemon.log() if why in str(event.get("why"))]
+        told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0
         assert daemon.undelivered() == 0
@@ -273,8 +275,8 @@ def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as
     with DaemonProcess(tmp_path, {**given, "LOGIN_REFUSED": "retry"}) as daemon:
         daemon.start()
         why = "login as all refused"
-        wait_for(why, lambda: why in daemon.checks()[1].get("sink kafka", ""), 60 * patience)
+        wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 60 * patience)
         wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3, 30)
-        told = [event for event in daemon.log() if why in str(event.get("why"))]
+        told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0

@@ -23,8 +23,8 @@ from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import LoginRefused, SourceError
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka, Listener
-from kronos_stream.testing.certificates import Authority
+from kronos_stream.testing.apache import ApacheKafka, KafkaListener
+from kronos_stream.testing.certificates import CertificateAuthority
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
 WAYS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -36,13 +36,13 @@ class Locked(NamedTuple):
     """A broker with several doors, and who signs certificates for it."""
 
     kafka: ApacheKafka
-    authority: Authority
-    stranger: Authority
+    authority: CertificateAuthority
+    stranger: CertificateAuthority
 
     def options(self, door: str, protocol: str, **more: Any) -> KafkaOptions:
         """As ``owner``, who may do anything, where there is a login."""
         given: dict[str, Any] = {
-            "bootstrap_servers": self.kafka.at(door),
+            "bootstrap_servers": self.kafka.bootstrap_for(door),
             "security_protocol": protocol,
             "partitions": 3,
         }
@@ -52,26 +52,26 @@ class Locked(NamedTuple):
             given["ssl_cafile"] = self.authority.file
         return KafkaOptions(**{**given, **more})
 
-    def certified(self, by: Authority, **how: Any) -> dict[str, Path]:
+    def certified(self, by: CertificateAuthority, **how: Any) -> dict[str, Path]:
         """A certificate of our own, as options."""
-        ours = by.sign("client", **how)
+        ours = by.issue("client", **how)
         return {"ssl_certfile": ours.certificate, "ssl_keyfile": ours.key}
 
 
 @pytest.fixture(scope="module")
 def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
     folder = tmp_path_factory.mktemp("locked")
-    authority, stranger = Authority(folder), Authority(folder, "stranger")
-    ours = authority.sign("broker")
-    expired = authority.sign("expired", ends=-timedelta(hours=1))
-    elsewhere = authority.sign("elsewhere", ["elsewhere.example"])
+    authority, stranger = CertificateAuthority(folder), CertificateAuthority(folder, "stranger")
+    ours = authority.issue("broker")
+    expired = authority.issue("expired", not_after=-timedelta(hours=1))
+    elsewhere = authority.issue("elsewhere", ["elsewhere.example"])
     doors = {
-        "safe": Listener(tls=ours, mechanisms=WAYS),
-        "scram": Listener(tls=ours, mechanisms=["SCRAM-SHA-512"]),
-        "mutual": Listener(tls=ours, clients=authority.file),
-        "expired": Listener(tls=expired, mechanisms=["PLAIN"]),
-        "elsewhere": Listener(tls=elsewhere, mechanisms=["PLAIN"]),
-        "open": Listener(),
+        "safe": KafkaListener(tls=ours, mechanisms=WAYS),
+        "scram": KafkaListener(tls=ours, mechanisms=["SCRAM-SHA-512"]),
+        "mutual": KafkaListener(tls=ours, client_ca=authority.file),
+        "expired": KafkaListener(tls=expired, mechanisms=["PLAIN"]),
+        "elsewhere": KafkaListener(tls=elsewhere, mechanisms=["PLAIN"]),
+        "open": KafkaListener(),
     }
     settings = {
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",

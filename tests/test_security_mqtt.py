@@ -22,7 +22,7 @@ from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError
 from kronos_stream.market.wire import encode_candle
-from kronos_stream.testing.certificates import Authority
+from kronos_stream.testing.certificates import CertificateAuthority
 from kronos_stream.testing.mosquitto import Mosquitto
 
 BrokerOf = Callable[..., Mosquitto]
@@ -38,19 +38,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def authority(folder: Path) -> Authority:
-    return Authority(folder)
+def authority(folder: Path) -> CertificateAuthority:
+    return CertificateAuthority(folder)
 
 
 @pytest.fixture
-def broker(mosquitto_of: BrokerOf, authority: Authority) -> Iterator[Mosquitto]:
+def broker(mosquitto_of: BrokerOf, authority: CertificateAuthority) -> Iterator[Mosquitto]:
     """It speaks TLS and asks for a login."""
-    tls = authority.sign("broker")
+    tls = authority.issue("broker")
     with mosquitto_of(tls=tls, users={"me": PASSWORD}) as broker:
         yield broker
 
 
-def _options(broker: Mosquitto, authority: Authority | None, **options: Any) -> MqttOptions:
+def _options(
+    broker: Mosquitto, authority: CertificateAuthority | None, **options: Any
+) -> MqttOptions:
     given: dict[str, Any] = {"url": broker.url, "client_id": "test"}
     given |= {"username": "me", "password": SecretStr(PASSWORD)}
     if authority is not None:
@@ -118,7 +120,7 @@ async def _looked_over(options: MqttOptions) -> Finding:
 
 
 async def test_forecasts_go_out_and_candles_come_in_encrypted(
-    broker: Mosquitto, authority: Authority
+    broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     options = _options(broker, authority)
     came: list[Update] = []
@@ -152,7 +154,7 @@ async def test_forecasts_go_out_and_candles_come_in_encrypted(
 
 
 async def test_a_login_that_is_refused_is_called_that(
-    broker: Mosquitto, authority: Authority
+    broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     wrong = SecretStr("wrong-" + PASSWORD)
     said, final = await _said(_options(broker, authority, password=wrong))
@@ -166,7 +168,7 @@ async def test_a_login_that_is_refused_is_called_that(
 async def test_a_broker_that_nobody_vouches_for_is_not_spoken_to(
     broker: Mosquitto, folder: Path
 ) -> None:
-    stranger = Authority(folder, "stranger")
+    stranger = CertificateAuthority(folder, "stranger")
     said, final = await _said(_options(broker, stranger))
     assert final
     assert f"signed by nobody that we trust ({stranger.file}); set {PREFIX}TLS_CAFILE" in said
@@ -175,14 +177,14 @@ async def test_a_broker_that_nobody_vouches_for_is_not_spoken_to(
 
 
 async def test_a_certificate_must_be_in_time_and_of_this_host(
-    mosquitto_of: BrokerOf, authority: Authority
+    mosquitto_of: BrokerOf, authority: CertificateAuthority
 ) -> None:
-    expired = authority.sign("expired", ends=-timedelta(hours=1))
+    expired = authority.issue("expired", not_after=-timedelta(hours=1))
     with mosquitto_of(tls=expired) as broker:
         said, final = await _said(_options(broker, authority))
     assert final
     assert "the broker's certificate has expired; the broker needs a new one" in said
-    with mosquitto_of(tls=authority.sign("elsewhere", ["elsewhere.example"])) as broker:
+    with mosquitto_of(tls=authority.issue("elsewhere", ["elsewhere.example"])) as broker:
         said, final = await _said(_options(broker, authority))
     assert final
     assert "is for another name" in said
@@ -190,11 +192,11 @@ async def test_a_certificate_must_be_in_time_and_of_this_host(
 
 
 async def test_a_client_may_have_to_show_a_certificate(
-    mosquitto_of: BrokerOf, authority: Authority, folder: Path
+    mosquitto_of: BrokerOf, authority: CertificateAuthority, folder: Path
 ) -> None:
-    locked = authority.sign("client", password=PASSWORD)
+    locked = authority.issue("client", password=PASSWORD)
     ours: dict[str, Any] = {"tls_certfile": locked.certificate, "tls_keyfile": locked.key}
-    with mosquitto_of(tls=authority.sign("broker"), clients=authority.file) as broker:
+    with mosquitto_of(tls=authority.issue("broker"), clients=authority.file) as broker:
         password = SecretStr(PASSWORD)
         async with _sink(_options(broker, authority, **ours, tls_key_password=password)) as sink:
             await sink.start()
@@ -204,7 +206,7 @@ async def test_a_client_may_have_to_show_a_certificate(
         said, final = await _said_in_the_end(_options(broker, authority))
         assert final
         assert f"asks for a certificate of ours; set {PREFIX}TLS_CERTFILE" in said
-        stranger = Authority(folder, "unknown").sign("client")
+        stranger = CertificateAuthority(folder, "unknown").issue("client")
         ours = {"tls_certfile": stranger.certificate, "tls_keyfile": stranger.key}
         said, final = await _said_in_the_end(_options(broker, authority, **ours))
         assert final
@@ -212,7 +214,7 @@ async def test_a_client_may_have_to_show_a_certificate(
 
 
 async def test_either_side_may_encrypt_alone(
-    broker: Mosquitto, authority: Authority, tmp_path: Path
+    broker: Mosquitto, authority: CertificateAuthority, tmp_path: Path
 ) -> None:
     plain = broker.url.replace("mqtts", "mqtt")
     said, _ = await _said(_options(broker, None, url=plain))
@@ -225,10 +227,10 @@ async def test_either_side_may_encrypt_alone(
 
 
 async def test_a_certificate_that_is_spoiled_later_is_told(
-    broker: Mosquitto, authority: Authority
+    broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     """They are read at each connection, as they are renewed while a daemon runs."""
-    mine = authority.sign("mine")
+    mine = authority.issue("mine")
     options = _options(broker, authority, tls_certfile=mine.certificate, tls_keyfile=mine.key)
     mine.certificate.write_text("spoiled", "utf-8")
     said, final = await _said(options)

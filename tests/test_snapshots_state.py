@@ -31,7 +31,7 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import Traits
-from kronos_stream.testing.standin import StandIn
+from kronos_stream.testing.standin import FakeWorker
 
 _DATA = Path(__file__).parent / "data"
 _SNAPSHOTS = _DATA / "snapshots"
@@ -272,7 +272,7 @@ async def _run(folder: Path) -> _Run:
         clock=clock,
         wall=clock,
         random=_MiddleOfRange(),
-        worker_factory=lambda *_: StandIn(0.01),
+        worker_factory=lambda *_: FakeWorker(0.01),
     )
     await asyncio.wait_for(daemon.run(), 120)
     return _Run(pages, sink.records, settings.state_file)

@@ -27,7 +27,7 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import Audit, audit, read_topic
+from kronos_stream.testing.audit import AuditReport, audit_forecasts, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
 
@@ -155,13 +155,13 @@ class Group:
                 if not told.get("history"):
                     opens[key].append(parse_time(told["time"]))
         return {
-            one: self.exchange.closed(one, min(opens[one.name]), max(opens[one.name]))
+            one: self.exchange.closed_bar_times(one, min(opens[one.name]), max(opens[one.name]))
             for one in self.series
             if opens[one.name]
         }
 
-    def audit(self) -> Audit:
-        return audit(read_topic(self.bootstrap, forecast_topic(self.prefix)), self.due())
+    def audit(self) -> AuditReport:
+        return audit_forecasts(read_topic(self.bootstrap, forecast_topic(self.prefix)), self.due())
 
 
 @contextmanager
@@ -186,7 +186,9 @@ def group(
         yield Group(kafka.bootstrap, prefix, exchange, folder, stack, given)
 
 
-def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Audit, list[float]]:
+def _trial(
+    group: Group, *, rounds: int, seconds: float, seed: int
+) -> tuple[AuditReport, list[float]]:
     """Kill a member and add one, ``rounds`` times within ``seconds``; then let all be finished."""
     random = Random(seed)
     ingest = group.ingest()
@@ -206,7 +208,7 @@ def _trial(group: Group, *, rounds: int, seconds: float, seed: int) -> tuple[Aud
             time.sleep(max(0, began + (number + 1) * seconds / rounds - time.monotonic()))
             caught_up.append(listener.caught_up(at))
         assert ingest.stop() == 0
-        wait_for("everything is read", lambda: group.lag() == 0, 120, poll=0.5)
+        wait_for("everything is read", lambda: group.lag() == 0, 120, interval=0.5)
         for member in [*group.members]:
             assert group.stop(member) == 0
     finally:
@@ -220,7 +222,7 @@ def test_members_and_ingest_are_killed_and_every_bar_is_forecast(
     with group(kafka, topic_prefix, tmp_path, symbols=6) as trial:
         found, caught_up = _trial(trial, rounds=1, seconds=24, seed=1)
     print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
-    assert not found.faults
+    assert not found.problems
     assert found.records > 6 * 15
 
 
@@ -239,14 +241,14 @@ def test_who_comes_and_goes_in_good_order_costs_nothing_twice(
             assert trial.stop(trial.members[0]) == 0
         assert ingest.stop() == 0
         trial.join(pace=0.005)
-        wait_for("everything is read", lambda: trial.lag() == 0, 60, poll=0.5)
+        wait_for("everything is read", lambda: trial.lag() == 0, 60, interval=0.5)
         for member in [*trial.members]:
             member.wait_until_ready()
             wait_for("it is done", lambda one=member: one.metric(_DUE, queue="due") == 0, 60)  # type: ignore[misc]
             assert trial.stop(member) == 0
         found = trial.audit()
     print(f"\n{found.records} forecasts, {found.duplicates} twice")  # noqa: T201
-    assert not found.faults
+    assert not found.problems
     assert found.duplicates == 0
 
 
@@ -260,7 +262,7 @@ def test_sixty_series_and_two_kills_in_three_minutes(
     with group(kafka, topic_prefix, tmp_path, symbols=60) as trial:
         found, caught_up = _trial(trial, rounds=2, seconds=180, seed=2)
     print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
-    assert not found.faults
+    assert not found.problems
     assert found.records > 60 * 150
 
 
@@ -280,18 +282,18 @@ def test_a_broker_that_goes_away_costs_no_bar(
         for seconds in (3, 25):
             broker.kill()
             time.sleep(seconds)
-            assert all(member.checks()[0] == 503 for member in trial.members) or seconds < 25
+            assert all(member.readiness()[0] == 503 for member in trial.members) or seconds < 25
             broker.start()
             for member in trial.members:
                 member.wait_until_ready(120)
             time.sleep(10)
         assert ingest.stop(60) == 0
-        wait_for("everything is read", lambda: trial.lag() == 0, 120, poll=0.5)
+        wait_for("everything is read", lambda: trial.lag() == 0, 120, interval=0.5)
         for member in [*trial.members]:
             assert trial.stop(member) == 0
         found = trial.audit()
     print(f"\n{found.records} forecasts, {found.duplicates} twice")  # noqa: T201
-    assert not found.faults
+    assert not found.problems
     assert found.records > 6 * 50
 
 
@@ -333,7 +335,7 @@ def told_last(told: Sequence[tuple[str, str]], series: str) -> str:
 
 
 def _states(member: DaemonProcess) -> set[str]:
-    return {row["series"] for row in member.series()}
+    return {row["series"] for row in member.series_status()}
 
 
 def test_who_forecast_alone_before_passes_on_what_it_knows(
@@ -378,7 +380,9 @@ def test_who_forecast_alone_before_passes_on_what_it_knows(
         alone.wait_until_ready()
         assert alone.metric("kronos_gaps_total") == 0
         assert alone.stop() == 0
-    assert not audit(read_topic(kafka.bootstrap, forecast_topic(topic_prefix)), {}).faults
+    assert not audit_forecasts(
+        read_topic(kafka.bootstrap, forecast_topic(topic_prefix)), {}
+    ).problems
 
 
 def _news(passed: Sequence[Mapping[str, Any]]) -> int:

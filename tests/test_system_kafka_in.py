@@ -24,7 +24,7 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.audit import audit_forecasts, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import wait_for
 
@@ -150,13 +150,13 @@ def test_candles_of_kcat_come_out_as_forecasts(
             "the last bars are forecast",
             lambda: _origins(kafka, topic_prefix) >= {(one.name, newest, 0) for one in SERIES},
             120,
-            poll=1,
+            interval=1,
         )
         market.say([market.bar(SERIES[0], newest, 123.0)])  # the producer has thought better of it
         revised = (SERIES[0].name, newest, 1)
-        wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), 60, poll=1)
+        wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), 60, interval=1)
         assert daemon.stop() == 0
-        decided = daemon.decided(SERIES)
+        decided = daemon.outcome_range(SERIES)
         assert daemon.undelivered() == 0
     assert began > 0
     due = {}
@@ -167,12 +167,12 @@ def test_candles_of_kcat_come_out_as_forecasts(
     assert min(map(len, due.values())) >= 10
 
     records = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
-    found = audit(records, due)
+    found = audit_forecasts(records, due)
     print(  # noqa: T201
         f"{kills} kills: {sum(map(len, due.values()))} bars due, {found.records} records, "
         f"{found.duplicates} of them twice"
     )
-    assert found.faults == []
+    assert found.problems == []
     made = [Forecast.parse(value) for _, value in records]
     assert [one.reasons for one in made if one.degraded] == []
     assert {one.last.close for one in made if one.revision} == {123.0}
@@ -202,7 +202,7 @@ def test_what_comes_late_or_not_at_all(
         lines = [market.bar(SERIES[0], last + bars * 1_000) for bars in (2, 1, 4, 3)]
         market.say([*lines, market.bar(SERIES[1], newest)])
         both = {(one, newest, 0), (other, newest, 0)}
-        wait_for("both", lambda: both <= _origins(kafka, topic_prefix), 60, poll=0.5)
+        wait_for("both", lambda: both <= _origins(kafka, topic_prefix), 60, interval=0.5)
         assert daemon.stop() == 0
     made = {
         forecast.series: forecast
@@ -236,5 +236,5 @@ def _wait_for_newer(kafka: ApacheKafka, prefix: str, moment: int) -> float:
         have = {name for name, opened, _ in _origins(kafka, prefix) if opened > moment}
         return len(have) == len(SERIES)
 
-    wait_for("forecasts of all series", all_have, 60, poll=0.5)
+    wait_for("forecasts of all series", all_have, 60, interval=0.5)
     return time.monotonic() - began

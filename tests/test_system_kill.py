@@ -15,7 +15,7 @@ import pytest
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.series import Series
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.audit import audit_forecasts, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 
@@ -50,31 +50,31 @@ def test_killed_at_any_moment_it_forecasts_every_bar(
             time.sleep(random.uniform(0.0, 4.0))
             daemon.kill()
             # At once, but for a worker that imports torch just then and sees no one.
-            wait_for("its worker has ended", lambda: not daemon.left_behind(), 60.0)
-            for series, (opened, _newest) in daemon.decided(exchange.series()).items():
+            wait_for("its worker has ended", lambda: not daemon.leftover_processes(), 60.0)
+            for series, (opened, _newest) in daemon.outcome_range(exchange.series()).items():
                 first.setdefault(series, opened)
         daemon.start()
         daemon.wait_until_ready()
         now = time.time_ns() // 1_000_000
         topic = f"{topic_prefix}.forecasts.v1"
-        wait_for("all catch up", lambda: _oldest(kafka, topic) >= now, 120.0, poll=1.0)
+        wait_for("all catch up", lambda: _oldest(kafka, topic) >= now, 120.0, interval=1.0)
         assert daemon.stop() == 0
-        assert daemon.left_behind() == []
+        assert daemon.leftover_processes() == []
         assert daemon.undelivered() == 0
-        decided = daemon.decided(exchange.series())
+        decided = daemon.outcome_range(exchange.series())
         due = {
-            series: exchange.closed(series, first.get(series, opened), newest)
+            series: exchange.closed_bar_times(series, first.get(series, opened), newest)
             for series, (opened, newest) in decided.items()
         }
         assert _is_whole(daemon.state_file)
     assert len(due) == SYMBOLS
 
-    found = audit(read_topic(kafka.bootstrap, topic), due)
+    found = audit_forecasts(read_topic(kafka.bootstrap, topic), due)
     print(  # noqa: T201
         f"{kills} kills (seed {SEED}): {sum(map(len, due.values()))} bars due, {found.records} "
         f"records, {found.duplicates} of them twice"
     )
-    assert found.faults == []
+    assert found.problems == []
     assert found.records >= sum(map(len, due.values())) > 0
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, read_topic
-from kronos_stream.testing.daemons import DaemonProcess, Samples
+from kronos_stream.testing.audit import audit_forecasts, read_topic
+from kronos_stream.testing.daemons import DaemonProcess, MetricSamples
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_LOAD_SECONDS", "600"))
@@ -58,9 +58,9 @@ def test_outcomes_are_complete_and_truthful(
         time.sleep(max(0.0, began + seconds - time.monotonic()))
         after, late = daemon.metrics(), daemon.resident_mib()
         assert daemon.stop() == 0
-        decided = daemon.decided(exchange.series())
+        decided = daemon.outcome_range(exchange.series())
         outcomes = daemon.outcomes(exchange.series())
-        due = {series: exchange.closed(series, *span) for series, span in decided.items()}
+        due = {series: exchange.closed_bar_times(series, *span) for series, span in decided.items()}
     results = Counter(one.reason or one.result for some in outcomes.values() for one in some)
     lag, received, published = (
         _p99(f"kronos_{name}_seconds", before, after)
@@ -79,8 +79,8 @@ def test_outcomes_are_complete_and_truthful(
         series: [one.origin for one in some if one.result == "forecast"]
         for series, some in outcomes.items()
     }
-    found = audit(records, said)
-    assert found.faults == []
+    found = audit_forecasts(records, said)
+    assert found.problems == []
     assert found.records - found.duplicates == sum(map(len, said.values()))
     # Stale are those that came too late themselves: the last of the history at the start.
     assert set(results) <= ({"forecast"} if keeps_up else {"forecast", "overrun", "stale"})
@@ -90,7 +90,7 @@ def test_outcomes_are_complete_and_truthful(
         assert lag <= patience * LAG_SECONDS
 
 
-def _p99(histogram: str, before: Samples, after: Samples) -> float:
+def _p99(histogram: str, before: MetricSamples, after: MetricSamples) -> float:
     """Of what was observed between two looks at a histogram, by the bucket's upper end."""
     counts: defaultdict[float, float] = defaultdict(float)
     for (name, labels), value in after.items():

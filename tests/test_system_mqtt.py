@@ -19,9 +19,9 @@ from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.wire import encode_candle
-from kronos_stream.testing.audit import audit
+from kronos_stream.testing.audit import audit_forecasts
 from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained
+from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages
 from kronos_stream.testing.processes import wait_for
 
 BrokerOf = Callable[..., Mosquitto]
@@ -168,22 +168,22 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
             skipped = daemon.metric("kronos_outcomes_total", result="skipped")
         _wait_for_more_or_all(daemon, feed, patience)
         assert daemon.stop(60.0) == 0
-        kept = retained(broker)
-        decided = daemon.decided(SERIES)
+        kept = retained_messages(broker)
+        decided = daemon.outcome_range(SERIES)
         assert daemon.undelivered() == 0
         found = _forecasts(subscriber)
         letters = [m for m in subscriber.messages() if m.topic == "kronos/deadletter"]
 
     due = {series: [t for t in feed.sent[series] if first <= t <= last]
            for series, (first, last) in decided.items()}  # fmt: skip
-    result = audit(found, due)
+    result = audit_forecasts(found, due)
     print(  # noqa: T201
         f"{outages} times {outage:g} s without a broker: {result.records} forecasts of "
         f"{sum(map(len, due.values()))} bars, {result.duplicates} twice, {skipped:g} skipped, "
         f"{synthetic:g} bars made up, {grown:+.0f} MiB"
     )
     assert len(due) == len(SERIES)
-    assert result.faults == []
+    assert result.problems == []
     assert synthetic == 0  # no bar was lost, although nothing but MQTT brought them
     assert min(last for _, last in decided.values()) >= max(map(max, feed.sent.values()))
     newest = {series.name: last for series, (_, last) in decided.items()}
@@ -234,11 +234,11 @@ def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
             _wait_for_more(daemon, patience)
             assert daemon.metric("kronos_synthetic_bars_total") == 0
         assert daemon.stop(60.0) == 0
-        decided = daemon.decided(SERIES)
+        decided = daemon.outcome_range(SERIES)
         found = _forecasts(subscriber)
     due = {series: [t for t in feed.sent[series] if first <= t <= last]
            for series, (first, last) in decided.items()}  # fmt: skip
-    assert audit(found, due).faults == []
+    assert audit_forecasts(found, due).problems == []
     assert len(due) == len(SERIES)
 
 

@@ -28,7 +28,7 @@ from kronos_stream.forecast.message import DeadLetter
 from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, read_topic
+from kronos_stream.testing.audit import audit_forecasts, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 from kronos_stream.testing.virtual import run_virtual
@@ -61,8 +61,8 @@ def test_while_kafka_is_gone_forecasts_wait(
         _wait_for_more(daemon)
         before = daemon.resident_mib()
         kafka.kill()
-        wait_for("it notices", lambda: daemon.checks()[0] == 503, 60.0)
-        status, checks = daemon.checks()
+        wait_for("it notices", lambda: daemon.readiness()[0] == 503, 60.0)
+        status, checks = daemon.readiness()
         assert checks.pop("sink kafka") not in {"", "ok"}
         assert (status, set(checks.values())) == (503, {"ok"})
         made = daemon.metric("kronos_outcomes_total", result="forecast")
@@ -72,7 +72,7 @@ def test_while_kafka_is_gone_forecasts_wait(
         assert daemon.metric("kronos_outcomes_total", result="forecast") > made
         assert daemon.metric("kronos_outbox_age_seconds") >= seconds / 2
         kafka.start()
-        wait_for("it delivers again", lambda: daemon.checks()[0] == 200, 60.0)
+        wait_for("it delivers again", lambda: daemon.readiness()[0] == 200, 60.0)
         _wait_for_more(daemon)
         print(  # noqa: T201
             f"{seconds:g} s without Kafka: {before:.0f} MiB before, {during:.0f} at the end, "
@@ -96,7 +96,7 @@ def test_one_of_three_brokers_may_die(
         daemon.start()
         daemon.wait_until_ready()
         _wait_for_more(daemon)
-        leader = kafka.number(_leader_port(kafka.bootstrap, forecast_topic(topic_prefix)))
+        leader = kafka.node_at_port(_leader_port(kafka.bootstrap, forecast_topic(topic_prefix)))
         kafka.kill(leader)
         died = time.monotonic()
         _wait_for_more(daemon)
@@ -246,10 +246,10 @@ def _assert_nothing_is_lost(
     daemon: DaemonProcess, exchange: ExchangeProcess, bootstrap: str, prefix: str
 ) -> None:
     assert daemon.undelivered() == 0
-    decided = daemon.decided(exchange.series())
-    due = {series: exchange.closed(series, *span) for series, span in decided.items()}
-    found = audit(read_topic(bootstrap, forecast_topic(prefix)), due)
-    assert found.faults == []
+    decided = daemon.outcome_range(exchange.series())
+    due = {series: exchange.closed_bar_times(series, *span) for series, span in decided.items()}
+    found = audit_forecasts(read_topic(bootstrap, forecast_topic(prefix)), due)
+    assert found.problems == []
     assert len(due) == SYMBOLS
 
 

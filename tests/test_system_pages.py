@@ -99,7 +99,7 @@ def test_pages_tell_what_the_daemon_does(
 
 
 def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
-    daemon.checks()  # finds its port
+    daemon.readiness()  # finds its port
     environ = daemon._environ | {"KRONOS_STREAM_HTTP__PORT": str(daemon._port)}
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--json", "--skip", "model"]
     ended = subprocess.run(
@@ -109,7 +109,7 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
     assert ended.returncode == 0, ended.stdout
     assert any(f"in use by process {daemon.pid}: a daemon runs on it" in one for one in found)
     assert f"127.0.0.1:{daemon._port} is served by the daemon that runs" in found
-    assert daemon.ready()
+    assert daemon.is_ready()
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_no_bar_is_late_for_the_crowd(
     tmp_path: Path,
     patience: float,
 ) -> None:
-    daemon.checks()  # finds its port
+    daemon.readiness()  # finds its port
     began, start = time.time(), _metrics(daemon)
     time.sleep(seconds)
     calm, before = time.time(), _metrics(daemon)
@@ -138,7 +138,7 @@ def test_no_bar_is_late_for_the_crowd(
     command = [sys.executable, __file__, str(daemon._port), TOKEN, str(rate), str(seconds), *names]
     crowd = json.loads(subprocess.check_output(command, timeout=seconds + 60))
     after, end = _metrics(daemon), time.time()
-    assert daemon.ready()
+    assert daemon.is_ready()
     assert daemon.stop() == 0
 
     made = _forecasts(tmp_path)
@@ -175,9 +175,9 @@ def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
         daemon.wait_until_ready()
         exchange.close()
         gone = time.monotonic()
-        wait_for("it is told", lambda: daemon.checks()[0] == 503, 120.0)
+        wait_for("it is told", lambda: daemon.readiness()[0] == 503, 120.0)
         assert time.monotonic() - gone > 50  # a minute may pass without a word
-        why = {name: said for name, said in daemon.checks()[1].items() if said != "ok"}
+        why = {name: said for name, said in daemon.readiness()[1].items() if said != "ok"}
         assert why == {"source binance": "nothing is heard of any of its 3 series"}
         rows = json.loads(_get(daemon, "/series")[1])["series"]
         assert {row["state"] for row in rows} == {"late"}
@@ -185,7 +185,7 @@ def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
 
 
 def _get(daemon: DaemonProcess, path: str, token: str = TOKEN) -> tuple[int, bytes]:
-    daemon.checks()
+    daemon.readiness()
     url = f"http://127.0.0.1:{daemon._port}{path}"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:

@@ -16,7 +16,7 @@ import pytest
 
 from kronos_stream.forecast.message import Forecast, Removal
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, is_removal, read_topic
+from kronos_stream.testing.audit import audit_forecasts, is_removal, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 
@@ -109,14 +109,14 @@ def test_told_to_stop_it_delivers_and_leaves_nothing(
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
         assert daemon.stop(20.0) == 0
-        assert daemon.left_behind() == []
+        assert daemon.leftover_processes() == []
         assert daemon.undelivered() == 0
         newest = {
-            series.name: end for series, (_, end) in daemon.decided(exchange.series()).items()
+            series.name: end for series, (_, end) in daemon.outcome_range(exchange.series()).items()
         }
     records = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
-    found = audit(records, {})
-    assert found.faults == []
+    found = audit_forecasts(records, {})
+    assert found.problems == []
     assert found.duplicates == 0
     origins = [(one.series, one.origin) for one in map(Forecast.parse, dict(records).values())]
     # The newest bar decided is the last on the topic.
@@ -133,7 +133,7 @@ def test_told_twice_it_stops_at_once(
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
-        worker = daemon.worker()
+        worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, signal.SIGSTOP)  # its batch does not end
         time.sleep(2.0)
@@ -142,7 +142,7 @@ def test_told_twice_it_stops_at_once(
             daemon.wait(1.5)
         daemon.signal(signal.SIGTERM)
         assert daemon.wait(2.0) == 128 + signal.SIGTERM
-        wait_for("its worker has ended", lambda: not daemon.left_behind(), 5.0)
+        wait_for("its worker has ended", lambda: not daemon.leftover_processes(), 5.0)
         with closing(sqlite3.connect(daemon.state_file)) as state:
             assert state.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
@@ -177,7 +177,7 @@ def test_the_symbols_file_is_read_again(
         wait_for("it follows", lambda: _has_said(daemon, "series changed"), 20.0)
         changed = time.time()
         forecast = _forecast_since(kafka, topic_prefix, changed)
-        wait_for("the new one's forecast", lambda: _NEW in forecast(), 60.0, poll=0.5)
+        wait_for("the new one's forecast", lambda: _NEW in forecast(), 60.0, interval=0.5)
         assert daemon.stop() == 0
         assert forecast() == {_KEPT, _NEW}
         _assert_gone(kafka, topic_prefix, _GONE)
@@ -215,19 +215,19 @@ def test_a_lost_worker_is_replaced(
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
-        worker = daemon.worker()
+        worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, lost_by)
         wait_for("it is noticed", lambda: daemon.metric("kronos_worker_restarts_total") == 1, 20.0)
-        wait_for("another works", lambda: daemon.worker() not in (worker, None), 20.0)
+        wait_for("another works", lambda: daemon.worker_pid() not in (worker, None), 20.0)
         delivered = daemon.metric("kronos_delivered_total")
         wait_for(
             "forecasts", lambda: daemon.metric("kronos_delivered_total") >= delivered + 16, 60.0
         )
-        assert daemon.checks()[0] == 200
+        assert daemon.readiness()[0] == 200
         assert daemon.stop() == 0
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
-        assert daemon.left_behind() == []
+        assert daemon.leftover_processes() == []
     values = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
     made = [Forecast.parse(value) for _, value in values]
     # A bar is late by its deadline, if the worker hangs, and by what its replacement takes.
@@ -240,15 +240,15 @@ def _assert_every_bar_is_forecast(
     daemon: DaemonProcess, exchange: ExchangeProcess, kafka: ApacheKafka, prefix: str
 ) -> None:
     """Of the bars that were due, none is missing, by the exchange's account; and all in order."""
-    decided = daemon.decided(exchange.series())
-    due = {series: exchange.closed(series, *span) for series, span in decided.items()}
-    found = audit(read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1"), due)
-    assert found.faults == []
+    decided = daemon.outcome_range(exchange.series())
+    due = {series: exchange.closed_bar_times(series, *span) for series, span in decided.items()}
+    found = audit_forecasts(read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1"), due)
+    assert found.problems == []
     assert sum(map(len, due.values())) > 0
 
 
 def _has_said(daemon: DaemonProcess, event: str) -> bool:
-    return any(line["event"] == event for line in daemon.log())
+    return any(line["event"] == event for line in daemon.log_records())
 
 
 def _forecast_since(kafka: ApacheKafka, prefix: str, since: float) -> Callable[[], set[str]]:

@@ -28,7 +28,7 @@ from kronos_stream.daemon.due import Outcome
 from kronos_stream.forecast.message import Forecast, Removal
 from kronos_stream.market.series import Series
 from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit, is_removal, read_topic
+from kronos_stream.testing.audit import audit_forecasts, is_removal, read_topic
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 
@@ -145,11 +145,11 @@ class Changer:
         before = len(self._answers())
         self._write(lines)
         self._daemon.signal(signal.SIGHUP)
-        wait_for("an answer", lambda: len(self._answers()) > before, 20.0, poll=0.02)
+        wait_for("an answer", lambda: len(self._answers()) > before, 20.0, interval=0.02)
         return self._answers()[before]
 
     def _answers(self) -> list[str]:
-        return [line["event"] for line in self._daemon.log() if line["event"] in ANSWERS]
+        return [line["event"] for line in self._daemon.log_records() if line["event"] in ANSWERS]
 
     def _write(self, lines: Sequence[str]) -> None:
         self._listed.write_text("\n".join(lines), "utf-8")
@@ -190,7 +190,7 @@ def test_symbols_change_under_load(
         daemon.start()
         daemon.wait_until_ready()
         changer.began()
-        wait_for("forecasts of all", lambda: forecast(0.0), 60.0, poll=1.0)
+        wait_for("forecasts of all", lambda: forecast(0.0), 60.0, interval=1.0)
         time.sleep(WATCHED_SECONDS)
         before = _held(daemon)
         for i in range(number):
@@ -199,16 +199,18 @@ def test_symbols_change_under_load(
                 changer.err()
         changer.follow(changer.first)
         last = changer.changes[-1].done
-        wait_for("forecasts of all", lambda: forecast(last), 90.0, poll=1.0)
+        wait_for("forecasts of all", lambda: forecast(last), 90.0, interval=1.0)
         most = [count + SPARE for count in before]
         wait_for(f"it holds at most {most}", lambda: all(map(le, _held(daemon), most)), 40.0)
         print(f"seed {SEED}: {number} changes; {before} → {_held(daemon)}")  # noqa: T201
         assert daemon.stop() == 0
-        assert {e["event"] for e in daemon.log() if e.get("level") == "error"} <= set(ANSWERS)
+        assert {e["event"] for e in daemon.log_records() if e.get("level") == "error"} <= set(
+            ANSWERS
+        )
         outcomes = daemon.outcomes(changer.all)
         end = time.time()
         truth = {
-            one: exchanges[one.venue].closed(one, round(1000 * began), round(1000 * end))
+            one: exchanges[one.venue].closed_bar_times(one, round(1000 * began), round(1000 * end))
             for one in changer.all
         }
     records, newest = read("forecasts"), read("forecasts.latest")
@@ -232,7 +234,7 @@ def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
 
 def _held(daemon: DaemonProcess) -> list[int]:
     """How many descriptors, sockets and tasks it has."""
-    opened = daemon.descriptors()
+    opened = daemon.open_files()
     sockets = sum(one.startswith("socket:") for one in opened)
     return [len(opened), sockets, round(daemon.metric("kronos_tasks"))]
 
@@ -267,8 +269,8 @@ def _assert_no_bar_is_lost(
                 under_way = min((end - max(close, began) for began, end in ends), default=inf)
                 longest = max(longest, under_way)
                 assert under_way <= late, series
-    found = audit(records, due)
-    assert found.faults == []
+    found = audit_forecasts(records, due)
+    assert found.problems == []
     assert found.duplicates == 0
     counted = Counter(one.result for some in outcomes.values() for one in some)
     assert found.records == counted["forecast"]

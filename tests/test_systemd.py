@@ -198,10 +198,10 @@ def test_it_is_told_from_start_to_stop(
         first = manager.wait_for("READY", "1")
         assert first.said["STATUS"].startswith("starting; ")
         assert first == manager.heard[0]
-        assert daemon.checks()[0] != 200  # the model is not loaded yet
+        assert daemon.readiness()[0] != 200  # the model is not loaded yet
         daemon.wait_until_ready()
         manager.wait_for("STATUS", "following 2 series")
-        worker = daemon.worker()
+        worker = daemon.worker_pid()
         assert worker is not None
         environ = Path(f"/proc/{worker}/environ").read_bytes()
         assert b"KRONOS_TESTING_MARK" in environ
@@ -227,7 +227,7 @@ def test_it_is_told_from_start_to_stop(
         assert all(
             one.said == {"WATCHDOG": "1"} for one in manager.heard[manager.heard.index(last) + 1 :]
         )
-        assert daemon.left_behind() == []
+        assert daemon.leftover_processes() == []
 
 
 @pytest.mark.parametrize("manager", ["abstract"], indirect=True)
@@ -256,18 +256,18 @@ def test_who_is_away_or_lost_is_no_lack_of_progress(
         daemon.start()
         daemon.wait_until_ready()
         _forecasts(daemon)
-        worker = daemon.worker()
+        worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, signal.SIGKILL)
-        wait_for("it is replaced", lambda: daemon.worker() not in (worker, None), 30.0)
+        wait_for("it is replaced", lambda: daemon.worker_pid() not in (worker, None), 30.0)
         _forecasts(daemon)
         (tmp_path / "orders").write_text("away")
         told = manager.wait_for("STATUS", "not ready; ", within="sink frail: the broker is away")
         assert " records undelivered; " in told.said["STATUS"]
         exchange.close()
         time.sleep(7.0)
-        assert daemon.checks()[1]["sink frail"] == "the broker is away"
-        assert not any(line["event"].startswith("stuck") for line in daemon.log())
+        assert daemon.readiness()[1]["sink frail"] == "the broker is away"
+        assert not any(line["event"].startswith("stuck") for line in daemon.log_records())
         fed = [one.at for one in manager.says("WATCHDOG")]
         assert max(after - before for before, after in pairwise(fed)) < patience * WATCHDOG_SECONDS
         assert manager.quiet_for() < patience * WATCHDOG_SECONDS
@@ -295,15 +295,15 @@ def test_a_stuck_daemon_feeds_no_watchdog(
         wait_for("it is fed", lambda: manager.quiet_for() < WATCHDOG_SECONDS, 10.0)
         (tmp_path / "orders").write_text(fault)
         wait_for("it starves", lambda: manager.quiet_for() > 2 * WATCHDOG_SECONDS, 60.0)
-        assert daemon.worker() is not None
+        assert daemon.worker_pid() is not None
         if what := STUCK[fault]:
             assert manager.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
-            assert any(line["event"].startswith("stuck") for line in daemon.log())
+            assert any(line["event"].startswith("stuck") for line in daemon.log_records())
         daemon.signal(signal.SIGABRT)  # what systemd does then
         assert daemon.wait(10.0) == -signal.SIGABRT
         if fault == "block":
             assert "in deliver" in daemon.log_file.read_text("utf-8")
-        wait_for("its worker has ended", lambda: not daemon.left_behind(), 10.0)
+        wait_for("its worker has ended", lambda: not daemon.leftover_processes(), 10.0)
 
 
 def test_a_failure_is_in_the_status(

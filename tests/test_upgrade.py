@@ -94,13 +94,15 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
                 f"{series} {number}" for series in (BTC, ETH) for number in range(3)
             ]
             assert daemon.stop() == 0
-            assert any(one["event"] == "state file brought up to date" for one in daemon.log())
+            assert any(
+                one["event"] == "state file brought up to date" for one in daemon.log_records()
+            )
             with closing(sqlite3.connect(daemon.state_file)) as file:
                 file.execute("PRAGMA user_version = 99")
             began = time.monotonic()
             daemon.start()
             assert daemon.wait(30) == 2
             assert time.monotonic() - began < 30
-            (line,) = (one["event"] for one in daemon.log())
+            (line,) = (one["event"] for one in daemon.log_records())
     assert "newer version (schema 99" in line
     assert "use that version" in line

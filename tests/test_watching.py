@@ -363,7 +363,7 @@ def test_prometheus_watches_a_daemon(
     prometheus_of: Callable[[str], Prometheus],
     known: dict[str, frozenset[str]],
 ) -> None:
-    assert daemon.ready()  # finds its port
+    assert daemon.is_ready()  # finds its port
     with prometheus_of(_scraping(daemon, tmp_path / "prometheus", token)) as prometheus:
         targets = 2 if token else 1  # one to whom the token was not told
         wait_for("all are scraped", lambda: len(prometheus.query("up")) == targets, 20.0)
@@ -395,7 +395,7 @@ def test_prometheus_watches_a_daemon(
 
 
 def _targets(prometheus: Prometheus) -> list[Json]:
-    found = list(prometheus.ask("targets")["activeTargets"])
+    found = list(prometheus.api_get("targets")["activeTargets"])
     return sorted(found, key=lambda target: str(target["labels"]["job"]))
 
 
@@ -427,7 +427,7 @@ def _metrics(text: str) -> set[str]:
 
 def _rules_are_evaluated(prometheus: Prometheus) -> None:
     def evaluated() -> list[Json]:
-        groups = prometheus.ask("rules")["groups"]
+        groups = prometheus.api_get("rules")["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
     wait_for("rules are evaluated", lambda: all(r["evaluationTime"] for r in evaluated()), 20.0)

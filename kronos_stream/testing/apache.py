@@ -20,11 +20,11 @@ from typing import Self
 
 from confluent_kafka import KafkaException, Producer
 
-from kronos_stream.testing.certificates import Signed
-from kronos_stream.testing.child import Child, Closing
+from kronos_stream.testing.certificates import CertificateFiles
+from kronos_stream.testing.child import ManagedProcess, Closeable
 
 _CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
-_JVM = (
+_JVM_OPTIONS = (
     *("-Xms64m", "-Xmx256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
     *("-Dlog4j2.level=WARN", "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn"),
 )
@@ -38,8 +38,8 @@ _SETTINGS = {
     "broker.heartbeat.interval.ms": "500",
     "broker.session.timeout.ms": "3000",
 }
-_READY_SECONDS = 60.0
-_STOP_SECONDS = 20.0
+_START_TIMEOUT = 60.0
+_STOP_TIMEOUT = 20.0
 
 
 class KafkaFailed(Exception):  # noqa: N818
@@ -47,18 +47,18 @@ class KafkaFailed(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True, slots=True)
-class Listener:
+class KafkaListener:
     """One more way into a node, at a port of its own."""
 
-    tls: Signed | None = None
+    tls: CertificateFiles | None = None
     """Its certificate; clients must then encrypt."""
-    clients: Path | None = None
+    client_ca: Path | None = None
     """Who vouches for clients, PEM, which must then show a certificate of their own."""
     mechanisms: Sequence[str] = ()
     """PLAIN, SCRAM-SHA-256, SCRAM-SHA-512: by which of them clients must log in, if by any."""
 
     @property
-    def protocol(self) -> str:
+    def security_protocol(self) -> str:
         """As ``security.protocol`` calls it."""
         encrypted = "SSL" if self.tls else "PLAINTEXT"
         return f"SASL_{encrypted}" if self.mechanisms else encrypted
@@ -71,10 +71,10 @@ class _Node:
     internal: int
     controller: int
     others: Sequence[int]
-    process: Child | None = None
+    process: ManagedProcess | None = None
 
 
-class ApacheKafka(Closing):
+class ApacheKafka(Closeable):
     """A cluster in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
 
     jars: folder of Kafka's jars.
@@ -90,7 +90,7 @@ class ApacheKafka(Closing):
         nodes: int = 1,
         *,
         users: Mapping[str, str] | None = None,
-        listeners: Mapping[str, Listener] | None = None,
+        listeners: Mapping[str, KafkaListener] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
         if shutil.which("java") is None:
@@ -111,7 +111,7 @@ class ApacheKafka(Closing):
         for n in range(nodes):
             self._configure(n, settings or {})
 
-    def at(self, listener: str) -> str:
+    def bootstrap_for(self, listener: str) -> str:
         """Addresses for ``bootstrap.servers`` of one of the further listeners."""
         place = [*self._listeners].index(listener)
         return ",".join(f"127.0.0.1:{node.others[place]}" for node in self._nodes)
@@ -125,19 +125,19 @@ class ApacheKafka(Closing):
         self._format([node for node in chosen if not (node.folder / "data").exists()])
         for node in chosen:
             command = self._java("kafka.Kafka", node.folder / "server.properties")
-            node.process = Child(command, node.folder / "server.log")
+            node.process = ManagedProcess(command, node.folder / "server.log")
         self._wait_until_ready(chosen)
 
     def kill(self, *numbers: int) -> None:
         """End nodes, all without a number, with SIGKILL: no farewell to anyone."""
         for n in numbers or range(len(self._nodes)):
-            self._end(self._nodes[n], 0)
+            self._stop_node(self._nodes[n], 0)
 
     def stop(self, *numbers: int) -> None:
         """End nodes, all without a number, in good order, or after 20 s by force."""
         self._signal(signal.SIGTERM, numbers)
         for n in numbers or range(len(self._nodes)):
-            self._end(self._nodes[n], _STOP_SECONDS)
+            self._stop_node(self._nodes[n], _STOP_TIMEOUT)
 
     def freeze(self, *numbers: int) -> None:
         """Let nodes, all without a number, hang: connected, and silent."""
@@ -151,7 +151,7 @@ class ApacheKafka(Closing):
         """End all nodes by force; their folders remain."""
         self.kill()
 
-    def number(self, port: int) -> int:
+    def node_at_port(self, port: int) -> int:
         """Which node clients reach at ``port``."""
         return [node.client for node in self._nodes].index(port)
 
@@ -165,9 +165,9 @@ class ApacheKafka(Closing):
     def _configure(self, n: int, settings: Mapping[str, str]) -> None:
         node, copies = self._nodes[n], str(min(3, len(self._nodes)))
         ways = {
-            "CLIENT": (node.client, Listener(mechanisms=["PLAIN"] if self._users else [])),
-            "INTERNAL": (node.internal, Listener()),
-            "CONTROLLER": (node.controller, Listener()),
+            "CLIENT": (node.client, KafkaListener(mechanisms=["PLAIN"] if self._users else [])),
+            "INTERNAL": (node.internal, KafkaListener()),
+            "CONTROLLER": (node.controller, KafkaListener()),
         }
         for port, (name, listener) in zip(node.others, self._listeners.items(), strict=True):
             ways[name.upper()] = port, listener
@@ -179,7 +179,7 @@ class ApacheKafka(Closing):
             ),
             "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, (port, _) in ways.items()),
             "listener.security.protocol.map": ",".join(
-                f"{name}:{listener.protocol}" for name, (_, listener) in ways.items()
+                f"{name}:{listener.security_protocol}" for name, (_, listener) in ways.items()
             ),
             "inter.broker.listener.name": "INTERNAL",
             "controller.listener.names": "CONTROLLER",
@@ -190,8 +190,8 @@ class ApacheKafka(Closing):
         }
         node.folder.mkdir(parents=True, exist_ok=True)
         for name, (_, listener) in ways.items():
-            entries |= _encrypted(name.lower(), listener, node.folder)
-            entries |= _logged_in(name.lower(), listener, self._users)
+            entries |= _tls_properties(name.lower(), listener, node.folder)
+            entries |= _sasl_properties(name.lower(), listener, self._users)
         lines = (f"{name}={value}\n" for name, value in (entries | dict(settings)).items())
         (node.folder / "server.properties").write_text("".join(lines), "utf-8")
 
@@ -206,20 +206,20 @@ class ApacheKafka(Closing):
         for node in nodes:
             command = ("kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, *scrams, "-c")
             log = node.folder / "format.log"
-            child = Child(self._java(*command, node.folder / "server.properties"), log)
+            child = ManagedProcess(self._java(*command, node.folder / "server.properties"), log)
             formatting.append((child, log))
         for child, log in formatting:
-            if child.wait(_READY_SECONDS) != 0:
+            if child.wait(_START_TIMEOUT) != 0:
                 raise KafkaFailed(f"storage not formatted; see {log}")
 
     def _java(self, *command: str | Path) -> Sequence[str | Path]:
-        return ["java", *_JVM, "-cp", f"{self._jars}/*", *command]
+        return ["java", *_JVM_OPTIONS, "-cp", f"{self._jars}/*", *command]
 
     def _wait_until_ready(self, nodes: list[_Node]) -> None:
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + _START_TIMEOUT
         running = sum(node.process is not None for node in self._nodes)
         for node in nodes:
-            while _members(node.internal) < running:
+            while _broker_count(node.internal) < running:
                 ended = node.process is None or not node.process.alive
                 if ended or time.monotonic() > deadline:
                     raise KafkaFailed(f"a node did not come up; see {node.folder / 'server.log'}")
@@ -231,13 +231,13 @@ class ApacheKafka(Closing):
             if process is not None:
                 process.signal(number)
 
-    def _end(self, node: _Node, patience: float) -> None:
+    def _stop_node(self, node: _Node, timeout: float) -> None:
         if node.process is not None:
-            node.process.end(patience)
+            node.process.wait_or_kill(timeout)
         node.process = None
 
 
-def _encrypted(name: str, listener: Listener, folder: Path) -> dict[str, str]:
+def _tls_properties(name: str, listener: KafkaListener, folder: Path) -> dict[str, str]:
     """Lines of ``server.properties`` for a listener's certificate."""
     if listener.tls is None:
         return {}
@@ -245,13 +245,15 @@ def _encrypted(name: str, listener: Listener, folder: Path) -> dict[str, str]:
     store.touch(mode=0o600)
     store.write_bytes(listener.tls.key.read_bytes() + listener.tls.certificate.read_bytes())
     lines = {"keystore.type": "PEM", "keystore.location": str(store)}
-    if listener.clients is not None:
-        lines |= {"truststore.type": "PEM", "truststore.location": str(listener.clients)}
+    if listener.client_ca is not None:
+        lines |= {"truststore.type": "PEM", "truststore.location": str(listener.client_ca)}
         lines["client.auth"] = "required"
     return {f"listener.name.{name}.ssl.{key}": value for key, value in lines.items()}
 
 
-def _logged_in(name: str, listener: Listener, users: Mapping[str, str]) -> dict[str, str]:
+def _sasl_properties(
+    name: str, listener: KafkaListener, users: Mapping[str, str]
+) -> dict[str, str]:
     """Lines of ``server.properties`` for a listener's logins."""
     if not listener.mechanisms:
         return {}
@@ -269,7 +271,7 @@ def _logged_in(name: str, listener: Listener, users: Mapping[str, str]) -> dict[
     }
 
 
-def _members(port: int) -> int:
+def _broker_count(port: int) -> int:
     """How many brokers the one at ``port`` knows; 0 while it does not answer."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)):

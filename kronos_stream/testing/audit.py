@@ -12,9 +12,9 @@ from confluent_kafka import Consumer, TopicPartition
 from kronos_stream.forecast.message import REMOVAL, Forecast, same_forecast
 from kronos_stream.market.series import Series
 
-_SECONDS = 30.0
+_TIMEOUT = 30.0
 
-Place = tuple[str, int, int]
+ForecastKey = tuple[str, int, int]
 """Series, origin (UTC ms) and revision."""
 
 
@@ -27,15 +27,15 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
         {"bootstrap.servers": bootstrap, "group.id": "audit", "enable.auto.commit": False}
     )
     try:
-        places = consumer.list_topics(topic, timeout=_SECONDS).topics[topic].partitions
+        places = consumer.list_topics(topic, timeout=_TIMEOUT).topics[topic].partitions
         records: list[tuple[str, bytes]] = []
         for partition in sorted(places):
             first, end = consumer.get_watermark_offsets(
-                TopicPartition(topic, partition), timeout=_SECONDS
+                TopicPartition(topic, partition), timeout=_TIMEOUT
             )
             consumer.assign([TopicPartition(topic, partition, first)])
             while first < end:
-                message = consumer.poll(_SECONDS)
+                message = consumer.poll(_TIMEOUT)
                 if message is None:
                     raise TimeoutError(f"{topic}: {end - first} records did not come")
                 if message.error():
@@ -50,7 +50,7 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Audit:
+class AuditReport:
     """What is wrong with a topic; all is well where the lists are empty."""
 
     records: int = 0
@@ -58,23 +58,25 @@ class Audit:
     """Records whose forecast was there before; allowed."""
     missing: list[tuple[str, int]] = field(default_factory=list)
     """Bars without a forecast: series, open."""
-    misordered: list[Place] = field(default_factory=list)
+    out_of_order: list[ForecastKey] = field(default_factory=list)
     """Forecasts that came for the first time after a later one of their series."""
-    unequal: list[Place] = field(default_factory=list)
+    inconsistent: list[ForecastKey] = field(default_factory=list)
     """Duplicates that say something else than the first."""
-    early: list[Place] = field(default_factory=list)
+    premature: list[ForecastKey] = field(default_factory=list)
     """Forecasts made before their origin had closed."""
 
     @property
-    def faults(self) -> list[object]:
-        return [*self.missing, *self.misordered, *self.unequal, *self.early]
+    def problems(self) -> list[object]:
+        return [*self.missing, *self.out_of_order, *self.inconsistent, *self.premature]
 
 
-def audit(records: Iterable[tuple[str, bytes]], due: Mapping[Series, Iterable[int]]) -> Audit:
+def audit_forecasts(
+    records: Iterable[tuple[str, bytes]], expected: Mapping[Series, Iterable[int]]
+) -> AuditReport:
     """Hold ``records`` against the bars that should be forecast, by their opens (UTC ms)."""
     number = duplicates = 0
     misordered, unequal, early = [], [], []
-    firsts: dict[Place, Forecast] = {}
+    firsts: dict[ForecastKey, Forecast] = {}
     newest: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for key, value in records:
         if is_removal(value):
@@ -100,11 +102,11 @@ def audit(records: Iterable[tuple[str, bytes]], due: Mapping[Series, Iterable[in
     there = {(series, origin) for series, origin, _ in firsts}
     missing = [
         (series.name, opened)
-        for series, opens in due.items()
+        for series, opens in expected.items()
         for opened in opens
         if (series.name, opened) not in there
     ]
-    return Audit(number, duplicates, missing, misordered, unequal, early)
+    return AuditReport(number, duplicates, missing, misordered, unequal, early)
 
 
 def is_removal(value: bytes) -> bool:

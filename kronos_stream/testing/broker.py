@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from confluent_kafka import Producer
 
-from kronos_stream.testing.child import Closing
+from kronos_stream.testing.child import Closeable
 
 PARTITIONS = 4
 """Partitions of every topic."""
@@ -26,7 +26,7 @@ PARTITIONS = 4
 _START_SECONDS = 10.0
 
 
-class EmbeddedBroker(Closing):
+class EmbeddedBroker(Closeable):
     """Runs from construction to :meth:`close`, in threads of librdkafka's own.
 
     Starting takes a few milliseconds. ``topics`` exist from the start; ``brokers`` is the number
@@ -35,13 +35,15 @@ class EmbeddedBroker(Closing):
 
     def __init__(self, topics: Iterable[str] = (), brokers: int = 1) -> None:
         # The cluster belongs to this client, which otherwise produces nothing.
-        self._owner: Producer | None = Producer({"test.mock.num.brokers": brokers, "log_level": 0})
-        nodes = self._owner.list_topics(timeout=_START_SECONDS).brokers.values()
+        self._producer: Producer | None = Producer(
+            {"test.mock.num.brokers": brokers, "log_level": 0}
+        )
+        nodes = self._producer.list_topics(timeout=_START_SECONDS).brokers.values()
         self.bootstrap = ",".join(sorted(f"{node.host}:{node.port}" for node in nodes))
         """Addresses for ``bootstrap.servers``."""
         for topic in topics:
-            self._owner.list_topics(topic, timeout=_START_SECONDS)
+            self._producer.list_topics(topic, timeout=_START_SECONDS)
 
     def close(self) -> None:
         """Stop, and forget everything; consumers see their connections end."""
-        self._owner = None  # librdkafka ends the cluster with its owner
+        self._producer = None  # librdkafka ends the cluster with its owner

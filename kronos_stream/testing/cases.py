@@ -11,13 +11,13 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.testing.seasons import WEEK_MS
 
-UNSEEN = 900_000_000
+EVALUATION_SEED_BASE = 900_000_000
 """Seeds from here on belong to evaluations."""
 
 _SYMBOLS = 8
 _ORIGINS = 6
-_LONGEST_LOOKBACK = 232
-_SHORTEST_LOOKBACK = 96
+_MAX_LOOKBACK = 232
+_MIN_LOOKBACK = 96
 
 
 def generated_cases(
@@ -35,12 +35,14 @@ def generated_cases(
         length = Timeframe.parse(text).milliseconds
         if length is None:
             raise ValueError(f"{text}: generated markets have bars of fixed length")
-        rng = np.random.default_rng([UNSEEN, seed, index])
+        rng = np.random.default_rng([EVALUATION_SEED_BASE, seed, index])
         start_ms = START_MS + int(rng.integers(300)) * WEEK_MS
-        market = Market(_SYMBOLS, length, seed=UNSEEN + seed * 10_000 + index, start_ms=start_ms)
+        market = Market(
+            _SYMBOLS, length, seed=EVALUATION_SEED_BASE + seed * 10_000 + index, start_ms=start_ms
+        )
         for origin in range(_ORIGINS):
-            lookback = int(rng.integers(_SHORTEST_LOOKBACK, _LONGEST_LOOKBACK + 1))
-            past = market.run(_LONGEST_LOOKBACK + int(rng.integers(100)))
+            lookback = int(rng.integers(_MIN_LOOKBACK, _MAX_LOOKBACK + 1))
+            past = market.run(_MAX_LOOKBACK + int(rng.integers(100)))
             truth = [
                 market.fork(seed=int(rng.integers(2**31))).run(horizon).values
                 for _ in range(truth_paths)

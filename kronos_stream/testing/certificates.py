@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
 
-_HERE = ("127.0.0.1", "localhost")
+_LOCAL_HOSTS = ("127.0.0.1", "localhost")
 _DAY = timedelta(days=1)
 
 
-class Signed(NamedTuple):
+class CertificateFiles(NamedTuple):
     """PEM files of whoever shows this certificate."""
 
     certificate: Path
@@ -27,7 +27,7 @@ class Signed(NamedTuple):
     """PKCS #8, as Java wants it."""
 
 
-class Authority:
+class CertificateAuthority:
     """Vouches for itself; its files are in ``folder``."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
@@ -35,54 +35,56 @@ class Authority:
         self._folder, self._name = folder, name
         folder.mkdir(parents=True, exist_ok=True)
         self._key = _new_key()
-        self._made = 0
-        self.file = self._sign(name, self._key, (), authority=True, ends=_DAY).certificate
+        self._issued_count = 0
+        self.file = self._issue(name, self._key, (), authority=True, not_after=_DAY).certificate
         """Its own certificate, PEM."""
 
-    def sign(
+    def issue(
         self,
         name: str,
-        hosts: Sequence[str] = _HERE,
+        hosts: Sequence[str] = _LOCAL_HOSTS,
         *,
-        ends: timedelta = _DAY,
+        not_after: timedelta = _DAY,
         password: str = "",
-    ) -> Signed:
+    ) -> CertificateFiles:
         """A certificate for ``name``, to be shown at ``hosts``: addresses or host names.
 
         ends: from now on; one that has ended already may be had, too. password: encrypts the key.
         """
-        return self._sign(name, _new_key(), hosts, authority=False, ends=ends, password=password)
+        return self._issue(
+            name, _new_key(), hosts, authority=False, not_after=not_after, password=password
+        )
 
-    def _sign(
+    def _issue(
         self,
         name: str,
         key: ec.EllipticCurvePrivateKey,
         hosts: Sequence[str],
         *,
         authority: bool,
-        ends: timedelta,
+        not_after: timedelta,
         password: str = "",
-    ) -> Signed:
+    ) -> CertificateFiles:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
 
         now = datetime.now(UTC)
         building = (
             x509.CertificateBuilder()
-            .subject_name(_named(name))
-            .issuer_name(_named(self._name))
+            .subject_name(_x509_name(name))
+            .issuer_name(_x509_name(self._name))
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - 2 * _DAY)
-            .not_valid_after(now + ends)
+            .not_valid_after(now + not_after)
             .add_extension(x509.BasicConstraints(authority, 0 if authority else None), True)  # noqa: FBT003
         )
         if hosts:
-            names = x509.SubjectAlternativeName([_host(one) for one in hosts])
+            names = x509.SubjectAlternativeName([_general_name(one) for one in hosts])
             building = building.add_extension(names, critical=False)
-        self._made += 1
-        stem = self._folder / f"{self._name}-{self._made}-{name}"
-        files = Signed(stem.with_suffix(".pem"), stem.with_suffix(".key"))
+        self._issued_count += 1
+        stem = self._folder / f"{self._name}-{self._issued_count}-{name}"
+        files = CertificateFiles(stem.with_suffix(".pem"), stem.with_suffix(".key"))
         made = building.sign(self._key, hashes.SHA256())
         files.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
         files.key.touch(mode=0o600)
@@ -103,14 +105,14 @@ def _new_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def _named(name: str) -> x509.Name:
+def _x509_name(name: str) -> x509.Name:
     from cryptography import x509
     from cryptography.x509.oid import NameOID
 
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
-def _host(text: str) -> x509.GeneralName:
+def _general_name(text: str) -> x509.GeneralName:
     from cryptography import x509
 
     try:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Closing:
+class Closeable:
     """Something that a ``with`` block ends; whoever starts with it, too, has its own beginning."""
 
     def close(self) -> None:
@@ -29,7 +29,7 @@ class Closing:
         self.close()
 
 
-class Child:
+class ManagedProcess:
     """A process from construction on; killed at the latest when ours ends, in whatever way.
 
     It has a session of its own: Ctrl-C is for the tests, which then end what they started.
@@ -55,7 +55,7 @@ class Child:
                 start_new_session=True,
             )
         # The pipe closes with this process, even if it is killed.
-        self._guard = subprocess.Popen(  # noqa: S603
+        self._reaper = subprocess.Popen(  # noqa: S603
             ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self.pid)],
             stdin=subprocess.PIPE,
             start_new_session=True,
@@ -75,14 +75,14 @@ class Child:
     def wait(self, seconds: float) -> int:
         """Its exit status, once it has ended. Raises subprocess.TimeoutExpired."""
         status = self._process.wait(seconds)
-        self._guard.kill()
-        self._guard.communicate()  # closes the pipe, too
+        self._reaper.kill()
+        self._reaper.communicate()  # closes the pipe, too
         return status
 
-    def end(self, patience: float = 0.0) -> None:
+    def wait_or_kill(self, timeout: float = 0.0) -> None:
         """Return once it has ended: by itself within so many seconds, or by SIGKILL."""
         try:
-            self.wait(patience)
+            self.wait(timeout)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self.wait(60.0)

@@ -22,19 +22,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.state import State
 from kronos_stream.market.series import Series
-from kronos_stream.testing.child import Child, Closing
-from kronos_stream.testing.processes import COMMAND, ProcessFailed, get, wait_for
+from kronos_stream.testing.child import ManagedProcess, Closeable
+from kronos_stream.testing.processes import COMMAND, ProcessFailed, http_get, wait_for
 
 _PREFIX = "KRONOS_STREAM_"
-_MARK = "KRONOS_TESTING_MARK"
-_START_SECONDS = 90.0
+_PROCESS_TAG = "KRONOS_TESTING_MARK"
+_START_TIMEOUT = 90.0
 
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+MetricSamples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 """What a daemon measures: name and labels → number."""
 
 
-class DaemonProcess(Closing):
+class DaemonProcess(Closeable):
     """``kronos-stream run``: started as often as one likes, killed at the end of a ``with`` block.
 
     What it logs is in ``folder``, a file per start, and its state, if ``settings`` do not say
@@ -56,12 +56,12 @@ class DaemonProcess(Closing):
             "LOG__FORMAT": "json",
             **settings,
         }
-        self._mark = uuid4().hex
+        self._process_tag = uuid4().hex
         self._environ = {k: v for k, v in os.environ.items() if not k.startswith(_PREFIX)}
         self._environ |= {f"{_PREFIX}{name}": value for name, value in given.items()}
-        self._environ[_MARK] = self._mark
-        self._folder, self._starts = folder, 0
-        self._process: Child | None = None
+        self._environ[_PROCESS_TAG] = self._process_tag
+        self._folder, self._start_count = folder, 0
+        self._process: ManagedProcess | None = None
         self._port = 0
 
     @property
@@ -73,32 +73,32 @@ class DaemonProcess(Closing):
     @property
     def log_file(self) -> Path:
         """Of the latest start."""
-        return self._folder / f"daemon-{self._starts}.log"
+        return self._folder / f"daemon-{self._start_count}.log"
 
     def start(self) -> None:
         """Start it and return at once."""
-        self._starts, self._port = self._starts + 1, 0
+        self._start_count, self._port = self._start_count + 1, 0
         self.log_file.unlink(missing_ok=True)
-        self._process = Child(
+        self._process = ManagedProcess(
             self._command, self.log_file, environ=self._environ, folder=self._folder
         )
 
-    def wait_until_ready(self, seconds: float = _START_SECONDS) -> None:
+    def wait_until_ready(self, seconds: float = _START_TIMEOUT) -> None:
         """Until it follows its venues and delivers. Raises ProcessFailed."""
-        wait_for(f"the daemon is ready ({self.log_file})", self.ready, seconds)
+        wait_for(f"the daemon is ready ({self.log_file})", self.is_ready, seconds)
 
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether /readyz says so. Raises ProcessFailed where the daemon has ended."""
         if self._process is None or not self._process.alive:
             raise ProcessFailed(f"the daemon has ended; see {self.log_file}")
-        return self.checks()[0] == 200
+        return self.readiness()[0] == 200
 
-    def checks(self) -> tuple[int, dict[str, str]]:
+    def readiness(self) -> tuple[int, dict[str, str]]:
         """What /readyz answers: status, and what it hangs on → "ok" or why not; 0 if nothing."""
         status, body = self._get("readyz")
         return status, orjson.loads(body)["checks"] if body else {}
 
-    def metrics(self) -> Samples:
+    def metrics(self) -> MetricSamples:
         """What /metrics says; empty if it does not answer."""
         families = text_string_to_metric_families(self._get("metrics")[1].decode())
         return {
@@ -113,12 +113,12 @@ class DaemonProcess(Closing):
         found = self.metrics().items()
         return sum(value for (one, has), value in found if one == name and wanted <= has)
 
-    def series(self) -> list[dict[str, Any]]:
+    def series_status(self) -> list[dict[str, Any]]:
         """What /series says of each; empty if it does not answer."""
         status, body = self._get("series")
         return orjson.loads(body)["series"] if status == 200 else []
 
-    def log(self) -> list[dict[str, Any]]:
+    def log_records(self) -> list[dict[str, Any]]:
         """What it has logged since it was started; lines that are not JSON as their ``event``."""
         events: list[dict[str, Any]] = []
         for line in self.log_file.read_bytes().splitlines():
@@ -128,7 +128,7 @@ class DaemonProcess(Closing):
                 events.append({"event": line.decode(errors="replace")})
         return events
 
-    def worker(self) -> int | None:
+    def worker_pid(self) -> int | None:
         """Its worker process, if there is one."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text("ascii").split()
         return int(children[0]) if children else None
@@ -138,7 +138,7 @@ class DaemonProcess(Closing):
         pages = int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    def descriptors(self) -> Sequence[str]:
+    def open_files(self) -> Sequence[str]:
         """What its own process has open: paths, and such as ``socket:[4711]``."""
         found = []
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
@@ -165,14 +165,14 @@ class DaemonProcess(Closing):
     def kill(self) -> None:
         """SIGKILL: no farewell to anyone."""
         if self._process is not None:
-            self._process.end()
+            self._process.wait_or_kill()
 
-    def decided(self, series: Sequence[Series]) -> dict[Series, tuple[int, int]]:
+    def outcome_range(self, series: Sequence[Series]) -> dict[Series, tuple[int, int]]:
         """By series: opens of the first bar that was due, and of the newest that has an outcome.
 
         Only while the daemon does not run; series that it never came to follow are left out.
         """
-        return asyncio.run(_decided(self.state_file, series))
+        return asyncio.run(_outcome_range(self.state_file, series))
 
     def outcomes(self, series: Sequence[Series]) -> dict[Series, list[Outcome]]:
         """What became of each one's due bars, in order. Only while the daemon does not run."""
@@ -182,25 +182,29 @@ class DaemonProcess(Closing):
         """Records that wait in the state file. Only while the daemon does not run."""
         return asyncio.run(_undelivered(self.state_file))
 
-    def left_behind(self) -> Sequence[int]:
+    def leftover_processes(self) -> Sequence[int]:
         """Processes that it started, at any time, or that are itself, and that still live."""
-        mark = f"{_MARK}={self._mark}".encode()
-        return [pid for pid in _processes() if mark in _environ(pid)]
+        mark = f"{_PROCESS_TAG}={self._process_tag}".encode()
+        return [pid for pid in _processes() if mark in _process_environment(pid)]
 
     def close(self) -> None:
         """End it, and all that it started."""
         self.kill()
-        for pid in self.left_behind():
+        for pid in self.leftover_processes():
             os.kill(pid, signal.SIGKILL)
 
     def _get(self, path: str) -> tuple[int, bytes]:
         if not self._port:
-            told = (e["port"] for e in self.log() if e["event"] == "metrics and health are served")
+            told = (
+                e["port"]
+                for e in self.log_records()
+                if e["event"] == "metrics and health are served"
+            )
             self._port = next(told, 0)
-        return get(f"http://127.0.0.1:{self._port}/{path}") if self._port else (0, b"")
+        return http_get(f"http://127.0.0.1:{self._port}/{path}") if self._port else (0, b"")
 
 
-async def _decided(path: Path, names: Sequence[Series]) -> dict[Series, tuple[int, int]]:
+async def _outcome_range(path: Path, names: Sequence[Series]) -> dict[Series, tuple[int, int]]:
     state = await State.open(path)
     try:
         found = {}
@@ -235,7 +239,7 @@ def _processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
-def _environ(pid: int) -> bytes:
+def _process_environment(pid: int) -> bytes:
     """Of a living process; empty for others', and for one that has ended."""
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()

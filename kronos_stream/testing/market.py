@@ -38,7 +38,7 @@ MAX_BAR_SIGMA = 0.15
 MAX_BAR_RETURN = 0.6
 """Cap on one bar's absolute log return, jumps included."""
 
-RANGE = 2.5
+INTRABAR_RANGE = 2.5
 """Log distance from its first price beyond which a symbol is pulled back, gently."""
 
 
@@ -97,7 +97,7 @@ class Market:
         # A bar sees the mean of a component over its length, which is less variable.
         averaged = np.sqrt(2 / rate * (1 - (1 - self._keep) / rate))
         self._vol_std = LOG_VOL_STD * averaged * rng.uniform(0.7, 1.2, (len(LOG_VOL_STD), n))
-        self._vol = self._vol_std * self._shared(rng.standard_normal((len(LOG_VOL_STD), n + 1)))
+        self._vol = self._vol_std * self._correlate(rng.standard_normal((len(LOG_VOL_STD), n + 1)))
         self._drive_keep = float(np.exp(-np.log(2) / (4 / 24) * dt))
         self._drive = 0.4 * rng.standard_normal(n)  # activity's own slow wave
         self._activity = weekly_activity(timeframe_ms)
@@ -144,33 +144,33 @@ class Market:
         jumps = rng.poisson(self._jumps_per_day * dt * np.exp(np.clip(log_vol, -1, 1)))
         jump = 0.2 * self._daily_vol * np.sqrt(jumps) * normal[1, :-1]
         distance = self._log_price - np.log(self.first_price)
-        pull = -np.sign(distance) * np.maximum(np.abs(distance) - RANGE, 0) * 0.02 * dt
+        pull = -np.sign(distance) * np.maximum(np.abs(distance) - INTRABAR_RANGE, 0) * 0.02 * dt
         drift = (self._drift * self._loading * self._daily_vol - sigma**2 / dt / 2) * dt + pull
         move = np.clip(drift + sigma * shock + jump, -MAX_BAR_RETURN, MAX_BAR_RETURN)
 
         trades = rng.poisson(self._trade_rate(season, log_vol, shock, jumps, normal[2:4, :-1]))
         bar = self._bar(sigma, move, trades, normal[4, :-1], uniform)
-        self._carry_volatility(shock, jumps, normal[5:])
+        self._update_volatility(shock, jumps, normal[5:])
         self.now_ms += self.timeframe_ms
         return bar
 
-    def _shared(self, noise: Floats) -> Floats:
+    def _correlate(self, noise: Floats) -> Floats:
         """Unit noise (k, n) half of which is the market's: from (k, n + 1), the market last."""
         shared: Floats = np.sqrt(0.5) * (noise[:, :-1] + noise[:, -1:])
         return shared
 
-    def _regime(self, chance: float) -> None:
+    def _regime(self, uniform: float) -> None:
         """Calm for four days on average, turbulent for one and a half; each has its drift."""
         days = 1.5 if self._turbulent else 4.0
-        if chance < 1 - np.exp(-self._dt / days):
+        if uniform < 1 - np.exp(-self._dt / days):
             self._turbulent = not self._turbulent
             self._drift = float(self._rng.normal(0.0, 0.08))
 
-    def _carry_volatility(self, shock: Floats, jumps: npt.NDArray[np.int64], own: Floats) -> None:
+    def _update_volatility(self, shock: Floats, jumps: npt.NDArray[np.int64], own: Floats) -> None:
         size = (np.minimum(np.abs(shock), 4.0) - 0.75) / 0.6  # about unit variance, mean 0
         fall = -np.clip(shock, -4.0, 4.0)
         rest = np.sqrt(1 - self._feedback**2 - self._leverage**2)
-        news = self._feedback * size + self._leverage * fall + rest * self._shared(own)
+        news = self._feedback * size + self._leverage * fall + rest * self._correlate(own)
         innovation = self._vol_std * np.sqrt(1 - self._keep**2)
         self._vol = self._keep * self._vol + innovation * news
         # A jump is followed by an hour and a day of unrest.

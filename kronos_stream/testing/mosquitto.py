@@ -20,13 +20,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from kronos_stream.testing.certificates import Signed
-from kronos_stream.testing.child import Child, Closing
+from kronos_stream.testing.certificates import CertificateFiles
+from kronos_stream.testing.child import ManagedProcess, Closeable
 
 _PORTS = count(os.getpid() * 41)
-_READY_SECONDS = 20.0
-_STOP_SECONDS = 10.0
-_PLACES = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
+_START_TIMEOUT = 20.0
+_STOP_TIMEOUT = 10.0
+_SEARCH_PATH = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
 """Where it may be installed without being on a user's PATH."""
 
 
@@ -34,7 +34,7 @@ class MosquittoFailed(Exception):  # noqa: N818
     """It is not installed, or did not come up; says where its log is."""
 
 
-class Mosquitto(Closing):
+class Mosquitto(Closeable):
     """A broker in ``folder``, running from :meth:`start` to :meth:`close`, or in a ``with`` block.
 
     users: passwords by name; clients must then log in.
@@ -50,14 +50,14 @@ class Mosquitto(Closing):
         folder: Path,
         *,
         users: Mapping[str, str] | None = None,
-        tls: Signed | None = None,
-        clients: Path | None = None,
+        tls: CertificateFiles | None = None,
+        client_ca: Path | None = None,
         persistent: bool = True,
         settings: Sequence[str] = (),
     ) -> None:
-        self._program = program()
+        self._program = find_program()
         self._folder = folder
-        self._process: Child | None = None
+        self._process: ManagedProcess | None = None
         self.port = _free_port()
         """It stays the same through restarts."""
         self.url = f"{'mqtts' if tls else 'mqtt'}://127.0.0.1:{self.port}"
@@ -79,17 +79,17 @@ class Mosquitto(Closing):
             lines.append(f"password_file {self._passwords(users)}")
         if tls:
             lines += [f"certfile {tls.certificate}", f"keyfile {tls.key}"]
-            if clients:
-                lines += [f"cafile {clients}", "require_certificate true"]
+            if client_ca:
+                lines += [f"cafile {client_ca}", "require_certificate true"]
         lines += settings
         (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n", "utf-8")
 
     def start(self) -> None:
         """Start it, and wait until it takes connections. Raises MosquittoFailed."""
         command = [self._program, "-c", str(self._folder / "mosquitto.conf")]
-        self._process = Child(command, self.log_file)
-        deadline = time.monotonic() + _READY_SECONDS
-        while not _listens(self.port):
+        self._process = ManagedProcess(command, self.log_file)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not _is_listening(self.port):
             if not self._process.alive or time.monotonic() > deadline:
                 self.close()
                 raise MosquittoFailed(f"mosquitto did not come up; see {self.log_file}")
@@ -98,11 +98,11 @@ class Mosquitto(Closing):
     def stop(self) -> None:
         """End it in good order: it saves what it knows."""
         self._signal(signal.SIGTERM)
-        self._end(_STOP_SECONDS)
+        self._stop_process(_STOP_TIMEOUT)
 
     def kill(self) -> None:
         """End it with SIGKILL: no farewell to anyone, and nothing more is saved."""
-        self._end(0)
+        self._stop_process(0)
 
     def freeze(self) -> None:
         """Let it hang: connected, and silent."""
@@ -124,7 +124,7 @@ class Mosquitto(Closing):
         path = self._folder / "passwords"
         path.write_text("".join(f"{name}:{word}\n" for name, word in users.items()), "utf-8")
         path.chmod(0o600)
-        hashing = [_found("mosquitto_passwd"), "-U", str(path)]
+        hashing = [_which("mosquitto_passwd"), "-U", str(path)]
         subprocess.run(hashing, check=True, capture_output=True)  # noqa: S603
         return path
 
@@ -132,13 +132,13 @@ class Mosquitto(Closing):
         if self._process is not None:
             self._process.signal(number)
 
-    def _end(self, patience: float) -> None:
+    def _stop_process(self, timeout: float) -> None:
         if self._process is not None:
-            self._process.end(patience)
+            self._process.wait_or_kill(timeout)
         self._process = None
 
 
-class Arrived(NamedTuple):
+class ReceivedMessage(NamedTuple):
     """A message, as a subscriber got it."""
 
     topic: str
@@ -150,7 +150,7 @@ class Arrived(NamedTuple):
     """Of MQTT 5, as mosquitto_sub writes them."""
 
 
-class Subscriber(Closing):
+class Subscriber(Closeable):
     """mosquitto_sub on a broker without a login: keeps its session, comes back after each outage.
 
     From construction, which returns once it has subscribed, to :meth:`close`.
@@ -159,19 +159,19 @@ class Subscriber(Closing):
     def __init__(self, broker: Mosquitto, folder: Path, topic: str = "#") -> None:
         name = f"subscriber-{next(_PORTS)}"
         self._file = folder / f"{name}.jsonl"
-        command = _sub(broker, topic, "-c", "-i", name, "-x", "86400")
+        command = _subscribe_command(broker, topic, "-c", "-i", name, "-x", "86400")
         with self._file.open("wb") as file:
             self._process = subprocess.Popen(command, stdout=file)  # noqa: S603
-        deadline = time.monotonic() + _READY_SECONDS
+        deadline = time.monotonic() + _START_TIMEOUT
         while f"Sending SUBACK to {name}" not in broker.log_file.read_text("utf-8", "replace"):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
                 raise MosquittoFailed(f"mosquitto_sub did not subscribe; see {broker.log_file}")
             time.sleep(0.02)
 
-    def messages(self) -> list[Arrived]:
+    def messages(self) -> list[ReceivedMessage]:
         """All that has come so far, in order."""
-        return _arrived(self._file.read_bytes())
+        return _parse_messages(self._file.read_bytes())
 
     def close(self) -> None:
         """End it."""
@@ -187,41 +187,41 @@ def publish(broker: Mosquitto, topic: str, *payloads: bytes, retain: bool = Fals
     where = ("-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-q", "1", "-t", topic)
     lines = b"".join(payload + b"\n" for payload in payloads)
     subprocess.run(  # noqa: S603
-        [_found("mosquitto_pub"), *where, "-l", *(["-r"] if retain else [])],
+        [_which("mosquitto_pub"), *where, "-l", *(["-r"] if retain else [])],
         input=lines,
         check=True,
         capture_output=True,
     )
 
 
-def retained(broker: Mosquitto, topic: str = "#") -> dict[str, bytes]:
+def retained_messages(broker: Mosquitto, topic: str = "#") -> dict[str, bytes]:
     """What a broker without a login retains: topic → payload. Takes a second."""
-    command = _sub(broker, topic, "--retained-only", "-W", "1")
+    command = _subscribe_command(broker, topic, "--retained-only", "-W", "1")
     said = subprocess.run(command, capture_output=True, check=False)  # noqa: S603
-    return {message.topic: message.payload for message in _arrived(said.stdout)}
+    return {message.topic: message.payload for message in _parse_messages(said.stdout)}
 
 
-def program() -> str:
+def find_program() -> str:
     """Where the broker is installed. Raises MosquittoFailed."""
-    return _found("mosquitto")
+    return _which("mosquitto")
 
 
-def _found(name: str) -> str:
-    path = os.pathsep.join((os.environ.get("PATH", os.defpath), _PLACES))
+def _which(name: str) -> str:
+    path = os.pathsep.join((os.environ.get("PATH", os.defpath), _SEARCH_PATH))
     if (found := shutil.which(name, path=path)) is None:
         raise MosquittoFailed(f"no {name} on PATH; Debian and Ubuntu have it in package mosquitto")
     return found
 
 
-def _sub(broker: Mosquitto, topic: str, *options: str) -> list[str]:
+def _subscribe_command(broker: Mosquitto, topic: str, *options: str) -> list[str]:
     where = ("-h", "127.0.0.1", "-p", str(broker.port), "-V", "5", "-q", "1", "-t", topic)
-    return [_found("mosquitto_sub"), *where, *options, "-F", "%j"]
+    return [_which("mosquitto_sub"), *where, *options, "-F", "%j"]
 
 
-def _arrived(lines: bytes) -> list[Arrived]:
+def _parse_messages(lines: bytes) -> list[ReceivedMessage]:
     whole = lines[: lines.rfind(b"\n") + 1]
     return [
-        Arrived(
+        ReceivedMessage(
             one["topic"],
             (one["payload"] or "").encode(),
             one["qos"],
@@ -232,7 +232,7 @@ def _arrived(lines: bytes) -> list[Arrived]:
     ]
 
 
-def _listens(port: int) -> bool:
+def _is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 

@@ -18,14 +18,14 @@ import orjson
 
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.child import Closing
+from kronos_stream.testing.child import Closeable
 
 # -P: what lies in the folder we were started in is no module of ours.
 COMMAND = (sys.executable, "-P", "-m", "kronos_stream")
-_END_SECONDS = 10.0
-_HTTP_SECONDS = 5.0
+_STOP_TIMEOUT = 10.0
+_HTTP_TIMEOUT = 5.0
 _POLL_SECONDS = 0.05
-_MOST_KLINES = 1_000
+_MAX_KLINES = 1_000
 
 
 class ProcessFailed(Exception):  # noqa: N818
@@ -33,20 +33,23 @@ class ProcessFailed(Exception):  # noqa: N818
 
 
 def wait_for(
-    what: str, happened: Callable[[], object], seconds: float, poll: float = _POLL_SECONDS
+    description: str,
+    condition: Callable[[], object],
+    timeout: float,
+    interval: float = _POLL_SECONDS,
 ) -> None:
     """Return once ``happened()`` is true. Raises ProcessFailed, naming ``what``, after that."""
-    deadline = time.monotonic() + seconds
-    while not happened():
+    deadline = time.monotonic() + timeout
+    while not condition():
         if time.monotonic() > deadline:
-            raise ProcessFailed(f"not within {seconds:g} s: {what}")
-        time.sleep(poll)
+            raise ProcessFailed(f"not within {timeout:g} s: {description}")
+        time.sleep(interval)
 
 
-def get(url: str) -> tuple[int, bytes]:
+def http_get(url: str) -> tuple[int, bytes]:
     """Status and body of an answer; 0 where there is none."""
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT) as answer:  # noqa: S310
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -54,15 +57,15 @@ def get(url: str) -> tuple[int, bytes]:
         return 0, b""
 
 
-def get_json(url: str) -> Any:  # noqa: ANN401 - whatever is said
+def http_get_json(url: str) -> Any:  # noqa: ANN401 - whatever is said
     """What is answered. Raises ProcessFailed where that is an error."""
-    status, body = get(url)
+    status, body = http_get(url)
     if status != 200:
         raise ProcessFailed(f"{url} answers {status}: {body.decode(errors='replace')}")
     return orjson.loads(body)
 
 
-class ExchangeProcess(Closing):
+class ExchangeProcess(Closeable):
     """``kronos-stream exchange``, from construction to :meth:`close`."""
 
     def __init__(self, *arguments: str) -> None:
@@ -99,20 +102,20 @@ class ExchangeProcess(Closing):
         lengths = [Timeframe.parse(text) for text in self.timeframes]
         return [Series.of("binance", name, length) for name in self.symbols for length in lengths]
 
-    def closed(self, series: Series, first: int, last: int) -> list[int]:
+    def closed_bar_times(self, series: Series, first: int, last: int) -> list[int]:
         """Opens, UTC ms, of the closed bars with first <= open <= last, as REST tells them."""
         futures = ":" in series.symbol
         path = "fapi/v1/klines" if futures else "api/v3/klines"
         symbol = series.symbol.partition(":")[0].replace("/", "")
         opens: list[int] = []
         while first <= last:
-            rows = get_json(
+            rows = http_get_json(
                 f"{self.rest_url}/{path}?symbol={symbol}&interval={series.timeframe}"
-                f"&startTime={first}&endTime={last}&limit={_MOST_KLINES}"
+                f"&startTime={first}&endTime={last}&limit={_MAX_KLINES}"
             )
-            now = get_json(f"{self.rest_url}/{path.rpartition('/')[0]}/time")["serverTime"]
+            now = http_get_json(f"{self.rest_url}/{path.rpartition('/')[0]}/time")["serverTime"]
             opens += [row[0] for row in rows if row[6] < now]
-            if len(rows) < _MOST_KLINES:
+            if len(rows) < _MAX_KLINES:
                 break
             first = rows[-1][0] + 1
         return opens
@@ -121,7 +124,7 @@ class ExchangeProcess(Closing):
         """End it."""
         self._process.terminate()
         try:
-            self._process.communicate(timeout=_END_SECONDS)
+            self._process.communicate(timeout=_STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()

@@ -15,18 +15,18 @@ from signal import Signals
 from typing import Any, Self
 from urllib.parse import urlencode
 
-from kronos_stream.testing.child import Child, Closing
-from kronos_stream.testing.processes import get
+from kronos_stream.testing.child import ManagedProcess, Closeable
+from kronos_stream.testing.processes import http_get
 
-_READY_SECONDS = 30.0
-_STOP_SECONDS = 10.0
+_START_TIMEOUT = 30.0
+_STOP_TIMEOUT = 10.0
 
 
 class PrometheusFailed(Exception):  # noqa: N818
     """It is not installed, did not come up, or does not take what it is given; says why."""
 
 
-class Prometheus(Closing):
+class Prometheus(Closeable):
     """One with a configuration of its own, running in a ``with`` block.
 
     folder: where it keeps what it measures, and its log; relative paths in the configuration are
@@ -35,13 +35,13 @@ class Prometheus(Closing):
 
     def __init__(self, folder: Path, configuration: str) -> None:
         """configuration: what stands in ``prometheus.yaml``. Raises PrometheusFailed."""
-        self._program = program("prometheus")
+        self._program = find_program("prometheus")
         self.log_file = folder / "prometheus.log"
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / "prometheus.yaml"
         self._file.write_text(configuration, "utf-8")
-        self._process: Child | None = None
+        self._process: ManagedProcess | None = None
         self._url = ""
 
     def start(self) -> None:
@@ -54,9 +54,9 @@ class Prometheus(Closing):
             "--log.format=json",
         ]
         self.log_file.unlink(missing_ok=True)
-        self._process = Child(command, self.log_file)
-        deadline = time.monotonic() + _READY_SECONDS
-        while not self._ready():
+        self._process = ManagedProcess(command, self.log_file)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not self._is_ready():
             if not self._process.alive or time.monotonic() > deadline:
                 self.close()
                 raise PrometheusFailed(f"prometheus did not come up; see {self.log_file}")
@@ -66,15 +66,15 @@ class Prometheus(Closing):
         """End it; its folder remains."""
         if self._process is not None:
             self._process.signal(Signals.SIGTERM)
-            self._process.end(_STOP_SECONDS)
+            self._process.wait_or_kill(_STOP_TIMEOUT)
         self._process = None
 
-    def ask(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
+    def api_get(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
         """The data of an answer of its HTTP API: ``ask("query", {"query": "up"})``.
 
         Raises PrometheusFailed with its word where it refuses.
         """
-        status, body = get(f"{self._url}/api/v1/{path}?{urlencode(parameters or {})}")
+        status, body = http_get(f"{self._url}/api/v1/{path}?{urlencode(parameters or {})}")
         answer = json.loads(body) if body else {"status": "no answer"}
         if answer["status"] != "success":
             raise PrometheusFailed(f"{path}: {status} {answer.get('error', body.decode())}")
@@ -82,7 +82,7 @@ class Prometheus(Closing):
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """What an expression gives now: labels and number of each. Raises PrometheusFailed."""
-        data = self.ask("query", {"query": expression})
+        data = self.api_get("query", {"query": expression})
         if data["resultType"] == "scalar":
             return [({}, float(data["result"][1]))]
         return [(one["metric"], float(one["value"][1])) for one in data["result"]]
@@ -91,17 +91,17 @@ class Prometheus(Closing):
         self.start()
         return self
 
-    def _ready(self) -> bool:
+    def _is_ready(self) -> bool:
         if not self._url:
             # It takes a port that is free, and says which.
             for line in self.log_file.read_text("utf-8", "replace").splitlines():
                 said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
                 if str(said.get("msg", "")).lower() == "listening on":
                     self._url = f"http://{said['address']}"
-        return bool(self._url) and get(f"{self._url}/-/ready")[0] == 200
+        return bool(self._url) and http_get(f"{self._url}/-/ready")[0] == 200
 
 
-def program(name: str) -> str:
+def find_program(name: str) -> str:
     """Where prometheus or promtool is installed. Raises PrometheusFailed."""
     if (found := shutil.which(name)) is None:
         raise PrometheusFailed(f"no {name} on PATH; Debian and Ubuntu have it in: prometheus")

@@ -20,18 +20,18 @@ from kronos_stream.forecast.summary import Summary
 from kronos_stream.market.contexts import Window
 
 
-class StandIn:
+class FakeWorker:
     """Where a worker is expected."""
 
-    def __init__(self, pace: float) -> None:
+    def __init__(self, seconds_per_forecast: float) -> None:
         """pace: seconds that a forecast takes."""
-        self._pace = pace
+        self._seconds_per_forecast = seconds_per_forecast
 
-    def healthy(self) -> str:
+    def problem(self) -> str:
         return ""
 
     async def start(self) -> ModelIdentity:
-        await asyncio.sleep(self._pace)
+        await asyncio.sleep(self._seconds_per_forecast)
         return ModelIdentity("none", None, "none", None, "cpu", "float32", 512, "stand-in")
 
     async def run(self) -> None:
@@ -40,20 +40,22 @@ class StandIn:
     async def close(self) -> None:
         await asyncio.sleep(0)
 
-    def expected(self, series: int) -> float:
-        return series * self._pace
+    def estimate_seconds(self, count: int) -> float:
+        return count * self._seconds_per_forecast
 
     def capacity(self, seconds: float) -> int:
-        return max(1, int(seconds / self._pace))
+        return max(1, int(seconds / self._seconds_per_forecast))
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
-        seconds = self.expected(len(windows))
+        seconds = self.estimate_seconds(len(windows))
         async with asyncio.timeout(deadline):
             await asyncio.sleep(seconds)
-        return BatchResult([InferenceResult(_flat(window), 1.0) for window in windows], seconds)
+        return BatchResult(
+            [InferenceResult(_flat_outlook(window), 1.0) for window in windows], seconds
+        )
 
 
-def _flat(window: Window) -> Outlook:
+def _flat_outlook(window: Window) -> Outlook:
     close = window.last.close
     bands = {channel: {"mean": [close], "q50": [close]} for channel in CHANNELS}
     summary = Summary(0.0, 0.0, {"q50": 0.0}, None, None)
@@ -61,7 +63,7 @@ def _flat(window: Window) -> Outlook:
     return Outlook([ahead], bands, summary, 0)
 
 
-def main(pace: float) -> None:
+def main(seconds_per_forecast: float) -> None:
     """``kronos-stream run``, with a stand-in. pace: seconds that a forecast takes."""
     from kronos_stream.daemon import service
     from kronos_stream.daemon.environment import read_settings
@@ -69,7 +71,7 @@ def main(pace: float) -> None:
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)
-    role = service.build_role(settings, worker_factory=lambda *_: StandIn(pace))
+    role = service.build_role(settings, worker_factory=lambda *_: FakeWorker(seconds_per_forecast))
     asyncio.run(service.serve(role))
 
 

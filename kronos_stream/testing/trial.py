@@ -37,37 +37,37 @@ from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceCallbacks, Source
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
-from kronos_stream.testing.standin import StandIn
+from kronos_stream.testing.standin import FakeWorker
 from kronos_stream.testing.virtual import run_virtual
 
 LOOKBACK = 32
-MEND_SECONDS = 180.0
+REPAIR_SECONDS = 180.0
 """So long after the end of all faults no bar may be missing, nor made up."""
 
-AUDIT_SECONDS = 1_000.0
+CONSISTENCY_SECONDS = 1_000.0
 """So long after it every bar is as the venue has it, even if nobody heard of its last change."""
 
 SETTLE_MS = 10_000
 """Bars younger than this are not looked for yet; the venue's clock may be 5 s off."""
 
 _EPOCH = 1_750_000_000_000
-_LOOK_SECONDS = 5.0
+_POLL_SECONDS = 5.0
 _KILL_SECONDS = 30.0
 _HISTORY = 40
-_EVERYTHING = 1_000_000
+_ALL_BARS = 1_000_000
 
 
 class Restart(NamedTuple):
     """An end of the daemon, ``at`` seconds from the start, and ``down`` seconds until the next."""
 
     at: float
-    down: float
+    down_seconds: float
     killed: bool
     """Cancelled wherever it is; otherwise told to stop."""
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class Scenario:
     """What happens in a trial."""
 
     seed: int
@@ -79,14 +79,14 @@ class Script:
     """Until the faults end."""
     start: int = _EPOCH
     """UTC ms."""
-    pace: float = 0.001
+    seconds_per_forecast: float = 0.001
     """Seconds that a forecast takes."""
     restarts: tuple[Restart, ...] = ()
     outages: tuple[tuple[float, float], ...] = ()
     """When the sink does not deliver: from, until, in seconds."""
 
     @classmethod
-    def of(cls, seed: int) -> Self:
+    def from_seed(cls, seed: int) -> Self:
         """What the seed alone decides: minutes of seconds, or hours of minutes."""
         random = Random(f"trial:{seed}")
         long = random.random() < 0.25
@@ -112,7 +112,7 @@ class Script:
 
     def __str__(self) -> str:
         restarts = ", ".join(
-            f"{'kill' if one.killed else 'stop'} at {one.at:g} s for {one.down:g} s"
+            f"{'kill' if one.killed else 'stop'} at {one.at:g} s for {one.down_seconds:g} s"
             for one in self.restarts
         )
         outages = ", ".join(f"{a:.0f}-{b:.0f} s" for a, b in self.outages)
@@ -120,7 +120,7 @@ class Script:
             f"seed {self.seed}: {self.symbols} spot markets and {self.perpetuals} perpetuals in "
             f"{','.join(self.timeframes)} for {self.seconds:g} s from {self.start}\n"
             f"faults: {self.faults.dumps()}\nrestarts: {restarts or 'none'}\n"
-            f"the sink is away: {outages or 'never'}; a forecast takes {self.pace:g} s"
+            f"the sink is away: {outages or 'never'}; a forecast takes {self.seconds_per_forecast:g} s"
         )
 
 
@@ -134,34 +134,34 @@ def _binance_options(exchange: SimulatedExchange) -> Any:  # noqa: ANN401 - a co
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class ConnectorSetup:
     """Which connector stands between the daemon and the exchange."""
 
     venue: str = "binance"
     options: Callable[[SimulatedExchange], Any] = _binance_options
     """What the connector is told, so that it finds the exchange."""
-    amounts: bool = True
+    has_amounts: bool = True
     """Whether it tells amounts."""
 
-    def heard(self, candle: Candle) -> Candle:
+    def visible(self, candle: Candle) -> Candle:
         """A candle of the exchange's as the daemon can know it."""
-        return candle if self.amounts else candle._replace(amount=None)
+        return candle if self.has_amounts else candle._replace(amount=None)
 
 
-class Forecast(NamedTuple):
+class ForecastCall(NamedTuple):
     """What the forecaster was given."""
 
-    life: int
-    moment: int
+    run: int
+    time: int
     """UTC ms by the exchange's clock."""
     window: Window
 
 
-class Question(NamedTuple):
+class HistoryRequest(NamedTuple):
     """What the source was asked for, and how many bars it answered with; None if it failed."""
 
-    life: int
-    moment: int
+    run: int
+    time: int
     series: Series
     start: int
     end: int
@@ -169,69 +169,73 @@ class Question(NamedTuple):
 
 
 @dataclass(slots=True)
-class Life:
+class DaemonRun:
     """One run of the daemon."""
 
-    began: int
+    started: int
     """UTC ms by the daemon's clock."""
-    tapes: dict[Series, list[Bar]]
+    initial_bars: dict[Series, list[Bar]]
     """What the state file held then."""
-    took_to_end: float = 0.0
+    shutdown_seconds: float = 0.0
 
 
 @dataclass(slots=True, repr=False)
-class Journal:
+class RunLog:
     """All that happened."""
 
-    script: Script
+    scenario: Scenario
     series: tuple[Series, ...]
-    lives: list[Life] = field(default_factory=list)
-    forecasts: list[Forecast] = field(default_factory=list)
-    questions: list[Question] = field(default_factory=list)
+    runs: list[DaemonRun] = field(default_factory=list)
+    forecasts: list[ForecastCall] = field(default_factory=list)
+    history_requests: list[HistoryRequest] = field(default_factory=list)
     delivered: list[Record] = field(default_factory=list)
-    troubles: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     """Exceptions that nobody expected, errors logged, tasks left."""
-    most_tasks: int = 0
-    mended: float | None = None
+    max_tasks: int = 0
+    repaired_after: float | None = None
     """Seconds after the faults' end until all was mended."""
-    audited: float | None = None
+    consistent_after: float | None = None
     """Seconds after it until every bar was equal."""
-    strikes: dict[str, int] = field(default_factory=dict)
-    revised: list[tuple[int, str]] = field(default_factory=list)
+    fault_counts: dict[str, int] = field(default_factory=dict)
+    revisions: list[tuple[int, str]] = field(default_factory=list)
     """When the venue changed a closed bar, and of which symbol and timeframe."""
     truth: dict[Series, list[Bar]] = field(default_factory=dict)
     versions: dict[tuple[Series, int], list[Candle]] = field(default_factory=dict)
     """All that changed bars have been, by open."""
-    tapes: dict[Series, list[Bar]] = field(default_factory=dict)
+    stored_bars: dict[Series, list[Bar]] = field(default_factory=dict)
     outcomes: dict[Series, list[Outcome]] = field(default_factory=dict)
-    until: int = 0
+    compared_until: int = 0
     """Bars closed by then, by the exchange's clock, were looked for last."""
 
 
-def run_trial(
-    script: Script,
+def run_chaos(
+    scenario: Scenario,
     folder: Path,
     *,
-    wrap: Callable[[Source], Source] = lambda source: source,
-    wire: Wire = Wire(),
-) -> Journal:
+    wrap_source: Callable[[Source], Source] = lambda source: source,
+    connector: ConnectorSetup = ConnectorSetup(),
+) -> RunLog:
     """Play ``script`` with its files in ``folder``. wrap: puts something around each source."""
-    journal = run_virtual(_Trial(script, folder, wrap, wire).run())
+    journal = run_virtual(_ChaosRun(scenario, folder, wrap_source, connector).run())
     gc.collect()  # a task's exception that nobody asked for is told when the task goes
     return journal
 
 
-class _Trial:
+class _ChaosRun:
     def __init__(
-        self, script: Script, folder: Path, wrap: Callable[[Source], Source], wire: Wire
+        self,
+        scenario: Scenario,
+        folder: Path,
+        wrap: Callable[[Source], Source],
+        connector: ConnectorSetup,
     ) -> None:
-        self._script, self._wrap, self._wire = script, wrap, wire
-        self._file = folder / "state.sqlite"
-        self._changed: set[tuple[Series, int]] = set()
+        self._scenario, self._wrap_source, self._connector = scenario, wrap, connector
+        self._state_file = folder / "state.sqlite"
+        self._stale_bars: set[tuple[Series, int]] = set()
         """Bars that the venue has changed, and the daemon does not know it."""
 
-    async def run(self) -> Journal:
-        script = self._script
+    async def run(self) -> RunLog:
+        script = self._scenario
         self._clock = LoopClock(script.start)
         self._exchange = SimulatedExchange(
             script.symbols,
@@ -243,76 +247,78 @@ class _Trial:
             keep=20_000,
             clock=self._clock,
         )
-        journal: Journal | None = None
+        journal: RunLog | None = None
         async with self._exchange as exchange:
             self._settings = self._make_settings()
-            journal = self._journal = Journal(script, self._settings.series())
-            with self._watched():
-                await self._play()
-                journal.strikes = dict(exchange.fate.counts)
-                journal.revised = [
+            journal = self._log = RunLog(script, self._settings.series())
+            with self._capture_errors():
+                await self._run_scenario()
+                journal.fault_counts = dict(exchange.fault_injector.counts)
+                journal.revisions = [
                     (one.moment, one.subject)
-                    for one in exchange.fate.incidents
+                    for one in exchange.fault_injector.incidents
                     if one.kind == "revised"
                 ]
         await asyncio.sleep(60)  # whatever still runs has had its chance to end
         left = asyncio.all_tasks() - {asyncio.current_task()}
-        journal.troubles += [f"a task is left: {task!r}" for task in left]
+        journal.errors += [f"a task is left: {task!r}" for task in left]
         return journal
 
     def _make_settings(self) -> Settings:
-        venue = self._wire.venue
+        venue = self._connector.venue
         connector, _ = connectors.load_source(venue)
         return Settings.model_validate(
             {
                 "symbols": tuple(f"{venue}:{symbol}" for symbol in self._exchange.symbols),
-                "timeframes": self._script.timeframes,
+                "timeframes": self._scenario.timeframes,
                 "lookback": LOOKBACK,
                 "horizon": 1,
                 "paths": 1,
                 "quantiles": (0.5,),
                 "catch_up": "all",
-                "state_file": self._file,
+                "state_file": self._state_file,
                 "http": {"port": 0},
-                "options": {connector: self._wire.options(self._exchange)},
+                "options": {connector: self._connector.options(self._exchange)},
             }
         )
 
     # -- the play ----------------------------------------------------------------------------
 
-    async def _play(self) -> None:
-        script, loop = self._script, asyncio.get_running_loop()
+    async def _run_scenario(self) -> None:
+        script, loop = self._scenario, asyncio.get_running_loop()
         for restart in script.restarts:
-            daemon, running = await self._begin()
+            daemon, running = await self._start_daemon()
             left = max(0.05, restart.at - loop.time())
             await asyncio.wait((running,), timeout=left)
-            await self._end(daemon, running, killed=restart.killed)
-            await asyncio.sleep(restart.down)
-        daemon, running = await self._begin()
+            await self._stop_daemon(daemon, running, killed=restart.killed)
+            await asyncio.sleep(restart.down_seconds)
+        daemon, running = await self._start_daemon()
         await asyncio.wait((running,), timeout=max(0.0, script.seconds - loop.time()))
-        await self._mend(daemon, running)
-        if self._journal.mended is not None:
+        await self._wait_until_repaired(daemon, running)
+        if self._log.repaired_after is not None:
             await self._compare_contexts(daemon)
-        await self._end(daemon, running, killed=False)
-        await self._look_back()
+        await self._stop_daemon(daemon, running, killed=False)
+        await self._collect_results()
 
-    async def _begin(self) -> tuple[StandaloneRole, asyncio.Task[None]]:
-        journal, life = self._journal, len(self._journal.lives)
-        state = await State.open(self._file)
-        tapes = {one: await state.load(one, _EVERYTHING) for one in journal.series}
+    async def _start_daemon(self) -> tuple[StandaloneRole, asyncio.Task[None]]:
+        journal, life = self._log, len(self._log.runs)
+        state = await State.open(self._state_file)
+        tapes = {one: await state.load(one, _ALL_BARS) for one in journal.series}
         await state.close()
-        journal.lives.append(Life(self._clock.now(), tapes))
-        chance = f"{self._script.seed}:{life}"
-        venue = self._wire.venue
+        journal.runs.append(DaemonRun(self._clock.now(), tapes))
+        chance = f"{self._scenario.seed}:{life}"
+        venue = self._connector.venue
         name, connector = connectors.load_source(venue)
         options = self._settings.options[name]
         made = connector.build(venue, options, self._clock, Random(f"source:{chance}"))
-        source = _Overheard(self._wrap(made), life, self._exchange, journal)
-        forecaster = _Forecaster(life, self._exchange, self._script.pace, journal)
+        source = _RecordingSource(self._wrap_source(made), life, self._exchange, journal)
+        forecaster = _RecordingWorker(
+            life, self._exchange, self._scenario.seconds_per_forecast, journal
+        )
         daemon = StandaloneRole(
             self._settings,
             {venue: source},
-            [_Recorder(self._script, journal)],
+            [_RecordingSink(self._scenario, journal)],
             clock=self._clock,
             wall=self._clock,
             random=Random(f"daemon:{chance}"),
@@ -320,48 +326,54 @@ class _Trial:
         )
         return daemon, asyncio.create_task(daemon.run(), name="daemon")
 
-    async def _end(
+    async def _stop_daemon(
         self, daemon: StandaloneRole, running: asyncio.Task[None], *, killed: bool
     ) -> None:
-        loop, life = asyncio.get_running_loop(), self._journal.lives[-1]
+        loop, life = asyncio.get_running_loop(), self._log.runs[-1]
         began = loop.time()
         if running.done():
-            self._journal.troubles.append("the daemon ended by itself")
+            self._log.errors.append("the daemon ended by itself")
         elif killed:
             running.cancel()
         else:
             daemon.stop()
         await asyncio.wait((running,), timeout=_KILL_SECONDS)
-        life.took_to_end = loop.time() - began
+        life.shutdown_seconds = loop.time() - began
         if not running.done():
-            self._journal.troubles.append(f"the daemon did not end in {_KILL_SECONDS:g} s")
+            self._log.errors.append(f"the daemon did not end in {_KILL_SECONDS:g} s")
         elif not running.cancelled() and (error := running.exception()) is not None:
-            self._journal.troubles.append(f"the daemon failed: {error!r}")
+            self._log.errors.append(f"the daemon failed: {error!r}")
 
-    async def _mend(self, daemon: StandaloneRole, running: asyncio.Task[None]) -> None:
+    async def _wait_until_repaired(
+        self, daemon: StandaloneRole, running: asyncio.Task[None]
+    ) -> None:
         """Wait until the daemon has what the exchange has, within bounds."""
-        loop, journal, ended = asyncio.get_running_loop(), self._journal, self._script.seconds
+        loop, journal, ended = asyncio.get_running_loop(), self._log, self._scenario.seconds
         while not running.done():
             since = loop.time() - ended
             whole, equal = await self._compare(daemon)
-            if whole and journal.mended is None:
-                journal.mended = max(0.0, since)
-            if equal or since > (MEND_SECONDS if journal.mended is None else AUDIT_SECONDS):
-                journal.audited = max(0.0, since) if equal else None
+            if whole and journal.repaired_after is None:
+                journal.repaired_after = max(0.0, since)
+            if equal or since > (
+                REPAIR_SECONDS if journal.repaired_after is None else CONSISTENCY_SECONDS
+            ):
+                journal.consistent_after = max(0.0, since) if equal else None
                 return
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _compare(self, daemon: StandaloneRole) -> tuple[bool, bool]:
         """Whether no bar is missing or made up and all is forecast; and whether all are equal."""
         if not daemon.ready.is_set():
             return False, False
-        until = self._journal.until = self._exchange.clock.now() - SETTLE_MS
+        until = self._log.compared_until = self._exchange.clock.now() - SETTLE_MS
         changed = set()
-        for series in self._journal.series:
-            tape = {bar.candle.time: bar for bar in await daemon._state.load(series, _EVERYTHING)}
+        for series in self._log.series:
+            tape = {bar.candle.time: bar for bar in await daemon._state.load(series, _ALL_BARS)}
             first = min(tape, default=0)
             changed |= {
-                (one, opened) for one, opened in self._changed if one == series and opened < first
+                (one, opened)
+                for one, opened in self._stale_bars
+                if one == series and opened < first
             }  # the daemon has forgotten them
             for true in self._exchange.truth(series, first):
                 opened = true.candle.time
@@ -370,29 +382,29 @@ class _Trial:
                 ours = tape.get(opened)
                 if ours is None or ours.synthetic != true.synthetic:
                     return False, False
-                if not true.synthetic and ours.candle != self._wire.heard(true.candle):
+                if not true.synthetic and ours.candle != self._connector.visible(true.candle):
                     changed.add((series, opened))
-        self._changed = changed
+        self._stale_bars = changed
         whole = daemon._scheduler._sequencer.pending == 0
         return whole, whole and not changed
 
     async def _compare_contexts(self, daemon: StandaloneRole) -> None:
-        for series in self._journal.series:
+        for series in self._log.series:
             bars = await daemon._state.load(series, LOOKBACK)
             newest = bars[-1]
             opened = newest.candle.time
             close = series.timeframe.after(opened)
             due = ForecastRequest(series, opened, newest.revision, close, newest.received)
             window = await daemon._pipeline.window(due)
-            if window is None or not np.array_equal(window.values, rows(bars)):
-                self._journal.troubles.append(f"{series}: the context is not the tape")
+            if window is None or not np.array_equal(window.values, context_rows(bars)):
+                self._log.errors.append(f"{series}: the context is not the tape")
 
-    async def _look_back(self) -> None:
+    async def _collect_results(self) -> None:
         """Keep what the verdict is about, before exchange and state file are gone."""
-        journal, exchange = self._journal, self._exchange
-        state = await State.open(self._file)
+        journal, exchange = self._log, self._exchange
+        state = await State.open(self._state_file)
         for series in journal.series:
-            heard = self._wire.heard
+            heard = self._connector.visible
             truth = [bar._replace(candle=heard(bar.candle)) for bar in exchange.truth(series)]
             journal.truth[series] = truth
             for bar in truth:
@@ -400,102 +412,102 @@ class _Trial:
                     opened = bar.candle.time
                     versions = exchange.versions(series, opened)
                     journal.versions[series, opened] = list(map(heard, versions))
-            journal.tapes[series] = await state.load(series, _EVERYTHING)
+            journal.stored_bars[series] = await state.load(series, _ALL_BARS)
             journal.outcomes[series] = await state.outcomes(series, 0)
         await state.close()
 
     # -- what must not happen ------------------------------------------------------------------
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _capture_errors(self) -> Iterator[None]:
         """Keep what goes wrong unseen, and how much is under way."""
-        journal, loop = self._journal, asyncio.get_running_loop()
+        journal, loop = self._log, asyncio.get_running_loop()
         loop.set_exception_handler(
-            lambda _, context: journal.troubles.append(f"event loop: {context}")
+            lambda _, context: journal.errors.append(f"event loop: {context}")
         )
-        handler = _Alarm(journal.troubles)
+        handler = _ErrorLogHandler(journal.errors)
         logging.getLogger().addHandler(handler)
-        counting = asyncio.create_task(self._count())
+        counting = asyncio.create_task(self._count_tasks())
         try:
             with structlog.testing.capture_logs() as logs:
                 yield
-            journal.troubles += [f"log: {one}" for one in logs if one["log_level"] == "error"]
+            journal.errors += [f"log: {one}" for one in logs if one["log_level"] == "error"]
         finally:
             counting.cancel()
             logging.getLogger().removeHandler(handler)
 
-    async def _count(self) -> None:
+    async def _count_tasks(self) -> None:
         while True:
             await asyncio.sleep(1)
-            self._journal.most_tasks = max(self._journal.most_tasks, len(asyncio.all_tasks()))
+            self._log.max_tasks = max(self._log.max_tasks, len(asyncio.all_tasks()))
 
 
-class _Alarm(logging.Handler):
+class _ErrorLogHandler(logging.Handler):
     """Keeps what libraries log as an error: aiohttp tells so of a handler that has failed."""
 
     def __init__(self, troubles: list[str]) -> None:
         super().__init__(logging.ERROR)
-        self._troubles = troubles
+        self._errors = troubles
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._troubles.append(f"{record.name}: {self.format(record)}")
+        self._errors.append(f"{record.name}: {self.format(record)}")
 
 
-class _Overheard:
+class _RecordingSource:
     """A source, and what it is asked for."""
 
     def __init__(
-        self, source: Source, life: int, exchange: SimulatedExchange, journal: Journal
+        self, source: Source, life: int, exchange: SimulatedExchange, journal: RunLog
     ) -> None:
-        self._source, self._life, self._exchange = source, life, exchange
-        self._journal = journal
+        self._source, self._run, self._exchange = source, life, exchange
+        self._log = journal
         self.venue, self.traits = source.venue, source.traits
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         return await self._source.unsupported(series)
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self._source.subscribe(series)
 
-    async def run(self, intake: SourceCallbacks) -> None:
-        await self._source.run(intake)
+    async def run(self, callbacks: SourceCallbacks) -> None:
+        await self._source.run(callbacks)
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        asked = Question(self._life, self._exchange.clock.now(), series, start, end)
+        asked = HistoryRequest(self._run, self._exchange.clock.now(), series, start, end)
         try:
             candles = await self._source.history(series, start, end)
             asked = asked._replace(bars=len(candles))
             return candles
         finally:
-            self._journal.questions.append(asked)
+            self._log.history_requests.append(asked)
 
     async def close(self) -> None:
         await self._source.close()
 
 
-class _Forecaster(StandIn):
+class _RecordingWorker(FakeWorker):
     """Keeps what it is given."""
 
     def __init__(
-        self, life: int, exchange: SimulatedExchange, pace: float, journal: Journal
+        self, life: int, exchange: SimulatedExchange, pace: float, journal: RunLog
     ) -> None:
         super().__init__(pace)
-        self._life, self._exchange, self._journal = life, exchange, journal
+        self._run, self._exchange, self._log = life, exchange, journal
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         moment = self._exchange.clock.now()
-        self._journal.forecasts += [Forecast(self._life, moment, window) for window in windows]
+        self._log.forecasts += [ForecastCall(self._run, moment, window) for window in windows]
         return await super().forecast(windows, deadline)
 
 
-class _Recorder:
+class _RecordingSink:
     """A sink that keeps what it is given; away at times, in the middle of a delivery, too."""
 
     name = "recorder"
 
-    def __init__(self, script: Script, journal: Journal) -> None:
-        self._script, self._journal = script, journal
-        self._random = Random(f"sink:{script.seed}:{len(journal.lives)}")
+    def __init__(self, script: Scenario, journal: RunLog) -> None:
+        self._scenario, self._log = script, journal
+        self._random = Random(f"sink:{script.seed}:{len(journal.runs)}")
 
     async def start(self) -> None:
         self._check()
@@ -504,9 +516,9 @@ class _Recorder:
         try:
             self._check()
         except SinkUnavailable:
-            self._journal.delivered += records[: self._random.randrange(len(records) + 1)]
+            self._log.delivered += records[: self._random.randrange(len(records) + 1)]
             raise
-        self._journal.delivered += records
+        self._log.delivered += records
         return []
 
     async def close(self) -> None:
@@ -514,11 +526,11 @@ class _Recorder:
 
     def _check(self) -> None:
         now = asyncio.get_running_loop().time()
-        if any(begins <= now < ends for begins, ends in self._script.outages):
+        if any(begins <= now < ends for begins, ends in self._scenario.outages):
             raise SinkUnavailable("away, as the script says")
 
 
-def rows(bars: Sequence[Bar]) -> NDArray[np.float32]:
+def context_rows(bars: Sequence[Bar]) -> NDArray[np.float32]:
     """(L, 6): bars as a context holds them; (L, 5) where amounts are not told."""
     columns = 7 if all(bar.candle.amount is not None for bar in bars) else 6
     return np.array([bar.candle[1:columns] for bar in bars], np.float32)

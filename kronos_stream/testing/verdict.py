@@ -14,49 +14,55 @@ from kronos_stream.forecast.message import VOLATILE
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.testing.trial import AUDIT_SECONDS, MEND_SECONDS, Forecast, Journal, rows
+from kronos_stream.testing.trial import (
+    CONSISTENCY_SECONDS,
+    REPAIR_SECONDS,
+    ForecastCall,
+    RunLog,
+    context_rows,
+)
 
-_MOST_SAID = 12
-_MOST_TASKS = 120
-_LOOKED_BACK = 128
+_MAX_LINES = 12
+_MAX_TASKS = 120
+_RECHECKED_BARS = 128
 """Bars that may be asked for again now and then: the venue may have changed them."""
 
-_MOST_SECONDS_TO_END = 25.0
+_MAX_SHUTDOWN_SECONDS = 25.0
 
 
-def faults_found(journal: Journal) -> list[str]:
+def find_violations(journal: RunLog) -> list[str]:
     """Everything that should not be, a line each; empty if all is well."""
-    found = list(journal.troubles)
-    if journal.mended is None:
-        found.append(f"not mended within {MEND_SECONDS:g} s of the end of all faults")
-    elif journal.audited is None:
-        found.append(f"a change of a bar was not noticed within {AUDIT_SECONDS:g} s")
-    if journal.most_tasks > _MOST_TASKS:
-        found.append(f"{journal.most_tasks} tasks at once")
+    found = list(journal.errors)
+    if journal.repaired_after is None:
+        found.append(f"not mended within {REPAIR_SECONDS:g} s of the end of all faults")
+    elif journal.consistent_after is None:
+        found.append(f"a change of a bar was not noticed within {CONSISTENCY_SECONDS:g} s")
+    if journal.max_tasks > _MAX_TASKS:
+        found.append(f"{journal.max_tasks} tasks at once")
     found += [
-        f"life {number} took {life.took_to_end:.1f} s to end"
-        for number, life in enumerate(journal.lives)
-        if life.took_to_end > _MOST_SECONDS_TO_END
+        f"life {number} took {life.shutdown_seconds:.1f} s to end"
+        for number, life in enumerate(journal.runs)
+        if life.shutdown_seconds > _MAX_SHUTDOWN_SECONDS
     ]
     for series in journal.series:
-        truth = _Truth(journal, series)
+        truth = _TrueSeries(journal, series)
         lines = [
-            *_of_tape(journal, truth),
-            *_of_forecasts(journal, truth),
-            *_of_outcomes(journal, series),
-            *_of_deliveries(journal, series),
-            *_of_questions(journal, series),
+            *_check_bars(journal, truth),
+            *_check_forecasts(journal, truth),
+            *_check_outcomes(journal, series),
+            *_check_deliveries(journal, series),
+            *_check_history_requests(journal, series),
         ]
-        found += [f"{series}: {line}" for line in lines[:_MOST_SAID]]
-        if len(lines) > _MOST_SAID:
-            found.append(f"{series}: and {len(lines) - _MOST_SAID} more")
+        found += [f"{series}: {line}" for line in lines[:_MAX_LINES]]
+        if len(lines) > _MAX_LINES:
+            found.append(f"{series}: and {len(lines) - _MAX_LINES} more")
     return found
 
 
-class _Truth:
+class _TrueSeries:
     """One series as it was, in all its versions."""
 
-    def __init__(self, journal: Journal, series: Series) -> None:
+    def __init__(self, journal: RunLog, series: Series) -> None:
         self.series = series
         self.bars = {bar.candle.time: bar for bar in journal.truth[series]}
         self._versions = {
@@ -74,18 +80,18 @@ class _Truth:
             return []
         return self._versions.get(opened) or [bar.candle]
 
-    def knows(self, opened: int, row: bytes) -> bool:
+    def is_version(self, opened: int, row: bytes) -> bool:
         """Whether a context's row is a version of the bar."""
         known = self._rows.get(opened)
         if known is None:
-            known = [rows([Bar(candle)]).tobytes() for candle in self.versions(opened)]
+            known = [context_rows([Bar(candle)]).tobytes() for candle in self.versions(opened)]
             self._rows[opened] = known
         return row in known
 
 
-def _of_tape(journal: Journal, truth: _Truth) -> Iterator[str]:
+def _check_bars(journal: RunLog, truth: _TrueSeries) -> Iterator[str]:
     """The tape in the end: what the venue has, and flat bars for what it has not."""
-    tape = {bar.candle.time: bar for bar in journal.tapes[truth.series]}
+    tape = {bar.candle.time: bar for bar in journal.stored_bars[truth.series]}
     after = truth.series.timeframe.after
     if not tape:
         yield "no bar on the tape"
@@ -93,15 +99,19 @@ def _of_tape(journal: Journal, truth: _Truth) -> Iterator[str]:
         if after(earlier) != later:
             yield f"after bar {earlier} comes {later}"
     for opened, true in truth.bars.items():
-        if opened >= min(tape, default=0) and opened not in tape and after(opened) <= journal.until:
+        if (
+            opened >= min(tape, default=0)
+            and opened not in tape
+            and after(opened) <= journal.compared_until
+        ):
             yield f"bar {opened} is lost: {true}"
     for opened, bar in tape.items():
-        wrong = _of_bar(bar, truth)
-        if wrong and after(opened) <= journal.until:
+        wrong = _bar_violation(bar, truth)
+        if wrong and after(opened) <= journal.compared_until:
             yield f"bar {opened} {wrong}: {bar}, but {truth.bars.get(opened)}"
 
 
-def _of_bar(bar: Bar, truth: _Truth) -> str:
+def _bar_violation(bar: Bar, truth: _TrueSeries) -> str:
     """What is wrong with a bar on the tape; empty if nothing is."""
     true = truth.bars.get(bar.candle.time)
     if true is None:
@@ -119,35 +129,35 @@ def _of_bar(bar: Bar, truth: _Truth) -> str:
     return "" if bar.candle == true.candle else "is not the last version"
 
 
-def _of_forecasts(journal: Journal, truth: _Truth) -> Iterator[str]:
+def _check_forecasts(journal: RunLog, truth: _TrueSeries) -> Iterator[str]:
     """What was forecast from: closed bars without a hole, each as the venue said it was."""
     twice: Counter[tuple[int, int, int]] = Counter()
     for one in journal.forecasts:
         if one.window.series != truth.series:
             continue
         origin, close = one.window.last.time, truth.series.timeframe.after(one.window.last.time)
-        twice[one.life, origin, one.window.revision] += 1
-        if one.moment < close:
-            yield f"bar {origin} was forecast {close - one.moment} ms before its close"
-        yield from _of_window(one, truth)
+        twice[one.run, origin, one.window.revision] += 1
+        if one.time < close:
+            yield f"bar {origin} was forecast {close - one.time} ms before its close"
+        yield from _check_window(one, truth)
     for (life, origin, revision), times in twice.items():
         if times > 1:
             yield f"bar {origin} revision {revision} was forecast {times} times in life {life}"
 
 
-def _of_window(forecast: Forecast, truth: _Truth) -> Iterator[str]:
+def _check_window(forecast: ForecastCall, truth: _TrueSeries) -> Iterator[str]:
     window, after = forecast.window, truth.series.timeframe.after
     times = window.times.tolist()
     if times[-1] != window.last.time or any(after(a) != b for a, b in pairwise(times)):
         yield f"the window of {window.last.time} has a hole"
     flat = np.ptp(window.values[:, :4], axis=1) == 0
     strange = [
-        i for i, time in enumerate(times) if not truth.knows(time, window.values[i].tobytes())
+        i for i, time in enumerate(times) if not truth.is_version(time, window.values[i].tobytes())
     ]
     for i in strange:
         if not flat[i] or window.values[i, 4] != 0:
             yield (
-                f"the window of {window.last.time}, at {forecast.moment}, holds bar {times[i]} as "
+                f"the window of {window.last.time}, at {forecast.time}, holds bar {times[i]} as "
                 f"{window.values[i].tolist()}, but {truth.bars.get(times[i])}"
             )
     if not len(strange) <= window.synthetic <= int(flat.sum()):
@@ -159,10 +169,10 @@ def _of_window(forecast: Forecast, truth: _Truth) -> Iterator[str]:
         yield f"the window of {window.last.time} does not say that it is degraded"
 
 
-def _of_outcomes(journal: Journal, series: Series) -> Iterator[str]:
+def _check_outcomes(journal: RunLog, series: Series) -> Iterator[str]:
     """Each bar since the beginning has one outcome; all are forecast, the newest revision last."""
     outcomes = journal.outcomes[series]
-    if not outcomes or not journal.questions:
+    if not outcomes or not journal.history_requests:
         yield "no bar has an outcome"
         return
     after = series.timeframe.after
@@ -171,21 +181,21 @@ def _of_outcomes(journal: Journal, series: Series) -> Iterator[str]:
         if after(earlier) != later:
             yield f"after the outcome of {earlier} comes that of {later}"
     first, last = next(iter(newest)), next(reversed(newest))
-    began = min(one.moment for one in journal.questions if one.series == series)
-    skew = 1000 * (abs(journal.script.faults.skew_seconds) + 1)
+    began = min(one.time for one in journal.history_requests if one.series == series)
+    skew = 1000 * (abs(journal.scenario.faults.skew_seconds) + 1)
     if first - after(began) > skew:
         yield f"the first outcome is that of {first}, {first - began} ms after the beginning"
-    for bar in journal.tapes[series]:
-        if last < bar.candle.time and after(bar.candle.time) <= journal.until:
+    for bar in journal.stored_bars[series]:
+        if last < bar.candle.time and after(bar.candle.time) <= journal.compared_until:
             yield f"bar {bar.candle.time} has no outcome"
-    made = _made(journal, series)
+    made = _newest_forecast_revisions(journal, series)
     for outcome in outcomes:
-        wrong = _of_outcome(outcome, newest[outcome.origin], made)
+        wrong = _outcome_violation(outcome, newest[outcome.origin], made)
         if wrong:
             yield f"bar {outcome.origin} revision {outcome.revision} was {wrong}"
 
 
-def _made(journal: Journal, series: Series) -> dict[int, int]:
+def _newest_forecast_revisions(journal: RunLog, series: Series) -> dict[int, int]:
     """The newest revision of each bar that was forecast, by open."""
     made: dict[int, int] = {}
     for forecast in journal.forecasts:
@@ -195,7 +205,7 @@ def _made(journal: Journal, series: Series) -> dict[int, int]:
     return made
 
 
-def _of_outcome(outcome: Outcome, newest: Outcome, made: Mapping[int, int]) -> str:
+def _outcome_violation(outcome: Outcome, newest: Outcome, made: Mapping[int, int]) -> str:
     """What is wrong with it; empty if nothing is."""
     if outcome.result == "forecast":
         # A bar may be changed while it waits; then it is forecast as it has become.
@@ -204,7 +214,7 @@ def _of_outcome(outcome: Outcome, newest: Outcome, made: Mapping[int, int]) -> s
     return "" if superseded else f"skipped: {outcome.reason}"
 
 
-def _of_deliveries(journal: Journal, series: Series) -> Iterator[str]:
+def _check_deliveries(journal: RunLog, series: Series) -> Iterator[str]:
     """Each forecast arrived, first ones in order; those that came again were the same."""
     known: dict[str, object] = {}
     order: list[tuple[str, int]] = []
@@ -228,17 +238,17 @@ def _of_deliveries(journal: Journal, series: Series) -> Iterator[str]:
             yield f"the forecast of bar {outcome.origin} did not arrive"
 
 
-def _of_questions(journal: Journal, series: Series) -> Iterator[str]:
+def _check_history_requests(journal: RunLog, series: Series) -> Iterator[str]:
     """After a restart only what is missing is asked for, but for a look at the newest bars."""
     after = series.timeframe.after
-    for number, life in enumerate(journal.lives):
-        known = life.tapes[series]
+    for number, life in enumerate(journal.runs):
+        known = life.initial_bars[series]
         if not known:
             continue
         owed = [bar.candle.time for bar in known if bar.synthetic and not bar.received]
         first = min([known[-1].candle.time, *owed])
-        for one in journal.questions:
-            if one.series != series or one.life != number or one.start >= first:
+        for one in journal.history_requests:
+            if one.series != series or one.run != number or one.start >= first:
                 continue
-            if after(one.start, _LOOKED_BACK) < one.end:
+            if after(one.start, _RECHECKED_BARS) < one.end:
                 yield f"life {number} knew bars up to {first} and asked for {one.start}-{one.end}"

@@ -23,18 +23,18 @@ _SETTLE_SECONDS = 0.0001
 """Real time given to the kernel to hand over what is on its way, before time leaps."""
 
 
-class _LeapingSelector(selectors.DefaultSelector):
+class _TimeSkippingSelector(selectors.DefaultSelector):
     """Never sleeps through a timer: polls, then moves the loop's time by what it should sleep."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elapsed = 0.0
-        self.held = 0
+        self.holds = 0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None or timeout <= 0:
             return super().select(timeout)
-        if self.held:
+        if self.holds:
             return super().select(0.05)
         if ready := super().select(0):
             return ready
@@ -49,31 +49,31 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """``asyncio.SelectorEventLoop`` in virtual seconds that begin at 0."""
 
     def __init__(self) -> None:
-        self._leaping = _LeapingSelector()
-        super().__init__(self._leaping)
+        self._time_selector = _TimeSkippingSelector()
+        super().__init__(self._time_selector)
 
     def time(self) -> float:
-        return self._leaping.elapsed
+        return self._time_selector.elapsed
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
+    def hold_time(self) -> Iterator[None]:
         """Let no time pass while the block runs."""
-        self._leaping.held += 1
+        self._time_selector.holds += 1
         try:
             yield
         finally:
-            self._leaping.held -= 1
+            self._time_selector.holds -= 1
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*_Ts], _T], *args: *_Ts
     ) -> asyncio.Future[_T]:
         future = super().run_in_executor(executor, func, *args)
-        self._leaping.held += 1
+        self._time_selector.holds += 1
         future.add_done_callback(self._release)
         return future
 
     def _release(self, _: object) -> None:
-        self._leaping.held -= 1
+        self._time_selector.holds -= 1
 
 
 def run_virtual(main: Coroutine[Any, Any, _T]) -> _T:

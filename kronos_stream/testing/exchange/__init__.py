@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kronos_stream.testing.exchange.faults import PRESETS, Faults, FaultsError, Planned
+from kronos_stream.testing.exchange.faults import PRESETS, Faults, FaultsError, PlannedFault
 from kronos_stream.testing.exchange.server import ExchangeError, SimulatedExchange
 
-__all__ = ["PRESETS", "ExchangeError", "Faults", "FaultsError", "Planned", "SimulatedExchange"]
+__all__ = ["PRESETS", "ExchangeError", "Faults", "FaultsError", "PlannedFault", "SimulatedExchange"]

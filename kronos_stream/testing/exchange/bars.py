@@ -19,9 +19,9 @@ from kronos_stream.testing.exchange.frames import (
     OPEN,
     TRADES,
     VOLUME,
-    as_said,
+    round_to_precision,
 )
-from kronos_stream.testing.exchange.instruments import Feed
+from kronos_stream.testing.exchange.instruments import BarFeed
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ _MONDAY_MS = 4 * _DAY_MS  # 1970-01-05
 _LOTS_PER_TRADE = 300
 
 
-def opening(timeframe: Timeframe, moment: int) -> int:
+def bar_open_time(timeframe: Timeframe, moment: int) -> int:
     """Open, UTC ms, of the bar that ``moment`` falls in: weeks from Monday, months from the 1st."""
     step = timeframe.milliseconds
     if step is not None:
@@ -41,7 +41,7 @@ def opening(timeframe: Timeframe, moment: int) -> int:
     return int(datetime(year, month + 1, 1, tzinfo=UTC).timestamp()) * 1000
 
 
-class Book:
+class BarHistory:
     """The newest ``keep`` closed bars of one timeframe, and the one in the making."""
 
     def __init__(self, timeframe: Timeframe, instruments: int, keep: int) -> None:
@@ -49,7 +49,7 @@ class Book:
         self._keep = keep
         self._opens: list[int] = []
         self._bars = np.empty((keep + keep // 4 + 1, instruments, 8))
-        self._making: Floats | None = None
+        self._current: Floats | None = None
         self.opened = 0
         """Open of the bar in the making, UTC ms."""
 
@@ -66,15 +66,15 @@ class Book:
 
         Returns the open of the bar that they complete, if they do.
         """
-        if self._making is None or opened >= self.closes:
-            self.opened, self._making = opening(self.timeframe, opened), bars
+        if self._current is None or opened >= self.closes:
+            self.opened, self._current = bar_open_time(self.timeframe, opened), bars
         else:
-            self._making = joined(self._making, bars)
+            self._current = merge_bars(self._current, bars)
         if opened + length < self.closes:
             return None
         finished = self.opened
-        self._append(self._making)
-        self.opened, self._making = self.closes, None
+        self._append(self._current)
+        self.opened, self._current = self.closes, None
         return finished
 
     def _append(self, bars: Floats) -> None:
@@ -86,9 +86,9 @@ class Book:
         self._bars[count] = bars
         self._opens.append(self.opened)
 
-    def unfinished(self, base: Floats) -> Floats:
+    def current_bar(self, base: Floats) -> Floats:
         """The bar in the making with ``base``, what its newest base bar is so far."""
-        return base if self._making is None else joined(self._making, base)
+        return base if self._current is None else merge_bars(self._current, base)
 
     def bars(self, opened: int) -> Floats:
         """The closed bars (instruments, 8) that opened at ``opened``; to be changed in place.
@@ -107,7 +107,7 @@ class Book:
         return self._opens[first:last], self._bars[first:last]
 
 
-def joined(earlier: Floats, later: Floats) -> Floats:
+def merge_bars(earlier: Floats, later: Floats) -> Floats:
     """One bar of two; where one is missing (NaN), the other."""
     none, nothing = np.isnan(earlier[:, OPEN]), np.isnan(later[:, OPEN])
     bars = np.empty_like(earlier)
@@ -121,12 +121,12 @@ def joined(earlier: Floats, later: Floats) -> Floats:
     return bars
 
 
-class Bars:
+class BarSimulator:
     """All books over one feed, with ``history`` bars of the longest; then time passes."""
 
     def __init__(
         self,
-        feed: Feed,
+        feed: BarFeed,
         timeframes: Sequence[Timeframe],
         now: int,
         *,
@@ -135,25 +135,25 @@ class Bars:
     ) -> None:
         base = self.base_ms = feed.timeframe_ms
         self._feed = feed
-        self.closed: Callable[[Book, int], None] = lambda *_: None
+        self.on_close: Callable[[BarHistory, int], None] = lambda *_: None
         """Called for each bar that closes: its book and its open."""
         self.instruments = feed.instruments
         count = len(feed.instruments)
-        self.books = {str(t): Book(t, count, keep) for t in timeframes}
+        self.histories = {str(t): BarHistory(t, count, keep) for t in timeframes}
         self._digits = np.array([i.digits for i in feed.instruments])
         self._tick = np.array([i.tick for i in feed.instruments])
         self._lot = np.array([i.lot for i in feed.instruments])
         self._trades = np.ones(count)
         longest = max(timeframes, key=lambda t: t.after(0))
-        self.start = opening(longest, now)
+        self.start = bar_open_time(longest, now)
         for _ in range(history):  # whole bars of the longest, so whole ones of all
-            self.start = opening(longest, self.start - 1)
+            self.start = bar_open_time(longest, self.start - 1)
         self.opened = self.start
         feed.begin(self.start, (now - self.start) // base)
-        self._coming = self._draw()
+        self._next_bars = self._generate()
         self.advance(now)
 
-    def _draw(self) -> Floats:
+    def _generate(self) -> Floats:
         drawn = self._feed.step()
         bars = np.empty((len(drawn), 8))
         bars[:, :6] = drawn
@@ -161,41 +161,41 @@ class Bars:
         count = np.maximum(volume // (self._lot * _LOTS_PER_TRADE), volume > 0)
         bars[:, TRADES], bars[:, FIRST] = count, self._trades
         self._trades = self._trades + count
-        self.round(bars)
+        self.round_bars(bars)
         return bars
 
-    def round(self, bars: Floats) -> None:
+    def round_bars(self, bars: Floats) -> None:
         """Round bars (instruments, 8), in place, to what can be said of them."""
-        as_said(bars, self._digits)
+        round_to_precision(bars, self._digits)
 
     def advance(self, now: int) -> None:
         """Close what has closed by ``now``, UTC ms."""
         while self.opened + self.base_ms <= now:
-            for book in self.books.values():
-                finished = book.add(self.opened, self.base_ms, self._coming)
+            for book in self.histories.values():
+                finished = book.add(self.opened, self.base_ms, self._next_bars)
                 if finished is None:
                     continue
-                self.round(book.bars(finished))
-                self.closed(book, finished)
+                self.round_bars(book.bars(finished))
+                self.on_close(book, finished)
             self.opened += self.base_ms
-            self._coming = self._draw()
+            self._next_bars = self._generate()
 
-    def unfinished(self, book: Book, now: int) -> Floats:
+    def current_bars(self, book: BarHistory, now: int) -> Floats:
         """The open bars (instruments, 8) of ``book`` as they stand at ``now``."""
-        bars = book.unfinished(self._so_far((now - self.opened) / self.base_ms))
-        self.round(bars)
+        bars = book.current_bar(self._partial_bars((now - self.opened) / self.base_ms))
+        self.round_bars(bars)
         return bars
 
-    def _so_far(self, share: float) -> Floats:
+    def _partial_bars(self, fraction: float) -> Floats:
         """The bar in the making: from its open over its extremes to its close."""
-        share = min(max(share, 0.0), 1.0)
-        bars = self._coming.copy()
+        fraction = min(max(fraction, 0.0), 1.0)
+        bars = self._next_bars.copy()
         opened, high, low, close, volume = bars[:, : VOLUME + 1].T.copy()
-        traded = np.floor(volume * share / self._lot + 1e-6) * self._lot
+        traded = np.floor(volume * fraction / self._lot + 1e-6) * self._lot
         up = close >= opened
         corners = np.stack((opened, np.where(up, low, high), np.where(up, high, low), close))
-        leg = min(int(share * 3), 2)
-        price = corners[leg] + (corners[leg + 1] - corners[leg]) * (share * 3 - leg)
+        leg = min(int(fraction * 3), 2)
+        price = corners[leg] + (corners[leg + 1] - corners[leg]) * (fraction * 3 - leg)
         price = np.clip(np.rint(price / self._tick) * self._tick, low, high)
         price = np.where(traded > 0, price, opened)
         seen = np.where(traded > 0, corners[: leg + 1], opened)

@@ -17,7 +17,7 @@ from kronos_stream.market.clock import Clock
 from kronos_stream.testing.exchange.faults import PER_BAR, PER_REQUEST, Faults
 
 _HOUR = 3_600.0
-_REMEMBERED = 10_000
+_MAX_INCIDENTS = 10_000
 
 
 class Incident(NamedTuple):
@@ -33,11 +33,11 @@ class SkewedClock:
 
     def __init__(self, clock: Clock, skew_seconds: float, drift_ppm: float) -> None:
         self._clock, self._skew, self._drift = clock, round(skew_seconds * 1000), drift_ppm / 1e6
-        self._began = clock.now()
+        self._started = clock.now()
 
     def now(self) -> int:
         now = self._clock.now()
-        return now + self._skew + int((now - self._began) * self._drift)
+        return now + self._skew + int((now - self._started) * self._drift)
 
     async def sleep(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
@@ -48,39 +48,39 @@ class SkewedClock:
             await self._clock.sleep(max(left / (1 + self._drift), 1.0) / 1000)
 
 
-class Fate:
+class FaultInjector:
     """Draws faults, and keeps account of those that struck."""
 
     def __init__(self, faults: Faults, start: int) -> None:
         self.faults, self.start = faults, start
         self.counts: Counter[str] = Counter()
-        self.incidents: deque[Incident] = deque(maxlen=_REMEMBERED)
-        self._meddles = faults.befall_bars
-        self._ends = start + faults.until_seconds * 1000
+        self.incidents: deque[Incident] = deque(maxlen=_MAX_INCIDENTS)
+        self._affects_bars = faults.affect_bars
+        self._ends_at = start + faults.until_seconds * 1000
 
-    def struck(self, kind: str, subject: str, moment: int) -> None:
+    def record(self, kind: str, subject: str, moment: int) -> None:
         self.counts[kind] += 1
         self.incidents.append(Incident(moment, kind, subject))
 
-    def random(self, *about: object) -> Random:
+    def random_for(self, *key: object) -> Random:
         """Chance that depends on the seed and ``about`` alone."""
-        return Random(self._digest(about))
+        return Random(self._hash(key))
 
-    def _digest(self, about: tuple[object, ...], size: int = 8) -> bytes:
-        key = "\0".join(map(str, (self.faults.seed, *about)))
+    def _hash(self, key: tuple[object, ...], size: int = 8) -> bytes:
+        key = "\0".join(map(str, (self.faults.seed, *key)))
         return blake2b(key.encode(), digest_size=size).digest()
 
-    def over(self, now: int) -> bool:
+    def has_ended(self, now: int) -> bool:
         """Whether nothing goes wrong any more at ``now``."""
-        return now >= self._ends
+        return now >= self._ends_at
 
     # -- bars ------------------------------------------------------------------------------
 
-    def of_bar(self, symbol: str, interval: str, opened: int, closes: int) -> dict[str, float]:
+    def bar_faults(self, symbol: str, interval: str, opened: int, closes: int) -> dict[str, float]:
         """The faults of a bar, each with a size between 0.5 and 1.5; mostly none."""
-        if not self._meddles or self.over(closes):
+        if not self._affects_bars or self.has_ended(closes):
             return {}
-        digest = self._digest((symbol, interval, opened), 8 * len(PER_BAR))
+        digest = self._hash((symbol, interval, opened), 8 * len(PER_BAR))
         struck = {}
         for i, kind in enumerate(PER_BAR):
             chance = int.from_bytes(digest[8 * i : 8 * i + 4], "big") / 2**32
@@ -94,30 +94,30 @@ class Fate:
                 struck.setdefault(planned.kind, 1.0)
         return struck
 
-    def loses(self, symbol: str, interval: str, opened: int, closes: int) -> bool:
+    def is_lost(self, symbol: str, interval: str, opened: int, closes: int) -> bool:
         """Whether the venue will never have had this bar."""
-        return self._meddles and "lost" in self.of_bar(symbol, interval, opened, closes)
+        return self._affects_bars and "lost" in self.bar_faults(symbol, interval, opened, closes)
 
     # -- spells ----------------------------------------------------------------------------
 
-    def silent(self, symbol: str, now: int) -> bool:
+    def is_silent(self, symbol: str, now: int) -> bool:
         """Whether ``symbol`` is not pushed at ``now``."""
-        return self._spell("silence", symbol, now, self.faults.silence_seconds) is not None
+        return self._fault_end("silence", symbol, now, self.faults.silence_seconds) is not None
 
-    def refused_until(self, now: int) -> tuple[str, int] | None:
+    def refusal(self, now: int) -> tuple[str, int] | None:
         """Whether REST refuses everybody at ``now``: "limited" or "banned", and until when."""
         for kind, seconds in (
             ("banned", self.faults.banned_seconds),
             ("limited", self.faults.limited_seconds),
         ):
-            until = self._spell(kind, "", now, seconds)
+            until = self._fault_end(kind, "", now, seconds)
             if until is not None:
                 return kind, until
         return None
 
-    def _spell(self, kind: str, subject: str, now: int, seconds: float) -> int | None:
+    def _fault_end(self, kind: str, subject: str, now: int, seconds: float) -> int | None:
         """When the spell of ``kind`` at ``now`` ends, UTC ms, if there is one."""
-        if self.over(now):
+        if self.has_ended(now):
             return None
         for planned in self.faults.plan:
             begins = self.start + round(planned.at * 1000)
@@ -129,42 +129,42 @@ class Fate:
             return None
         length = round(seconds * 1000)
         spell = (now - self.start) // length
-        if self.random(kind, subject, spell).random() >= rate * seconds / _HOUR:
+        if self.random_for(kind, subject, spell).random() >= rate * seconds / _HOUR:
             return None
         return self.start + (spell + 1) * length
 
     # -- connections and requests ------------------------------------------------------------
 
-    def moments(self, kind: str, *about: object) -> Iterator[float]:
+    def fault_times(self, kind: str, *about: object) -> Iterator[float]:
         """When faults of ``kind`` strike, in seconds, at its rate; without end, or at once none."""
         rate = getattr(self.faults, kind)
-        random, moment = self.random(kind, *about), 0.0
+        random, moment = self.random_for(kind, *about), 0.0
         while rate:
             moment += random.expovariate(rate / _HOUR)
             yield moment
 
-    def fails_handshake(self, number: int, now: int) -> Random | None:
+    def handshake_fault(self, number: int, now: int) -> Random | None:
         """Chance, to choose how with, if the handshake of connection ``number`` fails."""
-        if self.over(now):
+        if self.has_ended(now):
             return None
-        random = self.random("handshake", number)
+        random = self.random_for("handshake", number)
         strikes = random.random() < self.faults.handshake
-        return random if strikes or self._planned("handshake", now) else None
+        return random if strikes or self._is_planned("handshake", now) else None
 
-    def of_request(self, request: str, now: int) -> tuple[str, Random]:
+    def request_fault(self, request: str, now: int) -> tuple[str, Random]:
         """The fault of a REST request at ``now``, empty for none, and chance to size it with."""
-        random = self.random("request", request, now)
-        if self.over(now):
+        random = self.random_for("request", request, now)
+        if self.has_ended(now):
             return "", random
         for kind in PER_REQUEST:
             rate = getattr(self.faults, kind)
-            if self._planned(kind, now) or (
-                rate and self.random(kind, request, now).random() < rate
+            if self._is_planned(kind, now) or (
+                rate and self.random_for(kind, request, now).random() < rate
             ):
                 return kind, random
         return "", random
 
-    def _planned(self, kind: str, now: int) -> bool:
+    def _is_planned(self, kind: str, now: int) -> bool:
         since = (now - self.start) / 1000
         return any(
             planned.kind == kind and planned.at <= since <= planned.at + planned.seconds

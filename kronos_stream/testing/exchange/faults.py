@@ -20,8 +20,8 @@ PER_REQUEST = ("error", "timeout", "slow", "mangled")
 PER_HOUR = ("drop", "stall", "shutdown", "silence", "limited", "banned")
 """How often an hour: of a connection, of the venue, of a symbol, of the venue's REST."""
 
-_CHANCES = {*PER_BAR, *PER_REQUEST, "handshake"}
-_RATES = {*_CHANCES, *PER_HOUR}
+_PROBABILITIES = {*PER_BAR, *PER_REQUEST, "handshake"}
+_RATES = {*_PROBABILITIES, *PER_HOUR}
 
 
 class FaultsError(ValueError):
@@ -29,7 +29,7 @@ class FaultsError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedFault:
     """A fault that happens for certain, ``at`` seconds after the exchange's start.
 
     ``kind`` is the name of a rate of :class:`Faults`. Faults of bars befall those closing within
@@ -52,7 +52,7 @@ class Faults:
     """
 
     seed: int = 0
-    plan: tuple[Planned, ...] = ()
+    plan: tuple[PlannedFault, ...] = ()
 
     drop: float = 0.0
     """Connections cut without a word, per hour of each."""
@@ -119,7 +119,7 @@ class Faults:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in _CHANCES and not 0 <= value <= 1:
+            if field.name in _PROBABILITIES and not 0 <= value <= 1:
                 raise FaultsError(f"fault {field.name}: {value} is not a chance between 0 and 1")
             if field.name in PER_HOUR and not 0 <= value <= 3_600:
                 raise FaultsError(
@@ -129,10 +129,10 @@ class Faults:
                 raise FaultsError(f"fault {field.name}: {value} s is no time")
         for planned in self.plan:
             if planned.kind not in _RATES:
-                raise FaultsError(f"planned fault {planned.kind!r}: expected {_names()}")
+                raise FaultsError(f"planned fault {planned.kind!r}: expected {_field_names()}")
 
     @property
-    def befall_bars(self) -> bool:
+    def affect_bars(self) -> bool:
         """Whether any bar may be meddled with."""
         kinds = {planned.kind for planned in self.plan}
         return any(getattr(self, kind) > 0 or kind in kinds for kind in PER_BAR)
@@ -151,7 +151,7 @@ class Faults:
         """A mixture of faults that the seed alone decides, some of them harsh."""
         random = Random(f"faults:{seed}")
         chosen: dict[str, Any] = {}
-        for kind, (low, high) in _MIXTURE.items():
+        for kind, (low, high) in _RANDOM_RANGES.items():
             present, size = random.random() < 0.4, random.random()  # as many draws in any case
             if present:
                 chosen[kind] = float(f"{low * (high / low) ** size:.3g}")
@@ -178,10 +178,10 @@ class Faults:
             raise FaultsError(f"faults {text!r}: expected {known}, random or a JSON object")
         try:
             given = orjson.loads(text)
-            plan = tuple(Planned(**planned) for planned in given.pop("plan", ()))
+            plan = tuple(PlannedFault(**planned) for planned in given.pop("plan", ()))
             return cls(**{"seed": seed, **given, "plan": plan})
         except (TypeError, orjson.JSONDecodeError) as error:
-            raise FaultsError(f"faults: {error}; known are {_names()}") from None
+            raise FaultsError(f"faults: {error}; known are {_field_names()}") from None
 
     def dumps(self) -> str:
         """What :meth:`parse` reads: one line of JSON, only what differs from none."""
@@ -195,12 +195,12 @@ class Faults:
         ).decode()
 
 
-def _names() -> str:
+def _field_names() -> str:
     return ", ".join(field.name for field in fields(Faults))
 
 
 # Rates, lowest and highest, from which Faults.random draws.
-_MIXTURE = {
+_RANDOM_RANGES = {
     "drop": (6.0, 240.0), "stall": (2.0, 60.0), "handshake": (0.05, 0.5), "shutdown": (2.0, 30.0),
     "silence": (2.0, 60.0), "missing_final": (0.002, 0.2), "duplicate": (0.005, 0.3),
     "revised": (0.002, 0.05), "late": (0.005, 0.1), "disorder": (0.005, 0.1),

@@ -13,7 +13,7 @@ from kronos_stream.testing.exchange.instruments import Instrument
 OPEN, HIGH, LOW, CLOSE, VOLUME, AMOUNT, TRADES, FIRST = range(8)
 """Columns of a bar here: those of a candle, its number of trades and the id of its first."""
 
-TAKER_BUYS = 0.48
+TAKER_BUY_SHARE = 0.48
 """Share of the volume that takers bought; nobody here looks at it."""
 
 _TEXT, _PING = 0x81, 0x89
@@ -40,12 +40,12 @@ class Kline(NamedTuple):
     stream: bytes
     raw: bytes
     """As connections to /ws hear it."""
-    spoilt: bytes | None = None
+    corrupted: bytes | None = None
     """What those to /stream hear instead, if it is not the same in a wrapper."""
 
     def combined(self) -> bytes:
-        if self.spoilt is not None:
-            return self.spoilt
+        if self.corrupted is not None:
+            return self.corrupted
         return b'{"stream":"%s","data":%s}' % (self.stream, self.raw)
 
 
@@ -72,18 +72,18 @@ class KlineWriter:
         last = first + n - 1
         payload = self._push % (
             event, opened, closes - 1, first if n else -1, last if n else -1, o, c, h, l, v, n,
-            b"true" if final else b"false", a, v * TAKER_BUYS, a * TAKER_BUYS,
+            b"true" if final else b"false", a, v * TAKER_BUY_SHARE, a * TAKER_BUY_SHARE,
         )  # fmt: skip
         return Kline(self._stream, payload)
 
     def row(self, bar: Sequence[float], opened: int, closes: int) -> bytes:
         o, h, l, c, v, a, n, _ = bar  # noqa: E741
         return self._row % (
-            opened, o, h, l, c, v, closes - 1, a, n, v * TAKER_BUYS, a * TAKER_BUYS,
+            opened, o, h, l, c, v, closes - 1, a, n, v * TAKER_BUY_SHARE, a * TAKER_BUY_SHARE,
         )  # fmt: skip
 
 
-def as_said(bars: npt.NDArray[np.float64], digits: npt.NDArray[np.int64]) -> None:
+def round_to_precision(bars: npt.NDArray[np.float64], digits: npt.NDArray[np.int64]) -> None:
     """Round bars (instruments, 8), in place, to what their decimal strings can say.
 
     ``digits``: (instruments, 2), decimals of prices and volumes. So the truth is exactly what a

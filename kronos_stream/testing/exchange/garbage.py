@@ -13,13 +13,13 @@ from kronos_stream.testing.exchange.frames import Kline
 _FAR_FUTURE_MS = 4_102_444_800_000  # 2100
 
 
-def spoilt(kline: Kline, random: Random) -> Kline:
+def corrupt_push(kline: Kline, random: Random) -> Kline:
     """A push made into one that could never be taken for a candle: whoever does is wrong."""
-    raw, combined = _spoilt(kline.raw, kline.combined(), random)
+    raw, combined = _corrupt_payload(kline.raw, kline.combined(), random)
     return Kline(kline.stream, raw, combined)
 
 
-def _spoilt(raw: bytes, combined: bytes, random: Random) -> tuple[bytes, bytes]:
+def _corrupt_payload(raw: bytes, combined: bytes, random: Random) -> tuple[bytes, bytes]:
     how = random.randrange(10)
     if how == 0:  # cut off
         share = random.random()
@@ -37,11 +37,11 @@ def _spoilt(raw: bytes, combined: bytes, random: Random) -> tuple[bytes, bytes]:
         other = b'{"e":"trade","E":1,"s":"SIM00USDT","p":"1"}'
         return other, b'{"stream":"sim00usdt@trade","data":%s}' % other
     message = orjson.loads(combined)
-    _spoil(message["data"]["k"], random)
+    _corrupt_field(message["data"]["k"], random)
     return orjson.dumps(message["data"]), orjson.dumps(message)
 
 
-def _spoil(kline: dict[str, Any], random: Random) -> None:
+def _corrupt_field(kline: dict[str, Any], random: Random) -> None:
     """Make one field, or how two go together, impossible."""
     how = random.randrange(7)
     if how == 0:
@@ -64,7 +64,7 @@ def _spoil(kline: dict[str, Any], random: Random) -> None:
         kline["T"] = _FAR_FUTURE_MS + length
 
 
-def bad_response(random: Random) -> web.Response:
+def error_response(random: Random) -> web.Response:
     """An error of the venue's own, or of what stands before it."""
     status = random.choice((500, 502, 503, 504))
     if random.random() < 0.5:
@@ -74,7 +74,7 @@ def bad_response(random: Random) -> web.Response:
     return web.json_response(body, status=status)
 
 
-def bad_answer(body: bytes, random: Random) -> bytes:
+def corrupt_body(body: bytes, random: Random) -> bytes:
     """A REST answer spoilt."""
     how = random.randrange(4)
     if how == 0 and len(body) > 2:

@@ -10,25 +10,32 @@ from random import Random
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.fate import Fate
+from kronos_stream.testing.exchange.fate import FaultInjector
 from kronos_stream.testing.exchange.frames import frame
 from kronos_stream.testing.exchange.sockets import Connection, Streams
 
-_MOST_CONNECTIONS = 300
+_MAX_CONNECTIONS = 300
 _WINDOW_MS = 300_000
 _HANG_SECONDS = 30.0
 _GOING_AWAY = 1001
 
 
-class Gate:
+class WebSocketServer:
     """Handshakes, and what the venue does to connections.
 
     ``spot``: whether the venue lists spot markets; if not, all websockets are futures'.
     """
 
-    def __init__(self, streams: Streams, clock: Clock, fate: Fate, *, spot: bool) -> None:
-        self._streams, self._clock, self._fate, self._spot = streams, clock, fate, spot
-        self._arrived: dict[str, list[int]] = {}
+    def __init__(
+        self, streams: Streams, clock: Clock, fault_injector: FaultInjector, *, spot: bool
+    ) -> None:
+        self._streams, self._clock, self._fault_injector, self._spot = (
+            streams,
+            clock,
+            fault_injector,
+            spot,
+        )
+        self._handshake_times: dict[str, list[int]] = {}
         self._connections = 0
 
     def routes(self) -> list[web.RouteDef]:
@@ -48,12 +55,12 @@ class Gate:
     async def _connect(self, request: web.Request) -> web.StreamResponse:
         number, now = self._connections, self._clock.now()
         self._connections += 1
-        if not self._admits(request.remote or "", now):
+        if not self._admit(request.remote or "", now):
             return web.Response(status=429, headers={"Retry-After": str(_WINDOW_MS // 1000)})
-        failing = self._fate.fails_handshake(number, now)
+        failing = self._fault_injector.handshake_fault(number, now)
         if failing is not None:
-            self._fate.struck("handshake", f"connection {number}", now)
-            return await self._fail(request, failing)
+            self._fault_injector.record("handshake", f"connection {number}", now)
+            return await self._fail_handshake(request, failing)
         futures = not self._spot or request.path.startswith(("/market", "/futures"))
         combined = request.path.endswith("/stream")
         names = (
@@ -66,7 +73,7 @@ class Gate:
         connection = Connection(
             socket, request.transport, self._streams, futures=futures, combined=combined
         )
-        ending = asyncio.create_task(self._end(connection, number))
+        ending = asyncio.create_task(self._end_connection(connection, number))
         try:
             await connection.serve([name for name in names.split("/") if name])
         finally:
@@ -75,15 +82,15 @@ class Gate:
                 await ending
         return socket
 
-    def _admits(self, address: str, now: int) -> bool:
-        recent = [at for at in self._arrived.get(address, ()) if at > now - _WINDOW_MS]
-        if len(recent) < _MOST_CONNECTIONS:
+    def _admit(self, address: str, now: int) -> bool:
+        recent = [at for at in self._handshake_times.get(address, ()) if at > now - _WINDOW_MS]
+        if len(recent) < _MAX_CONNECTIONS:
             recent.append(now)
-            self._arrived[address] = recent
+            self._handshake_times[address] = recent
             return True
         return False
 
-    async def _fail(self, request: web.Request, random: Random) -> web.StreamResponse:
+    async def _fail_handshake(self, request: web.Request, random: Random) -> web.StreamResponse:
         """A handshake that comes to nothing: refused, left hanging, cut, or cut just after."""
         how = random.randrange(4)
         if how == 0:
@@ -99,26 +106,26 @@ class Gate:
 
     # -- out -------------------------------------------------------------------------------
 
-    async def _end(self, connection: Connection, number: int) -> None:
+    async def _end_connection(self, connection: Connection, number: int) -> None:
         """Close, cut or stall one connection when its time has come."""
-        faults, subject = self._fate.faults, f"connection {number}"
+        faults, subject = self._fault_injector.faults, f"connection {number}"
         never = float("inf")
-        drop = next(self._fate.moments("drop", number), never)
-        stall = next(self._fate.moments("stall", number), never)
+        drop = next(self._fault_injector.fault_times("drop", number), never)
+        stall = next(self._fault_injector.fault_times("stall", number), never)
         seconds = min(drop, stall, faults.lifetime_seconds)
         await self._clock.sleep_until(self._clock.now() + round(seconds * 1000))
         kind = "drop" if drop == seconds else "stall" if stall == seconds else "lifetime"
-        await self._strike(kind, connection, subject)
+        await self._inject(kind, connection, subject)
 
-    async def _strike(self, kind: str, connection: Connection, subject: str) -> None:
-        if self._fate.over(self._clock.now()):
+    async def _inject(self, kind: str, connection: Connection, subject: str) -> None:
+        if self._fault_injector.has_ended(self._clock.now()):
             return
-        self._fate.struck(kind, subject, self._clock.now())
+        self._fault_injector.record(kind, subject, self._clock.now())
         if kind == "drop":
             connection.abort()
         elif kind == "stall":
             connection.stall()
-            await self._clock.sleep(self._fate.faults.stall_seconds)
+            await self._clock.sleep(self._fault_injector.faults.stall_seconds)
             connection.abort()
         else:
             await connection.close(_GOING_AWAY)
@@ -126,43 +133,49 @@ class Gate:
     async def run(self) -> None:
         """What befalls all connections together; until cancelled."""
         async with asyncio.TaskGroup() as group:
-            strikes = {"drop": self._drop, "stall": self._stall, "shutdown": self._shut_down}
-            for planned in self._fate.faults.plan:
+            strikes = {
+                "drop": self._drop_all,
+                "stall": self._stall_all,
+                "shutdown": self._announce_shutdown,
+            }
+            for planned in self._fault_injector.faults.plan:
                 if planned.kind in strikes:
                     moments: Iterator[float] = iter((planned.at,))
-                    group.create_task(self._repeat(moments, strikes[planned.kind], group))
-            moments = self._fate.moments("shutdown")
-            group.create_task(self._repeat(moments, self._shut_down, group))
+                    group.create_task(
+                        self._inject_repeatedly(moments, strikes[planned.kind], group)
+                    )
+            moments = self._fault_injector.fault_times("shutdown")
+            group.create_task(self._inject_repeatedly(moments, self._announce_shutdown, group))
 
-    async def _repeat(
+    async def _inject_repeatedly(
         self,
         moments: Iterator[float],
         strike: Callable[[], Coroutine[None, None, None]],
         group: asyncio.TaskGroup,
     ) -> None:
         for seconds in moments:
-            await self._clock.sleep_until(self._fate.start + round(seconds * 1000))
+            await self._clock.sleep_until(self._fault_injector.start + round(seconds * 1000))
             group.create_task(strike())
 
-    async def _drop(self) -> None:
+    async def _drop_all(self) -> None:
         for connection in list(self._streams.connections):
-            await self._strike("drop", connection, "all")
+            await self._inject("drop", connection, "all")
 
-    async def _stall(self) -> None:
+    async def _stall_all(self) -> None:
         async with asyncio.TaskGroup() as group:
             for connection in list(self._streams.connections):
-                group.create_task(self._strike("stall", connection, "all"))
+                group.create_task(self._inject("stall", connection, "all"))
 
-    async def _shut_down(self) -> None:
+    async def _announce_shutdown(self) -> None:
         """Announce the end to all who are there, and keep the word."""
         connections = list(self._streams.connections)
         now = self._clock.now()
-        if self._fate.over(now):
+        if self._fault_injector.has_ended(now):
             return
-        self._fate.struck("shutdown", f"{len(connections)} connections", now)
+        self._fault_injector.record("shutdown", f"{len(connections)} connections", now)
         for connection in connections:
-            connection.say(frame(b'{"e":"serverShutdown","E":%d}' % now))
-        await self._clock.sleep(self._fate.faults.notice_seconds)
+            connection.send(frame(b'{"e":"serverShutdown","E":%d}' % now))
+        await self._clock.sleep(self._fault_injector.faults.notice_seconds)
         async with asyncio.TaskGroup() as group:
             for connection in connections:
                 group.create_task(connection.close(_GOING_AWAY))

@@ -50,7 +50,7 @@ def _decimals(step: float) -> int:
     return min(8, max(0, round(-log10(step))))
 
 
-class Feed(Protocol):
+class BarFeed(Protocol):
     """Bars of all instruments, one after another."""
 
     instruments: list[Instrument]
@@ -104,7 +104,7 @@ class FileFeed:
         if lengths or step is None:
             raise CandleFileError("the exchange needs files of one and the same timeframe, no 1M")
         self.timeframe_ms = step
-        self._rows = [_on_grid(table, step) for table in tables]
+        self._rows = [_align_to_grid(table, step) for table in tables]
         self.instruments = [
             _instrument(table, rows) for table, rows in zip(tables, self._rows, strict=True)
         ]
@@ -123,7 +123,7 @@ class FileFeed:
         return bars
 
 
-def _on_grid(table: CandleTable, step: int) -> Floats:
+def _align_to_grid(table: CandleTable, step: int) -> Floats:
     index = (table.times - table.times[0]) // step
     rows = np.full((int(index[-1]) + 1, 6), np.nan)
     rows[index] = table.values

@@ -5,70 +5,70 @@ from __future__ import annotations
 from math import inf
 
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.testing.exchange.bars import Bars, Book
-from kronos_stream.testing.exchange.fate import Fate
+from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.fate import FaultInjector
 
-_SWEEP_EVERY = 1_000
+_PRUNE_INTERVAL = 1_000
 
 
-class Ledger:
+class BarFaults:
     """Faults per closed bar, and the versions it has had."""
 
-    def __init__(self, bars: Bars, fate: Fate) -> None:
-        self._bars, self._fate = bars, fate
+    def __init__(self, bars: BarSimulator, fault_injector: FaultInjector) -> None:
+        self._bars, self._fault_injector = bars, fault_injector
         self._symbols = [instrument.symbol for instrument in bars.instruments]
-        self._closed: list[tuple[Book, int]] = []
-        self._strikes: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+        self._closed: list[tuple[BarHistory, int]] = []
+        self._faults: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
         self._versions: dict[tuple[str, int, int], list[Candle]] = {}
-        self._sweep_in = _SWEEP_EVERY
-        bars.closed = self._close
+        self._prune_countdown = _PRUNE_INTERVAL
+        bars.on_close = self._record_close
 
-    def _close(self, book: Book, opened: int) -> None:
+    def _record_close(self, book: BarHistory, opened: int) -> None:
         """A bar of every instrument has closed: draw what befalls it."""
         self._closed.append((book, opened))
-        if not self._fate.faults.befall_bars:
+        if not self._fault_injector.faults.affect_bars:
             return
         interval, closes = str(book.timeframe), book.timeframe.after(opened)
         struck = {}
         for index, symbol in enumerate(self._symbols):
-            strikes = self._fate.of_bar(symbol, interval, opened, closes)
+            strikes = self._fault_injector.bar_faults(symbol, interval, opened, closes)
             if strikes:
                 struck[index] = strikes
                 for kind in strikes:
                     if kind != "revised":  # it may come to nothing
-                        self._fate.struck(kind, f"{symbol}:{interval}", closes)
+                        self._fault_injector.record(kind, f"{symbol}:{interval}", closes)
         if struck:
-            self._strikes[interval, opened] = struck
-        self._sweep_in -= 1
-        if not self._sweep_in:
-            self._sweep()
+            self._faults[interval, opened] = struck
+        self._prune_countdown -= 1
+        if not self._prune_countdown:
+            self._prune()
 
-    def take_closed(self) -> list[tuple[Book, int]]:
+    def pop_closed(self) -> list[tuple[BarHistory, int]]:
         """The bars closed since the last call."""
         closed, self._closed = self._closed, []
         return closed
 
-    def strikes(self, book: Book, opened: int) -> dict[int, dict[str, float]]:
+    def faults_at(self, book: BarHistory, opened: int) -> dict[int, dict[str, float]]:
         """The faults that befell the bars opened at ``opened``, by instrument."""
-        return self._strikes.get((str(book.timeframe), opened), {})
+        return self._faults.get((str(book.timeframe), opened), {})
 
-    def shows(self, book: Book, opened: int, index: int, now: int) -> bool:
+    def is_visible(self, book: BarHistory, opened: int, index: int, now: int) -> bool:
         """Whether REST has the closed bar at ``now``."""
-        strikes = self.strikes(book, opened).get(index, {})
+        strikes = self.faults_at(book, opened).get(index, {})
         hidden = inf if "lost" in strikes else strikes.get("hidden", 0.0)
-        seconds = hidden * self._fate.faults.hidden_seconds
+        seconds = hidden * self._fault_injector.faults.hidden_seconds
         return now >= book.timeframe.after(opened) + seconds * 1000
 
-    def keep_version(self, book: Book, opened: int, index: int) -> None:
+    def record_version(self, book: BarHistory, opened: int, index: int) -> None:
         """Remember a bar as it is now, before it is changed."""
         candle = Candle(opened, *book.bars(opened)[index, :6].tolist())
         self._versions.setdefault((str(book.timeframe), index, opened), []).append(candle)
 
-    def versions(self, book: Book, opened: int, index: int) -> list[Candle]:
+    def versions(self, book: BarHistory, opened: int, index: int) -> list[Candle]:
         """What a changed bar has been before, oldest first."""
         return self._versions.get((str(book.timeframe), index, opened), [])
 
-    def truth(self, book: Book, index: int, since: int) -> list[Bar]:
+    def truth(self, book: BarHistory, index: int, since: int) -> list[Bar]:
         """The closed bars of one series that opened at ``since`` or later, as a tape holds them.
 
         What the venue does not have is flat at the close before it, synthetic; such bars are left
@@ -77,7 +77,7 @@ class Ledger:
         opens, rows = book.between(min(since, book.oldest), 2**62)
         bars: list[Bar] = []
         for opened, row in zip(opens, rows[:, index, :6].tolist(), strict=True):
-            lost = "lost" in self.strikes(book, opened).get(index, {})
+            lost = "lost" in self.faults_at(book, opened).get(index, {})
             if not lost and row[0] == row[0]:
                 revision = len(self.versions(book, opened, index))
                 bars.append(Bar(Candle(opened, *row), revision))
@@ -87,9 +87,9 @@ class Ledger:
                 bars.append(Bar(candle, synthetic=True))
         return [bar for bar in bars if bar.candle.time >= since]
 
-    def _sweep(self) -> None:
+    def _prune(self) -> None:
         """Forget what the books have forgotten."""
-        self._sweep_in = _SWEEP_EVERY
-        oldest = {interval: book.oldest for interval, book in self._bars.books.items()}
-        self._strikes = {k: v for k, v in self._strikes.items() if k[1] >= oldest[k[0]]}
+        self._prune_countdown = _PRUNE_INTERVAL
+        oldest = {interval: book.oldest for interval, book in self._bars.histories.items()}
+        self._faults = {k: v for k, v in self._faults.items() if k[1] >= oldest[k[0]]}
         self._versions = {k: v for k, v in self._versions.items() if k[2] >= oldest[k[0]]}

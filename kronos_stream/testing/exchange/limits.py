@@ -9,11 +9,11 @@ from aiohttp import web
 from kronos_stream.market.clock import Clock
 
 MINUTE_MS = 60_000
-_PATIENCE = 10
+_MAX_REFUSALS = 10
 """Requests answered with 429 in a minute before the address is banned."""
-_FIRST_BAN_SECONDS = 120
-_LONGEST_BAN_SECONDS = 3 * 86_400
-_MOST_ADDRESSES = 10_000
+_MIN_BAN_SECONDS = 120
+_MAX_BAN_SECONDS = 3 * 86_400
+_MAX_ADDRESSES = 10_000
 
 
 class ApiError(Exception):
@@ -58,12 +58,12 @@ class WeightLimit:
         if account.used <= self.limit:
             return account.used
         account.refused += 1
-        if account.refused > _PATIENCE:
-            seconds = min(_FIRST_BAN_SECONDS * 2**account.bans, _LONGEST_BAN_SECONDS)
+        if account.refused > _MAX_REFUSALS:
+            seconds = min(_MIN_BAN_SECONDS * 2**account.bans, _MAX_BAN_SECONDS)
             account.bans = min(account.bans + 1, 12)
             account.banned_until = now + seconds * 1000
             raise banned(account.banned_until, now)
-        raise too_much(self.limit, MINUTE_MS - now % MINUTE_MS)
+        raise rate_limited(self.limit, MINUTE_MS - now % MINUTE_MS)
 
     def used(self, address: str) -> int:
         """The weight used in this minute, UTC."""
@@ -71,12 +71,12 @@ class WeightLimit:
         return account.used if account.minute == self._clock.now() // MINUTE_MS else 0
 
     def _account(self, address: str) -> _Account:
-        if address not in self._accounts and len(self._accounts) >= _MOST_ADDRESSES:
+        if address not in self._accounts and len(self._accounts) >= _MAX_ADDRESSES:
             self._accounts.clear()
         return self._accounts.setdefault(address, _Account())
 
 
-def too_much(limit: int, wait_ms: int) -> ApiError:
+def rate_limited(limit: int, wait_ms: int) -> ApiError:
     """429, to be tried again in ``wait_ms``."""
     return ApiError(
         429,

@@ -20,7 +20,7 @@ from kronos_stream.testing.exchange.instruments import Instrument
 _DAY_MS = 86_400_000
 
 
-def listing(instrument: Instrument) -> dict[str, object]:
+def symbol_info(instrument: Instrument) -> dict[str, object]:
     """Its entry in exchangeInfo."""
     price, volume = instrument.digits
     listing: dict[str, object] = {
@@ -51,7 +51,7 @@ def listing(instrument: Instrument) -> dict[str, object]:
     }
 
 
-def ticker_of(instrument: Instrument, bars: Floats, now: int) -> dict[str, object]:
+def ticker_24h(instrument: Instrument, bars: Floats, now: int) -> dict[str, object]:
     """Of the bars (T, 8) of the last 24 hours, or of what is known of them."""
     price, volume = (f".{digits}f" for digits in instrument.digits)
     bars = bars[~np.isnan(bars[:, OPEN])]

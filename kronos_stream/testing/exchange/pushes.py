@@ -7,11 +7,11 @@ from collections.abc import Callable
 from itertools import count
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import Bars, Book, Floats
-from kronos_stream.testing.exchange.fate import Fate
+from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory, Floats
+from kronos_stream.testing.exchange.fate import FaultInjector
 from kronos_stream.testing.exchange.frames import AMOUNT, CLOSE, HIGH, TRADES, VOLUME
-from kronos_stream.testing.exchange.garbage import spoilt
-from kronos_stream.testing.exchange.ledger import Ledger
+from kronos_stream.testing.exchange.garbage import corrupt_push
+from kronos_stream.testing.exchange.ledger import BarFaults
 from kronos_stream.testing.exchange.sockets import Stream, Streams
 
 _SECOND_MS = 1_000
@@ -20,23 +20,28 @@ _PHASE_MS = 400
 """When within a second open bars are pushed: not together with the closed ones."""
 _LAG_MS = (3, 40)
 """How long after its close a bar is said to be closed."""
-_REVISED_AFTER_MS = 2_000
-_DUPLICATE_AFTER_MS = 300
-_OVERTAKEN_MS = 100
+_REVISION_DELAY_MS = 2_000
+_DUPLICATE_DELAY_MS = 300
+_REORDER_MS = 100
 
 
-class Pushes:
+class PushScheduler:
     """Drives the bars and the streams by the exchange's clock."""
 
     def __init__(
-        self, bars: Bars, ledger: Ledger, streams: Streams, clock: Clock, fate: Fate
+        self,
+        bars: BarSimulator,
+        bar_faults: BarFaults,
+        streams: Streams,
+        clock: Clock,
+        fault_injector: FaultInjector,
     ) -> None:
-        self._bars, self._ledger, self._streams = bars, ledger, streams
-        self._clock, self._fate = clock, fate
-        self._said: dict[str, tuple[int, Floats]] = {}
-        self._later: list[tuple[int, int, Callable[[int], None]]] = []
-        self._order = count()
-        fastest = next(iter(bars.books.values())).timeframe.milliseconds
+        self._bars, self._bar_faults, self._streams = bars, bar_faults, streams
+        self._clock, self._fault_injector = clock, fault_injector
+        self._last_volumes: dict[str, tuple[int, Floats]] = {}
+        self._scheduled: list[tuple[int, int, Callable[[int], None]]] = []
+        self._sequence = count()
+        fastest = next(iter(bars.histories.values())).timeframe.milliseconds
         self._period = _SECOND_MS if fastest == _SECOND_MS else _PUSH_MS
 
     async def run(self) -> None:
@@ -46,157 +51,157 @@ class Pushes:
         close = self._next_close()
         push = self._next_push(now)
         while True:
-            due = min(close, push, self._later[0][0] if self._later else push)
+            due = min(close, push, self._scheduled[0][0] if self._scheduled else push)
             await self._clock.sleep_until(due)
             now = self._clock.now()
             self._bars.advance(now)
             if now >= close:
-                self._say_closed(now)
+                self._push_closed(now)
                 close = self._next_close()
-            while self._later and self._later[0][0] <= now:
-                heapq.heappop(self._later)[2](now)
+            while self._scheduled and self._scheduled[0][0] <= now:
+                heapq.heappop(self._scheduled)[2](now)
             if now >= push:
-                self._say_open(now, odd=push // _SECOND_MS % 2 == 1)
+                self._push_open(now, odd=push // _SECOND_MS % 2 == 1)
                 push = self._next_push(now)
             self._streams.flush()
 
     def _next_close(self) -> int:
         """When the next closed bars are said: a little after their close, now more, now less."""
         close = self._bars.opened + self._bars.base_ms
-        return close + self._fate.random("lag", close).randint(*_LAG_MS)
+        return close + self._fault_injector.random_for("lag", close).randint(*_LAG_MS)
 
     def _next_push(self, now: int) -> int:
         return now - (now - _PHASE_MS) % self._period + self._period
 
-    def _after(self, moment: int, action: Callable[[int], None]) -> None:
-        heapq.heappush(self._later, (moment, next(self._order), action))
+    def _schedule(self, moment: int, action: Callable[[int], None]) -> None:
+        heapq.heappush(self._scheduled, (moment, next(self._sequence), action))
 
     # -- open bars -------------------------------------------------------------------------
 
-    def _say_open(self, now: int, *, odd: bool) -> None:
+    def _push_open(self, now: int, *, odd: bool) -> None:
         """Bars of one second every second, others every other; only while they trade."""
-        for name, book in self._bars.books.items():
+        for name, book in self._bars.histories.items():
             if odd and book.timeframe.milliseconds != _SECOND_MS:
                 continue
-            streams = self._streams.heard(name)
+            streams = self._streams.subscribed(name)
             if not streams:
                 continue
-            bars = self._bars.unfinished(book, now)
-            opened, said = self._said.get(name, (0, bars))
+            bars = self._bars.current_bars(book, now)
+            opened, said = self._last_volumes.get(name, (0, bars))
             volume = bars[:, VOLUME].copy()
             traded = volume != said if opened == book.opened else volume > 0
-            self._said[name] = book.opened, volume
+            self._last_volumes[name] = book.opened, volume
             rows = bars.tolist()
             for stream in streams:
-                if not traded[stream.index] or self._silent(stream, now):
+                if not traded[stream.index] or self._is_silent(stream, now):
                     continue
-                if self._fate.loses(stream.symbol, name, book.opened, book.closes):
+                if self._fault_injector.is_lost(stream.symbol, name, book.opened, book.closes):
                     continue
-                self._say(stream, rows[stream.index], book.opened, final=False, event=now)
+                self._push(stream, rows[stream.index], book.opened, final=False, event=now)
 
     # -- closed bars -----------------------------------------------------------------------
 
-    def _say_closed(self, now: int) -> None:
-        for book, opened in self._ledger.take_closed():
+    def _push_closed(self, now: int) -> None:
+        for book, opened in self._bar_faults.pop_closed():
             if opened < book.oldest:  # the machine has slept for longer than we remember
                 continue
             rows = book.bars(opened).tolist()
-            strikes = self._ledger.strikes(book, opened)
-            for stream in self._streams.heard(str(book.timeframe)):
+            strikes = self._bar_faults.faults_at(book, opened)
+            for stream in self._streams.subscribed(str(book.timeframe)):
                 bar = rows[stream.index]
                 if bar[CLOSE] != bar[CLOSE]:  # NaN: there is none
                     continue
                 if stream.index in strikes:
-                    self._say_struck(stream, book, opened, now, strikes[stream.index])
-                elif not self._silent(stream, now):
-                    self._say(stream, bar, opened, final=True, event=now)
+                    self._push_faulty(stream, book, opened, now, strikes[stream.index])
+                elif not self._is_silent(stream, now):
+                    self._push(stream, bar, opened, final=True, event=now)
 
-    def _say_struck(
-        self, stream: Stream, book: Book, opened: int, now: int, strikes: dict[str, float]
+    def _push_faulty(
+        self, stream: Stream, book: BarHistory, opened: int, now: int, strikes: dict[str, float]
     ) -> None:
         """The last word on a bar that faults have befallen."""
         if "lost" in strikes or "missing_final" in strikes:
             return
-        faults = self._fate.faults
+        faults = self._fault_injector.faults
         size = strikes.get("garbage")
         if size is not None:
-            self._say_garbage(stream, book, opened, now)
+            self._push_corrupted(stream, book, opened, now)
             if size < 1.0:  # in place of the last word, else before it
                 return
         said = now
         if "late" in strikes:
             said = now + round(strikes["late"] * faults.late_seconds * 1000)
-            self._after(said, lambda at: self._say_final(stream, book, opened, at))
+            self._schedule(said, lambda at: self._push_final(stream, book, opened, at))
         elif "disorder" in strikes:
-            said = self._say_disorderly(stream, book, opened, now, strikes["disorder"])
+            said = self._push_out_of_order(stream, book, opened, now, strikes["disorder"])
         else:
-            self._say_final(stream, book, opened, now)
+            self._push_final(stream, book, opened, now)
         if "duplicate" in strikes:
-            again = said + round(strikes["duplicate"] * _DUPLICATE_AFTER_MS)
-            self._after(again, lambda _: self._say_final(stream, book, opened, said))
+            again = said + round(strikes["duplicate"] * _DUPLICATE_DELAY_MS)
+            self._schedule(again, lambda _: self._push_final(stream, book, opened, said))
         if "revised" in strikes:
-            then = said + round(strikes["revised"] * _REVISED_AFTER_MS)
-            self._after(then, lambda at: self._revise(stream, book, opened, at))
+            then = said + round(strikes["revised"] * _REVISION_DELAY_MS)
+            self._schedule(then, lambda at: self._revise(stream, book, opened, at))
 
-    def _say_disorderly(
-        self, stream: Stream, book: Book, opened: int, now: int, size: float
+    def _push_out_of_order(
+        self, stream: Stream, book: BarHistory, opened: int, now: int, size: float
     ) -> int:
         """The last word overtaken by the next bar's first, or it overtakes an open push."""
         if size < 1.0:
             period = _SECOND_MS if book.timeframe.milliseconds == _SECOND_MS else _PUSH_MS
-            said = self._next_push(now) + period - _SECOND_MS + _OVERTAKEN_MS
-            self._after(said, lambda _: self._say_final(stream, book, opened, now))
+            said = self._next_push(now) + period - _SECOND_MS + _REORDER_MS
+            self._schedule(said, lambda _: self._push_final(stream, book, opened, now))
             return said
-        self._say_final(stream, book, opened, now)
+        self._push_final(stream, book, opened, now)
         stale = book.bars(opened)[stream.index].tolist()
         stale[CLOSE] = stale[0]
-        self._after(
-            now + _OVERTAKEN_MS,
-            lambda _: self._say(stream, stale, opened, final=False, event=now - _SECOND_MS),
+        self._schedule(
+            now + _REORDER_MS,
+            lambda _: self._push(stream, stale, opened, final=False, event=now - _SECOND_MS),
         )
         return now
 
-    def _say_final(self, stream: Stream, book: Book, opened: int, event: int) -> None:
-        if opened >= book.oldest and not self._silent(stream, self._clock.now()):
+    def _push_final(self, stream: Stream, book: BarHistory, opened: int, event: int) -> None:
+        if opened >= book.oldest and not self._is_silent(stream, self._clock.now()):
             bar = book.bars(opened)[stream.index].tolist()
-            self._say(stream, bar, opened, final=True, event=event)
+            self._push(stream, bar, opened, final=True, event=event)
 
-    def _say_garbage(self, stream: Stream, book: Book, opened: int, now: int) -> None:
-        if self._silent(stream, now):
+    def _push_corrupted(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
+        if self._is_silent(stream, now):
             return
         kline = stream.writer.push(
             book.bars(opened)[stream.index].tolist(),
             opened, book.timeframe.after(opened), final=True, event=now,
         )  # fmt: skip
-        random = self._fate.random("garbage", stream.symbol, stream.interval, opened)
-        self._streams.push(stream, spoilt(kline, random))
+        random = self._fault_injector.random_for("garbage", stream.symbol, stream.interval, opened)
+        self._streams.push(stream, corrupt_push(kline, random))
 
-    def _revise(self, stream: Stream, book: Book, opened: int, now: int) -> None:
+    def _revise(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
         """Change a closed bar, unless nobody would be told of it and so could not know."""
-        if self._silent(stream, now) or not any(c.hears for c in stream.listeners):
+        if self._is_silent(stream, now) or not any(c.is_receiving for c in stream.listeners):
             return
         if opened < book.oldest:
             return
         bar = book.bars(opened)[stream.index]
-        self._ledger.keep_version(book, opened, stream.index)
+        self._bar_faults.record_version(book, opened, stream.index)
         instrument = self._bars.instruments[stream.index]
         price = bar[HIGH] + instrument.tick
         volume = bar[VOLUME] + instrument.lot
         bar[HIGH] = bar[CLOSE] = price
         bar[AMOUNT] += instrument.lot * price
         bar[VOLUME], bar[TRADES] = volume, bar[TRADES] + 1
-        self._bars.round(book.bars(opened))
-        self._fate.struck("revised", f"{stream.symbol}:{stream.interval}", now)
-        self._say(stream, bar.tolist(), opened, final=True, event=now)
+        self._bars.round_bars(book.bars(opened))
+        self._fault_injector.record("revised", f"{stream.symbol}:{stream.interval}", now)
+        self._push(stream, bar.tolist(), opened, final=True, event=now)
 
     # -- both ------------------------------------------------------------------------------
 
-    def _silent(self, stream: Stream, now: int) -> bool:
-        return self._fate.silent(stream.symbol, now)
+    def _is_silent(self, stream: Stream, now: int) -> bool:
+        return self._fault_injector.is_silent(stream.symbol, now)
 
-    def _say(
+    def _push(
         self, stream: Stream, bar: list[float], opened: int, *, final: bool, event: int
     ) -> None:
-        closes = self._bars.books[stream.interval].timeframe.after(opened)
+        closes = self._bars.histories[stream.interval].timeframe.after(opened)
         kline = stream.writer.push(bar, opened, closes, final=final, event=event)
         self._streams.push(stream, kline)

@@ -9,43 +9,50 @@ import orjson
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import Bars, Book
-from kronos_stream.testing.exchange.fate import Fate
+from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.fate import FaultInjector
 from kronos_stream.testing.exchange.frames import CLOSE, KlineWriter
-from kronos_stream.testing.exchange.garbage import bad_answer, bad_response
+from kronos_stream.testing.exchange.garbage import corrupt_body, error_response
 from kronos_stream.testing.exchange.instruments import Instrument
-from kronos_stream.testing.exchange.ledger import Ledger
-from kronos_stream.testing.exchange.limits import ApiError, WeightLimit, banned, too_much
-from kronos_stream.testing.exchange.listings import listing, ticker_of
+from kronos_stream.testing.exchange.ledger import BarFaults
+from kronos_stream.testing.exchange.limits import ApiError, WeightLimit, banned, rate_limited
+from kronos_stream.testing.exchange.listings import symbol_info, ticker_24h
 
 Query = Mapping[str, str]
 
 _DAY_MS = 86_400_000
-_FAR = 2**62
+_END_OF_TIME = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class MarketRules:
     """Where spot and futures differ."""
 
     prefix: str
     weight_per_minute: int
-    most_rows: int
+    max_rows: int
     perpetual: bool
 
 
-SPOT = Rules("/api/v3", 6000, 1000, perpetual=False)
-FUTURES = Rules("/fapi/v1", 2400, 1500, perpetual=True)
+SPOT = MarketRules("/api/v3", 6000, 1000, perpetual=False)
+FUTURES = MarketRules("/fapi/v1", 2400, 1500, perpetual=True)
 
 
-class Rest:
+class RestApi:
     """Answers for one of the two markets."""
 
-    def __init__(self, rules: Rules, bars: Bars, ledger: Ledger, clock: Clock, fate: Fate) -> None:
-        self._rules, self._bars, self._ledger = rules, bars, ledger
-        self._clock, self._fate = clock, fate
+    def __init__(
+        self,
+        rules: MarketRules,
+        bars: BarSimulator,
+        bar_faults: BarFaults,
+        clock: Clock,
+        fault_injector: FaultInjector,
+    ) -> None:
+        self._rules, self._bars, self._bar_faults = rules, bars, bar_faults
+        self._clock, self._fault_injector = clock, fault_injector
         self._limit = WeightLimit(rules.weight_per_minute, clock)
-        self._listed = {
+        self._symbol_infos = {
             instrument.name: (index, instrument)
             for index, instrument in enumerate(bars.instruments)
             if instrument.perpetual == rules.perpetual
@@ -57,7 +64,7 @@ class Rest:
         endpoints: dict[str, tuple[Callable[[Query], bytes], Callable[[Query], int]]] = {
             "ping": (lambda _: b"{}", lambda _: 1),
             "time": (self._time, lambda _: 1),
-            "exchangeInfo": (self._info, lambda _: 1 if futures else 20),
+            "exchangeInfo": (self._exchange_info, lambda _: 1 if futures else 20),
             "klines": (self._klines, _futures_klines_weight if futures else lambda _: 2),
             "ticker/24hr": (self._tickers, self._tickers_weight),
         }
@@ -72,7 +79,7 @@ class Rest:
         async def handle(request: web.Request) -> web.Response:
             address = request.remote or ""
             try:
-                self._refuse()
+                self._raise_if_refusing()
                 self._limit.charge(address, weight(request.query))
                 response = await self._respond(request, answer)
             except ApiError as error:
@@ -87,36 +94,38 @@ class Rest:
 
     # -- faults ----------------------------------------------------------------------------
 
-    def _refuse(self) -> None:
+    def _raise_if_refusing(self) -> None:
         """Raises ApiError during a burst of refusals."""
         now = self._clock.now()
-        refused = self._fate.refused_until(now)
+        refused = self._fault_injector.refusal(now)
         if refused is None:
             return
         kind, until = refused
-        self._fate.struck(kind, self._rules.prefix, now)
+        self._fault_injector.record(kind, self._rules.prefix, now)
         if kind == "banned":
             raise banned(until, now)
-        raise too_much(self._rules.weight_per_minute, until - now)
+        raise rate_limited(self._rules.weight_per_minute, until - now)
 
     async def _respond(
         self, request: web.Request, answer: Callable[[Query], bytes]
     ) -> web.Response:
         now = self._clock.now()
-        kind, random = self._fate.of_request(request.path_qs, now)
+        kind, random = self._fault_injector.request_fault(request.path_qs, now)
         if kind:
-            self._fate.struck(kind, request.path_qs, now)
+            self._fault_injector.record(kind, request.path_qs, now)
         if kind == "timeout":
-            await self._clock.sleep(self._fate.faults.timeout_seconds)
+            await self._clock.sleep(self._fault_injector.faults.timeout_seconds)
             if request.transport is not None:
                 request.transport.abort()
         elif kind == "slow":
-            await self._clock.sleep(self._fate.faults.slow_seconds * random.uniform(0.5, 1.5))
+            await self._clock.sleep(
+                self._fault_injector.faults.slow_seconds * random.uniform(0.5, 1.5)
+            )
         elif kind == "error":
-            return bad_response(random)
+            return error_response(random)
         body = answer(request.query)
         if kind == "mangled":
-            body = bad_answer(body, random)
+            body = corrupt_body(body, random)
         return web.Response(body=body, content_type="application/json")
 
     # -- answers ---------------------------------------------------------------------------
@@ -124,8 +133,8 @@ class Rest:
     def _time(self, _: Query) -> bytes:
         return b'{"serverTime":%d}' % self._clock.now()
 
-    def _info(self, query: Query) -> bytes:
-        chosen = [instrument for _, instrument in self._chosen(query)]
+    def _exchange_info(self, query: Query) -> bytes:
+        chosen = [instrument for _, instrument in self._selected_instruments(query)]
         limit = {
             "rateLimitType": "REQUEST_WEIGHT",
             "interval": "MINUTE",
@@ -138,32 +147,34 @@ class Rest:
                 "serverTime": self._clock.now(),
                 "rateLimits": [limit],
                 "exchangeFilters": [],
-                "symbols": [listing(instrument) for instrument in chosen],
+                "symbols": [symbol_info(instrument) for instrument in chosen],
             }
         )
 
     def _klines(self, query: Query) -> bytes:
-        index, _ = self._one(query)
-        interval = _mandatory(query, "interval")
-        book = self._bars.books.get(interval)
+        index, _ = self._single_instrument(query)
+        interval = _require(query, "interval")
+        book = self._bars.histories.get(interval)
         if book is None:
             raise ApiError(400, -1120, "Invalid interval.")
-        start, end = _whole(query, "startTime"), _whole(query, "endTime")
+        start, end = _parse_integer(query, "startTime"), _parse_integer(query, "endTime")
         if start is not None and end is not None and start > end:
             raise ApiError(400, -1023, "Start time is greater than end time.")
-        limit = _whole(query, "limit", digits=9)
+        limit = _parse_integer(query, "limit", digits=9)
         limit = 500 if limit is None else limit
-        if not limit or (self._rules.perpetual and limit > self._rules.most_rows):
+        if not limit or (self._rules.perpetual and limit > self._rules.max_rows):
             raise ApiError(400, -1130, "Data sent for parameter 'limit' is not valid.")
-        rows = self._rows(book, index, start or 0, _FAR if end is None else end)
-        limit = min(limit, self._rules.most_rows)
+        rows = self._rows(book, index, start or 0, _END_OF_TIME if end is None else end)
+        limit = min(limit, self._rules.max_rows)
         writer = self._writer(index, interval)
         return b"[%s]" % b",".join(
             writer.row(bar, opened, book.timeframe.after(opened))
             for opened, bar in (rows[-limit:] if start is None else rows[:limit])
         )
 
-    def _rows(self, book: Book, index: int, start: int, end: int) -> list[tuple[int, list[float]]]:
+    def _rows(
+        self, book: BarHistory, index: int, start: int, end: int
+    ) -> list[tuple[int, list[float]]]:
         """Opens and bars of what the venue shows, the unfinished one at the end."""
         now = self._clock.now()
         self._bars.advance(now)
@@ -172,12 +183,12 @@ class Rest:
             (opened, bar)
             for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
             if bar[CLOSE] == bar[CLOSE]  # NaN: there is no such bar
-            and self._ledger.shows(book, opened, index, now)
+            and self._bar_faults.is_visible(book, opened, index, now)
         ]
         if start <= book.opened <= min(end, now):
-            bar = self._bars.unfinished(book, now)[index].tolist()
+            bar = self._bars.current_bars(book, now)[index].tolist()
             symbol, interval = self._bars.instruments[index].symbol, str(book.timeframe)
-            lost = self._fate.loses(symbol, interval, book.opened, book.closes)
+            lost = self._fault_injector.is_lost(symbol, interval, book.opened, book.closes)
             if bar[CLOSE] == bar[CLOSE] and not lost:
                 rows.append((book.opened, bar))
         return rows
@@ -190,10 +201,13 @@ class Rest:
 
     def _tickers(self, query: Query) -> bytes:
         self._bars.advance(self._clock.now())
-        book = next(iter(self._bars.books.values()))
+        book = next(iter(self._bars.histories.values()))
         now = self._clock.now()
         _, bars = book.between(now - _DAY_MS, now)
-        tickers = [ticker_of(instrument, bars[:, i], now) for i, instrument in self._chosen(query)]
+        tickers = [
+            ticker_24h(instrument, bars[:, i], now)
+            for i, instrument in self._selected_instruments(query)
+        ]
         return orjson.dumps(tickers[0] if "symbol" in query else tickers)
 
     def _tickers_weight(self, query: Query) -> int:
@@ -203,32 +217,32 @@ class Rest:
 
     # -- parameters ------------------------------------------------------------------------
 
-    def _one(self, query: Query) -> tuple[int, Instrument]:
-        name = _mandatory(query, "symbol")
-        if name not in self._listed:
+    def _single_instrument(self, query: Query) -> tuple[int, Instrument]:
+        name = _require(query, "symbol")
+        if name not in self._symbol_infos:
             raise ApiError(400, -1121, "Invalid symbol.")
-        return self._listed[name]
+        return self._symbol_infos[name]
 
-    def _chosen(self, query: Query) -> list[tuple[int, Instrument]]:
+    def _selected_instruments(self, query: Query) -> list[tuple[int, Instrument]]:
         """The instruments of ``symbol`` or ``symbols``, or all."""
         if "symbol" in query and "symbols" in query:
             raise ApiError(400, -1128, "Combination of optional parameters invalid.")
         if "symbol" in query:
-            return [self._one(query)]
+            return [self._single_instrument(query)]
         if "symbols" not in query or self._rules.perpetual:
-            return list(self._listed.values())
+            return list(self._symbol_infos.values())
         try:
             names = orjson.loads(query["symbols"])
         except orjson.JSONDecodeError:
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ApiError(400, -1100, "Illegal characters found in parameter 'symbols'.")
-        if any(name not in self._listed for name in names):
+        if any(name not in self._symbol_infos for name in names):
             raise ApiError(400, -1121, "Invalid symbol.")
-        return [self._listed[name] for name in names]
+        return [self._symbol_infos[name] for name in names]
 
 
-def _mandatory(query: Query, name: str) -> str:
+def _require(query: Query, name: str) -> str:
     if not query.get(name):
         raise ApiError(
             400,
@@ -238,7 +252,7 @@ def _mandatory(query: Query, name: str) -> str:
     return query[name]
 
 
-def _whole(query: Query, name: str, digits: int = 18) -> int | None:
+def _parse_integer(query: Query, name: str, digits: int = 18) -> int | None:
     text = query.get(name)
     if not text:
         return None

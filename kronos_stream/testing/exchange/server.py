@@ -14,23 +14,23 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.exchange.bars import Bars, Book
-from kronos_stream.testing.exchange.fate import Fate, SkewedClock
+from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.fate import FaultInjector, SkewedClock
 from kronos_stream.testing.exchange.faults import Faults
-from kronos_stream.testing.exchange.gate import Gate
-from kronos_stream.testing.exchange.instruments import Feed, FileFeed, GeneratedFeed
-from kronos_stream.testing.exchange.ledger import Ledger
-from kronos_stream.testing.exchange.pushes import Pushes
-from kronos_stream.testing.exchange.rest import FUTURES, SPOT, Rest
+from kronos_stream.testing.exchange.gate import WebSocketServer
+from kronos_stream.testing.exchange.instruments import BarFeed, FileFeed, GeneratedFeed
+from kronos_stream.testing.exchange.ledger import BarFaults
+from kronos_stream.testing.exchange.pushes import PushScheduler
+from kronos_stream.testing.exchange.rest import FUTURES, SPOT, RestApi
 from kronos_stream.testing.exchange.sockets import Streams
 from kronos_stream.testing.seasons import WEEK_MS
 
 _log = structlog.get_logger()
 
-_LONGEST_URL = 1 << 16  # a thousand streams
-_MOST_HISTORY = 2_000_000
-_LEAST_KEPT = 100  # faults come back to bars closed lately
-_FAR = 2**62
+_MAX_URL_BYTES = 1 << 16  # a thousand streams
+_MAX_HISTORY = 2_000_000
+_MIN_KEPT = 100  # faults come back to bars closed lately
+_END_OF_TIME = 2**62
 
 
 class ExchangeError(ValueError):
@@ -72,11 +72,11 @@ class SimulatedExchange:
     ) -> None:
         offered = [Timeframe.parse(text) for text in timeframes]
         if candles:
-            self._feed: Feed = FileFeed(candles)
+            self._feed: BarFeed = FileFeed(candles)
             offered = offered or [Timeframe.from_step(self._feed.timeframe_ms)]
         else:
             offered = offered or [Timeframe(1, "s")]
-            shortest = min(t.milliseconds or _FAR for t in offered)
+            shortest = min(t.milliseconds or _END_OF_TIME for t in offered)
             if shortest > WEEK_MS:
                 raise ExchangeError("the shortest timeframe must be a week at most")
             self._feed = GeneratedFeed(symbols, perpetuals, shortest, seed)
@@ -85,8 +85,8 @@ class SimulatedExchange:
         self._timeframes = sorted(set(offered), key=lambda t: t.after(0))
         self.faults = faults or Faults(seed=seed)
         self._history = history
-        self._keep = max(2 * history, 2_000) if keep is None else max(keep, _LEAST_KEPT)
-        self._given_clock: Clock = SystemClock() if clock is None else clock
+        self._keep = max(2 * history, 2_000) if keep is None else max(keep, _MIN_KEPT)
+        self._clock: Clock = SystemClock() if clock is None else clock
         self._host, self._port = host, port
 
     @property
@@ -109,27 +109,37 @@ class SimulatedExchange:
 
     async def __aenter__(self) -> Self:
         faults = self.faults
-        self.clock: Clock = self._given_clock
+        self.clock: Clock = self._clock
         if faults.skew_seconds or faults.drift_ppm:
             self.clock = SkewedClock(self.clock, faults.skew_seconds, faults.drift_ppm)
         now = self.clock.now()
-        self.fate = Fate(faults, now)
+        self.fault_injector = FaultInjector(faults, now)
         """Which faults have struck: ``fate.counts`` by kind, ``fate.incidents``."""
-        self._bars = Bars(self._feed, self._timeframes, now, history=self._history, keep=self._keep)
-        self._ledger = Ledger(self._bars, self.fate)
+        self._bars = BarSimulator(
+            self._feed, self._timeframes, now, history=self._history, keep=self._keep
+        )
+        self._bar_faults = BarFaults(self._bars, self.fault_injector)
         streams = self._streams = Streams(self._bars)
-        pushes = Pushes(self._bars, self._ledger, streams, self.clock, self.fate)
-        self._gate = Gate(streams, self.clock, self.fate, spot=self._has_spot())
+        pushes = PushScheduler(
+            self._bars, self._bar_faults, streams, self.clock, self.fault_injector
+        )
+        self._ws_server = WebSocketServer(
+            streams, self.clock, self.fault_injector, spot=self._has_spot()
+        )
         app = web.Application()
         for rules in (SPOT, FUTURES):
-            app.add_routes(Rest(rules, self._bars, self._ledger, self.clock, self.fate).routes())
-        app.add_routes(self._gate.routes())
+            app.add_routes(
+                RestApi(
+                    rules, self._bars, self._bar_faults, self.clock, self.fault_injector
+                ).routes()
+            )
+        app.add_routes(self._ws_server.routes())
         self._runner = web.AppRunner(
             app,
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=1.0,
-            max_line_size=_LONGEST_URL,
+            max_line_size=_MAX_URL_BYTES,
         )
         await self._runner.setup()
         try:
@@ -138,26 +148,26 @@ class SimulatedExchange:
             await self._runner.cleanup()
             raise
         self._port = self._runner.addresses[0][1]
-        self._pushing = asyncio.create_task(pushes.run(), name="pushes")
-        self._running = [self._pushing, asyncio.create_task(self._gate.run(), name="gate")]
-        for task in self._running:
+        self._push_task = asyncio.create_task(pushes.run(), name="pushes")
+        self._tasks = [self._push_task, asyncio.create_task(self._ws_server.run(), name="gate")]
+        for task in self._tasks:
             task.add_done_callback(_report)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._running:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.wait(self._running)
-        self._gate.abort()
+        await asyncio.wait(self._tasks)
+        self._ws_server.abort()
         await self._runner.cleanup()
-        for task in self._running:
+        for task in self._tasks:
             if not task.cancelled():
                 task.result()  # what went wrong must be seen
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop`` is set, or the exchange has failed; leaving it then says why."""
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait([stopping, self._pushing], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([stopping, self._push_task], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
 
     def _has_spot(self) -> bool:
@@ -173,16 +183,16 @@ class SimulatedExchange:
         """
         self._bars.advance(self.clock.now())
         book, index = self._find(series)
-        return self._ledger.truth(book, index, since)
+        return self._bar_faults.truth(book, index, since)
 
     def versions(self, series: Series, opened: int) -> list[Candle]:
         """All that the bar opened at ``opened`` has been: a client cut off may know an old one."""
         book, index = self._find(series)
         now = Candle(opened, *book.bars(opened)[index, :6].tolist())
-        return [*self._ledger.versions(book, opened, index), now]
+        return [*self._bar_faults.versions(book, opened, index), now]
 
-    def _find(self, series: Series) -> tuple[Book, int]:
-        return self._bars.books[str(series.timeframe)], self.symbols.index(series.symbol)
+    def _find(self, series: Series) -> tuple[BarHistory, int]:
+        return self._bars.histories[str(series.timeframe)], self.symbols.index(series.symbol)
 
 
 def _report(task: asyncio.Task[None]) -> None:
@@ -194,7 +204,7 @@ def _check(timeframe: Timeframe, base_ms: int, history: int) -> None:
     length = timeframe.milliseconds
     if (length or 86_400_000) % base_ms:
         raise ExchangeError(f"bars of {timeframe} cannot be made of bars of {base_ms / 1000:g} s")
-    if history * (length or 31 * 86_400_000) // base_ms > _MOST_HISTORY:
+    if history * (length or 31 * 86_400_000) // base_ms > _MAX_HISTORY:
         raise ExchangeError(
             f"{history} bars of {timeframe} history are too many bars of {base_ms / 1000:g} s; "
             "ask for less history or leave out the shortest timeframe"

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import orjson
 from aiohttp import WSMsgType, web
 
-from kronos_stream.testing.exchange.bars import Bars
+from kronos_stream.testing.exchange.bars import BarSimulator
 from kronos_stream.testing.exchange.frames import Kline, KlineWriter, frame, ping
 
-MOST_STREAMS = 1_024
-MOST_MESSAGES_PER_SECOND = 5
+MAX_STREAMS = 1_024
+MAX_MESSAGES_PER_SECOND = 5
 PING_SECONDS = 20.0
 PONG_SECONDS = 60.0
-_MOST_UNSENT_BYTES = 16 << 20
+_MAX_UNSENT_BYTES = 16 << 20
 _POLICY_VIOLATION = 1008
 
 _METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "GET_PROPERTY")
@@ -40,33 +40,33 @@ class Stream:
 class Streams:
     """All kline streams of spot and futures, and all connections."""
 
-    def __init__(self, bars: Bars) -> None:
+    def __init__(self, bars: BarSimulator) -> None:
         self._bars = bars
         self._indices = {
             (instrument.perpetual, instrument.name.lower()): index
             for index, instrument in enumerate(bars.instruments)
         }
-        self._known: dict[tuple[bool, str], Stream] = {}
+        self._streams: dict[tuple[bool, str], Stream] = {}
         self.connections: set[Connection] = set()
-        self._waiting: set[Connection] = set()
+        self._unflushed: set[Connection] = set()
 
     def find(self, name: str, *, futures: bool) -> Stream | None:
         """The stream called ``name``, or None: the venue accepts any name and sends nothing."""
-        stream = self._known.get((futures, name))
+        stream = self._streams.get((futures, name))
         if stream is None:
             symbol, _, interval = name.partition("@kline_")
             index = self._indices.get((futures, symbol))
-            if index is None or interval not in self._bars.books:
+            if index is None or interval not in self._bars.histories:
                 return None
             instrument = self._bars.instruments[index]
             writer = KlineWriter(instrument, interval)
             stream = Stream(index, instrument.symbol, interval, writer)
-            self._known[futures, name] = stream
+            self._streams[futures, name] = stream
         return stream
 
-    def heard(self, interval: str) -> list[Stream]:
+    def subscribed(self, interval: str) -> list[Stream]:
         """Streams of one interval that somebody listens to."""
-        return [s for s in self._known.values() if s.listeners and s.interval == interval]
+        return [s for s in self._streams.values() if s.listeners and s.interval == interval]
 
     def push(self, stream: Stream, kline: Kline) -> None:
         """Give a kline to all listeners; it leaves at the next :meth:`flush`."""
@@ -78,12 +78,12 @@ class Streams:
             else:
                 raw = raw or frame(kline.raw)
                 connection.unsent.append(raw)
-            self._waiting.add(connection)
+            self._unflushed.add(connection)
 
     def flush(self) -> None:
-        for connection in self._waiting:
+        for connection in self._unflushed:
             connection.flush()
-        self._waiting.clear()
+        self._unflushed.clear()
 
 
 class Connection:
@@ -102,18 +102,18 @@ class Connection:
         self._futures, self.combined = futures, combined
         self.unsent: list[bytes] = []
         self._names: dict[str, Stream | None] = {}
-        self._arrivals: deque[float] = deque(maxlen=MOST_MESSAGES_PER_SECOND + 1)
-        self._ponged = asyncio.get_running_loop().time()
+        self._message_times: deque[float] = deque(maxlen=MAX_MESSAGES_PER_SECOND + 1)
+        self._last_pong = asyncio.get_running_loop().time()
         self._stalled = False
 
     @property
-    def hears(self) -> bool:
+    def is_receiving(self) -> bool:
         """Whether what is pushed will arrive, as far as the exchange can know."""
         return not self._stalled and not self._transport.is_closing()
 
     # -- out -------------------------------------------------------------------------------
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Send a frame at once."""
         self.unsent.append(data)
         self.flush()
@@ -121,10 +121,10 @@ class Connection:
     def flush(self) -> None:
         data = b"".join(self.unsent)
         self.unsent.clear()
-        if not self.hears:
+        if not self.is_receiving:
             return
         self._transport.write(data)
-        if self._transport.get_write_buffer_size() > _MOST_UNSENT_BYTES:
+        if self._transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
             self._transport.abort()  # a client that does not read
 
     def stall(self) -> None:
@@ -147,7 +147,7 @@ class Connection:
         try:
             try:
                 self._subscribe(names)
-            except _Invalid as error:
+            except _InvalidRequest as error:
                 await self.close(_POLICY_VIOLATION, error.message)
                 return
             async with asyncio.TaskGroup() as group:
@@ -164,10 +164,10 @@ class Connection:
             await asyncio.sleep(PING_SECONDS)
             if self._stalled:
                 return
-            if loop.time() - self._ponged > PONG_SECONDS:
+            if loop.time() - self._last_pong > PONG_SECONDS:
                 self.abort()
                 return
-            self.say(ping(str(round(loop.time() * 1000)).encode()))
+            self.send(ping(str(round(loop.time() * 1000)).encode()))
 
     async def _listen(self) -> None:
         loop = asyncio.get_running_loop()
@@ -179,19 +179,19 @@ class Connection:
                 return
             if self._stalled:
                 continue
-            self._arrivals.append(loop.time())
-            full = len(self._arrivals) > MOST_MESSAGES_PER_SECOND
-            if full and self._arrivals[-1] - self._arrivals[0] < 1.0:
+            self._message_times.append(loop.time())
+            full = len(self._message_times) > MAX_MESSAGES_PER_SECOND
+            if full and self._message_times[-1] - self._message_times[0] < 1.0:
                 await self.close(_POLICY_VIOLATION, "Too many requests")
                 return
             if message.type is WSMsgType.PONG:
-                self._ponged = loop.time()
+                self._last_pong = loop.time()
             elif message.type is WSMsgType.PING:
-                self.say(frame(message.data, 0x8A))
+                self.send(frame(message.data, 0x8A))
             else:
-                self.say(frame(orjson.dumps(self._answer(message.data))))
+                self.send(frame(orjson.dumps(self._handle_request(message.data))))
 
-    def _answer(self, data: str | bytes) -> dict[str, object]:
+    def _handle_request(self, data: str | bytes) -> dict[str, object]:
         try:
             request = orjson.loads(data)
         except orjson.JSONDecodeError:
@@ -202,20 +202,20 @@ class Connection:
         if isinstance(number, bool) or not isinstance(number, int | str | None):
             return _error(2, "Invalid request: request ID must be an unsigned integer")
         try:
-            result = self._obey(request["method"], request.get("params", []))
-        except _Invalid as error:
+            result = self._execute(request["method"], request.get("params", []))
+        except _InvalidRequest as error:
             return _error(error.code, error.message, number)
         return {"result": result, "id": number}
 
-    def _obey(self, method: object, params: object) -> object:
+    def _execute(self, method: object, params: object) -> object:
         """The result of a request; raises _Invalid."""
         if method == "LIST_SUBSCRIPTIONS":
             return list(self._names)
         if not isinstance(params, list):
-            raise _Invalid(2, "Invalid request: params must be a list")
+            raise _InvalidRequest(2, "Invalid request: params must be a list")
         if method in {"SUBSCRIBE", "UNSUBSCRIBE"}:
             if not all(isinstance(name, str) for name in params):
-                raise _Invalid(2, "Invalid request: stream name must be a string")
+                raise _InvalidRequest(2, "Invalid request: stream name must be a string")
             if method == "UNSUBSCRIBE":
                 self._unsubscribe(params)
             else:
@@ -223,19 +223,21 @@ class Connection:
             return None
         if method not in {"SET_PROPERTY", "GET_PROPERTY"}:
             known = ", ".join(f"`{name}`" for name in _METHODS)
-            raise _Invalid(2, f"Invalid request: unknown variant {method}, expected one of {known}")
+            raise _InvalidRequest(
+                2, f"Invalid request: unknown variant {method}, expected one of {known}"
+            )
         if params[:1] != ["combined"]:
-            raise _Invalid(0, "Unknown property")
+            raise _InvalidRequest(0, "Unknown property")
         if method == "GET_PROPERTY":
             return self.combined
         if len(params) != 2 or not isinstance(params[1], bool):
-            raise _Invalid(1, "Invalid value type: expected Boolean")
+            raise _InvalidRequest(1, "Invalid value type: expected Boolean")
         self.combined = params[1]
         return None
 
     def _subscribe(self, names: Sequence[str]) -> None:
-        if len(self._names.keys() | set(names)) > MOST_STREAMS:
-            raise _Invalid(2, f"Invalid request: more than {MOST_STREAMS} streams")
+        if len(self._names.keys() | set(names)) > MAX_STREAMS:
+            raise _InvalidRequest(2, f"Invalid request: more than {MAX_STREAMS} streams")
         for name in names:
             stream = self._names[name] = self._streams.find(name, futures=self._futures)
             if stream is not None:
@@ -248,7 +250,7 @@ class Connection:
                 stream.listeners.discard(self)
 
 
-class _Invalid(Exception):  # noqa: N818
+class _InvalidRequest(Exception):  # noqa: N818
     """A request that cannot be obeyed."""
 
     def __init__(self, code: int, message: str) -> None:

@@ -46,19 +46,19 @@ from kronos_stream.testing.prometheus import find_program as prometheus_program
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _single_thread() -> None:
     """Tiny networks gain nothing by threads, and on a busy machine these wait for each other."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def parity() -> Path:
+def parity_folder() -> Path:
     """The folder of the reference's fixtures: ``tiny`` and ``published``."""
     return Path(__file__).parent / "data" / "parity"
 
 
 @pytest.fixture(scope="session")
-def cases(parity: Path) -> dict[str, NDArray[Any]]:
+def parity_cases(parity: Path) -> dict[str, NDArray[Any]]:
     """The tiny fixture's arrays by name; read-only."""
     with np.load(parity / "tiny" / "cases.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}
@@ -68,7 +68,7 @@ def cases(parity: Path) -> dict[str, NDArray[Any]]:
 
 
 @pytest.fixture(scope="session")
-def expected(parity: Path) -> dict[str, Any]:
+def parity_expected(parity: Path) -> dict[str, Any]:
     """The tiny fixture's scalars: greedy cases, training losses, gradient norms."""
     described: dict[str, Any] = json.loads((parity / "tiny" / "cases.json").read_text("utf-8"))
     return described
@@ -87,7 +87,7 @@ def tiny_predictor(parity: Path) -> Predictor:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
+def tiny_forecaster(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
     """The tiny checkpoint on the CPU in float32, with the 128 bars it was made for."""
     return Forecaster(
         tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
@@ -95,7 +95,7 @@ def tiny(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
 
 
 @pytest.fixture(scope="session")
-def walks() -> Callable[..., list[Context]]:
+def make_contexts() -> Callable[..., list[Context]]:
     """Makes contexts of five-minute bars, one per length: ``walks([90, 33], seed=1)``.
 
     Prices and volumes are random walks; ``seed`` and the position in the call fix a context, and
@@ -105,14 +105,14 @@ def walks() -> Callable[..., list[Context]]:
     def make(lengths: Sequence[int], *, seed: int = 0, named: bool = True) -> list[Context]:
         names = [f"test:{seed}/{i}:5m" if named else None for i in range(len(lengths))]
         return [
-            _walk(length, np.random.default_rng([seed, i]), name)
+            _random_walk(length, np.random.default_rng([seed, i]), name)
             for i, (length, name) in enumerate(zip(lengths, names, strict=True))
         ]
 
     return make
 
 
-def _walk(length: int, random: np.random.Generator, series: str | None) -> Context:
+def _random_walk(length: int, random: np.random.Generator, series: str | None) -> Context:
     close = 100 * np.exp(random.normal(0, 0.01, length + 1).cumsum())
     opened, close = close[:-1], close[1:]
     high, low = np.maximum(opened, close) * 1.003, np.minimum(opened, close) * 0.997
@@ -133,7 +133,7 @@ _BUILD = Path(__file__).parents[1] / "build" / "kafka"
 def kafka_jars() -> Path:
     """Apache Kafka's jars: those of KAFKA_HOME, or Maven's, fetched once."""
     if shutil.which("java") is None:
-        _do_without_kafka("no java on PATH")
+        _skip_without_kafka("no java on PATH")
     if home := os.environ.get("KAFKA_HOME"):
         return Path(home) / "libs"
     libs = _BUILD / "libs"
@@ -143,7 +143,7 @@ def kafka_jars() -> Path:
         complete = _BUILD / "complete"
         if not complete.exists() or complete.stat().st_mtime < _POM.stat().st_mtime:
             shutil.rmtree(libs, ignore_errors=True)
-            _fetch(libs)
+            _fetch_jars(libs)
             complete.touch()
     return libs
 
@@ -162,13 +162,13 @@ def topic_prefix(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def patience() -> float:
+def load_factor() -> float:
     """How many times as long as on a quiet machine things may take: what runs, per core."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.fixture
-def daemon_of(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]:
+def make_daemon(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]:
     """Makes a daemon, not yet started: ``daemon_of(exchange, bootstrap, CATCH_UP="all")``.
 
     It forecasts every market of the exchange with nano, into topics that are made here.
@@ -195,20 +195,20 @@ def daemon_of(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]
     return make
 
 
-def _fetch(libs: Path) -> None:
+def _fetch_jars(libs: Path) -> None:
     command = ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies"]
     if shutil.which("mvn") is None:
-        _do_without_kafka("no mvn on PATH, and KAFKA_HOME not set")
+        _skip_without_kafka("no mvn on PATH, and KAFKA_HOME not set")
     try:
         subprocess.run(  # noqa: S603
             [*command, f"-DoutputDirectory={libs}"], check=True, capture_output=True, timeout=240
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         said = (error.stdout or b"").decode(errors="replace").strip().splitlines()
-        _do_without_kafka(f"Maven did not fetch it ({said[0] if said else error})")
+        _skip_without_kafka(f"Maven did not fetch it ({said[0] if said else error})")
 
 
-def _do_without_kafka(reason: str) -> None:
+def _skip_without_kafka(reason: str) -> None:
     if os.environ.get("KRONOS_REQUIRE_KAFKA") == "1":
         pytest.fail(f"no Apache Kafka: {reason}")
     pytest.skip(f"not tested with Apache Kafka: {reason}")
@@ -219,7 +219,7 @@ def _do_without_kafka(reason: str) -> None:
 
 
 @pytest.fixture
-def mosquitto_of(tmp_path: Path) -> Callable[..., Mosquitto]:
+def make_mosquitto(tmp_path: Path) -> Callable[..., Mosquitto]:
     """Makes a broker, not yet started: ``mosquitto_of(users={"me": "secret"})``."""
     try:
         mosquitto_program()
@@ -235,19 +235,19 @@ def mosquitto_of(tmp_path: Path) -> Callable[..., Mosquitto]:
 
 
 @pytest.fixture
-def prometheus_of(tmp_path: Path) -> Callable[[str], Prometheus]:
+def make_prometheus(tmp_path: Path) -> Callable[[str], Prometheus]:
     """Makes one with a configuration, not yet started; its folder is ``prometheus``."""
-    _need_prometheus("prometheus")
+    _require_prometheus("prometheus")
     return partial(Prometheus, tmp_path / "prometheus")
 
 
 @pytest.fixture
 def promtool() -> str:
     """The program that checks what Prometheus is given."""
-    return _need_prometheus("promtool")
+    return _require_prometheus("promtool")
 
 
-def _need_prometheus(name: str) -> str:
+def _require_prometheus(name: str) -> str:
     try:
         return prometheus_program(name)
     except PrometheusFailed as error:
@@ -257,7 +257,7 @@ def _need_prometheus(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def measured() -> dict[str, frozenset[str]]:
+def metric_labels() -> dict[str, frozenset[str]]:
     """What a daemon tells Prometheus: names of samples and of histograms → labels."""
     metrics = Metrics()
     for metric in vars(metrics).values():
@@ -274,7 +274,7 @@ def measured() -> dict[str, frozenset[str]]:
 
 
 @pytest.fixture(scope="session")
-def forecast_of() -> Callable[..., Envelope]:
+def make_forecast() -> Callable[..., Envelope]:
     """Makes a forecast of the newest closed bar: ``forecast_of("binance:BTC/USDT:5m")``.
 
     p_up: in twentieths. ago: bars by which it is out of date. reasons: why it is degraded.

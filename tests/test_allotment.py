@@ -85,19 +85,19 @@ def _log(random: Random, bars: int) -> list[FeedRecord]:  # noqa: C901 - a branc
     return log
 
 
-class _Member:
+class _TrackedMember:
     """An allotment, and in place of the scheduler somebody who takes what is due at random."""
 
     def __init__(self, clock: Clock, *, delivered: list[tuple[Place, str]]) -> None:
         self.waiting: list[ForecastRequest] = []
-        self.gone: list[Series] = []
-        self.hand: list[tuple[ForecastRequest, Window | None]] = []
-        self.buried = 0
+        self.removed: list[Series] = []
+        self.in_flight: list[tuple[ForecastRequest, Window | None]] = []
+        self.dead_letters = 0
         self._delivered, self._ticket = delivered, 0
         self.allotment = PartitionTracker(
             self.waiting.append,
-            self.gone.append,
-            self._bury,
+            self.removed.append,
+            self._count_dead_letter,
             self._finish,
             clock,
             Metrics(),
@@ -105,28 +105,28 @@ class _Member:
             catch_up="all",
         )
 
-    def _bury(self, *_: object) -> None:
-        self.buried += 1
+    def _count_dead_letter(self, *_: object) -> None:
+        self.dead_letters += 1
 
     async def _finish(self) -> None:
         self.waiting.clear()
-        self.gone.clear()
+        self.removed.clear()
         self.deliver()
 
     def take(self, random: Random) -> None:
         """A batch: some of what waits, in order per series."""
         count = random.randrange(len(self.waiting) + 1)
         for due in self.waiting[:count]:
-            self.hand.append((due, self.allotment.window(due)))
+            self.in_flight.append((due, self.allotment.window(due)))
         del self.waiting[:count]
-        for series in self.gone:
+        for series in self.removed:
             if self.allotment.owns(series):
                 self._ticket += 1
                 self.allotment.mark_published(series, self._ticket)
-        self.gone.clear()
+        self.removed.clear()
 
     def deliver(self) -> None:
-        for due, window in self.hand:
+        for due, window in self.in_flight:
             if not self.allotment.owns(due):
                 continue
             self._ticket += 1
@@ -135,23 +135,23 @@ class _Member:
                 place = due.series, due.origin, due.revision
                 self._delivered.append((place, context_digest(window.values, window.times)))
             self.allotment.mark_published(due, self._ticket)
-        self.hand.clear()
+        self.in_flight.clear()
         self.allotment.mark_delivered(self._ticket)
 
 
-class _Group:
+class _SimulatedGroup:
     """A log, what is noted of it, and whoever has it just now."""
 
     def __init__(self, log: Sequence[FeedRecord], random: Random) -> None:
         self.log, self.random = log, random
-        self.note: Checkpoint | None = None
+        self.checkpoint: Checkpoint | None = None
         self.delivered: list[tuple[Place, str]] = []
-        self.owner: _Member | None = None
+        self.owner: _TrackedMember | None = None
         self.clock = ManualClock(10**12)
         self.position = 0
 
-    def give(self, member: _Member) -> None:
-        extent = PartitionBounds(0, len(self.log), len(self.log), self.note)
+    def rebalance(self, member: _TrackedMember) -> None:
+        extent = PartitionBounds(0, len(self.log), len(self.log), self.checkpoint)
         member.allotment.on_assigned([PART])
         self.position = member.allotment.start_partition(PART, extent)
         self.owner = member
@@ -173,12 +173,12 @@ class _Group:
         else:
             self.commit(owner)
 
-    def commit(self, owner: _Member) -> None:
+    def commit(self, owner: _TrackedMember) -> None:
         notes = owner.allotment.pending_checkpoints()
-        self.note = notes.get(PART, self.note)
+        self.checkpoint = notes.get(PART, self.checkpoint)
         owner.allotment.on_checkpointed(notes)
 
-    async def hand_over(self) -> _Member:
+    async def hand_over(self) -> _TrackedMember:
         """As a rebalance goes; who had it is given back, and still has what it knows."""
         owner = self.owner
         assert owner is not None
@@ -187,85 +187,85 @@ class _Group:
         owner.allotment.on_revoked()
         return owner
 
-    def work_off(self) -> None:
+    def drain(self) -> None:
         owner = self.owner
         assert owner is not None
-        while self.position < len(self.log) or owner.waiting or owner.hand or owner.gone:
+        while self.position < len(self.log) or owner.waiting or owner.in_flight or owner.removed:
             self.step()
         self.commit(owner)
 
 
 def _expected(log: Sequence[FeedRecord]) -> dict[Place, str]:
     """What somebody delivers to whom nothing ever happens."""
-    group = _Group(log, Random(0))
-    group.give(_Member(group.clock, delivered=group.delivered))
+    group = _SimulatedGroup(log, Random(0))
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
     owner = group.owner
     assert owner is not None
     for at, told in enumerate(log):
         owner.allotment.on_records(PART, [(at, told)], at + 1)
-        owner.hand += [(due, owner.allotment.window(due)) for due in owner.waiting]
+        owner.in_flight += [(due, owner.allotment.window(due)) for due in owner.waiting]
         owner.waiting.clear()
         owner.deliver()
     assert len(group.delivered) == len(dict(group.delivered))
     return dict(group.delivered)
 
 
-def _check(group: _Group) -> None:
+def _check(group: _SimulatedGroup) -> None:
     expected = _expected(group.log)
     for place, digest in group.delivered:
         assert expected[place] == digest, place
     ended = {told.series for told in group.log if isinstance(told, SeriesRemoved)}
     missing = expected.keys() - dict(group.delivered).keys()
     assert all(series in ended for series, _, _ in missing)
-    assert group.note is not None
-    assert group.note.offset == len(group.log)
+    assert group.checkpoint is not None
+    assert group.checkpoint.offset == len(group.log)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_happens_all_is_forecast_from_the_same_bars(seed: int) -> None:
     random = Random(seed)
-    group = _Group(_log(random, 400), random)
-    asyncio.run(_troubled(group, crashes=True))
+    group = _SimulatedGroup(_log(random, 400), random)
+    asyncio.run(_log_with_errors(group, crashes=True))
     _check(group)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_handed_over_in_good_order_nothing_is_done_twice(seed: int) -> None:
     random = Random(1_000 + seed)
-    group = _Group(_log(random, 400), random)
-    asyncio.run(_troubled(group, crashes=False))
+    group = _SimulatedGroup(_log(random, 400), random)
+    asyncio.run(_log_with_errors(group, crashes=False))
     _check(group)
     assert len(group.delivered) == len(dict(group.delivered))
 
 
-async def _troubled(group: _Group, *, crashes: bool) -> None:
+async def _log_with_errors(group: _SimulatedGroup, *, crashes: bool) -> None:
     random = group.random
-    members = [_Member(group.clock, delivered=group.delivered) for _ in range(3)]
-    group.give(members[0])
+    members = [_TrackedMember(group.clock, delivered=group.delivered) for _ in range(3)]
+    group.rebalance(members[0])
     for _ in range(60):
         for _ in range(random.randrange(12)):
             group.step()
         if crashes and random.random() < 0.3:
             lost = group.owner
             members = [one for one in members if one is not lost]
-            members.append(_Member(group.clock, delivered=group.delivered))
+            members.append(_TrackedMember(group.clock, delivered=group.delivered))
         else:
             await group.hand_over()
-        group.give(random.choice(members))
-    group.work_off()
+        group.rebalance(random.choice(members))
+    group.drain()
 
 
 async def test_a_member_that_gets_it_back_reads_nothing_again() -> None:
     random = Random(5)
-    group = _Group(_log(random, 200), random)
-    group.give(_Member(group.clock, delivered=group.delivered))
+    group = _SimulatedGroup(_log(random, 200), random)
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
     for _ in range(40):
         group.step()
     position = group.position
     assert position > 0
-    group.give(await group.hand_over())
+    group.rebalance(await group.hand_over())
     assert group.position == position
-    group.work_off()
+    group.drain()
     _check(group)
 
 
@@ -276,10 +276,10 @@ def test_a_new_member_reads_back_no_more_than_contexts_need() -> None:
         for at in range(10 * LOOKBACK)
         for one in SERIES
     ]
-    group = _Group(log, random)
-    group.give(_Member(group.clock, delivered=group.delivered))
-    group.work_off()
-    group.give(_Member(group.clock, delivered=group.delivered))
+    group = _SimulatedGroup(log, random)
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
+    group.drain()
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
     assert group.position == len(log) - (LOOKBACK + LATE_BARS) * len(SERIES)
 
 
@@ -291,10 +291,10 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
         for at in range(10 * LOOKBACK)
         for one in ((alive, dead) if at < 2 * LOOKBACK else (alive,))
     ]
-    group = _Group(log, random)
-    group.give(_Member(group.clock, delivered=group.delivered))
-    group.work_off()
-    group.give(_Member(group.clock, delivered=group.delivered))
+    group = _SimulatedGroup(log, random)
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
+    group.drain()
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
     assert group.position == len(log) - LOOKBACK - LATE_BARS
 
 
@@ -349,9 +349,9 @@ async def test_no_more_is_read_while_forecasts_are_not_delivered() -> None:
         RelayedBar(SERIES[0], Bar(_candle(random, 60_000 * at)), history=False)
         for at in range(9_000)
     ]
-    group = _Group(log, random)
-    member = _Member(group.clock, delivered=group.delivered)
-    group.give(member)
+    group = _SimulatedGroup(log, random)
+    member = _TrackedMember(group.clock, delivered=group.delivered)
+    group.rebalance(member)
     while not member.allotment.paused():
         records = [(at, log[at]) for at in range(group.position, group.position + 100)]
         group.position += 100
@@ -372,17 +372,17 @@ def test_history_behind_bars_that_wait_takes_nothing_from_them() -> None:
         RelayedBar(SERIES[0], Bar(_candle(random, 60_000 * at)), history)
         for at, history in enumerate(flags)
     ]
-    group = _Group(log, random)
-    first = _Member(group.clock, delivered=group.delivered)
-    group.give(first)
+    group = _SimulatedGroup(log, random)
+    first = _TrackedMember(group.clock, delivered=group.delivered)
+    group.rebalance(first)
     first.allotment.on_records(PART, list(enumerate(log)), len(log))
     group.commit(first)
-    group.give(_Member(group.clock, delivered=group.delivered))
+    group.rebalance(_TrackedMember(group.clock, delivered=group.delivered))
     assert group.position == 60 + 1 - LOOKBACK - LATE_BARS
     group.position = len(log)
     assert group.owner is not None
     group.owner.allotment.on_records(PART, list(enumerate(log)), len(log))
-    group.work_off()
+    group.drain()
     assert dict(group.delivered) == _expected(log)
 
 
@@ -460,7 +460,7 @@ def _plain(dues: list[ForecastRequest] | None = None, **settings: Any) -> Partit
     )
 
 
-def _barred() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
+def _skipping() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
     """Two parts from their beginning, what is due, and why something was refused."""
     dues, reasons = list[ForecastRequest](), list[str]()
     allotment = PartitionTracker(
@@ -481,7 +481,7 @@ def _barred() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
 
 
 def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
-    allotment, dues, reasons = _barred()
+    allotment, dues, reasons = _skipping()
     times = [60_000 * at for at in range(LOOKBACK)]
     times.insert(-2, times[-2] + 30_000)
     for at, time in enumerate(times):
@@ -494,7 +494,7 @@ def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
 
 
 def test_a_series_is_in_one_partition() -> None:
-    allotment, dues, reasons = _barred()
+    allotment, dues, reasons = _skipping()
     other = Partition(PART.log, 4)
     for at in range(LOOKBACK):
         told = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
@@ -509,7 +509,7 @@ def test_a_series_is_in_one_partition() -> None:
 
 def test_news_of_bars_that_were_history_to_another_are_due() -> None:
     """The second of two ingesters had just begun, and the first one lags behind it."""
-    allotment, dues, _ = _barred()
+    allotment, dues, _ = _skipping()
     told = [(at, at < LOOKBACK) for at in range(LOOKBACK + 2)]
     told += [(at, False) for at in range(LOOKBACK - 2, LOOKBACK + 2)]
     for offset, (at, history) in enumerate(told):

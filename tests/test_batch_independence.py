@@ -27,13 +27,13 @@ WIDTHS = {"tiny": (64, 96), "small": (512, 1024), "base": (832, 2048)}
 PATHS = 3
 
 
-class Company(NamedTuple):
+class ContextSet(NamedTuple):
     """Contexts of unequal lengths and horizons, and what each draws when alone."""
 
     forecaster: Forecaster
     contexts: list[Context]
     horizons: list[int]
-    alone: list[SampledPaths]
+    individual_results: list[SampledPaths]
 
     def check(self, members: Sequence[int]) -> None:
         """Draw the members together; each must come out as it did alone."""
@@ -41,8 +41,8 @@ class Company(NamedTuple):
             [self.contexts[i] for i in members], [self.horizons[i] for i in members], PATHS
         )
         for i, draw in zip(members, draws, strict=True):
-            if i < len(self.alone):
-                assert_same(draw, self.alone[i])
+            if i < len(self.individual_results):
+                assert_same(draw, self.individual_results[i])
 
 
 def assert_same(draw: SampledPaths, wanted: SampledPaths) -> None:
@@ -71,7 +71,7 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=list(WIDTHS))
-def company(request: pytest.FixtureRequest, walks: Walks) -> Company:
+def context_set(request: pytest.FixtureRequest, walks: Walks) -> ContextSet:
     """301 contexts of 9 to 40 bars and horizons of 1 to 6; the first five drawn alone."""
     models = random_models(*WIDTHS[request.param])
     forecaster = Forecaster(*models, device="cpu", dtype="float32", max_context=64)
@@ -80,16 +80,16 @@ def company(request: pytest.FixtureRequest, walks: Walks) -> Company:
     horizons = random.integers(1, 7, 301).tolist()
     horizons[:5] = [6, 1, 4, 6, 5]
     alone = [forecaster.draw([contexts[i]], horizons[i], PATHS)[0] for i in range(5)]
-    return Company(forecaster, contexts, horizons, alone)
+    return ContextSet(forecaster, contexts, horizons, alone)
 
 
-def test_among_50_and_among_300(company: Company) -> None:
+def test_among_50_and_among_300(company: ContextSet) -> None:
     """First, last or scattered among others."""
     company.check(range(50))
     company.check([*range(5, 301), *range(5)])
 
 
-def test_logits_too(company: Company, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_too(company: ContextSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the logits differ, of one path or three: rounding there seldom shows in a token."""
     seen: dict[int, list[torch.Tensor]] = {}
 
@@ -121,7 +121,7 @@ def test_logits_too(company: Company, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_order_on_any_number_of_threads(company: Company, threads: int) -> None:
+def test_any_order_on_any_number_of_threads(company: ContextSet, threads: int) -> None:
     """Shuffled calls of 1 and 24 contexts."""
     torch.set_num_threads(threads)
     random = np.random.default_rng(threads)

@@ -32,7 +32,7 @@ FLIPS = 0.1
 DIFFERENT = 0.2
 
 
-class Run(NamedTuple):
+class ForecastSample(NamedTuple):
     """What one type and seed forecast for all contexts."""
 
     quantiles: Floats  # of the close, in standard deviations of the context's closes
@@ -47,17 +47,19 @@ def bfloat16(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Forecaster, bfloat16: Forecaster, walks: Walks) -> dict[tuple[str, int], Run]:
+def runs(
+    tiny: Forecaster, bfloat16: Forecaster, walks: Walks
+) -> dict[tuple[str, int], ForecastSample]:
     """Forty contexts of 40 to 112 bars, in both types, each with two seeds."""
     lengths = np.random.default_rng(0).integers(40, 113, CONTEXTS).tolist()
     contexts = walks(lengths, seed=50)
     spread = [np.std(np.asarray(context.values)[:, CLOSE]) for context in contexts]
 
-    def run(forecaster: Forecaster, seed: int) -> Run:
+    def run(forecaster: Forecaster, seed: int) -> ForecastSample:
         draws = forecaster.draw(contexts, HORIZON, PATHS, seed=seed)
         closes = [draw.paths[..., CLOSE] / std for draw, std in zip(draws, spread, strict=True)]
         quantiles = [weibull_quantiles(close, QUANTILES) for close in closes]
-        return Run(np.stack(quantiles), np.stack([draw.tokens for draw in draws]))
+        return ForecastSample(np.stack(quantiles), np.stack([draw.tokens for draw in draws]))
 
     return {
         (name, seed): run(forecaster, seed)
@@ -66,12 +68,14 @@ def runs(tiny: Forecaster, bfloat16: Forecaster, walks: Walks) -> dict[tuple[str
     }
 
 
-def distance(one: Run, other: Run) -> float:
+def distance(one: ForecastSample, other: ForecastSample) -> float:
     """Mean absolute difference over contexts, quantiles and steps."""
     return float(np.abs(one.quantiles - other.quantiles).mean())
 
 
-def test_quantiles_agree_within_the_monte_carlo_error(runs: dict[tuple[str, int], Run]) -> None:
+def test_quantiles_agree_within_the_monte_carlo_error(
+    runs: dict[tuple[str, int], ForecastSample],
+) -> None:
     """On the same noise the types are closer than two seeds; on other noise as far as these."""
     seeds = distance(runs["float32", 0], runs["float32", 1])
     same = distance(runs["float32", 0], runs["bfloat16", 0]) / seeds
@@ -81,7 +85,7 @@ def test_quantiles_agree_within_the_monte_carlo_error(runs: dict[tuple[str, int]
     assert other < OTHER_NOISE
 
 
-def test_token_flips(runs: dict[tuple[str, int], Run]) -> None:
+def test_token_flips(runs: dict[tuple[str, int], ForecastSample]) -> None:
     """Few steps draw other tokens on the same noise after the same past; few tokens differ."""
     differs = runs["float32", 0].tokens != runs["bfloat16", 0].tokens
     step = differs.any(-1)

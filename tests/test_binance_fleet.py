@@ -40,7 +40,7 @@ def kline(stream: str) -> bytes:
     return orjson.dumps({"stream": stream, "data": event})
 
 
-class Socket:
+class FakeSocket:
     """What the venue knows of one."""
 
     def __init__(self) -> None:
@@ -49,49 +49,49 @@ class Socket:
         self.methods: list[str] = []
 
 
-class Venue:
+class FakeVenue:
     """The other side of a fleet; time leaps to whatever is due next."""
 
     def __init__(self, fleet: ConnectionPool) -> None:
         self.fleet, self.now = fleet, 0.0
         self.opens: list[float] = []
-        self.open: dict[Connection, Socket] = {}
+        self.open: dict[Connection, FakeSocket] = {}
         self.closed: list[tuple[float, str]] = []
-        self.told: Counter[str] = Counter()
+        self.update_counts: Counter[str] = Counter()
         self.accepts: Callable[[int], bool] = lambda _: True
         self.retry_after = 0.0
         self.answers = self.pushes = True
         self.error = ""
-        self._dialled: set[Connection] = set()
-        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._connecting: set[Connection] = set()
+        self._scheduled: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._push()
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self._later, (self.now + seconds, next(self._order), action))
+        heapq.heappush(self._scheduled, (self.now + seconds, next(self._order), action))
 
     def run(self, seconds: float) -> None:
         until = self.now + seconds
         while True:
             for command in self.fleet.poll(self.now):
-                self._obey(command)
+                self._execute(command)
             assert self.fleet.next_wakeup > self.now  # or it would be asked without end
-            due = min(self.fleet.next_wakeup, self._later[0][0])
+            due = min(self.fleet.next_wakeup, self._scheduled[0][0])
             if due > until:
                 self.now = until
                 return
             self.now = due
-            while self._later and self._later[0][0] <= self.now:
-                heapq.heappop(self._later)[2]()
+            while self._scheduled and self._scheduled[0][0] <= self.now:
+                heapq.heappop(self._scheduled)[2]()
 
-    def say(self, connection: Connection, frame: bytes) -> None:
+    def deliver(self, connection: Connection, frame: bytes) -> None:
         if connection in self.open:
             told = self.fleet.receive(connection, frame, self.now)
-            self.told[type(told).__name__] += 1
+            self.update_counts[type(told).__name__] += 1
 
     def shut_down(self) -> None:
         for connection in self.open:
-            self.say(connection, b'{"e":"serverShutdown","E":1}')
+            self.deliver(connection, b'{"e":"serverShutdown","E":1}')
 
     def cut(self, connection: Connection) -> None:
         if self.open.pop(connection, None) is not None:
@@ -101,29 +101,29 @@ class Venue:
         """What reaches the client."""
         return {stream for socket in self.open.values() for stream in socket.streams}
 
-    def _obey(self, command: Open | Send | Close) -> None:
+    def _execute(self, command: Open | Send | Close) -> None:
         connection = command.member
         if isinstance(command, Open):
             self.opens.append(self.now)
-            self._dialled.add(connection)
-            self.after(0.05, lambda: self._shake_hands(connection, len(self.opens)))
+            self._connecting.add(connection)
+            self.after(0.05, lambda: self._complete_handshake(connection, len(self.opens)))
         elif isinstance(command, Send):
-            self._take(connection, command.message)
+            self._handle_request(connection, command.message)
         else:
             self.closed.append((self.now, command.reason))
-            self._dialled.discard(connection)
+            self._connecting.discard(connection)
             self.open.pop(connection, None)
 
-    def _shake_hands(self, connection: Connection, number: int) -> None:
-        if connection not in self._dialled:
+    def _complete_handshake(self, connection: Connection, number: int) -> None:
+        if connection not in self._connecting:
             return
         if self.accepts(number):
-            self.open[connection] = Socket()
+            self.open[connection] = FakeSocket()
             self.fleet.on_opened(connection, self.now)
         else:
             self.fleet.on_lost(connection, self.now, self.retry_after)
 
-    def _take(self, connection: Connection, message: bytes) -> None:
+    def _handle_request(self, connection: Connection, message: bytes) -> None:
         socket = self.open.get(connection)
         if socket is None:
             return
@@ -138,21 +138,21 @@ class Venue:
         if self.answers:
             answer = {"error": {"code": 2, "msg": self.error}} if self.error else {"result": None}
             content = orjson.dumps({**answer, "id": request["id"]})
-            self.after(0.02, lambda: self.say(connection, content))
+            self.after(0.02, lambda: self.deliver(connection, content))
 
     def _push(self) -> None:
         """One stream of every socket, every second."""
         if self.pushes:
             for connection, socket in list(self.open.items()):
                 for stream in sorted(socket.streams)[:1]:
-                    self.say(connection, kline(stream))
+                    self.deliver(connection, kline(stream))
         self.after(1.0, self._push)
 
 
-def venue(streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m") -> Venue:
+def venue(streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m") -> FakeVenue:
     fleet = ConnectionPool(Random(seed), capacity=room, stall_seconds=STALL, lifetime_seconds=LIFE)
     fleet.follow(followed(*range(streams), interval=interval))
-    return Venue(fleet)
+    return FakeVenue(fleet)
 
 
 def test_it_connects_subscribes_and_hears() -> None:
@@ -160,7 +160,7 @@ def test_it_connects_subscribes_and_hears() -> None:
     v.run(60)
     assert v.opens == [0.0]
     assert v.covered() == {name(n) for n in range(3)}
-    assert v.told == {"Answer": 1, "Kline": 60}
+    assert v.update_counts == {"Answer": 1, "Kline": 60}
     assert v.closed == []
 
 
@@ -238,33 +238,33 @@ def test_growth_opens_another_connection() -> None:
     assert sorted(len(socket.streams) for socket in v.open.values()) == [2, 2, 3]
 
 
-def _cut(v: Venue) -> None:
+def _cut(v: FakeVenue) -> None:
     for connection in list(v.open):
         v.cut(connection)
 
 
-def _stall(v: Venue) -> None:
+def _stall(v: FakeVenue) -> None:
     v.answers = v.pushes = False
     v.after(20, lambda: v.__dict__.update(answers=True, pushes=True))
 
 
-def _refuse(v: Venue) -> None:
+def _refuse(v: FakeVenue) -> None:
     v.error = "Invalid request"
     v.fleet.follow(followed(1, 2, 3))
     v.after(5, lambda: v.__dict__.update(error=""))
     v.after(6, lambda: v.fleet.follow(followed(0, 1, 2)))
 
 
-def _ignore(v: Venue) -> None:
+def _ignore(v: FakeVenue) -> None:
     v.answers = False
     v.fleet.follow(followed(1, 2))
     v.after(20, lambda: v.__dict__.update(answers=True))
     v.after(21, lambda: v.fleet.follow(followed(0, 1, 2)))
 
 
-def _complain(v: Venue) -> None:
+def _send_error(v: FakeVenue) -> None:
     for connection in v.open:
-        v.say(connection, b'{"code":3,"msg":"Too many requests","id":null}')
+        v.deliver(connection, b'{"code":3,"msg":"Too many requests","id":null}')
 
 
 @pytest.mark.parametrize(
@@ -274,11 +274,11 @@ def _complain(v: Venue) -> None:
         (_stall, "no answer within 5 s"),
         (_refuse, "request refused: Invalid request"),
         (_ignore, "no answer within 5 s"),
-        (_complain, "request refused: Too many requests"),
+        (_send_error, "request refused: Too many requests"),
     ],
 )
 def test_after_a_fault_another_connection_takes_its_place(
-    fault: Callable[[Venue], None], why: str | None
+    fault: Callable[[FakeVenue], None], why: str | None
 ) -> None:
     v = venue()
     v.run(100)
@@ -434,7 +434,7 @@ def test_word_of_connections_that_are_gone_changes_nothing() -> None:
     assert len(v.open) == 1
 
 
-def _fault(v: Venue, random: Random) -> None:
+def _fault(v: FakeVenue, random: Random) -> None:
     """Any of what may happen."""
     chance, some = random.random(), random.sample(range(60), random.randrange(40))
     change: Callable[..., None] = v.__dict__.update
@@ -445,7 +445,7 @@ def _fault(v: Venue, random: Random) -> None:
 
     def garble() -> None:
         for connection in list(v.open):
-            v.say(connection, random.choice((b"", b"[]", b"\xff", kline(name(0))[:-9])))
+            v.deliver(connection, random.choice((b"", b"[]", b"\xff", kline(name(0))[:-9])))
 
     random.choice(
         (
@@ -464,19 +464,19 @@ def _fault(v: Venue, random: Random) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_whatever_happens_it_keeps_the_rules_and_comes_back(seed: int) -> None:
-    _live_through(seed)
+    _run_with_faults(seed)
 
 
 @pytest.mark.soak
 def test_whatever_happens_in_hundreds_of_lives() -> None:
     for seed in range(10, 310):
-        _live_through(seed)
+        _run_with_faults(seed)
 
 
-def _live_through(seed: int) -> None:
+def _run_with_faults(seed: int) -> None:
     random = Random(seed)
     v = venue(20, room=random.choice((5, 20, 100)), seed=seed)
-    sockets: set[Socket] = set()
+    sockets: set[FakeSocket] = set()
     while v.now < 1_500:
         v.run(random.expovariate(0.2))
         sockets |= set(v.open.values())

@@ -22,7 +22,7 @@ SERIES = Series.parse("ccxt.binance:A/B:1m")
 NOBODY = SourceCallbacks(lambda _: None, lambda *_: None, lambda _: None)
 
 
-def trial(body: Callable[[], Awaitable[None]]) -> None:
+def run_source(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await body()
 
@@ -64,7 +64,7 @@ def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> No
             with pytest.raises(VenueRefused):
                 await source.run(NOBODY)
 
-    trial(body)
+    run_source(body)
 
 
 def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
@@ -82,7 +82,7 @@ def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
             assert await source.unsupported([SERIES]) == {}
             assert answers == 2
 
-    trial(body)
+    run_source(body)
 
 
 @pytest.mark.parametrize("wait", [None, "30"])
@@ -104,7 +104,7 @@ def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str |
                     await source.run(NOBODY)
         assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
 
-    trial(body)
+    run_source(body)
 
 
 def test_what_is_secret_in_an_address_is_in_no_error() -> None:
@@ -118,4 +118,4 @@ def test_what_is_secret_in_an_address_is_in_no_error() -> None:
             assert "/***/" in str(told.value)
             assert "s3cr3t" not in str(told.value)
 
-    trial(body)
+    run_source(body)

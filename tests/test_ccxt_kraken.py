@@ -38,7 +38,7 @@ def trades(opened: int) -> bool:
     return opened // MINUTE % 7 != 0
 
 
-class Kraken:
+class FakeKraken:
     """The little of it that is needed."""
 
     def __init__(self, clock: LoopClock) -> None:
@@ -87,9 +87,9 @@ class Kraken:
 
 
 @asynccontextmanager
-async def kraken() -> AsyncIterator[tuple[Kraken, Source]]:
+async def kraken() -> AsyncIterator[tuple[FakeKraken, Source]]:
     clock = LoopClock(START)
-    venue = Kraken(clock)
+    venue = FakeKraken(clock)
     app = web.Application()
     app.add_routes([web.get("/v2", venue.socket), web.route("*", "/{path:.*}", venue.rest)])
     runner = web.AppRunner(app, shutdown_timeout=1.0)

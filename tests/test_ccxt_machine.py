@@ -26,7 +26,7 @@ def several(*numbers: int, timeframe: str = "1m") -> set[Series]:
     return {Series.parse(f"kraken:S{number:03}/USD:{timeframe}") for number in numbers}
 
 
-class World:
+class FakeClients:
     """The clients that shards ask for; each pushes what it watches every second while it works."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -35,12 +35,12 @@ class World:
         )
         self.now = 0.0
         self.watched: dict[Client, set[Series]] = {}
-        self.dumb: set[Client] = set()
+        self.unresponsive: set[Client] = set()
         self.pinging: set[Client] = set()
-        self.quiet = False
-        self.mute: set[Series] = set()
-        self.ended: list[str] = []
-        self.begun = 0
+        self.all_silent = False
+        self.silent_series: set[Series] = set()
+        self.closed: list[str] = []
+        self.created = 0
 
     def act(self) -> None:
         for command in self.shards.poll(self.now):
@@ -48,7 +48,7 @@ class World:
             if isinstance(command, Open):
                 assert client not in self.watched
                 self.watched[client] = set()
-                self.begun += 1
+                self.created += 1
             elif isinstance(command, Watch):
                 assert command.series not in self.watched[client]
                 self.watched[client].add(command.series)
@@ -56,7 +56,7 @@ class World:
                 self.watched[client].remove(command.series)
             elif isinstance(command, Close):
                 del self.watched[client]
-                self.ended.append(command.reason)
+                self.closed.append(command.reason)
 
     def fail(self, client: Client, retry_after: float = 0.0) -> None:
         self.shards.on_lost(client, self.now, retry_after)
@@ -68,11 +68,11 @@ class World:
             events()
             self.act()
             for client, series in self.watched.items():
-                if client in self.dumb:
+                if client in self.unresponsive:
                     continue
                 self.shards.on_activity(client, self.now)
-                if client not in self.pinging and not self.quiet:
-                    for one in series - self.mute:
+                if client not in self.pinging and not self.all_silent:
+                    for one in series - self.silent_series:
                         self.shards.on_candle(client, one, self.now)
             self.now += 1.0
 
@@ -83,7 +83,7 @@ class World:
 
 
 def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(*range(10)))
     world.run(20)
     assert sorted(map(len, world.watched.values())) == [3, 3, 4]
@@ -91,7 +91,7 @@ def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
 
 
 def test_a_client_watches_one_timeframe_alone() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1, 2) | several(1, 2, timeframe="5m"))
     world.run(20)
     world.shards.follow(several(1, 2, 3) | several(3, timeframe="1h"))
@@ -103,39 +103,39 @@ def test_a_client_watches_one_timeframe_alone() -> None:
 
 
 def test_an_old_client_goes_on_until_its_successor_is_heard() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1, 2))
     lowest: list[int] = []
     world.run(10)
     world.run(3 * LIFE, lambda: lowest.append(min(world.counts().values())))
-    assert 3 <= world.begun <= 5
+    assert 3 <= world.created <= 5
     assert min(lowest) == 1
-    assert set(world.ended) == {""}
+    assert set(world.closed) == {""}
     assert len(world.watched) <= 2
 
 
 def test_a_client_that_hears_nothing_at_all_is_replaced_soon() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1))
     world.run(50)
-    world.dumb = set(world.watched)
+    world.unresponsive = set(world.watched)
     world.run(STALL + 5)
-    assert world.ended == [f"silent for {STALL:g} s"]
-    assert not world.dumb & world.watched.keys()
+    assert world.closed == [f"silent for {STALL:g} s"]
+    assert not world.unresponsive & world.watched.keys()
     assert world.counts() == dict.fromkeys(several(1), 1)
 
 
 def test_a_market_that_is_merely_quiet_is_borne_with_longer_and_longer() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1))
-    world.quiet = True
+    world.all_silent = True
     world.run(6 * 3_600)
-    assert 4 <= world.begun <= 9
-    assert all(why.startswith("no candle for") for why in world.ended)
+    assert 4 <= world.created <= 9
+    assert all(why.startswith("no candle for") for why in world.closed)
 
 
 def test_failures_are_met_with_growing_pauses_and_forgiven() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1))
     begun: list[float] = []
 
@@ -154,22 +154,22 @@ def test_failures_are_met_with_growing_pauses_and_forgiven() -> None:
 
 
 def test_told_to_wait_no_client_is_begun_for_any_shard() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(*range(8)))
     world.run(10)
     for client in list(world.watched):
         world.fail(client, retry_after=120.0)
     world.run(118)
-    assert world.begun == 2
+    assert world.created == 2
     world.run(10)
-    assert world.begun == 4
+    assert world.created == 4
 
 
 def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() -> None:
-    world = World()
+    world = FakeClients()
     bad, good = sorted(several(1, 2))
     world.shards.follow([bad, good])
-    world.mute = {bad}
+    world.silent_series = {bad}
     tried = 0
 
     def refuse() -> None:
@@ -182,12 +182,12 @@ def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() 
 
     world.run(1_800, refuse)
     assert 3 <= tried <= 8
-    assert world.begun == 1
+    assert world.created == 1
     assert world.counts()[good] == 1
 
 
 def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
-    world = World()
+    world = FakeClients()
     world.shards.follow(several(1, 2, 3))
     world.run(10)
     (client,) = world.watched
@@ -201,19 +201,19 @@ def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
 
 
 def test_a_client_that_hears_much_of_no_use_is_replaced() -> None:
-    world = World()
+    world = FakeClients()
     for first in range(6):
         world.shards.follow(several(first, 100))
         world.run(5)
     world.run(2 * STALL + OVERLAP_SECONDS)
-    assert world.begun == 2
+    assert world.created == 2
     assert world.counts() == dict.fromkeys(several(5, 100), 1)
-    assert set(world.ended) == {""}
+    assert set(world.closed) == {""}
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_happens_all_is_watched_in_the_end(seed: int) -> None:
-    random, world = Random(seed), World(seed)
+    random, world = Random(seed), FakeClients(seed)
     wanted = several(*range(random.randrange(1, 14)))
     world.shards.follow(wanted)
 
@@ -223,7 +223,7 @@ def test_whatever_happens_all_is_watched_in_the_end(seed: int) -> None:
         if clients and random.random() < 0.05:
             world.fail(random.choice(clients), random.choice((0.0, 0.0, 5.0)))
         elif clients and random.random() < 0.02:
-            world.dumb.add(random.choice(clients))
+            world.unresponsive.add(random.choice(clients))
         elif clients and random.random() < 0.02:
             world.pinging.add(random.choice(clients))
         elif random.random() < 0.05:
@@ -232,7 +232,7 @@ def test_whatever_happens_all_is_watched_in_the_end(seed: int) -> None:
         assert all(count <= 2 for count in world.counts().values())
 
     world.run(1_000, trouble)
-    world.dumb, world.pinging = set(), set()
+    world.unresponsive, world.pinging = set(), set()
     world.run(STALL + 30 + 64 + OVERLAP_SECONDS)
     assert world.counts() == dict.fromkeys(wanted, 1)
     assert len(world.watched) <= -(-20 // ROOM) + 1

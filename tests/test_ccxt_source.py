@@ -112,14 +112,14 @@ def test_soak_seed(seed: int, mode: str, tmp_path: Path) -> None:
 
 
 @dataclass
-class Heard:
+class RecordedUpdates:
     """What a source told."""
 
     updates: list[Update] = field(default_factory=list)
     rejected: list[tuple[Series | None, str, bytes]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def intake(self) -> SourceCallbacks:
+    def callbacks(self) -> SourceCallbacks:
         return SourceCallbacks(
             self.updates.append,
             lambda *what: self.rejected.append(what),
@@ -128,29 +128,29 @@ class Heard:
 
 
 @dataclass
-class Venue:
+class ConnectedExchange:
     """An exchange and a source that follows all of it."""
 
     exchange: SimulatedExchange
     source: Source
     series: list[Series]
-    heard: Heard
+    recorded: RecordedUpdates
 
     def late(self, since: int) -> dict[Series, int]:
         """The longest time, ms, without a push of each series since then, UTC ms."""
         now = self.exchange.clock.now()
         longest = {}
         for one in self.series:
-            moments = [u.received for u in self.heard.updates if u.series == one]
+            moments = [u.received for u in self.recorded.updates if u.series == one]
             moments = [since, *(moment for moment in moments if moment >= since), now]
             longest[one] = max(b - a for a, b in pairwise(moments))
         return longest
 
 
 @asynccontextmanager
-async def venue(
+async def connected_exchange(
     symbols: int = 4, faults: Faults | None = None, perpetuals: int = 0, **more: Any
-) -> AsyncIterator[Venue]:
+) -> AsyncIterator[ConnectedExchange]:
     clock = LoopClock(START)
     async with SimulatedExchange(
         symbols,
@@ -163,11 +163,11 @@ async def venue(
         source = CONNECTOR.build("ccxt.binance", options(exchange, **more), clock, Random(1))
         frames = {True: "1m", False: "1s"}
         series = [Series.parse(f"ccxt.binance:{s}:{frames[':' in s]}") for s in exchange.symbols]
-        heard = Heard()
+        heard = RecordedUpdates()
         source.subscribe(series)
-        running = asyncio.create_task(source.run(heard.intake()))
+        running = asyncio.create_task(source.run(heard.callbacks()))
         try:
-            yield Venue(exchange, source, series, heard)
+            yield ConnectedExchange(exchange, source, series, heard)
         finally:
             running.cancel()
             await asyncio.wait([running])
@@ -175,7 +175,7 @@ async def venue(
         assert running.cancelled()
 
 
-def trial(body: Callable[[], Awaitable[None]]) -> None:
+def run_source(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await body()
         await asyncio.sleep(60)  # whatever ccxt has left behind has had its time
@@ -187,53 +187,53 @@ def trial(body: Callable[[], Awaitable[None]]) -> None:
 
 def test_spot_and_perpetuals_are_watched_and_never_called_closed() -> None:
     async def body() -> None:
-        async with venue(3, perpetuals=2) as v:
+        async with connected_exchange(3, perpetuals=2) as v:
             await asyncio.sleep(150)
-            assert {u.series for u in v.heard.updates} == set(v.series)
+            assert {u.series for u in v.recorded.updates} == set(v.series)
             v.series = v.series[:3]  # perpetuals are pushed only while they trade
             assert max(v.late(START + 10_000).values()) < 3_000
-            assert not any(u.closed for u in v.heard.updates)
-            assert all(u.candle.amount is None for u in v.heard.updates)
-            assert v.heard.rejected == []
-            assert v.heard.notes == {"connected": 2}  # one for each timeframe
+            assert not any(u.closed for u in v.recorded.updates)
+            assert all(u.candle.amount is None for u in v.recorded.updates)
+            assert v.recorded.rejected == []
+            assert v.recorded.notes == {"connected": 2}  # one for each timeframe
 
-    trial(body)
+    run_source(body)
 
 
 def test_many_series_are_subscribed_to_slowly_enough() -> None:
     async def body() -> None:
-        async with venue(100) as v:
+        async with connected_exchange(100) as v:
             await asyncio.sleep(90)
-            assert v.heard.notes == {"connected": 2}
+            assert v.recorded.notes == {"connected": 2}
             assert max(v.late(START + 30_000).values()) < 5_000
 
-    trial(body)
+    run_source(body)
 
 
 def test_where_candles_are_polled_nothing_is_pushed_and_nothing_connected() -> None:
     async def body() -> None:
-        async with venue(2, mode="poll") as v:
+        async with connected_exchange(2, mode="poll") as v:
             await asyncio.sleep(30)
-            assert v.heard == Heard()
+            assert v.recorded == RecordedUpdates()
             now = v.exchange.clock.now()
             assert len(await v.source.history(v.series[0], now - 10_000, now)) == 10
 
-    trial(body)
+    run_source(body)
 
 
 def test_clients_are_replaced_while_all_goes_on() -> None:
     async def body() -> None:
-        async with venue(5, shard_size=2, restart_hours=0.05) as v:
+        async with connected_exchange(5, shard_size=2, restart_hours=0.05) as v:
             await asyncio.sleep(900)
-            assert 3 * 4 <= v.heard.notes["connected"] <= 3 * 8
-            assert v.heard.notes.keys() == {"connected"}
+            assert 3 * 4 <= v.recorded.notes["connected"] <= 3 * 8
+            assert v.recorded.notes.keys() == {"connected"}
             assert max(v.late(START + 10_000).values()) < 3_000
             gc.collect()
             kind = import_module("ccxt").binance
             alive = sum(kind in type(one).__mro__ for one in gc.get_objects())
             assert alive <= 1 + 2 * 3  # nothing keeps those that were replaced
 
-    trial(body)
+    run_source(body)
 
 
 @pytest.mark.parametrize("kind", ["drop", "stall", "handshake"])
@@ -241,59 +241,61 @@ def test_after_a_fault_of_the_socket_another_client_goes_on(kind: str) -> None:
     plan = (PlannedFault(kind, 20, 15), PlannedFault("drop", 21))
 
     async def body() -> None:
-        async with venue(faults=Faults(plan=plan)) as v:
+        async with connected_exchange(faults=Faults(plan=plan)) as v:
             await asyncio.sleep(200)
-            assert v.heard.notes["connected"] >= 2
-            assert v.heard.notes["lost"] + v.heard.notes["given up"] >= 1
+            assert v.recorded.notes["connected"] >= 2
+            assert v.recorded.notes["lost"] + v.recorded.notes["given up"] >= 1
             assert max(v.late(START + 120_000).values()) < 3_000
 
-    trial(body)
+    run_source(body)
 
 
 def test_a_socket_that_is_silent_but_open_is_noticed() -> None:
     async def body() -> None:
-        async with venue(faults=Faults(plan=(PlannedFault("stall", 20),)), stall_seconds=10) as v:
+        async with connected_exchange(
+            faults=Faults(plan=(PlannedFault("stall", 20),)), stall_seconds=10
+        ) as v:
             await asyncio.sleep(60)
-            assert v.heard.notes == {"connected": 2, "given up": 1}
+            assert v.recorded.notes == {"connected": 2, "given up": 1}
             assert max(v.late(START + 45_000).values()) < 3_000
 
-    trial(body)
+    run_source(body)
 
 
 def test_frames_that_ccxt_cannot_read_cost_neither_the_socket_nor_a_bar() -> None:
     async def body() -> None:
-        async with venue(faults=Faults(seed=5, garbage=0.3)) as v:
+        async with connected_exchange(faults=Faults(seed=5, garbage=0.3)) as v:
             await asyncio.sleep(120)
             assert v.exchange.fault_injector.counts["garbage"] > 100
-            assert len(v.heard.rejected) > 10
-            assert all(reason and len(raw) <= 4_096 for _, reason, raw in v.heard.rejected)
-            assert v.heard.notes == {"connected": 1}
+            assert len(v.recorded.rejected) > 10
+            assert all(reason and len(raw) <= 4_096 for _, reason, raw in v.recorded.rejected)
+            assert v.recorded.notes == {"connected": 1}
             assert max(v.late(START + 10_000).values()) < 4_000
 
-    trial(body)
+    run_source(body)
 
 
 def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
     async def body() -> None:
-        async with venue(6) as v:
+        async with connected_exchange(6) as v:
             first, last = v.series[:4], v.series[2:]
             v.source.subscribe(first)
             await asyncio.sleep(30)
             v.source.subscribe(last)
             await asyncio.sleep(30)
             now = v.exchange.clock.now()
-            assert {u.series for u in v.heard.updates if u.received > now - 15_000} == set(last)
+            assert {u.series for u in v.recorded.updates if u.received > now - 15_000} == set(last)
             v.series[:] = v.series[2:4]
             assert max(v.late(START + 10_000).values()) < 3_000
-            assert v.heard.notes == {"connected": 1}
+            assert v.recorded.notes == {"connected": 1}
 
-    trial(body)
+    run_source(body)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_history_is_paged_and_never_holds_an_open_bar(mode: str) -> None:
     async def body() -> None:
-        async with venue(1, mode=mode) as v:
+        async with connected_exchange(1, mode=mode) as v:
             (series,) = v.series
             await asyncio.sleep(0.5)
             now = v.exchange.clock.now()
@@ -306,13 +308,13 @@ def test_history_is_paged_and_never_holds_an_open_bar(mode: str) -> None:
             assert await v.source.history(series, bars[5].time, bars[7].time) == bars[5:7]
             assert await v.source.history(series, now + 60_000, now + 70_000) == []
 
-    trial(body)
+    run_source(body)
 
 
 @pytest.mark.parametrize("skew", [-5.0, 5.0])
 def test_what_has_closed_by_our_clock_is_waited_for_by_the_exchanges(skew: float) -> None:
     async def body() -> None:
-        async with venue(1, Faults(skew_seconds=skew), settle_seconds=1) as v:
+        async with connected_exchange(1, Faults(skew_seconds=skew), settle_seconds=1) as v:
             await asyncio.sleep(3)
             ours, loop = LoopClock(START).now() + 3_000, asyncio.get_running_loop()
             began, close = loop.time(), ours // 1_000 * 1_000
@@ -321,12 +323,12 @@ def test_what_has_closed_by_our_clock_is_waited_for_by_the_exchanges(skew: float
             assert bars[-1].time + 2_000 <= v.exchange.clock.now()
             assert (loop.time() - began > 5) is (skew < 0)
 
-    trial(body)
+    run_source(body)
 
 
 def test_told_to_wait_the_tape_is_told_how_long() -> None:
     async def body() -> None:
-        async with venue(1, Faults(plan=(PlannedFault("limited", 5, 20),))) as v:
+        async with connected_exchange(1, Faults(plan=(PlannedFault("limited", 5, 20),))) as v:
             await asyncio.sleep(10)
             now = v.exchange.clock.now()
             with pytest.raises(SourceError, match="429") as refused:
@@ -336,9 +338,9 @@ def test_told_to_wait_the_tape_is_told_how_long() -> None:
                 await v.source.history(v.series[0], now - 5_000, now)
             await asyncio.sleep(20)
             assert await v.source.history(v.series[0], now - 5_000, now)
-            assert v.heard.notes["rate limited"] == 1
+            assert v.recorded.notes["rate limited"] == 1
 
-    trial(body)
+    run_source(body)
 
 
 @pytest.mark.parametrize("kind", ["error", "timeout", "mangled"])
@@ -346,7 +348,7 @@ def test_a_bad_answer_is_an_error_and_never_an_empty_history(kind: str) -> None:
     faults = Faults(seed=3, plan=(PlannedFault(kind, 10, 1_000),))
 
     async def body() -> None:
-        async with venue(1, faults, mode="poll") as v:
+        async with connected_exchange(1, faults, mode="poll") as v:
             await asyncio.sleep(5)
             now = v.exchange.clock.now()
             assert await v.source.history(v.series[0], now - 5_000, now)
@@ -356,12 +358,12 @@ def test_a_bad_answer_is_an_error_and_never_an_empty_history(kind: str) -> None:
                     await v.source.history(v.series[0], now - 5_000, now)
                 await asyncio.sleep(0.1)
 
-    trial(body)
+    run_source(body)
 
 
 def test_unknown_symbols_and_timeframes_are_explained() -> None:
     async def body() -> None:
-        async with venue(3, perpetuals=1) as v:
+        async with connected_exchange(3, perpetuals=1) as v:
             names = ("SIM1/USDT:1s", "SIM00/USDT:7m", "SIM00/USDT:USDT:1m", "SIM00/USDT:1m")
             asked = [Series.parse(f"ccxt.binance:{name}") for name in names]
             why = await v.source.unsupported(asked)
@@ -369,7 +371,7 @@ def test_unknown_symbols_and_timeframes_are_explained() -> None:
             assert "no bars of 7m, only 1s, 1m" in why[asked[1]]
             assert why.keys() == set(asked[:2])
 
-    trial(body)
+    run_source(body)
 
 
 def test_it_ends_at_once_whatever_it_is_doing() -> None:
@@ -379,9 +381,9 @@ def test_it_ends_at_once_whatever_it_is_doing() -> None:
         for seconds in (0, 0.01, 1.0, 12.0, 40.0):
             plan = (PlannedFault("handshake", 0, 8), PlannedFault("stall", 15, 60))
             loop = asyncio.get_running_loop()
-            async with venue(3, faults=Faults(plan=plan), shard_size=1):
+            async with connected_exchange(3, faults=Faults(plan=plan), shard_size=1):
                 await asyncio.sleep(seconds)
                 began = loop.time()
             assert loop.time() - began < 6
 
-    trial(body)
+    run_source(body)

@@ -19,7 +19,7 @@ from kronos_stream.market.series import Series
 FIRST, SECOND, THIRD = (Series.parse(f"venue:{name}/USDT:1m") for name in "ABC")
 
 
-class _Venue:
+class _FakeVenue:
     """A source that is never run, and the desk that follows it."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class _Venue:
         self.followed: list[frozenset[Series]] = []
         self.under_way = 0
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:  # noqa: ARG002
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:  # noqa: ARG002
         await asyncio.sleep(0)
         return {}
 
@@ -35,12 +35,12 @@ class _Venue:
         await asyncio.sleep(0.05)
         return ["C/USDT"]
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self.pointed.append(frozenset(series))
 
 
-class _Desk:
-    def __init__(self, venue: _Venue) -> None:
+class _FakePipeline:
+    def __init__(self, venue: _FakeVenue) -> None:
         self._venue = venue
 
     async def follow(self, series: Collection[Series]) -> None:
@@ -51,27 +51,27 @@ class _Desk:
         self._venue.under_way -= 1
 
 
-class _Press:
+class _FakePublisher:
     """What readers are told, in order; the first time, it fails."""
 
     def __init__(self) -> None:
         self.tried = 0
-        self.gone: list[list[str]] = []
+        self.removed: list[list[str]] = []
 
     async def retract(self, series: Sequence[str]) -> None:
         self.tried += 1
         if self.tried == 1:
             raise StateError("the disk is full")
-        self.gone.append(list(series))
+        self.removed.append(list(series))
 
 
 @pytest.fixture
-def venue() -> _Venue:
-    return _Venue()
+def venue() -> _FakeVenue:
+    return _FakeVenue()
 
 
 @pytest.fixture
-async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
+async def daemon(venue: _FakeVenue, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
     settings = Settings(
         model="nano",
         state_file=tmp_path / "state.sqlite",
@@ -82,10 +82,10 @@ async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[StandaloneRole]
     daemon = StandaloneRole(
         settings, {"venue": source}, [], clock=ManualClock(0), random=Random(0), series=[FIRST]
     )
-    desk: Any = _Desk(venue)
+    desk: Any = _FakePipeline(venue)
     daemon._pipeline = desk
     daemon._state = await State.open(tmp_path / "state.sqlite")
-    press: Any = _Press()
+    press: Any = _FakePublisher()
     press.tried = 1
     daemon._publisher = press
     yield daemon
@@ -93,7 +93,7 @@ async def daemon(venue: _Venue, tmp_path: Path) -> AsyncIterator[StandaloneRole]
 
 
 async def test_a_venue_that_was_not_there_at_the_start_changes_nothing(
-    daemon: StandaloneRole, venue: _Venue
+    daemon: StandaloneRole, venue: _FakeVenue
 ) -> None:
     daemon.ready.set()
     with pytest.raises(SettingsError, match="other: not among the venues at the start; restart"):
@@ -102,7 +102,7 @@ async def test_a_venue_that_was_not_there_at_the_start_changes_nothing(
 
 
 async def test_changes_wait_for_the_start_and_for_each_other(
-    daemon: StandaloneRole, venue: _Venue
+    daemon: StandaloneRole, venue: _FakeVenue
 ) -> None:
     changes = [asyncio.create_task(daemon.follow(some)) for some in ([SECOND], [THIRD], [FIRST])]
     await asyncio.sleep(0.01)
@@ -136,7 +136,7 @@ async def test_what_could_not_be_told_is_told_later(daemon: StandaloneRole) -> N
 
 
 async def test_of_two_readings_of_the_file_the_last_counts(
-    daemon: StandaloneRole, venue: _Venue, tmp_path: Path
+    daemon: StandaloneRole, venue: _FakeVenue, tmp_path: Path
 ) -> None:
     """The first has to ask what its pattern stands for, and must not come last for that."""
     daemon.ready.set()
@@ -150,7 +150,7 @@ async def test_of_two_readings_of_the_file_the_last_counts(
 
 
 async def test_a_file_that_is_refused_is_forgotten(
-    daemon: StandaloneRole, venue: _Venue, tmp_path: Path
+    daemon: StandaloneRole, venue: _FakeVenue, tmp_path: Path
 ) -> None:
     """Also when the patterns' symbols are looked up anew, a day later."""
     daemon.ready.set()

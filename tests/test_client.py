@@ -102,7 +102,7 @@ def _names(*minutes: int, series: str = BTC, revision: int = 0) -> list[str]:
     return [f"{series}/{minute}/{revision}" for minute in minutes]
 
 
-class _Taken:
+class _FakeRecord:
     """A record as the consumer gives it."""
 
     topic, partition, offset = "t", 0, 0
@@ -114,7 +114,7 @@ class _Taken:
         self.key = key if key is not None else (ETH if b"ETH" in value else BTC).encode()
 
 
-def _passed(values: Sequence[bytes | _Taken], minute: int = 0, **choice: Any) -> list[str]:
+def _passed(values: Sequence[bytes | _FakeRecord], minute: int = 0, **choice: Any) -> list[str]:
     settings: dict[str, Any] = {
         **dict.fromkeys(("series", "symbols")),
         **dict.fromkeys(("duplicates", "superseded", "expired"), False),
@@ -124,7 +124,9 @@ def _passed(values: Sequence[bytes | _Taken], minute: int = 0, **choice: Any) ->
     return [
         forecast.id
         for value in values
-        for _, forecast in chosen.select([value if isinstance(value, _Taken) else _Taken(value)])
+        for _, forecast in chosen.select(
+            [value if isinstance(value, _FakeRecord) else _FakeRecord(value)]
+        )
         if forecast is not None
     ]
 
@@ -142,7 +144,11 @@ def test_two_models_on_one_topic_are_two_streams() -> None:
 
 def test_a_superseded_forecast_is_not_passed_on_if_its_successor_is_there() -> None:
     chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
-    records = [_Taken(_forecast(1)), _Taken(_forecast(1, revision=1)), _Taken(_forecast(2))]
+    records = [
+        _FakeRecord(_forecast(1)),
+        _FakeRecord(_forecast(1, revision=1)),
+        _FakeRecord(_forecast(2)),
+    ]
     passed = [forecast and forecast.id for _, forecast in chosen.select(records)]
     assert passed == [None, *_names(1, revision=1), *_names(2)]
     again = [*records[:2], *records[:1]]  # a delivery that was repeated, and read half
@@ -163,12 +169,17 @@ def test_series_and_symbols_are_chosen_by_the_key() -> None:
     both = [_forecast(0), _forecast(0, series=ETH)]
     assert _passed(both, series=[ETH]) == _names(0, series=ETH)
     assert _passed(both, symbols=["BTC/USDT"]) == _names(0)
-    assert _passed([_Taken(b"not read", BTC.encode())], series=[ETH]) == []
+    assert _passed([_FakeRecord(b"not read", BTC.encode())], series=[ETH]) == []
 
 
 def test_bad_records_are_skipped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     next_major = _forecast(1).replace(b"kronos.forecast/1", b"kronos.forecast/2")
-    bad = [_Taken(b"{"), _Taken(b"\xff", b"\xff"), _Taken(next_major), _Taken(b"{}", b"x")]
+    bad = [
+        _FakeRecord(b"{"),
+        _FakeRecord(b"\xff", b"\xff"),
+        _FakeRecord(next_major),
+        _FakeRecord(b"{}", b"x"),
+    ]
     with caplog.at_level(logging.WARNING):
         assert _passed([*bad, _forecast(0)]) == _names(0)
     assert len(caplog.records) == len(bad)
@@ -178,7 +189,9 @@ def test_bad_records_are_skipped_with_a_warning(caplog: pytest.LogCaptureFixture
 def test_a_removal_is_no_forecast_and_nothing_to_warn_of(caplog: pytest.LogCaptureFixture) -> None:
     gone = removal(BTC, at=_START)
     with caplog.at_level(logging.WARNING):
-        assert _passed([_Taken(gone.value, BTC.encode(), gone.headers), _forecast(0)]) == _names(0)
+        assert _passed(
+            [_FakeRecord(gone.value, BTC.encode(), gone.headers), _forecast(0)]
+        ) == _names(0)
     assert not caplog.records
 
 
@@ -186,7 +199,7 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kronos_stream.client._REMEMBERED", 10)
     chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     for symbol in range(50):
-        list(chosen.select([_Taken(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
+        list(chosen.select([_FakeRecord(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
     assert len(chosen._newest) == 10
 
 

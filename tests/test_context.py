@@ -35,7 +35,7 @@ def pandas_stamps(times: NDArray[np.int64], zone: str) -> NDArray[np.int64]:
     return np.stack([np.asarray(column) for column in columns], axis=-1).astype(np.int64)
 
 
-def spoilt(context: Context, row: int, column: int, value: float) -> Context:
+def with_value(context: Context, row: int, column: int, value: float) -> Context:
     values = np.array(context.values)
     values[row, column] = value
     return replace(context, values=values)
@@ -51,7 +51,7 @@ def test_every_value_must_be_finite(walks: Walks, column: int, value: float) -> 
     (context,) = walks([30])
     wanted = rf"^{NAME}: {CHANNELS[column]} of {BAR_7} is -?(nan|inf);"
     with pytest.raises(ContextError, match=wanted):
-        prepare(spoilt(context, 7, column, value), 0, 4)
+        prepare(with_value(context, 7, column, value), 0, 4)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -103,7 +103,7 @@ def test_impossible_candles(walks: Walks) -> None:
         (5, -0.5, "amount -0.5 is negative"),
     ):
         with pytest.raises(ContextError, match=f"impossible candle at {BAR_7}: {wanted}"):
-            prepare(spoilt(context, 7, column, value), 0, 4)
+            prepare(with_value(context, 7, column, value), 0, 4)
 
 
 @pytest.mark.parametrize("swap", [(6, 7), (7, 7)])
@@ -120,7 +120,7 @@ def test_nameless_contexts_are_named_by_their_index(tiny: Forecaster, walks: Wal
     """In every refusal, that of the window included."""
     good, bad = walks([30, 30], named=False)
     with pytest.raises(ContextError, match=r"^context 1: close of bar 7"):
-        tiny.sample([good, spoilt(bad, 7, 3, np.nan)], 4, 1)
+        tiny.sample([good, with_value(bad, 7, 3, np.nan)], 4, 1)
     (long,) = walks([120], named=False)
     wanted = "^context 1: 120 bars and a horizon of 9 exceed max_context 128; give at most 119 bars"
     with pytest.raises(ContextError, match=wanted):

@@ -29,7 +29,7 @@ def _window(number: int) -> Window:
     return Window(Series.parse(f"x:S{number}/Y:1m"), values, times, 0, 0, last)
 
 
-class _Other(FakeWorker):
+class _OtherFakeWorker(FakeWorker):
     def __init__(self, pace: float, **differs: str) -> None:
         super().__init__(pace)
         self.sizes: list[int] = []
@@ -44,7 +44,7 @@ class _Other(FakeWorker):
 
 
 async def test_a_batch_is_shared_out_by_speed_and_comes_back_in_order() -> None:
-    quick, slow = _Other(0.001), _Other(0.003)
+    quick, slow = _OtherFakeWorker(0.001), _OtherFakeWorker(0.003)
     crew = WorkerPool([quick, slow])
     windows = [_window(number) for number in range(40)]
     batch = await crew.forecast(windows, 5)
@@ -59,9 +59,11 @@ async def test_a_batch_is_shared_out_by_speed_and_comes_back_in_order() -> None:
 
 
 async def test_cards_of_one_host_speak_as_one_and_unlike_devices_are_refused() -> None:
-    cards = WorkerPool([_Other(0.0, device="cuda"), _Other(0.0, device="cuda")])
+    cards = WorkerPool([_OtherFakeWorker(0.0, device="cuda"), _OtherFakeWorker(0.0, device="cuda")])
     assert (await cards.start()).device == "cuda"
-    mixed = WorkerPool([_Other(0.0), _Other(0.0, device="cuda", dtype="bfloat16")])
+    mixed = WorkerPool(
+        [_OtherFakeWorker(0.0), _OtherFakeWorker(0.0, device="cuda", dtype="bfloat16")]
+    )
     with pytest.raises(WorkerError, match=r"do not forecast alike: cpu .* cuda in bfloat16"):
         await mixed.start()
 

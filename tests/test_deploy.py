@@ -149,7 +149,7 @@ def told(spec: Object, objects: list[Object], folder: Path) -> dict[str, str]:
         ((kind, reference),) = source.items()
         environ |= (maps if kind == "configMapRef" else SECRETS)[reference["name"]]
     for variable in container.get("env", []):
-        environ[variable["name"]] = variable.get("value") or _looked_up(variable, container)
+        environ[variable["name"]] = variable.get("value") or _resolve(variable, container)
     volumes = {volume.pop("name"): volume for volume in map(dict, spec["volumes"])}
     for mount in container["volumeMounts"]:
         place = folder / mount["mountPath"].strip("/").replace("/", "-")
@@ -162,7 +162,7 @@ def told(spec: Object, objects: list[Object], folder: Path) -> dict[str, str]:
     return environ
 
 
-def _looked_up(variable: Object, container: Object) -> str:
+def _resolve(variable: Object, container: Object) -> str:
     if field := variable["valueFrom"].get("resourceFieldRef"):
         assert field["resource"] == "requests.cpu"
         cores = container["resources"]["requests"]["cpu"]

@@ -224,7 +224,7 @@ def test_commands_do_what_they_should(block: Block, sandbox: Path) -> None:
         else:
             known = [known for known in ELSEWHERE if re.fullmatch(known, command)]
             assert known, f"no test runs {command!r}: name it in HERE or ELSEWHERE"
-        _look_over(command)
+        _check_block(command)
     _accept(told, sandbox)
 
 
@@ -242,7 +242,7 @@ def _start_and_stop(command: str, folder: Path, environ: dict[str, str]) -> None
         process.communicate()
 
 
-def _look_over(command: str) -> None:
+def _check_block(command: str) -> None:
     """Whether there is such a target of make, and such options of ours."""
     name, *words = shlex.split(command)
     if name == "make":
@@ -346,7 +346,7 @@ def test_commands_in_the_text_can_be_given() -> None:
     found = [span for _, span in _spans() if re.match(r"(kronos-stream|make) ", span)]
     assert len(found) > 10
     for command in found:
-        _look_over(command)
+        _check_block(command)
 
 
 def test_settings_in_the_text_exist() -> None:

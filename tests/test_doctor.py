@@ -34,7 +34,7 @@ from kronos_stream.testing.processes import ExchangeProcess
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
 
 
-class Found:
+class DoctorReport:
     """What it said, and how it ended."""
 
     def __init__(self, ended: subprocess.CompletedProcess[str]) -> None:
@@ -77,9 +77,9 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
     return clean | {f"KRONOS_STREAM_{name}": value for name, value in given.items()}
 
 
-def _doctor(given: Mapping[str, str], *skip: str) -> Found:
+def _doctor(given: Mapping[str, str], *skip: str) -> DoctorReport:
     arguments = [argument for area in skip for argument in ("--skip", area)]
-    return Found(
+    return DoctorReport(
         subprocess.run(  # noqa: S603
             [sys.executable, "-m", "kronos_stream", "doctor", "--json", *arguments],
             env=_environ(given),
@@ -213,11 +213,11 @@ def locked_kafka(
             )  # fmt: skip
 
         asyncio.run(create(options("owner"), required_topics(options("owner"))))
-        _let_look(broker.bootstrap, "guest")
+        _allow_describe(broker.bootstrap, "guest")
         yield options
 
 
-def _let_look(bootstrap: str, user: str) -> None:
+def _allow_describe(bootstrap: str, user: str) -> None:
     login = {"sasl.mechanism": "PLAIN", "sasl.username": "owner", "sasl.password": PASSWORD}
     conf: dict[str, Any] = {
         "bootstrap.servers": bootstrap,

@@ -37,7 +37,7 @@ TOPIC = topic_of("kronos")
 ForecastOf = Callable[..., Envelope]
 
 
-class Running:
+class ExampleProcess:
     """An example as a process, and the lines it prints."""
 
     def __init__(self, name: str, *arguments: str) -> None:
@@ -95,7 +95,7 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(forecast_of: ForecastOf) ->
     assert len([line for line in source if line.strip()]) <= 15
     with (
         EmbeddedBroker([TOPIC]) as broker,
-        Running("bot.py", broker.bootstrap, "BTC/USDT") as bot,
+        ExampleProcess("bot.py", broker.bootstrap, "BTC/USDT") as bot,
     ):
 
         def acted() -> bool:
@@ -140,7 +140,7 @@ async def test_the_subscriber_shows_what_is_latest(
 
         await sink.start()
         await say(forecast_of(btc, ago=3), forecast_of(eth, p_up=0.3))
-        with Running("mqtt_subscriber.py", "127.0.0.1", str(broker.port)) as subscriber:
+        with ExampleProcess("mqtt_subscriber.py", "127.0.0.1", str(broker.port)) as subscriber:
 
             async def shown(number: int) -> list[str]:
                 """The lines since, as soon as there are so many."""

@@ -26,7 +26,7 @@ START = 1_750_000_000_000
 
 
 @dataclass
-class Visit:
+class ExchangeClient:
     """At an exchange, with a plain HTTP client."""
 
     exchange: SimulatedExchange
@@ -38,14 +38,16 @@ class Visit:
             return answer.status, await answer.json(), answer.headers
 
 
-def visit(scene: Callable[[Visit], Awaitable[None]], start: int = START, **options: Any) -> None:
+def exchange_client(
+    scene: Callable[[ExchangeClient], Awaitable[None]], start: int = START, **options: Any
+) -> None:
     """Play ``scene`` in virtual time."""
 
     async def main() -> None:
         exchange = SimulatedExchange(clock=LoopClock(start), **{"history": 20, **options})
         timeout = aiohttp.ClientTimeout(total=10)
         async with exchange, aiohttp.ClientSession(exchange.rest_url, timeout=timeout) as http:
-            await scene(Visit(exchange, http))
+            await scene(ExchangeClient(exchange, http))
 
     run_virtual(main())
 
@@ -75,17 +77,17 @@ def upgrade(names: list[str]) -> bytes:
 
 
 def test_time_and_ping() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         await asyncio.sleep(12.5)
         for prefix in ("/api/v3", "/fapi/v1"):
             assert (await here.get(f"{prefix}/time"))[1] == {"serverTime": START + 12_500}
             assert (await here.get(f"{prefix}/ping"))[1] == {}
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_exchange_info_lists_what_trades() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         _, info, _ = await here.get("/api/v3/exchangeInfo")
         assert [s["symbol"] for s in info["symbols"]] == ["SIM00USDT", "SIM01USDT", "SIM02USDT"]
         for listed in info["symbols"]:
@@ -100,11 +102,11 @@ def test_exchange_info_lists_what_trades() -> None:
         assert [s["contractType"] for s in futures["symbols"]] == ["PERPETUAL"] * 2
         assert futures["rateLimits"][0]["limit"] == 2400
 
-    visit(scene, symbols=3, perpetuals=2)
+    exchange_client(scene, symbols=3, perpetuals=2)
 
 
 def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         await asyncio.sleep(3.5)
         status, rows, _ = await here.get(
             "/api/v3/klines", symbol="SIM00USDT", interval="1s", startTime=START
@@ -122,11 +124,11 @@ def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
         # The last row is the unfinished one, which the truth does not have yet.
         assert [candle(row) for row in rows[:-1]] == [bar.candle for bar in truth]
 
-    visit(scene, symbols=2)
+    exchange_client(scene, symbols=2)
 
 
 def test_klines_between_times_and_by_limit() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async def opens(path: str = "/api/v3/klines", **query: Any) -> list[int]:
             rows = (await here.get(path, symbol="SIM00USDT", interval="1m", **query))[1]
             return [(row[0] - minute) // 60_000 for row in rows]
@@ -147,7 +149,7 @@ def test_klines_between_times_and_by_limit() -> None:
         )
         assert (status, error["code"]) == (400, -1130)
 
-    visit(scene, symbols=1, perpetuals=1, timeframes=("1m",), history=1600)
+    exchange_client(scene, symbols=1, perpetuals=1, timeframes=("1m",), history=1600)
 
 
 @pytest.mark.parametrize(
@@ -164,27 +166,27 @@ def test_klines_between_times_and_by_limit() -> None:
     ],
 )
 def test_bad_requests_get_the_venues_errors(query: dict[str, str], code: int) -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         status, error, _ = await here.get("/api/v3/klines", **query)
         assert (status, error["code"]) == (400, code)
         assert error["msg"]
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_tickers_of_a_day() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         _, tickers, _ = await here.get("/api/v3/ticker/24hr")
         assert [ticker["symbol"] for ticker in tickers] == ["SIM00USDT", "SIM01USDT"]
         _, ticker, _ = await here.get("/fapi/v1/ticker/24hr", symbol="SIM00USDT")
         assert float(ticker["lowPrice"]) <= float(ticker["lastPrice"]) <= float(ticker["highPrice"])
         assert float(ticker["quoteVolume"]) > 0
 
-    visit(scene, symbols=2, perpetuals=1, timeframes=("1m",))
+    exchange_client(scene, symbols=2, perpetuals=1, timeframes=("1m",))
 
 
 def test_weights_count_up_and_start_anew_each_minute() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async def used(path: str, **query: Any) -> int:
             headers = (await here.get(path, **query))[2]
             return int(headers["X-MBX-USED-WEIGHT-1M"])
@@ -201,11 +203,11 @@ def test_weights_count_up_and_start_anew_each_minute() -> None:
         await asyncio.sleep(60)
         assert await used("/api/v3/ping") == 1
 
-    visit(scene, symbols=1, perpetuals=1, timeframes=("1m",))
+    exchange_client(scene, symbols=1, perpetuals=1, timeframes=("1m",))
 
 
 def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         for _ in range(75):
             assert (await here.get("/api/v3/ticker/24hr"))[0] == 200
         status, error, headers = await here.get("/api/v3/ping")
@@ -224,14 +226,14 @@ def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
         await asyncio.sleep(1)
         assert (await here.get("/api/v3/ping"))[0] == 200
 
-    visit(scene, symbols=1, start=START + 20_000 - START % 60_000)
+    exchange_client(scene, symbols=1, start=START + 20_000 - START % 60_000)
 
 
 # -- websockets ----------------------------------------------------------------------------
 
 
 def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws/sim00usdt@kline_1s") as socket:
             while True:
                 message = await socket.recv()
@@ -248,13 +250,13 @@ def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
         truth = here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), k["t"])
         assert pushed(message) == (truth[0].candle, True)
 
-    visit(scene, symbols=1, seed=3)
+    exchange_client(scene, symbols=1, seed=3)
 
 
 def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None:
     series = [Series.parse(f"any:SIM0{i}/USDT:{t}") for i in range(2) for t in ("1s", "5s", "1m")]
 
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         names = [f"{s.symbol.replace('/', '').lower()}@kline_{s.timeframe}" for s in series]
         final: dict[str, list[Candle]] = {name: [] for name in names}
         seen: dict[str, list[Candle]] = {name: [] for name in names}
@@ -290,7 +292,7 @@ def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None
             assert [candle(row) for row in rows[: len(final[name])]] == final[name]
         assert sum(map(len, seen.values())) > 80
 
-    visit(scene, symbols=2, timeframes=("1m", "5s", "1s"), seed=4)
+    exchange_client(scene, symbols=2, timeframes=("1m", "5s", "1s"), seed=4)
 
 
 def test_spot_and_futures_of_one_name_are_two_markets() -> None:
@@ -301,7 +303,7 @@ def test_spot_and_futures_of_one_name_are_two_markets() -> None:
                 if closed:
                     return bar
 
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         name = "sim00usdt@kline_1s"
         spot, *futures = await asyncio.gather(
             first(f"{here.exchange.ws_url}/ws/{name}"),
@@ -314,16 +316,16 @@ def test_spot_and_futures_of_one_name_are_two_markets() -> None:
         assert futures == [perpetual] * 3
         assert spot.open != perpetual.open
 
-    async def alone(here: Visit) -> None:
+    async def alone(here: ExchangeClient) -> None:
         bar = await first(f"{here.exchange.ws_url}/ws/sim00usdt@kline_1s")
         assert bar == here.exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
 
-    visit(scene, symbols=1, perpetuals=1)
-    visit(alone, symbols=0, perpetuals=1)
+    exchange_client(scene, symbols=1, perpetuals=1)
+    exchange_client(alone, symbols=0, perpetuals=1)
 
 
 def test_subscriptions_are_kept_listed_and_ended() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
 
             async def ask(method: str, number: Any, params: Any = ()) -> Any:
@@ -351,7 +353,7 @@ def test_subscriptions_are_kept_listed_and_ended() -> None:
             assert (await ask("GET_PROPERTY", 5, ("combined",)))["result"] is True
             assert orjson.loads(await socket.recv())["stream"] == b
 
-    visit(scene, symbols=2)
+    exchange_client(scene, symbols=2)
 
 
 @pytest.mark.parametrize(
@@ -369,16 +371,16 @@ def test_subscriptions_are_kept_listed_and_ended() -> None:
     ],
 )
 def test_bad_messages_get_the_venues_errors(message: str, code: int) -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             await socket.send(message)
             assert orjson.loads(await socket.recv())["error"]["code"] == code
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_no_more_than_1024_streams() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             for number, size in enumerate((1024, 1)):
                 names = [f"a{number}b{i}@kline_1s" for i in range(size)]
@@ -387,11 +389,11 @@ def test_no_more_than_1024_streams() -> None:
             assert orjson.loads(await socket.recv()) == {"result": None, "id": 0}
             assert orjson.loads(await socket.recv())["error"]["code"] == 2
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             for _ in range(3):
                 for _ in range(5):
@@ -404,11 +406,11 @@ def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1008
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
         async with (
@@ -426,11 +428,11 @@ def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
             await polite.send("{}")
             assert await polite.recv()
 
-    visit(scene, symbols=1)
+    exchange_client(scene, symbols=1)
 
 
 def test_connections_end_at_their_age() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws") as socket:
             await asyncio.sleep(590)
             await socket.send("{}")
@@ -440,11 +442,11 @@ def test_connections_end_at_their_age() -> None:
                 await socket.recv()
 
     assert Faults().lifetime_seconds == 86_400
-    visit(scene, symbols=1, timeframes=("1h",), faults=Faults(lifetime_seconds=600))
+    exchange_client(scene, symbols=1, timeframes=("1h",), faults=Faults(lifetime_seconds=600))
 
 
 def test_more_than_300_connections_in_5_minutes_are_refused() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         for _ in range(300):
             async with websockets.connect(f"{here.exchange.ws_url}/ws"):
                 pass
@@ -454,11 +456,11 @@ def test_more_than_300_connections_in_5_minutes_are_refused() -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws"):
             pass
 
-    visit(scene, symbols=1, timeframes=("1h",))
+    exchange_client(scene, symbols=1, timeframes=("1h",))
 
 
 def test_a_client_that_does_not_read_is_cut_off() -> None:
-    async def scene(here: Visit) -> None:
+    async def scene(here: ExchangeClient) -> None:
         names = [f"sim{i:03d}usdt@kline_1s" for i in range(200)]
         port = int(here.exchange.ws_url.rpartition(":")[2])
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
@@ -469,10 +471,10 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
         assert not here.exchange._streams.connections
         writer.close()
 
-    visit(scene, symbols=200, history=2, keep=100)
+    exchange_client(scene, symbols=200, history=2, keep=100)
 
 
-class Sleeper(LoopClock):
+class SuspendedClock(LoopClock):
     """The clock of a machine that is put to sleep."""
 
     slept = 0
@@ -483,7 +485,7 @@ class Sleeper(LoopClock):
 
 def test_a_machine_that_slept_goes_on_from_now() -> None:
     async def main() -> None:
-        clock = Sleeper(START)
+        clock = SuspendedClock(START)
         faults = Faults(late=0.5, late_seconds=60, duplicate=0.5, revised=0.5)
         async with (
             SimulatedExchange(2, clock=clock, history=2, keep=100, faults=faults) as exchange,

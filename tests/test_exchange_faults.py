@@ -31,7 +31,7 @@ NAMES = [f"sim0{i}usdt@kline_1s" for i in range(4)]
 
 
 @dataclass
-class Kline:
+class PushedKline:
     """An event that can be taken at its word."""
 
     at: int
@@ -42,17 +42,17 @@ class Kline:
 
 
 @dataclass
-class Heard:
+class RecordedMessages:
     """All that a client heard, and what was true."""
 
     messages: list[tuple[int, bytes]] = field(default_factory=list)
-    klines: dict[str, list[Kline]] = field(default_factory=lambda: defaultdict(list))
+    klines: dict[str, list[PushedKline]] = field(default_factory=lambda: defaultdict(list))
     """By stream."""
-    nonsense: list[bytes] = field(default_factory=list)
-    truth: dict[str, list[Bar]] = field(default_factory=dict)
+    invalid: list[bytes] = field(default_factory=list)
+    true_bars: dict[str, list[Bar]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def finals(self, stream: str, opened: int) -> list[Kline]:
+    def finals(self, stream: str, opened: int) -> list[PushedKline]:
         return [k for k in self.klines[stream] if k.closed and k.candle.time == START + opened]
 
 
@@ -74,9 +74,9 @@ def read(message: bytes) -> tuple[str, int, Candle, bool] | None:
     return wrapper["stream"], event["E"] - START, candle, k["x"]
 
 
-async def listen(exchange: SimulatedExchange, seconds: float) -> Heard:
+async def listen(exchange: SimulatedExchange, seconds: float) -> RecordedMessages:
     """Hear all four streams over one connection for so long, or until it ends."""
-    heard = Heard()
+    heard = RecordedMessages()
     url = f"{exchange.ws_url}/stream?streams={'/'.join(NAMES)}"
     try:
         async with asyncio.timeout(seconds), websockets.connect(url, ping_interval=None) as ws:
@@ -86,14 +86,14 @@ async def listen(exchange: SimulatedExchange, seconds: float) -> Heard:
                 heard.messages.append((at, message))
                 known = read(message)
                 if known is None:
-                    heard.nonsense.append(message)
+                    heard.invalid.append(message)
                 else:
-                    heard.klines[known[0]].append(Kline(at, *known[1:]))
+                    heard.klines[known[0]].append(PushedKline(at, *known[1:]))
     except (OSError, EOFError, websockets.WebSocketException):  # a timeout is an OSError
         pass
     for i, name in enumerate(NAMES):
         series = Series.parse(f"any:SIM0{i}/USDT:1s")
-        heard.truth[name] = exchange.truth(series, START)
+        heard.true_bars[name] = exchange.truth(series, START)
     heard.counts = dict(exchange.fault_injector.counts)
     return heard
 
@@ -112,8 +112,8 @@ def play(
     return run_virtual(main())
 
 
-def hear(faults: Faults, seconds: float = 30) -> Heard:
-    heard: Heard = play(faults, lambda exchange: listen(exchange, seconds))
+def record_messages(faults: Faults, seconds: float = 30) -> RecordedMessages:
+    heard: RecordedMessages = play(faults, lambda exchange: listen(exchange, seconds))
     return heard
 
 
@@ -132,17 +132,17 @@ def planned(kind: str, at: float, seconds: float = 0, symbol: str = "", **more: 
 
 
 def test_without_faults_every_bar_is_closed_once_and_in_order() -> None:
-    heard = hear(Faults())
-    assert heard.nonsense == []
+    heard = record_messages(Faults())
+    assert heard.invalid == []
     for name in NAMES:
         finals = [k.candle for k in heard.klines[name] if k.closed]
-        assert finals == [bar.candle for bar in heard.truth[name]][: len(finals)]
+        assert finals == [bar.candle for bar in heard.true_bars[name]][: len(finals)]
         assert len(finals) >= 29
     assert heard.counts == {}
 
 
 def test_missing_final() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, list[int]]:
+    async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
         return await listen(exchange, 10), await opens(exchange)
 
     heard, rows = play(planned("missing_final", 5, symbol="SIM00/USDT"), scene)
@@ -153,7 +153,7 @@ def test_missing_final() -> None:
 
 
 def test_duplicate() -> None:
-    heard = hear(planned("duplicate", 5, symbol="SIM00/USDT"), 10)
+    heard = record_messages(planned("duplicate", 5, symbol="SIM00/USDT"), 10)
     first, second = heard.finals(NAMES[0], 4000)
     assert first.candle == second.candle
     assert second.at - first.at == 300
@@ -161,7 +161,9 @@ def test_duplicate() -> None:
 
 
 def test_revised() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, list[Candle], list[Any]]:
+    async def scene(
+        exchange: SimulatedExchange,
+    ) -> tuple[RecordedMessages, list[Candle], list[Any]]:
         heard = await listen(exchange, 10)
         series = Series.parse("any:SIM00/USDT:1s")
         url = f"{exchange.rest_url}/api/v3/klines?symbol=SIM00USDT&interval=1s"
@@ -182,7 +184,7 @@ def test_revised() -> None:
 
 
 def test_late() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, list[int]]:
+    async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
         listening = asyncio.create_task(listen(exchange, 12))
         await asyncio.sleep(5.5)
         rows = await opens(exchange)
@@ -197,7 +199,7 @@ def test_late() -> None:
 
 
 def test_disorder_is_a_final_overtaken_or_overtaking() -> None:
-    heard = hear(Faults(seed=1, disorder=0.5), 60)
+    heard = record_messages(Faults(seed=1, disorder=0.5), 60)
     overtaken = overtaking = 0
     for klines in heard.klines.values():
         for a, b in pairwise(klines):
@@ -207,7 +209,7 @@ def test_disorder_is_a_final_overtaken_or_overtaking() -> None:
     assert overtaking > 5
     for name in NAMES:  # and yet nothing is lost
         finals = {k.candle for k in heard.klines[name] if k.closed}
-        assert {bar.candle for bar in heard.truth[name][:-3]} <= finals
+        assert {bar.candle for bar in heard.true_bars[name][:-3]} <= finals
 
 
 def test_a_hidden_bar_appears_later_in_rest() -> None:
@@ -225,7 +227,7 @@ def test_a_hidden_bar_appears_later_in_rest() -> None:
 
 
 def test_a_lost_bar_is_nowhere_and_synthetic_in_truth() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, list[int]]:
+    async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
         return await listen(exchange, 20), await opens(exchange)
 
     heard, rows = play(planned("lost", 5, seconds=2.5, symbol="SIM00/USDT"), scene)
@@ -241,18 +243,18 @@ def test_a_lost_bar_is_nowhere_and_synthetic_in_truth() -> None:
 
 
 def test_garbage_is_never_taken_for_a_candle_by_a_strict_reader() -> None:
-    heard = hear(Faults(seed=5, garbage=0.5), 120)
-    assert len(heard.nonsense) > 150
-    assert len(set(heard.nonsense)) > 50
-    closed = {(name, bar.candle) for name in NAMES for bar in heard.truth[name]}
+    heard = record_messages(Faults(seed=5, garbage=0.5), 120)
+    assert len(heard.invalid) > 150
+    assert len(set(heard.invalid)) > 50
+    closed = {(name, bar.candle) for name in NAMES for bar in heard.true_bars[name]}
     for name in NAMES:
         finals = [k.candle for k in heard.klines[name] if k.closed]
         assert {(name, candle) for candle in finals} <= closed
-        assert len(finals) < len(heard.truth[name]) - 10  # some came in place of the last word
+        assert len(finals) < len(heard.true_bars[name]) - 10  # some came in place of the last word
 
 
 def test_silence_of_one_symbol_among_live_ones() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, list[int]]:
+    async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
         return await listen(exchange, 20), await opens(exchange)
 
     faults = planned("silence", 5, seconds=6, symbol="SIM00/USDT")
@@ -268,9 +270,9 @@ def test_silence_of_one_symbol_among_live_ones() -> None:
 
 
 def test_drop() -> None:
-    heard = hear(planned("drop", 5), 20)
+    heard = record_messages(planned("drop", 5), 20)
     assert 4000 < heard.messages[-1][0] <= 5000
-    heards = [hear(Faults(seed=seed, drop=360), 100).messages for seed in range(8)]
+    heards = [record_messages(Faults(seed=seed, drop=360), 100).messages for seed in range(8)]
     lasted = [messages[-1][0] if messages else 0 for messages in heards]
     assert len({ms // 1000 for ms in lasted}) > 4  # 10 s on average
     assert 2_000 < sum(lasted) / 8 < 30_000
@@ -315,8 +317,8 @@ def test_handshakes_fail_in_several_ways() -> None:
 
 
 def test_server_shutdown_is_announced_and_then_happens() -> None:
-    async def scene(exchange: SimulatedExchange) -> tuple[Heard, Heard]:
-        async def later() -> Heard:
+    async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, RecordedMessages]:
+        async def later() -> RecordedMessages:
             await asyncio.sleep(8)
             return await listen(exchange, 20)
 
@@ -434,30 +436,30 @@ def test_bars_close_by_the_exchanges_own_clock() -> None:
 
 def test_the_same_seed_says_the_same_and_another_another() -> None:
     faults = Faults(seed=11, **PRESETS["rough"])
-    first, again = hear(faults, 90), hear(faults, 90)
+    first, again = record_messages(faults, 90), record_messages(faults, 90)
     assert first.messages == again.messages
-    assert first.truth == again.truth
+    assert first.true_bars == again.true_bars
     assert first.counts == again.counts
-    assert hear(Faults(seed=12, **PRESETS["rough"]), 90).messages != first.messages
+    assert record_messages(Faults(seed=12, **PRESETS["rough"]), 90).messages != first.messages
 
 
 def test_switching_a_kind_off_leaves_the_others_as_they_were() -> None:
     faults = Faults(seed=4, duplicate=0.1, missing_final=0.1, lost=0.05)
-    all_kinds, fewer = hear(faults, 60), hear(faults.without("duplicate"), 60)
+    all_kinds, fewer = record_messages(faults, 60), record_messages(faults.without("duplicate"), 60)
     assert all_kinds.counts["duplicate"] > 5
     assert "duplicate" not in fewer.counts
     assert all_kinds.counts["missing_final"] == fewer.counts["missing_final"]
-    assert all_kinds.truth == fewer.truth
+    assert all_kinds.true_bars == fewer.true_bars
 
 
 def test_a_second_listener_changes_nothing_for_the_first() -> None:
     faults = Faults(seed=6, duplicate=0.1, revised=0.1, garbage=0.1, disorder=0.1)
 
-    async def scene(exchange: SimulatedExchange) -> Heard:
+    async def scene(exchange: SimulatedExchange) -> RecordedMessages:
         first, _ = await asyncio.gather(listen(exchange, 60), listen(exchange, 30))
         return first
 
-    assert play(faults, scene).messages == hear(faults, 60).messages
+    assert play(faults, scene).messages == record_messages(faults, 60).messages
 
 
 def test_random_mixtures_come_from_the_seed_and_go_through_json() -> None:

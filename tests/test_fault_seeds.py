@@ -93,25 +93,25 @@ def test_without_faults_each_bar_is_forecast_within_a_second(tmp_path: Path) -> 
     assert max(late) < 1000
 
 
-class Meddled:
+class TamperingSource:
     """A source that lies as ``lie`` does."""
 
-    def __init__(self, source: Source, lie: Callable[[Update], Sequence[Update]]) -> None:
-        self._source, self._lie = source, lie
+    def __init__(self, source: Source, tamper: Callable[[Update], Sequence[Update]]) -> None:
+        self._source, self._tamper = source, tamper
         self.venue, self.traits = source.venue, source.traits
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         return await self._source.unsupported(series)
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self._source.subscribe(series)
 
-    async def run(self, intake: SourceCallbacks) -> None:
+    async def run(self, callbacks: SourceCallbacks) -> None:
         def update(update: Update) -> None:
-            for one in self._lie(update):
-                intake.update(one)
+            for one in self._tamper(update):
+                callbacks.update(one)
 
-        await self._source.run(SourceCallbacks(update, intake.reject, intake.count_event))
+        await self._source.run(SourceCallbacks(update, callbacks.reject, callbacks.count_event))
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         return await self._source.history(series, start, end)
@@ -120,7 +120,7 @@ class Meddled:
         await self._source.close()
 
 
-def a_penny_more(update: Update) -> list[Update]:
+def raise_close(update: Update) -> list[Update]:
     """Every seventh bar."""
     candle = update.candle
     if not update.closed or candle.time // 1000 % 7:
@@ -132,10 +132,10 @@ def closed_too_early(update: Update) -> list[Update]:
     return [update._replace(closed=True)]
 
 
-@pytest.mark.parametrize("lie", [a_penny_more, closed_too_early])
+@pytest.mark.parametrize("lie", [raise_close, closed_too_early])
 def test_a_source_that_lies_is_found_out(
     lie: Callable[[Update], Sequence[Update]], tmp_path: Path
 ) -> None:
     """So a trial can fail."""
-    journal = run_chaos(CALM, tmp_path, wrap_source=lambda source: Meddled(source, lie))
+    journal = run_chaos(CALM, tmp_path, wrap_source=lambda source: TamperingSource(source, lie))
     assert find_violations(journal) != []

@@ -19,7 +19,9 @@ def _check(shares: dict[str, dict[str, list[int]]]) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def _moved(before: dict[str, dict[str, list[int]]], after: dict[str, dict[str, list[int]]]) -> int:
+def _moved_partitions(
+    before: dict[str, dict[str, list[int]]], after: dict[str, dict[str, list[int]]]
+) -> int:
     """Partitions that a member has got which it had not."""
     return sum(
         len(set(partitions) - set(before.get(one, {}).get(topic, ())))
@@ -47,9 +49,11 @@ def test_no_more_moves_than_must() -> None:
     two = assign_partitions(TOPICS, {"a": {}, "b": {}})
     assert [len(two["a"][topic]) for topic in ("1m", "1s")] == [16, 16]
     three = assign_partitions(TOPICS, two | {"c": {}})
-    assert _moved(two, three) == sum(map(len, three["c"].values()))
+    assert _moved_partitions(two, three) == sum(map(len, three["c"].values()))
     left = {one: share for one, share in three.items() if one != "a"}
-    assert _moved(left, assign_partitions(TOPICS, left)) == sum(map(len, three["a"].values()))
+    assert _moved_partitions(left, assign_partitions(TOPICS, left)) == sum(
+        map(len, three["a"].values())
+    )
 
 
 def test_what_two_claim_is_one_members() -> None:

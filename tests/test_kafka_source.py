@@ -38,7 +38,7 @@ BTC_FIVE = Series.of("kafka", "BTC/USDT", FIVE)
 
 
 @dataclass
-class Following:
+class RunningSource:
     """A source at work, and what it says."""
 
     source: KafkaSource
@@ -62,10 +62,10 @@ def _source(bootstrap: str, prefix: str, venue: str = "kafka", **options: Any) -
 
 
 @asynccontextmanager
-async def _following(
+async def _run_source(
     bootstrap: str, prefix: str, *series: Series, **options: Any
-) -> AsyncIterator[Following]:
-    one = Following(_source(bootstrap, prefix, **options))
+) -> AsyncIterator[RunningSource]:
+    one = RunningSource(_source(bootstrap, prefix, **options))
     one.source.subscribe(series or (BTC,))
     intake = SourceCallbacks(
         one.updates.append,
@@ -138,7 +138,7 @@ async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncI
 async def test_the_topic_is_history_and_news(bootstrap: str, topic_prefix: str) -> None:
     await _produce(bootstrap, topic_prefix, range(1, 500))
     await _produce(bootstrap, topic_prefix, range(1, 9), ETH)
-    async with _following(bootstrap, topic_prefix) as one:
+    async with _run_source(bootstrap, topic_prefix) as one:
         assert await one.source.unsupported([BTC, ETH]) == {}
         assert await one.past() == list(map(float, range(1, 500)))
         await _produce(bootstrap, topic_prefix, [500, 501, 501, 400])
@@ -153,7 +153,7 @@ async def test_the_topic_is_history_and_news(bootstrap: str, topic_prefix: str) 
         assert one.notes == ["connected"]
         assert [series for series, _, _ in one.rejected] == [BTC, BTC]
     # Another day: what was rejected is not rejected again, and the past is there at once.
-    async with _following(bootstrap, topic_prefix) as one:
+    async with _run_source(bootstrap, topic_prefix) as one:
         assert len(await one.past()) == 503
         await _produce(bootstrap, topic_prefix, [504])
         await _until(lambda: one.updates)
@@ -169,9 +169,9 @@ async def test_what_is_followed_changes_while_it_runs(
     await _create(*where, MINUTE, FIVE)
     for series in (BTC, ETH, BTC_FIVE):
         await _produce(*where, range(1, 200), series)
-    async with _following(*where, BTC) as one:
+    async with _run_source(*where, BTC) as one:
         assert len(await one.past()) == 199
-        produced = asyncio.create_task(_slowly(where, BTC, range(200, 300)))
+        produced = asyncio.create_task(_produce_slowly(where, BTC, range(200, 300)))
         one.source.subscribe([BTC, ETH])
         assert len(await one.past(ETH)) == 199
         one.source.subscribe([BTC, ETH, BTC_FIVE])
@@ -190,7 +190,7 @@ async def test_what_is_followed_changes_while_it_runs(
     assert len(asyncio.all_tasks()) == 1
 
 
-async def _slowly(where: tuple[str, str], series: Series, numbers: Iterable[int]) -> None:
+async def _produce_slowly(where: tuple[str, str], series: Series, numbers: Iterable[int]) -> None:
     producer = AIOKafkaProducer(bootstrap_servers=where[0])
     await producer.start()
     try:
@@ -210,7 +210,7 @@ async def test_how_far_it_is_can_be_seen_in_the_group(
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     for group, name in (("", f"{topic_prefix}-ingest"), ("mine", "mine")):
-        async with _following(kafka.bootstrap, topic_prefix, group=group) as one:
+        async with _run_source(kafka.bootstrap, topic_prefix, group=group) as one:
             assert len(await one.past()) == 30
         committed = await admin.list_consumer_group_offsets(name)
         assert committed[TopicPartition(candle_topic(topic_prefix, MINUTE), 0)].offset == 30
@@ -225,13 +225,13 @@ async def test_a_member_is_told_apart_from_its_companions(
     names = [Series.of("kafka", f"S{i}/USDT", MINUTE) for i in range(8)]
     for series in names:
         await _produce(kafka.bootstrap, topic_prefix, [1], series)
-    async with _following(kafka.bootstrap, topic_prefix, *names) as one:
+    async with _run_source(kafka.bootstrap, topic_prefix, *names) as one:
         assert [await one.past(series) for series in names] == [[1.0]] * 8
-        async with _following(kafka.bootstrap, topic_prefix, *names) as other:
+        async with _run_source(kafka.bootstrap, topic_prefix, *names) as other:
             both = [one.source._topic_state, other.source._topic_state]
             await _until(lambda: all(one.shared_topics and not one.pending for one in both))
             monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.5)
-            lacking = [[await _lacks(who, name) for who in (one, other)] for name in names]
+            lacking = [[await _missing_bars(who, name) for who in (one, other)] for name in names]
             # Whoever comes later has seen no more than the partition that it got.
             assert sorted(map(sum, lacking)) == [1] * 8
             assert {lacks for _, lacks in lacking} == {True, False}
@@ -242,7 +242,7 @@ async def test_a_member_is_told_apart_from_its_companions(
         assert [len(await one.past(series)) for series in names] == [2] + [1] * 7
 
 
-async def _lacks(who: Following, series: Series) -> bool:
+async def _missing_bars(who: RunningSource, series: Series) -> bool:
     try:
         return await who.past(series) != [1.0]
     except SourceError as error:
@@ -257,7 +257,7 @@ async def test_an_outage_costs_no_bar(
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
         await _produce(kafka.bootstrap, "kronos", range(1, 100))
-        async with _following(kafka.bootstrap, "kronos") as one:
+        async with _run_source(kafka.bootstrap, "kronos") as one:
             assert len(await one.past()) == 99
             await _produce(kafka.bootstrap, "kronos", range(100, 110))
             await _until(lambda: len(one.updates) == 10)
@@ -282,7 +282,7 @@ async def test_a_hanging_broker_costs_bounded_time_at_the_end(
 ) -> None:
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
-        async with _following(kafka.bootstrap, "kronos") as one:
+        async with _run_source(kafka.bootstrap, "kronos") as one:
             assert await one.past() == []
             await _produce(kafka.bootstrap, "kronos", [1])
             await _until(lambda: one.updates)
@@ -305,10 +305,10 @@ async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: P
         with pytest.raises(SourceError, match="KAFKA__SASL_PASSWORD") as refused:
             await _source(kafka.bootstrap, "kronos", **wrong).unsupported([BTC])
         assert "hunter2" not in str(refused.value)
-        async with _following(kafka.bootstrap, "kronos", **wrong) as one:
+        async with _run_source(kafka.bootstrap, "kronos", **wrong) as one:
             await _until(lambda: "lost" in one.notes)
             assert "SASL_PASSWORD" in one.source._problem
-        async with _following(kafka.bootstrap, "kronos", **right) as one:
+        async with _run_source(kafka.bootstrap, "kronos", **right) as one:
             assert await one.past() == []
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:1"):
         await _source("127.0.0.1:1", "kronos").unsupported([BTC])
@@ -317,7 +317,7 @@ async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: P
 
 async def test_what_cannot_be_unpacked_is_said_with_its_cure() -> None:
     with EmbeddedBroker([candle_topic("kronos", MINUTE)]) as broker:
-        async with _following(broker.bootstrap, "kronos") as one:
+        async with _run_source(broker.bootstrap, "kronos") as one:
             assert await one.past() == []
             packed = Producer({"bootstrap.servers": broker.bootstrap, "compression.type": "lz4"})
             for _ in range(50):  # fewer are sent as they are

@@ -53,7 +53,7 @@ async def _sink(broker: Mosquitto, **options: Any) -> AsyncIterator[MqttSink]:
         await sink.close()
 
 
-async def _give(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
+async def _deliver(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
     """What the outbox does: give again until the sink has taken them."""
     async with asyncio.timeout(60):
         while True:
@@ -139,10 +139,10 @@ async def test_refused_records_are_named_and_delay_nobody(
         big = {7, 30, 31}
         records = [_record(i, size=12_000 if i in big else 3_000) for i in range(60)]
         async with _sink(broker, max_record_bytes=40_000) as sink:
-            refusals = await _give(sink, [*records, _record(99, size=50_000)])
+            refusals = await _deliver(sink, [*records, _record(99, size=50_000)])
             assert [refusal.record.sequence for refusal in refusals] == [*sorted(big), 99]
             assert all(refusal.reason for refusal in refusals)
-            assert not await _give(sink, [_record(i, size=3_000) for i in range(60, 80)])
+            assert not await _deliver(sink, [_record(i, size=3_000) for i in range(60, 80)])
             await _in_time(lambda: len({m.payload for m in subscriber.messages()}) >= 78)
         _first_in_order(subscriber, sorted(set(range(80)) - big))
 
@@ -173,7 +173,7 @@ async def test_a_broker_that_is_not_there_is_named_at_once(mosquitto_of: BrokerO
             await sink.deliver([_record(0)])
         assert time.monotonic() - began < 2
         with broker:
-            assert not await _give(sink, [_record(0)])
+            assert not await _deliver(sink, [_record(0)])
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -199,7 +199,7 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
             assert time.monotonic() - began < 1.5
             await _in_time(lambda: "no answer in 1 s" in sink._reconnector.problem)
             broker.thaw()
-            assert not await _give(sink, [_record(i) for i in range(10)])
+            assert not await _deliver(sink, [_record(i) for i in range(10)])
             broker.freeze()
             delivery = asyncio.create_task(sink.deliver([_record(10)]))
             await asyncio.sleep(0.1)
@@ -211,7 +211,7 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
             assert time.monotonic() - began < 3
             broker.thaw()
         async with _sink(broker) as sink:
-            assert not await _give(sink, [_record(i) for i in range(12)])
+            assert not await _deliver(sink, [_record(i) for i in range(12)])
             await _in_time(lambda: subscriber.messages()[-1].payload.startswith(b"11 "))
         _first_in_order(subscriber, range(12))
     assert len(asyncio.all_tasks()) == 1
@@ -226,13 +226,13 @@ async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
     """Killed, and without a disk: no later record reminds it of the first ten series."""
     with mosquitto_of(persistent=False) as broker:
         async with _sink(broker) as sink:
-            assert not await _give(sink, [_record(i) for i in range(40)])
+            assert not await _deliver(sink, [_record(i) for i in range(40)])
             await asyncio.to_thread(broker.kill)
             with pytest.raises(SinkUnavailable):
                 await sink.deliver([_record(40)])
             await asyncio.sleep(outage)
             await asyncio.to_thread(broker.start)
-            assert not await _give(sink, [_record(i) for i in range(40, 50)])
+            assert not await _deliver(sink, [_record(i) for i in range(40, 50)])
             kept = await asyncio.to_thread(retained_messages, broker)
         assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
             _topic(i): i for i in range(30, 50)
@@ -261,7 +261,7 @@ async def test_a_series_that_is_given_up_is_retained_no_more(
         async with _sink(broker) as sink:
             with Subscriber(broker, tmp_path) as subscriber:
                 removal = _record(22, kind="removal")
-                assert not await _give(sink, [_record(1), _record(2), removal])
+                assert not await _deliver(sink, [_record(1), _record(2), removal])
                 await _in_time(lambda: len(subscriber.messages()) == 5)
                 told = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
                 assert told == [_record(2).value, removal.value, b""]
@@ -271,7 +271,7 @@ async def test_a_series_that_is_given_up_is_retained_no_more(
             # Nor is it once a broker has come to remember it again.
             await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
             sink._connection.abort("test")  # type: ignore[union-attr]
-            assert not await _give(sink, [_record(3)])
+            assert not await _deliver(sink, [_record(3)])
             assert _topic(2) not in await asyncio.to_thread(retained_messages, broker)
 
 

@@ -37,14 +37,14 @@ def _send(broker: Mosquitto, series: Series, *numbers: int) -> None:
     publish(broker, _TOPICS[series], *(encode_candle(series, _candle(n)) for n in numbers))
 
 
-class _Heard:
+class _RecordingCallbacks:
     """An intake that writes down what it is told."""
 
     def __init__(self) -> None:
         self.updates: list[Update] = []
         self.rejected: list[tuple[Series | None, str, bytes]] = []
         self.notes: list[str] = []
-        self.intake = SourceCallbacks(self.updates.append, self._reject, self.notes.append)
+        self.callbacks = SourceCallbacks(self.updates.append, self._reject, self.notes.append)
 
     def _reject(self, series: Series | None, reason: str, raw: bytes) -> None:
         self.rejected.append((series, reason, raw))
@@ -64,12 +64,15 @@ def _source(broker: Mosquitto, *, venue: str = "mqtt", **options: Any) -> Source
 
 @asynccontextmanager
 async def _running(
-    broker: Mosquitto, heard: _Heard, series: Collection[Series] = (_BTC, _ETH), **options: Any
+    broker: Mosquitto,
+    heard: _RecordingCallbacks,
+    series: Collection[Series] = (_BTC, _ETH),
+    **options: Any,
 ) -> AsyncIterator[Source]:
     """A source that follows ``series``, subscribed."""
     source = _source(broker, **options)
     source.subscribe(series)
-    running = asyncio.create_task(source.run(heard.intake))
+    running = asyncio.create_task(source.run(heard.callbacks))
     try:
         await _in_time(lambda: _is_up(source, running))
         yield source
@@ -85,7 +88,7 @@ def _is_up(source: Any, running: asyncio.Task[None]) -> bool:
     return not source._keeper.trouble
 
 
-def _counted(heard: _Heard, note: str, times: int) -> bool:
+def _counted(heard: _RecordingCallbacks, note: str, times: int) -> bool:
     return heard.notes.count(note) == times
 
 
@@ -104,7 +107,7 @@ async def _in_time(what: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None:
-    heard = _Heard()
+    heard = _RecordingCallbacks()
     with mosquitto_of() as broker:
         async with _running(broker, heard) as source:
             before = time.time_ns() // 1_000_000
@@ -126,7 +129,7 @@ async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None
 
 
 async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: BrokerOf) -> None:
-    heard = _Heard()
+    heard = _RecordingCallbacks()
     with mosquitto_of() as broker:
         async with _running(broker, heard) as source:
             await asyncio.to_thread(
@@ -153,27 +156,27 @@ async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: Broke
 
 async def test_what_was_sent_while_we_were_away_comes(mosquitto_of: BrokerOf) -> None:
     with mosquitto_of() as broker:
-        first = _Heard()
+        first = _RecordingCallbacks()
         async with _running(broker, first):
             await asyncio.to_thread(_send, broker, _BTC, 0)
             await _in_time(lambda: first.numbers(_BTC) == [0])
         await asyncio.to_thread(_send, broker, _BTC, *range(1, 101))
-        again = _Heard()
+        again = _RecordingCallbacks()
         async with _running(broker, again):
             await _in_time(lambda: len(again.updates) >= 100)
             assert again.numbers(_BTC) == list(range(1, 101))
         # Unless no session is wanted.
-        async with _running(broker, _Heard(), session_seconds=0):
+        async with _running(broker, _RecordingCallbacks(), session_seconds=0):
             pass
         await asyncio.to_thread(_send, broker, _BTC, 101)
-        without = _Heard()
+        without = _RecordingCallbacks()
         async with _running(broker, without, session_seconds=0):
             await asyncio.to_thread(_send, broker, _BTC, 102)
             await _in_time(lambda: without.numbers(_BTC) == [102])
 
 
 async def test_a_killed_broker_is_come_back_to(mosquitto_of: BrokerOf) -> None:
-    heard = _Heard()
+    heard = _RecordingCallbacks()
     with mosquitto_of() as broker:
         async with _running(broker, heard) as source:
             await asyncio.to_thread(_send, broker, _BTC, 0)
@@ -193,7 +196,7 @@ async def test_a_killed_broker_is_come_back_to(mosquitto_of: BrokerOf) -> None:
 
 
 async def test_what_is_followed_changes_while_it_runs(mosquitto_of: BrokerOf) -> None:
-    heard = _Heard()
+    heard = _RecordingCallbacks()
     with mosquitto_of() as broker:
         async with _running(broker, heard, [_BTC]) as source:
             await asyncio.to_thread(_send, broker, _BTC, 0)
@@ -240,7 +243,10 @@ async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: Brok
 
 async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
     with mosquitto_of() as broker:
-        async with _running(broker, _Heard()) as one, _running(broker, _Heard()) as other:
+        async with (
+            _running(broker, _RecordingCallbacks()) as one,
+            _running(broker, _RecordingCallbacks()) as other,
+        ):
             keepers: list[Any] = [getattr(source, "_keeper") for source in (one, other)]  # noqa: B009
             await _in_time(
                 lambda: any("KRONOS_STREAM_MQTT__CLIENT_ID" in keeper.trouble for keeper in keepers)
@@ -253,7 +259,7 @@ async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
         for turn in range(200):
             source = _source(broker)
             source.subscribe([_BTC])
-            running = asyncio.create_task(source.run(_Heard().intake))
+            running = asyncio.create_task(source.run(_RecordingCallbacks().callbacks))
             for _ in range(turn % 40):  # turns of the event loop, most of them in connecting
                 await asyncio.sleep(0 if turn % 3 else 0.0005)
             running.cancel()
@@ -264,7 +270,7 @@ async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
 
 
 async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:
-    heard, desk = _Heard(), _Heard()
+    heard, desk = _RecordingCallbacks(), _RecordingCallbacks()
     theirs = Series.parse("mqtt.desk:BTC/USDT:1m")
     with mosquitto_of() as broker:
         async with _running(broker, heard), _running(broker, desk, [theirs], venue="mqtt.desk"):

@@ -20,13 +20,13 @@ from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual import run_virtual
 
 
-class Memory:
+class MemorySink:
     """A sink that keeps what it is given, and fails as it is told."""
 
     def __init__(self, name: str = "memory") -> None:
         self.name = name
-        self.got: list[int] = []
-        self.letters: list[bytes] = []
+        self.delivered: list[int] = []
+        self.dead_letters: list[bytes] = []
         self.down = False
         self.fault: Callable[[Sequence[Record]], Awaitable[Sequence[Refusal]]] | None = None
 
@@ -43,9 +43,9 @@ class Memory:
             if record.sequence in bad:
                 continue
             if record.kind == "deadletter":
-                self.letters.append(record.value)
+                self.dead_letters.append(record.value)
             else:
-                self.got.append(int(record.value))
+                self.delivered.append(int(record.value))
         return refused
 
     async def close(self) -> None:
@@ -57,13 +57,13 @@ def message(number: int, size: int = 0) -> Envelope:
     return Envelope("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
 
 
-def bury(_sink: str, refusal: Refusal) -> Envelope:
+def record_dead_letter(_sink: str, refusal: Refusal) -> Envelope:
     return Envelope("deadletter", refusal.record.key, refusal.reason.encode(), ())
 
 
-def trial(
+def run_outbox(
     path: Path,
-    sinks: Sequence[Memory],
+    sinks: Sequence[MemorySink],
     body: Callable[[Outbox, State], Awaitable[None]],
     *,
     age: float = 1e9,
@@ -81,7 +81,7 @@ def trial(
             Random(seed),
             metrics,
             max_age_seconds=age,
-            make_dead_letter=bury,
+            make_dead_letter=record_dead_letter,
         )
         running = asyncio.create_task(outbox.run())
         try:
@@ -101,7 +101,7 @@ def counted(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 
 def test_what_is_published_arrives_in_order_and_leaves_the_state(tmp_path: Path) -> None:
-    one, two = Memory("one"), Memory("two")
+    one, two = MemorySink("one"), MemorySink("two")
 
     async def body(outbox: Outbox, state: State) -> None:
         for i in range(50):
@@ -109,19 +109,19 @@ def test_what_is_published_arrives_in_order_and_leaves_the_state(tmp_path: Path)
         assert await outbox.drain(10) == 0
         assert await state.backlogs() == {}
 
-    trial(tmp_path / "s", [one, two], body)
-    assert one.got == two.got == [n for i in range(50) for n in (i, i + 1000)]
+    run_outbox(tmp_path / "s", [one, two], body)
+    assert one.delivered == two.delivered == [n for i in range(50) for n in (i, i + 1000)]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_failures_cost_repetitions_but_never_order_or_a_record(tmp_path: Path, seed: int) -> None:
-    sink, random = Memory(), Random(seed)
+    sink, random = MemorySink(), Random(seed)
 
     async def fault(records: Sequence[Record]) -> Sequence[Refusal]:
         await asyncio.sleep(random.choice([0.0, 0.3, 90.0]))
         if random.random() < 0.4:
             part = records[: random.randrange(len(records) + 1)]
-            sink.got += [int(record.value) for record in part]
+            sink.delivered += [int(record.value) for record in part]
             raise random.choice([SinkUnavailable("lost"), RuntimeError("a bug"), OSError("gone")])
         return ()
 
@@ -133,30 +133,30 @@ def test_failures_cost_repetitions_but_never_order_or_a_record(tmp_path: Path, s
             await asyncio.sleep(random.random())
         assert await outbox.drain(100_000) == 0
 
-    trial(tmp_path / "s", [sink], body, seed=seed)
-    assert list(dict.fromkeys(sink.got)) == list(range(100))
+    run_outbox(tmp_path / "s", [sink], body, seed=seed)
+    assert list(dict.fromkeys(sink.delivered)) == list(range(100))
 
 
 def test_a_dead_sink_holds_up_no_other_and_says_why(tmp_path: Path) -> None:
-    dead, alive = Memory("dead"), Memory("alive")
+    dead, alive = MemorySink("dead"), MemorySink("alive")
     dead.down = True
 
     async def body(outbox: Outbox, _: State) -> None:
         await outbox.publish([], [message(1)])
         await asyncio.sleep(60)
-        assert alive.got == [1]
+        assert alive.delivered == [1]
         assert outbox.problems() == {"dead": "down for the test", "alive": ""}
         assert await outbox.drain(5) == 1
         dead.down = False
         assert await outbox.drain(60) == 0
         assert outbox.problems() == {"dead": "", "alive": ""}
 
-    trial(tmp_path / "s", [dead, alive], body)
-    assert dead.got == [1]
+    run_outbox(tmp_path / "s", [dead, alive], body)
+    assert dead.delivered == [1]
 
 
 def test_a_long_outage_is_kept_on_disk_and_delivered_in_order(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
     sink.down = True
 
     async def body(outbox: Outbox, _: State) -> None:
@@ -180,12 +180,12 @@ def test_a_long_outage_is_kept_on_disk_and_delivered_in_order(tmp_path: Path) ->
             padded = [message(i, 500) for i in range(start, min(start + 1_000, last))]
             await outbox.publish([], padded)
 
-    trial(tmp_path / "s", [sink], body)
-    assert sink.got == list(range(100_500))
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.delivered == list(range(100_500))
 
 
 def test_large_records_are_bounded_by_their_bytes(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
     sink.down = True
     most = 0
 
@@ -206,32 +206,32 @@ def test_large_records_are_bounded_by_their_bytes(tmp_path: Path) -> None:
         sink.down = False
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], body)
-    assert sink.got == list(range(60))
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.delivered == list(range(60))
     assert 1_000_000 < most < BATCH_BYTES + 1_100_000
 
 
 def test_what_a_dead_daemon_left_goes_out_first(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
     sink.down = True
 
     async def leave(outbox: Outbox, _: State) -> None:
         await outbox.publish([], [message(i) for i in range(1_200)])
 
-    trial(tmp_path / "s", [sink], leave)
-    assert sink.got == []
+    run_outbox(tmp_path / "s", [sink], leave)
+    assert sink.delivered == []
     sink.down = False
 
     async def deliver(outbox: Outbox, _: State) -> None:
         await outbox.publish([], [message(1_200)])
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], deliver)
-    assert sink.got == list(range(1_201))
+    run_outbox(tmp_path / "s", [sink], deliver)
+    assert sink.delivered == list(range(1_201))
 
 
 def test_a_refused_record_becomes_a_dead_letter_and_delays_nobody(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
 
     async def refuse(records: Sequence[Record]) -> Sequence[Refusal]:
         return [Refusal(r, "too big") for r in records if r.value in {b"3", b"too big"}]
@@ -242,22 +242,22 @@ def test_a_refused_record_becomes_a_dead_letter_and_delays_nobody(tmp_path: Path
         await outbox.publish([], [message(i) for i in range(6)])
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], body)
-    assert sink.got == [0, 1, 2, 4, 5]
-    assert sink.letters == []  # refused in its turn: dropped, or it would go round for ever
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.delivered == [0, 1, 2, 4, 5]
+    assert sink.dead_letters == []  # refused in its turn: dropped, or it would go round for ever
 
-    sink.got.clear()
+    sink.delivered.clear()
 
     async def refuse_one(records: Sequence[Record]) -> Sequence[Refusal]:
         return [Refusal(record, "too big") for record in records if record.value == b"3"]
 
     sink.fault = refuse_one
-    trial(tmp_path / "s", [sink], body)
-    assert sink.letters == [b"too big"]
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.dead_letters == [b"too big"]
 
 
 def test_old_records_are_given_up_in_the_end(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
     sink.down = True
 
     async def body(outbox: Outbox, _: State) -> None:
@@ -269,13 +269,13 @@ def test_old_records_are_given_up_in_the_end(tmp_path: Path) -> None:
         sink.down = False
         assert await outbox.drain(60) == 0
 
-    metrics = trial(tmp_path / "s", [sink], body, age=100)
-    assert sink.got == [5_000]
+    metrics = run_outbox(tmp_path / "s", [sink], body, age=100)
+    assert sink.delivered == [5_000]
     assert counted(metrics, "expired_total", sink="memory") == 5_000
 
 
 def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
 
     async def body(outbox: Outbox, _: State) -> None:
         await asyncio.sleep(1)
@@ -290,7 +290,7 @@ def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
         assert counted(measured, "queue_depth", queue="outbox:memory") == 0
         assert counted(measured, "outbox_age_seconds", sink="memory") == 0
 
-    measured = trial(tmp_path / "s", [sink], body)
+    measured = run_outbox(tmp_path / "s", [sink], body)
     assert counted(measured, "delivered_total", sink="memory", kind="forecast") == 2
     assert (counted(measured, "sink_failures_total", sink="memory") or 0) > 3
     seconds = counted(measured, "received_to_published_seconds_sum", sink="memory")
@@ -299,7 +299,7 @@ def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
 
 
 def test_a_sink_that_hangs_is_given_up_and_asked_again(tmp_path: Path) -> None:
-    slow, quick = Memory("slow"), Memory("quick")
+    slow, quick = MemorySink("slow"), MemorySink("quick")
     hung = 0
 
     async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
@@ -314,17 +314,17 @@ def test_a_sink_that_hangs_is_given_up_and_asked_again(tmp_path: Path) -> None:
     async def body(outbox: Outbox, _: State) -> None:
         await outbox.publish([], [message(1)])
         await asyncio.sleep(0.01)
-        assert quick.got == [1]
+        assert quick.delivered == [1]
         await asyncio.sleep(61)
         assert outbox.problems() == {"slow": "no answer in 60 s", "quick": ""}
         assert await outbox.drain(180) == 0
 
-    trial(tmp_path / "s", [slow, quick], body)
-    assert slow.got == [1]
+    run_outbox(tmp_path / "s", [slow, quick], body)
+    assert slow.delivered == [1]
 
 
 def test_a_sink_that_cancels_itself_is_asked_again(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
     tries = 0
 
     async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
@@ -340,12 +340,12 @@ def test_a_sink_that_cancels_itself_is_asked_again(tmp_path: Path) -> None:
         await outbox.publish([], [message(1)])
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], body)
-    assert sink.got == [1]
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.delivered == [1]
 
 
 def test_a_stop_ends_a_sink_that_makes_something_else_of_it(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
 
     async def fault(_: Sequence[Record]) -> Sequence[Refusal]:
         try:
@@ -360,11 +360,11 @@ def test_a_stop_ends_a_sink_that_makes_something_else_of_it(tmp_path: Path) -> N
         await outbox.publish([], [message(1)])
         assert await outbox.drain(1) == 1
 
-    trial(tmp_path / "s", [sink], body)  # which waits for the end
+    run_outbox(tmp_path / "s", [sink], body)  # which waits for the end
 
 
 def test_a_publisher_given_up_leaves_no_record_behind(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
 
     async def body(outbox: Outbox, state: State) -> None:
         await outbox.publish([], [message(0)])
@@ -380,20 +380,26 @@ def test_a_publisher_given_up_leaves_no_record_behind(tmp_path: Path) -> None:
         await outbox.publish([], [message(40)])
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [sink], body)
-    assert sink.got == sorted(set(sink.got))
-    assert sink.got[0] == 0
-    assert sink.got[-1] == 40
+    run_outbox(tmp_path / "s", [sink], body)
+    assert sink.delivered == sorted(set(sink.delivered))
+    assert sink.delivered[0] == 0
+    assert sink.delivered[-1] == 40
 
 
 def test_a_state_that_fails_ends_the_daemon_not_the_record(tmp_path: Path) -> None:
-    sink = Memory()
+    sink = MemorySink()
 
     async def main() -> None:
         state = await State.open(tmp_path / "s")
         wall, metrics = LoopClock(1_000_000), Metrics()
         outbox = Outbox(
-            state, [sink], wall, Random(0), metrics, max_age_seconds=1e9, make_dead_letter=bury
+            state,
+            [sink],
+            wall,
+            Random(0),
+            metrics,
+            max_age_seconds=1e9,
+            make_dead_letter=record_dead_letter,
         )
         running = asyncio.create_task(outbox.run())
         await outbox.publish([], [message(1)])
@@ -415,11 +421,11 @@ def test_a_state_that_fails_ends_the_daemon_not_the_record(tmp_path: Path) -> No
         await state.close()
 
     run_virtual(main())
-    assert sink.got == [1, 3]
+    assert sink.delivered == [1, 3]
 
 
 def test_records_of_a_sink_set_up_no_more_wait_until_too_old(tmp_path: Path) -> None:
-    gone, sink = Memory("gone"), Memory()
+    gone, sink = MemorySink("gone"), MemorySink()
     gone.down = True
 
     async def leave(outbox: Outbox, state: State) -> None:
@@ -427,19 +433,19 @@ def test_records_of_a_sink_set_up_no_more_wait_until_too_old(tmp_path: Path) -> 
         ancient = NewRecord("gone", "forecast", "v:A/X:1m", b"0", (), 1_000_000)
         await state.record([], [ancient._replace(sink="other", created=-900_000_000)])
 
-    trial(tmp_path / "s", [gone], leave)
+    run_outbox(tmp_path / "s", [gone], leave)
 
     async def without(_: Outbox, state: State) -> None:
         await asyncio.sleep(1)
         assert list(await state.backlogs()) == ["gone"]
 
-    trial(tmp_path / "s", [sink], without, age=86_400)
-    assert sink.got == []
+    run_outbox(tmp_path / "s", [sink], without, age=86_400)
+    assert sink.delivered == []
     gone.down = False
 
     async def again(outbox: Outbox, _: State) -> None:
         await asyncio.sleep(1)
         assert await outbox.drain(60) == 0
 
-    trial(tmp_path / "s", [gone], again, age=86_400)
-    assert gone.got == [1]
+    run_outbox(tmp_path / "s", [gone], again, age=86_400)
+    assert gone.delivered == [1]

@@ -44,13 +44,13 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Followed:
+class TrackedSeries:
     """As the desk has it."""
 
-    tape: BarSequencer
+    sequencer: BarSequencer
 
 
-def _tape(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSequencer:
+def _sequencer(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSequencer:
     """Of ``bars`` closed bars, the last of which closes at START."""
     step = series.timeframe.milliseconds or 0
     known = [
@@ -69,23 +69,23 @@ def _tape(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSeque
     )
 
 
-class House:
+class StatusHarness:
     """A board and pages of some series, at START."""
 
     def __init__(self, *names: str, token: str | None = None, **checks: str) -> None:
         self.clock = ManualClock(START)
-        self.followed = {one: Followed(_tape(one)) for one in map(Series.parse, names)}
+        self.followed = {one: TrackedSeries(_sequencer(one)) for one in map(Series.parse, names)}
         self.board = SeriesStatusRegistry(self.clock)
         self.board.track(lambda: self.followed)
         self.metrics = Metrics()
         secret = None if token is None else SecretStr(token)
-        self.hangs = ""
+        self.stalled = ""
         self.pages = Endpoints(
             self.metrics,
             lambda: checks,
             self.board,
             self.clock,
-            stalled=lambda: self.hangs,
+            stalled=lambda: self.stalled,
             token=secret,
         )
 
@@ -98,12 +98,12 @@ class House:
         assert _faults(path, answer) == []
         return orjson.loads(answer.body)
 
-    async def row(self) -> Json:
+    async def fresh_series_row(self) -> Json:
         self.pages = Endpoints(self.metrics, dict, self.board, self.clock)  # nothing kept
         (row,) = (await self.json("/series"))["series"]
         return dict(row)
 
-    def told(self, series: Series = BTC, *, reason: str = "", body: bytes = b"{}") -> None:
+    def record(self, series: Series = BTC, *, reason: str = "", body: bytes = b"{}") -> None:
         """Something came of the series' last bar."""
         origin = START - MINUTE
         due = ForecastRequest(series, origin, 1, START, START + 250)
@@ -118,7 +118,7 @@ class House:
 
 
 async def test_metrics_are_what_prometheus_reads() -> None:
-    house = House()
+    house = StatusHarness()
     house.metrics.gaps.labels("binance").inc(3)
     answer = await house.get("/metrics")
     assert (answer.status, answer.content_type.split(";")[0]) == (200, "text/plain")
@@ -128,7 +128,7 @@ async def test_metrics_are_what_prometheus_reads() -> None:
 
 
 async def test_metrics_count_series_and_say_whether_all_is_well() -> None:
-    house = House(BTC.name, "binance:ETH/USDT:1m", "binance:ETH/USDT:5m", sink="")
+    house = StatusHarness(BTC.name, "binance:ETH/USDT:1m", "binance:ETH/USDT:5m", sink="")
     house.metrics.initialise_labels(venues=["binance"], sinks=["kafka"])
     house.clock.advance(START + MINUTE + LATE_MS + 1)  # the bars of a minute are late
     body = (await house.get("/metrics")).body.decode()
@@ -151,32 +151,35 @@ async def test_metrics_count_series_and_say_whether_all_is_well() -> None:
     assert samples["kronos_expired_total", "kafka"] == 0
     assert samples["process_resident_memory_bytes",] > 2**20
 
-    waiting = House(sink="no broker answers")
+    waiting = StatusHarness(sink="no broker answers")
     assert b"kronos_ready 0.0" in (await waiting.get("/metrics")).body
 
 
 async def test_ready_is_when_every_check_is_empty() -> None:
-    broken = House(worker="", sink="no broker answers since 10:00")
+    broken = StatusHarness(worker="", sink="no broker answers since 10:00")
     answer = await broken.get("/readyz")
     assert (answer.status, answer.content_type) == (503, "application/json")
     checks = {"worker": "ok", "sink": "no broker answers since 10:00"}
     assert orjson.loads(answer.body) == {"ready": False, "checks": checks}
     assert _faults("/readyz", answer) == []
-    assert await House(worker="").json("/readyz") == {"ready": True, "checks": {"worker": "ok"}}
+    assert await StatusHarness(worker="").json("/readyz") == {
+        "ready": True,
+        "checks": {"worker": "ok"},
+    }
     assert (await broken.get("/healthz")).status == 200
 
 
 async def test_what_hangs_is_not_alive() -> None:
-    house = House(worker="")
-    house.hangs = "delivering to kafka: nothing done for 130 s"
+    house = StatusHarness(worker="")
+    house.stalled = "delivering to kafka: nothing done for 130 s"
     answer = await house.get("/healthz")
-    assert (answer.status, answer.body) == (503, f"{house.hangs}\n".encode())
+    assert (answer.status, answer.body) == (503, f"{house.stalled}\n".encode())
     assert _faults("/healthz", answer) == []
 
 
 async def test_a_series_is_told_of_as_it_stands() -> None:
-    house = House(BTC.name)
-    assert await house.row() == {
+    house = StatusHarness(BTC.name)
+    assert await house.fresh_series_row() == {
         "series": BTC.name,
         "state": "live",
         "last_bar": {
@@ -188,8 +191,8 @@ async def test_a_series_is_told_of_as_it_stands() -> None:
         "last_outcome": None,
         "last_forecast": None,
     }  # fmt: skip
-    house.told()
-    row = await house.row()
+    house.record()
+    row = await house.fresh_series_row()
     outcome = {"origin": "2024-06-18T11:59:00Z", "revision": 1, "result": "forecast"}
     assert row["last_outcome"] == {**outcome, "reason": None}
     assert row["last_forecast"] == {
@@ -199,39 +202,39 @@ async def test_a_series_is_told_of_as_it_stands() -> None:
         "reasons": ["1 synthetic bar"],
         "latency_ms": {"close_to_received": 250, "queued": 12, "compute": 34},
     }
-    house.told(reason="overrun")
-    later = await house.row()
+    house.record(reason="overrun")
+    later = await house.fresh_series_row()
     assert later["last_outcome"] == {**outcome, "result": "skipped", "reason": "overrun"}
     assert later["last_forecast"] == row["last_forecast"]
 
 
 async def test_what_is_wrong_with_a_series_is_its_state() -> None:
-    house = House(BTC.name)
-    tape = house.followed[BTC].tape
+    house = StatusHarness(BTC.name)
+    tape = house.followed[BTC].sequencer
     for ahead in (2, 3):  # the bar at START is missing
         candle = Candle(START + ahead * MINUTE, 1, 2, 0.5, 1.5, 10, 15)
         house.clock.advance(candle.time + MINUTE)
         tape.update(candle, True, house.clock.now())  # noqa: FBT003
-    row = await house.row()
+    row = await house.fresh_series_row()
     assert (row["state"], row["held"]) == ("late", 2)
     house.clock = house.board._clock = ManualClock(START + 2 * MINUTE - 1)
-    assert (await house.row())["state"] == "held"
+    assert (await house.fresh_series_row())["state"] == "held"
     tape.silent = True
-    assert (await house.row())["state"] == "silent"
-    house.followed[BTC] = Followed(_tape(BTC, 0))
-    row = await house.row()
+    assert (await house.fresh_series_row())["state"] == "silent"
+    house.followed[BTC] = TrackedSeries(_sequencer(BTC, 0))
+    row = await house.fresh_series_row()
     assert (row["state"], row["last_bar"], row["next_due"]) == ("starting", None, None)
 
 
 async def test_a_venue_of_which_nothing_is_heard_is_named() -> None:
     one, two = (f"binance:{name}/USDT:1m" for name in ("A", "B"))
-    house = House(one, two, "kraken:A/USD:1m")
+    house = StatusHarness(one, two, "kraken:A/USD:1m")
     venues = ("binance", "kraken", "no series of it")
     silent = house.board.silent_venues
     assert silent(venues) == {}
-    house.followed[Series.parse(one)].tape.silent = True
+    house.followed[Series.parse(one)].sequencer.silent = True
     assert silent(venues) == {}
-    house.followed[Series.parse(two)].tape.silent = True
+    house.followed[Series.parse(two)].sequencer.silent = True
     assert silent(venues) == {"binance": "nothing is heard of any of its 2 series"}
     house.clock.advance(START + MINUTE + LATE_MS)
     assert set(silent(venues)) == {"binance"}
@@ -243,14 +246,14 @@ async def test_a_venue_of_which_nothing_is_heard_is_named() -> None:
     "path", [BTC.name, quote(BTC.name), quote(BTC.name, safe=""), quote(BTC.name, safe="").lower()]
 )
 async def test_a_forecast_is_given_as_it_is_on_the_topic(path: str) -> None:
-    house = House(BTC.name)
-    house.told(body=b'{"schema": "kronos.forecast/1"}')
+    house = StatusHarness(BTC.name)
+    house.record(body=b'{"schema": "kronos.forecast/1"}')
     answer = await house.get(f"/forecasts/{path.replace('btc', 'BTC').replace('usdt', 'USDT')}")
     assert (answer.status, answer.body) == (200, b'{"schema": "kronos.forecast/1"}')
 
 
 async def test_where_there_is_no_forecast_it_says_why() -> None:
-    house = House(BTC.name)
+    house = StatusHarness(BTC.name)
 
     async def why(name: str) -> str:
         answer = await house.get(f"/forecasts/{name}")
@@ -261,9 +264,9 @@ async def test_where_there_is_no_forecast_it_says_why() -> None:
     assert "no bar has closed" in await why(BTC.name)
     for strange in ("binance:ETH/USDT:1m", "nonsense", "", "%FF", "a" * 10_000):
         assert "is followed; /series lists" in await why(strange)
-    house.told(reason="warming up")
+    house.record(reason="warming up")
     assert "not forecast (warming up)" in await why(BTC.name)
-    house.told()
+    house.record()
     assert (await house.get(f"/forecasts/{BTC.name}")).status == 200
     del house.followed[BTC]
     assert "is followed" in await why(BTC.name)
@@ -272,16 +275,16 @@ async def test_where_there_is_no_forecast_it_says_why() -> None:
 async def test_forecasts_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "MOST_BYTES", 2_500)
     series = [Series.parse(f"binance:{name}/USDT:1m") for name in "ABC"]
-    house = House(*(one.name for one in series))
+    house = StatusHarness(*(one.name for one in series))
     for one in (*series, series[0], series[2]):
-        house.told(one, body=b"x" * 1_000)
+        house.record(one, body=b"x" * 1_000)
     statuses = [(await house.get(f"/forecasts/{one.name}")).status for one in series]
     assert statuses == [200, 404, 200]
     assert b"not in memory any more" in (await house.get(f"/forecasts/{series[1].name}")).body
     # What is followed no more goes with the next that is told.
     for gone in series[:2]:
         del house.followed[gone]
-    house.told(series[2], body=b"y")
+    house.record(series[2], body=b"y")
     assert house.board._bytes == 1
     assert set(house.board._latest) == set(house.board._messages) == {series[2].name}
 
@@ -291,8 +294,8 @@ _EVERY_PAGE = ["/metrics", "/series", f"/forecasts/{BTC.name}", "/openapi.json",
 
 @pytest.mark.parametrize("path", _EVERY_PAGE)
 async def test_without_the_token_there_is_nothing_to_see(path: str) -> None:
-    house = House(BTC.name, token=TOKEN)
-    house.told()
+    house = StatusHarness(BTC.name, token=TOKEN)
+    house.record()
     for shown in (None, "", "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
                   TOKEN, f"Basic {TOKEN}", "Bearer \udcff\u20ac"):  # fmt: skip
         answer = await house.pages.handle("GET", path, shown)
@@ -307,15 +310,15 @@ async def test_without_the_token_there_is_nothing_to_see(path: str) -> None:
 
 
 async def test_probes_need_no_token() -> None:
-    house = House(token=TOKEN)
+    house = StatusHarness(token=TOKEN)
     for path in ("/healthz", "/readyz"):
         assert (await house.get(path)).status == (await house.get(path, "wrong")).status == 200
 
 
 async def test_others_see_no_series_unless_there_is_a_token() -> None:
     for token, status in ((None, 403), (TOKEN, 200)):
-        house = House(BTC.name, token=token)
-        house.told()
+        house = StatusHarness(BTC.name, token=token)
+        house.record()
         house.pages.loopback_only = False
         for path in ("/series", f"/forecasts/{BTC.name}"):
             answer = await house.get(path, TOKEN)
@@ -326,7 +329,7 @@ async def test_others_see_no_series_unless_there_is_a_token() -> None:
 
 
 async def test_pages_are_only_read() -> None:
-    house = House(BTC.name)
+    house = StatusHarness(BTC.name)
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "BREW"):
         answer = await house.pages.handle(method, "/series", None)
         assert (answer.status, dict(answer.headers)) == (405, {"Allow": "GET, HEAD"})
@@ -334,9 +337,9 @@ async def test_pages_are_only_read() -> None:
 
 
 async def test_a_page_of_a_thousand_series_leaves_others_their_turn(patience: float) -> None:
-    house = House(*(f"binance:SYMBOL{i}/USDT:1m" for i in range(1_000)))
+    house = StatusHarness(*(f"binance:SYMBOL{i}/USDT:1m" for i in range(1_000)))
     for one in house.followed:
-        house.told(one, body=b"x" * 6_000)
+        house.record(one, body=b"x" * 6_000)
     longest, counted = 0.0, 0
     rendering = asyncio.gather(*(house.get("/series") for _ in range(100)))
     while not rendering.done():
@@ -352,11 +355,11 @@ async def test_a_page_of_a_thousand_series_leaves_others_their_turn(patience: fl
 
 
 async def test_a_page_is_made_anew_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    house = House(BTC.name)
+    house = StatusHarness(BTC.name)
     loop = asyncio.get_running_loop()
     began = loop.time()
     before = await house.json("/series")
-    house.told()
+    house.record()
     assert await house.json("/series") == before
     monkeypatch.setattr(loop, "time", lambda: began + 2)
     assert (await house.json("/series"))["series"][0]["last_forecast"] is not None
@@ -374,7 +377,7 @@ def test_the_document_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 async def test_the_document_names_every_page() -> None:
-    house = House()
+    house = StatusHarness()
     assert orjson.loads((await house.get("/openapi.json")).body) == openapi.document()
     named = set(openapi.document()["paths"]) - {"/forecasts/{series}"}
     assert named == set(house.pages._routes)

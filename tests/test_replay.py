@@ -35,7 +35,7 @@ PERPETUAL = Series.parse("binance:BTC/USDT:USDT:1m")
 Write = Callable[..., str]
 
 
-class Heard:
+class RecordingCallbacks:
     """An intake that keeps what it is told, and when that was."""
 
     def __init__(self, clock: Clock) -> None:
@@ -45,7 +45,7 @@ class Heard:
         self._clock = clock
 
     @property
-    def intake(self) -> SourceCallbacks:
+    def callbacks(self) -> SourceCallbacks:
         return SourceCallbacks(
             self._update, lambda *what: self.rejected.append(what), lambda _: None
         )
@@ -115,17 +115,17 @@ async def _settled() -> None:
 
 def replayed(
     files: Sequence[str], start: int | None = None, *, lookback: int = 1, **options: Any
-) -> Heard:
+) -> RecordingCallbacks:
     """What the daemon hears when ``files`` are replayed as fast as possible."""
     recording = Recording.read(files)
     start = recording.start(lookback) if start is None else start
     clock = ManualClock(start)
-    heard = Heard(clock)
+    heard = RecordingCallbacks(clock)
     source = ReplaySource(
         recording, clock, start, advance_to=driven_advance(clock, _settled, lambda: None), **options
     )
     source.subscribe(recording.series)
-    asyncio.run(source.run(heard.intake))
+    asyncio.run(source.run(heard.callbacks))
     return heard
 
 
@@ -237,12 +237,12 @@ def test_it_ends_after_so_many_closes(write: Write) -> None:
 def test_only_what_is_followed_is_pushed(write: Write) -> None:
     recording = Recording.read([write("A_B.csv"), write("C_D.csv")])
     clock = ManualClock(START_MS)
-    heard = Heard(clock)
+    heard = RecordingCallbacks(clock)
     source = ReplaySource(
         recording, clock, START_MS, advance_to=driven_advance(clock, _settled, lambda: None)
     )
     source.subscribe([Series.parse("replay:C/D:1m")])
-    asyncio.run(source.run(heard.intake))
+    asyncio.run(source.run(heard.callbacks))
     assert {one.series.symbol for one in heard.updates} == {"C/D"}
 
 
@@ -256,7 +256,7 @@ def test_time_stops_at_alarms_and_goes_on_only_from_what_is_settled(write: Write
     """A bar every two minutes, and somebody who wants to be woken every twenty seconds."""
     recording = Recording.read([write("A_B.csv", 3, timeframe=2 * MINUTE)])
     clock = ManualClock(START_MS)
-    heard = Heard(clock)
+    heard = RecordingCallbacks(clock)
     settled: list[int] = []
 
     async def settle() -> None:
@@ -270,7 +270,7 @@ def test_time_stops_at_alarms_and_goes_on_only_from_what_is_settled(write: Write
         recording, clock, START_MS, advance_to=driven_advance(clock, settle, alarm)
     )
     source.subscribe(recording.series)
-    asyncio.run(source.run(heard.intake))
+    asyncio.run(source.run(heard.callbacks))
     assert heard.times == [START_MS + bar * 2 * MINUTE for bar in (1, 2, 3)]
     assert settled == list(range(0, 360, 20))
 
@@ -282,14 +282,14 @@ def test_at_a_speed_bars_come_when_their_time_has_come(write: Write, speed: floa
     async def main() -> list[float]:
         recording = Recording.read([write("A_B.csv", 5)])
         clock = PacedClock(START_MS, speed)
-        heard = Heard(clock)
+        heard = RecordingCallbacks(clock)
         source = ReplaySource(recording, clock, START_MS, advance_to=paced_advance(clock, _settled))
         source.subscribe(recording.series)
         await asyncio.sleep(10)
         assert clock.now() == START_MS
         began = asyncio.get_running_loop().time()
         waited = asyncio.create_task(clock.sleep(90))
-        await source.run(heard.intake)
+        await source.run(heard.callbacks)
         assert waited.done()
         assert heard.times == [START_MS + (bar + 1) * MINUTE for bar in range(5)]
         return [began, asyncio.get_running_loop().time()]
@@ -401,14 +401,14 @@ def test_in_a_daemon_on_the_wall_clock_the_bars_happen_now(write: Write) -> None
     async def main() -> None:
         now = START_MS + 1_000_000 * MINUTE + 12_345
         clock = LoopClock(now)
-        heard = Heard(clock)
+        heard = RecordingCallbacks(clock)
         source = CONNECTOR.build("replay", options, clock, random.Random(0))
         series = Series.parse("replay:A/B:1m")
         source.subscribe([series])
         known = await source.history(series, 0, now + MINUTE)
         assert len(known) == 10
         assert known[-1].time == now // MINUTE * MINUTE - MINUTE
-        await source.run(heard.intake)
+        await source.run(heard.callbacks)
         assert [one.candle.time for one in heard.updates] == [
             now // MINUTE * MINUTE + bar * MINUTE for bar in range(10)
         ]

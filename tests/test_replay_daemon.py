@@ -43,14 +43,14 @@ Bars = dict[int, list[float]]
 """Open → open, high, low, close, volume and, if known, amount."""
 
 
-class Replayed(NamedTuple):
+class ReplayOutput(NamedTuple):
     """What a replay told."""
 
     figures: dict[str, Any]
     messages: list[dict[str, Any]]
 
 
-Replay = Callable[..., Replayed]
+Replay = Callable[..., ReplayOutput]
 
 
 def _environment(**settings: object) -> dict[str, str]:
@@ -88,13 +88,13 @@ def _run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[
 def replay(tmp_path: Path) -> Replay:
     """Runs the command: ``replay(files, "--bars", 5, SEED=1)``."""
 
-    def replay(files: Sequence[object], *arguments: object, **settings: object) -> Replayed:
+    def replay(files: Sequence[object], *arguments: object, **settings: object) -> ReplayOutput:
         out = tmp_path / "forecasts.jsonl"
         out.unlink(missing_ok=True)
         done = _run(*files, *arguments, "--out", out, "--json", **settings)
         assert done.returncode == 0, done.stderr
         messages = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-        return Replayed(json.loads(done.stdout), messages)
+        return ReplayOutput(json.loads(done.stdout), messages)
 
     return replay
 

@@ -59,8 +59,8 @@ class TimedWorker:
         self.failing = failing or (lambda _: False)
         self.batches: list[tuple[float, list[Window], float]] = []
 
-    def expected(self, series: int) -> float:
-        return series * self.pace
+    def estimate_seconds(self, count: int) -> float:
+        return count * self.pace
 
     def capacity(self, seconds: float) -> int:
         return max(1, int(seconds / self.pace))
@@ -80,7 +80,7 @@ class TimedWorker:
         return [len(windows) for _, windows, _ in self.batches]
 
 
-class Bench:
+class SchedulerHarness:
     """A scheduler with a timed worker, and what it published."""
 
     def __init__(
@@ -116,12 +116,12 @@ class Bench:
         self.results += results
         return results
 
-    def give(self, *dues: ForecastRequest) -> None:
+    def submit(self, *dues: ForecastRequest) -> None:
         for due in dues:
             self.expected[due.close].discard(due.series)
             self.scheduler.submit(due)
 
-    def said(self) -> list[tuple[str, int, str]]:
+    def outcomes(self) -> list[tuple[str, int, str]]:
         """Symbol, close in seconds after the start, and the outcome, as published."""
         return [
             (
@@ -133,11 +133,13 @@ class Bench:
         ]
 
 
-def play(scenario: Callable[..., Coroutine[Any, Any, None]], **settings: Any) -> Bench:
+def run_scenario(
+    scenario: Callable[..., Coroutine[Any, Any, None]], **settings: Any
+) -> SchedulerHarness:
     """Run ``scenario(bench)`` beside the scheduler; then finish and hand back the bench."""
 
-    async def main() -> Bench:
-        bench = Bench(**settings)
+    async def main() -> SchedulerHarness:
+        bench = SchedulerHarness(**settings)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(bench.scheduler.run())
             await scenario(bench)
@@ -151,14 +153,14 @@ def play(scenario: Callable[..., Coroutine[Any, Any, None]], **settings: Any) ->
 def test_a_batch_closes_with_the_last_awaited_bar() -> None:
     names = series(3)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = set(names)
         for one in names:
             await asyncio.sleep(0.03)
-            bench.give(due_at(one, START))
+            bench.submit(due_at(one, START))
         await asyncio.sleep(1)
 
-    ((at, windows, _),) = play(scenario).worker.batches
+    ((at, windows, _),) = run_scenario(scenario).worker.batches
     assert len(windows) == 3
     assert at == pytest.approx(0.09)
 
@@ -166,15 +168,15 @@ def test_a_batch_closes_with_the_last_awaited_bar() -> None:
 def test_a_straggler_is_waited_for_a_moment_and_comes_with_the_next() -> None:
     first, second, straggler = series(3)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = {first, second, straggler}
-        bench.give(due_at(first, START))
+        bench.submit(due_at(first, START))
         await asyncio.sleep(0.2)
-        bench.give(due_at(second, START))
+        bench.submit(due_at(second, START))
         await asyncio.sleep(0.4)
-        bench.give(due_at(straggler, START))
+        bench.submit(due_at(straggler, START))
 
-    batches = play(scenario).worker.batches
+    batches = run_scenario(scenario).worker.batches
     assert [(round(at, 3), len(windows)) for at, windows, _ in batches] == [(0.25, 2), (0.6, 1)]
 
 
@@ -182,24 +184,24 @@ def test_a_late_venue_still_makes_one_batch() -> None:
     """The wait counts from the first bar that comes, not from the close."""
     names = series(20)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = set(names)
         await asyncio.sleep(0.9)
         for one in names:
-            bench.give(due_at(one, START, late=900))
+            bench.submit(due_at(one, START, late=900))
             await asyncio.sleep(0.001)
 
-    assert play(scenario).worker.sizes() == [20]
+    assert run_scenario(scenario).worker.sizes() == [20]
 
 
 def test_timeframes_that_close_together_share_a_batch() -> None:
     short, long = series(4, "1s"), series(3, "1m")
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = {*short, *long}
-        bench.give(*(due_at(one, START) for one in (*short, *long)))
+        bench.submit(*(due_at(one, START) for one in (*short, *long)))
 
-    bench = play(scenario)
+    bench = run_scenario(scenario)
     assert bench.worker.sizes() == [7]
     assert bench.worker.batches[0][2] == 2  # the stricter deadline
 
@@ -208,17 +210,17 @@ def test_timeframes_that_close_together_share_a_batch() -> None:
     ("timeframe", "deadline"), [("1s", 2), ("5s", 4), ("1m", 48), ("1h", 60), ("1M", 60)]
 )
 def test_deadline(timeframe: str, deadline: float) -> None:
-    async def scenario(bench: Bench) -> None:
-        bench.give(due_at(series(1, timeframe)[0], START))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(due_at(series(1, timeframe)[0], START))
 
-    assert play(scenario).worker.batches[0][2] == deadline
+    assert run_scenario(scenario).worker.batches[0][2] == deadline
 
 
 def test_a_series_slower_than_the_deadline_gets_its_time() -> None:
-    async def scenario(bench: Bench) -> None:
-        bench.give(*(due_at(one, START) for one in series(2, "1s")))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(*(due_at(one, START) for one in series(2, "1s")))
 
-    bench = play(scenario, worker=TimedWorker(3.0), catch_up="all")
+    bench = run_scenario(scenario, worker=TimedWorker(3.0), catch_up="all")
     assert [deadline for _, _, deadline in bench.worker.batches] == [6, 6]
     assert bench.worker.sizes() == [1, 1]
 
@@ -226,29 +228,31 @@ def test_a_series_slower_than_the_deadline_gets_its_time() -> None:
 def test_newest_skips_what_was_overtaken_and_all_works_it_off() -> None:
     (one,) = series(1)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         for second in range(5):
-            bench.give(due_at(one, START + 1000 * second))
+            bench.submit(due_at(one, START + 1000 * second))
             await asyncio.sleep(1)
 
-    newest = play(scenario, worker=TimedWorker(2.4))
-    assert newest.said() == [
+    newest = run_scenario(scenario, worker=TimedWorker(2.4))
+    assert newest.outcomes() == [
         ("S0/X", 0, "forecast"),
         ("S0/X", 1, "overrun"),
         ("S0/X", 2, "forecast"),
         ("S0/X", 3, "overrun"),
         ("S0/X", 4, "forecast"),
     ]
-    everything = play(scenario, worker=TimedWorker(2.4), catch_up="all")
-    assert everything.said() == [("S0/X", second, "forecast") for second in range(5)]
+    everything = run_scenario(scenario, worker=TimedWorker(2.4), catch_up="all")
+    assert everything.outcomes() == [("S0/X", second, "forecast") for second in range(5)]
 
 
 def test_several_bars_of_a_series_share_a_batch_when_all_are_wanted() -> None:
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         for close in range(3):
-            bench.give(*(due_at(one, START + 1000 * close) for one in series(2)))
+            bench.submit(*(due_at(one, START + 1000 * close) for one in series(2)))
 
-    bench = play(scenario, catch_up="all", worker=TimedWorker(0.2))  # five fit half the deadline
+    bench = run_scenario(
+        scenario, catch_up="all", worker=TimedWorker(0.2)
+    )  # five fit half the deadline
     ((_, first, _), (_, second, _)) = bench.worker.batches
     assert [w.series.symbol for w in first] == ["S0/X", "S1/X", "S0/X", "S1/X", "S0/X"]
     assert [w.series.symbol for w in second] == ["S1/X"]
@@ -258,13 +262,13 @@ def test_after_an_outage_the_newest_bar_may_be_stale() -> None:
     """Its forecast would have ended before it came; who wants all gets it all the same."""
     (one,) = series(1)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         await asyncio.sleep(10)
-        bench.give(due_at(one, START + 7_000), due_at(one, START + 8_000))
+        bench.submit(due_at(one, START + 7_000), due_at(one, START + 8_000))
 
-    assert play(scenario).said() == [("S0/X", 7, "overrun"), ("S0/X", 8, "stale")]
-    everything = play(scenario, catch_up="all")
-    assert everything.said() == [("S0/X", 7, "forecast"), ("S0/X", 8, "forecast")]
+    assert run_scenario(scenario).outcomes() == [("S0/X", 7, "overrun"), ("S0/X", 8, "stale")]
+    everything = run_scenario(scenario, catch_up="all")
+    assert everything.outcomes() == [("S0/X", 7, "forecast"), ("S0/X", 8, "forecast")]
 
 
 @pytest.mark.parametrize("catch_up", ["newest", "all"])
@@ -272,15 +276,15 @@ def test_revisions(catch_up: CatchUp) -> None:
     """One that overtakes a waiting bar replaces it; a bar forecast already is forecast again."""
     one, other = series(2, "1m")
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = {other}
-        bench.give(due_at(one, START), due_at(one, START, revision=1), due_at(other, START))
+        bench.submit(due_at(one, START), due_at(one, START, revision=1), due_at(other, START))
         await asyncio.sleep(0.5)
-        bench.give(due_at(one, START, revision=2))
+        bench.submit(due_at(one, START, revision=2))
         await asyncio.sleep(0.5)
-        bench.give(due_at(one, START, revision=3))
+        bench.submit(due_at(one, START, revision=3))
 
-    results = play(scenario, worker=TimedWorker(0.4), catch_up=catch_up).results
+    results = run_scenario(scenario, worker=TimedWorker(0.4), catch_up=catch_up).results
     said = [(r.request.revision, r.reason) for r in results if r.request.series == one]
     assert said == [(0, "revised"), (1, ""), (2, ""), (3, "")]
 
@@ -289,16 +293,16 @@ def test_obstacles_keep_their_place() -> None:
     """At once where nothing is before them, else behind the bar that is being forecast."""
     busy, idle = series(2)
 
-    async def scenario(bench: Bench) -> None:
-        bench.give(due_at(busy, START))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(due_at(busy, START))
         await asyncio.sleep(0.1)
-        bench.give(due_at(busy, START + 1000, obstacle="gap"))
-        bench.give(due_at(idle, START + 1000, obstacle="warming up"))
+        bench.submit(due_at(busy, START + 1000, obstacle="gap"))
+        bench.submit(due_at(idle, START + 1000, obstacle="warming up"))
         await asyncio.sleep(0.1)
-        assert bench.said() == [("S1/X", 1, "warming up")]
+        assert bench.outcomes() == [("S1/X", 1, "warming up")]
 
-    bench = play(scenario, worker=TimedWorker(1.0))
-    assert bench.said()[1:] == [("S0/X", 0, "forecast"), ("S0/X", 1, "gap")]
+    bench = run_scenario(scenario, worker=TimedWorker(1.0))
+    assert bench.outcomes()[1:] == [("S0/X", 0, "forecast"), ("S0/X", 1, "gap")]
 
 
 def test_what_cannot_be_forecast_fails_alone() -> None:
@@ -307,11 +311,13 @@ def test_what_cannot_be_forecast_fails_alone() -> None:
     async def window(due: ForecastRequest) -> Window | None:
         return None if due.series == gone else window_of(due)
 
-    async def scenario(bench: Bench) -> None:
-        bench.give(*(due_at(one, START) for one in (gone, bad, good)))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(*(due_at(one, START) for one in (gone, bad, good)))
 
-    bench = play(scenario, worker=TimedWorker(failing=lambda w: w.series == bad), window=window)
-    assert sorted(bench.said()) == [
+    bench = run_scenario(
+        scenario, worker=TimedWorker(failing=lambda w: w.series == bad), window=window
+    )
+    assert sorted(bench.outcomes()) == [
         ("S0/X", 0, "gap"),
         ("S1/X", 0, "failed"),
         ("S2/X", 0, "forecast"),
@@ -322,14 +328,14 @@ def test_what_cannot_be_forecast_fails_alone() -> None:
 def test_counts_are_of_what_was_published() -> None:
     kept, gone = series(2)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         async def publish(results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
             return [one.as_removed if one.request.series == gone else one for one in results]
 
         bench.scheduler._publish = publish
-        bench.give(*(due_at(one, START) for one in (kept, gone)))
+        bench.submit(*(due_at(one, START) for one in (kept, gone)))
 
-    outcomes = play(scenario).metrics.outcomes
+    outcomes = run_scenario(scenario).metrics.outcomes
     assert outcomes.labels("forecast", "")._value.get() == 1
     assert outcomes.labels("skipped", "removed")._value.get() == 1
 
@@ -337,14 +343,14 @@ def test_counts_are_of_what_was_published() -> None:
 def test_latencies() -> None:
     first, second = series(2)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         bench.expected[START] = {second}
         await asyncio.sleep(0.1)
-        bench.give(due_at(first, START, late=100))
+        bench.submit(due_at(first, START, late=100))
         await asyncio.sleep(0.05)
-        bench.give(due_at(second, START, late=150))
+        bench.submit(due_at(second, START, late=150))
 
-    results = play(scenario, worker=TimedWorker(0.2)).results
+    results = run_scenario(scenario, worker=TimedWorker(0.2)).results
     assert [(r.queued_ms, r.compute_ms) for r in results] == [(50, 400), (0, 400)]
 
 
@@ -353,27 +359,27 @@ def test_settled_waits_for_nobody() -> None:
     here, absent = series(2)
 
     async def main() -> list[tuple[str, int, str]]:
-        bench = Bench(clock=ManualClock(START))
+        bench = SchedulerHarness(clock=ManualClock(START))
         running = asyncio.create_task(bench.scheduler.run())
         bench.expected[START] = {absent}
-        bench.give(due_at(here, START))
+        bench.submit(due_at(here, START))
         async with asyncio.timeout(5):
             await bench.scheduler.drain()
         running.cancel()
-        return bench.said()
+        return bench.outcomes()
 
     assert run_virtual(main()) == [("S0/X", 0, "forecast")]
 
 
 def test_a_failing_publisher_ends_the_run() -> None:
     async def main() -> None:
-        bench = Bench()
+        bench = SchedulerHarness()
 
         async def full(_: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
             raise OSError("disk full")
 
         bench.scheduler._publish = full
-        bench.give(due_at(series(1)[0], START))
+        bench.submit(due_at(series(1)[0], START))
         await bench.scheduler.run()
 
     with pytest.raises(ExceptionGroup, match="unhandled") as caught:
@@ -385,24 +391,24 @@ def test_finish_ends_the_batch_in_hand_and_leaves_the_rest() -> None:
     busy, waiting = series(2)
 
     async def main() -> list[tuple[str, int, str]]:
-        bench = Bench(TimedWorker(2.0))
+        bench = SchedulerHarness(TimedWorker(2.0))
         running = asyncio.create_task(bench.scheduler.run())
-        bench.give(due_at(busy, START))
+        bench.submit(due_at(busy, START))
         await asyncio.sleep(0.5)
-        bench.give(due_at(waiting, START), due_at(busy, START + 1000))
+        bench.submit(due_at(waiting, START), due_at(busy, START + 1000))
         assert await bench.scheduler.finish(5)
-        bench.give(due_at(waiting, START + 1000))
+        bench.submit(due_at(waiting, START + 1000))
         await running
-        return bench.said()
+        return bench.outcomes()
 
     assert run_virtual(main()) == [("S0/X", 0, "forecast")]
 
 
 def test_finish_is_bounded() -> None:
     async def main() -> float:
-        bench = Bench(TimedWorker(100.0))
+        bench = SchedulerHarness(TimedWorker(100.0))
         running = asyncio.create_task(bench.scheduler.run())
-        bench.give(due_at(series(1)[0], START))
+        bench.submit(due_at(series(1)[0], START))
         await asyncio.sleep(1)
         assert not await bench.scheduler.finish(5)
         running.cancel()
@@ -417,24 +423,24 @@ def test_finish_is_bounded() -> None:
 def test_others_have_their_turn_while_windows_are_built() -> None:
     turns = 0
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         nonlocal turns
-        bench.give(*(due_at(one, START) for one in series(1000, "1m")))
+        bench.submit(*(due_at(one, START) for one in series(1000, "1m")))
         while not bench.worker.batches:
             turns += 1
             await asyncio.sleep(0)
 
-    play(scenario)
+    run_scenario(scenario)
     assert turns > 25
 
 
 def test_a_backlog_has_an_end() -> None:
     (one,) = series(1)
 
-    async def scenario(bench: Bench) -> None:
-        bench.give(*(due_at(one, START + 1000 * i) for i in range(50)))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(*(due_at(one, START + 1000 * i) for i in range(50)))
 
-    said = play(scenario, catch_up="all", backlog=20).said()
+    said = run_scenario(scenario, catch_up="all", backlog=20).outcomes()
     assert [what for _, _, what in said] == ["overrun"] * 30 + ["forecast"] * 20
 
 
@@ -442,12 +448,12 @@ def test_overload_starves_nobody() -> None:
     """A hundred series, twenty forecasts a second: each has its turn every few seconds."""
     names = series(100)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         for second in range(60):
-            bench.give(*(due_at(one, START + 1000 * second) for one in names))
+            bench.submit(*(due_at(one, START + 1000 * second) for one in names))
             await asyncio.sleep(1)
 
-    bench = play(scenario, worker=TimedWorker(0.05))
+    bench = run_scenario(scenario, worker=TimedWorker(0.05))
     taken = defaultdict(list)
     for at, windows, _ in bench.worker.batches:
         for window in windows:
@@ -468,18 +474,18 @@ def busy_at(worker: TimedWorker, moment: float) -> bool:
     )
 
 
-class Feed:
+class RandomFeed:
     """Bars of several series as venues may send them: late, twice, changed, hindered."""
 
     def __init__(self, random: Random) -> None:
         timeframes = random.choices(["1s", "2s", "10s"], k=random.randint(1, 30))
         self.names = [Series.parse(f"test:S{i}/X:{tf}") for i, tf in enumerate(timeframes)]
-        self.given: dict[Series, list[ForecastRequest]] = defaultdict(list)
+        self.submitted: dict[Series, list[ForecastRequest]] = defaultdict(list)
         self.moments: dict[ForecastRequest, float] = {}
         self._random = random
         self._lateness = random.choice([0.02, 0.3, 1.2])
 
-    async def __call__(self, bench: Bench) -> None:
+    async def __call__(self, bench: SchedulerHarness) -> None:
         for second in range(1, 21):
             bench.expected[START + 1000 * second] = {
                 one for one in self.names if 1000 * second % one.timeframe.after(0) == 0
@@ -488,7 +494,7 @@ class Feed:
             for one in self.names:
                 tasks.create_task(self._play(bench, one))
 
-    async def _play(self, bench: Bench, one: Series) -> None:
+    async def _play(self, bench: SchedulerHarness, one: Series) -> None:
         random, close = self._random, START
         while close < START + 20_000:
             close = one.timeframe.after(close)
@@ -499,14 +505,14 @@ class Feed:
             obstacle = "gap" if random.random() < 0.05 else None
             for revision in range(1 + (random.random() < 0.1)):
                 due = due_at(one, close, bench.clock.now() - close, revision, obstacle)
-                self.given[one].append(due)
+                self.submitted[one].append(due)
                 self.moments[due] = asyncio.get_running_loop().time()
-                bench.give(due)
+                bench.submit(due)
                 await asyncio.sleep(random.choice([0, 0, 0.05, 0.6]))
 
-    def overtakers(self, due: ForecastRequest) -> list[ForecastRequest]:
+    def out_of_order_bars(self, due: ForecastRequest) -> list[ForecastRequest]:
         """The later bars of its series, and its own later revisions."""
-        own = self.given[due.series]
+        own = self.submitted[due.series]
         return own[own.index(due) + 1 :]
 
 
@@ -515,15 +521,15 @@ class Feed:
 def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> None:
     """Random arrivals, obstacles, revisions, outages and speeds; and no outcome is a lie."""
     random = Random(seed)
-    feed = Feed(random)
+    feed = RandomFeed(random)
     worker = TimedWorker(random.choice([0.001, 0.02, 0.2, 1.5]), lambda _: random.random() < 0.02)
-    bench = play(
+    bench = run_scenario(
         feed, worker=worker, publish_seconds=random.choice([0.0, 0.01, 0.5]), catch_up=catch_up
     )
     published = defaultdict(list)
     for result in bench.results:
         published[result.request.series].append(result.request)
-    assert published == feed.given
+    assert published == feed.submitted
     batched = {
         (window.series, int(window.times[-1]), window.revision): at
         for at, windows, _ in worker.batches
@@ -535,14 +541,18 @@ def test_every_bar_has_one_outcome_in_order(seed: int, catch_up: CatchUp) -> Non
     for result in bench.results:
         at = batched.get((result.request.series, result.request.origin, result.request.revision))
         assert (at is not None) == (result.reason in ("", "failed"))
-        check_truth(result, at, feed, bench, catch_up)
+        check_outcomes(result, at, feed, bench, catch_up)
 
 
-def check_truth(
-    result: ForecastResult, at: float | None, feed: Feed, bench: Bench, catch_up: CatchUp
+def check_outcomes(
+    result: ForecastResult,
+    at: float | None,
+    feed: RandomFeed,
+    bench: SchedulerHarness,
+    catch_up: CatchUp,
 ) -> None:
     """Whether what is said of a bar is so; ``at``: seconds when its batch was formed, if any."""
-    due, overtakers = result.request, feed.overtakers(result.request)
+    due, overtakers = result.request, feed.out_of_order_bars(result.request)
     expiry = (due.series.timeframe.after(due.close) - START) / 1000
     match result.reason:
         case "gap":
@@ -569,7 +579,7 @@ def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
     *names, absent = series(6)
     given: dict[Series, list[ForecastRequest]] = defaultdict(list)
 
-    async def scenario(bench: Bench) -> None:
+    async def scenario(bench: SchedulerHarness) -> None:
         for second in range(1, 161):
             bench.expected[START + 1000 * second] = {absent} if random.random() < 0.5 else set()
         for second in range(1, 41):
@@ -578,16 +588,16 @@ def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
                 for _ in range(random.randint(1, 3)):
                     before = given[one][-1].close if given[one] else START
                     given[one].append(due_at(one, before + 1000))
-                    bench.give(given[one][-1])
+                    bench.submit(given[one][-1])
             await asyncio.sleep(random.choice([0, 0.05, 0.3, 1.0]))
             if second % 4 == 0:
                 bench.scheduler.cancel_waiting()
                 await bench.scheduler.drain()
                 told = {result.request for result in bench.results}
-                bench.give(*(due for dues in given.values() for due in dues if due not in told))
+                bench.submit(*(due for dues in given.values() for due in dues if due not in told))
 
     worker = TimedWorker(random.choice([0.005, 0.1, 0.4]))
-    bench = play(scenario, worker=worker, catch_up="all", most=random.choice([2, 1000]))
+    bench = run_scenario(scenario, worker=worker, catch_up="all", most=random.choice([2, 1000]))
     published = defaultdict(list)
     for result in bench.results:
         published[result.request.series].append(result.request)
@@ -598,17 +608,17 @@ def test_what_is_behind_a_bar_taken_back_is_taken_back_even_from_a_batch() -> No
     one, other, absent = series(3)
     first, last = due_at(one, START + 1000), due_at(one, START + 3000)
 
-    async def scenario(bench: Bench) -> None:
-        bench.give(due_at(other, START + 3000))
+    async def scenario(bench: SchedulerHarness) -> None:
+        bench.submit(due_at(other, START + 3000))
         await asyncio.sleep(0.01)  # that close is complete now, and the next one is not
         bench.expected[START + 1000] = {absent}
-        bench.give(first, last)
+        bench.submit(first, last)
         await asyncio.sleep(0.2)
         assert bench.worker.sizes() == [1, 1]
         bench.scheduler.cancel_waiting()
         await bench.scheduler.drain()
         assert [result.request.series for result in bench.results] == [other]
-        bench.give(first, last)
+        bench.submit(first, last)
 
-    bench = play(scenario, worker=TimedWorker(0.15), catch_up="all")
+    bench = run_scenario(scenario, worker=TimedWorker(0.15), catch_up="all")
     assert [result.request for result in bench.results[1:]] == [first, last]

@@ -37,7 +37,7 @@ def _clean(text: str) -> None:
 
 
 @pytest.fixture
-def nobody() -> str:
+def unprivileged() -> str:
     """An address where nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,7 +45,7 @@ def nobody() -> str:
 
 
 @pytest.fixture
-def told(nobody: str, tmp_path: Path) -> dict[str, str]:
+def written_output(nobody: str, tmp_path: Path) -> dict[str, str]:
     """Settings with a secret wherever one can stand."""
     folder = tmp_path / "secrets"
     folder.mkdir()
@@ -84,7 +84,7 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
     return clean | {f"KRONOS_STREAM_{k}": v for k, v in given.items()} | {"HF_TOKEN": MARKS["hub"]}
 
 
-def _said(given: Mapping[str, str], *arguments: str) -> str:
+def _output(given: Mapping[str, str], *arguments: str) -> str:
     ended = subprocess.run(  # noqa: S603
         [*COMMAND, *arguments],
         env=_environ(given), capture_output=True, text=True, timeout=60, check=False,
@@ -139,7 +139,7 @@ def test_a_daemon_keeps_them_to_itself(
     ids=" ".join,
 )
 def test_commands_keep_them_to_themselves(arguments: tuple[str, ...], told: dict[str, str]) -> None:
-    said = _said(told, *arguments)
+    said = _output(told, *arguments)
     assert said
     _clean(said)
     if arguments[0] == "doctor":
@@ -165,7 +165,7 @@ def test_settings_that_cannot_be_are_told_without_them(
     name: str, value: str, told: dict[str, str]
 ) -> None:
     symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else told["SYMBOLS"]
-    said = _said(told | {name: value, "SYMBOLS": symbols}, "run", "--check")
+    said = _output(told | {name: value, "SYMBOLS": symbols}, "run", "--check")
     assert said.startswith("kronos-stream: error: ")
     assert f"KRONOS_STREAM_{name}" in said or "https://me:***@127.0.0.1" in said
     _clean(said)
@@ -254,10 +254,10 @@ def test_a_bad_symbols_file_is_told_in_short(tmp_path: Path) -> None:
     symbols = tmp_path / "symbols"
     given = {"SYMBOLS_FILE": str(symbols), "SINKS": "jsonl", "JSONL__PATH": str(tmp_path / "f")}
     symbols.write_text("x" * 1_000_000, "utf-8")
-    said = _said(given, "run", "--check")
+    said = _output(given, "run", "--check")
     assert "is too long: 1,000,000 characters" in said
     assert len(said) < 500
     symbols.write_text("nonsense\n" * 20_000, "utf-8")
-    said = _said(given, "run", "--check")
+    said = _output(given, "run", "--check")
     assert len(said.splitlines()) == 21
     assert "and 19,980 more lines" in said

@@ -41,7 +41,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "security.md"
 USERS = ("owner", "topics", "all", "ingest", "forecast", "bot")
 
 
-class Locked(NamedTuple):
+class SecuredKafka(NamedTuple):
     """A broker whose one door asks for TLS and SCRAM, and gives everyone what the docs say."""
 
     kafka: ApacheKafka
@@ -75,7 +75,9 @@ class Locked(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+def secured_kafka(
+    kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SecuredKafka]:
     folder = tmp_path_factory.mktemp("locked")
     authority = CertificateAuthority(folder)
     settings = {
@@ -100,7 +102,7 @@ def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 "sasl.password": PASSWORD,
             }
         )
-        locked = Locked(kafka, authority.file, client)
+        locked = SecuredKafka(kafka, authority.file, client)
         for done in client.create_acls(_rules(PAGE.read_text("utf-8"))).values():
             done.result(20)
         _command(locked.settings("topics"), "topics", "create", "--candles", "1s")
@@ -157,11 +159,11 @@ def _of_model() -> dict[str, str]:
     return {"MODEL": "nano", "LOOKBACK": "96", "HORIZON": "8", "PATHS": "20", "THREADS": "1"}
 
 
-def _all(locked: Locked, exchange: ExchangeProcess) -> dict[str, str]:
+def _all(locked: SecuredKafka, exchange: ExchangeProcess) -> dict[str, str]:
     return {"SINKS": "kafka", **exchange.settings(), **_of_model(), **locked.settings("all")}
 
 
-def _heard(locked: Locked, count: int, seconds: float = 60.0) -> list[str]:
+def _consumed(locked: SecuredKafka, count: int, seconds: float = 60.0) -> list[str]:
     """The series of so many forecasts, as a bot reads them."""
     command = [*COMMAND, "tail", "--json"]
     with subprocess.Popen(  # noqa: S603
@@ -177,7 +179,7 @@ def _heard(locked: Locked, count: int, seconds: float = 60.0) -> list[str]:
 
 
 def test_each_role_works_with_the_rights_that_the_docs_name(
-    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
 ) -> None:
     for role in ("ingest", "forecast"):
         (tmp_path / role).mkdir()
@@ -192,7 +194,7 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
         forecast.start()
         ingest.wait_until_ready(90 * patience)
         forecast.wait_until_ready(90 * patience)
-        assert set(_heard(locked, 4)) == {one.name for one in exchange.series()}
+        assert set(_consumed(locked, 4)) == {one.name for one in exchange.series()}
         assert ingest.stop() == 0
         assert forecast.stop() == 0
     for role, given in (("ingest", intake), ("forecast", engine)):
@@ -200,7 +202,7 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
         assert "fail" not in said, role
 
 
-def test_a_right_that_lacks_is_named(locked: Locked, exchange: ExchangeProcess) -> None:
+def test_a_right_that_lacks_is_named(locked: SecuredKafka, exchange: ExchangeProcess) -> None:
     skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
     given = {**_all(locked, exchange), **locked.settings("bot")}
     said = _command(given, "doctor", *skip, status=1).stdout
@@ -214,7 +216,7 @@ def test_a_right_that_lacks_is_named(locked: Locked, exchange: ExchangeProcess) 
     assert "--allow-principal User:ingest --operation Read" in said
 
 
-async def test_a_delivery_without_a_right_says_which(locked: Locked) -> None:
+async def test_a_delivery_without_a_right_says_which(locked: SecuredKafka) -> None:
     given = {name.lower(): value for name, value in locked.settings("ingest").items()}
     options = KafkaOptions(**{name.removeprefix("kafka__"): v for name, v in given.items()})  # type: ignore[arg-type]
     sink = SINK.build(options, SystemClock(), Random(0))
@@ -234,12 +236,12 @@ async def test_a_delivery_without_a_right_says_which(locked: Locked) -> None:
 
 
 def test_a_changed_password_is_told_once_and_gone_on_from(
-    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
 ) -> None:
     with DaemonProcess(tmp_path, _all(locked, exchange)) as daemon:
         daemon.start()
         daemon.wait_until_ready(90 * patience)
-        assert _heard(locked, 2)
+        assert _consumed(locked, 2)
         locked.change_password("all", "another-12345")
         locked.kafka.kill()  # or it would keep who is in
         locked.kafka.start()
@@ -259,7 +261,7 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
 
 
 def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as_set(
-    locked: Locked, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
 ) -> None:
     given = {**_all(locked, exchange), **locked.settings("all", "wrong-12345")}
     given |= {"KAFKA__SASL_MECHANISM": "PLAIN", "LOG__LEVEL": "debug"}  # the password travels

@@ -32,12 +32,12 @@ MINUTE = Timeframe.parse("1m")
 SERIES = Series.parse("kafka:BTC/USDT:1m")
 
 
-class Locked(NamedTuple):
+class SecuredKafka(NamedTuple):
     """A broker with several doors, and who signs certificates for it."""
 
     kafka: ApacheKafka
     authority: CertificateAuthority
-    stranger: CertificateAuthority
+    untrusted_authority: CertificateAuthority
 
     def options(self, door: str, protocol: str, **more: Any) -> KafkaOptions:
         """As ``owner``, who may do anything, where there is a login."""
@@ -59,7 +59,9 @@ class Locked(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Locked]:
+def secured_kafka(
+    kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SecuredKafka]:
     folder = tmp_path_factory.mktemp("locked")
     authority, stranger = CertificateAuthority(folder), CertificateAuthority(folder, "stranger")
     ours = authority.issue("broker")
@@ -82,7 +84,7 @@ def locked(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
     )
     with kafka:
-        yield Locked(kafka, authority, stranger)
+        yield SecuredKafka(kafka, authority, stranger)
 
 
 def _record(sequence: int = 0) -> Record:
@@ -90,14 +92,14 @@ def _record(sequence: int = 0) -> Record:
     return Record(sequence, "forecast", "binance:BTC/USDT:1m", b"{}", (("ce_id", b"1"),), now)
 
 
-async def _looked_over(options: KafkaOptions) -> list[Finding]:
+async def _run_checks(options: KafkaOptions) -> list[Finding]:
     """By doctor."""
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
     return [finding for check in sink.checks() for finding in await check.run()]
 
 
-async def _gets_through(options: KafkaOptions) -> None:
+async def _can_connect(options: KafkaOptions) -> None:
     """Topics are made, forecasts delivered, candles looked for, and doctor finds nothing wrong."""
     topics = required_topics(options, [MINUTE])
     await admin.create(options, topics)
@@ -110,21 +112,23 @@ async def _gets_through(options: KafkaOptions) -> None:
         await sink.close()
     source = SOURCE.build("kafka", options, SystemClock(), Random(0))
     assert await source.unsupported([SERIES]) == {}
-    assert {finding.level for finding in await _looked_over(options)} == {"ok"}
+    assert {finding.level for finding in await _run_checks(options)} == {"ok"}
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_who_knows_the_password_gets_in(locked: Locked, way: str, topic_prefix: str) -> None:
+async def test_who_knows_the_password_gets_in(
+    locked: SecuredKafka, way: str, topic_prefix: str
+) -> None:
     prefix = {"topic_prefix": topic_prefix}
-    await _gets_through(locked.options("safe", "SASL_SSL", sasl_mechanism=way, **prefix))
+    await _can_connect(locked.options("safe", "SASL_SSL", sasl_mechanism=way, **prefix))
 
 
-async def test_who_has_a_certificate_gets_in(locked: Locked, topic_prefix: str) -> None:
+async def test_who_has_a_certificate_gets_in(locked: SecuredKafka, topic_prefix: str) -> None:
     """Also one whose key is encrypted."""
     ours = locked.certified(locked.authority, password=PASSWORD)
     prefix = {"topic_prefix": topic_prefix}
     key = SecretStr(PASSWORD)
-    await _gets_through(locked.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix))
+    await _can_connect(locked.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix))
     with pytest.raises(ValidationError, match="KAFKA__SSL_KEY_PASSWORD is not its password"):
         locked.options("mutual", "SSL", **ours)
 
@@ -148,10 +152,10 @@ def test_a_password_that_travels_in_the_clear_is_told(hosts: str, way: Any, warn
 
 SEE = "see KRONOS_STREAM_KAFKA__"
 SET = "set KRONOS_STREAM_KAFKA__"
-Change = Callable[[Locked], Mapping[str, Any]]
+Change = Callable[[SecuredKafka], Mapping[str, Any]]
 
 
-def _nothing(_: Locked) -> Mapping[str, Any]:
+def _nothing(_: SecuredKafka) -> Mapping[str, Any]:
     return {}
 
 
@@ -224,17 +228,17 @@ def _nothing(_: Locked) -> Mapping[str, Any]:
     ],
 )  # fmt: skip
 async def test_who_does_not_get_in_is_told_why_and_what_to_do(
-    locked: Locked, door: str, protocol: str, change: Change, cause: str, cure: str
+    locked: SecuredKafka, door: str, protocol: str, change: Change, cause: str, cure: str
 ) -> None:
     options = locked.options(door, protocol, **change(locked))
     for _ in range(5):
         # What a broker says after the handshake may be lost with the connection.
         with suppress(AssertionError):
-            said, final = await _said(options)
+            said, final = await _error_message(options)
             if final or door != "mutual":
                 break
     else:
-        said, final = await _said(options)
+        said, final = await _error_message(options)
     assert final
     assert cause in said
     assert cure in said
@@ -242,25 +246,25 @@ async def test_who_does_not_get_in_is_told_why_and_what_to_do(
 
 @pytest.mark.parametrize(("door", "protocol"), [("open", "SASL_SSL"), ("safe", "SSL")])
 async def test_a_broker_that_hangs_up_may_be_meant_otherwise(
-    locked: Locked, door: str, protocol: str
+    locked: SecuredKafka, door: str, protocol: str
 ) -> None:
     """It may as well be starting: it is tried again."""
-    said, final = await _said(locked.options(door, protocol))
+    said, final = await _error_message(locked.options(door, protocol))
     assert not final
     assert f"hung up at once, as if {protocol} were not what it speaks; {SEE}SECURITY" in said
 
 
-async def test_a_certificate_that_is_spoiled_later_is_told(locked: Locked) -> None:
+async def test_a_certificate_that_is_spoiled_later_is_told(locked: SecuredKafka) -> None:
     """They are read at each connection, as they are renewed while a daemon runs."""
     ours = locked.certified(locked.authority)
     options = locked.options("mutual", "SSL", **ours)
     ours["ssl_certfile"].write_text("spoiled", "utf-8")
-    said, final = await _said(options)
+    said, final = await _error_message(options)
     assert final
     assert f"certificate or key cannot be used: {ours['ssl_keyfile']}: it is not PEM" in said
 
 
-async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]:
+async def _error_message(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]:
     """What keeps a sink out, told in seconds, and whether it is so until somebody acts."""
     began = time.monotonic()
     sink = SINK.build(options, SystemClock(), Random(0))
@@ -273,7 +277,7 @@ async def _said(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]
         await source.unsupported([SERIES])
     with pytest.raises(admin.TopicsError) as denied:
         await admin.check(options, [])
-    (finding,) = await _looked_over(options)
+    (finding,) = await _run_checks(options)
     assert time.monotonic() - began < 4 * seconds
     # All say the same.
     assert str(unknown.value) == f"kafka: {said}"

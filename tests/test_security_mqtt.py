@@ -75,7 +75,7 @@ async def _sink(options: MqttOptions) -> AsyncIterator[Sink]:
         await sink.close()
 
 
-async def _said(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
+async def _error_message(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
     """What keeps a sink out, told in seconds, and whether it is so until somebody acts."""
     began = time.monotonic()
     async with _sink(options) as sink:
@@ -91,26 +91,26 @@ async def _said(options: MqttOptions, seconds: float = 3.0) -> tuple[str, bool]:
     said = str(refused.value)
     assert PASSWORD not in said
     assert "\n" not in said
-    finding = await _looked_over(options)
+    finding = await _run_checks(options)
     assert finding.level == "fail"
     assert finding.found == said
     return said, final
 
 
-async def _said_in_the_end(options: MqttOptions) -> tuple[str, bool]:
+async def _final_error_message(options: MqttOptions) -> tuple[str, bool]:
     """The same, where a broker judges us after the handshake.
 
     What it says may then be lost with the connection; it is tried again, as a daemon does.
     """
     for _ in range(5):
         with suppress(AssertionError):
-            said, final = await _said(options)
+            said, final = await _error_message(options)
             if final:
                 return said, final
-    return await _said(options)
+    return await _error_message(options)
 
 
-async def _looked_over(options: MqttOptions) -> Finding:
+async def _run_checks(options: MqttOptions) -> Finding:
     """By doctor."""
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
@@ -150,17 +150,19 @@ async def test_forecasts_go_out_and_candles_come_in_encrypted(
     running.cancel()
     await asyncio.wait([running])
     await source.close()
-    assert (await _looked_over(options)).level == "ok"
+    assert (await _run_checks(options)).level == "ok"
 
 
 async def test_a_login_that_is_refused_is_called_that(
     broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     wrong = SecretStr("wrong-" + PASSWORD)
-    said, final = await _said(_options(broker, authority, password=wrong))
+    said, final = await _error_message(_options(broker, authority, password=wrong))
     assert final
     assert f"see {PREFIX}USERNAME and {PREFIX}PASSWORD" in said
-    said, final = await _said(_options(broker, authority, username="", password=SecretStr("")))
+    said, final = await _error_message(
+        _options(broker, authority, username="", password=SecretStr(""))
+    )
     assert final
     assert f"{PREFIX}PASSWORD" in said
 
@@ -169,10 +171,10 @@ async def test_a_broker_that_nobody_vouches_for_is_not_spoken_to(
     broker: Mosquitto, folder: Path
 ) -> None:
     stranger = CertificateAuthority(folder, "stranger")
-    said, final = await _said(_options(broker, stranger))
+    said, final = await _error_message(_options(broker, stranger))
     assert final
     assert f"signed by nobody that we trust ({stranger.file}); set {PREFIX}TLS_CAFILE" in said
-    said, _ = await _said(_options(broker, None))
+    said, _ = await _error_message(_options(broker, None))
     assert "signed by nobody that we trust (the system's authorities)" in said
 
 
@@ -181,11 +183,11 @@ async def test_a_certificate_must_be_in_time_and_of_this_host(
 ) -> None:
     expired = authority.issue("expired", not_after=-timedelta(hours=1))
     with mosquitto_of(tls=expired) as broker:
-        said, final = await _said(_options(broker, authority))
+        said, final = await _error_message(_options(broker, authority))
     assert final
     assert "the broker's certificate has expired; the broker needs a new one" in said
     with mosquitto_of(tls=authority.issue("elsewhere", ["elsewhere.example"])) as broker:
-        said, final = await _said(_options(broker, authority))
+        said, final = await _error_message(_options(broker, authority))
     assert final
     assert "is for another name" in said
     assert f"use a name that it holds in {PREFIX}URL" in said
@@ -203,12 +205,12 @@ async def test_a_client_may_have_to_show_a_certificate(
             assert not await sink.deliver([_record()])
         with pytest.raises(ValidationError, match=f"{PREFIX}TLS_KEY_PASSWORD is not its password"):
             _options(broker, authority, **ours)
-        said, final = await _said_in_the_end(_options(broker, authority))
+        said, final = await _final_error_message(_options(broker, authority))
         assert final
         assert f"asks for a certificate of ours; set {PREFIX}TLS_CERTFILE" in said
         stranger = CertificateAuthority(folder, "unknown").issue("client")
         ours = {"tls_certfile": stranger.certificate, "tls_keyfile": stranger.key}
-        said, final = await _said_in_the_end(_options(broker, authority, **ours))
+        said, final = await _final_error_message(_options(broker, authority, **ours))
         assert final
         assert f"turns our certificate down (unknown ca); see whether {stranger[0]}" in said
 
@@ -217,12 +219,12 @@ async def test_either_side_may_encrypt_alone(
     broker: Mosquitto, authority: CertificateAuthority, tmp_path: Path
 ) -> None:
     plain = broker.url.replace("mqtts", "mqtt")
-    said, _ = await _said(_options(broker, None, url=plain))
+    said, _ = await _error_message(_options(broker, None, url=plain))
     assert "is it MQTT, and encrypted if the URL says so?" in said
     other = Mosquitto(tmp_path / "other")
     with other:
         encrypted = other.url.replace("mqtt:", "mqtts:")
-        said, _ = await _said(_options(other, authority, url=encrypted))
+        said, _ = await _error_message(_options(other, authority, url=encrypted))
     assert "is it MQTT, and encrypted if the URL says so?" in said
 
 
@@ -233,6 +235,6 @@ async def test_a_certificate_that_is_spoiled_later_is_told(
     mine = authority.issue("mine")
     options = _options(broker, authority, tls_certfile=mine.certificate, tls_keyfile=mine.key)
     mine.certificate.write_text("spoiled", "utf-8")
-    said, final = await _said(options)
+    said, final = await _error_message(options)
     assert final
     assert f"certificate or key cannot be used: {mine.key}" in said

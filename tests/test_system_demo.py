@@ -40,20 +40,20 @@ while True:
 """
 
 
-class Read(NamedTuple):
+class ReceivedRecord(NamedTuple):
     """A record as a reader had it."""
 
-    at: float
+    time: float
     """Seconds, monotonic."""
     key: str
     forecast: dict[str, Any]
 
 
-class Shown(NamedTuple):
+class DemoResult(NamedTuple):
     """What a demo showed."""
 
     figures: dict[str, Any]
-    records: list[Read]
+    records: list[ReceivedRecord]
     seconds_to_first: float
 
 
@@ -94,7 +94,7 @@ def test_it_shows_real_candles(tmp_path: Path) -> None:
     assert any(closes[i : i + len(lasts)] == lasts for i in range(len(closes)))
 
 
-def _demo(folder: Path, *arguments: str) -> Shown:
+def _demo(folder: Path, *arguments: str) -> DemoResult:
     began = time.monotonic()
     demo = subprocess.Popen(
         [sys.executable, "-m", "kronos_stream", "demo", "--json", *arguments],
@@ -108,7 +108,7 @@ def _demo(folder: Path, *arguments: str) -> Shown:
         bootstrap = next(_bootstraps(demo.stderr))
         threading.Thread(target=demo.stderr.read, daemon=True).start()
         with subprocess.Popen(_reader(bootstrap), stdout=subprocess.PIPE, text=True) as reader:
-            records: list[Read] = []
+            records: list[ReceivedRecord] = []
             reading = threading.Thread(target=_read, args=(reader, records))
             reading.start()
             figures, _ = demo.communicate()
@@ -118,7 +118,7 @@ def _demo(folder: Path, *arguments: str) -> Shown:
         demo.kill()
         demo.communicate()
     assert demo.returncode == 0
-    return Shown(json.loads(figures), records, records[0].at - began)
+    return DemoResult(json.loads(figures), records, records[0].time - began)
 
 
 def _bootstraps(lines: Iterator[str]) -> Iterator[str]:
@@ -137,14 +137,14 @@ def _reader(bootstrap: str) -> list[str]:
     return [sys.executable, "-c", READER, bootstrap]
 
 
-def _read(reader: subprocess.Popen[str], records: list[Read]) -> None:
+def _read(reader: subprocess.Popen[str], records: list[ReceivedRecord]) -> None:
     assert reader.stdout is not None
     for line in reader.stdout:
         key, _, value = line.partition("\t")
-        records.append(Read(time.monotonic(), key, json.loads(value)))
+        records.append(ReceivedRecord(time.monotonic(), key, json.loads(value)))
 
 
-def _origins(records: list[Read]) -> dict[str, list[int]]:
+def _origins(records: list[ReceivedRecord]) -> dict[str, list[int]]:
     """In the order in which they came."""
     opens = defaultdict(list)
     for record in records:

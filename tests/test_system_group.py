@@ -36,7 +36,7 @@ LATE_MS = 3_000
 """A forecast that arrives so long after its bar's close shows that somebody was away."""
 
 
-class Listener:
+class TopicListener:
     """Reads a topic of forecasts as they come: when each arrived, and of which bar's close."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
@@ -69,7 +69,7 @@ class Listener:
 
 
 @dataclass
-class Group:
+class ForecastGroup:
     """An exchange, an ingester and members that come and go."""
 
     bootstrap: str
@@ -142,7 +142,7 @@ class Group:
     def lag(self) -> float:
         return sum(member.metric("kronos_candle_lag") for member in self.members)
 
-    def due(self) -> dict[Series, list[int]]:
+    def expected_bars(self) -> dict[Series, list[int]]:
         """Opens of the bars to be forecast.
 
         All that the exchange has, from the first to the newest that ingest passed on as news.
@@ -161,7 +161,9 @@ class Group:
         }
 
     def audit(self) -> AuditReport:
-        return audit_forecasts(read_topic(self.bootstrap, forecast_topic(self.prefix)), self.due())
+        return audit_forecasts(
+            read_topic(self.bootstrap, forecast_topic(self.prefix)), self.expected_bars()
+        )
 
 
 @contextmanager
@@ -173,7 +175,7 @@ def group(
     symbols: int,
     timeframes: str = "1s",
     **settings: str,
-) -> Iterator[Group]:
+) -> Iterator[ForecastGroup]:
     options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix, partitions=12)
     lengths = [Timeframe.parse(one) for one in timeframes.split(",")]
     asyncio.run(create(options, required_topics(options, lengths)))
@@ -183,11 +185,11 @@ def group(
         ExitStack() as stack,
     ):
         given = {"LOOKBACK": "64", **settings}
-        yield Group(kafka.bootstrap, prefix, exchange, folder, stack, given)
+        yield ForecastGroup(kafka.bootstrap, prefix, exchange, folder, stack, given)
 
 
-def _trial(
-    group: Group, *, rounds: int, seconds: float, seed: int
+def _run_group(
+    group: ForecastGroup, *, rounds: int, seconds: float, seed: int
 ) -> tuple[AuditReport, list[float]]:
     """Kill a member and add one, ``rounds`` times within ``seconds``; then let all be finished."""
     random = Random(seed)
@@ -196,7 +198,7 @@ def _trial(
         group.join()
     for member in group.members:
         member.wait_until_ready(150)
-    listener = Listener(group.bootstrap, forecast_topic(group.prefix))
+    listener = TopicListener(group.bootstrap, forecast_topic(group.prefix))
     try:
         began, caught_up = time.monotonic(), []
         for number in range(rounds):
@@ -220,7 +222,7 @@ def test_members_and_ingest_are_killed_and_every_bar_is_forecast(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     with group(kafka, topic_prefix, tmp_path, symbols=6) as trial:
-        found, caught_up = _trial(trial, rounds=1, seconds=24, seed=1)
+        found, caught_up = _run_group(trial, rounds=1, seconds=24, seed=1)
     print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
     assert not found.problems
     assert found.records > 6 * 15
@@ -260,7 +262,7 @@ def test_sixty_series_and_two_kills_in_three_minutes(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     with group(kafka, topic_prefix, tmp_path, symbols=60) as trial:
-        found, caught_up = _trial(trial, rounds=2, seconds=180, seed=2)
+        found, caught_up = _run_group(trial, rounds=2, seconds=180, seed=2)
     print(f"\n{found.records} forecasts, {found.duplicates} twice; caught up after {caught_up} s")  # noqa: T201
     assert not found.problems
     assert found.records > 60 * 150

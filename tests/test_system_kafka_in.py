@@ -35,7 +35,7 @@ HISTORY = 60
 pytestmark = pytest.mark.skipif(shutil.which("kcat") is None, reason="no kcat on this machine")
 
 
-class Market:
+class KcatProducer:
     """Bars of a second, each produced once it has closed, by kcat and in JSON made by hand."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
@@ -47,11 +47,11 @@ class Market:
         self._random = Random(0)
         self._thread = threading.Thread(target=self._trade)
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Tell the past at once, and then what happens."""
         now = time.time_ns() // 1_000_000 // 1_000 * 1_000
         past = range(now - HISTORY * 1_000, now, 1_000)
-        self.say([self.bar(series, opened) for opened in past for series in SERIES])
+        self.produce([self.bar(series, opened) for opened in past for series in SERIES])
         self._thread.start()
 
     def bar(self, series: Series, opened: int, close: float | None = None) -> str:
@@ -68,7 +68,7 @@ class Market:
             self.opens[series].append(opened)
         return f"{series}\t{orjson.dumps(bar).decode()}\n"
 
-    def say(self, lines: Sequence[str]) -> None:
+    def produce(self, lines: Sequence[str]) -> None:
         """Produce them in this order; kcat waits for the end of its input, so it is run anew."""
         subprocess.run(self._command, input="".join(lines), text=True, check=True, timeout=30)
 
@@ -85,22 +85,22 @@ class Market:
                     bad = f"{{not JSON of {series} at {opened}}}"
                     self.malformed.add(bad)
                     lines.append(f"{series}\t{bad}\n")
-            self.say(lines)
+            self.produce(lines)
             opened += 1_000
 
-    def end(self) -> None:
+    def close(self) -> None:
         """No more bars by themselves."""
         self._stop.set()
         self._thread.join()
 
 
 @contextmanager
-def _market(bootstrap: str, prefix: str) -> Iterator[Market]:
-    market = Market(bootstrap, candle_topic(prefix, SECOND))
+def _market(bootstrap: str, prefix: str) -> Iterator[KcatProducer]:
+    market = KcatProducer(bootstrap, candle_topic(prefix, SECOND))
     try:
         yield market
     finally:
-        market.end()
+        market.close()
 
 
 def _daemon(bootstrap: str, prefix: str, folder: Path) -> DaemonProcess:
@@ -132,7 +132,7 @@ def test_candles_of_kcat_come_out_as_forecasts(
     daemon = _daemon(kafka.bootstrap, topic_prefix, tmp_path)
     random = Random(kills)
     with _market(kafka.bootstrap, topic_prefix) as market, daemon:
-        market.begin()
+        market.start()
         daemon.start()
         daemon.wait_until_ready()
         began = _wait_for_newer(kafka, topic_prefix, 0)
@@ -144,7 +144,7 @@ def test_candles_of_kcat_come_out_as_forecasts(
             daemon.start()
             daemon.wait_until_ready()
             print(f"{_wait_for_newer(kafka, topic_prefix, killed):.1f} s after a kill")  # noqa: T201
-        market.end()
+        market.close()
         newest = market.opens[SERIES[0]][-1]
         wait_for(
             "the last bars are forecast",
@@ -152,7 +152,9 @@ def test_candles_of_kcat_come_out_as_forecasts(
             120,
             interval=1,
         )
-        market.say([market.bar(SERIES[0], newest, 123.0)])  # the producer has thought better of it
+        market.produce(
+            [market.bar(SERIES[0], newest, 123.0)]
+        )  # the producer has thought better of it
         revised = (SERIES[0].name, newest, 1)
         wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), 60, interval=1)
         assert daemon.stop() == 0
@@ -191,16 +193,16 @@ def test_what_comes_late_or_not_at_all(
     daemon = _daemon(kafka.bootstrap, topic_prefix, tmp_path)
     one, other = SERIES[0].name, SERIES[1].name
     with _market(kafka.bootstrap, topic_prefix) as market, daemon:
-        market.begin()
+        market.start()
         daemon.start()
         daemon.wait_until_ready()
         _wait_for_newer(kafka, topic_prefix, 0)
-        market.end()
+        market.close()
         last = market.opens[SERIES[0]][-1]
         newest = last + 4_000
         time.sleep(max(0.0, newest / 1000 + 1 - time.time()))
         lines = [market.bar(SERIES[0], last + bars * 1_000) for bars in (2, 1, 4, 3)]
-        market.say([*lines, market.bar(SERIES[1], newest)])
+        market.produce([*lines, market.bar(SERIES[1], newest)])
         both = {(one, newest, 0), (other, newest, 0)}
         wait_for("both", lambda: both <= _origins(kafka, topic_prefix), 60, interval=0.5)
         assert daemon.stop() == 0

@@ -37,7 +37,7 @@ def _topic(series: Series) -> str:
     return f"kronos/candles/mqtt/{symbol}/1s"
 
 
-class Feed:
+class CandlePublisher:
     """Publishes every bar of every series as it closes, by a client of its own, until the end.
 
     What the broker has not acknowledged is sent again when it is back.
@@ -80,8 +80,8 @@ class Feed:
 
 
 @contextmanager
-def _feed(broker: Mosquitto) -> Iterator[Feed]:
-    feed = Feed(broker)
+def _feed(broker: Mosquitto) -> Iterator[CandlePublisher]:
+    feed = CandlePublisher(broker)
     feed.start()
     try:
         yield feed
@@ -116,7 +116,7 @@ def _wait_for_more(daemon: DaemonProcess, patience: float) -> None:
     )
 
 
-def _quiet_moment() -> None:
+def _wait_until_idle() -> None:
     """Between two closes, when nothing is under way; a broker saves what it has, and is killed."""
     time.sleep(1.7 - time.time() % 1)
 
@@ -157,9 +157,9 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
             publish(broker, _topic(SERIES[0]), b"no candle")
             before = daemon.resident_mib()
             for number in range(1, outages + 1):
-                _quiet_moment()
+                _wait_until_idle()
                 broker.kill()
-                wait_for("it notices", partial(_lost, daemon, number), 20.0 * patience)
+                wait_for("it notices", partial(_missing_forecasts, daemon, number), 20.0 * patience)
                 time.sleep(outage)
                 broker.start()
                 _wait_for_more(daemon, patience)
@@ -195,11 +195,11 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
     assert grown < 64
 
 
-def _lost(daemon: DaemonProcess, times: int) -> bool:
+def _missing_forecasts(daemon: DaemonProcess, times: int) -> bool:
     return daemon.metric("kronos_source_events_total", event="lost") == times
 
 
-def _wait_for_more_or_all(daemon: DaemonProcess, feed: Feed, patience: float) -> None:
+def _wait_for_more_or_all(daemon: DaemonProcess, feed: CandlePublisher, patience: float) -> None:
     """Until the last bar that was sent has its forecast, delivered."""
     number = sum(map(len, feed.sent.values()))
     wait_for(
@@ -224,7 +224,7 @@ def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
         daemon.wait_until_ready(90.0 * patience)
         with _feed(broker) as feed:
             _wait_for_more(daemon, patience)
-            _quiet_moment()
+            _wait_until_idle()
             daemon.kill()
             wait_for("the last will", lambda: _status(subscriber) == b"offline", 20.0)
             time.sleep(3.0)

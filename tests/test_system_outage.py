@@ -119,7 +119,7 @@ async def test_refused_records_are_buried_and_delay_nobody(
     )
     await create(options, required_topics(options))
     sink = SINK.build(options, SystemClock(), Random(0))
-    clock = _Ahead()
+    clock = _ShiftedClock()
     state = await State.open(tmp_path / "state")
     outbox = _outbox(state, sink, clock)
     for i in range(40):
@@ -160,7 +160,7 @@ def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> No
 
     async def live() -> None:
         clock = LoopClock(START)
-        state, sink = await State.open(tmp_path / "state"), _Gone()
+        state, sink = await State.open(tmp_path / "state"), _UnavailableSink()
         outbox = _outbox(state, sink, clock)
         running = asyncio.create_task(outbox.run())
         for second in range(seconds):
@@ -168,43 +168,43 @@ def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> No
             await clock.sleep(1.0)
         assert outbox.problems() == {"gone": "nobody there"}
         grown = _resident_mib() - before
-        sink.there = True
+        sink.available = True
         assert await outbox.drain(3_600.0) == 0
         assert outbox.problems() == {"gone": ""}
         running.cancel()
         await asyncio.wait([running])
         await state.close()
         print(  # noqa: T201
-            f"{hours:g} h, {len(sink.arrived)} records of {FORECAST_BYTES} bytes: "
+            f"{hours:g} h, {len(sink.delivered)} records of {FORECAST_BYTES} bytes: "
             f"{grown:+.0f} MiB meanwhile, {_resident_mib() - before:+.0f} MiB after"
         )
-        assert sink.arrived == list(range(20 * seconds))
+        assert sink.delivered == list(range(20 * seconds))
         assert max(grown, _resident_mib() - before) < GROWTH_MIB
 
     run_virtual(live())
 
 
-class _Gone:
+class _UnavailableSink:
     """A sink that is not there, until it is."""
 
     name = "gone"
 
     def __init__(self) -> None:
-        self.there = False
-        self.arrived: list[int] = []
+        self.available = False
+        self.delivered: list[int] = []
 
     async def start(self) -> None: ...
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
-        if not self.there:
+        if not self.available:
             raise SinkUnavailable("nobody there")
-        self.arrived += [int(record.value.split()[0]) for record in records]
+        self.delivered += [int(record.value.split()[0]) for record in records]
         return ()
 
     async def close(self) -> None: ...
 
 
-class _Ahead(SystemClock):
+class _ShiftedClock(SystemClock):
     """A clock that can be wrong."""
 
     ahead_ms = 0

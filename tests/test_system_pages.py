@@ -266,7 +266,9 @@ def _p99(histogram: str, before: Samples, after: Samples) -> float:
 # The crowd.
 
 
-async def _crowd(port: int, token: str, rate: float, seconds: float, series: Sequence[str]) -> None:
+async def _open_connections(
+    port: int, token: str, rate: float, seconds: float, series: Sequence[str]
+) -> None:
     """Ask in step, a little in bad faith; what came of it goes to stdout."""
     statuses: Counter[str] = Counter()
     took: list[float] = []
@@ -325,4 +327,4 @@ async def _crowd(port: int, token: str, rate: float, seconds: float, series: Seq
 
 if __name__ == "__main__":
     _port, _token, _rate, _seconds, *_series = sys.argv[1:]
-    asyncio.run(_crowd(int(_port), _token, float(_rate), float(_seconds), _series))
+    asyncio.run(_open_connections(int(_port), _token, float(_rate), float(_seconds), _series))

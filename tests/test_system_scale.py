@@ -39,7 +39,7 @@ def _series(count: int, timeframe: str) -> list[Series]:
     return [Series.of("binance", f"S{number}/USDT", length) for number in range(count)]
 
 
-class Past:
+class HistoryWriter:
     """Writes bars as ingest would have, each when it closed."""
 
     def __init__(self, bootstrap: str, prefix: str) -> None:
@@ -102,7 +102,7 @@ def test_throughput_grows_with_the_group(
     series, seconds = _series(240, "1s"), 20
     _topics(kafka, topic_prefix, "1s")
     bars = LOOKBACK + 300
-    Past(kafka.bootstrap, topic_prefix).write(series, _opens("1s", bars), history=LOOKBACK)
+    HistoryWriter(kafka.bootstrap, topic_prefix).write(series, _opens("1s", bars), history=LOOKBACK)
     rates: dict[int, float] = {}
     for size in (1, 2, 4):
         with ExitStack() as stack:
@@ -135,7 +135,7 @@ def test_throughput_grows_with_the_group(
 def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[float]:
     """Seconds until a new group's member, and then the next one, is ready; checks contexts."""
     _topics(kafka, prefix, "1s", "1d")
-    past = Past(kafka.bootstrap, prefix)
+    past = HistoryWriter(kafka.bootstrap, prefix)
     daily, quick = _series(count, "1d"), _series(count, "1s")
     days, seconds = _opens("1d", 2 * LOOKBACK), _opens("1s", 10 * LOOKBACK)
     past.write(daily, days[:-1])

@@ -73,10 +73,10 @@ Records = Sequence[tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WatchlistChange:
     """What is followed since then. Unix seconds."""
 
-    asked: float
+    requested: float
     done: float
     series: frozenset[Series]
 
@@ -89,11 +89,11 @@ def _lines(series: Collection[Series]) -> list[str]:
     return [f"{name} {','.join(some)}" for name, some in lengths.items()]
 
 
-class Changer:
+class WatchlistChanger:
     """Changes the symbols file of a running daemon, and keeps what was changed when."""
 
     def __init__(self, daemon: DaemonProcess, listed: Path, random: Random) -> None:
-        self.changes: list[Change] = []
+        self.changes: list[WatchlistChange] = []
         self.refused = 0
         self._daemon, self._listed, self._random = daemon, listed, random
         seconds = [Series.parse(f"{v}:SIM{i:02}/USDT:1s") for v in VENUES for i in range(SYMBOLS)]
@@ -103,9 +103,9 @@ class Changer:
         self._changing = [one for one in self.all if one.symbol >= LEAST or one in longer]
         self._write(_lines(self.first))
 
-    def began(self) -> None:
+    def started(self) -> None:
         """The daemon has taken in what the file says first."""
-        self.changes.append(Change(time.time(), time.time(), self.first))
+        self.changes.append(WatchlistChange(time.time(), time.time(), self.first))
 
     def change(self) -> None:
         """Add and remove a few."""
@@ -118,20 +118,20 @@ class Changer:
         if self._random.random() < 0.75:
             time.sleep(self._random.uniform(0.0, CALM_SECONDS))
 
-    def err(self) -> None:
+    def write_invalid(self) -> None:
         """Remove all but one, with a line that cannot be: refused whole, it changes nothing."""
         bad = BAD[self.refused % len(BAD)]
-        assert self._told([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
+        assert self._log_events([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
         self.refused += 1
 
     def follow(self, series: Collection[Series]) -> None:
         asked = time.time()
-        assert self._told(_lines(series)) == ANSWERS[0]
-        self.changes.append(Change(asked, time.time(), frozenset(series)))
+        assert self._log_events(_lines(series)) == ANSWERS[0]
+        self.changes.append(WatchlistChange(asked, time.time(), frozenset(series)))
 
-    def spans(self, series: Series) -> list[tuple[Change, Change | None]]:
+    def spans(self, series: Series) -> list[tuple[WatchlistChange, WatchlistChange | None]]:
         """From when until when it was followed; None where it still is."""
-        found: list[tuple[Change, Change | None]] = []
+        found: list[tuple[WatchlistChange, WatchlistChange | None]] = []
         for change in self.changes:
             following = bool(found) and found[-1][1] is None
             if series in change.series and not following:
@@ -140,7 +140,7 @@ class Changer:
                 found[-1] = found[-1][0], change
         return found
 
-    def _told(self, lines: Sequence[str]) -> str:
+    def _log_events(self, lines: Sequence[str]) -> str:
         """What the daemon makes of them."""
         before = len(self._answers())
         self._write(lines)
@@ -177,7 +177,7 @@ def test_symbols_change_under_load(
         }
         settings = _settings(listed, exchanges["ccxt.binance"])
         daemon = stack.enter_context(daemon_of(exchanges["binance"], kafka.bootstrap, **settings))
-        changer = Changer(daemon, listed, Random(SEED))
+        changer = WatchlistChanger(daemon, listed, Random(SEED))
 
         def forecast(since: float) -> bool:
             """Whether all that is followed has a forecast of a bar that opened after then."""
@@ -189,20 +189,22 @@ def test_symbols_change_under_load(
         began = time.time()
         daemon.start()
         daemon.wait_until_ready()
-        changer.began()
+        changer.started()
         wait_for("forecasts of all", lambda: forecast(0.0), 60.0, interval=1.0)
         time.sleep(WATCHED_SECONDS)
-        before = _held(daemon)
+        before = _held_resources(daemon)
         for i in range(number):
             changer.change()
             if i % 4 == 0:
-                changer.err()
+                changer.write_invalid()
         changer.follow(changer.first)
         last = changer.changes[-1].done
         wait_for("forecasts of all", lambda: forecast(last), 90.0, interval=1.0)
         most = [count + SPARE for count in before]
-        wait_for(f"it holds at most {most}", lambda: all(map(le, _held(daemon), most)), 40.0)
-        print(f"seed {SEED}: {number} changes; {before} → {_held(daemon)}")  # noqa: T201
+        wait_for(
+            f"it holds at most {most}", lambda: all(map(le, _held_resources(daemon), most)), 40.0
+        )
+        print(f"seed {SEED}: {number} changes; {before} → {_held_resources(daemon)}")  # noqa: T201
         assert daemon.stop() == 0
         assert {e["event"] for e in daemon.log_records() if e.get("level") == "error"} <= set(
             ANSWERS
@@ -232,7 +234,7 @@ def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
     }
 
 
-def _held(daemon: DaemonProcess) -> list[int]:
+def _held_resources(daemon: DaemonProcess) -> list[int]:
     """How many descriptors, sockets and tasks it has."""
     opened = daemon.open_files()
     sockets = sum(one.startswith("socket:") for one in opened)
@@ -240,7 +242,7 @@ def _held(daemon: DaemonProcess) -> list[int]:
 
 
 def _assert_no_bar_is_lost(
-    changer: Changer,
+    changer: WatchlistChanger,
     outcomes: Mapping[Series, Sequence[Outcome]],
     truth: Mapping[Series, Sequence[int]],
     records: Records,
@@ -253,7 +255,7 @@ def _assert_no_bar_is_lost(
         had = [one.origin for one in some]
         assert had == [bar for bar in closed if had and had[0] <= bar <= had[-1]], series
         must = [
-            (began.done + TAKEN_IN_SECONDS, last if ended is None else ended.asked - late)
+            (began.done + TAKEN_IN_SECONDS, last if ended is None else ended.requested - late)
             for began, ended in spans
         ]
         closes = {bar: series.timeframe.after(bar) / 1000 for bar in closed}
@@ -265,7 +267,9 @@ def _assert_no_bar_is_lost(
                 assert one.reason == "removed", series
                 # Under way it was since its close, or since its series was back.
                 close = closes[one.origin]
-                ends = [(a.asked, b.done) for a, b in spans if b is not None and close <= b.done]
+                ends = [
+                    (a.requested, b.done) for a, b in spans if b is not None and close <= b.done
+                ]
                 under_way = min((end - max(close, began) for began, end in ends), default=inf)
                 longest = max(longest, under_way)
                 assert under_way <= late, series
@@ -277,7 +281,7 @@ def _assert_no_bar_is_lost(
     print(f"{sum(map(len, due.values()))} bars due, {dict(counted)}; {longest:.1f} s under way")  # noqa: T201
 
 
-def _assert_nothing_is_stale(changer: Changer, records: Records, newest: Records) -> None:
+def _assert_nothing_is_stale(changer: WatchlistChanger, records: Records, newest: Records) -> None:
     said: defaultdict[str, list[bytes]] = defaultdict(list)
     for key, value in records:
         said[key].append(value)
@@ -291,13 +295,13 @@ def _assert_nothing_is_stale(changer: Changer, records: Records, newest: Records
         for value in values:
             if is_removal(value):
                 at = Removal.parse(value).at.timestamp()
-                assert ends[told].asked - 0.001 <= at <= ends[told].done, name
+                assert ends[told].requested - 0.001 <= at <= ends[told].done, name
                 told += 1
                 continue
             # After its k-th end a series is heard of again only once it was taken in again.
             assert told < len(spans), f"{name} was forecast after it was given up"
             made = Forecast.parse(value).created_at.timestamp()
-            assert made >= spans[told][0].asked - COMPOSED_SECONDS or told == 0, name
+            assert made >= spans[told][0].requested - COMPOSED_SECONDS or told == 0, name
             assert told == len(ends) or made <= ends[told].done, name
         assert told == len(ends), name
         removals += told

@@ -91,69 +91,69 @@ CONNECTOR = SinkConnector(Options, lambda options, clock, random: Frail(options)
 """
 
 
-class Heard(NamedTuple):
+class Notification(NamedTuple):
     """A message."""
 
     at: float
     """Monotonic seconds."""
-    said: dict[str, str]
+    text: dict[str, str]
 
 
-class Manager:
+class FakeSystemd:
     """The end of the socket that systemd holds; bound until the ``with`` block ends."""
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.heard: list[Heard] = []
+        self.notifications: list[Notification] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
         self._socket.settimeout(0.1)
-        self._over = Event()
+        self._stop = Event()
         self._listening = Thread(target=self._listen, daemon=True)
 
-    def says(self, name: str, begin: str = "", within: str = "") -> list[Heard]:
+    def has_status(self, name: str, begin: str = "", within: str = "") -> list[Notification]:
         """Messages in which that is assigned: what begins so, and holds that."""
         return [
             one
-            for one in list(self.heard)
-            for value in one.said.get(name, "").splitlines()
+            for one in list(self.notifications)
+            for value in one.text.get(name, "").splitlines()
             if value.startswith(begin) and within in value
         ]
 
-    def wait_for(self, name: str, begin: str, *, within: str = "", after: int = 0) -> Heard:
+    def wait_for(self, name: str, begin: str, *, within: str = "", after: int = 0) -> Notification:
         """The first such message but the ``after`` first."""
         what = f"{name}={begin}…{within}"
-        wait_for(what, lambda: len(self.says(name, begin, within)) > after, 60.0)
-        return self.says(name, begin, within)[after]
+        wait_for(what, lambda: len(self.has_status(name, begin, within)) > after, 60.0)
+        return self.has_status(name, begin, within)[after]
 
-    def quiet_for(self) -> float:
+    def assert_silent_for(self) -> float:
         """Seconds since the watchdog was fed."""
-        return time.monotonic() - self.says("WATCHDOG", "1")[-1].at
+        return time.monotonic() - self.has_status("WATCHDOG", "1")[-1].at
 
     def _listen(self) -> None:
-        while not self._over.is_set():
+        while not self._stop.is_set():
             try:
                 message = self._socket.recv(65_536).decode()
             except TimeoutError:
                 continue
             said = dict(line.split("=", 1) for line in message.splitlines())
-            self.heard.append(Heard(time.monotonic(), said))
+            self.notifications.append(Notification(time.monotonic(), said))
 
     def __enter__(self) -> Self:
         self._listening.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         self._listening.join()
         self._socket.close()
 
 
 @pytest.fixture(params=["path"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]:
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeSystemd]:
     """At a path, or an abstract name."""
     name = f"@{uuid4()}" if request.param == "abstract" else str(tmp_path / "notify")
-    with Manager(name) as manager:
+    with FakeSystemd(name) as manager:
         yield manager
 
 
@@ -165,8 +165,8 @@ def exchange() -> Iterator[ExchangeProcess]:
 
 
 @pytest.fixture
-def managed(
-    manager: Manager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def managed_daemon(
+    manager: FakeSystemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., DaemonProcess]:
     """Makes a daemon, not yet started, as systemd would; its sink has its orders in a file."""
     info = tmp_path / "frail_sink-1.0.dist-info"
@@ -188,7 +188,7 @@ def managed(
 
 
 def test_it_is_told_from_start_to_stop(
-    manager: Manager,
+    manager: FakeSystemd,
     managed: Callable[..., DaemonProcess],
     exchange: ExchangeProcess,
     patience: float,
@@ -196,8 +196,8 @@ def test_it_is_told_from_start_to_stop(
     with managed(exchange) as daemon:
         daemon.start()
         first = manager.wait_for("READY", "1")
-        assert first.said["STATUS"].startswith("starting; ")
-        assert first == manager.heard[0]
+        assert first.text["STATUS"].startswith("starting; ")
+        assert first == manager.notifications[0]
         assert daemon.readiness()[0] != 200  # the model is not loaded yet
         daemon.wait_until_ready()
         manager.wait_for("STATUS", "following 2 series")
@@ -211,28 +211,29 @@ def test_it_is_told_from_start_to_stop(
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         daemon.signal(signal.SIGHUP)
         asked = manager.wait_for("RELOADING", "1")
-        assert int(asked.said["MONOTONIC_USEC"]) > before
+        assert int(asked.text["MONOTONIC_USEC"]) > before
         done = manager.wait_for("READY", "1", after=1)
-        assert manager.heard.index(done) > manager.heard.index(asked)
+        assert manager.notifications.index(done) > manager.notifications.index(asked)
 
-        wait_for("some more of it", lambda: len(manager.says("WATCHDOG", "1")) >= 6, 30.0)
-        fed = [one.at for one in manager.says("WATCHDOG")]
+        wait_for("some more of it", lambda: len(manager.has_status("WATCHDOG", "1")) >= 6, 30.0)
+        fed = [one.at for one in manager.has_status("WATCHDOG")]
         pauses = [after - before for before, after in pairwise(fed)]
         assert max(pauses) < patience * WATCHDOG_SECONDS
         assert sum(pauses) / len(pauses) == pytest.approx(WATCHDOG_SECONDS / 2, rel=0.2 * patience)
 
         assert daemon.stop() == 0
         last = manager.wait_for("STOPPING", "1")
-        assert int(last.said["EXTEND_TIMEOUT_USEC"]) > 20e6  # the grace
+        assert int(last.text["EXTEND_TIMEOUT_USEC"]) > 20e6  # the grace
         assert all(
-            one.said == {"WATCHDOG": "1"} for one in manager.heard[manager.heard.index(last) + 1 :]
+            one.text == {"WATCHDOG": "1"}
+            for one in manager.notifications[manager.notifications.index(last) + 1 :]
         )
         assert daemon.leftover_processes() == []
 
 
 @pytest.mark.parametrize("manager", ["abstract"], indirect=True)
 def test_it_is_ready_though_the_exchange_is_away(
-    manager: Manager, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+    manager: FakeSystemd, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
 ) -> None:
     with socket.socket() as nobody:  # bound, so that no one else listens there
         nobody.bind(("127.0.0.1", 0))
@@ -241,13 +242,13 @@ def test_it_is_ready_though_the_exchange_is_away(
         with managed(exchange, **settings) as daemon:
             daemon.start()
             manager.wait_for("READY", "1")
-            wait_for("it is fed", lambda: len(manager.says("WATCHDOG", "1")) >= 4, 30.0)
-            assert manager.says("STATUS")[-1].said["STATUS"].startswith("starting")
+            wait_for("it is fed", lambda: len(manager.has_status("WATCHDOG", "1")) >= 4, 30.0)
+            assert manager.has_status("STATUS")[-1].text["STATUS"].startswith("starting")
             assert daemon.stop() == 0
 
 
 def test_who_is_away_or_lost_is_no_lack_of_progress(
-    manager: Manager, managed: Callable[..., DaemonProcess], tmp_path: Path, patience: float
+    manager: FakeSystemd, managed: Callable[..., DaemonProcess], tmp_path: Path, patience: float
 ) -> None:
     with (
         ExchangeProcess("--symbols", "2", "--history", "300") as exchange,
@@ -263,14 +264,14 @@ def test_who_is_away_or_lost_is_no_lack_of_progress(
         _forecasts(daemon)
         (tmp_path / "orders").write_text("away")
         told = manager.wait_for("STATUS", "not ready; ", within="sink frail: the broker is away")
-        assert " records undelivered; " in told.said["STATUS"]
+        assert " records undelivered; " in told.text["STATUS"]
         exchange.close()
         time.sleep(7.0)
         assert daemon.readiness()[1]["sink frail"] == "the broker is away"
         assert not any(line["event"].startswith("stuck") for line in daemon.log_records())
-        fed = [one.at for one in manager.says("WATCHDOG")]
+        fed = [one.at for one in manager.has_status("WATCHDOG")]
         assert max(after - before for before, after in pairwise(fed)) < patience * WATCHDOG_SECONDS
-        assert manager.quiet_for() < patience * WATCHDOG_SECONDS
+        assert manager.assert_silent_for() < patience * WATCHDOG_SECONDS
 
 
 STUCK = {
@@ -283,7 +284,7 @@ STUCK = {
 @pytest.mark.parametrize("fault", STUCK)
 def test_a_stuck_daemon_feeds_no_watchdog(
     fault: str,
-    manager: Manager,
+    manager: FakeSystemd,
     managed: Callable[..., DaemonProcess],
     exchange: ExchangeProcess,
     tmp_path: Path,
@@ -292,9 +293,9 @@ def test_a_stuck_daemon_feeds_no_watchdog(
         daemon.start()
         daemon.wait_until_ready()
         _forecasts(daemon)
-        wait_for("it is fed", lambda: manager.quiet_for() < WATCHDOG_SECONDS, 10.0)
+        wait_for("it is fed", lambda: manager.assert_silent_for() < WATCHDOG_SECONDS, 10.0)
         (tmp_path / "orders").write_text(fault)
-        wait_for("it starves", lambda: manager.quiet_for() > 2 * WATCHDOG_SECONDS, 60.0)
+        wait_for("it starves", lambda: manager.assert_silent_for() > 2 * WATCHDOG_SECONDS, 60.0)
         assert daemon.worker_pid() is not None
         if what := STUCK[fault]:
             assert manager.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
@@ -307,13 +308,13 @@ def test_a_stuck_daemon_feeds_no_watchdog(
 
 
 def test_a_failure_is_in_the_status(
-    manager: Manager, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+    manager: FakeSystemd, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
 ) -> None:
     with managed(exchange, MODEL="/nowhere") as daemon:
         daemon.start()
         assert daemon.wait(60.0) == 2
-        assert "/nowhere" in manager.wait_for("STATUS", "failed: ").said["STATUS"]
-        assert manager.says("STOPPING", "1")
+        assert "/nowhere" in manager.wait_for("STATUS", "failed: ").text["STATUS"]
+        assert manager.has_status("STOPPING", "1")
 
 
 def _forecasts(daemon: DaemonProcess) -> None:
@@ -339,7 +340,9 @@ def test_nobody_is_told_where_nobody_listens() -> None:
 
 
 @pytest.mark.parametrize(("pid", "seconds"), [("", 20.0), ("ours", 20.0), ("1", 0.0), ("x", 0.0)])
-def test_the_watchdog_may_be_meant_for_another(pid: str, seconds: float, manager: Manager) -> None:
+def test_the_watchdog_may_be_meant_for_another(
+    pid: str, seconds: float, manager: FakeSystemd
+) -> None:
     meant = str(os.getpid()) if pid == "ours" else pid
     environ = {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": meant, "NOTIFY_SOCKET": manager.address}
     notifier = Notifier.from_environ(environ)
@@ -358,11 +361,11 @@ def test_a_manager_that_is_not_there_is_a_warning(address: str) -> None:
     notifier.close()
 
 
-def test_messages_are_lines_without_breaks(manager: Manager) -> None:
+def test_messages_are_lines_without_breaks(manager: FakeSystemd) -> None:
     notifier = Notifier(manager.address)
     notifier.notify(READY=1, STATUS="two\nlines, one of them\nSTOPPING=1 " + chr(0xDC80))
-    assert manager.wait_for("READY", "1").said["STATUS"] == "two lines, one of them STOPPING=1 ?"
-    assert not manager.says("STOPPING")
+    assert manager.wait_for("READY", "1").text["STATUS"] == "two lines, one of them STOPPING=1 ?"
+    assert not manager.has_status("STOPPING")
     notifier.close()
 
 
@@ -387,7 +390,7 @@ def test_a_manager_that_is_busy_is_told_later_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("role", "rate"), [("forecast", "7 forecasts in the last minute"), ("ingest", "9 bars in the")]
 )
-def test_the_status_says_what_was_made(role: str, rate: str, manager: Manager) -> None:
+def test_the_status_says_what_was_made(role: str, rate: str, manager: FakeSystemd) -> None:
     class Quiet:
         """A daemon as far as it is told about."""
 
@@ -416,9 +419,9 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: Manager) -
     daemon = Quiet()
     run_virtual(work())
     manager.wait_for("STATUS", "not ready; following 3 series; source binance: away: ")
-    told = manager.wait_for("STATUS", f"not ready; following 3 series; {rate}").said["STATUS"]
+    told = manager.wait_for("STATUS", f"not ready; following 3 series; {rate}").text["STATUS"]
     assert told.endswith("source binance: away: https://me:***@host is not")
-    assert len(manager.says("STATUS")) == 2  # nothing is said twice
+    assert len(manager.has_status("STATUS")) == 2  # nothing is said twice
 
 
 def test_what_waits_and_is_not_worked_off_is_overdue() -> None:

@@ -35,20 +35,22 @@ def candle(bar: int, close: float = 100.5, volume: float = 3.0) -> Candle:
 
 
 @dataclass
-class Bench:
+class SequencerHarness:
     """A tape of 1m bars on a bench: bars are numbered from START, moments are seconds after it."""
 
     tape: BarSequencer
-    said: list[Effect] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
 
     def push(self, one: Candle, seconds: float, *, closed: bool = True) -> list[Effect]:
-        return self._heard(self.tape.update(one, closed, START + round(seconds * 1000)))
+        return self._record(self.tape.update(one, closed, START + round(seconds * 1000)))
 
     def tick(self, seconds: float) -> list[Effect]:
-        return self._heard(self.tape.tick(START + round(seconds * 1000)))
+        return self._record(self.tape.tick(START + round(seconds * 1000)))
 
     def answer(self, asked: Fetch, seconds: float, *candles: Candle) -> list[Effect]:
-        return self._heard(self.tape.fetch_completed(asked, candles, START + round(seconds * 1000)))
+        return self._record(
+            self.tape.fetch_completed(asked, candles, START + round(seconds * 1000))
+        )
 
     def fail(self, seconds: float, retry_after: float = 0) -> None:
         self.tape.fetch_failed(START + round(seconds * 1000), retry_after)
@@ -58,14 +60,14 @@ class Bench:
         """Seconds after START."""
         return (self.tape.next_wakeup - START) / 1000
 
-    def _heard(self, effects: Sequence[Effect]) -> list[Effect]:
-        self.said.extend(effects)
+    def _record(self, effects: Sequence[Effect]) -> list[Effect]:
+        self.effects.extend(effects)
         return list(effects)
 
 
-def bench(
+def make_sequencer(
     *, fills_empty: bool = True, known: Sequence[Bar] | None = None, whole: bool = True
-) -> Bench:
+) -> SequencerHarness:
     """A tape that has the bars up to the one that opens a minute before START."""
     if known is None:
         known = [Bar(candle(i), received=1) for i in range(-HISTORY, 0)]
@@ -79,7 +81,7 @@ def bench(
         bars=known,
         complete=whole,
     )
-    here = Bench(tape)
+    here = SequencerHarness(tape)
     if known and whole:
         here.tick(0)
         tape._backfill.next_audit = START + 15 * MINUTE  # otherwise by chance
@@ -96,7 +98,7 @@ def bars(effects: Sequence[Effect]) -> list[Candle]:
 
 
 def test_a_bar_said_to_be_closed_is_appended() -> None:
-    here = bench()
+    here = make_sequencer()
     assert here.push(candle(0, 101), 10, closed=False) == []
     assert here.push(candle(0), 60.02) == [Append(Bar(candle(0), received=START + 60_020))]
     assert here.push(candle(0), 60.05) == []  # the same again
@@ -104,7 +106,7 @@ def test_a_bar_said_to_be_closed_is_appended() -> None:
 
 
 def test_a_bar_without_its_last_word_is_asked_for_after_its_grace() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0, 101), 59, closed=False)
     assert here.wake == 62
     assert here.tick(61.9) == []
@@ -117,7 +119,7 @@ def test_a_bar_without_its_last_word_is_asked_for_after_its_grace() -> None:
 
 
 def test_a_later_bar_makes_the_one_before_asked_for_at_once_but_not_before_it_may_cross() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 59, closed=False)
     here.push(candle(1), 60.3, closed=False)
     assert here.wake == 60.5
@@ -125,7 +127,7 @@ def test_a_later_bar_makes_the_one_before_asked_for_at_once_but_not_before_it_ma
 
 
 def test_bars_behind_a_hole_wait_and_follow_in_order() -> None:
-    here = bench()
+    here = make_sequencer()
     assert here.push(candle(0), 60) != []
     assert here.push(candle(4), 300) == []
     assert here.tape.has_gap
@@ -137,7 +139,7 @@ def test_bars_behind_a_hole_wait_and_follow_in_order() -> None:
 
 
 def test_the_missing_bar_may_come_while_it_is_asked_for() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(1), 120)
     assert here.tick(120.2)[-1] == fetch(0, 0)
     assert bars(here.push(candle(0), 120.3)) == [candle(0), candle(1)]
@@ -145,14 +147,14 @@ def test_the_missing_bar_may_come_while_it_is_asked_for() -> None:
 
 
 def test_a_bar_is_never_closed_before_its_close_by_our_clock() -> None:
-    here = bench()
+    here = make_sequencer()
     assert here.push(candle(0), 59.7) == []
     assert here.wake == 60
     assert bars(here.tick(60)) == [candle(0)]
 
 
 def test_a_bar_closed_long_before_its_close_is_a_lie_and_asked_for() -> None:
-    here = bench()
+    here = make_sequencer()
     (said,) = here.push(candle(0), 30)
     assert said == Reject(candle(0), "said to be closed 30 s before its close")
     assert here.push(candle(0), 31) == []  # once is enough
@@ -160,7 +162,7 @@ def test_a_bar_closed_long_before_its_close_is_a_lie_and_asked_for() -> None:
 
 
 def test_a_bar_pushed_as_open_after_it_was_closed_early_was_a_lie() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0, 101), 58.5)
     (said,) = here.push(candle(0, 101.5), 59, closed=False)
     assert isinstance(said, Reject)
@@ -168,7 +170,7 @@ def test_a_bar_pushed_as_open_after_it_was_closed_early_was_a_lie() -> None:
 
 
 def test_a_bar_closed_early_is_compared_with_the_history() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0, 101), 59)
     said = here.tick(60)
     assert bars(said) == [candle(0, 101)]
@@ -188,7 +190,7 @@ def test_a_bar_closed_early_is_compared_with_the_history() -> None:
     ],
 )
 def test_what_cannot_be_stays_off_the_tape(one: Candle, reason: str) -> None:
-    here = bench()
+    here = make_sequencer()
     (said,) = here.push(one, 60)
     assert isinstance(said, Reject)
     assert reason in said.reason
@@ -199,7 +201,7 @@ def test_what_cannot_be_stays_off_the_tape(one: Candle, reason: str) -> None:
 
 
 def test_a_bar_beyond_what_was_asked_for_is_not_taken() -> None:
-    here = bench()
+    here = make_sequencer()
     here.tick(62)
     said = here.answer(fetch(0, 0), 130, candle(0), candle(1))
     assert bars(said) == [candle(0)]
@@ -207,7 +209,7 @@ def test_a_bar_beyond_what_was_asked_for_is_not_taken() -> None:
 
 
 def test_other_values_of_the_newest_bar_are_confirmed_and_revise_it() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 60)
     assert here.push(candle(0, 101), 70) == []
     assert here.wake == 70.2
@@ -218,7 +220,7 @@ def test_other_values_of_the_newest_bar_are_confirmed_and_revise_it() -> None:
 
 
 def test_an_older_bar_is_revised_late() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 60)
     here.push(candle(1), 120)
     here.push(candle(0, 101), 121)
@@ -229,7 +231,7 @@ def test_an_older_bar_is_revised_late() -> None:
 
 
 def test_an_old_word_that_comes_late_changes_nothing() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0, 101), 60)
     here.push(candle(0), 60.5)
     seconds = 60.7
@@ -241,7 +243,7 @@ def test_an_old_word_that_comes_late_changes_nothing() -> None:
 
 
 def test_a_history_that_learns_of_the_change_later_is_asked_until_then() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 60)
     here.push(candle(0, 101), 61)
     assert here.tick(61.2) == [fetch(0, 0)]
@@ -251,7 +253,7 @@ def test_a_history_that_learns_of_the_change_later_is_asked_until_then() -> None
 
 
 def test_where_the_history_does_not_have_the_bar_the_push_is_believed() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 60)
     here.push(candle(0, 101), 61)
     for seconds in (61.2, 67):
@@ -261,7 +263,7 @@ def test_where_the_history_does_not_have_the_bar_the_push_is_believed() -> None:
 
 
 def test_a_change_that_was_never_pushed_is_found_by_the_audit() -> None:
-    here = bench()
+    here = make_sequencer()
     for i in range(16):
         here.push(candle(i), 60 * (i + 1))
     (asked,) = here.tick(60 * 16 + 1)
@@ -275,7 +277,7 @@ def test_a_change_that_was_never_pushed_is_found_by_the_audit() -> None:
 
 
 def test_what_a_living_history_does_not_have_becomes_flat() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(1), 120)
     assert here.tick(120.2)[-1] == fetch(0, 0)
     assert here.answer(fetch(0, 0), 120.3) == []  # it may not know yet: once more
@@ -289,7 +291,7 @@ def test_what_a_living_history_does_not_have_becomes_flat() -> None:
 
 
 def test_not_before_the_history_had_time_to_know() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(1), 60.1, closed=False)
     while here.wake < 65:
         seconds = here.wake
@@ -300,27 +302,27 @@ def test_not_before_the_history_had_time_to_know() -> None:
 
 
 def test_not_while_nothing_shows_the_venue_alive() -> None:
-    here = bench()
+    here = make_sequencer()
     for seconds in range(62, 3000, 90):
         assert here.tick(seconds) != []
         assert bars(here.answer(here.tape._backfill.pending or fetch(0, 0), seconds + 1)) == []
     assert here.tape.silent
-    assert here.said.count(Silence(silent=True)) == 1
+    assert here.effects.count(Silence(silent=True)) == 1
     assert not here.tape.live
 
 
 def test_a_quiet_symbol_gets_them_by_the_clock_but_not_for_ever() -> None:
-    here = bench(fills_empty=False)
+    here = make_sequencer(fills_empty=False)
     for seconds in range(62, 60 * 200, 10):
         for effect in here.tick(seconds):
             if isinstance(effect, Fetch):
                 here.answer(effect, seconds)
-    assert len(bars(here.said)) == 60
+    assert len(bars(here.effects)) == 60
     assert here.tape.silent
 
 
 def test_real_data_takes_the_mark_away() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(1), 120)
     for seconds in (120.2, 122):
         here.tick(seconds)
@@ -331,24 +333,24 @@ def test_real_data_takes_the_mark_away() -> None:
 
 
 def test_a_dead_history_makes_none() -> None:
-    here = bench()
+    here = make_sequencer()
     here.push(candle(0), 60)
     for seconds in range(122, 3000, 100):
         if here.tick(seconds):
             here.fail(seconds + 1)
-    assert bars(here.said) == [candle(0)]
+    assert bars(here.effects) == [candle(0)]
     assert not here.tape.silent  # who cannot ask does not know
 
 
 def test_held_bars_go_on_after_patience_and_the_hole_is_owed() -> None:
-    here = bench()
+    here = make_sequencer()
     seconds = 120.0
     for i in range(1, 14):
         here.push(candle(i), 60 * (i + 1))
         seconds = 60 * (i + 1) + 1
         if any(isinstance(effect, Fetch) for effect in here.tick(seconds)):
             here.fail(seconds + 1)
-    made_up, *rest = [effect.bar for effect in here.said if isinstance(effect, Append)]
+    made_up, *rest = [effect.bar for effect in here.effects if isinstance(effect, Append)]
     assert made_up.synthetic
     assert made_up.received == 0
     assert [bar.candle for bar in rest] == [candle(i) for i in range(1, 14)]
@@ -362,8 +364,8 @@ def test_held_bars_go_on_after_patience_and_the_hole_is_owed() -> None:
 def test_an_owed_bar_that_is_not_there_is_confirmed() -> None:
     known = [Bar(candle(i), received=1) for i in range(-HISTORY, 0)]
     known[-2] = Bar(candle(-2), synthetic=True, received=0)
-    here = bench(known=known)
-    assert here.said == [fetch(-2, -2)]
+    here = make_sequencer(known=known)
+    assert here.effects == [fetch(-2, -2)]
     assert here.answer(fetch(-2, -2), 0.1) == []
     assert here.tick(2) == [fetch(-2, -2)]
     assert here.answer(fetch(-2, -2), 2.1) == [
@@ -372,7 +374,7 @@ def test_an_owed_bar_that_is_not_there_is_confirmed() -> None:
 
 
 def test_pauses_grow_and_respect_the_venue() -> None:
-    here = bench()
+    here = make_sequencer()
     here.tick(62)
     here.fail(62, retry_after=300)
     assert here.wake >= 362
@@ -387,7 +389,7 @@ def test_pauses_grow_and_respect_the_venue() -> None:
 
 
 def test_the_history_comes_first_and_is_appended() -> None:
-    here = bench(known=())
+    here = make_sequencer(known=())
     begin, asked = here.tick(30)
     assert begin == Begin(START + 30_000 - MINUTE)
     assert asked == Fetch(START + 30_000 - HISTORY * MINUTE, START + 30_000)
@@ -398,7 +400,7 @@ def test_the_history_comes_first_and_is_appended() -> None:
 
 
 def test_a_venue_without_history_begins_with_what_it_pushes() -> None:
-    here = bench(known=())
+    here = make_sequencer(known=())
     asked = here.tick(30)[-1]
     assert isinstance(asked, Fetch)
     assert here.answer(asked, 31) == []
@@ -408,7 +410,7 @@ def test_a_venue_without_history_begins_with_what_it_pushes() -> None:
 
 def test_too_few_saved_bars_are_joined_with_the_history() -> None:
     known = [Bar(candle(i), revision=2, received=1) for i in range(-5, -2)]
-    here = bench(known=known, whole=False)
+    here = make_sequencer(known=known, whole=False)
     asked = here.tick(10)[-1]
     assert isinstance(asked, Fetch)
     said = here.answer(asked, 11, *(candle(i) for i in range(-20, 0)))
@@ -418,7 +420,7 @@ def test_too_few_saved_bars_are_joined_with_the_history() -> None:
 
 
 def test_after_a_restart_exactly_what_is_missing_is_asked_for() -> None:
-    tape = bench().tape
+    tape = make_sequencer().tape
     assert tape.tick(START + 10 * MINUTE + 5_000) == [
         Fetch(START, START + 10 * MINUTE),
     ]
@@ -449,60 +451,60 @@ def test_weeks_follow_the_venue() -> None:
 
 
 @dataclass
-class Telling:
+class SimulatedVenue:
     """A tape and the truth, which is told to it in one way or another."""
 
     revised: set[int]
     """Bars that the venue changes a minute after their close."""
-    empty: set[int]
+    missing: set[int]
     """Bars that it does not have."""
-    here: Bench = field(default_factory=bench)
+    harness: SequencerHarness = field(default_factory=make_sequencer)
     now: float = 60.0
     """Seconds after START."""
-    told: dict[int, Bar] = field(default_factory=dict)
+    confirmed: dict[int, Bar] = field(default_factory=dict)
     mode: str = "answer"
 
     def truth(self, bar: int) -> Candle:
         changed = bar in self.revised and self.now >= 60 * (bar + 2)
         return candle(bar, 101.5 if changed else 100.5, volume=bar + 50)
 
-    def say(self, what: str, bar: int) -> None:
+    def push(self, what: str, bar: int) -> None:
         """Push a bar, unless the venue would have nothing to say of it."""
-        if bar < 0 or bar in self.empty:
+        if bar < 0 or bar in self.missing:
             return
         left = 60 * (bar + 1) - self.now
         true = self.truth(bar)
         if what == "open":
-            self.take(self.here.push(true._replace(volume=1), self.now, closed=False))
+            self.apply(self.harness.push(true._replace(volume=1), self.now, closed=False))
         elif what == "last" and left <= 0:
-            self.take(self.here.push(true, self.now))
+            self.apply(self.harness.push(true, self.now))
         elif what == "old" and left <= 0:
-            self.take(self.here.push(candle(bar, volume=bar + 50), self.now))
+            self.apply(self.harness.push(candle(bar, volume=bar + 50), self.now))
         elif what == "lie" and left > 2:
-            self.take(self.here.push(true._replace(volume=2), self.now))
+            self.apply(self.harness.push(true._replace(volume=2), self.now))
         elif what == "absurd":
-            self.take(self.here.push(true._replace(low=-1), self.now))
+            self.apply(self.harness.push(true._replace(low=-1), self.now))
 
-    def take(self, effects: Sequence[Effect]) -> None:
+    def apply(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if isinstance(effect, Fetch):
                 self.answer(effect)
             elif isinstance(effect, (Append, Revise, Confirm)):
-                self.keep(effect)
+                self.check(effect)
 
-    def keep(self, effect: Append | Revise | Confirm) -> None:
+    def check(self, effect: Append | Revise | Confirm) -> None:
         time = effect.bar.candle.time
         if isinstance(effect, Append):
-            assert time == max(self.told, default=START - MINUTE) + MINUTE
+            assert time == max(self.confirmed, default=START - MINUTE) + MINUTE
             assert time + MINUTE <= START + self.now * 1000
         elif isinstance(effect, Revise):
-            assert effect.bar.revision == self.told[time].revision + 1
-            assert effect.newest == (time == max(self.told))
-        self.told[time] = effect.bar
+            assert effect.bar.revision == self.confirmed[time].revision + 1
+            assert effect.newest == (time == max(self.confirmed))
+        self.confirmed[time] = effect.bar
 
     def answer(self, asked: Fetch) -> None:
         if self.mode == "fail":
-            self.here.fail(self.now)
+            self.harness.fail(self.now)
             return
         # What has just closed may not be known yet.
         known = self.now - 3 if self.mode == "lag" else self.now
@@ -510,16 +512,16 @@ class Telling:
         said = [
             self.truth(bar)
             for bar in range(max(0, first), end)
-            if bar not in self.empty and 60 * (bar + 1) <= known
+            if bar not in self.missing and 60 * (bar + 1) <= known
         ]
-        self.take(self.here.answer(asked, self.now, *said))
+        self.apply(self.harness.answer(asked, self.now, *said))
 
-    def rest(self, seconds: float) -> None:
+    def settle(self, seconds: float) -> None:
         """Let time pass, as the desk does."""
         end = self.now + seconds
-        while self.here.wake <= end:
-            self.now = max(self.now, self.here.wake)
-            self.take(self.here.tick(self.now))
+        while self.harness.wake <= end:
+            self.now = max(self.now, self.harness.wake)
+            self.apply(self.harness.tick(self.now))
         self.now = end
 
 
@@ -540,19 +542,19 @@ _BARS = st.sets(st.integers(0, 30), max_size=6)
 def test_any_telling_of_the_truth_ends_as_the_truth(
     speech: Sequence[tuple[str, int, float, str]], revised: set[int], empty: set[int]
 ) -> None:
-    telling = Telling(revised, empty)
+    telling = SimulatedVenue(revised, empty)
     for what, back, pause, mode in speech:
         telling.mode = mode
-        telling.say(what, int(telling.now // 60) - back)
-        telling.rest(pause)
+        telling.push(what, int(telling.now // 60) - back)
+        telling.settle(pause)
     # From here on the venue is in order.
     telling.mode = "answer"
     for _ in range(60):
-        telling.rest(61 - telling.now % 60)
-        telling.say("last", int(telling.now // 60) - 1)
+        telling.settle(61 - telling.now % 60)
+        telling.push("last", int(telling.now // 60) - 1)
     bars_closed = int(telling.now // 60)
-    assert list(telling.told) == [START + bar * MINUTE for bar in range(bars_closed)]
-    for number, bar in enumerate(telling.told.values()):
+    assert list(telling.confirmed) == [START + bar * MINUTE for bar in range(bars_closed)]
+    for number, bar in enumerate(telling.confirmed.values()):
         if number in empty:
             assert bar.synthetic
             assert bar.received

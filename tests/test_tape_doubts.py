@@ -17,7 +17,7 @@ def candle(bar: int, close: float = 100.5) -> Candle:
     return Candle(START + bar * MINUTE, 100.0, 102.0, 99.0, close, 3.0)
 
 
-def tape() -> BarSequencer:
+def make_sequencer() -> BarSequencer:
     """It has the bars up to the one that opens a minute before START."""
     return BarSequencer(
         Timeframe(1, "m"),
@@ -46,22 +46,22 @@ def play(one: BarSequencer, pushed: Candle, *history: Candle) -> list[Effect]:
 
 def test_what_the_history_confirms_is_a_revision() -> None:
     changed = candle(-1, 101.0)
-    said = play(tape(), candle(-1, 100.9), candle(-2), changed)
+    said = play(make_sequencer(), candle(-1, 100.9), candle(-2), changed)
     (found,) = [effect for effect in said if isinstance(effect, Revise)]
     assert (found.bar.candle, found.bar.revision, found.newest) == (changed, 1, True)
 
 
 def test_what_it_does_not_confirm_changes_nothing_and_is_not_asked_for_for_ever() -> None:
-    said = play(tape(), candle(-3, 100.9), *(candle(i) for i in range(-50, 0)))
+    said = play(make_sequencer(), candle(-3, 100.9), *(candle(i) for i in range(-50, 0)))
     asked = [effect for effect in said if isinstance(effect, Fetch)]
     assert 2 <= len(asked) <= 6
     assert said == asked
 
 
 def test_what_it_does_not_have_any_more_changes_nothing() -> None:
-    said = play(tape(), candle(-3, 100.9))
+    said = play(make_sequencer(), candle(-3, 100.9))
     assert not [effect for effect in said if isinstance(effect, Revise)]
 
 
 def test_the_same_again_asks_nothing() -> None:
-    assert play(tape(), candle(-1), candle(-1)) == []
+    assert play(make_sequencer(), candle(-1), candle(-1)) == []

@@ -22,7 +22,7 @@ from kronos_stream.market.watchlist import WatchlistEntry
 HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")
 
 
-class _Venue:
+class _FakeVenue:
     """Answers once it is back."""
 
     def __init__(
@@ -31,7 +31,7 @@ class _Venue:
         self.back, self.refuses, self.has, self.login = back, refuses, has, login
         self.pointed: list[frozenset[Series]] = []
 
-    async def unknown(self, series: Collection[Series]) -> Mapping[Series, str]:
+    async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         if self.refuses:
             raise VenueRefused("HTTP 451")
         if not self.login:
@@ -40,32 +40,32 @@ class _Venue:
             raise SourceError("no route to it", 0.01)
         return {} if self.has else dict.fromkeys(series, "not listed")
 
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         self.pointed.append(frozenset(series))
 
 
-class _Others:
+class _FakePipeline:
     """The desk and the press, which are told of changes."""
 
     def __init__(self) -> None:
         self.followed: list[frozenset[Series]] = []
-        self.gone: list[list[str]] = []
+        self.removed: list[list[str]] = []
 
     async def follow(self, series: Collection[Series]) -> None:
         self.followed.append(frozenset(series))
 
     async def retract(self, series: Sequence[str]) -> None:
-        self.gone.append(list(series))
+        self.removed.append(list(series))
 
 
 @pytest.fixture(autouse=True)
-def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 0.1)
     for module in (universe, following):
         monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
 
 
-def _universe(*, patient: bool = True, **venues: _Venue) -> universe.Universe:
+def _universe(*, patient: bool = True, **venues: _FakeVenue) -> universe.Universe:
     entries = [
         WatchlistEntry.parse(f"{venue}:A/B")._replace(timeframes=(HERE.timeframe,))
         for venue in venues
@@ -75,7 +75,7 @@ def _universe(*, patient: bool = True, **venues: _Venue) -> universe.Universe:
 
 
 async def test_who_does_not_answer_holds_nobody_up_and_is_named() -> None:
-    found = _universe(here=_Venue(back=True), there=_Venue(back=False))
+    found = _universe(here=_FakeVenue(back=True), there=_FakeVenue(back=False))
     await found.resolve_initial(())
     assert found.series == {HERE}
     assert found.pending_venues == {"there"}
@@ -84,7 +84,7 @@ async def test_who_does_not_answer_holds_nobody_up_and_is_named() -> None:
 
 
 async def test_where_nobody_answers_the_first_that_does_is_waited_for() -> None:
-    here, there = _Venue(back=False), _Venue(back=False)
+    here, there = _FakeVenue(back=False), _FakeVenue(back=False)
     found = _universe(here=here, there=there)
     settling = asyncio.create_task(found.resolve_initial(()))
     await asyncio.sleep(0.3)
@@ -97,18 +97,18 @@ async def test_where_nobody_answers_the_first_that_does_is_waited_for() -> None:
 
 
 async def test_a_refusal_is_final_and_of_the_last_venue_an_error() -> None:
-    found = _universe(here=_Venue(back=True), there=_Venue(back=True, refuses=True))
+    found = _universe(here=_FakeVenue(back=True), there=_FakeVenue(back=True, refuses=True))
     await found.resolve_initial(())
     assert found.dropped_venues == {"there": "HTTP 451"}
     with pytest.raises(VenueRefused):
-        await _universe(there=_Venue(back=True, refuses=True)).resolve_initial(())
+        await _universe(there=_FakeVenue(back=True, refuses=True)).resolve_initial(())
 
 
 async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 60)
-    here, there = _Venue(back=False), _Venue(back=True, login=False)
+    here, there = _FakeVenue(back=False), _FakeVenue(back=True, login=False)
     with pytest.raises(LoginRefused):  # nor is the one waited for that does not answer
         async with asyncio.timeout(5):
             await _universe(here=here, there=there, patient=False).resolve_initial(())
@@ -122,18 +122,18 @@ async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
 
 
 async def test_what_a_venue_lacks_is_an_error_whoever_is_away() -> None:
-    found = _universe(here=_Venue(back=True, has=False), there=_Venue(back=False))
+    found = _universe(here=_FakeVenue(back=True, has=False), there=_FakeVenue(back=False))
     with pytest.raises(SettingsError, match="here:A/B:5m: not listed"):
         await found.resolve_initial(())
 
 
 @pytest.fixture
-async def others() -> _Others:
-    return _Others()
+async def others() -> _FakePipeline:
+    return _FakePipeline()
 
 
 @pytest.fixture
-async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
+async def daemon(others: _FakePipeline, tmp_path: Path) -> AsyncIterator[StandaloneRole]:
     """A daemon past its start, with one of two venues away that it used to follow."""
     settings = Settings(
         symbols=(WatchlistEntry("here", "A/B"), WatchlistEntry("there", "A/B")),
@@ -141,7 +141,7 @@ async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[StandaloneRol
         state_file=tmp_path / "state.sqlite",
         http=HttpSettings(port=0),
     )
-    sources: Any = {"here": _Venue(back=True), "there": _Venue(back=False)}
+    sources: Any = {"here": _FakeVenue(back=True), "there": _FakeVenue(back=False)}
     daemon = StandaloneRole(settings, sources, [], clock=SystemClock(), random=Random(0))
     daemon._state = await State.open(settings.state_file)
     await daemon._state.set_followed([HERE.name, THERE.name])
@@ -155,7 +155,7 @@ async def daemon(others: _Others, tmp_path: Path) -> AsyncIterator[StandaloneRol
 
 
 async def test_once_it_answers_it_is_followed_and_was_never_gone(
-    daemon: StandaloneRole, others: _Others
+    daemon: StandaloneRole, others: _FakePipeline
 ) -> None:
     there: Any = daemon._sources["there"]
     welcoming = asyncio.create_task(daemon._retry_pending_venues())
@@ -165,21 +165,21 @@ async def test_once_it_answers_it_is_followed_and_was_never_gone(
     await asyncio.wait_for(welcoming, 5)
     assert others.followed == [{HERE, THERE}]
     assert there.pointed == [{THERE}]
-    assert others.gone == []
+    assert others.removed == []
     assert daemon._universe.venue_problem("there") == ""
     assert await daemon._state.followed_series() == {HERE.name, THERE.name}
 
 
 async def test_a_reload_meanwhile_changes_the_others_alone(
-    daemon: StandaloneRole, others: _Others
+    daemon: StandaloneRole, others: _FakePipeline
 ) -> None:
     await daemon.reload()
     assert others.followed == [{HERE}]
-    assert others.gone == []
+    assert others.removed == []
 
 
 async def test_what_it_then_lacks_is_said_and_asked_for_no_more(
-    daemon: StandaloneRole, others: _Others
+    daemon: StandaloneRole, others: _FakePipeline
 ) -> None:
     there: Any = daemon._sources["there"]
     there.back, there.has = True, False

@@ -58,7 +58,7 @@ QUIET = {
 Json = dict[str, Any]
 
 
-class Query(NamedTuple):
+class PromQuery(NamedTuple):
     """PromQL, and where it stands."""
 
     where: str
@@ -78,31 +78,31 @@ def _alerts() -> list[Json]:
     return [rule for rule in _rules() if "alert" in rule]
 
 
-def _of_rules() -> Iterator[Query]:
+def _of_rules() -> Iterator[PromQuery]:
     for rule in _rules():
-        yield Query(rule.get("alert") or rule["record"], rule["expr"])
+        yield PromQuery(rule.get("alert") or rule["record"], rule["expr"])
 
 
-def _of_dashboard() -> Iterator[Query]:
+def _of_dashboard() -> Iterator[PromQuery]:
     board = _dashboard()
     for panel in board["panels"]:
         for target in panel.get("targets", ()):
-            yield Query(panel["title"], _chosen(target["expr"]))
+            yield PromQuery(panel["title"], _chosen(target["expr"]))
     for one in board["annotations"]["list"]:
         if "expr" in one:
-            yield Query(one["name"], _chosen(one["expr"]))
+            yield PromQuery(one["name"], _chosen(one["expr"]))
     for variable in board["templating"]["list"]:
         if variable["type"] == "query":
             found = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"])
             assert found, variable["name"]
-            yield Query(variable["name"], f"count by ({found[2]}) ({_chosen(found[1])})")
+            yield PromQuery(variable["name"], f"count by ({found[2]}) ({_chosen(found[1])})")
 
 
-def _of_pages() -> Iterator[Query]:
+def _of_pages() -> Iterator[PromQuery]:
     for page in PAGES:
         text = page.read_text("utf-8")
         for found in re.findall(r"^```promql\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            yield Query(page.name, found)
+            yield PromQuery(page.name, found)
 
 
 def _chosen(text: str) -> str:
@@ -112,7 +112,7 @@ def _chosen(text: str) -> str:
     return text
 
 
-def _recorded() -> dict[str, frozenset[str]]:
+def _recording_rules() -> dict[str, frozenset[str]]:
     """What rules record: name → labels."""
     return {
         rule["record"]: frozenset(rule.get("labels", {})) for rule in _rules() if "record" in rule
@@ -163,12 +163,12 @@ def _labelling(one: promql.Expr) -> Iterator[promql.VectorSelector]:
 
 @pytest.fixture
 def known(measured: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    return {**measured, **_recorded(), **OTHERS}
+    return {**measured, **_recording_rules(), **OTHERS}
 
 
 @pytest.mark.parametrize("queries", [_of_rules, _of_dashboard, _of_pages])
 def test_metrics_and_labels_in_queries_exist(
-    queries: Callable[[], Iterator[Query]], known: dict[str, frozenset[str]]
+    queries: Callable[[], Iterator[PromQuery]], known: dict[str, frozenset[str]]
 ) -> None:
     asked = list(queries())
     assert len(asked) > 10
@@ -375,9 +375,9 @@ def test_prometheus_watches_a_daemon(
         assert prometheus.query("kronos_ready") == [({"__name__": "kronos_ready", **ours}, 1.0)]
 
         # All that queries name is there, and all that is there is known.
-        there = _families(daemon, token) | OTHERS.keys()
+        there = _metric_families(daemon, token) | OTHERS.keys()
         for query in (*_of_dashboard(), *_of_rules(), *_of_pages()):
-            assert _metrics(query.text) - _recorded().keys() <= there, query
+            assert _metrics(query.text) - _recording_rules().keys() <= there, query
         assert {name for name in there if name not in known} == set()
 
         for query in (*_of_dashboard(), *_of_rules(), *_of_pages()):
@@ -399,7 +399,7 @@ def _targets(prometheus: Prometheus) -> list[Json]:
     return sorted(found, key=lambda target: str(target["labels"]["job"]))
 
 
-def _families(daemon: DaemonProcess, token: str) -> set[str]:
+def _metric_families(daemon: DaemonProcess, token: str) -> set[str]:
     """Names of samples that the daemon tells, also where it has none yet; and of histograms."""
     request = Request(f"http://127.0.0.1:{daemon._port}/metrics")
     request.add_header("Authorization", f"Bearer {token}")

@@ -42,7 +42,7 @@ _USER_ERRORS = {
     "kronos_stream.daemon.database.StateError",
     "kronos_stream.daemon.settings.SettingsError",
     "kronos_stream.engine.context.ContextError",
-    "kronos_stream.forecast.sink.SinkRefused",
+    "kronos_stream.forecast.sink.SinkLoginRefused",
     "kronos_stream.market.files.CandleFileError",
     "kronos_stream.market.source.SourceError",
     "kronos_stream.model.checkpoint.CheckpointError",

@@ -18,16 +18,16 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, ManualClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.feed import (
+    Checkpoint,
+    FeedRecord,
+    Partition,
     PartitionBounds,
     SeriesRemoved,
-    Checkpoint,
-    Partition,
-    FeedRecord,
     Unreadable,
 )
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import RelayedBar, encode_bar, decode_bar
+from kronos_stream.market.wire import RelayedBar, decode_bar, encode_bar
 
 PART = Partition("kronos.candles.1m.v1", 3)
 MINUTE = Timeframe.parse("1m")

@@ -16,10 +16,10 @@ import orjson
 import pytest
 
 from kronos_connectors.binance.frames import (
-    Response,
     FrameError,
-    Kline,
     IgnoredFrame,
+    Kline,
+    Response,
     ServerShutdown,
     decode,
     read_candle,

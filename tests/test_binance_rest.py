@@ -15,7 +15,7 @@ from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, RestClient
 from kronos_connectors.binance.symbols import Listing
 from kronos_connectors.venue_clock import VenueClock
-from kronos_stream.market.clock import ManualClock, LoopClock
+from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceError, VenueRefused
 from kronos_stream.testing.virtual import run_virtual

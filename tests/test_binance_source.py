@@ -17,9 +17,9 @@ from kronos_connectors.binance import CONNECTOR, BinanceOptions
 from kronos_stream.market import Candle, Series, Update
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.source import (
-    SourceCallbacks,
     RankingSource,
     Source,
+    SourceCallbacks,
     SourceError,
     VenueRefused,
 )

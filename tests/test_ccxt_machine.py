@@ -10,11 +10,11 @@ import pytest
 from kronos_connectors.ccxt.shards import (
     NEVER,
     OVERLAP_SECONDS,
-    Open,
     Client,
-    Close,
-    Unwatch,
     ClientPool,
+    Close,
+    Open,
+    Unwatch,
     Watch,
 )
 from kronos_stream.market.series import Series

@@ -29,9 +29,9 @@ import pytest
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import SourceCallbacks, Source, SourceError
+from kronos_stream.market.source import Source, SourceCallbacks, SourceError
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
-from kronos_stream.testing.trial import Scenario, ConnectorSetup, run_chaos
+from kronos_stream.testing.trial import ConnectorSetup, Scenario, run_chaos
 from kronos_stream.testing.verdict import find_violations
 from kronos_stream.testing.virtual import run_virtual
 

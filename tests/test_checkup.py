@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.checkup import Check, Finding, compare_clocks, run_checks, check_disk
+from kronos_stream.checkup import Check, Finding, check_disk, compare_clocks, run_checks
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.settings import HttpSettings
 from kronos_stream.daemon.state import SCHEMA_VERSION, State

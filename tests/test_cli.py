@@ -172,7 +172,7 @@ def test_json_says_what_sample_says(run: _Run, candles: Path, model: str) -> Non
 def test_out_holds_every_path_and_blocks_equal_one_call(
     run: _Run, candles: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_forecast, "BLOCK", 32)
+    monkeypatch.setattr(_forecast, "PATHS_PER_BLOCK", 32)
     out = tmp_path / "paths.parquet"
     done = run.forecast(candles, "--horizon", 5, "--paths", 77, "--out", out)
     assert done.status == 0

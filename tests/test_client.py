@@ -196,7 +196,7 @@ def test_a_removal_is_no_forecast_and_nothing_to_warn_of(caplog: pytest.LogCaptu
 
 
 def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kronos_stream.client._REMEMBERED", 10)
+    monkeypatch.setattr("kronos_stream.client._MAX_STREAMS", 10)
     chosen = _Filter(None, None, ManualClock(_START), False, False, False)  # noqa: FBT003
     for symbol in range(50):
         list(chosen.select([_FakeRecord(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))

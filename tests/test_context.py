@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kronos_stream import Context, ContextError, Forecaster
 from kronos_stream.engine.context import prepare, utc_offsets
-from kronos_stream.model.inputs import fill_missing_channels, denormalise, normalise, time_stamps
+from kronos_stream.model.inputs import denormalise, fill_missing_channels, normalise, time_stamps
 
 Walks = Callable[..., list[Context]]
 

@@ -627,7 +627,7 @@ def test_bad_frames_and_candles_are_buried_with_a_reason(tmp_path: Path) -> None
 def test_a_disk_that_cannot_keep_up_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kronos_stream.daemon.saving._MOST", 50)
+    monkeypatch.setattr("kronos_stream.daemon.saving._HARD_LIMIT", 50)
 
     async def stuck(*_: object) -> None:
         await asyncio.sleep(10_000)

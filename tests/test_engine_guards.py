@@ -148,7 +148,7 @@ def test_chunks_are_even(count: int, budget: int) -> None:
 
 def test_a_cpu_without_stable_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where rows always depend on the batch, loading warns and takes the strictest limits."""
-    monkeypatch.setattr(dense, "_holds", lambda *_: False)
+    monkeypatch.setattr(dense, "_is_batch_invariant", lambda *_: False)
     with pytest.warns(UserWarning, match="depend on the batch"):
         assert dense.find_batch_invariant_limits([(8, 8)]).block == 64
 

@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from kronos_stream.daemon.board import SeriesStatusRegistry
 from kronos_stream.daemon.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.pages import Response, Endpoints
+from kronos_stream.daemon.pages import Endpoints, Response
 from kronos_stream.daemon.settings import HttpSettings, SettingsError
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.virtual import run_virtual

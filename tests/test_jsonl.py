@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from kronos_connectors.jsonl import CONNECTOR, JsonlOptions
-from kronos_stream.forecast.sink import RecordKind, Record, Sink, SinkUnavailable
+from kronos_stream.forecast.sink import Record, RecordKind, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 
 

@@ -8,11 +8,11 @@ from random import Random
 import pytest
 
 from kronos_connectors.kafka.reading import (
-    PartitionBounds,
-    Partition,
-    TopicState,
-    InvalidRecord,
     DecodedRecord,
+    InvalidRecord,
+    Partition,
+    PartitionBounds,
+    TopicState,
 )
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series

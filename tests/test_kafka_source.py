@@ -230,7 +230,7 @@ async def test_a_member_is_told_apart_from_its_companions(
         async with _run_source(kafka.bootstrap, topic_prefix, *names) as other:
             both = [one.source._topic_state, other.source._topic_state]
             await _until(lambda: all(one.shared_topics and not one.pending for one in both))
-            monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.5)
+            monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.5)
             lacking = [[await _missing_bars(who, name) for who in (one, other)] for name in names]
             # Whoever comes later has seen no more than the partition that it got.
             assert sorted(map(sum, lacking)) == [1] * 8
@@ -253,7 +253,7 @@ async def _missing_bars(who: RunningSource, series: Series) -> bool:
 async def test_an_outage_costs_no_bar(
     kafka_jars: Path, tmp_path: Path, outage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(member, "_SILENCE_SECONDS", 2.0)
+    monkeypatch.setattr(member, "_FETCH_TIMEOUT_SECONDS", 2.0)
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
         await _produce(kafka.bootstrap, "kronos", range(1, 100))
@@ -265,7 +265,7 @@ async def test_an_outage_costs_no_bar(
             await asyncio.sleep(outage)
             if outage > 2:
                 await _until(lambda: "lost" in one.notes)
-                monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_SECONDS", 0.1)
+                monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.1)
                 with pytest.raises(SourceError, match=r"Connect|connect|no answer"):
                     await one.past()
                 monkeypatch.undo()

@@ -140,7 +140,7 @@ def pipe() -> Iterator[tuple[TextIO, TextIO]]:
 def test_a_reader_that_is_slow_holds_up_nobody_and_hears_what_it_missed(
     pipe: tuple[TextIO, TextIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs, "_MAX_WAITING", 50)
+    monkeypatch.setattr(logs, "_MAX_QUEUED_LINES", 50)
     reader, writer = pipe
     end = configure("json", "info", writer)
     began = time.monotonic()

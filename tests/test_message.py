@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from kronos_stream.forecast.compose import (
     MAX_PAYLOAD,
-    Envelope,
     Composer,
+    Envelope,
     context_digest,
     dead_letter,
     forecast_id,
@@ -32,7 +32,7 @@ from kronos_stream.forecast.message import (
     Sampling,
     same_forecast,
 )
-from kronos_stream.forecast.outlook import PublishedPaths, Outlook, build_outlook
+from kronos_stream.forecast.outlook import Outlook, PublishedPaths, build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series

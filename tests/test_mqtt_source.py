@@ -17,7 +17,7 @@ from kronos_connectors.mqtt import SOURCE, MqttOptions
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, LoginRefused, Source, SourceError
+from kronos_stream.market.source import LoginRefused, Source, SourceCallbacks, SourceError
 from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.mosquitto import Mosquitto, publish
 
@@ -247,7 +247,7 @@ async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
             _running(broker, _RecordingCallbacks()) as one,
             _running(broker, _RecordingCallbacks()) as other,
         ):
-            keepers: list[Any] = [getattr(source, "_keeper") for source in (one, other)]  # noqa: B009
+            keepers: list[Any] = [getattr(source, "_reconnector") for source in (one, other)]  # noqa: B009
             await _in_time(
                 lambda: any("KRONOS_STREAM_MQTT__CLIENT_ID" in keeper.trouble for keeper in keepers)
             )

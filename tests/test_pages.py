@@ -26,7 +26,7 @@ from kronos_stream.daemon.board import LATE_MS, SeriesStatusRegistry
 from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Envelope
-from kronos_stream.daemon.pages import Response, Endpoints
+from kronos_stream.daemon.pages import Endpoints, Response
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock
@@ -273,7 +273,7 @@ async def test_where_there_is_no_forecast_it_says_why() -> None:
 
 
 async def test_forecasts_in_memory_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board_module, "MOST_BYTES", 2_500)
+    monkeypatch.setattr(board_module, "MAX_BYTES", 2_500)
     series = [Series.parse(f"binance:{name}/USDT:1m") for name in "ABC"]
     house = StatusHarness(*(one.name for one in series))
     for one in (*series, series[0], series[2]):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kronos_stream import Context, Forecaster
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.device import ACCELERATOR_SHARE
-from kronos_stream.engine.plan import Chunk, Planner, MemorySizes
+from kronos_stream.engine.plan import Chunk, MemorySizes, Planner
 from kronos_stream.engine.runner import ACCELERATOR_TUNING
 from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.config import PUBLISHED_PREDICTORS, PUBLISHED_TOKENIZER

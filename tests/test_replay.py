@@ -20,7 +20,7 @@ from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_adva
 from kronos_connectors.replay.source import Recording, ReplaySource
 from kronos_connectors.replay.tracks import FileSpec
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.clock import Clock, ManualClock, LoopClock
+from kronos_stream.market.clock import Clock, LoopClock, ManualClock
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
 from kronos_stream.market.source import SourceCallbacks, SourceError, Traits

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from kronos_stream.daemon.due import ForecastRequest
-from kronos_stream.daemon.job import InferenceResult, InferenceFailure
+from kronos_stream.daemon.job import InferenceFailure, InferenceResult
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import CatchUp, ForecastResult, Scheduler
 from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series
-from kronos_stream.market.clock import Clock, ManualClock, LoopClock
+from kronos_stream.market.clock import Clock, LoopClock, ManualClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.testing.virtual import run_virtual
 

@@ -206,9 +206,9 @@ def test_tracebacks_show_no_local_variables(form: str) -> None:
     """Nor does a line that somebody, by mistake, gives a secret to."""
     code = f"""
 import structlog
-from kronos_stream.daemon.logs import configure, hide
+from kronos_stream.daemon.logs import configure, register_secrets
 secret = {MARKS["sasl"]!r}
-hide(secret)
+register_secrets(secret)
 configure({form!r}, "debug")
 log = structlog.get_logger()
 def connect(password):

@@ -20,7 +20,7 @@ from kronos_stream.forecast.sink import Record, Sink, SinkLoginRefused, SinkUnav
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError
+from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError
 from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.certificates import CertificateAuthority
 from kronos_stream.testing.mosquitto import Mosquitto

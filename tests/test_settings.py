@@ -351,7 +351,7 @@ def test_help_names_every_setting_with_its_default_and_meaning() -> None:
 
 def test_help_waits_for_no_heavy_library() -> None:
     code = (
-        "import sys; from kronos_stream.daemon.environment import describe; list(describe());"
+        "import sys; from kronos_stream.daemon.environment import describe_settings; list(describe_settings());"
         "print({'pandas', 'pyarrow', 'torch'} & sys.modules.keys() or 'none')"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "none\n"  # noqa: S603

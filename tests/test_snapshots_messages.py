@@ -23,7 +23,7 @@ from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import decode_update, encode_candle, decode_bar
+from kronos_stream.market.wire import decode_bar, decode_update, encode_candle
 
 _SNAPSHOTS = Path(__file__).parent / "data" / "snapshots"
 

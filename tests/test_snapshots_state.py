@@ -140,9 +140,7 @@ class _Venue:
     async def unsupported(self, _: Collection[Series]) -> Mapping[Series, str]:
         return {}
 
-    unknown = unsupported  # the present name of the same method
-
-    def follow(self, series: Collection[Series]) -> None:
+    def subscribe(self, series: Collection[Series]) -> None:
         """All there is, is pushed."""
 
     async def run(self, callbacks: Any) -> None:
@@ -250,14 +248,8 @@ async def _run(folder: Path) -> _Run:
         await pass_time(last + _MINUTE + 10_000)
         callbacks.reject(None, "not JSON", b'{"e": "kline')
         callbacks.note("connected")
-<<<<<<< /tmp/snaphead/test_snapshots_state.py
         await sink.letter.wait()
-        await daemon.settled()
-=======
-        while not sink.records or sink.records[-1].key:  # the dead letter has no key
-            await asyncio.sleep(0.01)
         await daemon.drain()
->>>>>>> /tmp/edited.py
         async with aiohttp.ClientSession() as session:
             for path in paths:
                 async with session.get(f"http://127.0.0.1:{port}/{path}") as answer:

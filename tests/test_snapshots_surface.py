@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel, SecretStr
 
-from kronos_connectors.kafka.topics import topics_for_record, required_topics
+from kronos_connectors.kafka.topics import required_topics, topics_for_record
 from kronos_stream.cli import cli, main
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.settings import Settings

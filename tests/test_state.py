@@ -177,7 +177,7 @@ _VICTIM = """
 import asyncio, sys
 from pathlib import Path
 from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import Draft, State, StateError
+from kronos_stream.daemon.state import NewRecord, State, StateError
 from kronos_stream.market import Bar, Candle, Series
 
 async def main():
@@ -185,7 +185,7 @@ async def main():
     for i in range(1_000_000):
         candle = Candle(60_000 * i, 1.0, 2.0, 0.5, 1.0, 3.0)
         await state.save_bars([(Series.parse("v:A/X:1m"), Bar(candle))])
-        draft = Draft("k", "forecast", "v:A/X:1m", b"%d" % i + 6_000 * b".", (), i)
+        draft = NewRecord("k", "forecast", "v:A/X:1m", b"%d" % i + 6_000 * b".", (), i)
         await state.record([Outcome("v:A/X:1m", 60_000 * i, 0, "forecast")], [draft])
         print(i, flush=True)
 

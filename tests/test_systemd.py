@@ -25,7 +25,7 @@ from structlog.testing import capture_logs
 from kronos_stream.daemon.environment import describe_settings, read_settings
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.notify import _MAX_PENDING, Notifier
-from kronos_stream.daemon.progress import Watchdog, StallCheck
+from kronos_stream.daemon.progress import StallCheck, Watchdog
 from kronos_stream.daemon.reporter import StatusReporter
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.testing.daemons import DaemonProcess
@@ -48,8 +48,8 @@ from kronos_stream.daemon import delivery, progress
 from kronos_stream.daemon.database import Database
 from kronos_stream.forecast.sink import SinkConnector, SinkUnavailable
 
-progress.DELIVER_SECONDS = progress._MARGIN_SECONDS = 2.0
-delivery._LONGEST_PAUSE_SECONDS = 1.0
+progress.DELIVER_TIMEOUT_SECONDS = progress._MARGIN_SECONDS = 2.0
+delivery._MAX_RETRY_SECONDS = 1.0
 progress._SAVE_SECONDS = progress._WAKE_SECONDS = 4.0
 
 class Options(BaseModel):
@@ -397,10 +397,10 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: FakeSystem
         settings = Settings(role=role)  # type: ignore[arg-type]
         metrics = Metrics()
         running, ready = asyncio.Event(), asyncio.Event()
-        progress = Watchdog()
-        followed = 3
+        watchdog = Watchdog()
+        series_count = 3
 
-        def checks(self) -> dict[str, str]:
+        def readiness(self) -> dict[str, str]:
             return {"sink kafka": "", "source binance": "away: https://me:secret@host\nis not"}
 
     async def work() -> None:

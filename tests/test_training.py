@@ -23,7 +23,7 @@ from kronos_stream.testing.market import Market
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.generated import GeneratedWindows
-from kronos_stream.training.loop import TrainingData, Trainer
+from kronos_stream.training.loop import Trainer, TrainingData
 from kronos_stream.training.losses import code_entropy, tokenizer_loss
 from kronos_stream.training.optimise import checkpoint_blocks, learning_rate_factor
 from kronos_stream.training.processes import ProcessGroup

@@ -60,9 +60,9 @@ class _FakePipeline:
 
 @pytest.fixture(autouse=True)
 def _short_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(universe, "_START_TIMEOUT_SECONDS", 0.1)
     for module in (universe, following):
-        monkeypatch.setattr(module, "ASK_AGAIN_SECONDS", 0.01)
+        monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
 
 
 def _universe(*, patient: bool = True, **venues: _FakeVenue) -> universe.Universe:
@@ -107,7 +107,7 @@ async def test_a_refusal_is_final_and_of_the_last_venue_an_error() -> None:
 async def test_a_refused_login_is_the_end_at_once_or_asked_again_as_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(universe, "_PATIENCE_SECONDS", 60)
+    monkeypatch.setattr(universe, "_START_TIMEOUT_SECONDS", 60)
     here, there = _FakeVenue(back=False), _FakeVenue(back=True, login=False)
     with pytest.raises(LoginRefused):  # nor is the one waited for that does not answer
         async with asyncio.timeout(5):

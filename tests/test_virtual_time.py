@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from kronos_stream.market.clock import ManualClock, LoopClock
+from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.testing.virtual import run_virtual
 
 

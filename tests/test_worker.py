@@ -22,14 +22,14 @@ import pytest
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.daemon.job import (
-    InferenceResult,
-    InferenceFailure,
     ForecastConfig,
-    scale_prices,
+    InferenceFailure,
+    InferenceResult,
     price_scale,
+    scale_prices,
 )
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import WorkerSupervisor, WorkerError, WorkerLost, usable_cores
+from kronos_stream.daemon.worker import WorkerError, WorkerLost, WorkerSupervisor, usable_cores
 from kronos_stream.daemon.worker_main import ModelHost
 from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market import Candle, Series
@@ -206,26 +206,26 @@ async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
 
 PUPPET = """
 import os, socket, sys
-from kronos_stream.daemon.job import LENGTH, Done, Failed, Identity, Ready, frame, unframe
+from kronos_stream.daemon.job import FRAME_LENGTH, ResultChunk, InferenceFailure, ModelIdentity, ModelLoaded, encode_frame, decode_frame
 
 stream = socket.socket(fileno=int(sys.argv[-1])).makefile("rwb")
 poison = sys.argv[1:-1]
 
 def read():
-    head = stream.read(LENGTH.size) or sys.exit()
-    return unframe(stream.read(LENGTH.unpack(head)[0]))
+    head = stream.read(FRAME_LENGTH.size) or sys.exit()
+    return decode_frame(stream.read(FRAME_LENGTH.unpack(head)[0]))
 
 def send(message):
-    stream.write(frame(message))
+    stream.write(encode_frame(message))
     stream.flush()
 
 read()
-send(Ready(Identity("puppet", None, "", None, "cpu", "float32", 256, "0"), 1, 0.001))
+send(ModelLoaded(ModelIdentity("puppet", None, "", None, "cpu", "float32", 256, "0"), 1, 0.001))
 while True:
     tasks = read().tasks
     if any(task.series.split("/")[0] in poison for task in tasks):
         os.kill(os.getpid(), 9)
-    send(Done([Failed("drawn")] * len(tasks), True, 0.001))
+    send(ResultChunk([InferenceFailure("drawn")] * len(tasks), True, 0.001))
 """
 """A worker process without a model, that dies of certain series."""
 
@@ -258,13 +258,13 @@ SEIZED = """
 import ctypes
 from kronos_stream.daemon import worker_main
 
-class Seized(worker_main.Drawer):
+class Seized(worker_main.ModelHost):
     def draw(self, tasks):
         if len(tasks) > 1000:
             ctypes.PyDLL(None).sleep(60)  # the interpreter's lock is kept
         return super().draw(tasks)
 
-worker_main.Drawer = Seized
+worker_main.ModelHost = Seized
 worker_main.main()
 """
 
@@ -272,15 +272,15 @@ DAEMON = """
 import asyncio
 import sys
 import numpy as np
-from kronos_stream.daemon.job import Plan
+from kronos_stream.daemon.job import ForecastConfig
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import Worker
+from kronos_stream.daemon.worker import WorkerSupervisor
 from kronos_stream.market import Candle, Series
 from kronos_stream.market.contexts import Window
 
 async def main():
-    plan = Plan("nano", device="cpu", lookback=96, horizon=8)
-    worker = Worker(plan, Metrics(), command=(sys.executable, *sys.argv[1:]))
+    plan = ForecastConfig("nano", device="cpu", lookback=96, horizon=8)
+    worker = WorkerSupervisor(plan, Metrics(), command=(sys.executable, *sys.argv[1:]))
     await worker.start()
     print(worker.pid, flush=True)
     series, last = Series.parse("test:X/Y:1s"), Candle(95_000, 9, 9, 9, 9, 9)

@@ -15,10 +15,10 @@ from typing import NamedTuple, TypeAlias
 
 from kronos_connectors.binance.connection import NEVER, Connection
 from kronos_connectors.binance.frames import (
-    Response,
     FrameError,
-    Kline,
     IgnoredFrame,
+    Kline,
+    Response,
     ServerShutdown,
     Streams,
     decode,

@@ -26,7 +26,7 @@ _RESTRICTED = re.compile(
 _SECRETS = re.compile(r"(?i)\b(api[-_]?key|key|secret|sign(ature)?|token|password)=[^&\s]+")
 
 
-class HttpStatusError(Exception):  # noqa: N818 - what was answered, which need not be an error
+class HttpStatusError(Exception):
     """An HTTP status by which an exchange means more than ccxt tells."""
 
     def __init__(self, status: int, body: str, retry_after: str | None = None) -> None:

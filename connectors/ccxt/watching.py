@@ -11,17 +11,17 @@ from functools import partial
 import structlog
 
 from kronos_connectors.ccxt.errors import SeriesRefused
-from kronos_connectors.ccxt.exchange import ExchangeFactory, ExchangeClient
+from kronos_connectors.ccxt.exchange import ExchangeClient, ExchangeFactory
 from kronos_connectors.ccxt.guard import MAX_RAW_BYTES, Hooks
 from kronos_connectors.ccxt.rows import PushDiff, RowError
 from kronos_connectors.ccxt.shards import (
     NEVER,
-    Open,
     Client,
-    Command,
-    Close,
-    Unwatch,
     ClientPool,
+    Close,
+    Command,
+    Open,
+    Unwatch,
     Watch,
 )
 from kronos_stream.market.candle import Update

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kronos_connectors.kafka.feed import build_feed
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.sink import build_sink, build_relay
+from kronos_connectors.kafka.sink import build_relay, build_sink
 from kronos_connectors.kafka.source import build_source
 from kronos_stream.forecast.sink import RelayConnector, SinkConnector
 from kronos_stream.market.feed import FeedConnector

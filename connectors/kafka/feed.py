@@ -18,7 +18,7 @@ from kronos_connectors.kafka.checks import Operation, candle_checks
 from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import explain
-from kronos_connectors.kafka.seat import TopicNotFound, GroupSession
+from kronos_connectors.kafka.seat import GroupSession, TopicNotFound
 from kronos_connectors.kafka.topics import candle_topic
 from kronos_stream.checkup import Check
 from kronos_stream.market.clock import Clock

@@ -115,7 +115,7 @@ async def close_consumer(consumer: AIOKafkaConsumer) -> None:
     # Without connections nothing has an answer to wait for.
     await _wait_or_cancel(
         asyncio.ensure_future(consumer._client.close()), timeout=_CLOSE_TIMEOUT_SECONDS
-    )  # noqa: SLF001
+    )
     coordinator, fetcher = consumer._coordinator, consumer._fetcher  # noqa: SLF001
     left: list[asyncio.Future[None] | None] = []
     if coordinator is not None:

@@ -143,7 +143,7 @@ class TopicState:
         self._pending |= again
         for place, left in self._saved.items():
             if place.topic == topic:
-                self._saved[place] = left._replace(anew=True)
+                self._saved[place] = left._replace(reread=True)
 
     # -- which partitions are ours, and where they begin -----------------------------------
 

@@ -55,7 +55,7 @@ def explain(
         return told
     if isinstance(error, TimeoutError) and timeout_message:
         return (
-            told._replace(what=f"{timeout_message} ({told.message})")
+            told._replace(message=f"{timeout_message} ({told.message})")
             if told
             else ConnectionProblem(timeout_message, "")
         )
@@ -69,8 +69,8 @@ def explain_captured(captured: ErrorCapture, options: KafkaOptions) -> Connectio
         told = _explain_error(error, options)
         # A login is not one broker's business; nor is it to be told of each in turn.
         place = options.bootstrap_servers if _explain_login(error, options) else where
-        faults.append(told._replace(what=f"{place}: {told.message}") if place else told)
-    return next((one for one in faults if one.refused), faults[-1] if faults else None)
+        faults.append(told._replace(message=f"{place}: {told.message}") if place else told)
+    return next((one for one in faults if one.permanent), faults[-1] if faults else None)
 
 
 def _explain_error(error: BaseException, options: KafkaOptions) -> ConnectionProblem:

@@ -23,18 +23,18 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.message import REMOVAL
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.feed import (
-    PartitionBounds,
-    FeedNeeds,
-    SeriesRemoved,
     Checkpoint,
-    Partition,
-    PartitionHandler,
+    FeedNeeds,
     FeedRecord,
+    Partition,
+    PartitionBounds,
+    PartitionHandler,
+    SeriesRemoved,
     Unreadable,
 )
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import RelayedBar, CandleMessageError, decode_bar
+from kronos_stream.market.wire import CandleMessageError, RelayedBar, decode_bar
 
 _log = structlog.get_logger()
 

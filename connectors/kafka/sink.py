@@ -37,8 +37,8 @@ from kronos_connectors.kafka.topics import (
     deadletter_topic,
     forecast_topic,
     latest_topic,
-    topics_for_record,
     timeframe_of,
+    topics_for_record,
 )
 from kronos_stream.checkup import Check
 from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable

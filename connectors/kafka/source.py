@@ -21,14 +21,14 @@ from kronos_connectors.kafka import member
 from kronos_connectors.kafka.chatter import capture_aiokafka_errors
 from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reading import PartitionBounds, TopicState, InvalidRecord
+from kronos_connectors.kafka.reading import InvalidRecord, PartitionBounds, TopicState
 from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.topics import candle_topic
 from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError, Traits
+from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError, Traits
 
 _log = structlog.get_logger()
 

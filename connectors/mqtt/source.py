@@ -21,7 +21,7 @@ from kronos_connectors.shelf import RecentBars
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, LoginRefused, SourceError, Traits
+from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError, Traits
 from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _log = structlog.get_logger()

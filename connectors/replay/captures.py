@@ -18,7 +18,7 @@ from typing import IO, NoReturn, Self
 from urllib.parse import urlsplit
 
 from kronos_connectors.binance.frames import FrameError, Kline, decode
-from kronos_connectors.replay.tracks import InvalidFrame, FileSpec
+from kronos_connectors.replay.tracks import FileSpec, InvalidFrame
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from kronos_stream.market.clock import ManualClock, LoopClock
+from kronos_stream.market.clock import LoopClock, ManualClock
 
 AdvanceTo = Callable[[int], Awaitable[None]]
 """Returns when the market's time is this, UTC ms."""

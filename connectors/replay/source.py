@@ -11,7 +11,7 @@ from typing import Self
 from kronos_connectors.replay.candles import CandleFile
 from kronos_connectors.replay.captures import CaptureFile, is_capture
 from kronos_connectors.replay.pace import AdvanceTo
-from kronos_connectors.replay.tracks import InvalidFrame, RecordedFile, FileSpec
+from kronos_connectors.replay.tracks import FileSpec, InvalidFrame, RecordedFile
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.files import CandleFileError

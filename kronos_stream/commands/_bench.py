@@ -21,8 +21,8 @@ from kronos_stream.commands._machine import (
     Machine,
     measure_machine,
     median_seconds,
-    time_call,
     synchronise,
+    time_call,
 )
 from kronos_stream.commands._precision import compare_precision
 from kronos_stream.engine import Context, Forecaster

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.engine import Context, SampledPaths, Forecaster
+from kronos_stream.engine import Context, Forecaster, SampledPaths
 from kronos_stream.forecast.quantiles import weibull_quantiles
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -13,15 +13,15 @@ from typing import Literal
 
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.share import LATE_BARS, SeriesProgress, PartitionState, initial_state
+from kronos_stream.daemon.share import LATE_BARS, PartitionState, SeriesProgress, initial_state
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import ContextStore, Window
 from kronos_stream.market.feed import (
+    Checkpoint,
+    FeedRecord,
+    Partition,
     PartitionBounds,
     SeriesRemoved,
-    Checkpoint,
-    Partition,
-    FeedRecord,
     Unreadable,
 )
 from kronos_stream.market.series import Series

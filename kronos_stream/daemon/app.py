@@ -13,7 +13,7 @@ from math import inf
 from random import Random
 
 from kronos_stream.daemon import progress
-from kronos_stream.daemon.crew import WorkerFactory, InferenceBackend, create_backend
+from kronos_stream.daemon.crew import InferenceBackend, WorkerFactory, create_backend
 from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.daemon.following import VenueRole

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from kronos_stream.daemon.due import Outcome, ForecastResult
+from kronos_stream.daemon.due import ForecastResult, Outcome
 from kronos_stream.daemon.outbox import Envelope
 from kronos_stream.market.candle import Bar
 from kronos_stream.market.clock import Clock

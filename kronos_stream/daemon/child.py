@@ -14,17 +14,17 @@ import structlog
 
 from kronos_stream.daemon.job import (
     FRAME_LENGTH,
-    ResultChunk,
-    InferenceResult,
-    InferenceFailure,
-    RequestChunk,
-    LoadModel,
     ForecastConfig,
-    ModelLoaded,
-    LoadFailed,
+    InferenceFailure,
     InferenceRequest,
-    encode_frame,
+    InferenceResult,
+    LoadFailed,
+    LoadModel,
+    ModelLoaded,
+    RequestChunk,
+    ResultChunk,
     decode_frame,
+    encode_frame,
 )
 
 _T = TypeVar("_T")

@@ -11,11 +11,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from kronos_stream.daemon.job import ModelIdentity, ForecastConfig
+from kronos_stream.daemon.job import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import BatchForecaster
 from kronos_stream.daemon.settings import Settings
-from kronos_stream.daemon.worker import BatchResult, WorkerSupervisor, WorkerError
+from kronos_stream.daemon.worker import BatchResult, WorkerError, WorkerSupervisor
 from kronos_stream.market.contexts import Window
 
 

@@ -22,7 +22,7 @@ from kronos_stream.daemon.alarms import TimerQueue
 from kronos_stream.daemon.backfill import Backfill, BackfillRequest
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.recall import newest_bars, load_window, bars_without_outcome
+from kronos_stream.daemon.recall import bars_without_outcome, load_window, newest_bars
 from kronos_stream.daemon.saving import Change, SaveQueue
 from kronos_stream.daemon.state import PublishedBar, State
 from kronos_stream.market.candle import Bar, Candle, Update
@@ -41,7 +41,7 @@ from kronos_stream.market.effects import (
     Silence,
 )
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, Source, SourceError, VenueRefused
+from kronos_stream.market.source import Source, SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.tape import BarSequencer
 
 _log = structlog.get_logger()

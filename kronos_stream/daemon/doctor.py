@@ -170,7 +170,7 @@ def _with_remedy(check: Check) -> Check:
             cure = "see whether this machine reaches it: network, firewall, and the venue's URLs"
             return [Finding("fail", str(error), cure)]
 
-    return check._replace(look=look)
+    return check._replace(run=look)
 
 
 async def _constant(finding: Finding) -> Sequence[Finding]:

@@ -16,7 +16,7 @@ from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.connectors import ConnectorError
-from kronos_stream.daemon.logs import register_secrets, redact
+from kronos_stream.daemon.logs import redact, register_secrets
 from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError, variable_name
 from kronos_stream.daemon.textfile import read_text_file
 from kronos_stream.market.timeframe import Timeframe

@@ -17,7 +17,7 @@ from typing import Self
 import structlog
 from aiohttp import web
 
-from kronos_stream.daemon.pages import Response, Endpoints, error_response
+from kronos_stream.daemon.pages import Endpoints, Response, error_response
 from kronos_stream.daemon.settings import HttpSettings, SettingsError, variable_name
 
 _log = structlog.get_logger()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.outlook import PublishedPaths, Outlook
+from kronos_stream.forecast.outlook import Outlook, PublishedPaths
 
 FRAME_LENGTH = struct.Struct("<Q")
 """What goes before each frame: how many bytes it has."""

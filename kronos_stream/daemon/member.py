@@ -15,7 +15,7 @@ import structlog
 
 from kronos_stream.daemon import progress
 from kronos_stream.daemon.allotment import PartitionTracker
-from kronos_stream.daemon.crew import WorkerFactory, InferenceBackend, create_backend
+from kronos_stream.daemon.crew import InferenceBackend, WorkerFactory, create_backend
 from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.daemon.job import ModelIdentity
 from kronos_stream.daemon.metrics import Metrics

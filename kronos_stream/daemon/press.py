@@ -10,7 +10,7 @@ from typing import Literal
 import structlog
 
 from kronos_stream.daemon.due import ForecastResult
-from kronos_stream.daemon.job import ModelIdentity, ForecastConfig
+from kronos_stream.daemon.job import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.forecast.compose import Composer, dead_letter, removal
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling

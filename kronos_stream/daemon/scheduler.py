@@ -15,7 +15,7 @@ import structlog
 
 from kronos_stream.daemon.batches import Batcher, valid_until
 from kronos_stream.daemon.due import ForecastRequest, ForecastResult
-from kronos_stream.daemon.job import InferenceResult, InferenceFailure
+from kronos_stream.daemon.job import InferenceFailure, InferenceResult
 from kronos_stream.daemon.lanes import Pending, ResultSequencer
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.worker import BatchResult
@@ -23,7 +23,7 @@ from kronos_stream.market.clock import Clock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.timeframe import Timeframe
 
-__all__ = ["CatchUp", "BatchForecaster", "ForecastResult", "Scheduler"]
+__all__ = ["BatchForecaster", "CatchUp", "ForecastResult", "Scheduler"]
 
 _log = structlog.get_logger()
 

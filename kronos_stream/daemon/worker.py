@@ -18,19 +18,19 @@ from typing import NamedTuple
 
 import structlog
 
-from kronos_stream.daemon.child import WorkerCrashed, WorkerProcess, WorkerError
+from kronos_stream.daemon.child import WorkerCrashed, WorkerError, WorkerProcess
 from kronos_stream.daemon.job import (
-    InferenceResult,
-    InferenceFailure,
-    ModelIdentity,
     ForecastConfig,
-    ModelLoaded,
+    InferenceFailure,
     InferenceRequest,
+    InferenceResult,
+    ModelIdentity,
+    ModelLoaded,
 )
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.market.contexts import Window
 
-__all__ = ["BatchResult", "WorkerSupervisor", "WorkerError", "WorkerLost", "usable_cores"]
+__all__ = ["BatchResult", "WorkerError", "WorkerLost", "WorkerSupervisor", "usable_cores"]
 
 _log = structlog.get_logger()
 

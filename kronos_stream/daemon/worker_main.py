@@ -24,22 +24,22 @@ import numpy as np
 from kronos_stream import __version__
 from kronos_stream.daemon.job import (
     FRAME_LENGTH,
-    ResultChunk,
-    InferenceResult,
-    InferenceFailure,
-    ModelIdentity,
-    RequestChunk,
-    LoadModel,
     ForecastConfig,
-    ModelLoaded,
-    LoadFailed,
+    InferenceFailure,
     InferenceRequest,
-    encode_frame,
-    scale_prices,
-    price_scale,
+    InferenceResult,
+    LoadFailed,
+    LoadModel,
+    ModelIdentity,
+    ModelLoaded,
+    RequestChunk,
+    ResultChunk,
     decode_frame,
+    encode_frame,
+    price_scale,
+    scale_prices,
 )
-from kronos_stream.engine import Context, ContextError, SampledPaths, Forecaster
+from kronos_stream.engine import Context, ContextError, Forecaster, SampledPaths
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported

@@ -4,4 +4,4 @@ from kronos_stream.engine.context import Context, ContextError
 from kronos_stream.engine.forecaster import Forecaster
 from kronos_stream.engine.runner import SampledPaths
 
-__all__ = ["Context", "ContextError", "SampledPaths", "Forecaster"]
+__all__ = ["Context", "ContextError", "Forecaster", "SampledPaths"]

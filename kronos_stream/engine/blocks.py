@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kronos_stream.engine.attention import SuffixKeyValues, PrefixKeyValues, attend, rotate
+from kronos_stream.engine.attention import PrefixKeyValues, SuffixKeyValues, attend, rotate
 from kronos_stream.engine.dense import Scratch, swiglu_
 from kronos_stream.engine.weights import BlockWeights, Stack
 from kronos_stream.model.layers import NORM_EPS

@@ -21,9 +21,9 @@ from kronos_stream.engine.context import (
 )
 from kronos_stream.engine.device import free_memory, pick_device, pick_dtype
 from kronos_stream.engine.noise import noise_key
-from kronos_stream.engine.plan import Planner, MemorySizes
+from kronos_stream.engine.plan import MemorySizes, Planner
 from kronos_stream.engine.prefix import Stage
-from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, SampledPaths, Runner
+from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, Runner, SampledPaths
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
 from kronos_stream.model.checkpoint import ModelLocation, find_model, load_predictor, load_tokenizer

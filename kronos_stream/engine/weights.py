@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from kronos_stream.engine.dense import (
     ROW_BY_ROW,
-    Dense,
     BatchInvariantLimits,
+    Dense,
     find_batch_invariant_limits,
 )
 from kronos_stream.model.config import S2_HEADS

@@ -112,7 +112,7 @@ class _Buffer:
     Values are kept in double precision: the last bar of a window is told as it came.
     """
 
-    __slots__ = ("_capacity", "_marks", "_revisions", "_times", "_values", "end", "complete")
+    __slots__ = ("_capacity", "_marks", "_revisions", "_times", "_values", "complete", "end")
 
     def __init__(self, capacity: int, bars: Sequence[Bar] = ()) -> None:
         self._capacity = capacity

@@ -21,7 +21,7 @@ from typing import Self
 from confluent_kafka import KafkaException, Producer
 
 from kronos_stream.testing.certificates import CertificateFiles
-from kronos_stream.testing.child import ManagedProcess, Closeable
+from kronos_stream.testing.child import Closeable, ManagedProcess
 
 _CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
 _JVM_OPTIONS = (

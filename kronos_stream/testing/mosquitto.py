@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from kronos_stream.testing.certificates import CertificateFiles
-from kronos_stream.testing.child import ManagedProcess, Closeable
+from kronos_stream.testing.child import Closeable, ManagedProcess
 
 _PORTS = count(os.getpid() * 41)
 _START_TIMEOUT = 20.0

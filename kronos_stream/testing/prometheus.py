@@ -15,7 +15,7 @@ from signal import Signals
 from typing import Any, Self
 from urllib.parse import urlencode
 
-from kronos_stream.testing.child import ManagedProcess, Closeable
+from kronos_stream.testing.child import Closeable, ManagedProcess
 from kronos_stream.testing.processes import http_get
 
 _START_TIMEOUT = 30.0

@@ -35,7 +35,7 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, Source
+from kronos_stream.market.source import Source, SourceCallbacks
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
 from kronos_stream.testing.standin import FakeWorker
 from kronos_stream.testing.virtual import run_virtual
@@ -105,7 +105,7 @@ class Scenario:
             perpetuals=1 if long else 0,
             seconds=seconds,
             start=_EPOCH + random.randrange(300_000),
-            pace=round(10 ** random.uniform(-3.5, -1.5), 5),
+            seconds_per_forecast=round(10 ** random.uniform(-3.5, -1.5), 5),
             restarts=restarts,
             outages=tuple((at, at + random.uniform(0.01, 0.2) * seconds) for at in begins),
         )

@@ -10,7 +10,7 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.dataset import CandleDataset
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.generated import GeneratedWindows
-from kronos_stream.training.loop import TrainingData, ReportCallback, Trainer
+from kronos_stream.training.loop import ReportCallback, Trainer, TrainingData
 from kronos_stream.training.processes import ProcessGroup, join_process_group
 from kronos_stream.training.settings import GENERATED, Stage, TrainSettings
 from kronos_stream.training.stages import Evaluation, PredictorRun, StageRun, TokenizerRun

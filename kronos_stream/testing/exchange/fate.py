@@ -67,8 +67,8 @@ class FaultInjector:
         return Random(self._hash(key))
 
     def _hash(self, key: tuple[object, ...], size: int = 8) -> bytes:
-        key = "\0".join(map(str, (self.faults.seed, *key)))
-        return blake2b(key.encode(), digest_size=size).digest()
+        text = "\0".join(map(str, (self.faults.seed, *key)))
+        return blake2b(text.encode(), digest_size=size).digest()
 
     def has_ended(self, now: int) -> bool:
         """Whether nothing goes wrong any more at ``now``."""

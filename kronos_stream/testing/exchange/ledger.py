@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
 from kronos_stream.testing.exchange.fate import FaultInjector
 
 _PRUNE_INTERVAL = 1_000

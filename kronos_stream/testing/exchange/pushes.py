@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import count
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory, Floats
+from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator, Floats
 from kronos_stream.testing.exchange.fate import FaultInjector
 from kronos_stream.testing.exchange.frames import AMOUNT, CLOSE, HIGH, TRADES, VOLUME
 from kronos_stream.testing.exchange.garbage import corrupt_push

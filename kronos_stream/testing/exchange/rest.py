@@ -9,7 +9,7 @@ import orjson
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
 from kronos_stream.testing.exchange.fate import FaultInjector
 from kronos_stream.testing.exchange.frames import CLOSE, KlineWriter
 from kronos_stream.testing.exchange.garbage import corrupt_body, error_response

@@ -14,7 +14,7 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.exchange.bars import BarSimulator, BarHistory
+from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
 from kronos_stream.testing.exchange.fate import FaultInjector, SkewedClock
 from kronos_stream.testing.exchange.faults import Faults
 from kronos_stream.testing.exchange.gate import WebSocketServer

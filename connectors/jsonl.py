@@ -17,8 +17,14 @@ import orjson
 import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from kronos_stream.checkup import Check, Finding, check_disk, run_in_thread
-from kronos_stream.forecast.sink import Record, RecordKind, Refusal, SinkConnector, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import Check, Finding, check_disk, run_in_thread
+from kronos_stream.interfaces.sink import (
+    Record,
+    RecordKind,
+    Refusal,
+    SinkConnector,
+    SinkUnavailable,
+)
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()

@@ -42,9 +42,9 @@ _USER_ERRORS = {
     "kronos_stream.daemon.database.StateError",
     "kronos_stream.daemon.settings.SettingsError",
     "kronos_stream.engine.context.ContextError",
-    "kronos_stream.forecast.sink.SinkLoginRefused",
-    "kronos_stream.market.files.CandleFileError",
-    "kronos_stream.market.source.SourceError",
+    "kronos_stream.interfaces.sink.SinkLoginRefused",
+    "kronos_stream.market.candle_files.CandleFileError",
+    "kronos_stream.interfaces.source.SourceError",
     "kronos_stream.model.checkpoint.CheckpointError",
     "kronos_stream.training.errors.TrainingError",
 }

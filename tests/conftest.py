@@ -28,12 +28,12 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
 from kronos_stream import Context, Forecaster
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.forecast.compose import Composer, Envelope
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
 from kronos_stream.testing.apache import ApacheKafka

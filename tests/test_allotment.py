@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.allotment import PartitionTracker
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.share import LATE_BARS
 from kronos_stream.forecast.compose import context_digest
-from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.clock import Clock, ManualClock
-from kronos_stream.market.contexts import Window
-from kronos_stream.market.feed import (
+from kronos_stream.interfaces.feed import (
     Checkpoint,
     FeedRecord,
     Partition,
@@ -25,9 +23,11 @@ from kronos_stream.market.feed import (
     SeriesRemoved,
     Unreadable,
 )
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.candle_message import RelayedBar, decode_bar, encode_bar
+from kronos_stream.market.clock import Clock, ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import RelayedBar, decode_bar, encode_bar
 
 PART = Partition("kronos.candles.1m.v1", 3)
 MINUTE = Timeframe.parse("1m")

@@ -15,9 +15,9 @@ from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, RestClient
 from kronos_connectors.binance.symbols import Listing
 from kronos_connectors.venue_clock import VenueClock
+from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceError, VenueRefused
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_020_000

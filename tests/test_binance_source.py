@@ -14,15 +14,15 @@ import pytest
 from aiohttp import web
 
 from kronos_connectors.binance import CONNECTOR, BinanceOptions
-from kronos_stream.market import Candle, Series, Update
-from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import (
+from kronos_stream.interfaces.source import (
     RankingSource,
     Source,
     SourceCallbacks,
     SourceError,
     VenueRefused,
 )
+from kronos_stream.market import Candle, Series, Update
+from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.virtual import run_virtual
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kronos_stream.market import Timeframe
-from kronos_stream.market.files import CandleFileError, read_candles
+from kronos_stream.market.candle_files import CandleFileError, read_candles
 from kronos_stream.market.spacing import find_gaps, infer_timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
 

@@ -16,9 +16,9 @@ import orjson
 from aiohttp import web
 
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
+from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Source, SourceCallbacks
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_750_000_000_000

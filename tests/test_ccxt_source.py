@@ -27,9 +27,9 @@ import orjson
 import pytest
 
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
+from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.source import Source, SourceCallbacks, SourceError
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.trial import ConnectorSetup, Scenario, run_chaos
 from kronos_stream.testing.verdict import find_violations

@@ -12,10 +12,16 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.checkup import Check, Finding, check_disk, compare_clocks, run_checks
 from kronos_stream.daemon import checks
 from kronos_stream.daemon.settings import HttpSettings
 from kronos_stream.daemon.state import SCHEMA_VERSION, State
+from kronos_stream.interfaces.diagnostics import (
+    Check,
+    Finding,
+    check_disk,
+    compare_clocks,
+    run_checks,
+)
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 

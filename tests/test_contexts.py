@@ -7,8 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from kronos_stream.bars.contexts import ContextStore, build_window
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.contexts import ContextStore, build_window
 from kronos_stream.market.series import Series
 from kronos_stream.model.inputs import fill_missing_channels, normalise
 

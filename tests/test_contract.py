@@ -14,13 +14,13 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kronos_connectors.kafka import topics
+from kronos_stream.bars.contexts import Window
 from kronos_stream.cli import main
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Composer, dead_letter
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import PublishedPaths, build_outlook
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 

@@ -17,10 +17,10 @@ from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.due import ForecastRequest, Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State, StateError
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock, LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_718_712_000_000

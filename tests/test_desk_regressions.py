@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from random import Random
 
+from kronos_stream.bars.effects import Fetch, Revise
+from kronos_stream.bars.sequencer import BarSequencer
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.effects import Fetch, Revise
-from kronos_stream.market.tape import BarSequencer
 from kronos_stream.market.timeframe import Timeframe
 
 START = 1_750_000_000_000

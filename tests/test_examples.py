@@ -25,7 +25,7 @@ from confluent_kafka import Producer
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_connectors.mqtt import SINK, MqttOptions
 from kronos_stream.forecast.compose import Envelope, removal
-from kronos_stream.forecast.sink import Record, RecordKind, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, RecordKind, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.mosquitto import Mosquitto

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from kronos_stream.market.candle import Bar
+from kronos_stream.market.candle_files import CandleFileError, read_candles
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.files import CandleFileError, read_candles
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.exchange import ExchangeError, SimulatedExchange

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceCallbacks
 from kronos_stream.testing.exchange import Faults
 from kronos_stream.testing.trial import RunLog, Scenario, run_chaos
 from kronos_stream.testing.verdict import find_violations

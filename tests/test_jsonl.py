@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from kronos_connectors.jsonl import CONNECTOR, JsonlOptions
-from kronos_stream.forecast.sink import Record, RecordKind, Sink, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, RecordKind, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 
 
@@ -87,7 +87,7 @@ import asyncio, sys
 from pathlib import Path
 from random import Random
 from kronos_connectors.jsonl import CONNECTOR, JsonlOptions
-from kronos_stream.forecast.sink import Record, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 
 async def main():

@@ -18,9 +18,7 @@ from kronos_connectors.kafka import member, seat
 from kronos_connectors.kafka.feed import KafkaFeed
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.clock import SystemClock
-from kronos_stream.market.feed import (
+from kronos_stream.interfaces.feed import (
     Checkpoint,
     FeedNeeds,
     FeedRecord,
@@ -28,9 +26,11 @@ from kronos_stream.market.feed import (
     PartitionBounds,
     Unreadable,
 )
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.candle_message import RelayedBar, encode_bar
+from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import RelayedBar, encode_bar
 from kronos_stream.testing.apache import ApacheKafka
 
 SECOND = Timeframe.parse("1s")

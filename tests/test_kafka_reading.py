@@ -15,9 +15,9 @@ from kronos_connectors.kafka.reading import (
     TopicState,
 )
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import encode_candle
 
 MINUTE = 60_000
 START = 1_718_709_300_000

@@ -23,7 +23,7 @@ from kronos_connectors.kafka.topics import (
     latest_topic,
     required_topics,
 )
-from kronos_stream.forecast.sink import Record, RecordKind, Refusal, Sink, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, RecordKind, Refusal, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker

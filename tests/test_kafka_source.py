@@ -22,12 +22,12 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.source import KafkaSource
 from kronos_connectors.kafka.topics import candle_topic, required_topics
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.forecast.compose import (
     MAX_PAYLOAD,
     Composer,
@@ -34,7 +35,6 @@ from kronos_stream.forecast.message import (
 )
 from kronos_stream.forecast.outlook import Outlook, PublishedPaths, build_outlook
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import parse_time, rfc3339
 

@@ -14,8 +14,8 @@ import pytest
 
 from kronos_connectors.mqtt import SINK, MqttOptions
 from kronos_connectors.mqtt.sink import MqttSink
-from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Record, RecordKind, Refusal, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import CheckedSink, Finding
+from kronos_stream.interfaces.sink import Record, RecordKind, Refusal, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages
 

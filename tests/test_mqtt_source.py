@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from kronos_connectors.mqtt import SOURCE, MqttOptions
+from kronos_stream.interfaces.source import LoginRefused, Source, SourceCallbacks, SourceError
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, Source, SourceCallbacks, SourceError
-from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.mosquitto import Mosquitto, publish
 
 BrokerOf = Callable[..., Mosquitto]

@@ -15,7 +15,7 @@ from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.daemon.state import NewRecord, State, StateError
-from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual import run_virtual
 

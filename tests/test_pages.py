@@ -19,6 +19,8 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
+from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.sequencer import BarSequencer
 from kronos_stream.cli import main
 from kronos_stream.daemon import board as board_module
 from kronos_stream.daemon import openapi
@@ -30,9 +32,7 @@ from kronos_stream.daemon.pages import Endpoints, Response
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.tape import BarSequencer
 
 START = 1_718_712_000_000
 MINUTE = 60_000

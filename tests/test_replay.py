@@ -19,11 +19,11 @@ from kronos_connectors.replay.candles import symbol_of
 from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_advance
 from kronos_connectors.replay.source import Recording, ReplaySource
 from kronos_connectors.replay.tracks import FileSpec
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.market.clock import Clock, LoopClock, ManualClock
-from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.testing.virtual import run_virtual

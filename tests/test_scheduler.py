@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.job import InferenceFailure, InferenceResult
 from kronos_stream.daemon.metrics import Metrics
@@ -21,7 +22,6 @@ from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series
 from kronos_stream.market.clock import Clock, LoopClock, ManualClock
-from kronos_stream.market.contexts import Window
 from kronos_stream.testing.virtual import run_virtual
 
 START = 1_700_000_040_000

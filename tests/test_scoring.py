@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.baselines import random_walk
-from kronos_stream.forecast.cases import Case, History, file_cases
-from kronos_stream.forecast.evaluation import evaluate
-from kronos_stream.forecast.scoring import block_bootstrap, covered, fair_crps, path_volatility
+from kronos_stream.evaluation.baselines import random_walk
+from kronos_stream.evaluation.cases import Case, History, file_cases
+from kronos_stream.evaluation.scoring import block_bootstrap, covered, fair_crps, path_volatility
+from kronos_stream.evaluation.walk_forward import evaluate
 from kronos_stream.testing.cases import generated_cases
 
 

@@ -29,7 +29,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined] # it says so i
 
 from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.apache import ApacheKafka, KafkaListener
 from kronos_stream.testing.certificates import CertificateAuthority

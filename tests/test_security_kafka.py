@@ -17,11 +17,11 @@ from kronos_connectors.kafka import SINK, SOURCE, admin
 from kronos_connectors.kafka.checks import _warn_plaintext_password
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
-from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Record, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import CheckedSink, Finding
+from kronos_stream.interfaces.sink import Record, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.source import LoginRefused, SourceError
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, SourceError
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.apache import ApacheKafka, KafkaListener
 from kronos_stream.testing.certificates import CertificateAuthority

@@ -15,13 +15,13 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from kronos_connectors.mqtt import SINK, SOURCE, MqttOptions
-from kronos_stream.checkup import CheckedSink, Finding
-from kronos_stream.forecast.sink import Record, Sink, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import CheckedSink, Finding
+from kronos_stream.interfaces.sink import Record, Sink, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError
-from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.certificates import CertificateAuthority
 from kronos_stream.testing.mosquitto import Mosquitto
 

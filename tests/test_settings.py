@@ -17,8 +17,8 @@ from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError
 
 _ACME = """
 from pydantic import BaseModel, SecretStr, model_validator
-from kronos_stream.forecast.sink import SinkConnector
-from kronos_stream.market.source import SourceConnector
+from kronos_stream.interfaces.sink import SinkConnector
+from kronos_stream.interfaces.source import SourceConnector
 
 class Hours(BaseModel):
     days: tuple[str, ...] = ("mon", "fri")

@@ -16,14 +16,14 @@ import numpy as np
 import orjson
 import pytest
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon import notes
 from kronos_stream.forecast.compose import Composer, candle, dead_letter, forecast_id, removal
 from kronos_stream.forecast.message import DeadLetter, Engine, Forecast, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.contexts import Window
+from kronos_stream.market.candle_message import decode_bar, decode_update, encode_candle
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import decode_bar, decode_update, encode_candle
 
 _SNAPSHOTS = Path(__file__).parent / "data" / "snapshots"
 

@@ -26,11 +26,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.environment import read_settings
 from kronos_stream.daemon.state import State
-from kronos_stream.forecast.sink import Record, Refusal
+from kronos_stream.interfaces.sink import Record, Refusal
+from kronos_stream.interfaces.source import Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Traits
 from kronos_stream.testing.standin import FakeWorker
 
 _DATA = Path(__file__).parent / "data"

@@ -17,8 +17,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 
 from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.candle import Candle
+from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import encode_candle
 from kronos_stream.testing.audit import audit_forecasts
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages

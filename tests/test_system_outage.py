@@ -25,7 +25,7 @@ from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.daemon.press import refusal_dead_letter
 from kronos_stream.daemon.state import State
 from kronos_stream.forecast.message import DeadLetter
-from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.audit import audit_forecasts, read_topic

@@ -21,9 +21,9 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candle_topic, forecast_topic, required_topics
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.candle_message import encode_bar
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import encode_bar
 from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.audit import read_topic
 from kronos_stream.testing.daemons import DaemonProcess

@@ -46,7 +46,7 @@ from pathlib import Path
 from pydantic import BaseModel
 from kronos_stream.daemon import delivery, progress
 from kronos_stream.daemon.database import Database
-from kronos_stream.forecast.sink import SinkConnector, SinkUnavailable
+from kronos_stream.interfaces.sink import SinkConnector, SinkUnavailable
 
 progress.DELIVER_TIMEOUT_SECONDS = progress._MARGIN_SECONDS = 2.0
 delivery._MAX_RETRY_SECONDS = 1.0

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.effects import (
+from kronos_stream.bars.effects import (
     Append,
     Begin,
     Confirm,
@@ -22,7 +21,8 @@ from kronos_stream.market.effects import (
     Revise,
     Silence,
 )
-from kronos_stream.market.tape import BarSequencer
+from kronos_stream.bars.sequencer import BarSequencer
+from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.timeframe import Timeframe
 
 MINUTE = 60_000

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kronos_stream.market.files import CandleFileError
+from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.model.inputs import time_stamps
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.training.dataset import CandleDataset, FileWindows, Split

@@ -14,9 +14,9 @@ from kronos_stream.daemon import following, universe
 from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.settings import HttpSettings, Settings, SettingsError
 from kronos_stream.daemon.state import State
+from kronos_stream.interfaces.source import LoginRefused, SourceError, VenueRefused
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, SourceError, VenueRefused
 from kronos_stream.market.watchlist import WatchlistEntry
 
 HERE, THERE = Series.parse("here:A/B:5m"), Series.parse("there:A/B:5m")

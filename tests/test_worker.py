@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.job import (
     ForecastConfig,
     InferenceFailure,
@@ -33,7 +34,6 @@ from kronos_stream.daemon.worker import WorkerError, WorkerLost, WorkerSuperviso
 from kronos_stream.daemon.worker_main import ModelHost
 from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market import Candle, Series
-from kronos_stream.market.contexts import Window
 
 PLAN = ForecastConfig(
     "nano", device="cpu", dtype="float32", lookback=96, horizon=8, paths=20, seed=3
@@ -276,7 +276,7 @@ from kronos_stream.daemon.job import ForecastConfig
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.worker import WorkerSupervisor
 from kronos_stream.market import Candle, Series
-from kronos_stream.market.contexts import Window
+from kronos_stream.bars.contexts import Window
 
 async def main():
     plan = ForecastConfig("nano", device="cpu", lookback=96, horizon=8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.source import build
-from kronos_stream.market.source import SourceConnector
+from kronos_stream.interfaces.source import SourceConnector
 
 CONNECTOR = SourceConnector(BinanceOptions, build)
 

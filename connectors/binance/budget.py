@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from kronos_stream.interfaces.source import SourceError
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.source import SourceError
 
 _MINUTE_MS = 60_000
 _BURST_SECONDS = 5.0

@@ -9,10 +9,10 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
 from kronos_connectors.binance.http import BLOCKED_STATUSES
 from kronos_connectors.binance.rest import RestClient
-from kronos_stream.checkup import Finding, compare_clocks
+from kronos_stream.interfaces.diagnostics import Finding, compare_clocks
+from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceError, VenueRefused
 
 
 async def check_clock(

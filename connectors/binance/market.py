@@ -15,11 +15,11 @@ from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rest import FUTURES, SPOT, RestClient
 from kronos_connectors.binance.sockets import ConnectionRunner
 from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
-from kronos_stream.checkup import Check
+from kronos_stream.interfaces.diagnostics import Check
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 
@@ -49,7 +49,7 @@ class Market:
         self._changed = asyncio.Event()
 
     async def unsupported(self, series: Collection[Series]) -> dict[Series, str]:
-        """See :class:`~kronos_stream.market.source.Source`; asks the venue anew."""
+        """See :class:`~kronos_stream.interfaces.source.Source`; asks the venue anew."""
         found = {}
         listing = await self._load_listing(refresh=True)
         for one in sorted(series):
@@ -67,7 +67,7 @@ class Market:
         return found
 
     async def ranked(self) -> Sequence[str]:
-        """See :class:`~kronos_stream.market.source.Ranking`."""
+        """See :class:`~kronos_stream.interfaces.source.Ranking`."""
         listing = await self._load_listing(refresh=True)
         ranked = listing.ranked(await self._rest.turnover())
         if not ranked:
@@ -75,7 +75,7 @@ class Market:
         return ranked
 
     def checks(self, series: Collection[Series]) -> Sequence[Check]:
-        """Of its hosts, for :class:`~kronos_stream.checkup.CheckedSource`."""
+        """Of its hosts, for :class:`~kronos_stream.interfaces.diagnostics.CheckedSource`."""
         kind = "futures" if self._futures else "spot"
         timeout = self._options.timeout_seconds
         return [

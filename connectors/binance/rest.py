@@ -15,10 +15,10 @@ from kronos_connectors.binance.budget import WeightLimiter
 from kronos_connectors.binance.frames import read_candle
 from kronos_connectors.binance.http import BLOCKED_STATUSES, RATE_LIMIT_STATUSES, parse_retry_after
 from kronos_connectors.venue_clock import VenueClock
+from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceError, VenueRefused
 
 _log = structlog.get_logger()
 

@@ -8,11 +8,11 @@ from random import Random
 
 from kronos_connectors.binance.market import Market
 from kronos_connectors.binance.options import BinanceOptions
-from kronos_stream.checkup import Check
+from kronos_stream.interfaces.diagnostics import Check
+from kronos_stream.interfaces.source import SourceCallbacks, Traits, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, Traits, VenueRefused
 
 
 class BinanceSource:

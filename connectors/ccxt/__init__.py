@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kronos_connectors.ccxt.options import CcxtOptions, build, venues
-from kronos_stream.market.source import SourceConnector
+from kronos_stream.interfaces.source import SourceConnector
 
 CONNECTOR = SourceConnector(CcxtOptions, build, venues)
 

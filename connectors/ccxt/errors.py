@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from kronos_stream.market.source import SourceError, VenueRefused
+from kronos_stream.interfaces.source import SourceError, VenueRefused
 
 _DEFAULT_RETRY_SECONDS = 60.0
 """To wait after too many requests where the exchange does not say how long."""

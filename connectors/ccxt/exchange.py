@@ -18,8 +18,8 @@ from kronos_connectors.ccxt.markets import Markets
 from kronos_connectors.ccxt.options import CcxtOptions
 from kronos_connectors.ccxt.respite import Cooldown
 from kronos_connectors.ccxt.secrets import Redactor
+from kronos_stream.interfaces.source import SourceError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceError
 
 _T = TypeVar("_T")
 

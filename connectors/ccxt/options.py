@@ -9,8 +9,8 @@ from typing import Any, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
+from kronos_stream.interfaces.source import Source
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.source import Source
 
 Mode = Literal["auto", "watch", "poll"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
-from kronos_stream.market.source import SourceError
+from kronos_stream.interfaces.source import SourceError
 
 _log = structlog.get_logger()
 

@@ -20,11 +20,11 @@ from kronos_connectors.ccxt.rows import Paginator, RowError
 from kronos_connectors.ccxt.shards import ClientPool
 from kronos_connectors.ccxt.watching import ClientRunner
 from kronos_connectors.venue_clock import VenueClock
-from kronos_stream.checkup import Check, Finding, compare_clocks
+from kronos_stream.interfaces.diagnostics import Check, Finding, compare_clocks
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, Traits, VenueRefused
 
 _log = structlog.get_logger()
 

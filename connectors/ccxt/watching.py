@@ -24,10 +24,10 @@ from kronos_connectors.ccxt.shards import (
     Unwatch,
     Watch,
 )
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ from kronos_connectors import tls
 from kronos_connectors.kafka import admin
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import TopicSpec, deadletter_topic, required_topics
-from kronos_stream.checkup import Check, Finding
+from kronos_stream.interfaces.diagnostics import Check, Finding
 from kronos_stream.market.timeframe import Timeframe
 
 _CHECK_TIMEOUT_SECONDS, _REQUEST_TIMEOUT_SECONDS = 50.0, 15.0

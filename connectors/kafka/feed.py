@@ -1,6 +1,6 @@
 """Candle topics for role forecast: as a member of a consumer group, in one seat after the other.
 
-What is read and what is done is the reader's (:mod:`kronos_stream.market.feed`). Notes are the
+What is read and what is done is the reader's (:mod:`kronos_stream.interfaces.feed`). Notes are the
 group's committed offsets and their metadata.
 """
 
@@ -20,9 +20,9 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.seat import GroupSession, TopicNotFound
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_stream.checkup import Check
+from kronos_stream.interfaces.diagnostics import Check
+from kronos_stream.interfaces.feed import FeedNeeds, PartitionHandler
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.feed import FeedNeeds, PartitionHandler
 
 _log = structlog.get_logger()
 

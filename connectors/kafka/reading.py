@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol, TypeAlias
 from kronos_connectors.kafka.topics import candle_topic
 from kronos_connectors.shelf import RecentBars
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_message import CandleMessageError, decode_update
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _MAX_RECORDS_READ_BACK = 1_000_000
 """Of a partition, read back at most, however long the time that is wanted of it."""

@@ -21,8 +21,7 @@ from kronos_connectors.kafka import member
 from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.message import REMOVAL
-from kronos_stream.market.clock import Clock
-from kronos_stream.market.feed import (
+from kronos_stream.interfaces.feed import (
     Checkpoint,
     FeedNeeds,
     FeedRecord,
@@ -32,9 +31,10 @@ from kronos_stream.market.feed import (
     SeriesRemoved,
     Unreadable,
 )
+from kronos_stream.market.candle_message import CandleMessageError, RelayedBar, decode_bar
+from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import CandleMessageError, RelayedBar, decode_bar
 
 _log = structlog.get_logger()
 

@@ -40,8 +40,8 @@ from kronos_connectors.kafka.topics import (
     timeframe_of,
     topics_for_record,
 )
-from kronos_stream.checkup import Check
-from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import Check
+from kronos_stream.interfaces.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.timeframe import Timeframe
 

@@ -25,10 +25,10 @@ from kronos_connectors.kafka.reading import InvalidRecord, PartitionBounds, Topi
 from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.topics import candle_topic
 from kronos_connectors.tls import ConnectionProblem
+from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError, Traits
 
 _log = structlog.get_logger()
 

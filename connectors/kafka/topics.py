@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_stream.forecast.sink import RecordKind
+from kronos_stream.interfaces.sink import RecordKind
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 from kronos_connectors import tls
 from kronos_connectors.mqtt.link import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_stream.checkup import Check, Finding
+from kronos_stream.interfaces.diagnostics import Check, Finding
 
 NOT_RETAINED = "it retains no messages, so nobody could have the latest forecasts"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from kronos_connectors.mqtt.link import Connection
 from kronos_connectors.mqtt.reasons import BrokerResponse
 from kronos_connectors.mqtt.suspects import PoisonTracker
-from kronos_stream.forecast.sink import Record, Refusal
+from kronos_stream.interfaces.sink import Record, Refusal
 
 _OVERHEAD, _PROPERTY_OVERHEAD = 32, 5
 """Bytes of a packet, and of a property in it, beyond their texts; at most."""

@@ -21,8 +21,8 @@ from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.sending import Publication, Publisher
 from kronos_connectors.mqtt.suspects import PoisonTracker
 from kronos_connectors.mqtt.topics import invalid_reason
-from kronos_stream.checkup import Check
-from kronos_stream.forecast.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.diagnostics import Check
+from kronos_stream.interfaces.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 

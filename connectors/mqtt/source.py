@@ -18,11 +18,11 @@ from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.subscriptions import Subscribe, Subscriptions
 from kronos_connectors.mqtt.topics import invalid_reason
 from kronos_connectors.shelf import RecentBars
+from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle
+from kronos_stream.market.candle_message import CandleMessageError, decode_update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import LoginRefused, SourceCallbacks, SourceError, Traits
-from kronos_stream.market.wire import CandleMessageError, decode_update
 
 _log = structlog.get_logger()
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from kronos_connectors.replay.options import ReplayOptions, build
-from kronos_stream.market.source import SourceConnector
+from kronos_stream.interfaces.source import SourceConnector
 
 CONNECTOR = SourceConnector(ReplayOptions, build)

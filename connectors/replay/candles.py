@@ -12,7 +12,7 @@ import numpy as np
 
 from kronos_connectors.replay.tracks import DEFAULT_VENUE, FileSpec
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.files import CandleFileError, CandleTable, read_candles
+from kronos_stream.market.candle_files import CandleFileError, CandleTable, read_candles
 from kronos_stream.market.series import Series
 
 _CHUNK = 4096

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from kronos_connectors.binance.frames import FrameError, Kline, decode
 from kronos_connectors.replay.tracks import FileSpec, InvalidFrame
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.files import CandleFileError
+from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 

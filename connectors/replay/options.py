@@ -6,8 +6,8 @@ from random import Random
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kronos_stream.interfaces.source import Source
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.source import Source
 
 
 class ReplayOptions(BaseModel):
@@ -30,7 +30,7 @@ def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Sourc
     from kronos_connectors.replay.candles import CandleFile
     from kronos_connectors.replay.source import Recording, ReplaySource
     from kronos_connectors.replay.tracks import FileSpec
-    from kronos_stream.market.files import CandleFileError
+    from kronos_stream.market.candle_files import CandleFileError
     from kronos_stream.market.spacing import shortest_step
 
     tracks = [CandleFile.read(FileSpec.parse(text)) for text in options.files]

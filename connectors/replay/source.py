@@ -12,11 +12,11 @@ from kronos_connectors.replay.candles import CandleFile
 from kronos_connectors.replay.captures import CaptureFile, is_capture
 from kronos_connectors.replay.pace import AdvanceTo
 from kronos_connectors.replay.tracks import FileSpec, InvalidFrame, RecordedFile
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle, Update
+from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.files import CandleFileError
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, SourceError, Traits
 
 _CANDLE_TRAITS = Traits(grace_seconds=0.0, history_lag_seconds=0.0)
 _CAPTURE_TRAITS = Traits(fills_empty=True)

@@ -20,10 +20,10 @@ from kronos_connectors.binance.frames import Kline
 from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import State
+from kronos_stream.interfaces.source import SourceCallbacks, Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import SourceCallbacks, Traits
 
 _SERIES = 200
 _LOOKBACK = 96

@@ -12,7 +12,7 @@ import orjson
 from rich.table import Table
 
 from kronos_stream.daemon.due import ForecastResult
-from kronos_stream.forecast.sink import Record, Refusal, Sink
+from kronos_stream.interfaces.sink import Record, Refusal, Sink
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import parse_time, rfc3339
 

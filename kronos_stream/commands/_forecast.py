@@ -24,7 +24,7 @@ from kronos_stream.forecast.paths_file import paths_writer
 from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.forecast.summary import CLOSE
 from kronos_stream.forecast.table import print_fan
-from kronos_stream.market.files import CandleTable, read_candles
+from kronos_stream.market.candle_files import CandleTable, read_candles
 from kronos_stream.market.utc import rfc3339
 
 if TYPE_CHECKING:

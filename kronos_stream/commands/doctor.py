@@ -10,8 +10,8 @@ import click
 from kronos_stream.commands._text import printable
 
 if TYPE_CHECKING:
-    from kronos_stream.checkup import Finding, Result
     from kronos_stream.daemon.settings import Settings
+    from kronos_stream.interfaces.diagnostics import Finding, Result
 
 _FAILED, _INVALID_SETTINGS = 1, 2
 _CLEAR_LINE = "\r\x1b[K"
@@ -88,7 +88,7 @@ class _Report:
         self.add(told.name, told.finding)
 
     def add_settings_problem(self, problem: str) -> None:
-        from kronos_stream.checkup import Finding
+        from kronos_stream.interfaces.diagnostics import Finding
 
         self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
 

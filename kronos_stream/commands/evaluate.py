@@ -12,8 +12,8 @@ import click
 
 if TYPE_CHECKING:
     from kronos_stream.engine import Forecaster
-    from kronos_stream.forecast.cases import Case, ForecastFunction
-    from kronos_stream.forecast.evaluation import Report
+    from kronos_stream.evaluation.cases import Case, ForecastFunction
+    from kronos_stream.evaluation.walk_forward import Report
 
 _GENERATED = "generated"
 
@@ -84,8 +84,8 @@ def evaluate(
     bootstrap over time.
     """
     from kronos_stream.engine import Forecaster
-    from kronos_stream.forecast.cases import file_cases
-    from kronos_stream.forecast.evaluation import evaluate as score
+    from kronos_stream.evaluation.cases import file_cases
+    from kronos_stream.evaluation.walk_forward import evaluate as score
     from kronos_stream.model.checkpoint import find_model, load_tokenizer
     from kronos_stream.testing.cases import generated_cases
     from kronos_stream.training.reconstruction import reconstruction
@@ -137,7 +137,7 @@ def evaluate(
 def forecast_function(
     forecaster: Forecaster, *, seed: int = 0, anchor: bool = True
 ) -> ForecastFunction:
-    """A Forecaster as what :func:`kronos_stream.forecast.evaluation.evaluate` calls."""
+    """A Forecaster as what :func:`kronos_stream.evaluation.walk_forward.evaluate` calls."""
     from kronos_stream.engine import Context
 
     def forecast(histories: Sequence[Any], horizon: int, paths: int) -> list[Any]:

@@ -11,12 +11,11 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Literal
 
+from kronos_stream.bars.contexts import ContextStore, Window
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.share import LATE_BARS, PartitionState, SeriesProgress, initial_state
-from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import ContextStore, Window
-from kronos_stream.market.feed import (
+from kronos_stream.interfaces.feed import (
     Checkpoint,
     FeedRecord,
     Partition,
@@ -24,8 +23,9 @@ from kronos_stream.market.feed import (
     SeriesRemoved,
     Unreadable,
 )
+from kronos_stream.market.candle_message import RelayedBar, encode_bar
+from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.wire import RelayedBar, encode_bar
 
 _WRONG_PARTITION = "bars of its series are in another partition"
 

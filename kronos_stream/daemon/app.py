@@ -23,10 +23,10 @@ from kronos_stream.daemon.press import DeadLetterQueue, ForecastPublisher, build
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.sink import Sink
+from kronos_stream.interfaces.source import Source
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source
 
 
 class StandaloneRole(VenueRole):

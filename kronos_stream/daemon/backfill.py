@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from kronos_stream.bars.effects import Fetch
+from kronos_stream.interfaces.source import Source, SourceError
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.effects import Fetch
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceError
 
 _CONCURRENCY = 8
 """Requests under way per venue; what its limits allow is the source's to watch."""

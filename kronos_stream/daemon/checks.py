@@ -14,7 +14,6 @@ from pathlib import Path
 
 import aiohttp
 
-from kronos_stream.checkup import Finding, check_disk, run_in_thread
 from kronos_stream.daemon.database import APPLICATION_ID, lock_path
 from kronos_stream.daemon.http import explain_bind_error
 from kronos_stream.daemon.job import ForecastConfig
@@ -22,6 +21,7 @@ from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.settings import HttpSettings, variable_name
 from kronos_stream.daemon.state import SCHEMA_VERSION
 from kronos_stream.daemon.worker import WorkerLost, WorkerSupervisor
+from kronos_stream.interfaces.diagnostics import Finding, check_disk, run_in_thread
 from kronos_stream.market.series import Series
 
 _MAGIC = b"SQLite format 3\0"

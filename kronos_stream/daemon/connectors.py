@@ -7,9 +7,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar
 
-from kronos_stream.forecast.sink import RelayConnector, SinkConnector
-from kronos_stream.market.feed import FeedConnector
-from kronos_stream.market.source import SourceConnector
+from kronos_stream.interfaces.feed import FeedConnector
+from kronos_stream.interfaces.sink import RelayConnector, SinkConnector
+from kronos_stream.interfaces.source import SourceConnector
 
 Group = Literal["sources", "sinks", "relays", "feeds"]
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.job import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import BatchForecaster
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.worker import BatchResult, WorkerError, WorkerSupervisor
-from kronos_stream.market.contexts import Window
 
 
 class InferenceBackend(BatchForecaster, Protocol):

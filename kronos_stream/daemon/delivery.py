@@ -16,7 +16,7 @@ import structlog
 
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import NewRecord, State
-from kronos_stream.forecast.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()

@@ -18,17 +18,8 @@ import orjson
 import structlog
 from prometheus_client import Counter as PrometheusCounter
 
-from kronos_stream.daemon.alarms import TimerQueue
-from kronos_stream.daemon.backfill import Backfill, BackfillRequest
-from kronos_stream.daemon.due import ForecastRequest
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.recall import bars_without_outcome, load_window, newest_bars
-from kronos_stream.daemon.saving import Change, SaveQueue
-from kronos_stream.daemon.state import PublishedBar, State
-from kronos_stream.market.candle import Bar, Candle, Update
-from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import ContextStore, Window
-from kronos_stream.market.effects import (
+from kronos_stream.bars.contexts import ContextStore, Window
+from kronos_stream.bars.effects import (
     NEVER,
     Append,
     Begin,
@@ -40,9 +31,18 @@ from kronos_stream.market.effects import (
     Revise,
     Silence,
 )
+from kronos_stream.bars.sequencer import BarSequencer
+from kronos_stream.daemon.alarms import TimerQueue
+from kronos_stream.daemon.backfill import Backfill, BackfillRequest
+from kronos_stream.daemon.due import ForecastRequest
+from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.recall import bars_without_outcome, load_window, newest_bars
+from kronos_stream.daemon.saving import Change, SaveQueue
+from kronos_stream.daemon.state import PublishedBar, State
+from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError, VenueRefused
+from kronos_stream.market.candle import Bar, Candle, Update
+from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceCallbacks, SourceError, VenueRefused
-from kronos_stream.market.tape import BarSequencer
 
 _log = structlog.get_logger()
 

@@ -1,6 +1,6 @@
 """All that a daemon with these settings would depend on, to be looked at before it runs.
 
-What a venue or a broker depends on, its connector says (:mod:`kronos_stream.checkup`).
+What a venue or a broker depends on, its connector says (:mod:`kronos_stream.interfaces.diagnostics`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from dataclasses import replace
 from functools import partial
 from random import Random
 
-from kronos_stream.checkup import (
+from kronos_stream.daemon import checks
+from kronos_stream.daemon.environment import redacted_variables
+from kronos_stream.daemon.service import build_feed, build_sinks, build_sources
+from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError
+from kronos_stream.daemon.universe import resolve
+from kronos_stream.interfaces.diagnostics import (
     Check,
     CheckedFeed,
     CheckedSink,
@@ -20,16 +25,11 @@ from kronos_stream.checkup import (
     Result,
     run_checks,
 )
-from kronos_stream.daemon import checks
-from kronos_stream.daemon.environment import redacted_variables
-from kronos_stream.daemon.service import build_feed, build_sinks, build_sources
-from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError
-from kronos_stream.daemon.universe import resolve
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.feed import FeedNeeds
+from kronos_stream.interfaces.sink import Sink
+from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.market.feed import FeedNeeds
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceError, VenueRefused
 
 _MODEL_SECONDS = 900.0
 """It may have to be fetched."""

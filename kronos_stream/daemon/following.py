@@ -18,10 +18,10 @@ from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.settings import Settings, SettingsError
 from kronos_stream.daemon.state import State
 from kronos_stream.daemon.universe import RETRY_SECONDS, Universe
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.sink import Sink
+from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceError, VenueRefused
 
 _log = structlog.get_logger()
 

@@ -13,6 +13,7 @@ from random import Random
 
 import structlog
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon import progress
 from kronos_stream.daemon.allotment import PartitionTracker
 from kronos_stream.daemon.crew import InferenceBackend, WorkerFactory, create_backend
@@ -24,10 +25,9 @@ from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.scheduler import Scheduler
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.feed import Feed
+from kronos_stream.interfaces.sink import Sink
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Window
-from kronos_stream.market.feed import Feed
 from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()

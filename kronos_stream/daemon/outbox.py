@@ -15,7 +15,7 @@ from kronos_stream.daemon.delivery import SinkQueue
 from kronos_stream.daemon.due import Outcome
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.state import NewRecord, PublishedBar, State
-from kronos_stream.forecast.sink import RecordKind, Refusal, Sink
+from kronos_stream.interfaces.sink import RecordKind, Refusal, Sink
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()

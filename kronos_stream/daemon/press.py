@@ -9,15 +9,15 @@ from typing import Literal
 
 import structlog
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.due import ForecastResult
 from kronos_stream.daemon.job import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.outbox import Envelope, Outbox
 from kronos_stream.forecast.compose import Composer, dead_letter, removal
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook
-from kronos_stream.forecast.sink import Refusal
+from kronos_stream.interfaces.sink import Refusal
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()

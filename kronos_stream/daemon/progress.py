@@ -15,8 +15,8 @@ from kronos_stream.daemon.delivery import DELIVER_TIMEOUT_SECONDS, SinkQueue
 from kronos_stream.daemon.desk import IntakePipeline
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.scheduler import Scheduler
+from kronos_stream.interfaces.feed import Feed
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.feed import Feed
 
 _MARGIN_SECONDS = 60.0
 _SAVE_SECONDS = 120.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from kronos_stream.bars.contexts import Window, build_window
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.state import State
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.contexts import Window, build_window
 from kronos_stream.market.series import Series
 
 _PAGE_SIZE = 256

@@ -27,7 +27,7 @@ from kronos_stream.daemon.pages import Endpoints
 from kronos_stream.daemon.press import refusal_dead_letter
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
 
 _log = structlog.get_logger()

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
+from kronos_stream.bars.effects import Append, Begin, Confirm, Revise
 from kronos_stream.daemon.state import State, StateError
-from kronos_stream.market.effects import Append, Begin, Confirm, Revise
 
 Change: TypeAlias = Begin | Append | Revise | Confirm
 """What of a tape's effects is to be saved."""

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 import structlog
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.batches import Batcher, valid_until
 from kronos_stream.daemon.due import ForecastRequest, ForecastResult
 from kronos_stream.daemon.job import InferenceFailure, InferenceResult
@@ -20,7 +21,6 @@ from kronos_stream.daemon.lanes import Pending, ResultSequencer
 from kronos_stream.daemon.metrics import Metrics
 from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.timeframe import Timeframe
 
 __all__ = ["BatchForecaster", "CatchUp", "ForecastResult", "Scheduler"]

@@ -24,10 +24,10 @@ from kronos_stream.daemon.notify import Notifier
 from kronos_stream.daemon.reporter import StatusReporter
 from kronos_stream.daemon.role import Role
 from kronos_stream.daemon.settings import Settings, SettingsError
-from kronos_stream.forecast.sink import Sink
+from kronos_stream.interfaces.feed import Feed, FeedNeeds
+from kronos_stream.interfaces.sink import Sink
+from kronos_stream.interfaces.source import Source, SourceError
 from kronos_stream.market.clock import Clock, SystemClock
-from kronos_stream.market.feed import Feed, FeedNeeds
-from kronos_stream.market.source import Source, SourceError
 
 _log = structlog.get_logger()
 

@@ -14,8 +14,8 @@ import structlog
 
 from kronos_stream.daemon.due import ForecastRequest
 from kronos_stream.daemon.notes import CommitMetadata, decode_metadata, encode_metadata
+from kronos_stream.interfaces.feed import Checkpoint, PartitionBounds
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.feed import Checkpoint, PartitionBounds
 from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()

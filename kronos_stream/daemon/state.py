@@ -18,7 +18,7 @@ import structlog
 
 from kronos_stream.daemon.database import Database, StateError
 from kronos_stream.daemon.due import Outcome
-from kronos_stream.forecast.sink import Record, RecordKind
+from kronos_stream.interfaces.sink import Record, RecordKind
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 

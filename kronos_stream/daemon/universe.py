@@ -8,15 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 import structlog
 
 from kronos_stream.daemon.settings import SettingsError
-from kronos_stream.market.clock import Clock
-from kronos_stream.market.series import Series
-from kronos_stream.market.source import (
+from kronos_stream.interfaces.source import (
     LoginRefused,
     RankingSource,
     Source,
     SourceError,
     VenueRefused,
 )
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.series import Series
 from kronos_stream.market.watchlist import WatchlistEntry
 
 _log = structlog.get_logger()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import structlog
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.child import WorkerCrashed, WorkerError, WorkerProcess
 from kronos_stream.daemon.job import (
     ForecastConfig,
@@ -28,7 +29,6 @@ from kronos_stream.daemon.job import (
     ModelLoaded,
 )
 from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.market.contexts import Window
 
 __all__ = ["BatchResult", "WorkerError", "WorkerLost", "WorkerSupervisor", "usable_cores"]
 

@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.forecast.message import (
     DEAD_LETTER,
     FORECAST,
@@ -27,10 +28,9 @@ from kronos_stream.forecast.message import (
 )
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.contexts import Window
+from kronos_stream.market.candle_message import CANDLE, encode_bar
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.market.wire import CANDLE, encode_bar
 
 Headers = tuple[tuple[str, bytes], ...]
 

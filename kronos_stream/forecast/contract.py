@@ -25,7 +25,7 @@ from kronos_stream.forecast.message import (
     Forecast,
     Removal,
 )
-from kronos_stream.market.wire import CANDLE, CandleMessage
+from kronos_stream.market.candle_message import CANDLE, CandleMessage
 
 MESSAGES: dict[str, type[BaseModel]] = {
     "forecast": Forecast,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kronos_stream.atomic import atomic_write
 from kronos_stream.forecast.fan import Fan
-from kronos_stream.market.files import CandleTable
+from kronos_stream.market.candle_files import CandleTable
 
 _BARS = 100
 _SAMPLES = 6

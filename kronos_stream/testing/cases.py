@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kronos_stream.forecast.cases import Case, History
+from kronos_stream.evaluation.cases import Case, History
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
 from kronos_stream.testing.seasons import WEEK_MS

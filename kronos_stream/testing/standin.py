@@ -13,11 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.job import InferenceResult, ModelIdentity
 from kronos_stream.daemon.worker import BatchResult
 from kronos_stream.forecast.outlook import CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
-from kronos_stream.market.contexts import Window
 
 
 class FakeWorker:

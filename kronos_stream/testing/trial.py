@@ -24,18 +24,18 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon import connectors
 from kronos_stream.daemon.app import StandaloneRole
 from kronos_stream.daemon.due import ForecastRequest, Outcome
 from kronos_stream.daemon.settings import Settings
 from kronos_stream.daemon.state import State
 from kronos_stream.daemon.worker import BatchResult
-from kronos_stream.forecast.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.market.contexts import Window
 from kronos_stream.market.series import Series
-from kronos_stream.market.source import Source, SourceCallbacks
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
 from kronos_stream.testing.standin import FakeWorker
 from kronos_stream.testing.virtual import run_virtual

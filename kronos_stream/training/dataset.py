@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.market.files import read_candles
+from kronos_stream.market.candle_files import read_candles
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.qlib import ContiguousBars, is_qlib, read_qlib

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kronos_stream.forecast.cases import Case
-from kronos_stream.forecast.scoring import Interval, block_bootstrap
+from kronos_stream.evaluation.cases import Case
+from kronos_stream.evaluation.scoring import Interval, block_bootstrap
 from kronos_stream.model import Tokenizer
 from kronos_stream.training import codebook
 from kronos_stream.training.stages import PRICE_CHANNELS

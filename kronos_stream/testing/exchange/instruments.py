@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from kronos_stream.market.files import CandleFileError, CandleTable, read_candles
+from kronos_stream.market.candle_files import CandleFileError, CandleTable, read_candles
 from kronos_stream.testing.market import Market
 
 Floats = npt.NDArray[np.float64]

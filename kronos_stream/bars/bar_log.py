@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from kronos_stream.bars.corrections import PendingCorrections, candles_match
+from kronos_stream.bars.effects import Append, Confirm, Effect, Fetch, Revise
+from kronos_stream.bars.missing import MissingBars
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.claims import PendingCorrections, candles_match
-from kronos_stream.market.debts import MissingBars
-from kronos_stream.market.effects import Append, Confirm, Effect, Fetch, Revise
 from kronos_stream.market.grid import Grid
 
 _RECENT_BARS = 96

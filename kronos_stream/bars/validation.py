@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kronos_stream.bars.effects import Effect, Fetch, Reject
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.effects import Effect, Fetch, Reject
 from kronos_stream.market.grid import Grid
 
 _SKEW_MS = 2_000

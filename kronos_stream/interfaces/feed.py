@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from kronos_stream.market.candle_message import RelayedBar
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.market.wire import RelayedBar
 
 
 class Partition(NamedTuple):

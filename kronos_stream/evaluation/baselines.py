@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.cases import ForecastFunction, History
+from kronos_stream.evaluation.cases import ForecastFunction, History
 
 EWMA_DECAY = 0.94
 """RiskMetrics' (J.P. Morgan 1996) daily decay, the customary one."""

@@ -1,7 +1,7 @@
 """The tape of one series: its closed bars, each once and in order, whatever the venue's pushes do.
 
 A tape takes in what is pushed, what the venue's history answers, and the passing of time, and says
-what follows (:mod:`kronos_stream.market.effects`). It reads no clock and does no I/O. It knows
+what follows (:mod:`kronos_stream.bars.effects`). It reads no clock and does no I/O. It knows
 which bars must have closed by now and which of them it lacks; those it asks for.
 
 * A bar counts as closed when the venue says so, never before its close by our clock. Without that
@@ -9,7 +9,7 @@ which bars must have closed by now and which of them it lacks; those it asks for
 * Bars behind a hole are held. What the venue's history, asked twice, does not have some seconds
   after its close, while later bars show the venue alive, does not exist: a flat bar without volume
   takes its place. Where a venue sends nothing when nothing trades, later bars are not required.
-* A bar on the tape changes only as the history says (:mod:`kronos_stream.market.claims`).
+* A bar on the tape changes only as the history says (:mod:`kronos_stream.bars.corrections`).
 * While the history cannot be had, nothing can be known. Once patience ends, bars held behind a
   hole go on all the same; those in it are owed: made up for now, and asked for until it answers.
 """
@@ -19,15 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from kronos_stream.market.asking import BackfillPolicy
+from kronos_stream.bars.backfill_policy import BackfillPolicy
+from kronos_stream.bars.bar_log import BarLog
+from kronos_stream.bars.corrections import PendingCorrections
+from kronos_stream.bars.effects import NEVER, Begin, Effect, Fetch, Gap, Reject, Silence
+from kronos_stream.bars.missing import MissingBars
+from kronos_stream.bars.push_timing import PushTiming
+from kronos_stream.bars.validation import CandleValidator
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.claims import PendingCorrections
-from kronos_stream.market.debts import MissingBars
-from kronos_stream.market.effects import NEVER, Begin, Effect, Fetch, Gap, Reject, Silence
-from kronos_stream.market.gate import CandleValidator
 from kronos_stream.market.grid import Grid
-from kronos_stream.market.ledger import BarLog
-from kronos_stream.market.pulse import PushTiming
 from kronos_stream.market.timeframe import Timeframe
 
 _EARLY_MS = 500

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from kronos_stream.bars.effects import NEVER
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.effects import NEVER
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.market.files import read_candles
+from kronos_stream.market.candle_files import read_candles
 from kronos_stream.market.timeframe import Timeframe
 
 

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.baselines import EWMA_DECAY, last_value, random_walk, volatility
-from kronos_stream.forecast.cases import Case, ForecastFunction
-from kronos_stream.forecast.quantiles import required_paths
-from kronos_stream.forecast.scoring import (
+from kronos_stream.evaluation.baselines import EWMA_DECAY, last_value, random_walk, volatility
+from kronos_stream.evaluation.cases import Case, ForecastFunction
+from kronos_stream.evaluation.scoring import (
     Interval,
     block_bootstrap,
     covered,
     fair_crps,
     path_volatility,
 )
+from kronos_stream.forecast.quantiles import required_paths
 
 LEVELS = (0.5, 0.8, 0.9)
 _CLOSE = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from kronos_stream.market.effects import NEVER, Fetch
+from kronos_stream.bars.effects import NEVER, Fetch
 
 _MIN_PAUSE_MS, _MAX_PAUSE_MS = 1_000, 60_000
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from kronos_stream.bars.effects import Fetch
 from kronos_stream.market.candle import Bar
-from kronos_stream.market.effects import Fetch
 
 
 class MissingBars:

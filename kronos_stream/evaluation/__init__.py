@@ -1,0 +1,1 @@
+"""Forecast evaluation: scoring rules, baselines and walk-forward runs."""

@@ -1,0 +1,1 @@
+"""Interfaces that connectors implement, and the registry that finds them."""

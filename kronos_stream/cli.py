@@ -37,10 +37,10 @@ _COMMANDS = {
 
 # By name, since importing them would import torch.
 _USER_ERRORS = {
-    "kronos_stream.daemon.child.WorkerError",
-    "kronos_stream.daemon.connectors.ConnectorError",
-    "kronos_stream.daemon.database.StateError",
-    "kronos_stream.daemon.settings.SettingsError",
+    "kronos_stream.daemon.inference.process.WorkerError",
+    "kronos_stream.interfaces.plugins.ConnectorError",
+    "kronos_stream.daemon.storage.database.StateError",
+    "kronos_stream.daemon.config.settings.SettingsError",
     "kronos_stream.engine.context.ContextError",
     "kronos_stream.interfaces.sink.SinkLoginRefused",
     "kronos_stream.market.candle_files.CandleFileError",
@@ -50,7 +50,7 @@ _USER_ERRORS = {
 }
 
 # Likewise, of what the machine did.
-_MACHINE_ERRORS = {"kronos_stream.daemon.worker.WorkerLost"}
+_MACHINE_ERRORS = {"kronos_stream.daemon.inference.supervisor.WorkerLost"}
 
 _FAILED = 1
 _USAGE_ERROR = 2
@@ -173,7 +173,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 def _print_error(message: str) -> None:
     # A name from outside may hold what a terminal would take for a command.
-    from kronos_stream.daemon.logs import redact
+    from kronos_stream.daemon.telemetry.logs import redact
 
     line = redact(" ".join(message.split()))
     line = "".join(c if c.isprintable() else "?" for c in line)

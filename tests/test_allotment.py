@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon.allotment import PartitionTracker
-from kronos_stream.daemon.due import ForecastRequest
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.share import LATE_BARS
+from kronos_stream.daemon.partitions.partition_state import LATE_BARS
+from kronos_stream.daemon.partitions.tracker import PartitionTracker
+from kronos_stream.daemon.requests import ForecastRequest
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.compose import context_digest
 from kronos_stream.interfaces.feed import (
     Checkpoint,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.settings import HttpSettings, Settings, SettingsError
-from kronos_stream.daemon.state import State, StateError
+from kronos_stream.daemon.config.settings import HttpSettings, Settings, SettingsError
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.storage.state import State, StateError
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 

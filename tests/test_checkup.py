@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon import checks
-from kronos_stream.daemon.settings import HttpSettings
-from kronos_stream.daemon.state import SCHEMA_VERSION, State
+from kronos_stream.daemon.config.settings import HttpSettings
+from kronos_stream.daemon.doctor.doctor import host_checks
+from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.interfaces.diagnostics import (
     Check,
     Finding,
@@ -45,14 +45,14 @@ async def test_the_quickest_answer_tells_the_time_best() -> None:
 
 async def test_a_state_file_in_use_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite"
-    assert [one.level for one in await checks.check_state_file(path)] == ["ok"]
+    assert [one.level for one in await host_checks.check_state_file(path)] == ["ok"]
     assert not os.listdir(tmp_path)  # noqa: PTH208
     state = await State.open(path)
-    disk, used = await checks.check_state_file(path)
+    disk, used = await host_checks.check_state_file(path)
     assert (disk.level, used.level) == ("ok", "ok")
     assert f"in use by process {os.getpid()}" in used.found
     await state.close()
-    assert len(await checks.check_state_file(path)) == 1
+    assert len(await host_checks.check_state_file(path)) == 1
     await (await State.open(path)).close()  # no lock of ours stays behind
 
 
@@ -61,16 +61,18 @@ async def test_a_state_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     await (await State.open(path)).close()
     with closing(sqlite3.connect(path)) as sql:
         sql.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
-    _, newer = await checks.check_state_file(path)
+    _, newer = await host_checks.check_state_file(path)
     assert newer.level == "fail"
     assert f"newer version (schema {SCHEMA_VERSION + 1}, ours is {SCHEMA_VERSION})" in newer.found
     for content in (b"# Notes\n", os.urandom(4_096)):
         path.write_bytes(content)
-        assert (await checks.check_state_file(path))[1].found.endswith("not a state file")
+        assert (await host_checks.check_state_file(path))[1].found.endswith("not a state file")
     path.unlink()
     with closing(sqlite3.connect(path)) as sql:
         sql.execute("PRAGMA user_version = 1")
-    assert (await checks.check_state_file(path))[1].found.endswith("a database, but none of ours")
+    assert (await host_checks.check_state_file(path))[1].found.endswith(
+        "a database, but none of ours"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -87,13 +89,13 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 async def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
-        (found,) = await checks.check_port(HttpSettings(port=number), tmp_path / "state")
+        (found,) = await host_checks.check_port(HttpSettings(port=number), tmp_path / "state")
         assert found.level == "fail"
         assert f"KRONOS_STREAM_HTTP__PORT={number}: another program" in found.found
     assert [
-        one.level for one in await checks.check_port(HttpSettings(port=number), tmp_path / "s")
+        one.level for one in await host_checks.check_port(HttpSettings(port=number), tmp_path / "s")
     ] == ["ok"]
-    free, seen = await checks.check_port(HttpSettings(host="0.0.0.0", port=0), tmp_path / "s")  # noqa: S104
+    free, seen = await host_checks.check_port(HttpSettings(host="0.0.0.0", port=0), tmp_path / "s")  # noqa: S104
     assert (free.level, seen.level) == ("ok", "warn")
     assert "KRONOS_STREAM_HTTP__TOKEN" in seen.remedy
 
@@ -114,7 +116,7 @@ def test_the_pace_is_what_the_timeframes_allow(
     wanted = [
         Series.parse(f"x:S{i}:{timeframe}") for timeframe, n in series.items() for i in range(n)
     ]
-    found = checks.check_throughput(milliseconds / 1_000, wanted)
+    found = host_checks.check_throughput(milliseconds / 1_000, wanted)
     assert found.level == level
     assert said in found.found
 

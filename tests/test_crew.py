@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon.crew import WorkerPool, create_backend
-from kronos_stream.daemon.job import ModelIdentity
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.settings import Settings, SettingsError
-from kronos_stream.daemon.worker import BatchResult, WorkerError, WorkerSupervisor
+from kronos_stream.daemon.config.settings import Settings, SettingsError
+from kronos_stream.daemon.inference.pool import WorkerPool, create_backend
+from kronos_stream.daemon.inference.protocol import ModelIdentity
+from kronos_stream.daemon.inference.supervisor import BatchResult, WorkerError, WorkerSupervisor
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.testing.standin import FakeWorker

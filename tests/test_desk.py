@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from kronos_stream.daemon.desk import IntakePipeline
-from kronos_stream.daemon.due import ForecastRequest, Outcome
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import State, StateError
+from kronos_stream.daemon.intake.pipeline import IntakePipeline
+from kronos_stream.daemon.requests import ForecastRequest, Outcome
+from kronos_stream.daemon.storage.state import State, StateError
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock, LoopClock
@@ -627,7 +627,7 @@ def test_bad_frames_and_candles_are_buried_with_a_reason(tmp_path: Path) -> None
 def test_a_disk_that_cannot_keep_up_is_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kronos_stream.daemon.saving._HARD_LIMIT", 50)
+    monkeypatch.setattr("kronos_stream.daemon.intake.save_queue._HARD_LIMIT", 50)
 
     async def stuck(*_: object) -> None:
         await asyncio.sleep(10_000)

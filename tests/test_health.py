@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from kronos_stream.daemon.health import watch_loop_lag
-from kronos_stream.daemon.metrics import Metrics
+from kronos_stream.daemon.telemetry.loop_lag import watch_loop_lag
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.testing.virtual import run_virtual
 
 

@@ -14,11 +14,11 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from kronos_stream.daemon.board import SeriesStatusRegistry
-from kronos_stream.daemon.http import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.pages import Endpoints, Response
-from kronos_stream.daemon.settings import HttpSettings, SettingsError
+from kronos_stream.daemon.config.settings import HttpSettings, SettingsError
+from kronos_stream.daemon.status.endpoints import Endpoints, Response
+from kronos_stream.daemon.status.series import SeriesStatusRegistry
+from kronos_stream.daemon.status.server import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.virtual import run_virtual
 

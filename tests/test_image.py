@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from dockerfile_parse import DockerfileParser
 
-from kronos_stream.daemon.board import SeriesStatusRegistry
-from kronos_stream.daemon.http import StatusServer
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.pages import Endpoints
-from kronos_stream.daemon.settings import HttpSettings
+from kronos_stream.daemon.config.settings import HttpSettings
+from kronos_stream.daemon.status.endpoints import Endpoints
+from kronos_stream.daemon.status.series import SeriesStatusRegistry
+from kronos_stream.daemon.status.server import StatusServer
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import SystemClock
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candle_topic, required_topics
 from kronos_stream.commands.topics import topics
-from kronos_stream.daemon.settings import SettingsError
+from kronos_stream.daemon.config.settings import SettingsError
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.apache import ApacheKafka
 

@@ -18,8 +18,8 @@ import pytest
 import structlog
 from pydantic import SecretStr
 
-from kronos_stream.daemon import logs
-from kronos_stream.daemon.logs import Format, Level, configure
+from kronos_stream.daemon.telemetry import logs
+from kronos_stream.daemon.telemetry.logs import Format, Level, configure
 
 _log = structlog.get_logger()
 
@@ -167,7 +167,7 @@ def test_a_reader_that_is_slow_holds_up_nobody_and_hears_what_it_missed(
 
 def test_a_reader_that_is_stuck_does_not_hold_up_the_end() -> None:
     code = (
-        "import structlog; from kronos_stream.daemon.logs import configure\n"
+        "import structlog; from kronos_stream.daemon.telemetry.logs import configure\n"
         "configure('json', 'info')\n"
         "for _ in range(100): structlog.get_logger().info('x' * 10_000)\n"
         "print('done', flush=True)"
@@ -182,7 +182,7 @@ def test_a_reader_that_is_stuck_does_not_hold_up_the_end() -> None:
 
 def test_the_last_line_before_the_end_is_written() -> None:
     code = (
-        "import structlog; from kronos_stream.daemon.logs import configure\n"
+        "import structlog; from kronos_stream.daemon.telemetry.logs import configure\n"
         "configure('json', 'info'); structlog.get_logger().info('stopped')"
     )
     done = subprocess.run(  # noqa: S603

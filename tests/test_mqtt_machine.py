@@ -23,8 +23,8 @@ from kronos_connectors.mqtt.subscriptions import (
 )
 from kronos_connectors.mqtt.suspects import PoisonTracker
 from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate, encode_level, invalid_reason
-from kronos_stream.daemon.environment import read_options
-from kronos_stream.daemon.settings import SettingsError
+from kronos_stream.daemon.config.environment import read_options
+from kronos_stream.daemon.config.settings import SettingsError
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 

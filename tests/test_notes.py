@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronos_stream.daemon.notes import CommitMetadata, decode_metadata, encode_metadata
+from kronos_stream.daemon.partitions.commit_metadata import (
+    CommitMetadata,
+    decode_metadata,
+    encode_metadata,
+)
 
 _MOST = 4_096
 """``offset.metadata.max.bytes`` of a broker that was not told otherwise."""

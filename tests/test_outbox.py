@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from kronos_stream.daemon.delivery import BATCH_BYTES, MEMORY_BYTES
-from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Envelope, Outbox
-from kronos_stream.daemon.state import NewRecord, State, StateError
+from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
+from kronos_stream.daemon.delivery.sink_queue import BATCH_BYTES, MEMORY_BYTES
+from kronos_stream.daemon.requests import Outcome
+from kronos_stream.daemon.storage.state import NewRecord, State, StateError
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual import run_virtual

@@ -22,13 +22,13 @@ from pydantic import SecretStr
 from kronos_stream.bars.contexts import Window
 from kronos_stream.bars.sequencer import BarSequencer
 from kronos_stream.cli import main
-from kronos_stream.daemon import board as board_module
-from kronos_stream.daemon import openapi
-from kronos_stream.daemon.board import LATE_MS, SeriesStatusRegistry
-from kronos_stream.daemon.due import ForecastRequest, ForecastResult
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Envelope
-from kronos_stream.daemon.pages import Endpoints, Response
+from kronos_stream.daemon.delivery.outbox import Envelope
+from kronos_stream.daemon.requests import ForecastRequest, ForecastResult
+from kronos_stream.daemon.status import openapi
+from kronos_stream.daemon.status import series as board_module
+from kronos_stream.daemon.status.endpoints import Endpoints, Response
+from kronos_stream.daemon.status.series import LATE_MS, SeriesStatusRegistry
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.environment import read_settings
-from kronos_stream.daemon.ingest import IngestRole
-from kronos_stream.daemon.member import ForecastRole
+from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.daemon.config.settings import ENV_PREFIX, SettingsError
+from kronos_stream.daemon.roles.forecast import ForecastRole
+from kronos_stream.daemon.roles.ingest import IngestRole
+from kronos_stream.daemon.roles.standalone import StandaloneRole
 from kronos_stream.daemon.service import build_role
-from kronos_stream.daemon.settings import ENV_PREFIX, SettingsError
 
 BROKER = {"KAFKA__BOOTSTRAP_SERVERS": "localhost:9092"}
 INGEST = {"ROLE": "ingest", "SYMBOLS": "binance:BTC/USDT", **BROKER}

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon.due import ForecastRequest
-from kronos_stream.daemon.job import InferenceFailure, InferenceResult
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.scheduler import CatchUp, ForecastResult, Scheduler
-from kronos_stream.daemon.worker import BatchResult
+from kronos_stream.daemon.inference.protocol import InferenceFailure, InferenceResult
+from kronos_stream.daemon.inference.supervisor import BatchResult
+from kronos_stream.daemon.requests import ForecastRequest
+from kronos_stream.daemon.scheduling.scheduler import CatchUp, ForecastResult, Scheduler
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series

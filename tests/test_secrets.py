@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from kronos_connectors.ccxt.secrets import Redactor
-from kronos_stream.daemon.environment import read_settings
+from kronos_stream.daemon.config.environment import read_settings
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto
 from kronos_stream.testing.processes import COMMAND, http_get, wait_for
@@ -206,7 +206,7 @@ def test_tracebacks_show_no_local_variables(form: str) -> None:
     """Nor does a line that somebody, by mistake, gives a secret to."""
     code = f"""
 import structlog
-from kronos_stream.daemon.logs import configure, register_secrets
+from kronos_stream.daemon.telemetry.logs import configure, register_secrets
 secret = {MARKS["sasl"]!r}
 register_secrets(secret)
 configure({form!r}, "debug")

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from kronos_stream.cli import main
-from kronos_stream.daemon import connectors
-from kronos_stream.daemon.environment import describe_settings, read_options, read_settings
-from kronos_stream.daemon.settings import ENV_PREFIX, Settings, SettingsError
+from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
+from kronos_stream.interfaces import plugins
 
 _ACME = """
 from pydantic import BaseModel, SecretStr, model_validator
@@ -69,9 +69,9 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-exchange\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(_POINTS)
     monkeypatch.syspath_prepend(str(tmp_path))
-    connectors._entry_points.cache_clear()
+    plugins._entry_points.cache_clear()
     yield
-    connectors._entry_points.cache_clear()
+    plugins._entry_points.cache_clear()
 
 
 def _read(given: dict[str, str], *, base: bool = True) -> Settings:
@@ -351,7 +351,7 @@ def test_help_names_every_setting_with_its_default_and_meaning() -> None:
 
 def test_help_waits_for_no_heavy_library() -> None:
     code = (
-        "import sys; from kronos_stream.daemon.environment import describe_settings; list(describe_settings());"
+        "import sys; from kronos_stream.daemon.config.environment import describe_settings; list(describe_settings());"
         "print({'pandas', 'pyarrow', 'torch'} & sys.modules.keys() or 'none')"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "none\n"  # noqa: S603

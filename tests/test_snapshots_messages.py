@@ -17,7 +17,7 @@ import orjson
 import pytest
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon import notes
+from kronos_stream.daemon.partitions import commit_metadata
 from kronos_stream.forecast.compose import Composer, candle, dead_letter, forecast_id, removal
 from kronos_stream.forecast.message import DeadLetter, Engine, Forecast, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook, build_outlook
@@ -129,19 +129,21 @@ def test_long_dead_letter_is_truncated() -> None:
 def test_commit_metadata() -> None:
     """The text that is committed beside a partition's offset, and what is read back from it."""
     written = {
-        "nothing done ahead": notes.encode_metadata(notes.CommitMetadata(1_200, 488, set()), 5_000),
-        "runs and single offsets": notes.encode_metadata(
-            notes.CommitMetadata(1_200, 488, {5_003, 5_004, 5_005, 5_009}), 5_000
+        "nothing done ahead": commit_metadata.encode_metadata(
+            commit_metadata.CommitMetadata(1_200, 488, set()), 5_000
+        ),
+        "runs and single offsets": commit_metadata.encode_metadata(
+            commit_metadata.CommitMetadata(1_200, 488, {5_003, 5_004, 5_005, 5_009}), 5_000
         ),
     }
     lines = [f"{name}: {text}\n" for name, text in written.items()]
-    long = notes.encode_metadata(
-        notes.CommitMetadata(0, 488, set(range(10_000, 60_000, 2))), 10_000
+    long = commit_metadata.encode_metadata(
+        commit_metadata.CommitMetadata(0, 488, set(range(10_000, 60_000, 2))), 10_000
     )
     lines.append(f"cut to length: {len(long)} characters, {long[:60]} ... {long[-20:]}\n")
     other_version = '{"v":2,"start":1,"bars":2,"done":""}'
     for text in (*written.values(), other_version, "", "nonsense"):
-        read = notes.decode_metadata(text, 5_000)
+        read = commit_metadata.decode_metadata(text, 5_000)
         shown = "unreadable" if read is None else f"{read[0]}, {read[1]}, {sorted(read[2])}"
         lines.append(f"read {text!r}: {shown}\n")
     _check("commit-metadata.txt", "".join(lines))

@@ -23,9 +23,9 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.environment import read_settings
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.interfaces.sink import Record, Refusal
 from kronos_stream.interfaces.source import Traits
 from kronos_stream.market.candle import Candle, Update

@@ -23,8 +23,8 @@ from pydantic import BaseModel, SecretStr
 
 from kronos_connectors.kafka.topics import required_topics, topics_for_record
 from kronos_stream.cli import cli, main
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.config.settings import Settings
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.engine.noise import noise_key
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe

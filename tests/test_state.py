@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from kronos_stream.daemon.database import Database
-from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import Backlog, NewRecord, State, StateError
+from kronos_stream.daemon.requests import Outcome
+from kronos_stream.daemon.storage.database import Database
+from kronos_stream.daemon.storage.state import Backlog, NewRecord, State, StateError
 from kronos_stream.market import Bar, Candle, Series
 
 A, B = Series.parse("v:A/X:1m"), Series.parse("v:B/X:1m")
@@ -176,8 +176,8 @@ async def test_a_failed_start_lets_go_of_the_lock(tmp_path: Path) -> None:
 _VICTIM = """
 import asyncio, sys
 from pathlib import Path
-from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import NewRecord, State, StateError
+from kronos_stream.daemon.requests import Outcome
+from kronos_stream.daemon.storage.state import NewRecord, State, StateError
 from kronos_stream.market import Bar, Candle, Series
 
 async def main():

@@ -20,10 +20,10 @@ from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter_topic, forecast_topic, required_topics
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.outbox import Envelope, Outbox
-from kronos_stream.daemon.press import refusal_dead_letter
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
+from kronos_stream.daemon.delivery.publisher import refusal_dead_letter
+from kronos_stream.daemon.storage.state import State
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.message import DeadLetter
 from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock

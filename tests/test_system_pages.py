@@ -26,7 +26,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 
-from kronos_stream.daemon import openapi
+from kronos_stream.daemon.status import openapi
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for

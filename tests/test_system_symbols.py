@@ -24,7 +24,7 @@ from random import Random
 
 import pytest
 
-from kronos_stream.daemon.due import Outcome
+from kronos_stream.daemon.requests import Outcome
 from kronos_stream.forecast.message import Forecast, Removal
 from kronos_stream.market.series import Series
 from kronos_stream.testing.apache import ApacheKafka

@@ -22,12 +22,12 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from kronos_stream.daemon.environment import describe_settings, read_settings
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.notify import _MAX_PENDING, Notifier
-from kronos_stream.daemon.progress import StallCheck, Watchdog
-from kronos_stream.daemon.reporter import StatusReporter
-from kronos_stream.daemon.settings import Settings
+from kronos_stream.daemon.config.environment import describe_settings, read_settings
+from kronos_stream.daemon.config.settings import Settings
+from kronos_stream.daemon.status.sd_notify import _MAX_PENDING, Notifier
+from kronos_stream.daemon.status.systemd import StatusReporter
+from kronos_stream.daemon.status.watchdog import StallCheck, Watchdog
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.processes import ExchangeProcess, wait_for
 from kronos_stream.testing.virtual import run_virtual
@@ -45,7 +45,7 @@ import asyncio, time
 from pathlib import Path
 from pydantic import BaseModel
 from kronos_stream.daemon import delivery, progress
-from kronos_stream.daemon.database import Database
+from kronos_stream.daemon.storage.database import Database
 from kronos_stream.interfaces.sink import SinkConnector, SinkUnavailable
 
 progress.DELIVER_TIMEOUT_SECONDS = progress._MARGIN_SECONDS = 2.0

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon import following, universe
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.settings import HttpSettings, Settings, SettingsError
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.config.settings import HttpSettings, Settings, SettingsError
+from kronos_stream.daemon.intake import universe
+from kronos_stream.daemon.roles import venue as following
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.interfaces.source import LoginRefused, SourceError, VenueRefused
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series

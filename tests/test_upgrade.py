@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from kronos_stream.daemon.state import SCHEMA_VERSION, State
+from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from kronos_stream.testing.daemons import DaemonProcess

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.daemon.settings import SettingsError
-from kronos_stream.daemon.universe import resolve
+from kronos_stream.daemon.config.settings import SettingsError
+from kronos_stream.daemon.intake.universe import resolve
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.watchlist import WatchlistEntry

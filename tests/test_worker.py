@@ -22,16 +22,21 @@ import pytest
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon.job import (
+from kronos_stream.daemon.inference.protocol import (
     ForecastConfig,
     InferenceFailure,
     InferenceResult,
     price_scale,
     scale_prices,
 )
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import WorkerError, WorkerLost, WorkerSupervisor, usable_cores
-from kronos_stream.daemon.worker_main import ModelHost
+from kronos_stream.daemon.inference.supervisor import (
+    WorkerError,
+    WorkerLost,
+    WorkerSupervisor,
+    usable_cores,
+)
+from kronos_stream.daemon.inference.worker_main import ModelHost
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market import Candle, Series
 
@@ -206,7 +211,7 @@ async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
 
 PUPPET = """
 import os, socket, sys
-from kronos_stream.daemon.job import FRAME_LENGTH, ResultChunk, InferenceFailure, ModelIdentity, ModelLoaded, encode_frame, decode_frame
+from kronos_stream.daemon.inference.protocol import FRAME_LENGTH, ResultChunk, InferenceFailure, ModelIdentity, ModelLoaded, encode_frame, decode_frame
 
 stream = socket.socket(fileno=int(sys.argv[-1])).makefile("rwb")
 poison = sys.argv[1:-1]
@@ -272,9 +277,9 @@ DAEMON = """
 import asyncio
 import sys
 import numpy as np
-from kronos_stream.daemon.job import ForecastConfig
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.worker import WorkerSupervisor
+from kronos_stream.daemon.inference.protocol import ForecastConfig
+from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
 from kronos_stream.market import Candle, Series
 from kronos_stream.bars.contexts import Window
 
@@ -295,7 +300,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("what", ["computing", "seized"])
 def test_no_worker_outlives_the_daemon(tmp_path: Path, what: str) -> None:
     """Killed with -9 in the middle of a batch, even if no Python can run in the worker."""
-    command = ["-m", "kronos_stream.daemon.worker_main"]
+    command = ["-m", "kronos_stream.daemon.inference.worker_main"]
     if what == "seized":
         if sys.platform != "linux":
             pytest.skip("only Linux kills the children of the dead")
@@ -397,5 +402,5 @@ def test_cores_are_counted() -> None:
 
 def test_the_daemons_process_does_without_torch() -> None:
     """It would cost the event loop's process 280 MB."""
-    code = "import sys, kronos_stream.daemon.scheduler; sys.exit('torch' in sys.modules)"
+    code = "import sys, kronos_stream.daemon.scheduling.scheduler; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603

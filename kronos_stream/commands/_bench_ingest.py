@@ -17,9 +17,9 @@ import orjson
 from kronos_connectors.binance.connection import Connection
 from kronos_connectors.binance.fleet import ConnectionPool
 from kronos_connectors.binance.frames import Kline
-from kronos_stream.daemon.desk import IntakePipeline
-from kronos_stream.daemon.metrics import Metrics
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.intake.pipeline import IntakePipeline
+from kronos_stream.daemon.storage.state import State
+from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.source import SourceCallbacks, Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock

@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.live import Live
 
 from kronos_stream.commands._figures import DemoStats, TimedSink
-from kronos_stream.daemon import connectors, service
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.logs import configure
-from kronos_stream.daemon.settings import HttpSettings, Settings
+from kronos_stream.daemon import service
+from kronos_stream.daemon.config.settings import HttpSettings, Settings
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.telemetry.logs import configure
+from kronos_stream.interfaces import plugins
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.watchlist import WatchlistEntry
 from kronos_stream.testing.broker import EmbeddedBroker
@@ -148,7 +149,7 @@ async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
 
 
 def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
-    binance, kafka = connectors.options_type("binance"), connectors.options_type("kafka")
+    binance, kafka = plugins.options_type("binance"), plugins.options_type("kafka")
     assert binance is not None  # noqa: S101 - both are in this distribution
     assert kafka is not None  # noqa: S101
     return Settings(

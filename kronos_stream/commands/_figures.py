@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 from rich.table import Table
 
-from kronos_stream.daemon.due import ForecastResult
+from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.interfaces.sink import Record, Refusal, Sink
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import parse_time, rfc3339

@@ -22,11 +22,11 @@ from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_adva
 from kronos_connectors.replay.source import Recording, ReplaySource
 from kronos_stream.commands.replay import Speed
 from kronos_stream.daemon import service
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.due import ForecastResult
-from kronos_stream.daemon.environment import read_settings
-from kronos_stream.daemon.logs import configure
-from kronos_stream.daemon.settings import Settings, variable_name
+from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.daemon.config.settings import Settings, variable_name
+from kronos_stream.daemon.requests import ForecastResult
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.telemetry.logs import configure
 from kronos_stream.market.clock import Clock, ManualClock, SystemClock
 from kronos_stream.market.utc import rfc3339
 

@@ -10,7 +10,7 @@ import click
 from kronos_stream.commands._text import printable
 
 if TYPE_CHECKING:
-    from kronos_stream.daemon.settings import Settings
+    from kronos_stream.daemon.config.settings import Settings
     from kronos_stream.interfaces.diagnostics import Finding, Result
 
 _FAILED, _INVALID_SETTINGS = 1, 2
@@ -42,10 +42,10 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
     import asyncio
     import os
 
-    from kronos_stream.daemon.doctor import environment_finding
-    from kronos_stream.daemon.environment import read_settings
-    from kronos_stream.daemon.logs import configure
-    from kronos_stream.daemon.settings import SettingsError
+    from kronos_stream.daemon.config.environment import read_settings
+    from kronos_stream.daemon.config.settings import SettingsError
+    from kronos_stream.daemon.doctor.doctor import environment_finding
+    from kronos_stream.daemon.telemetry.logs import configure
 
     report = _Report(as_json=as_json)
     try:
@@ -64,7 +64,7 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
 
 
 async def _examine(settings: Settings, skip: tuple[str, ...], report: _Report) -> None:
-    from kronos_stream.daemon.doctor import Doctor
+    from kronos_stream.daemon.doctor.doctor import Doctor
 
     async for told in Doctor(settings).examine(report.check_started, skip):
         report.add_result(told)
@@ -93,7 +93,7 @@ class _Report:
         self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
 
     def add(self, name: str, finding: Finding) -> None:
-        from kronos_stream.daemon.logs import redact
+        from kronos_stream.daemon.telemetry.logs import redact
 
         level, found, cure = finding
         found = redact(found)

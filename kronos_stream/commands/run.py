@@ -9,7 +9,7 @@ class _RunCommand(click.Command):
     """Its help lists the settings, from where they are defined."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from kronos_stream.daemon.environment import describe_settings
+        from kronos_stream.daemon.config.environment import describe_settings
 
         super().format_options(ctx, formatter)
         with formatter.section("Environment"):
@@ -59,8 +59,8 @@ def run(check: bool) -> None:  # noqa: FBT001
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from kronos_stream.daemon import service
-    from kronos_stream.daemon.environment import read_settings
-    from kronos_stream.daemon.logs import configure
+    from kronos_stream.daemon.config.environment import read_settings
+    from kronos_stream.daemon.telemetry.logs import configure
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)

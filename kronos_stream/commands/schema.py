@@ -27,7 +27,7 @@ def schema(message: str, asyncapi: bool, openapi: bool, write: Path | None) -> N
 
     Within a version, messages only gain optional fields: ignore what you do not know.
     """
-    from kronos_stream.daemon import openapi as pages
+    from kronos_stream.daemon.status import openapi as pages
     from kronos_stream.forecast import contract
 
     if write is not None:

@@ -62,7 +62,7 @@ def check(timeframes: str) -> None:
 
 def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[TopicSpec]]:
     from kronos_connectors.kafka.topics import required_topics
-    from kronos_stream.daemon.environment import candle_timeframes, read_options
+    from kronos_stream.daemon.config.environment import candle_timeframes, read_options
 
     try:
         parsed = [Timeframe.parse(text) for text in timeframes.split(",") if text]

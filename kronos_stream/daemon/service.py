@@ -13,17 +13,17 @@ from typing import Any
 
 import structlog
 
-from kronos_stream.daemon import connectors
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.crew import WorkerFactory
-from kronos_stream.daemon.due import ForecastResult
-from kronos_stream.daemon.environment import BROKER
-from kronos_stream.daemon.ingest import IngestRole
-from kronos_stream.daemon.member import ForecastRole
-from kronos_stream.daemon.notify import Notifier
-from kronos_stream.daemon.reporter import StatusReporter
-from kronos_stream.daemon.role import Role
-from kronos_stream.daemon.settings import Settings, SettingsError
+from kronos_stream.daemon.config.environment import BROKER
+from kronos_stream.daemon.config.settings import Settings, SettingsError
+from kronos_stream.daemon.inference.pool import WorkerFactory
+from kronos_stream.daemon.requests import ForecastResult
+from kronos_stream.daemon.roles.base import Role
+from kronos_stream.daemon.roles.forecast import ForecastRole
+from kronos_stream.daemon.roles.ingest import IngestRole
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.status.sd_notify import Notifier
+from kronos_stream.daemon.status.systemd import StatusReporter
+from kronos_stream.interfaces import plugins
 from kronos_stream.interfaces.feed import Feed, FeedNeeds
 from kronos_stream.interfaces.sink import Sink
 from kronos_stream.interfaces.source import Source, SourceError
@@ -45,7 +45,7 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
             venue, _options(settings, name, connector.options), clock, _child_random(random)
         )
         for venue in venues
-        for name, connector in [connectors.load_source(venue)]
+        for name, connector in [plugins.load_source(venue)]
     }
 
 
@@ -55,13 +55,13 @@ def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) 
     return [
         connector.build(_options(settings, name, connector.options), clock, _child_random(random))
         for name in settings.sinks
-        for connector in [connectors.load_sink(name)]
+        for connector in [plugins.load_sink(name)]
     ]
 
 
 def build_feed(settings: Settings, needs: FeedNeeds, clock: Clock, random: Random) -> Feed:
     """What brings role forecast its candles. Raises ConnectorError."""
-    feed = connectors.load_feed(BROKER)
+    feed = plugins.load_feed(BROKER)
     return feed.build(_options(settings, BROKER, feed.options), needs, clock, _child_random(random))
 
 
@@ -98,7 +98,7 @@ def build_role(
         return build_standalone(settings, worker_factory=worker_factory)
     clock, random = SystemClock(), Random()
     if settings.role == "ingest":
-        relay = connectors.load_relay(BROKER)
+        relay = plugins.load_relay(BROKER)
         options = _options(settings, BROKER, relay.options)
         sink = relay.build(options, settings.candle_timeframes(), clock, _child_random(random))
         sources = build_sources(settings, clock, random)

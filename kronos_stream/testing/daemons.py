@@ -19,8 +19,8 @@ from uuid import uuid4
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
-from kronos_stream.daemon.due import Outcome
-from kronos_stream.daemon.state import State
+from kronos_stream.daemon.requests import Outcome
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.market.series import Series
 from kronos_stream.testing.child import Closeable, ManagedProcess
 from kronos_stream.testing.processes import COMMAND, ProcessFailed, http_get, wait_for

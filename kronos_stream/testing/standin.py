@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon.job import InferenceResult, ModelIdentity
-from kronos_stream.daemon.worker import BatchResult
+from kronos_stream.daemon.inference.protocol import InferenceResult, ModelIdentity
+from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.forecast.outlook import CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
 
@@ -66,8 +66,8 @@ def _flat_outlook(window: Window) -> Outlook:
 def main(seconds_per_forecast: float) -> None:
     """``kronos-stream run``, with a stand-in. pace: seconds that a forecast takes."""
     from kronos_stream.daemon import service
-    from kronos_stream.daemon.environment import read_settings
-    from kronos_stream.daemon.logs import configure
+    from kronos_stream.daemon.config.environment import read_settings
+    from kronos_stream.daemon.telemetry.logs import configure
 
     settings = read_settings(os.environ)
     configure(settings.log.format, settings.log.level)

@@ -25,12 +25,12 @@ import structlog
 from numpy.typing import NDArray
 
 from kronos_stream.bars.contexts import Window
-from kronos_stream.daemon import connectors
-from kronos_stream.daemon.app import StandaloneRole
-from kronos_stream.daemon.due import ForecastRequest, Outcome
-from kronos_stream.daemon.settings import Settings
-from kronos_stream.daemon.state import State
-from kronos_stream.daemon.worker import BatchResult
+from kronos_stream.daemon.config.settings import Settings
+from kronos_stream.daemon.inference.supervisor import BatchResult
+from kronos_stream.daemon.requests import ForecastRequest, Outcome
+from kronos_stream.daemon.roles.standalone import StandaloneRole
+from kronos_stream.daemon.storage.state import State
+from kronos_stream.interfaces import plugins
 from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Bar, Candle
@@ -125,7 +125,7 @@ class Scenario:
 
 
 def _binance_options(exchange: SimulatedExchange) -> Any:  # noqa: ANN401 - a connector's own
-    return connectors.load_source("binance")[1].options(
+    return plugins.load_source("binance")[1].options(
         ws_url=exchange.ws_url,
         rest_url=exchange.rest_url,
         futures_ws_url=f"{exchange.ws_url}/market",
@@ -266,7 +266,7 @@ class _ChaosRun:
 
     def _make_settings(self) -> Settings:
         venue = self._connector.venue
-        connector, _ = connectors.load_source(venue)
+        connector, _ = plugins.load_source(venue)
         return Settings.model_validate(
             {
                 "symbols": tuple(f"{venue}:{symbol}" for symbol in self._exchange.symbols),
@@ -308,7 +308,7 @@ class _ChaosRun:
         journal.runs.append(DaemonRun(self._clock.now(), tapes))
         chance = f"{self._scenario.seed}:{life}"
         venue = self._connector.venue
-        name, connector = connectors.load_source(venue)
+        name, connector = plugins.load_source(venue)
         options = self._settings.options[name]
         made = connector.build(venue, options, self._clock, Random(f"source:{chance}"))
         source = _RecordingSource(self._wrap_source(made), life, self._exchange, journal)

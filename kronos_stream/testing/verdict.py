@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import orjson
 
-from kronos_stream.daemon.due import Outcome
+from kronos_stream.daemon.requests import Outcome
 from kronos_stream.forecast.message import VOLATILE
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series

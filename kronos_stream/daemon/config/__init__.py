@@ -1,0 +1,1 @@
+"""Daemon settings, read from environment variables."""

@@ -1,0 +1,1 @@
+"""Delivery of messages: publisher, outbox, one queue per sink, dead letters."""

@@ -1,0 +1,276 @@
+"""The outbox's way to one sink: in order, at least once, for as long as it takes.
+
+The records next in line are in memory, within bounds; those behind them are read back from the
+state file when their turn comes. A record leaves the file when the sink has taken it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from math import inf
+from random import Random
+
+import structlog
+
+from kronos_stream.daemon.storage.state import NewRecord, State
+from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.interfaces.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
+from kronos_stream.market.clock import Clock
+
+_log = structlog.get_logger()
+
+BATCH_RECORDS, BATCH_BYTES = 500, 4 * 2**20
+MEMORY_RECORDS, MEMORY_BYTES = 2_000, 16 * 2**20
+DELIVER_TIMEOUT_SECONDS = 60.0
+"""Sinks have deadlines of their own; this one is for a sink that forgot."""
+LATE_SECONDS = 120.0
+"""A record that waits longer is said to be late, even where no delivery fails."""
+_CLOSE_TIMEOUT_SECONDS = 5.0
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.25, 10.0
+
+
+class SinkQueue:
+    """One sink's queue, and the task that empties it."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        state: State,
+        wall: Clock,
+        random: Random,
+        metrics: Metrics,
+        *,
+        max_age: int,
+        make_dead_letter: Callable[[str, Refusal], NewRecord],
+        lock: asyncio.Lock,
+        retry_login: bool = True,
+    ) -> None:
+        """max_age: ms. letter: the dead letter of a refusal, for a sink.
+
+        order: held by whoever writes or reads the outbox's rows until memory has followed suit.
+        patient: whether the sink is tried again where it does not let us in from the start.
+        """
+        self.problem = "not started yet"
+        """Why nothing is delivered, empty if all is well."""
+        self.waiting = 0
+        """How many records are undelivered."""
+        self.attempts = 0
+        """How often records were given to the sink, taken or not."""
+        self.idle = asyncio.Event()
+        """Set while nothing waits."""
+        self._sink, self._state, self._wall, self._random = sink, state, wall, random
+        self._metrics, self._max_age, self._make_dead_letter, self._lock = (
+            metrics,
+            max_age,
+            make_dead_letter,
+            lock,
+        )
+        self._buffer: deque[tuple[Record, int | None]] = deque()
+        self._buffered_bytes = 0
+        self._has_more = True
+        """Whether there may be rows behind those in memory."""
+        self._wakeup = asyncio.Event()
+        self._started, self._retry_login = False, retry_login
+        self._failures = 0
+        metrics.initialise_labels(sinks=[sink.name])
+        metrics.queue_depth.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
+        metrics.outbox_age.labels(sink.name).set_function(self._oldest_age_seconds)
+
+    @property
+    def first_sequence(self) -> float:
+        """Sequence of the oldest undelivered record, infinite if there is none; 0 if unknown."""
+        if self._buffer:
+            return self._buffer[0][0].sequence
+        return 0 if self._has_more or self.waiting else inf
+
+    def enqueue(self, record: Record, received: int | None) -> None:
+        """Take in a record just recorded, the newest. received: UTC ms, for the latency."""
+        self.waiting += 1
+        if (
+            self._has_more
+            or len(self._buffer) >= MEMORY_RECORDS
+            or self._buffered_bytes >= MEMORY_BYTES
+        ):
+            self.reload()
+        else:
+            self._append(record, received)
+        self.idle.clear()
+        self._wakeup.set()
+
+    def reload(self) -> None:
+        """Look for records in the state file."""
+        self._has_more = True
+        self.idle.clear()
+        self._wakeup.set()
+
+    def delay_problem(self) -> str:
+        """That records wait for long, in words; empty if they do not."""
+        seconds = self._oldest_age_seconds()
+        late = seconds > LATE_SECONDS
+        return f"{self.waiting} records wait, the oldest for {seconds:.0f} s" if late else ""
+
+    async def run(self) -> None:
+        """Deliver until cancelled.
+
+        Raises StateError, but nothing that the sink raises, unless it is SinkRefused at the start.
+        """
+        async with self._lock:
+            backlog = (await self._state.backlogs()).get(self._sink.name)
+            self.waiting = backlog.records if backlog else 0
+        try:
+            while True:
+                batch = await self._next_batch()
+                if self._started and not batch:
+                    await self._wakeup.wait()
+                    continue
+                refusals = await self._attempt(batch)
+                self.attempts += 1
+                if refusals is None:
+                    await asyncio.sleep(self._retry_delay())
+                elif batch:
+                    await self._commit_batch(batch, refusals)
+        finally:
+            await self._close_sink()
+
+    async def _next_batch(self) -> list[Record]:
+        """The records to deliver next; empty if none wait."""
+        self._wakeup.clear()
+        while True:
+            if not self._buffer and self._has_more:
+                await self._load_more()
+            if not self._buffer:
+                self.idle.set()
+                return []
+            before = self._wall.now() - self._max_age
+            if self._buffer[0][0].created >= before:
+                return self._peek_batch()
+            await self._expire(before)
+
+    def _peek_batch(self) -> list[Record]:
+        batch, size = [], 0
+        for record, _ in self._buffer:
+            batch.append(record)
+            size += len(record.value)
+            if len(batch) >= BATCH_RECORDS or size >= BATCH_BYTES:
+                break
+        return batch
+
+    async def _load_more(self) -> None:
+        async with self._lock:
+            name = self._sink.name
+            records = await self._state.undelivered(name, BATCH_RECORDS, BATCH_BYTES)
+            for record in records:
+                self._append(record, None)
+            if len(records) < BATCH_RECORDS and self._buffered_bytes < BATCH_BYTES:
+                self._has_more, self.waiting = False, len(records)
+
+    async def _expire(self, before: int) -> None:
+        """Drop the first records created before a time, UTC ms."""
+        async with self._lock:
+            count, last = await self._state.expire(self._sink.name, before)
+            while self._buffer and self._buffer[0][0].sequence <= last:
+                self._pop()
+            self.waiting -= count
+        self._metrics.expired.labels(self._sink.name).inc(count)
+        _log.error("records given up, too old to deliver", sink=self._sink.name, records=count)
+
+    async def _attempt(self, batch: Sequence[Record]) -> Sequence[Refusal] | None:
+        """What the sink refused of ``batch``; None if it all has to be given again."""
+        try:
+            async with asyncio.timeout(DELIVER_TIMEOUT_SECONDS):
+                if not self._started:
+                    await self._sink.start()
+                    self._started = True
+                refusals = await self._sink.deliver(batch) if batch else ()
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            self._on_failure("a task of its own was cancelled")
+        except (SinkUnavailable, TimeoutError) as error:
+            if isinstance(error, SinkLoginRefused) and not (self._started or self._retry_login):
+                raise
+            self._on_failure(str(error) or f"no answer in {DELIVER_TIMEOUT_SECONDS:g} s")
+        except Exception as error:  # noqa: BLE001 - whoever wrote it, it holds up its own only
+            _log.error("sink failed unexpectedly", sink=self._sink.name, exc_info=error)
+            self._on_failure(repr(error))
+        else:
+            self._on_success()
+            return refusals
+        if _is_cancelled():
+            raise asyncio.CancelledError  # the sink made something else of it
+        return None
+
+    async def _commit_batch(self, batch: Sequence[Record], refusals: Sequence[Refusal]) -> None:
+        """Take a batch out of the file and of memory; what was refused becomes dead letters."""
+        name, now = self._sink.name, self._wall.now()
+        letters = [
+            self._make_dead_letter(name, refusal)
+            for refusal in refusals
+            if refusal.record.kind != "deadletter"  # it would go round for ever
+        ]
+        for (_, kind, key, *_), why in refusals:
+            _log.error("record refused", sink=name, kind=kind, key=key, why=why)
+        refused = {refusal.record.sequence for refusal in refusals}
+        self._metrics.refused.labels(name).inc(len(refused))
+        kinds: Counter[str] = Counter()
+        async with self._lock:
+            put = await self._state.mark_delivered(name, batch[-1].sequence, letters)
+            for _ in batch:
+                record, received = self._pop()
+                if record.sequence not in refused:
+                    kinds[record.kind] += 1
+                    if received is not None:
+                        seconds = max(0, now - received) / 1000
+                        self._metrics.received_to_published.labels(name).observe(seconds)
+            self.waiting -= len(batch)
+            for _, record in put:
+                self.enqueue(record, None)
+        for delivered, count in kinds.items():
+            self._metrics.delivered.labels(name, delivered).inc(count)
+
+    def _on_failure(self, why: str) -> None:
+        self._failures += 1
+        self._metrics.sink_failures.labels(self._sink.name).inc()
+        if why != self.problem:
+            _log.warning("sink does not deliver, trying again", sink=self._sink.name, why=why)
+        self.problem = why
+
+    def _on_success(self) -> None:
+        if self._failures:
+            tries = self._failures
+            _log.info("sink delivers", sink=self._sink.name, tries=tries, waiting=self.waiting)
+        self._failures, self.problem = 0, ""
+
+    def _retry_delay(self) -> float:
+        """Seconds until the next try: twice as long each time, up to a point, and never in step."""
+        longest = _MIN_RETRY_SECONDS * (1 << min(self._failures - 1, 10))
+        return min(longest, _MAX_RETRY_SECONDS) * self._random.uniform(0.5, 1)
+
+    async def _close_sink(self) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+                await self._sink.close()
+        except Exception as error:  # noqa: BLE001 - it is of no use any more anyway
+            _log.warning("sink not closed in good order", sink=self._sink.name, why=repr(error))
+
+    def _append(self, record: Record, received: int | None) -> None:
+        self._buffer.append((record, received))
+        self._buffered_bytes += len(record.value)
+
+    def _pop(self) -> tuple[Record, int | None]:
+        first = self._buffer.popleft()
+        self._buffered_bytes -= len(first[0].value)
+        return first
+
+    def _oldest_age_seconds(self) -> float:
+        """Of the oldest undelivered."""
+        if not self._buffer:
+            return 0.0
+        return max(0, self._wall.now() - self._buffer[0][0].created) / 1000
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

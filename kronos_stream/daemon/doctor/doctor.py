@@ -1,0 +1,184 @@
+"""All that a daemon with these settings would depend on, to be looked at before it runs.
+
+What a venue or a broker depends on, its connector says (:mod:`kronos_stream.interfaces.diagnostics`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from random import Random
+
+from kronos_stream.daemon.config.environment import redacted_variables
+from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
+from kronos_stream.daemon.doctor.doctor import host_checks
+from kronos_stream.daemon.intake.universe import resolve
+from kronos_stream.daemon.service import build_feed, build_sinks, build_sources
+from kronos_stream.interfaces.diagnostics import (
+    Check,
+    CheckedFeed,
+    CheckedSink,
+    CheckedSource,
+    Finding,
+    Result,
+    run_checks,
+)
+from kronos_stream.interfaces.feed import FeedNeeds
+from kronos_stream.interfaces.sink import Sink
+from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
+from kronos_stream.market.clock import SystemClock
+from kronos_stream.market.series import Series
+
+_MODEL_SECONDS = 900.0
+"""It may have to be fetched."""
+_SYMBOLS_SECONDS = 90.0
+"""A venue's list of them is megabytes."""
+
+
+def environment_finding(environ: Mapping[str, str]) -> Finding:
+    """Which variables are set, secrets withheld; for settings that can be read."""
+    found = sorted(redacted_variables(environ).items())
+    said = ", ".join(f"{name.removeprefix(ENV_PREFIX)}={value}" for name, value in found)
+    return Finding("ok", said or "nothing is set")
+
+
+class Doctor:
+    """Looks over what ``settings`` name. Nothing is opened but for a moment, and nothing sent."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        follows = settings.role != "forecast"
+        self._series: set[Series] = set(settings.series() if follows else ())
+        """What would be followed, as far as it is known by now."""
+
+    async def examine(
+        self, on_start: Callable[[str], None], skip: Collection[str] = ()
+    ) -> AsyncIterator[Result]:
+        """Every finding, as it is found.
+
+        begins: told the name of each check that begins. without: areas left out, of :data:`AREAS`.
+        """
+        async with AsyncExitStack() as stack:
+            for area in AREAS:
+                if area not in skip:
+                    async for one in run_checks(self._area_checks(area, stack), on_start):
+                        yield one
+
+    def _area_checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
+        settings = self._settings
+        state = None if settings.role == "forecast" else settings.state_file
+        checks_of: dict[str, Callable[[], Sequence[Check]]] = {
+            "state": lambda: [
+                Check("state file", partial(host_checks.check_state_file, settings.state_file))
+            ],
+            "http": lambda: [
+                Check("http port", partial(host_checks.check_port, settings.http, state))
+            ],
+            "venues": lambda: self._source_checks(stack),
+            "sinks": lambda: self._sink_checks(stack),
+            "model": lambda: [
+                Check("model", partial(self._check_model, number), _MODEL_SECONDS)
+                for number in range(len(settings.devices))
+            ],
+        }
+        if settings.role == "forecast":
+            checks_of["state"] = tuple
+            checks_of["venues"] = lambda: self._feed_checks(stack, writes=False)
+        elif settings.role == "ingest":
+            checks_of["sinks"] = lambda: self._feed_checks(stack, writes=True)
+            checks_of["model"] = tuple
+        return checks_of[area]()
+
+    def _source_checks(self, stack: AsyncExitStack) -> Sequence[Check]:
+        try:
+            sources = build_sources(self._settings, SystemClock(), Random())
+        except (SettingsError, SourceError) as error:
+            return [
+                Check("venues", partial(_constant, Finding("fail", str(error), _SYMBOL_REMEDY)))
+            ]
+        found: list[Check] = []
+        for venue, source in sources.items():
+            stack.push_async_callback(source.close)
+            # Of a pattern it tells which of the venue's markets, and how long the bars are.
+            entries = [one for one in self._settings.watchlist() if one.venue == venue]
+            series = [one for entry in entries for one in entry.series()]
+            if isinstance(source, CheckedSource):
+                found += [_with_remedy(check) for check in source.checks(series)]
+            symbols = partial(self._check_symbols, venue, source)
+            found.append(_with_remedy(Check(f"{venue} symbols", symbols, _SYMBOLS_SECONDS)))
+        return found
+
+    async def _check_symbols(self, venue: str, source: Source) -> Sequence[Finding]:
+        """Whether the venue has all that is wanted of it."""
+        entries = [one for one in self._settings.watchlist() if one.venue == venue]
+        try:
+            series = await resolve(entries, {venue: source}, ())
+        except SettingsError as error:
+            return [Finding("fail", problem, _SYMBOL_REMEDY) for problem in error.problems]
+        self._series |= series
+        unknown = await source.unsupported(series)
+        self._series -= unknown.keys()
+        if unknown:
+            return [
+                Finding("fail", f"{one}: {why}", _SYMBOL_REMEDY) for one, why in unknown.items()
+            ]
+        return [Finding("ok", f"{venue} has all {len(series)} series that are wanted")]
+
+    def _sink_checks(self, stack: AsyncExitStack) -> Sequence[Check]:
+        found: list[Check] = []
+        for sink in build_sinks(self._settings, SystemClock()):
+            stack.push_async_callback(sink.close)
+            if isinstance(sink, CheckedSink):
+                found += sink.checks()
+            else:
+                found.append(Check(sink.name, partial(_no_checks, sink)))
+        return found
+
+    def _feed_checks(self, stack: AsyncExitStack, *, writes: bool) -> Sequence[Check]:
+        """Of what carries candles from one role to the other."""
+        settings = self._settings
+        needs = FeedNeeds(settings.candle_timeframes(), settings.lookback)
+        feed = build_feed(settings, needs, SystemClock(), Random())
+        stack.push_async_callback(feed.close)
+        return feed.checks(writes=writes) if isinstance(feed, CheckedFeed) else ()
+
+    async def _check_model(self, number: int) -> Sequence[Finding]:
+        """Of that device, with its share of the series."""
+        devices = self._settings.devices
+        plan = replace(self._settings.forecast_config(), device=devices[number])
+        return await host_checks.check_model(plan, sorted(self._series)[number :: len(devices)])
+
+
+AREAS = ("state", "http", "venues", "sinks", "model")
+"""In the order of looking: what is quick first."""
+
+_SYMBOL_REMEDY = (
+    "see KRONOS_STREAM_SYMBOLS, KRONOS_STREAM_SYMBOLS_FILE and KRONOS_STREAM_TIMEFRAMES"
+)
+
+
+def _with_remedy(check: Check) -> Check:
+    """The same, with a cure for what keeps a venue from answering."""
+
+    async def look() -> Sequence[Finding]:
+        try:
+            return await check.run()
+        except VenueRefused as error:
+            cure = "it does not serve this address: run from another one, or leave the venue out"
+            return [Finding("fail", str(error), cure)]
+        except SourceError as error:
+            cure = "see whether this machine reaches it: network, firewall, and the venue's URLs"
+            return [Finding("fail", str(error), cure)]
+
+    return check._replace(run=look)
+
+
+async def _constant(finding: Finding) -> Sequence[Finding]:
+    return [finding]
+
+
+async def _no_checks(sink: Sink) -> Sequence[Finding]:
+    found = f"not looked at: the sink {sink.name} brings no checks"
+    return [Finding("warn", found, "kronos-stream run tells whether it delivers, in /readyz")]

@@ -1,0 +1,1 @@
+"""Model inference in worker processes."""

@@ -1,0 +1,1 @@
+"""Intake of live candles: pipeline, backfill, recovery, watched symbols."""

@@ -1,0 +1,1 @@
+"""Assigned partitions of the candle topics (role ``forecast``)."""

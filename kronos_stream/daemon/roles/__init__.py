@@ -1,0 +1,1 @@
+"""Daemon roles: standalone, ingest, forecast."""

@@ -1,0 +1,1 @@
+"""Scheduling of forecasts: batches by bar close, results in order."""

@@ -1,0 +1,316 @@
+"""From due bars to forecasts: batches by bar close, one at a time, and an outcome for every bar.
+
+While one batch is computed the next gathers (:mod:`kronos_stream.daemon.scheduling.batcher`). Whatever is
+decided first, results are told in order per series (:mod:`kronos_stream.daemon.scheduling.ordering`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Literal, Protocol
+
+import structlog
+
+from kronos_stream.bars.contexts import Window
+from kronos_stream.daemon.inference.protocol import InferenceFailure, InferenceResult
+from kronos_stream.daemon.inference.supervisor import BatchResult
+from kronos_stream.daemon.requests import ForecastRequest, ForecastResult
+from kronos_stream.daemon.scheduling.batcher import Batcher, valid_until
+from kronos_stream.daemon.scheduling.ordering import Pending, ResultSequencer
+from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.market.clock import Clock
+from kronos_stream.market.timeframe import Timeframe
+
+__all__ = ["BatchForecaster", "CatchUp", "ForecastResult", "Scheduler"]
+
+_log = structlog.get_logger()
+
+CatchUp = Literal["newest", "all"]
+
+_YIELD_EVERY = 32
+"""Windows built before other tasks have their turn."""
+
+_PUBLISH_CHUNK = 256
+"""Results published at a time."""
+
+_MIN_DEADLINE_SECONDS = 2.0
+_MAX_DEADLINE_SECONDS = 60.0
+
+
+class BatchForecaster(Protocol):
+    """What the scheduler needs of a worker."""
+
+    def estimate_seconds(self, count: int) -> float: ...
+
+    def capacity(self, seconds: float) -> int: ...
+
+    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult: ...
+
+
+class Scheduler:
+    """Turns due bars into results. ``due`` at any time; ``run`` once."""
+
+    def __init__(
+        self,
+        worker: BatchForecaster,
+        get_window: Callable[[ForecastRequest], Awaitable[Window | None]],
+        outstanding_bars: Callable[[int], int],
+        publish: Callable[[Sequence[ForecastResult]], Awaitable[Sequence[ForecastResult]]],
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        catch_up: CatchUp = "newest",
+        batch_wait: float | None = None,
+        batch_deadline: float | None = None,
+        max_deadline: float = _MAX_DEADLINE_SECONDS,
+        max_batch_size: int = 1000,
+        max_backlog: int = 200_000,
+    ) -> None:
+        """What it takes to forecast, and where results go.
+
+        window: what a bar is forecast from; None if that is gone.
+        awaited: how many live series' bars of this close, UTC ms, have not come yet.
+        publish: returns once the results are safe, which may be fewer or others; its failures end
+            :meth:`run`.
+        catch_up: when behind, "newest" skips a bar that a newer one of its series has overtaken;
+            "all" forecasts every one.
+        batch_wait: seconds after the first bar of a close that others of it are waited for; None
+            takes a quarter of the time for which its forecast would be valid, at most 2.
+        batch_deadline: seconds for a batch in the worker; None takes 0.8 of the timeframe, between
+            2 and 60. Batches are sized to take at most half of it.
+        longest: seconds that no batch's deadline exceeds, if it is not set.
+        most: series in a batch. backlog: bars that may wait; beyond, the oldest are skipped even
+            where all are asked for.
+        """
+        self._worker, self._get_window, self._publish = worker, get_window, publish
+        self._clock, self._metrics = clock, metrics
+        self._catch_up = catch_up
+        self._batch_wait, self._batch_deadline = batch_wait, batch_deadline
+        self._max_deadline, self._max_batch_size, self._max_backlog = (
+            max_deadline,
+            max_batch_size,
+            max_backlog,
+        )
+        self._sequencer = ResultSequencer()
+        self._batcher = Batcher(outstanding_bars, batch_wait)
+        self._waiting = self._batches = self._drain_callers = 0
+        self._finishing = self._batching_done = False
+        self._wakeup, self._drained, self._stopped = (
+            asyncio.Event(),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+        self._drained.set()
+
+    def submit(self, request: ForecastRequest) -> None:
+        """Take in a bar; in order per series. Returns at once."""
+        if self._finishing:
+            return
+        self._drained.clear()
+        item = Pending(request, self._clock.now())
+        before = self._sequencer.add(item)
+        self._waiting += 1
+        self._metrics.close_to_received.observe(max(0, request.received - request.close) / 1000)
+        if before is not None and before.request.origin == request.origin:
+            self._skip(before, "revised")
+        elif before is not None and self._catch_up == "newest":
+            self._skip(before, "overrun")
+        if self._waiting > self._max_backlog:
+            oldest = self._sequencer.oldest_waiting(request.series)
+            if oldest is not None:
+                self._skip(oldest, "overrun")
+        if request.skip_reason is not None:
+            self._skip(item, request.skip_reason)
+        else:
+            self._batcher.add(item)
+            self._wakeup.set()
+        self._metrics.queue_depth.labels("due").set(self._waiting)
+
+    async def run(self) -> None:
+        """Work until cancelled, or until :meth:`finish`. Fails if publishing or the worker does."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._run_batches())
+                tasks.create_task(self._publish_results())
+        finally:
+            self._stopped.set()
+
+    async def drain(self) -> None:
+        """Return once every bar taken in has its result published; nobody is waited for then."""
+        self._drain_callers += 1
+        self._wakeup.set()
+        try:
+            await self._drained.wait()
+        finally:
+            self._drain_callers -= 1
+
+    @property
+    def pending(self) -> int:
+        """Bars taken in whose results are not published yet."""
+        return self._sequencer.pending
+
+    @property
+    def published(self) -> int:
+        """Results published so far."""
+        return self._sequencer.published
+
+    @property
+    def max_latency_seconds(self) -> float:
+        """Seconds from a bar until its result, where the first attempt of a batch is good."""
+        deadline = self._batch_deadline or self._max_deadline
+        return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.estimate_seconds(1))
+
+    def cancel_waiting(self) -> None:
+        """Take back all bars that wait for a batch, and those of their series behind them.
+
+        They get no result, and may be due again.
+        """
+        for item in self._sequencer.cancel_waiting():
+            self._skip(item, "withdrawn")
+
+    async def finish(self, grace: float) -> bool:
+        """Take in no more, finish the batch in hand and end :meth:`run`; True if done in time.
+
+        Bars still waiting get no result: they are due again when the daemon starts again.
+        grace: seconds.
+        """
+        self._finishing = True
+        self._wakeup.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._stopped.wait()
+        return self._stopped.is_set()
+
+    async def _run_batches(self) -> None:
+        while not self._finishing:
+            self._wakeup.clear()
+            self._batcher.release(self._clock.now(), force=self._drain_callers > 0)
+            batch, deadline = self._next_batch()
+            if batch:
+                await self._run_batch(batch, deadline)
+            else:
+                await self._wait_for_batch()
+        self._batching_done = True
+        self._sequencer.result_ready.set()
+
+    async def _wait_for_batch(self) -> None:
+        """Until something has come, or the time of a gathering close is up."""
+        waits = [asyncio.ensure_future(self._wakeup.wait())]
+        end = self._batcher.next_deadline()
+        if end is not None:
+            waits.append(asyncio.ensure_future(self._sleep_until(end)))
+        try:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in done:
+                wait.result()
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _sleep_until(self, moment: int) -> Literal[True]:
+        await self._clock.sleep_until(moment)
+        return True
+
+    def _next_batch(self) -> tuple[list[Pending], float]:
+        """The next batch, and the seconds it may take."""
+        self._batcher.discard_resolved(self._drop_expired)
+        ready = self._batcher.ready
+        if not ready:
+            return [], 0.0
+        deadline = min(self._deadline(series.timeframe) for series in ready)
+        batch = self._batcher.pop_batch(
+            min(self._max_batch_size, self._worker.capacity(deadline / 2))
+        )
+        self._waiting -= len(batch)
+        self._metrics.queue_depth.labels("due").set(self._waiting)
+        return batch, max(deadline, 2 * self._worker.estimate_seconds(len(batch)))
+
+    def _drop_expired(self, item: Pending) -> None:
+        """Skip a series' newest bar if its forecast would not be valid any more."""
+        end = valid_until(item.request)
+        if self._catch_up == "newest" and end <= self._clock.now():
+            # It came too late, or it was kept here too long.
+            self._skip(item, "stale" if item.arrived >= end else "overrun")
+
+    async def _run_batch(self, batch: Sequence[Pending], deadline: float) -> None:
+        """Decide every bar of the batch."""
+        items, windows = await self._load_windows(batch)
+        if not items:
+            return
+        now = self._clock.now()
+        drawn, seconds = await self._worker.forecast(windows, deadline)
+        self._batches += 1
+        self._metrics.batch_series.observe(len(items))
+        self._metrics.compute_seconds.observe(seconds)
+        _log.debug("batch drawn", batch=self._batches, series=len(items), seconds=round(seconds, 3))
+        for item, window, made in zip(items, windows, drawn, strict=True):
+            queued = max(0, now - item.request.received)
+            self._metrics.received_to_batched.observe(queued / 1000)
+            result = ForecastResult(
+                item.request, window, queued_ms=queued, compute_ms=round(1000 * seconds)
+            )
+            self._sequencer.set_result(item, self._with_forecast(result, made))
+
+    async def _load_windows(self, batch: Sequence[Pending]) -> tuple[list[Pending], list[Window]]:
+        """What to forecast from; bars whose context is gone are skipped."""
+        items: list[Pending] = []
+        windows: list[Window] = []
+        for i, item in enumerate(batch, 1):
+            window = await self._get_window(item.request)
+            if window is None:
+                self._sequencer.set_result(item, ForecastResult(item.request, reason="gap"))
+            else:
+                items.append(item)
+                windows.append(window)
+            if i % _YIELD_EVERY == 0:
+                await asyncio.sleep(0)
+        return items, windows
+
+    def _with_forecast(
+        self, result: ForecastResult, made: InferenceResult | InferenceFailure
+    ) -> ForecastResult:
+        if isinstance(made, InferenceResult):
+            return result._replace(outlook=made.outlook, scale=made.scale)
+        due = result.request
+        _log.warning(
+            "forecast failed",
+            series=due.series.name,
+            origin=due.origin,
+            batch=self._batches,
+            why=made.reason,
+        )
+        return result._replace(reason="failed")
+
+    def _skip(self, item: Pending, reason: str) -> None:
+        """Decide a bar that waits."""
+        self._waiting -= 1
+        self._sequencer.set_result(item, ForecastResult(item.request, reason=reason))
+
+    async def _publish_results(self) -> None:
+        """Publish what is decided, as soon as its turn in its lane has come."""
+        lanes = self._sequencer
+        while True:
+            await lanes.result_ready.wait()
+            lanes.result_ready.clear()
+            while heads := lanes.pop_ready(_PUBLISH_CHUNK):
+                results = [
+                    item.result for item in heads if item.result is not None and not item.cancelled
+                ]
+                for outcome in (result.outcome for result in await self._publish(results)):
+                    self._metrics.outcomes.labels(outcome.result, outcome.reason).inc()
+                lanes.mark_published(len(heads))
+                if not lanes.pending:
+                    self._drained.set()
+            if self._batching_done:
+                return
+
+    def _deadline(self, timeframe: Timeframe) -> float:
+        if self._batch_deadline is not None:
+            return self._batch_deadline
+        length = timeframe.milliseconds
+        if length is None:  # a month
+            return self._max_deadline
+        seconds = min(0.0008 * length, self._max_deadline)
+        return max(_MIN_DEADLINE_SECONDS, seconds)

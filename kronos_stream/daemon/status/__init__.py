@@ -1,0 +1,1 @@
+"""Daemon status: HTTP endpoints, series states, watchdog, systemd."""

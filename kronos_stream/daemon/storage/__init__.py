@@ -1,0 +1,1 @@
+"""State file: an SQLite database with one owner."""

@@ -24,8 +24,8 @@ from rich.console import Console
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import forecast_topic, required_topics
-from kronos_stream.commands import _board, _tail
-from kronos_stream.commands._board import ForecastTable
+from kronos_stream.commands import _forecast_table, _tail
+from kronos_stream.commands._forecast_table import ForecastTable
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.testing.apache import ApacheKafka
@@ -180,20 +180,20 @@ def test_rows_are_in_order_and_as_many_as_there_is_room_for() -> None:
 )
 def test_bands_are_the_usual_or_the_outermost(bands: Sequence[str], shown: Sequence[str]) -> None:
     made = _forecast(bands=bands)
-    assert _board.band_names(made) == shown
+    assert _forecast_table.band_names(made) == shown
     board = ForecastTable("here", newest_first=False)
     board.add(made)
     assert all(name in _drawn(board, START) for name in shown)
     board.add(_forecast(ETH, bands=("q20", "q80")))
     assert all(name in _drawn(board, START) for name in ("low", "middle", "high"))
-    assert "mean" not in _board.format_line(_forecast(bands=("q50",)))
+    assert "mean" not in _forecast_table.format_line(_forecast(bands=("q50",)))
 
 
 @pytest.mark.parametrize(
     ("seconds", "age"), [(-5, "0 s"), (119, "119 s"), (120, "2 min"), (9_000, "2 h"), (2e6, "23 d")]
 )
 def test_ages_are_short(seconds: float, age: str) -> None:
-    assert _board._format_age(1000 * seconds) == age
+    assert _forecast_table._format_age(1000 * seconds) == age
 
 
 @contextmanager

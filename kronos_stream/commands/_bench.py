@@ -17,14 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kronos_stream.commands._machine import (
+from kronos_stream.commands._bench_machine import (
     Machine,
     measure_machine,
     median_seconds,
     synchronise,
     time_call,
 )
-from kronos_stream.commands._precision import compare_precision
+from kronos_stream.commands._bench_precision import compare_precision
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
 from kronos_stream.engine.cost import Workload, stage_costs

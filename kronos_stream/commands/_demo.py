@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.live import Live
 
-from kronos_stream.commands._figures import DemoStats, TimedSink
+from kronos_stream.commands._demo_stats import DemoStats, TimedSink
 from kronos_stream.daemon import service
 from kronos_stream.daemon.config.settings import HttpSettings, Settings
 from kronos_stream.daemon.roles.standalone import StandaloneRole

@@ -22,7 +22,7 @@ from kronos_connectors.kafka.reasons import explain, explain_captured
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.client import Forecast, forecasts
-from kronos_stream.commands._board import ForecastTable, format_line
+from kronos_stream.commands._forecast_table import ForecastTable, format_line
 from kronos_stream.daemon.config.environment import read_options
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kronos_stream.commands._request import ForecastArguments
+from kronos_stream.commands._forecast_arguments import ForecastArguments
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 

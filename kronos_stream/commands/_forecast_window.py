@@ -8,7 +8,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.commands._request import ForecastArguments
+from kronos_stream.commands._forecast_arguments import ForecastArguments
 from kronos_stream.market.candle_files import CandleTable
 from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339

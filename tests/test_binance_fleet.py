@@ -11,10 +11,10 @@ from random import Random
 import orjson
 import pytest
 
-from kronos_connectors.binance import fleet as fleets
+from kronos_connectors.binance import pool as fleets
 from kronos_connectors.binance.connection import NEVER, RESPONSE_TIMEOUT_SECONDS, Connection
-from kronos_connectors.binance.fleet import Close, ConnectionPool, InvalidFrame, Open, Send
 from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown
+from kronos_connectors.binance.pool import Close, ConnectionPool, InvalidFrame, Open, Send
 from kronos_stream.market.series import Series
 
 OPEN_MS = 1_750_000_020_000

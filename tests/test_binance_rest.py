@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kronos_connectors.binance.budget import WeightLimiter
-from kronos_connectors.binance.http import parse_retry_after
+from kronos_connectors._shared.venue_clock import VenueClock
+from kronos_connectors.binance.http_status import parse_retry_after
 from kronos_connectors.binance.options import BinanceOptions
+from kronos_connectors.binance.rate_limit import WeightLimiter
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, RestClient
 from kronos_connectors.binance.symbols import Listing
-from kronos_connectors.venue_clock import VenueClock
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.market.series import Series

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kronos_connectors.ccxt.shards import (
+from kronos_connectors.ccxt.pool import (
     NEVER,
     OVERLAP_SECONDS,
     Client,

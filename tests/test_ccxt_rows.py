@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_connectors.ccxt.errors import HttpStatusError, SeriesRefused, translate_error
 from kronos_connectors.ccxt.markets import inactive, unsupported_reason
-from kronos_connectors.ccxt.rows import Page, Paginator, PushDiff, RowError, read_row
+from kronos_connectors.ccxt.ohlcv import Page, Paginator, PushDiff, RowError, read_row
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import ManualClock

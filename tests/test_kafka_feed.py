@@ -14,7 +14,7 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from confluent_kafka import Producer
 
-from kronos_connectors.kafka import member, seat
+from kronos_connectors.kafka import group_consumer, group_session
 from kronos_connectors.kafka.feed import KafkaFeed
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import candle_topic
@@ -192,7 +192,7 @@ async def test_a_member_without_a_share_is_fine(house: CandleTopic) -> None:
 async def test_a_slow_hand_over_is_no_dead_broker(
     house: CandleTopic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(member, "_FETCH_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(group_consumer, "_FETCH_TIMEOUT_SECONDS", 2.0)
     await house.create(4)
     slow, new = RecordingHandler(hand_over=6.0), RecordingHandler()
 
@@ -259,7 +259,7 @@ async def test_what_cannot_be_committed_is_said(house: CandleTopic) -> None:
 async def test_a_topic_that_goes_is_said_and_read_again_when_it_comes(
     house: CandleTopic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seat, "_TOPIC_CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(group_session, "_TOPIC_CHECK_SECONDS", 0.5)
     keeper = RecordingHandler()
     async with house.start_feed(keeper) as feed:
         await wait_until(lambda: "topics create --candles 1s" in feed.problem)

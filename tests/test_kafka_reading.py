@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kronos_connectors.kafka.reading import (
+from kronos_connectors.kafka.topic_state import (
     DecodedRecord,
     InvalidRecord,
     Partition,

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from kronos_connectors.kafka.sharing import assign_partitions, create_sticky_assignor
+from kronos_connectors.kafka.assignor import assign_partitions, create_sticky_assignor
 
 TOPICS = {"1m": range(32), "1s": range(32), "1d": range(5)}
 

@@ -17,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.codec import has_lz4
 from confluent_kafka import Producer
 
-from kronos_connectors.kafka import SOURCE, member
+from kronos_connectors.kafka import SOURCE, group_consumer
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.source import KafkaSource
@@ -253,7 +253,7 @@ async def _missing_bars(who: RunningSource, series: Series) -> bool:
 async def test_an_outage_costs_no_bar(
     kafka_jars: Path, tmp_path: Path, outage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(member, "_FETCH_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(group_consumer, "_FETCH_TIMEOUT_SECONDS", 2.0)
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
         await _produce(kafka.bootstrap, "kronos", range(1, 100))

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronos_connectors.mqtt.backoff import Backoff
+from kronos_connectors._shared.backoff import Backoff
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.reasons import NO_RESPONSE, BrokerResponse
+from kronos_connectors.mqtt.poison import PoisonTracker
+from kronos_connectors.mqtt.reason_codes import NO_RESPONSE, BrokerResponse
 from kronos_connectors.mqtt.subscriptions import (
     TOPICS_PER_REQUEST,
     Subscribe,
     Subscriptions,
     Unsubscribe,
 )
-from kronos_connectors.mqtt.suspects import PoisonTracker
 from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate, encode_level, invalid_reason
 from kronos_stream.daemon.config.environment import read_options
 from kronos_stream.daemon.config.settings import SettingsError

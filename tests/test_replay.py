@@ -16,9 +16,9 @@ import pytest
 
 from kronos_connectors.replay import CONNECTOR
 from kronos_connectors.replay.candles import symbol_of
-from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_advance
+from kronos_connectors.replay.recordings import FileSpec
+from kronos_connectors.replay.replay_clock import PacedClock, driven_advance, paced_advance
 from kronos_connectors.replay.source import Recording, ReplaySource
-from kronos_connectors.replay.tracks import FileSpec
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_files import CandleFileError

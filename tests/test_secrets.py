@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from kronos_connectors.ccxt.secrets import Redactor
+from kronos_connectors.ccxt.redaction import Redactor
 from kronos_stream.daemon.config.environment import read_settings
 from kronos_stream.testing.daemons import DaemonProcess
 from kronos_stream.testing.mosquitto import Mosquitto

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
-from kronos_connectors.binance.http import BLOCKED_STATUSES
+from kronos_connectors.binance.http_status import BLOCKED_STATUSES
 from kronos_connectors.binance.rest import RestClient
 from kronos_stream.interfaces.diagnostics import Finding, compare_clocks
 from kronos_stream.interfaces.source import SourceError, VenueRefused

@@ -10,10 +10,10 @@ from random import Random
 import structlog
 
 from kronos_connectors.binance import checks
-from kronos_connectors.binance.fleet import ConnectionPool
 from kronos_connectors.binance.options import BinanceOptions
+from kronos_connectors.binance.pool import ConnectionPool
 from kronos_connectors.binance.rest import FUTURES, SPOT, RestClient
-from kronos_connectors.binance.sockets import ConnectionRunner
+from kronos_connectors.binance.runner import ConnectionRunner
 from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
 from kronos_stream.interfaces.diagnostics import Check
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused

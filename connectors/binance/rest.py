@@ -11,10 +11,14 @@ import aiohttp
 import orjson
 import structlog
 
-from kronos_connectors.binance.budget import WeightLimiter
+from kronos_connectors._shared.venue_clock import VenueClock
 from kronos_connectors.binance.frames import read_candle
-from kronos_connectors.binance.http import BLOCKED_STATUSES, RATE_LIMIT_STATUSES, parse_retry_after
-from kronos_connectors.venue_clock import VenueClock
+from kronos_connectors.binance.http_status import (
+    BLOCKED_STATUSES,
+    RATE_LIMIT_STATUSES,
+    parse_retry_after,
+)
+from kronos_connectors.binance.rate_limit import WeightLimiter
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock

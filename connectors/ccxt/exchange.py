@@ -13,11 +13,11 @@ from importlib import import_module
 from typing import Any, Self, TypeVar
 
 from kronos_connectors.ccxt.errors import translate_error
-from kronos_connectors.ccxt.guard import Hooks, strict_class
 from kronos_connectors.ccxt.markets import Markets
 from kronos_connectors.ccxt.options import CcxtOptions
-from kronos_connectors.ccxt.respite import Cooldown
-from kronos_connectors.ccxt.secrets import Redactor
+from kronos_connectors.ccxt.rate_limit import Cooldown
+from kronos_connectors.ccxt.redaction import Redactor
+from kronos_connectors.ccxt.strict import Hooks, strict_class
 from kronos_stream.interfaces.source import SourceError
 from kronos_stream.market.series import Series
 

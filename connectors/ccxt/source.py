@@ -13,13 +13,13 @@ from random import Random
 
 import structlog
 
+from kronos_connectors._shared.venue_clock import VenueClock
 from kronos_connectors.ccxt.exchange import ExchangeFactory
 from kronos_connectors.ccxt.markets import inactive, unsupported_reason
+from kronos_connectors.ccxt.ohlcv import Paginator, RowError
 from kronos_connectors.ccxt.options import CcxtOptions
-from kronos_connectors.ccxt.rows import Paginator, RowError
-from kronos_connectors.ccxt.shards import ClientPool
-from kronos_connectors.ccxt.watching import ClientRunner
-from kronos_connectors.venue_clock import VenueClock
+from kronos_connectors.ccxt.pool import ClientPool
+from kronos_connectors.ccxt.runner import ClientRunner
 from kronos_stream.interfaces.diagnostics import Check, Finding, compare_clocks
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits, VenueRefused
 from kronos_stream.market.candle import Candle

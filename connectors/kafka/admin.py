@@ -17,9 +17,9 @@ from aiokafka.errors import (
     for_code,
 )
 
-from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
+from kronos_connectors.kafka.errors import explain
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.topics import TopicSpec, timeframe_of
 
 CONFIG_HIDDEN = "its settings are hidden from us"

@@ -12,7 +12,7 @@ from aiokafka.errors import IncompatibleBrokerVersion
 from confluent_kafka import KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 
-from kronos_connectors import tls
+from kronos_connectors._shared import tls
 from kronos_connectors.kafka import admin
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import TopicSpec, deadletter_topic, required_topics

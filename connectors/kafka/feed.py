@@ -13,12 +13,12 @@ from random import Random
 import structlog
 from aiokafka.errors import KafkaError
 
-from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka.checks import Operation, candle_checks
-from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
+from kronos_connectors.kafka.errors import explain
+from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
+from kronos_connectors.kafka.group_session import GroupSession, TopicNotFound
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import explain
-from kronos_connectors.kafka.seat import GroupSession, TopicNotFound
 from kronos_connectors.kafka.topics import candle_topic
 from kronos_stream.interfaces.diagnostics import Check
 from kronos_stream.interfaces.feed import FeedNeeds, PartitionHandler

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from kronos_connectors import tls
+from kronos_connectors._shared import tls
 
 SETTING_NAMES = tls.SettingNames(
     address="KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS",

@@ -28,10 +28,10 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.producer.message_accumulator import BatchBuilder
 
-from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka.checks import checks
+from kronos_connectors.kafka.errors import explain
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import explain
 from kronos_connectors.kafka.topics import (
     candle_topic,
     deadletter_topic,

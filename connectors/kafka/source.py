@@ -1,6 +1,6 @@
 """Candles from Kafka: a member of a consumer group reads the topics of the series it follows.
 
-Here is what talks to the brokers; what records mean is :mod:`kronos_connectors.kafka.reading`'s.
+Here is what talks to the brokers; what records mean is :mod:`kronos_connectors.kafka.topic_state`'s.
 A consumer of aiokafka outlives most outages by itself, but says nothing of them: one that hears
 from no broker for a while is let go, and another one is made.
 """
@@ -17,14 +17,14 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
-from kronos_connectors.kafka import member
-from kronos_connectors.kafka.chatter import capture_aiokafka_errors
-from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
+from kronos_connectors._shared.tls import ConnectionProblem
+from kronos_connectors.kafka import group_consumer
+from kronos_connectors.kafka.errors import explain
+from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reading import InvalidRecord, PartitionBounds, TopicState
-from kronos_connectors.kafka.reasons import explain
+from kronos_connectors.kafka.topic_state import InvalidRecord, PartitionBounds, TopicState
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
@@ -130,12 +130,15 @@ class KafkaSource:
     async def _run_consumer(self, intake: SourceCallbacks) -> None:
         """Read until there is nothing to follow. Raises KafkaError or OSError."""
         self._client_errors.clear()
-        consumer = self._consumer = member.create_consumer(self._options, self._group)
+        consumer = self._consumer = group_consumer.create_consumer(self._options, self._group)
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             await consumer.start()
         intake.count_event("connected")
-        listener, topics = member.RebalanceListener(self._topic_state, consumer), frozenset[str]()
-        pulse, commit_at = member.LivenessCheck(self._now()), self._now()
+        listener, topics = (
+            group_consumer.RebalanceListener(self._topic_state, consumer),
+            frozenset[str](),
+        )
+        pulse, commit_at = group_consumer.LivenessCheck(self._now()), self._now()
         while self._topic_state.topics:
             if self._topic_state.topics != topics:
                 topics = self._topic_state.topics
@@ -222,7 +225,7 @@ class KafkaSource:
         consumer, self._consumer = self._consumer, None
         self._topic_state.on_lost()
         if consumer is not None:
-            await member.close_consumer(consumer)
+            await group_consumer.close_consumer(consumer)
 
     # -- small things ----------------------------------------------------------------------
 

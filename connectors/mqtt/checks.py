@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from uuid import uuid4
 
-from kronos_connectors import tls
-from kronos_connectors.mqtt.link import Connection, MqttConnectionError
+from kronos_connectors._shared import tls
+from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_stream.interfaces.diagnostics import Check, Finding
 

@@ -12,7 +12,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from kronos_connectors import tls
+from kronos_connectors._shared import tls
 from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate
 
 SETTING_NAMES = tls.SettingNames(

@@ -15,11 +15,11 @@ from random import Random
 import aiomqtt
 
 from kronos_connectors.mqtt.checks import checks
-from kronos_connectors.mqtt.keeper import Reconnector
-from kronos_connectors.mqtt.link import Connection, MqttConnectionError
+from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.sending import Publication, Publisher
-from kronos_connectors.mqtt.suspects import PoisonTracker
+from kronos_connectors.mqtt.poison import PoisonTracker
+from kronos_connectors.mqtt.publisher import Publication, Publisher
+from kronos_connectors.mqtt.reconnect import Reconnector
 from kronos_connectors.mqtt.topics import invalid_reason
 from kronos_stream.interfaces.diagnostics import Check
 from kronos_stream.interfaces.sink import Record, Refusal, SinkLoginRefused, SinkUnavailable

@@ -12,12 +12,12 @@ from random import Random
 
 import structlog
 
-from kronos_connectors.mqtt.keeper import Reconnector
-from kronos_connectors.mqtt.link import Connection, MqttConnectionError
+from kronos_connectors._shared.bar_cache import RecentBars
+from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
+from kronos_connectors.mqtt.reconnect import Reconnector
 from kronos_connectors.mqtt.subscriptions import Subscribe, Subscriptions
 from kronos_connectors.mqtt.topics import invalid_reason
-from kronos_connectors.shelf import RecentBars
 from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.candle_message import CandleMessageError, decode_update

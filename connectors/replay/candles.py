@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from kronos_connectors.replay.tracks import DEFAULT_VENUE, FileSpec
+from kronos_connectors.replay.recordings import DEFAULT_VENUE, FileSpec
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_files import CandleFileError, CandleTable, read_candles
 from kronos_stream.market.series import Series
@@ -26,7 +26,7 @@ _SUFFIXES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandleFile:
-    """The bars of one series, a :class:`~kronos_connectors.replay.tracks.Track`."""
+    """The bars of one series, a :class:`~kronos_connectors.replay.recordings.Track`."""
 
     only_series: Series
     table: CandleTable

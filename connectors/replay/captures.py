@@ -18,7 +18,7 @@ from typing import IO, NoReturn, Self
 from urllib.parse import urlsplit
 
 from kronos_connectors.binance.frames import FrameError, Kline, decode
-from kronos_connectors.replay.tracks import FileSpec, InvalidFrame
+from kronos_connectors.replay.recordings import FileSpec, InvalidFrame
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.market.series import Series
@@ -42,7 +42,7 @@ _received = attrgetter("received")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptureFile:
-    """The klines in a capture, a :class:`~kronos_connectors.replay.tracks.Track`."""
+    """The klines in a capture, a :class:`~kronos_connectors.replay.recordings.Track`."""
 
     path: Path
     begin: int

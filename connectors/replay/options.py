@@ -28,8 +28,8 @@ def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Sourc
     """
     # Not above: help reads the options, and pandas takes a second to import.
     from kronos_connectors.replay.candles import CandleFile
+    from kronos_connectors.replay.recordings import FileSpec
     from kronos_connectors.replay.source import Recording, ReplaySource
-    from kronos_connectors.replay.tracks import FileSpec
     from kronos_stream.market.candle_files import CandleFileError
     from kronos_stream.market.spacing import shortest_step
 

@@ -10,8 +10,8 @@ from typing import Self
 
 from kronos_connectors.replay.candles import CandleFile
 from kronos_connectors.replay.captures import CaptureFile, is_capture
-from kronos_connectors.replay.pace import AdvanceTo
-from kronos_connectors.replay.tracks import FileSpec, InvalidFrame, RecordedFile
+from kronos_connectors.replay.recordings import FileSpec, InvalidFrame, RecordedFile
+from kronos_connectors.replay.replay_clock import AdvanceTo
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_files import CandleFileError

@@ -15,8 +15,8 @@ import click
 import orjson
 
 from kronos_connectors.binance.connection import Connection
-from kronos_connectors.binance.fleet import ConnectionPool
 from kronos_connectors.binance.frames import Kline
+from kronos_connectors.binance.pool import ConnectionPool
 from kronos_stream.daemon.intake.pipeline import IntakePipeline
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics

@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kronos_connectors.replay.pace import PacedClock, driven_advance, paced_advance
+from kronos_connectors.replay.replay_clock import PacedClock, driven_advance, paced_advance
 from kronos_connectors.replay.source import Recording, ReplaySource
 from kronos_stream.commands.replay import Speed
 from kronos_stream.daemon import service

@@ -16,11 +16,11 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.live import Live
 
-from kronos_connectors.kafka.chatter import capture_aiokafka_errors
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
+from kronos_connectors._shared.tls import ConnectionProblem
+from kronos_connectors.kafka.errors import explain, explain_captured
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reasons import explain, explain_captured
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
-from kronos_connectors.tls import ConnectionProblem
 from kronos_stream.client import Forecast, forecasts
 from kronos_stream.commands._forecast_table import ForecastTable, format_line
 from kronos_stream.daemon.config.environment import read_options

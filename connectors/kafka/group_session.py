@@ -17,8 +17,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
-from kronos_connectors.kafka import member
-from kronos_connectors.kafka.member import REQUEST_TIMEOUT_SECONDS
+from kronos_connectors.kafka import group_consumer
+from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.forecast.message import REMOVAL
 from kronos_stream.interfaces.feed import (
@@ -74,7 +74,7 @@ class GroupSession:
         """Why what is done cannot be noted, for a while already."""
         self._options, self._group, self._topics = options, group, topics
         self._needs, self._clock, self._handler = needs, clock, handler
-        self._consumer = member.create_sticky_consumer(options, group)
+        self._consumer = group_consumer.create_sticky_consumer(options, group)
         self._series_by_key: dict[bytes, Series | None] = {}
         """By key: what it is the name of."""
         self._pending: set[Partition] = set()
@@ -92,7 +92,7 @@ class GroupSession:
             await consumer.start()
         await self._check_topics()
         consumer.subscribe(sorted(self._topics), listener=_RebalanceListener(self, self._handler))
-        pulse, now = member.LivenessCheck(self._now()), self._now()
+        pulse, now = group_consumer.LivenessCheck(self._now()), self._now()
         note_at, look_at, shared_at = now, now + _TOPIC_CHECK_SECONDS, now
         while True:
             if now >= look_at:
@@ -111,7 +111,7 @@ class GroupSession:
             if given and wanted:
                 pulse.check(consumer, now)
             else:  # no broker is asked for records
-                pulse = member.LivenessCheck(now)
+                pulse = group_consumer.LivenessCheck(now)
             if now >= note_at:
                 self._report_lags()
                 note_at = now + (1 if await self.commit() else 10) * _COMMIT_INTERVAL_SECONDS
@@ -123,12 +123,12 @@ class GroupSession:
         await self._handler.drain()
         await self.commit()
         self.on_revoked()
-        await member.close_consumer(self._consumer)
+        await group_consumer.close_consumer(self._consumer)
 
     async def close(self) -> None:
         """Note what is done, and leave; bounded."""
         await self.commit()
-        await member.close_consumer(self._consumer)
+        await group_consumer.close_consumer(self._consumer)
 
     # -- what is ours ----------------------------------------------------------------------
 

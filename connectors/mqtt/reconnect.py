@@ -8,9 +8,9 @@ from random import Random
 
 import structlog
 
-from kronos_connectors.mqtt.backoff import Backoff
-from kronos_connectors.mqtt.link import Connection, MqttConnectionError
-from kronos_connectors.mqtt.reasons import NO_RESPONSE
+from kronos_connectors._shared.backoff import Backoff
+from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
+from kronos_connectors.mqtt.reason_codes import NO_RESPONSE
 
 _log = structlog.get_logger()
 

@@ -11,9 +11,9 @@ import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
 
+from kronos_connectors.kafka.assignor import create_sticky_assignor
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.reading import Partition, TopicState
-from kronos_connectors.kafka.sharing import create_sticky_assignor
+from kronos_connectors.kafka.topic_state import Partition, TopicState
 
 _log = structlog.get_logger()
 

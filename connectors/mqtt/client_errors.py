@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from kronos_connectors import tls
+from kronos_connectors._shared import tls
+from kronos_connectors._shared.tls import ConnectionProblem
 from kronos_connectors.mqtt.options import SETTING_NAMES, MqttOptions
-from kronos_connectors.tls import ConnectionProblem
 
 CONNECTION_CLOSED = "it hung up at once; is it MQTT, and encrypted if the URL says so?"
 

@@ -23,9 +23,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from kronos_connectors.mqtt.ear import CONNECTION_CLOSED, PahoErrorCapture
+from kronos_connectors.mqtt.client_errors import CONNECTION_CLOSED, PahoErrorCapture
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_connectors.mqtt.reasons import NO_RESPONSE, BrokerResponse
+from kronos_connectors.mqtt.reason_codes import NO_RESPONSE, BrokerResponse
 
 _T = TypeVar("_T")
 

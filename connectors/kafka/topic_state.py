@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeAlias
 
+from kronos_connectors._shared.bar_cache import RecentBars
 from kronos_connectors.kafka.topics import candle_topic
-from kronos_connectors.shelf import RecentBars
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_message import CandleMessageError, decode_update
 from kronos_stream.market.series import Series

@@ -12,9 +12,8 @@ import structlog
 
 from kronos_connectors.ccxt.errors import SeriesRefused
 from kronos_connectors.ccxt.exchange import ExchangeClient, ExchangeFactory
-from kronos_connectors.ccxt.guard import MAX_RAW_BYTES, Hooks
-from kronos_connectors.ccxt.rows import PushDiff, RowError
-from kronos_connectors.ccxt.shards import (
+from kronos_connectors.ccxt.ohlcv import PushDiff, RowError
+from kronos_connectors.ccxt.pool import (
     NEVER,
     Client,
     ClientPool,
@@ -24,6 +23,7 @@ from kronos_connectors.ccxt.shards import (
     Unwatch,
     Watch,
 )
+from kronos_connectors.ccxt.strict import MAX_RAW_BYTES, Hooks
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock

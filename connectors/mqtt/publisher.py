@@ -7,9 +7,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from kronos_connectors.mqtt.link import Connection
-from kronos_connectors.mqtt.reasons import BrokerResponse
-from kronos_connectors.mqtt.suspects import PoisonTracker
+from kronos_connectors.mqtt.connection import Connection
+from kronos_connectors.mqtt.poison import PoisonTracker
+from kronos_connectors.mqtt.reason_codes import BrokerResponse
 from kronos_stream.interfaces.sink import Record, Refusal
 
 _OVERHEAD, _PROPERTY_OVERHEAD = 32, 5

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from kronos_connectors.ccxt.errors import HttpStatusError
-from kronos_connectors.ccxt.rows import RowError, read_row
+from kronos_connectors.ccxt.ohlcv import RowError, read_row
 
 MAX_RAW_BYTES = 4_096
 """Bytes of a frame that cannot be, for those who look into it."""

@@ -17,10 +17,10 @@ from aiokafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
-from kronos_connectors import tls
-from kronos_connectors.kafka.chatter import ErrorCapture
+from kronos_connectors._shared import tls
+from kronos_connectors._shared.client_errors import ErrorCapture
+from kronos_connectors._shared.tls import ConnectionProblem
 from kronos_connectors.kafka.options import SETTING_NAMES, KafkaOptions
-from kronos_connectors.tls import ConnectionProblem
 
 _PREFIX = "KRONOS_STREAM_KAFKA__"
 _LOGIN_REMEDY = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"

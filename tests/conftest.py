@@ -36,13 +36,13 @@ from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.mosquitto import Mosquitto, MosquittoFailed
-from kronos_stream.testing.mosquitto import find_program as mosquitto_program
-from kronos_stream.testing.processes import ExchangeProcess
-from kronos_stream.testing.prometheus import Prometheus, PrometheusFailed
-from kronos_stream.testing.prometheus import find_program as prometheus_program
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.mosquitto import Mosquitto, MosquittoFailed
+from tests.support.mosquitto import find_program as mosquitto_program
+from tests.support.processes import ExchangeProcess
+from tests.support.prometheus import Prometheus, PrometheusFailed
+from tests.support.prometheus import find_program as prometheus_program
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from kronos_connectors.binance.symbols import Listing
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_020_000
 MINUTE = 60_000

@@ -24,7 +24,7 @@ from kronos_stream.interfaces.source import (
 from kronos_stream.market import Candle, Series, Update
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 

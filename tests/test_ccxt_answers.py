@@ -15,7 +15,7 @@ from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market import Series
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 SERIES = Series.parse("ccxt.binance:A/B:1m")

@@ -19,7 +19,7 @@ from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 MINUTE = 60_000

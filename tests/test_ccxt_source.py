@@ -1,6 +1,6 @@
 """The real ccxt on real sockets, its Binance client led to the simulated exchange, in virtual time.
 
-A seed is a trial (:mod:`kronos_stream.testing.trial`) in one of the two modes; one that fails is
+A seed is a trial (:mod:`tests.support.chaos`) in one of the two modes; one that fails is
 played again by
 
     KRONOS_SEEDS=123 make test ARGS="tests/test_ccxt_source.py -k test_seed"
@@ -31,9 +31,9 @@ from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError
 from kronos_stream.market import Series, Update
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
-from kronos_stream.testing.trial import ConnectorSetup, Scenario, run_chaos
-from kronos_stream.testing.verdict import find_violations
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
+from tests.support.chaos import ConnectorSetup, Scenario, run_chaos
+from tests.support.chaos_checks import find_violations
 
 START = 1_750_000_000_000
 MODES = ("watch", "poll")

@@ -24,8 +24,8 @@ from kronos_stream.client import Forecast, _Filter, forecasts
 from kronos_stream.forecast.compose import removal
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
+from tests.support.apache_kafka import ApacheKafka
 
 BTC, ETH = "binance:BTC/USDT:1m", "binance:ETH/USDT:1m"
 _MINUTE = 60_000

@@ -24,8 +24,8 @@ from confluent_kafka.admin import AdminClient
 from jsonschema import Draft202012Validator, ValidationError
 
 from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
-from kronos_stream.testing.processes import http_get, wait_for
-from kronos_stream.testing.prometheus import Prometheus
+from tests.support.processes import http_get, wait_for
+from tests.support.prometheus import Prometheus
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy/compose"

@@ -17,7 +17,7 @@ from kronos_stream.daemon.inference.supervisor import BatchResult, WorkerError, 
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
-from kronos_stream.testing.standin import FakeWorker
+from tests.support.fake_worker import FakeWorker
 
 
 def _window(number: int) -> Window:

@@ -33,8 +33,8 @@ from kronos_stream.daemon.config.settings import ENV_PREFIX, HttpSettings, Setti
 from kronos_stream.interfaces.feed import FeedNeeds
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.certificates import CertificateAuthority
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.certificates import CertificateAuthority
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "deploy/kubernetes/kronos-stream"

@@ -21,7 +21,7 @@ from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Bar, Candle, Update
 from kronos_stream.market.clock import Clock, LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_718_712_000_000
 LOOKBACK = 40

@@ -30,8 +30,8 @@ from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import Market
-from kronos_stream.testing.mosquitto import Mosquitto
-from kronos_stream.testing.processes import wait_for
+from tests.support.mosquitto import Mosquitto
+from tests.support.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

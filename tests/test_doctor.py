@@ -28,8 +28,8 @@ from pydantic import SecretStr
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.processes import ExchangeProcess
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.processes import ExchangeProcess
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
 

@@ -28,8 +28,8 @@ from kronos_stream.forecast.compose import Envelope, removal
 from kronos_stream.interfaces.sink import Record, RecordKind, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
-from kronos_stream.testing.mosquitto import Mosquitto
-from kronos_stream.testing.processes import wait_for
+from tests.support.mosquitto import Mosquitto
+from tests.support.processes import wait_for
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 TOPIC = topic_of("kronos")

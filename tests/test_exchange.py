@@ -20,7 +20,7 @@ from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import LoopClock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 

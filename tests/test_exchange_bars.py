@@ -23,8 +23,8 @@ from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.exchange import ExchangeError, SimulatedExchange
-from kronos_stream.testing.exchange.bars import bar_open_time
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.exchange.bar_simulator import bar_open_time
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 STEPS = {"1s": 1_000, "5s": 5_000, "1m": 60_000, "1h": 3_600_000}

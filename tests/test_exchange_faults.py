@@ -24,7 +24,7 @@ from kronos_stream.testing.exchange import (
     PlannedFault,
     SimulatedExchange,
 )
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 NAMES = [f"sim0{i}usdt@kline_1s" for i in range(4)]

@@ -1,6 +1,6 @@
 """Whatever the exchange does, each closed bar ends up on the tape and is forecast once.
 
-A seed is a trial (:mod:`kronos_stream.testing.trial`). One that fails is played again by
+A seed is a trial (:mod:`tests.support.chaos`). One that fails is played again by
 
     KRONOS_SEEDS=123 make test ARGS="tests/test_fault_seeds.py -k test_seed"
 
@@ -21,8 +21,8 @@ from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults
-from kronos_stream.testing.trial import RunLog, Scenario, run_chaos
-from kronos_stream.testing.verdict import find_violations
+from tests.support.chaos import RunLog, Scenario, run_chaos
+from tests.support.chaos_checks import find_violations
 
 
 def seeds(default: range) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 
 from kronos_stream.daemon.telemetry.loop_lag import watch_loop_lag
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 
 async def test_a_blocked_event_loop_is_measured() -> None:

@@ -20,7 +20,7 @@ from kronos_stream.daemon.status.series import SeriesStatusRegistry
 from kronos_stream.daemon.status.server import IDLE_SECONDS, MAX_CONNECTIONS, StatusServer
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 TOKEN = "a-long-enough-token"  # noqa: S105 - of this test alone
 LARGE = 20 * 2**20

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kronos_stream.testing.processes import wait_for
+from tests.support.processes import wait_for
 
 ROOT = Path(__file__).parents[1]
 IMAGE = os.environ.get("KRONOS_IMAGE", "")

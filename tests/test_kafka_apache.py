@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from kronos_stream.testing.apache import ApacheKafka, KafkaFailed
+from tests.support.apache_kafka import ApacheKafka, KafkaFailed
 
 
 def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from kronos_stream.testing.apache import ApacheKafka\n"
+        "from tests.support.apache_kafka import ApacheKafka\n"
         f"kafka = ApacheKafka(Path({str(kafka_jars)!r}), Path({str(tmp_path)!r})); kafka.start()\n"
         "print(kafka._nodes[0].process.pid, flush=True); time.sleep(60)"
     )

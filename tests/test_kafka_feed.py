@@ -31,7 +31,7 @@ from kronos_stream.market.candle_message import RelayedBar, encode_bar
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka
+from tests.support.apache_kafka import ApacheKafka
 
 SECOND = Timeframe.parse("1s")
 SERIES = Series.of("binance", "BTC/USDT", SECOND)

@@ -25,8 +25,8 @@ from kronos_connectors.kafka.topics import (
 )
 from kronos_stream.interfaces.sink import Record, RecordKind, Refusal, Sink, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
+from tests.support.apache_kafka import ApacheKafka
 
 SERIES = 20
 _SIZE = 6_000

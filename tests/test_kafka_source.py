@@ -28,8 +28,8 @@ from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
+from tests.support.apache_kafka import ApacheKafka
 
 STEP = 60_000
 MINUTE, FIVE = Timeframe(1, "m"), Timeframe(5, "m")

@@ -15,7 +15,7 @@ from kronos_connectors.kafka.topics import candle_topic, required_topics
 from kronos_stream.commands.topics import topics
 from kronos_stream.daemon.config.settings import SettingsError
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka
+from tests.support.apache_kafka import ApacheKafka
 
 Run = Callable[..., Result]
 

@@ -17,7 +17,7 @@ from kronos_connectors.mqtt.sink import MqttSink
 from kronos_stream.interfaces.diagnostics import CheckedSink, Finding
 from kronos_stream.interfaces.sink import Record, RecordKind, Refusal, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages
+from tests.support.mosquitto import Mosquitto, Subscriber, publish, retained_messages
 
 BrokerOf = Callable[..., Mosquitto]
 

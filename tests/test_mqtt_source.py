@@ -19,7 +19,7 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.mosquitto import Mosquitto, publish
+from tests.support.mosquitto import Mosquitto, publish
 
 BrokerOf = Callable[..., Mosquitto]
 

@@ -10,10 +10,10 @@ import pytest
 from kronos_stream import Context, Forecaster
 from kronos_stream.commands.evaluate import forecast_function
 from kronos_stream.compat import Kronos
+from kronos_stream.evaluation.generated_cases import generated_cases
 from kronos_stream.evaluation.walk_forward import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
 from kronos_stream.model.checkpoint import BUNDLED_MODELS, find_model
-from kronos_stream.testing.cases import generated_cases
 from kronos_stream.testing.market import Market
 from kronos_stream.training.reconstruction import reconstruction
 

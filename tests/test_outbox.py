@@ -17,7 +17,7 @@ from kronos_stream.daemon.storage.state import NewRecord, State, StateError
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 
 class MemorySink:

@@ -26,7 +26,7 @@ from kronos_stream.market.clock import Clock, LoopClock, ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 MINUTE = 60_000
 BTC = Series.parse("binance:BTC/USDT:1m")

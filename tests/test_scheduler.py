@@ -22,7 +22,7 @@ from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market import Candle, Series
 from kronos_stream.market.clock import Clock, LoopClock, ManualClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_700_000_040_000
 """The open of a minute."""

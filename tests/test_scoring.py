@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from kronos_stream.evaluation.baselines import random_walk
 from kronos_stream.evaluation.cases import Case, History, file_cases
+from kronos_stream.evaluation.generated_cases import generated_cases
 from kronos_stream.evaluation.scoring import block_bootstrap, covered, fair_crps, path_volatility
 from kronos_stream.evaluation.walk_forward import evaluate
-from kronos_stream.testing.cases import generated_cases
 
 
 def test_fair_crps_is_that_of_the_distribution_however_few_the_samples() -> None:

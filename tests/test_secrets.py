@@ -16,9 +16,9 @@ import pytest
 
 from kronos_connectors.ccxt.redaction import Redactor
 from kronos_stream.daemon.config.environment import read_settings
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.mosquitto import Mosquitto
-from kronos_stream.testing.processes import COMMAND, http_get, wait_for
+from tests.support.daemon_process import DaemonProcess
+from tests.support.mosquitto import Mosquitto
+from tests.support.processes import COMMAND, http_get, wait_for
 
 MARKS = {
     name: f"{name}-Mark'\"\\5eCr3t" for name in ("sasl", "mqtt", "key", "ccxt", "phrase", "hub")

@@ -31,10 +31,10 @@ from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_stream.interfaces.sink import Record, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
-from kronos_stream.testing.apache import ApacheKafka, KafkaListener
-from kronos_stream.testing.certificates import CertificateAuthority
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
+from tests.support.apache_kafka import ApacheKafka, KafkaListener
+from tests.support.certificates import CertificateAuthority
+from tests.support.daemon_process import DaemonProcess
+from tests.support.processes import COMMAND, ExchangeProcess, wait_for
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
 PAGE = Path(__file__).parents[1] / "docs" / "security.md"

@@ -23,8 +23,8 @@ from kronos_stream.interfaces.source import LoginRefused, SourceError
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka, KafkaListener
-from kronos_stream.testing.certificates import CertificateAuthority
+from tests.support.apache_kafka import ApacheKafka, KafkaListener
+from tests.support.certificates import CertificateAuthority
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
 WAYS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")

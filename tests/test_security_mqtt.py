@@ -22,8 +22,8 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.certificates import CertificateAuthority
-from kronos_stream.testing.mosquitto import Mosquitto
+from tests.support.certificates import CertificateAuthority
+from tests.support.mosquitto import Mosquitto
 
 BrokerOf = Callable[..., Mosquitto]
 

@@ -31,7 +31,7 @@ from kronos_stream.interfaces.source import Traits
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.standin import FakeWorker
+from tests.support.fake_worker import FakeWorker
 
 _DATA = Path(__file__).parent / "data"
 _SNAPSHOTS = _DATA / "snapshots"

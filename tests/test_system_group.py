@@ -26,10 +26,10 @@ from kronos_stream.forecast.message import FORECAST, REMOVAL
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import AuditReport, audit_forecasts, read_topic
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import COMMAND, ExchangeProcess, wait_for
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import AuditReport, audit_forecasts, read_topic
+from tests.support.processes import COMMAND, ExchangeProcess, wait_for
 
 SECOND = Timeframe.parse("1s")
 LATE_MS = 3_000
@@ -109,7 +109,7 @@ class ForecastGroup:
     def join(self, pace: float | None = None) -> DaemonProcess:
         """One more member; returns at once. pace: with a stand-in that takes so long."""
         name = f"member-{len(self.members) + len(self.ended)}"
-        standin = (sys.executable, "-m", "kronos_stream.testing.standin", str(pace))
+        standin = (sys.executable, "-m", "tests.support.fake_worker", str(pace))
         member = self.process(
             name,
             (*COMMAND, "run") if pace is None else standin,

@@ -23,10 +23,10 @@ from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit_forecasts, read_topic
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import wait_for
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import audit_forecasts, read_topic
+from tests.support.processes import wait_for
 
 SECOND = Timeframe.parse("1s")
 SERIES = [Series.of("kafka", f"{base}/USDT", SECOND) for base in ("BTC", "ETH", "SOL")]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pytest
 
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit_forecasts, read_topic
-from kronos_stream.testing.daemons import DaemonProcess, MetricSamples
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess, MetricSamples
+from tests.support.forecast_audit import audit_forecasts, read_topic
+from tests.support.processes import ExchangeProcess, wait_for
 
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_LOAD_SECONDS", "600"))
 LAG_SECONDS = 0.05

@@ -19,10 +19,10 @@ from kronos_stream.forecast.message import DeadLetter, Forecast
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.candle_message import encode_candle
 from kronos_stream.market.series import Series
-from kronos_stream.testing.audit import audit_forecasts
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.mosquitto import Mosquitto, Subscriber, publish, retained_messages
-from kronos_stream.testing.processes import wait_for
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import audit_forecasts
+from tests.support.mosquitto import Mosquitto, Subscriber, publish, retained_messages
+from tests.support.processes import wait_for
 
 BrokerOf = Callable[..., Mosquitto]
 

@@ -27,11 +27,11 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.message import DeadLetter
 from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit_forecasts, read_topic
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import audit_forecasts, read_topic
+from tests.support.processes import ExchangeProcess, wait_for
 
 SYMBOLS = 8
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))

@@ -28,8 +28,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kronos_stream.daemon.status import openapi
 from kronos_stream.forecast.message import Forecast
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
+from tests.support.daemon_process import DaemonProcess
+from tests.support.processes import ExchangeProcess, wait_for
 
 TOKEN = "only-for-this-test-1"  # noqa: S105
 SYMBOLS = 8

@@ -24,10 +24,10 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.candle_message import encode_bar
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import read_topic
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import wait_for
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import read_topic
+from tests.support.processes import wait_for
 
 LOOKBACK = 128
 PACE = 0.01
@@ -91,7 +91,7 @@ def _member(
         "KAFKA__TOPIC_PREFIX": prefix,
         "LOOKBACK": str(LOOKBACK),
     }
-    command = (sys.executable, "-m", "kronos_stream.testing.standin", str(pace))
+    command = (sys.executable, "-m", "tests.support.fake_worker", str(pace))
     return DaemonProcess(folder, {**given, **settings}, command)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from kronos_stream.forecast.message import Forecast, Removal
-from kronos_stream.testing.apache import ApacheKafka
-from kronos_stream.testing.audit import audit_forecasts, is_removal, read_topic
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
+from tests.support.apache_kafka import ApacheKafka
+from tests.support.daemon_process import DaemonProcess
+from tests.support.forecast_audit import audit_forecasts, is_removal, read_topic
+from tests.support.processes import ExchangeProcess, wait_for
 
 GOOD = {
     "SYMBOLS": "binance:SIM00/USDT",

@@ -28,9 +28,9 @@ from kronos_stream.daemon.status.sd_notify import _MAX_PENDING, Notifier
 from kronos_stream.daemon.status.systemd import StatusReporter
 from kronos_stream.daemon.status.watchdog import StallCheck, Watchdog
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
+from tests.support.daemon_process import DaemonProcess
+from tests.support.processes import ExchangeProcess, wait_for
 
 if sys.platform != "linux":
     pytest.skip("not tested: systemd is Linux's", allow_module_level=True)

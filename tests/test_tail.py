@@ -28,8 +28,8 @@ from kronos_stream.commands import _forecast_table, _tail
 from kronos_stream.commands._forecast_table import ForecastTable
 from kronos_stream.forecast.message import Forecast
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.testing.apache import ApacheKafka
 from kronos_stream.testing.broker import EmbeddedBroker
+from tests.support.apache_kafka import ApacheKafka
 
 BTC, ETH = "binance:BTC/USDT:1m", "binance:ETH/USDT:1m"
 MINUTE = 60_000

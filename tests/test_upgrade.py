@@ -17,8 +17,8 @@ import pytest
 from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
+from tests.support.daemon_process import DaemonProcess
+from tests.support.processes import ExchangeProcess, wait_for
 
 DUMPS = sorted((Path(__file__).parent / "data" / "state").glob("v*.sql"))
 BTC, ETH = (Series.parse(f"binance:{base}/USDT:1m") for base in ("BTC", "ETH"))

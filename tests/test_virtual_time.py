@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from kronos_stream.market.clock import LoopClock, ManualClock
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
 
 
 def test_a_day_of_waiting_passes_at_once_in_order() -> None:

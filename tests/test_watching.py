@@ -21,9 +21,9 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from kronos_stream.testing.daemons import DaemonProcess
-from kronos_stream.testing.processes import ExchangeProcess, wait_for
-from kronos_stream.testing.prometheus import Prometheus
+from tests.support.daemon_process import DaemonProcess
+from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.prometheus import Prometheus
 
 ROOT = Path(__file__).parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"

@@ -85,9 +85,9 @@ def evaluate(
     """
     from kronos_stream.engine import Forecaster
     from kronos_stream.evaluation.cases import file_cases
+    from kronos_stream.evaluation.generated_cases import generated_cases
     from kronos_stream.evaluation.walk_forward import evaluate as score
     from kronos_stream.model.checkpoint import find_model, load_tokenizer
-    from kronos_stream.testing.cases import generated_cases
     from kronos_stream.training.reconstruction import reconstruction
 
     if paths < 19 or horizon < 2:

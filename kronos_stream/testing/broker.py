@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from confluent_kafka import Producer
 
-from kronos_stream.testing.child import Closeable
+from tests.support.managed_process import Closeable
 
 PARTITIONS = 4
 """Partitions of every topic."""

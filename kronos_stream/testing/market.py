@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from kronos_stream.testing.seasons import WEEK_MS, weekly_activity
+from kronos_stream.testing.seasonality import WEEK_MS, weekly_activity
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,16 +14,16 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
-from kronos_stream.testing.exchange.fate import FaultInjector, SkewedClock
+from kronos_stream.testing.exchange.bar_faults import BarFaults
+from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.fault_injector import FaultInjector, SkewedClock
 from kronos_stream.testing.exchange.faults import Faults
-from kronos_stream.testing.exchange.gate import WebSocketServer
 from kronos_stream.testing.exchange.instruments import BarFeed, FileFeed, GeneratedFeed
-from kronos_stream.testing.exchange.ledger import BarFaults
-from kronos_stream.testing.exchange.pushes import PushScheduler
-from kronos_stream.testing.exchange.rest import FUTURES, SPOT, RestApi
-from kronos_stream.testing.exchange.sockets import Streams
-from kronos_stream.testing.seasons import WEEK_MS
+from kronos_stream.testing.exchange.push_scheduler import PushScheduler
+from kronos_stream.testing.exchange.rest_api import FUTURES, SPOT, RestApi
+from kronos_stream.testing.exchange.ws_server import WebSocketServer
+from kronos_stream.testing.exchange.ws_streams import Streams
+from kronos_stream.testing.seasonality import WEEK_MS
 
 _log = structlog.get_logger()
 

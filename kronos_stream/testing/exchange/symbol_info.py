@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kronos_stream.testing.exchange.bars import Floats
+from kronos_stream.testing.exchange.bar_simulator import Floats
 from kronos_stream.testing.exchange.frames import (
     AMOUNT,
     CLOSE,

@@ -18,7 +18,7 @@ import orjson
 
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.testing.child import Closeable
+from tests.support.managed_process import Closeable
 
 # -P: what lies in the folder we were started in is no module of ours.
 COMMAND = (sys.executable, "-P", "-m", "kronos_stream")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import orjson
 from aiohttp import WSMsgType, web
 
-from kronos_stream.testing.exchange.bars import BarSimulator
+from kronos_stream.testing.exchange.bar_simulator import BarSimulator
 from kronos_stream.testing.exchange.frames import Kline, KlineWriter, frame, ping
 
 MAX_STREAMS = 1_024

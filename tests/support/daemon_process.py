@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.market.series import Series
-from kronos_stream.testing.child import Closeable, ManagedProcess
-from kronos_stream.testing.processes import COMMAND, ProcessFailed, http_get, wait_for
+from tests.support.managed_process import Closeable, ManagedProcess
+from tests.support.processes import COMMAND, ProcessFailed, http_get, wait_for
 
 _PREFIX = "KRONOS_STREAM_"
 _PROCESS_TAG = "KRONOS_TESTING_MARK"

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from itertools import count
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator, Floats
-from kronos_stream.testing.exchange.fate import FaultInjector
+from kronos_stream.testing.exchange.bar_faults import BarFaults
+from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator, Floats
+from kronos_stream.testing.exchange.corruption import corrupt_push
+from kronos_stream.testing.exchange.fault_injector import FaultInjector
 from kronos_stream.testing.exchange.frames import AMOUNT, CLOSE, HIGH, TRADES, VOLUME
-from kronos_stream.testing.exchange.garbage import corrupt_push
-from kronos_stream.testing.exchange.ledger import BarFaults
-from kronos_stream.testing.exchange.sockets import Stream, Streams
+from kronos_stream.testing.exchange.ws_streams import Stream, Streams
 
 _SECOND_MS = 1_000
 _PUSH_MS = 2_000

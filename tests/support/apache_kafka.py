@@ -20,8 +20,8 @@ from typing import Self
 
 from confluent_kafka import KafkaException, Producer
 
-from kronos_stream.testing.certificates import CertificateFiles
-from kronos_stream.testing.child import Closeable, ManagedProcess
+from tests.support.certificates import CertificateFiles
+from tests.support.managed_process import Closeable, ManagedProcess
 
 _CLUSTER_ID = "a3Jvbm9zLXN0cmVhbS0wMQ"  # any 16 bytes in base64
 _JVM_OPTIONS = (

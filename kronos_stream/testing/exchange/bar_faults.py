@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf
 
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
-from kronos_stream.testing.exchange.fate import FaultInjector
+from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.fault_injector import FaultInjector
 
 _PRUNE_INTERVAL = 1_000
 

@@ -5,7 +5,7 @@ Everything is real and in this process, sockets included, but for the two ends t
 about: in place of the model stands a forecaster that keeps what it is given, and the sink keeps
 what is delivered. The daemon is killed and started again as the seed says, on one state file, with
 ``CATCH_UP=all``. Faults end after a while, and what they have done must be mended soon after;
-:mod:`kronos_stream.testing.verdict` then compares what is there with the exchange's truth.
+:mod:`tests.support.chaos_checks` then compares what is there with the exchange's truth.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults, SimulatedExchange
-from kronos_stream.testing.standin import FakeWorker
-from kronos_stream.testing.virtual import run_virtual
+from kronos_stream.testing.virtual_time import run_virtual
+from tests.support.fake_worker import FakeWorker
 
 LOOKBACK = 32
 REPAIR_SECONDS = 180.0

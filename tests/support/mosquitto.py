@@ -20,8 +20,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from kronos_stream.testing.certificates import CertificateFiles
-from kronos_stream.testing.child import Closeable, ManagedProcess
+from tests.support.certificates import CertificateFiles
+from tests.support.managed_process import Closeable, ManagedProcess
 
 _PORTS = count(os.getpid() * 41)
 _START_TIMEOUT = 20.0

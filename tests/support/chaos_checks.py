@@ -14,7 +14,7 @@ from kronos_stream.forecast.message import VOLATILE
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
-from kronos_stream.testing.trial import (
+from tests.support.chaos import (
     CONSISTENCY_SECONDS,
     REPAIR_SECONDS,
     ForecastCall,

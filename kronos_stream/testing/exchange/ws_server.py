@@ -10,9 +10,9 @@ from random import Random
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.fate import FaultInjector
+from kronos_stream.testing.exchange.fault_injector import FaultInjector
 from kronos_stream.testing.exchange.frames import frame
-from kronos_stream.testing.exchange.sockets import Connection, Streams
+from kronos_stream.testing.exchange.ws_streams import Connection, Streams
 
 _MAX_CONNECTIONS = 300
 _WINDOW_MS = 300_000

@@ -9,14 +9,14 @@ import orjson
 from aiohttp import web
 
 from kronos_stream.market.clock import Clock
-from kronos_stream.testing.exchange.bars import BarHistory, BarSimulator
-from kronos_stream.testing.exchange.fate import FaultInjector
+from kronos_stream.testing.exchange.bar_faults import BarFaults
+from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.corruption import corrupt_body, error_response
+from kronos_stream.testing.exchange.fault_injector import FaultInjector
 from kronos_stream.testing.exchange.frames import CLOSE, KlineWriter
-from kronos_stream.testing.exchange.garbage import corrupt_body, error_response
 from kronos_stream.testing.exchange.instruments import Instrument
-from kronos_stream.testing.exchange.ledger import BarFaults
 from kronos_stream.testing.exchange.limits import ApiError, WeightLimit, banned, rate_limited
-from kronos_stream.testing.exchange.listings import symbol_info, ticker_24h
+from kronos_stream.testing.exchange.symbol_info import symbol_info, ticker_24h
 
 Query = Mapping[str, str]
 

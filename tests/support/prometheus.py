@@ -15,8 +15,8 @@ from signal import Signals
 from typing import Any, Self
 from urllib.parse import urlencode
 
-from kronos_stream.testing.child import Closeable, ManagedProcess
-from kronos_stream.testing.processes import http_get
+from tests.support.managed_process import Closeable, ManagedProcess
+from tests.support.processes import http_get
 
 _START_TIMEOUT = 30.0
 _STOP_TIMEOUT = 10.0

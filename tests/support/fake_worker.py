@@ -3,7 +3,7 @@
 As a program it is ``kronos-stream run`` with such a forecaster: what else a daemon costs can be
 measured, and several can share a machine that has too few cores for as many models::
 
-    KRONOS_STREAM_ROLE=forecast ... python -m kronos_stream.testing.standin 0.01
+    KRONOS_STREAM_ROLE=forecast ... python -m tests.support.fake_worker 0.01
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from kronos_stream.evaluation.cases import Case, History
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Market
-from kronos_stream.testing.seasons import WEEK_MS
+from kronos_stream.testing.seasonality import WEEK_MS
 
 EVALUATION_SEED_BASE = 900_000_000
 """Seeds from here on belong to evaluations."""

@@ -1,0 +1,1 @@
+"""Test harness: brokers, processes, chaos runs."""

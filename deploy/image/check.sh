@@ -21,4 +21,4 @@ if [[ -z ${BASE:-} ]]; then
     fi
 fi
 deploy/image/build.sh "${@:2}"
-KRONOS_IMAGE=$IMAGE KRONOS_ENGINE=$engine "$bin/python" -m pytest tests/test_image_built.py
+KRONOS_IMAGE=$IMAGE KRONOS_ENGINE=$engine "$bin/python" -m pytest tests/deploy/test_image_built.py

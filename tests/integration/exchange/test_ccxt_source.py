@@ -3,7 +3,7 @@
 A seed is a trial (:mod:`tests.support.chaos`) in one of the two modes; one that fails is
 played again by
 
-    KRONOS_SEEDS=123 make test ARGS="tests/test_ccxt_source.py -k test_seed"
+    KRONOS_SEEDS=123 make test ARGS="tests/integration/exchange/test_ccxt_source.py -k test_seed"
 """
 
 from __future__ import annotations

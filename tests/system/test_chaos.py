@@ -2,7 +2,7 @@
 
 A seed is a trial (:mod:`tests.support.chaos`). One that fails is played again by
 
-    KRONOS_SEEDS=123 make test ARGS="tests/test_fault_seeds.py -k test_seed"
+    KRONOS_SEEDS=123 make test ARGS="tests/system/test_chaos.py -k test_seed"
 
 ``KRONOS_SEEDS`` takes numbers and ranges, such as ``7,100-1099``; without it, ``make test`` plays
 20 seeds and ``make soak`` 200.

@@ -40,45 +40,45 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PICTURES = {
     "exchange ──frames──▶ connector": "a drawing",
     "venues ──▶ ingest ──▶": "a drawing",
-    "ok    state file:": "what doctor says, shortened; tests/test_doctor.py",
-    "# values.yaml": "values of the chart; tests/test_deploy.py",
-    "secrets:\n": "likewise; tests/test_deploy.py",
-    "mode: split\n": "likewise; tests/test_deploy.py",
-    "Status: ": "what systemctl shows; tests/test_systemd.py",
-    "[Service]\n": "an addition to the unit; tests/test_systemd.py",
+    "ok    state file:": "what doctor says, shortened; tests/system/test_doctor.py",
+    "# values.yaml": "values of the chart; tests/deploy/test_helm_chart.py",
+    "secrets:\n": "likewise; tests/deploy/test_helm_chart.py",
+    "mode: split\n": "likewise; tests/deploy/test_helm_chart.py",
+    "Status: ": "what systemctl shows; tests/deploy/test_systemd.py",
+    "[Service]\n": "an addition to the unit; tests/deploy/test_systemd.py",
     "security.protocol=": "how kafka-acls.sh logs in: Kafka's own",
-    "35 forecasts of 5 series": "what the demo shows, shortened; tests/test_system_demo.py",
+    "35 forecasts of 5 series": "what the demo shows, shortened; tests/system/test_demo.py",
 }
 SYMBOLS = "binance:BTC/USDT                  # spot"
 MOSQUITTO = "persistence true"
 
 # Commands that are not run here, but looked over: pattern → the test that runs them, or why none.
 ELSEWHERE = {
-    r"make deploy-check|(helm|kubectl) .*": "tests/test_deploy.py",
-    r"docker compose .*": "tests/test_compose.py",
-    r"make image.*|docker (run|build) .*": "tests/test_image_built.py",
+    r"make deploy-check|(helm|kubectl) .*": "tests/deploy/test_helm_chart.py",
+    r"docker compose .*": "tests/deploy/test_compose.py",
+    r"make image.*|docker (run|build) .*": "tests/deploy/test_image_built.py",
     r"docker (tag|push) .*": "Docker's own",
-    r"build/deploy/helm template .* --values values.yaml": "tests/test_deploy.py",
+    r"build/deploy/helm template .* --values values.yaml": "tests/deploy/test_helm_chart.py",
     r"git (fetch --tags|checkout v.*)|rm -rf dist": "git's own",
-    r"/opt/kronos-stream/bin/pip wheel .*": "tests/test_wheel.py builds one, of the same tree",
+    r"/opt/kronos-stream/bin/pip wheel .*": "tests/deploy/test_wheel.py builds one, of the same tree",
     r"make (sbom|audit)": ".ci/run makes the one; the other asks PyPI",
     r"set -a; \. \./(ingest|forecast)\.env; set \+a": "the files are checked above it",
     r"kafka-consumer-groups\.sh .*": "Kafka's own",
-    r"kafka-acls\.sh .*": "tests/test_security_daemon.py",
-    r"make demo.*": "tests/test_system_demo.py",
+    r"kafka-acls\.sh .*": "tests/system/test_daemon_security.py",
+    r"make demo.*": "tests/system/test_demo.py",
     r"make test.*|make lint": ".ci/run",
     r"make( format| parity-hub| soak| bench)?": "for developers; the target exists",
     r"\. \.venv/bin/activate": "this test runs in an environment, too",
-    r"kronos-stream run( --check)?": "tests/test_system_stop.py",
-    r"(sudo|sudoedit|systemctl|journalctl|systemd-ask-password) .*": "tests/test_systemd.py",
-    r"kronos-stream topics (create|check).*": "tests/test_kafka_topics.py",
-    r"kronos-stream tail.*": "tests/test_tail.py",
-    r"kronos-stream doctor.*": "tests/test_doctor.py",
-    r"curl -s localhost:8080/.*": "tests/test_watching.py",
-    r"kronos-stream train .* --init NeoQuasar/.*": "needs the model hub; tests/test_training.py",
-    r"python docs/examples/.*": "tests/test_examples.py",
-    r"(cp|freqtrade) .*": "tests/test_examples.py",
-    r"echo 'kafka:.*' \| kcat .*": "tests/test_system_kafka_in.py",
+    r"kronos-stream run( --check)?": "tests/system/test_shutdown.py",
+    r"(sudo|sudoedit|systemctl|journalctl|systemd-ask-password) .*": "tests/deploy/test_systemd.py",
+    r"kronos-stream topics (create|check).*": "tests/integration/kafka/test_kafka_topics.py",
+    r"kronos-stream tail.*": "tests/integration/kafka/test_tail.py",
+    r"kronos-stream doctor.*": "tests/system/test_doctor.py",
+    r"curl -s localhost:8080/.*": "tests/deploy/test_monitoring.py",
+    r"kronos-stream train .* --init NeoQuasar/.*": "needs the model hub; tests/unit/training/test_training.py",
+    r"python docs/examples/.*": "tests/system/test_examples.py",
+    r"(cp|freqtrade) .*": "tests/system/test_examples.py",
+    r"echo 'kafka:.*' \| kcat .*": "tests/system/test_kafka_candles.py",
 }
 
 # Commands that run here, and what is added so that they end soon.
@@ -366,7 +366,7 @@ def test_settings_in_the_text_exist() -> None:
 
 
 def test_metrics_in_the_text_exist(measured: dict[str, frozenset[str]]) -> None:
-    """In running text and tables; queries are looked over by tests/test_watching.py."""
+    """In running text and tables; queries are looked over by tests/deploy/test_monitoring.py."""
     asked = [
         (found[1], set(re.findall(r"\w+", found[2] or "")))
         for page in PAGES

@@ -1,6 +1,6 @@
 """The Dockerfile without an engine: its linter, what it promises, its health check at work.
 
-The built image is looked over by tests/test_image_built.py.
+The built image is looked over by tests/deploy/test_image_built.py.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
 from tests.support.mosquitto import Mosquitto, MosquittoFailed
 from tests.support.mosquitto import find_program as mosquitto_program
+from tests.support.paths import DATA, ROOT
 from tests.support.processes import ExchangeProcess
 from tests.support.prometheus import Prometheus, PrometheusFailed
 from tests.support.prometheus import find_program as prometheus_program
@@ -54,7 +55,7 @@ def _single_thread() -> None:
 @pytest.fixture(scope="session")
 def parity_folder() -> Path:
     """The folder of the reference's fixtures: ``tiny`` and ``published``."""
-    return Path(__file__).parent / "data" / "parity"
+    return DATA / "parity"
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +126,8 @@ def _random_walk(length: int, random: np.random.Generator, series: str | None) -
 # Apache Kafka. Where it cannot run, the tests that ask for it are skipped, and say so; with
 # KRONOS_REQUIRE_KAFKA=1, as in CI, they fail instead.
 
-_POM = Path(__file__).parent / "kafka" / "pom.xml"
-_BUILD = Path(__file__).parents[1] / "build" / "kafka"
+_POM = ROOT / "tests" / "support" / "kafka" / "pom.xml"
+_BUILD = ROOT / "build" / "kafka"
 
 
 @pytest.fixture(scope="session")

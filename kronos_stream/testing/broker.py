@@ -15,10 +15,9 @@ not a broker to rely on:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 
 from confluent_kafka import Producer
-
-from tests.support.managed_process import Closeable
 
 PARTITIONS = 4
 """Partitions of every topic."""
@@ -26,7 +25,7 @@ PARTITIONS = 4
 _START_SECONDS = 10.0
 
 
-class EmbeddedBroker(Closeable):
+class EmbeddedBroker(AbstractContextManager["EmbeddedBroker"]):
     """Runs from construction to :meth:`close`, in threads of librdkafka's own.
 
     Starting takes a few milliseconds. ``topics`` exist from the start; ``brokers`` is the number
@@ -47,3 +46,6 @@ class EmbeddedBroker(Closeable):
     def close(self) -> None:
         """Stop, and forget everything; consumers see their connections end."""
         self._producer = None  # librdkafka ends the cluster with its owner
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

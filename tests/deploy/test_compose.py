@@ -24,10 +24,10 @@ from confluent_kafka.admin import AdminClient
 from jsonschema import Draft202012Validator, ValidationError
 
 from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
+from tests.support.paths import ROOT
 from tests.support.processes import http_get, wait_for
 from tests.support.prometheus import Prometheus
 
-ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy/compose"
 TEXT = (FOLDER / "compose.yaml").read_text("utf-8")
 FILE: dict[str, Any] = yaml.safe_load(TEXT)
@@ -101,7 +101,7 @@ def test_what_is_mounted_is_there() -> None:
 def test_images_are_pinned() -> None:
     for name in SERVICES.keys() - {*OURS}:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"]), name
-    tested = re.search(r"<version>(\d+\.\d+\.\d+)<", (ROOT / "tests/kafka/pom.xml").read_text())
+    tested = re.search(r"<version>(\d+\.\d+\.\d+)<", (ROOT / "tests/support/kafka/pom.xml").read_text())
     assert tested is not None
     assert SERVICES["kafka"]["image"].endswith(f":{tested[1]}")
 
@@ -165,7 +165,7 @@ def running(
     environ = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
     environ |= {key: change(value) for key, value in given.items()} | more
     with (folder / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(line, env=environ, stdout=log, stderr=log, cwd=folder)  # noqa: S603
+        process = subprocess.Popen(line, env=environ, stdout=log, stderr=log, cwd=folder)
     try:
         yield process
     finally:
@@ -189,7 +189,7 @@ def _kafka(folder: Path, jars: Path, change: Change) -> list[str]:
     file.write_text("\n".join(lines).replace(where, str(folder / "kafka")), "utf-8")
     java = ["java", "-Xmx256m", "-XX:TieredStopAtLevel=1", "-cp", f"{jars}/*"]
     identity = "a3Jvbm9zLXN0cmVhbS0wMQ"
-    subprocess.run(  # noqa: S603
+    subprocess.run(
         [*java, "kafka.tools.StorageTool", "format", "-t", identity, "-c", str(file)],
         check=True, capture_output=True, timeout=60,
     )  # fmt: skip
@@ -200,7 +200,7 @@ def _healthy(name: str, change: Change) -> bool:
     kind, program, *arguments = SERVICES[name]["healthcheck"]["test"]
     assert (kind, program) == ("CMD", "python3")
     line = [sys.executable, *map(change, arguments)]
-    return subprocess.run(line, capture_output=True, check=False).returncode == 0  # noqa: S603
+    return subprocess.run(line, capture_output=True, check=False).returncode == 0
 
 
 def test_services_work_together(

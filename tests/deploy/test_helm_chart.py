@@ -35,8 +35,8 @@ from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.timeframe import Timeframe
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.certificates import CertificateAuthority
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 CHART = ROOT / "deploy/kubernetes/kronos-stream"
 TOOLS = ROOT / "build/deploy"
 VALUES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*.yaml"))
@@ -62,7 +62,7 @@ class Chart(NamedTuple):
     folder: Path = CHART
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(  # noqa: S603
+        return subprocess.run(
             [TOOLS / "helm", *arguments], capture_output=True, text=True, check=False, timeout=60
         )
 
@@ -116,7 +116,7 @@ def conform(text: str, version: str) -> tuple[dict[str, int], str]:
     ]
     locations = chain.from_iterable(("-schema-location", schema) for schema in schemas)
     options = ["-strict", "-summary", "-output", "json", "-kubernetes-version", version]
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [TOOLS / "kubeconform", *options, *locations, "-"],
         input=text, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
@@ -336,7 +336,7 @@ def test_packaged_chart_has_alerts_and_dashboard(chart: Chart, tmp_path: Path) -
 
 def test_table_of_values_is_up_to_date() -> None:
     script = ROOT / "deploy/kubernetes/values_table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     text = (CHART / "README.md").read_text("utf-8")
     rows = set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))

@@ -25,8 +25,8 @@ from kronos_stream.daemon.status.series import SeriesStatusRegistry
 from kronos_stream.daemon.status.server import StatusServer
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import SystemClock
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "Dockerfile"
 HEALTH = ROOT / "deploy" / "image" / "healthcheck.py"
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.processes import wait_for
 
-ROOT = Path(__file__).parents[1]
 IMAGE = os.environ.get("KRONOS_IMAGE", "")
 ENGINE = os.environ.get("KRONOS_ENGINE", "docker")
 USER = 10001

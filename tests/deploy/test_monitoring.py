@@ -22,10 +22,10 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.daemon_process import DaemonProcess
+from tests.support.paths import ROOT
 from tests.support.processes import ExchangeProcess, wait_for
 from tests.support.prometheus import Prometheus
 
-ROOT = Path(__file__).parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
 RULES_TEST = RULES.with_name("rules_test.yaml")
 SCRAPING = RULES.with_name("prometheus.yaml")
@@ -242,9 +242,7 @@ def test_rules_are_taken_and_do_what_their_tests_say(promtool: str) -> None:
         ["test", "rules", str(RULES_TEST)],
         ["check", "config", str(SCRAPING)],
     ):
-        ran = subprocess.run(  # noqa: S603
-            [promtool, *command], capture_output=True, text=True, check=False
-        )
+        ran = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
@@ -252,7 +250,7 @@ def test_the_tests_of_rules_can_fail(promtool: str, tmp_path: Path) -> None:
     shutil.copy(RULES_TEST, tmp_path)
     text = RULES.read_text("utf-8")
     (tmp_path / RULES.name).write_text(text.replace("kronos_held_series > 0", "vector(0)"), "utf-8")
-    ran = subprocess.run(  # noqa: S603
+    ran = subprocess.run(
         [promtool, "test", "rules", str(tmp_path / RULES_TEST.name)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -455,7 +453,7 @@ def _commands_of_the_runbook_work(daemon: DaemonProcess, token: str) -> None:
             line = line.replace("curl ", f'curl -H "Authorization: Bearer {token}" ', 1)
         if shutil.which("jq") is None:
             line = line.partition(" | jq")[0]
-        ran = subprocess.run(  # noqa: S603
+        ran = subprocess.run(
             ["bash", "-c", f"set -o pipefail; {line.replace('curl ', 'curl --fail ', 1)}"],  # noqa: S607
             capture_output=True, text=True, check=False,
         )  # fmt: skip

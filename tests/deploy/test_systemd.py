@@ -30,6 +30,7 @@ from kronos_stream.daemon.status.watchdog import StallCheck, Watchdog
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.daemon_process import DaemonProcess
+from tests.support.paths import ROOT
 from tests.support.processes import ExchangeProcess, wait_for
 
 if sys.platform != "linux":
@@ -447,7 +448,7 @@ def test_what_waits_and_is_not_worked_off_is_overdue() -> None:
 
 # The unit.
 
-UNITS = Path(__file__).parents[1] / "deploy" / "systemd"
+UNITS = ROOT / "deploy" / "systemd"
 PROGRAM = "/opt/kronos-stream/bin/kronos-stream"
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 FOLDERS = {"kronos_stream": ROOT / "kronos_stream", "kronos_connectors": ROOT / "connectors"}
 
 

@@ -1,4 +1,3 @@
-# ruff: noqa: SLF001 - a trial looks inside the daemon
 """A trial: the whole daemon against an exchange that fails by its seed, in virtual time.
 
 Everything is real and in this process, sockets included, but for the two ends that a trial is not
@@ -124,7 +123,7 @@ class Scenario:
         )
 
 
-def _binance_options(exchange: SimulatedExchange) -> Any:  # noqa: ANN401 - a connector's own
+def _binance_options(exchange: SimulatedExchange) -> Any:
     return plugins.load_source("binance")[1].options(
         ws_url=exchange.ws_url,
         rest_url=exchange.rest_url,

@@ -151,7 +151,7 @@ class DaemonProcess(Closeable):
 
     def wait(self, seconds: float) -> int:
         """Its exit status, once it has ended. Raises ProcessFailed."""
-        assert self._process is not None  # noqa: S101 - pid says so
+        assert self._process is not None
         try:
             return self._process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -45,7 +45,7 @@ class ManagedProcess:
     ) -> None:
         """log: the file that what it says is added to. environ, folder: else ours."""
         with log.open("ab") as file:
-            self._process = subprocess.Popen(  # noqa: S603
+            self._process = subprocess.Popen(
                 command,
                 env=environ,
                 cwd=folder,
@@ -55,7 +55,7 @@ class ManagedProcess:
                 start_new_session=True,
             )
         # The pipe closes with this process, even if it is killed.
-        self._reaper = subprocess.Popen(  # noqa: S603
+        self._reaper = subprocess.Popen(
             ["/bin/sh", "-c", 'read -r _; kill -9 "$0"', str(self.pid)],
             stdin=subprocess.PIPE,
             start_new_session=True,

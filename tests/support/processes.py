@@ -57,7 +57,7 @@ def http_get(url: str) -> tuple[int, bytes]:
         return 0, b""
 
 
-def http_get_json(url: str) -> Any:  # noqa: ANN401 - whatever is said
+def http_get_json(url: str) -> Any:
     """What is answered. Raises ProcessFailed where that is an error."""
     status, body = http_get(url)
     if status != 200:
@@ -70,12 +70,12 @@ class ExchangeProcess(Closeable):
 
     def __init__(self, *arguments: str) -> None:
         """arguments: of the command, such as ``"--symbols", "5"``. Raises ProcessFailed."""
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(
             [*COMMAND, "exchange", "--json", "--with-parent", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        assert self._process.stdout is not None  # noqa: S101 - asked for
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self.close()

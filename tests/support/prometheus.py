@@ -69,7 +69,7 @@ class Prometheus(Closeable):
             self._process.wait_or_kill(_STOP_TIMEOUT)
         self._process = None
 
-    def api_get(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401
+    def api_get(self, path: str, parameters: Mapping[str, str] | None = None) -> Any:
         """The data of an answer of its HTTP API: ``ask("query", {"query": "up"})``.
 
         Raises PrometheusFailed with its word where it refuses.

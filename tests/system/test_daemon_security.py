@@ -34,10 +34,11 @@ from kronos_stream.market.clock import SystemClock
 from tests.support.apache_kafka import ApacheKafka, KafkaListener
 from tests.support.certificates import CertificateAuthority
 from tests.support.daemon_process import DaemonProcess
+from tests.support.paths import ROOT
 from tests.support.processes import COMMAND, ExchangeProcess, wait_for
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
-PAGE = Path(__file__).parents[1] / "docs" / "security.md"
+PAGE = ROOT / "docs" / "security.md"
 USERS = ("owner", "topics", "all", "ingest", "forecast", "bot")
 
 
@@ -145,7 +146,7 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
 def _command(
     given: Mapping[str, str], *arguments: str, status: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    ended = subprocess.run(  # noqa: S603
+    ended = subprocess.run(
         [*COMMAND, *arguments],
         env=_environ(given), capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def _all(locked: SecuredKafka, exchange: ExchangeProcess) -> dict[str, str]:
 def _consumed(locked: SecuredKafka, count: int, seconds: float = 60.0) -> list[str]:
     """The series of so many forecasts, as a bot reads them."""
     command = [*COMMAND, "tail", "--json"]
-    with subprocess.Popen(  # noqa: S603
+    with subprocess.Popen(
         command, env=_environ(locked.settings("bot")), stdout=subprocess.PIPE, text=True
     ) as tail:
         assert tail.stdout is not None

@@ -31,9 +31,9 @@ from kronos_stream.forecast.compose import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import Market
 from tests.support.mosquitto import Mosquitto
+from tests.support.paths import ROOT
 from tests.support.processes import wait_for
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Blocks that are neither commands nor programs: how the first line begins → what stands there.
@@ -214,7 +214,7 @@ def test_commands_do_what_they_should(block: Block, sandbox: Path) -> None:
             told |= _assigned(shlex.split(command)[1:])
         elif more := [added for known, added in HERE.items() if re.fullmatch(known, command)]:
             line = f"{command} {more[0]}"
-            ran = subprocess.run(  # noqa: S603
+            ran = subprocess.run(
                 ["bash", "-c", line],  # noqa: S607
                 cwd=sandbox, env=environ, capture_output=True, text=True, check=False,
             )  # fmt: skip
@@ -229,7 +229,7 @@ def test_commands_do_what_they_should(block: Block, sandbox: Path) -> None:
 
 
 def _start_and_stop(command: str, folder: Path, environ: dict[str, str]) -> None:
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         shlex.split(command), cwd=folder, env=environ, stdout=subprocess.PIPE
     )
     try:
@@ -321,7 +321,7 @@ def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., En
             text = text.replace(name, value)
         (sandbox / "program.py").write_text(text, "utf-8")
         line = [sys.executable, "-u", "-c", PROMPT, "program.py"]
-        process = subprocess.Popen(line, cwd=sandbox, stdout=one, stderr=two)  # noqa: S603
+        process = subprocess.Popen(line, cwd=sandbox, stdout=one, stderr=two)
 
         def ended_or_said() -> bool:
             said = forecast_of("binance:BTC/USDT:5m")

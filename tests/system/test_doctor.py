@@ -80,7 +80,7 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
 def _doctor(given: Mapping[str, str], *skip: str) -> DoctorReport:
     arguments = [argument for area in skip for argument in ("--skip", area)]
     return DoctorReport(
-        subprocess.run(  # noqa: S603
+        subprocess.run(
             [sys.executable, "-m", "kronos_stream", "doctor", "--json", *arguments],
             env=_environ(given),
             capture_output=True,
@@ -111,7 +111,7 @@ def test_where_all_is_well_it_says_so_and_leaves_nothing(
 def test_it_is_a_line_each_for_people(environ: dict[str, str]) -> None:
     environ["SYMBOLS"] = "binance:SIM00/USDT,binance:SIM0/USDT"
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--skip", "model"]
-    ended = subprocess.run(  # noqa: S603
+    ended = subprocess.run(
         command, env=_environ(environ), capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 1
@@ -272,14 +272,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of one MiB. Where it cannot be had, as without root, the test is skipped."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(  # noqa: S603
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder],  # noqa: S607
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)  # noqa: S603, S607
+    subprocess.run(["umount", folder], check=True)  # noqa: S607
 
 
 def test_a_full_disk_is_told(environ: dict[str, str], small_disk: Path) -> None:

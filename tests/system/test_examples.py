@@ -29,9 +29,10 @@ from kronos_stream.interfaces.sink import Record, RecordKind, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from tests.support.mosquitto import Mosquitto
+from tests.support.paths import ROOT
 from tests.support.processes import wait_for
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = ROOT / "docs" / "examples"
 TOPIC = topic_of("kronos")
 
 ForecastOf = Callable[..., Envelope]
@@ -42,7 +43,7 @@ class ExampleProcess:
 
     def __init__(self, name: str, *arguments: str) -> None:
         self.lines: list[str] = []
-        self._process = subprocess.Popen(  # noqa: S603
+        self._process = subprocess.Popen(
             [sys.executable, str(EXAMPLES / name), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -251,7 +252,7 @@ def test_prometheus_takes_the_queries(tmp_path: Path) -> None:
     rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(QUERIES)]
     path = tmp_path / "rules.json"  # JSON is YAML
     path.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}), "utf-8")
-    checked = subprocess.run(  # noqa: S603
+    checked = subprocess.run(
         ["promtool", "check", "rules", str(path)],  # noqa: S607
         capture_output=True, text=True, check=False,
     )  # fmt: skip

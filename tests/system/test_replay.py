@@ -32,12 +32,13 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import START_MS, Market
+from tests.support.paths import DATA
 
 MINUTE = 60_000
 COLUMNS = ["open", "high", "low", "close", "volume", "amount"]
 HORIZON, PATHS, QUANTILES = 4, 19, (0.05, 0.5, 0.95)
 _SECONDS = 240
-WIRE = Path(__file__).parent / "data" / "wire"
+WIRE = DATA / "wire"
 
 Bars = dict[int, list[float]]
 """Open → open, high, low, close, volume and, if known, amount."""
@@ -74,7 +75,7 @@ def _command(*arguments: object) -> list[str]:
 
 
 def _run(*arguments: object, **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         _command(*arguments),
         env=_environment(**settings) | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -338,7 +339,7 @@ def test_ctrl_c_ends_it_in_order(tmp_path: Path, speed: str) -> None:
     path = tmp_path / "A_B.parquet"
     frame.to_parquet(path)
     out = tmp_path / "out.jsonl"
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         _command(path, "--lookback", 36, "--speed", speed, "--json", "--out", out),
         env=_environment(LOG__LEVEL="info"),
         stdout=subprocess.PIPE,

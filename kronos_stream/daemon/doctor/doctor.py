@@ -13,7 +13,7 @@ from random import Random
 
 from kronos_stream.daemon.config.environment import redacted_variables
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
-from kronos_stream.daemon.doctor.doctor import host_checks
+from kronos_stream.daemon.doctor import host_checks
 from kronos_stream.daemon.intake.universe import resolve
 from kronos_stream.daemon.service import build_feed, build_sinks, build_sources
 from kronos_stream.interfaces.diagnostics import (

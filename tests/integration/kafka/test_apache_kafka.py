@@ -22,7 +22,7 @@ def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None
         "print(kafka._nodes[0].process.pid, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert owner.stdout is not None
     node = int(owner.stdout.readline())
     os.kill(node, 0)  # it runs

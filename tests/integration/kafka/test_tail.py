@@ -200,7 +200,7 @@ def test_ages_are_short(seconds: float, age: str) -> None:
 def _process(*arguments: str, **settings: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a pipe."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
-    process = subprocess.Popen(  # noqa: S603 - our own
+    process = subprocess.Popen(
         [*_COMMAND, *arguments],
         env={**environ, **{f"KRONOS_STREAM_{name}": value for name, value in settings.items()}},
         stdout=subprocess.PIPE,
@@ -299,7 +299,7 @@ def test_waiting_in_vain_it_says_what_for(kafka: ApacheKafka, topic_prefix: str)
 def test_on_a_terminal_it_is_a_table_until_ctrl_c() -> None:
     terminal, end = pty.openpty()
     with EmbeddedBroker([forecast_topic("kronos")]) as broker:
-        process = subprocess.Popen(  # noqa: S603 - our own
+        process = subprocess.Popen(
             [*_COMMAND, broker.bootstrap],
             env={**os.environ, "COLUMNS": "140", "LINES": "20", "TERM": "xterm"},
             stdin=end,

@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import unified_diff
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,8 +23,9 @@ from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.candle_message import decode_bar, decode_update, encode_candle
 from kronos_stream.market.series import Series
+from tests.support.paths import DATA
 
-_SNAPSHOTS = Path(__file__).parent / "data" / "snapshots"
+_SNAPSHOTS = DATA / "snapshots"
 
 _SERIES = Series.parse("binance:BTC/USDT:USDT:5m")
 _STEP = 300_000

@@ -32,8 +32,9 @@ from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 from tests.support.fake_worker import FakeWorker
+from tests.support.paths import DATA
 
-_DATA = Path(__file__).parent / "data"
+_DATA = DATA
 _SNAPSHOTS = _DATA / "snapshots"
 _PREFIX = "KRONOS_STREAM_"
 _DUMPS = sorted((_DATA / "state").glob("v*.sql"))

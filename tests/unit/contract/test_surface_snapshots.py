@@ -28,8 +28,9 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.engine.noise import noise_key
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
+from tests.support.paths import DATA
 
-_SNAPSHOTS = Path(__file__).parent / "data" / "snapshots"
+_SNAPSHOTS = DATA / "snapshots"
 _PREFIX = "KRONOS_STREAM_"
 _BTC = Series.parse("binance:BTC/USDT:1m")
 _MACHINE_DEPENDENT = {

@@ -23,9 +23,10 @@ from kronos_stream.forecast.outlook import PublishedPaths, build_outlook
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
+from tests.support.paths import DATA, ROOT
 
-_DOCS = Path(__file__).parents[1] / "docs"
-_PUBLISHED = Path(__file__).parent / "data" / "contract"
+_DOCS = ROOT / "docs"
+_PUBLISHED = DATA / "contract"
 """The schemas of version 1 as first published. Never written again."""
 
 Json = dict[str, Any]

@@ -25,6 +25,7 @@ from kronos_connectors.binance.frames import (
     read_candle,
 )
 from kronos_stream.market import Candle, Series
+from tests.support.paths import DATA
 
 BTC = Series.parse("binance:BTC/USDT:1m")
 STREAMS = {("BTCUSDT", "1m"): BTC}
@@ -236,7 +237,7 @@ def _recorded(path: Path) -> tuple[int, int, Counter[str]]:
 
 @pytest.mark.parametrize("name", ["spot", "usdm"])
 def test_every_kline_of_a_recording_is_read_and_nothing_else(name: str) -> None:
-    path = Path(__file__).parent / "data" / "wire" / f"{name}.frames"
+    path = DATA / "wire" / f"{name}.frames"
     there, read, others = _recorded(path)
     assert there == read > 100
     assert set(others) == {"Other", "Answer"}

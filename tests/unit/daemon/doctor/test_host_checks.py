@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kronos_stream.daemon.config.settings import HttpSettings
-from kronos_stream.daemon.doctor.doctor import host_checks
+from kronos_stream.daemon.doctor import host_checks
 from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.interfaces.diagnostics import (
     Check,

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 from urllib.parse import quote
@@ -33,12 +32,13 @@ from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
+from tests.support.paths import ROOT
 
 START = 1_718_712_000_000
 MINUTE = 60_000
 TOKEN = "a-long-enough-token"  # noqa: S105 - of this test alone
 BTC = Series.parse("binance:BTC/USDT:1m")
-_DOCS = Path(__file__).parents[1] / "docs"
+_DOCS = ROOT / "docs"
 
 Json = dict[str, Any]
 

@@ -18,9 +18,10 @@ from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from tests.support.daemon_process import DaemonProcess
+from tests.support.paths import DATA
 from tests.support.processes import ExchangeProcess, wait_for
 
-DUMPS = sorted((Path(__file__).parent / "data" / "state").glob("v*.sql"))
+DUMPS = sorted((DATA / "state").glob("v*.sql"))
 BTC, ETH = (Series.parse(f"binance:{base}/USDT:1m") for base in ("BTC", "ETH"))
 FIRST, MINUTE = 1_750_000_020_000, 60_000
 

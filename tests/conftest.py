@@ -59,9 +59,9 @@ def parity_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def parity_cases(parity: Path) -> dict[str, NDArray[Any]]:
+def parity_cases(parity_folder: Path) -> dict[str, NDArray[Any]]:
     """The tiny fixture's arrays by name; read-only."""
-    with np.load(parity / "tiny" / "cases.npz") as archive:
+    with np.load(parity_folder / "tiny" / "cases.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}
     for array in arrays.values():
         array.flags.writeable = False
@@ -69,22 +69,24 @@ def parity_cases(parity: Path) -> dict[str, NDArray[Any]]:
 
 
 @pytest.fixture(scope="session")
-def parity_expected(parity: Path) -> dict[str, Any]:
+def parity_expected(parity_folder: Path) -> dict[str, Any]:
     """The tiny fixture's scalars: greedy cases, training losses, gradient norms."""
-    described: dict[str, Any] = json.loads((parity / "tiny" / "cases.json").read_text("utf-8"))
+    described: dict[str, Any] = json.loads(
+        (parity_folder / "tiny" / "cases.json").read_text("utf-8")
+    )
     return described
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(parity: Path) -> Tokenizer:
+def tiny_tokenizer(parity_folder: Path) -> Tokenizer:
     """The tiny tokenizer as loaded; shared, so a test that changes it loads its own."""
-    return load_tokenizer(parity / "tiny" / "tokenizer")
+    return load_tokenizer(parity_folder / "tiny" / "tokenizer")
 
 
 @pytest.fixture(scope="session")
-def tiny_predictor(parity: Path) -> Predictor:
+def tiny_predictor(parity_folder: Path) -> Predictor:
     """The tiny predictor as loaded; shared, so a test that changes it loads its own."""
-    return load_predictor(parity / "tiny" / "predictor")
+    return load_predictor(parity_folder / "tiny" / "predictor")
 
 
 @pytest.fixture(scope="session")

@@ -85,9 +85,9 @@ class KronosTokenizer(Tokenizer):
         go to the hub's client and mean nothing for a folder. Raises CheckpointError for what
         cannot be found or read, TypeError for an option of another name.
         """
-        folder = _fetch(pretrained_model_name_or_path, revision, **options)
+        folder = _fetch_if_needed(pretrained_model_name_or_path, revision, **options)
         loaded = load_tokenizer(folder, revision)
-        return _copy_attributes(cls(**loaded.config.to_dict()), loaded)
+        return _copy_weights(cls(**loaded.config.to_dict()), loaded)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; OSError where that cannot be."""
@@ -166,9 +166,9 @@ class Kronos(Predictor):
         go to the hub's client and mean nothing for a folder. Raises CheckpointError for what
         cannot be found or read, TypeError for an option of another name.
         """
-        folder = _fetch(pretrained_model_name_or_path, revision, **options)
+        folder = _fetch_if_needed(pretrained_model_name_or_path, revision, **options)
         loaded = load_predictor(folder, revision)
-        return _copy_attributes(cls(**loaded.config.to_dict()), loaded)
+        return _copy_weights(cls(**loaded.config.to_dict()), loaded)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``; OSError where that cannot be."""
@@ -231,7 +231,7 @@ class Kronos(Predictor):
         return self.s2_logits(context, s1_ids, rotate=True, causal=self.training)
 
 
-def _fetch(
+def _fetch_if_needed(
     source: str | Path,
     revision: str | None,
     *,
@@ -270,6 +270,6 @@ def _reject_mask(padding_mask: Tensor | None) -> None:
         raise ValueError("padding_mask is not supported (nor does it run in the reference)")
 
 
-def _copy_attributes(module: _Module, loaded: nn.Module) -> _Module:
+def _copy_weights(module: _Module, loaded: nn.Module) -> _Module:
     module.load_state_dict(loaded.state_dict())
     return module.eval()

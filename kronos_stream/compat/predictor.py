@@ -169,7 +169,7 @@ class KronosPredictor:
 
     def _engine(self) -> Forecaster:
         """The folded weights, folded anew after the modules' parameters have changed."""
-        state = _parameter_versions(self.model) + _parameter_versions(self.tokenizer)
+        state = _parameter_fingerprint(self.model) + _parameter_fingerprint(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             if self._forecaster is not None:
                 # First of all its memory, which the new one budgets by what the device has free.
@@ -232,7 +232,7 @@ def _eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _parameter_versions(module: nn.Module) -> list[tuple[int, int, float]]:
+def _parameter_fingerprint(module: nn.Module) -> list[tuple[int, int, float]]:
     """Something that differs once a parameter has changed, for each of them."""
     parameters = [p.detach() for p in module.parameters()]
     # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.

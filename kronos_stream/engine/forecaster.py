@@ -69,7 +69,7 @@ class Forecaster:
         """Told which stage of the work begins; for measuring."""
         tuning = CPU_TUNING if self.device.type == "cpu" else ACCELERATOR_TUNING
         positions = max_context + tuning.bucket
-        with _inference_mode():
+        with _default_torch_settings():
             self._runner = Runner(
                 fold_predictor(predictor, self.device, self.dtype, positions),
                 fold_tokenizer(tokenizer, self.device, self.dtype, positions),
@@ -203,7 +203,7 @@ class Forecaster:
     ) -> list[SampledPaths]:
         """:meth:`draw` for contexts that are in the model's units already, and fit its window."""
         draws: dict[int, SampledPaths] = {}
-        with _inference_mode():
+        with _default_torch_settings():
             keys = torch.tensor(
                 [noise_key(seed, item.name, item.origin) for item in prepared], dtype=torch.long
             ).view(-1, 4)
@@ -245,7 +245,7 @@ class Forecaster:
 
 
 @contextmanager
-def _inference_mode() -> Iterator[None]:
+def _default_torch_settings() -> Iterator[None]:
     """No gradients, and none of the defaults a caller may have set for code of their own."""
     dtype = torch.get_default_dtype()
     # As a context the device costs microseconds at every operation: only where it is needed.

@@ -44,7 +44,7 @@ PUBLISHED_CONTEXT = {
 }
 """Bars each published predictor was trained on."""
 
-BUNDLED_MODELS = Path(__file__).parent.parent / "checkpoints"
+BUNDLED_FOLDER = Path(__file__).parent.parent / "checkpoints"
 """Checkpoints that ship in the package, by folder name."""
 
 
@@ -81,8 +81,8 @@ def find_model(
 ) -> ModelLocation:
     """Resolve a model's name: a bundled one, a folder with both halves, a predictor, a hub id."""
     folder = Path(model)
-    if not folder.is_dir() and (BUNDLED_MODELS / str(model)).is_dir():
-        folder = BUNDLED_MODELS / str(model)
+    if not folder.is_dir() and (BUNDLED_FOLDER / str(model)).is_dir():
+        folder = BUNDLED_FOLDER / str(model)
     if (folder / "predictor").is_dir() and (folder / "tokenizer").is_dir():
         return ModelLocation(
             CheckpointLocation(str(folder / "predictor")),
@@ -152,7 +152,7 @@ def fetch_checkpoint(source: str | Path, revision: str | None = None, *, part: s
     half: "predictor" or "tokenizer", to take of a folder or a bundled model that holds both.
     """
     name = str(source)
-    for folder in (Path(source), BUNDLED_MODELS / name):
+    for folder in (Path(source), BUNDLED_FOLDER / name):
         if folder.is_dir():
             return folder / part if (folder / part).is_dir() else folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -38,7 +38,7 @@ MAX_BAR_SIGMA = 0.15
 MAX_BAR_RETURN = 0.6
 """Cap on one bar's absolute log return, jumps included."""
 
-INTRABAR_RANGE = 2.5
+MAX_LOG_DISTANCE = 2.5
 """Log distance from its first price beyond which a symbol is pulled back, gently."""
 
 
@@ -144,7 +144,7 @@ class Market:
         jumps = rng.poisson(self._jumps_per_day * dt * np.exp(np.clip(log_vol, -1, 1)))
         jump = 0.2 * self._daily_vol * np.sqrt(jumps) * normal[1, :-1]
         distance = self._log_price - np.log(self.first_price)
-        pull = -np.sign(distance) * np.maximum(np.abs(distance) - INTRABAR_RANGE, 0) * 0.02 * dt
+        pull = -np.sign(distance) * np.maximum(np.abs(distance) - MAX_LOG_DISTANCE, 0) * 0.02 * dt
         drift = (self._drift * self._loading * self._daily_vol - sigma**2 / dt / 2) * dt + pull
         move = np.clip(drift + sigma * shock + jump, -MAX_BAR_RETURN, MAX_BAR_RETURN)
 

@@ -147,9 +147,9 @@ class FileWindows:
     def draw(self, step: int, batch: int, rows: NDArray[np.int64]) -> Windows:
         """Rows of the batch of ``step``."""
         picks = step_rng(self._seed, step, 2).integers(len(self), size=batch)[rows]
-        return self.windows_at(picks)
+        return self.gather(picks)
 
-    def windows_at(self, picks: NDArray[np.int64]) -> Windows:
+    def gather(self, picks: NDArray[np.int64]) -> Windows:
         """The windows of these numbers, each below ``len``."""
         which = np.searchsorted(self._ends, picks, side="right")
         before = np.concatenate(([0], self._ends[:-1]))[which]

@@ -94,7 +94,7 @@ class Trainer:
     def run(self) -> Evaluation | None:
         """Train to the last step; returns the last evaluation, None without held-out data."""
         s, result = self._settings, None
-        held_out = self._evaluate_held_out()
+        held_out = self._held_out_batches()
         began, since = time.monotonic(), self.step
         end = min(s.steps, s.stop_at or s.steps)
         while self.step < end:
@@ -154,7 +154,7 @@ class Trainer:
         rate = self._optimisers.step(self.step)
         return {**figures, "grad_norm": norm, "lr": rate}
 
-    def _evaluate_held_out(self) -> list[Batch]:
+    def _held_out_batches(self) -> list[Batch]:
         s, source = self._settings, self._data.valid
         if source is None:
             return []

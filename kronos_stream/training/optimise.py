@@ -37,11 +37,11 @@ class Optimisers:
             {"params": decayed, "weight_decay": s.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self._optimisers: list[torch.optim.Optimizer] = [
+        self._optimizers: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95))
         ]
         if matrices:
-            self._optimisers.append(
+            self._optimizers.append(
                 torch.optim.Muon(matrices, lr=s.lr_muon, weight_decay=s.weight_decay)
             )
         self._peak_rates = [s.lr, s.lr_muon]
@@ -49,7 +49,7 @@ class Optimisers:
     def step(self, step: int) -> float:
         """Apply the gradients with the learning rate of ``step``; returns AdamW's rate."""
         share = learning_rate_factor(step, self._settings)
-        for optimizer, peak in zip(self._optimisers, self._peak_rates, strict=False):
+        for optimizer, peak in zip(self._optimizers, self._peak_rates, strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * share
             optimizer.step()
@@ -58,11 +58,11 @@ class Optimisers:
 
     def state(self) -> list[dict[str, object]]:
         """All that a resumed run needs."""
-        return [optimizer.state_dict() for optimizer in self._optimisers]
+        return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def restore(self, state: list[dict[str, object]]) -> None:
         """The inverse of :meth:`state`."""
-        for optimizer, one in zip(self._optimisers, state, strict=True):
+        for optimizer, one in zip(self._optimizers, state, strict=True):
             optimizer.load_state_dict(one)
 
 

@@ -101,7 +101,9 @@ def test_what_is_mounted_is_there() -> None:
 def test_images_are_pinned() -> None:
     for name in SERVICES.keys() - {*OURS}:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"]), name
-    tested = re.search(r"<version>(\d+\.\d+\.\d+)<", (ROOT / "tests/support/kafka/pom.xml").read_text())
+    tested = re.search(
+        r"<version>(\d+\.\d+\.\d+)<", (ROOT / "tests/support/kafka/pom.xml").read_text()
+    )
     assert tested is not None
     assert SERVICES["kafka"]["image"].endswith(f":{tested[1]}")
 
@@ -205,12 +207,12 @@ def _healthy(name: str, change: Change) -> bool:
 
 def test_services_work_together(
     kafka_jars: Path,
-    prometheus_of: Callable[[str], Prometheus],
+    make_prometheus: Callable[[str], Prometheus],
     change: Change,
     tmp_path: Path,
-    patience: float,
+    load_factor: float,
 ) -> None:
-    seconds = 60.0 * patience
+    seconds = 60.0 * load_factor
     with ExitStack() as stack:
         exchange = stack.enter_context(running("exchange", tmp_path, change))
         kafka = _kafka(tmp_path, kafka_jars, change)
@@ -237,7 +239,7 @@ def test_services_work_together(
         rules = (ROOT / "deploy/prometheus/rules.yaml").read_text("utf-8")
         (tmp_path / "prometheus").mkdir()
         (tmp_path / "prometheus/rules.yaml").write_text(rules, "utf-8")
-        with prometheus_of(text) as prometheus:
+        with make_prometheus(text) as prometheus:
             asked = 'sum(kronos_delivered_total{job="kronos-stream", kind="forecast"})'
             wait_for(
                 "Prometheus has heard of forecasts",
@@ -249,7 +251,7 @@ def test_services_work_together(
 
         daemon.send_signal(signal.SIGTERM)
         grace = float(SERVICES["daemon"]["stop_grace_period"].removesuffix("s"))
-        assert daemon.wait(grace * patience) == 0
+        assert daemon.wait(grace * load_factor) == 0
 
 
 def _brokers(admin: AdminClient) -> int:

@@ -49,7 +49,7 @@ def stages() -> list[Stage]:
     return found
 
 
-def _keep_alive(stage: Stage, name: str) -> list[str]:
+def _arguments_of(stage: Stage, name: str) -> list[str]:
     return [rest for one, rest in stage if one == name]
 
 
@@ -67,7 +67,7 @@ def test_hadolint_has_no_complaint() -> None:
 
 
 def test_every_stage_begins_with_the_base_or_with_another(stages: list[Stage]) -> None:
-    begins = [_keep_alive(stage, "FROM")[0].split(" AS ") for stage in stages]
+    begins = [_arguments_of(stage, "FROM")[0].split(" AS ") for stage in stages]
     names = {name for _, *named in begins for name in named}
     assert {source for source, *_ in begins} - names == {"${BASE}"}
     assert len(stages) >= 3
@@ -80,30 +80,30 @@ def test_every_stage_begins_with_the_base_or_with_another(stages: list[Stage]) -
 
 def test_what_is_shipped_runs_as_nobody_in_particular(stages: list[Stage]) -> None:
     last = stages[-1]
-    assert _keep_alive(last, "USER") == ["10001:10001"]
+    assert _arguments_of(last, "USER") == ["10001:10001"]
     ours = [i for i, (name, _) in enumerate(last) if name == "USER"]
     assert not [name for name, _ in last[ours[0] :] if name in {"RUN", "COPY", "ADD"}]
-    assert json.loads(_keep_alive(last, "ENTRYPOINT")[0]) == ["kronos-stream"]
-    assert json.loads(_keep_alive(last, "CMD")[0]) == ["run"]
-    assert _keep_alive(last, "STOPSIGNAL") == ["SIGTERM"]
-    assert _keep_alive(last, "VOLUME") == ["/var/lib/kronos-stream"]
-    (health,) = _keep_alive(last, "HEALTHCHECK")
+    assert json.loads(_arguments_of(last, "ENTRYPOINT")[0]) == ["kronos-stream"]
+    assert json.loads(_arguments_of(last, "CMD")[0]) == ["run"]
+    assert _arguments_of(last, "STOPSIGNAL") == ["SIGTERM"]
+    assert _arguments_of(last, "VOLUME") == ["/var/lib/kronos-stream"]
+    (health,) = _arguments_of(last, "HEALTHCHECK")
     command = json.loads(health.partition(" CMD ")[2])
-    copied = [rest.split()[-1] for rest in _keep_alive(last, "COPY")]
+    copied = [rest.split()[-1] for rest in _arguments_of(last, "COPY")]
     assert command[-1] in copied
-    assert not [rest for stage in stages for rest in _keep_alive(stage, "ADD")]
+    assert not [rest for stage in stages for rest in _arguments_of(stage, "ADD")]
 
 
 def test_what_is_shipped_is_built_elsewhere(stages: list[Stage]) -> None:
-    runs = " ".join(_keep_alive(stages[-1], "RUN"))
+    runs = " ".join(_arguments_of(stages[-1], "RUN"))
     assert not re.findall(r"\b(apt-get|apt|curl|wget|git|gcc|make)\b", runs)
     assert not [
-        rest for rest in _keep_alive(stages[-1], "ENV") if re.search(r"TOKEN|PASSWORD", rest)
+        rest for rest in _arguments_of(stages[-1], "ENV") if re.search(r"TOKEN|PASSWORD", rest)
     ]
     pips = [
         command
         for stage in stages[:-1]
-        for run in _keep_alive(stage, "RUN")
+        for run in _arguments_of(stage, "RUN")
         for command in re.split(r"[;{}] ", run)
         if " pip " in command and " install " in command
     ]
@@ -121,7 +121,7 @@ def test_the_builder_is_sent_what_it_copies_and_no_more(stages: list[Stage]) -> 
     copied = {
         word
         for stage in stages
-        for rest in _keep_alive(stage, "COPY")
+        for rest in _arguments_of(stage, "COPY")
         if "--from=" not in rest
         for word in rest.split()[:-1]
         if not word.startswith("--")

@@ -162,8 +162,8 @@ def _labelling(one: promql.Expr) -> Iterator[promql.VectorSelector]:
 
 
 @pytest.fixture
-def known(measured: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-    return {**measured, **_recording_rules(), **OTHERS}
+def known(metric_labels: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    return {**metric_labels, **_recording_rules(), **OTHERS}
 
 
 @pytest.mark.parametrize("queries", [_of_rules, _of_dashboard, _of_pages])
@@ -358,11 +358,11 @@ def test_prometheus_watches_a_daemon(
     daemon: DaemonProcess,
     token: str,
     tmp_path: Path,
-    prometheus_of: Callable[[str], Prometheus],
+    make_prometheus: Callable[[str], Prometheus],
     known: dict[str, frozenset[str]],
 ) -> None:
     assert daemon.is_ready()  # finds its port
-    with prometheus_of(_scraping(daemon, tmp_path / "prometheus", token)) as prometheus:
+    with make_prometheus(_scraping(daemon, tmp_path / "prometheus", token)) as prometheus:
         targets = 2 if token else 1  # one to whom the token was not told
         wait_for("all are scraped", lambda: len(prometheus.query("up")) == targets, 20.0)
         target, *stranger = _targets(prometheus)

@@ -95,9 +95,9 @@ CONNECTOR = SinkConnector(Options, lambda options, clock, random: Frail(options)
 class Notification(NamedTuple):
     """A message."""
 
-    at: float
+    time: float
     """Monotonic seconds."""
-    text: dict[str, str]
+    assignments: dict[str, str]
 
 
 class FakeSystemd:
@@ -112,24 +112,24 @@ class FakeSystemd:
         self._stop = Event()
         self._listening = Thread(target=self._listen, daemon=True)
 
-    def has_status(self, name: str, begin: str = "", within: str = "") -> list[Notification]:
+    def matching(self, name: str, begin: str = "", within: str = "") -> list[Notification]:
         """Messages in which that is assigned: what begins so, and holds that."""
         return [
             one
             for one in list(self.notifications)
-            for value in one.text.get(name, "").splitlines()
+            for value in one.assignments.get(name, "").splitlines()
             if value.startswith(begin) and within in value
         ]
 
     def wait_for(self, name: str, begin: str, *, within: str = "", after: int = 0) -> Notification:
         """The first such message but the ``after`` first."""
         what = f"{name}={begin}…{within}"
-        wait_for(what, lambda: len(self.has_status(name, begin, within)) > after, 60.0)
-        return self.has_status(name, begin, within)[after]
+        wait_for(what, lambda: len(self.matching(name, begin, within)) > after, 60.0)
+        return self.matching(name, begin, within)[after]
 
-    def assert_silent_for(self) -> float:
+    def seconds_since_watchdog(self) -> float:
         """Seconds since the watchdog was fed."""
-        return time.monotonic() - self.has_status("WATCHDOG", "1")[-1].at
+        return time.monotonic() - self.matching("WATCHDOG", "1")[-1].time
 
     def _listen(self) -> None:
         while not self._stop.is_set():
@@ -151,7 +151,7 @@ class FakeSystemd:
 
 
 @pytest.fixture(params=["path"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeSystemd]:
+def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeSystemd]:
     """At a path, or an abstract name."""
     name = f"@{uuid4()}" if request.param == "abstract" else str(tmp_path / "notify")
     with FakeSystemd(name) as manager:
@@ -166,8 +166,8 @@ def exchange() -> Iterator[ExchangeProcess]:
 
 
 @pytest.fixture
-def managed_daemon(
-    manager: FakeSystemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def make_managed_daemon(
+    systemd: FakeSystemd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., DaemonProcess]:
     """Makes a daemon, not yet started, as systemd would; its sink has its orders in a file."""
     info = tmp_path / "frail_sink-1.0.dist-info"
@@ -178,7 +178,7 @@ def managed_daemon(
     (tmp_path / "orders").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # as in the unit
-    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("NOTIFY_SOCKET", systemd.address)
     monkeypatch.setenv("WATCHDOG_USEC", str(round(1e6 * WATCHDOG_SECONDS)))
 
     def make(exchange: ExchangeProcess, **settings: str) -> DaemonProcess:
@@ -189,19 +189,19 @@ def managed_daemon(
 
 
 def test_it_is_told_from_start_to_stop(
-    manager: FakeSystemd,
-    managed: Callable[..., DaemonProcess],
+    systemd: FakeSystemd,
+    make_managed_daemon: Callable[..., DaemonProcess],
     exchange: ExchangeProcess,
-    patience: float,
+    load_factor: float,
 ) -> None:
-    with managed(exchange) as daemon:
+    with make_managed_daemon(exchange) as daemon:
         daemon.start()
-        first = manager.wait_for("READY", "1")
-        assert first.text["STATUS"].startswith("starting; ")
-        assert first == manager.notifications[0]
+        first = systemd.wait_for("READY", "1")
+        assert first.assignments["STATUS"].startswith("starting; ")
+        assert first == systemd.notifications[0]
         assert daemon.readiness()[0] != 200  # the model is not loaded yet
         daemon.wait_until_ready()
-        manager.wait_for("STATUS", "following 2 series")
+        systemd.wait_for("STATUS", "following 2 series")
         worker = daemon.worker_pid()
         assert worker is not None
         environ = Path(f"/proc/{worker}/environ").read_bytes()
@@ -211,49 +211,56 @@ def test_it_is_told_from_start_to_stop(
 
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         daemon.signal(signal.SIGHUP)
-        asked = manager.wait_for("RELOADING", "1")
-        assert int(asked.text["MONOTONIC_USEC"]) > before
-        done = manager.wait_for("READY", "1", after=1)
-        assert manager.notifications.index(done) > manager.notifications.index(asked)
+        asked = systemd.wait_for("RELOADING", "1")
+        assert int(asked.assignments["MONOTONIC_USEC"]) > before
+        done = systemd.wait_for("READY", "1", after=1)
+        assert systemd.notifications.index(done) > systemd.notifications.index(asked)
 
-        wait_for("some more of it", lambda: len(manager.has_status("WATCHDOG", "1")) >= 6, 30.0)
-        fed = [one.at for one in manager.has_status("WATCHDOG")]
+        wait_for("some more of it", lambda: len(systemd.matching("WATCHDOG", "1")) >= 6, 30.0)
+        fed = [one.time for one in systemd.matching("WATCHDOG")]
         pauses = [after - before for before, after in pairwise(fed)]
-        assert max(pauses) < patience * WATCHDOG_SECONDS
-        assert sum(pauses) / len(pauses) == pytest.approx(WATCHDOG_SECONDS / 2, rel=0.2 * patience)
+        assert max(pauses) < load_factor * WATCHDOG_SECONDS
+        assert sum(pauses) / len(pauses) == pytest.approx(
+            WATCHDOG_SECONDS / 2, rel=0.2 * load_factor
+        )
 
         assert daemon.stop() == 0
-        last = manager.wait_for("STOPPING", "1")
-        assert int(last.text["EXTEND_TIMEOUT_USEC"]) > 20e6  # the grace
+        last = systemd.wait_for("STOPPING", "1")
+        assert int(last.assignments["EXTEND_TIMEOUT_USEC"]) > 20e6  # the grace
         assert all(
-            one.text == {"WATCHDOG": "1"}
-            for one in manager.notifications[manager.notifications.index(last) + 1 :]
+            one.assignments == {"WATCHDOG": "1"}
+            for one in systemd.notifications[systemd.notifications.index(last) + 1 :]
         )
         assert daemon.leftover_processes() == []
 
 
 @pytest.mark.parametrize("manager", ["abstract"], indirect=True)
 def test_it_is_ready_though_the_exchange_is_away(
-    manager: FakeSystemd, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+    manager: FakeSystemd,
+    make_managed_daemon: Callable[..., DaemonProcess],
+    exchange: ExchangeProcess,
 ) -> None:
     with socket.socket() as nobody:  # bound, so that no one else listens there
         nobody.bind(("127.0.0.1", 0))
         away = f"127.0.0.1:{nobody.getsockname()[1]}"
         settings = {"BINANCE__REST_URL": f"http://{away}", "BINANCE__WS_URL": f"ws://{away}"}
-        with managed(exchange, **settings) as daemon:
+        with make_managed_daemon(exchange, **settings) as daemon:
             daemon.start()
             manager.wait_for("READY", "1")
-            wait_for("it is fed", lambda: len(manager.has_status("WATCHDOG", "1")) >= 4, 30.0)
-            assert manager.has_status("STATUS")[-1].text["STATUS"].startswith("starting")
+            wait_for("it is fed", lambda: len(manager.matching("WATCHDOG", "1")) >= 4, 30.0)
+            assert manager.matching("STATUS")[-1].assignments["STATUS"].startswith("starting")
             assert daemon.stop() == 0
 
 
 def test_who_is_away_or_lost_is_no_lack_of_progress(
-    manager: FakeSystemd, managed: Callable[..., DaemonProcess], tmp_path: Path, patience: float
+    systemd: FakeSystemd,
+    make_managed_daemon: Callable[..., DaemonProcess],
+    tmp_path: Path,
+    load_factor: float,
 ) -> None:
     with (
         ExchangeProcess("--symbols", "2", "--history", "300") as exchange,
-        managed(exchange) as daemon,
+        make_managed_daemon(exchange) as daemon,
     ):
         daemon.start()
         daemon.wait_until_ready()
@@ -264,15 +271,17 @@ def test_who_is_away_or_lost_is_no_lack_of_progress(
         wait_for("it is replaced", lambda: daemon.worker_pid() not in (worker, None), 30.0)
         _forecasts(daemon)
         (tmp_path / "orders").write_text("away")
-        told = manager.wait_for("STATUS", "not ready; ", within="sink frail: the broker is away")
-        assert " records undelivered; " in told.text["STATUS"]
+        told = systemd.wait_for("STATUS", "not ready; ", within="sink frail: the broker is away")
+        assert " records undelivered; " in told.assignments["STATUS"]
         exchange.close()
         time.sleep(7.0)
         assert daemon.readiness()[1]["sink frail"] == "the broker is away"
         assert not any(line["event"].startswith("stuck") for line in daemon.log_records())
-        fed = [one.at for one in manager.has_status("WATCHDOG")]
-        assert max(after - before for before, after in pairwise(fed)) < patience * WATCHDOG_SECONDS
-        assert manager.assert_silent_for() < patience * WATCHDOG_SECONDS
+        fed = [one.time for one in systemd.matching("WATCHDOG")]
+        assert (
+            max(after - before for before, after in pairwise(fed)) < load_factor * WATCHDOG_SECONDS
+        )
+        assert systemd.seconds_since_watchdog() < load_factor * WATCHDOG_SECONDS
 
 
 STUCK = {
@@ -285,21 +294,23 @@ STUCK = {
 @pytest.mark.parametrize("fault", STUCK)
 def test_a_stuck_daemon_feeds_no_watchdog(
     fault: str,
-    manager: FakeSystemd,
-    managed: Callable[..., DaemonProcess],
+    systemd: FakeSystemd,
+    make_managed_daemon: Callable[..., DaemonProcess],
     exchange: ExchangeProcess,
     tmp_path: Path,
 ) -> None:
-    with managed(exchange) as daemon:
+    with make_managed_daemon(exchange) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         _forecasts(daemon)
-        wait_for("it is fed", lambda: manager.assert_silent_for() < WATCHDOG_SECONDS, 10.0)
+        wait_for("it is fed", lambda: systemd.seconds_since_watchdog() < WATCHDOG_SECONDS, 10.0)
         (tmp_path / "orders").write_text(fault)
-        wait_for("it starves", lambda: manager.assert_silent_for() > 2 * WATCHDOG_SECONDS, 60.0)
+        wait_for(
+            "it starves", lambda: systemd.seconds_since_watchdog() > 2 * WATCHDOG_SECONDS, 60.0
+        )
         assert daemon.worker_pid() is not None
         if what := STUCK[fault]:
-            assert manager.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
+            assert systemd.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
             assert any(line["event"].startswith("stuck") for line in daemon.log_records())
         daemon.signal(signal.SIGABRT)  # what systemd does then
         assert daemon.wait(10.0) == -signal.SIGABRT
@@ -309,13 +320,15 @@ def test_a_stuck_daemon_feeds_no_watchdog(
 
 
 def test_a_failure_is_in_the_status(
-    manager: FakeSystemd, managed: Callable[..., DaemonProcess], exchange: ExchangeProcess
+    systemd: FakeSystemd,
+    make_managed_daemon: Callable[..., DaemonProcess],
+    exchange: ExchangeProcess,
 ) -> None:
-    with managed(exchange, MODEL="/nowhere") as daemon:
+    with make_managed_daemon(exchange, MODEL="/nowhere") as daemon:
         daemon.start()
         assert daemon.wait(60.0) == 2
-        assert "/nowhere" in manager.wait_for("STATUS", "failed: ").text["STATUS"]
-        assert manager.has_status("STOPPING", "1")
+        assert "/nowhere" in systemd.wait_for("STATUS", "failed: ").assignments["STATUS"]
+        assert systemd.matching("STOPPING", "1")
 
 
 def _forecasts(daemon: DaemonProcess) -> None:
@@ -342,10 +355,10 @@ def test_nobody_is_told_where_nobody_listens() -> None:
 
 @pytest.mark.parametrize(("pid", "seconds"), [("", 20.0), ("ours", 20.0), ("1", 0.0), ("x", 0.0)])
 def test_the_watchdog_may_be_meant_for_another(
-    pid: str, seconds: float, manager: FakeSystemd
+    pid: str, seconds: float, systemd: FakeSystemd
 ) -> None:
     meant = str(os.getpid()) if pid == "ours" else pid
-    environ = {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": meant, "NOTIFY_SOCKET": manager.address}
+    environ = {"WATCHDOG_USEC": "20000000", "WATCHDOG_PID": meant, "NOTIFY_SOCKET": systemd.address}
     notifier = Notifier.from_environ(environ)
     assert notifier.enabled
     assert notifier.watchdog_seconds == seconds
@@ -362,11 +375,14 @@ def test_a_manager_that_is_not_there_is_a_warning(address: str) -> None:
     notifier.close()
 
 
-def test_messages_are_lines_without_breaks(manager: FakeSystemd) -> None:
-    notifier = Notifier(manager.address)
+def test_messages_are_lines_without_breaks(systemd: FakeSystemd) -> None:
+    notifier = Notifier(systemd.address)
     notifier.notify(READY=1, STATUS="two\nlines, one of them\nSTOPPING=1 " + chr(0xDC80))
-    assert manager.wait_for("READY", "1").text["STATUS"] == "two lines, one of them STOPPING=1 ?"
-    assert not manager.has_status("STOPPING")
+    assert (
+        systemd.wait_for("READY", "1").assignments["STATUS"]
+        == "two lines, one of them STOPPING=1 ?"
+    )
+    assert not systemd.matching("STOPPING")
     notifier.close()
 
 
@@ -391,7 +407,7 @@ def test_a_manager_that_is_busy_is_told_later_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("role", "rate"), [("forecast", "7 forecasts in the last minute"), ("ingest", "9 bars in the")]
 )
-def test_the_status_says_what_was_made(role: str, rate: str, manager: FakeSystemd) -> None:
+def test_the_status_says_what_was_made(role: str, rate: str, systemd: FakeSystemd) -> None:
     class Quiet:
         """A daemon as far as it is told about."""
 
@@ -405,7 +421,7 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: FakeSystem
             return {"sink kafka": "", "source binance": "away: https://me:secret@host\nis not"}
 
     async def work() -> None:
-        notifier = Notifier(manager.address)
+        notifier = Notifier(systemd.address)
         reporting = asyncio.create_task(StatusReporter(daemon, notifier).run())
         daemon.running.set()
         daemon.ready.set()
@@ -419,10 +435,12 @@ def test_the_status_says_what_was_made(role: str, rate: str, manager: FakeSystem
 
     daemon = Quiet()
     run_virtual(work())
-    manager.wait_for("STATUS", "not ready; following 3 series; source binance: away: ")
-    told = manager.wait_for("STATUS", f"not ready; following 3 series; {rate}").text["STATUS"]
+    systemd.wait_for("STATUS", "not ready; following 3 series; source binance: away: ")
+    told = systemd.wait_for("STATUS", f"not ready; following 3 series; {rate}").assignments[
+        "STATUS"
+    ]
     assert told.endswith("source binance: away: https://me:***@host is not")
-    assert len(manager.has_status("STATUS")) == 2  # nothing is said twice
+    assert len(systemd.matching("STATUS")) == 2  # nothing is said twice
 
 
 def test_what_waits_and_is_not_worked_off_is_overdue() -> None:

@@ -43,9 +43,9 @@ def random_context(random: np.random.Generator) -> Context:
 
 @pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
-def test_soak(parity: Path) -> None:
+def test_soak(parity_folder: Path) -> None:
     """Batches of ever other sizes neither grow the process nor change an early result."""
-    tiny = parity / "tiny"
+    tiny = parity_folder / "tiny"
     forecaster = Forecaster.from_pretrained(
         str(tiny / "predictor"),
         tokenizer=str(tiny / "tokenizer"),

@@ -52,7 +52,7 @@ class KafkaListener:
 
     tls: CertificateFiles | None = None
     """Its certificate; clients must then encrypt."""
-    client_ca: Path | None = None
+    client_ca_file: Path | None = None
     """Who vouches for clients, PEM, which must then show a certificate of their own."""
     mechanisms: Sequence[str] = ()
     """PLAIN, SCRAM-SHA-256, SCRAM-SHA-512: by which of them clients must log in, if by any."""
@@ -245,8 +245,8 @@ def _tls_properties(name: str, listener: KafkaListener, folder: Path) -> dict[st
     store.touch(mode=0o600)
     store.write_bytes(listener.tls.key.read_bytes() + listener.tls.certificate.read_bytes())
     lines = {"keystore.type": "PEM", "keystore.location": str(store)}
-    if listener.client_ca is not None:
-        lines |= {"truststore.type": "PEM", "truststore.location": str(listener.client_ca)}
+    if listener.client_ca_file is not None:
+        lines |= {"truststore.type": "PEM", "truststore.location": str(listener.client_ca_file)}
         lines["client.auth"] = "required"
     return {f"listener.name.{name}.ssl.{key}": value for key, value in lines.items()}
 

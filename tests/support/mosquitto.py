@@ -51,7 +51,7 @@ class Mosquitto(Closeable):
         *,
         users: Mapping[str, str] | None = None,
         tls: CertificateFiles | None = None,
-        client_ca: Path | None = None,
+        client_ca_file: Path | None = None,
         persistent: bool = True,
         settings: Sequence[str] = (),
     ) -> None:
@@ -79,8 +79,8 @@ class Mosquitto(Closeable):
             lines.append(f"password_file {self._passwords(users)}")
         if tls:
             lines += [f"certfile {tls.certificate}", f"keyfile {tls.key}"]
-            if client_ca:
-                lines += [f"cafile {client_ca}", "require_certificate true"]
+            if client_ca_file:
+                lines += [f"cafile {client_ca_file}", "require_certificate true"]
         lines += settings
         (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n", "utf-8")
 

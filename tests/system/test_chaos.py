@@ -35,7 +35,7 @@ def seeds(default: range) -> list[int]:
     return chosen or list(default)
 
 
-def play(seed: int, folder: Path) -> None:
+def run_seed(seed: int, folder: Path) -> None:
     script = Scenario.from_seed(seed)
     journal = run_chaos(script, folder)
     found = find_violations(journal)
@@ -47,16 +47,16 @@ def play(seed: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("seed", seeds(range(20)))
 def test_seed(seed: int, tmp_path: Path) -> None:
-    play(seed, tmp_path)
+    run_seed(seed, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", seeds(range(1000, 1200)))
 def test_soak_seed(seed: int, tmp_path: Path) -> None:
-    play(seed, tmp_path)
+    run_seed(seed, tmp_path)
 
 
-def told(journal: RunLog) -> object:
+def run_summary(journal: RunLog) -> object:
     """What a run comes to.
 
     Sockets that are ready at one moment are read in any order, so who is asked first may differ.
@@ -78,7 +78,7 @@ def test_a_seed_plays_the_same_way_again(seed: int, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    assert told(run_chaos(script, first)) == told(run_chaos(script, second))
+    assert run_summary(run_chaos(script, first)) == run_summary(run_chaos(script, second))
 
 
 CALM = Scenario(seed=0, faults=Faults(), timeframes=("1s",), symbols=2, seconds=30.0)
@@ -128,11 +128,11 @@ def raise_close(update: Update) -> list[Update]:
     return [update._replace(candle=candle._replace(high=candle.high + 0.01))]
 
 
-def closed_too_early(update: Update) -> list[Update]:
+def close_early(update: Update) -> list[Update]:
     return [update._replace(closed=True)]
 
 
-@pytest.mark.parametrize("lie", [raise_close, closed_too_early])
+@pytest.mark.parametrize("lie", [raise_close, close_early])
 def test_a_source_that_lies_is_found_out(
     lie: Callable[[Update], Sequence[Update]], tmp_path: Path
 ) -> None:

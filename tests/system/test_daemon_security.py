@@ -180,12 +180,17 @@ def _consumed(locked: SecuredKafka, count: int, seconds: float = 60.0) -> list[s
 
 
 def test_each_role_works_with_the_rights_that_the_docs_name(
-    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
 ) -> None:
     for role in ("ingest", "forecast"):
         (tmp_path / role).mkdir()
-    intake = {**exchange.settings(), **locked.settings("ingest"), "ROLE": "ingest"}
-    engine = {**_of_model(), **locked.settings("forecast"), "ROLE": "forecast", "SINKS": "kafka"}
+    intake = {**exchange.settings(), **secured_kafka.settings("ingest"), "ROLE": "ingest"}
+    engine = {
+        **_of_model(),
+        **secured_kafka.settings("forecast"),
+        "ROLE": "forecast",
+        "SINKS": "kafka",
+    }
     engine["TIMEFRAMES"] = "1s"
     with (
         DaemonProcess(tmp_path / "ingest", intake) as ingest,
@@ -193,9 +198,9 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
     ):
         ingest.start()
         forecast.start()
-        ingest.wait_until_ready(90 * patience)
-        forecast.wait_until_ready(90 * patience)
-        assert set(_consumed(locked, 4)) == {one.name for one in exchange.series()}
+        ingest.wait_until_ready(90 * load_factor)
+        forecast.wait_until_ready(90 * load_factor)
+        assert set(_consumed(secured_kafka, 4)) == {one.name for one in exchange.series()}
         assert ingest.stop() == 0
         assert forecast.stop() == 0
     for role, given in (("ingest", intake), ("forecast", engine)):
@@ -203,22 +208,24 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
         assert "fail" not in said, role
 
 
-def test_a_right_that_lacks_is_named(locked: SecuredKafka, exchange: ExchangeProcess) -> None:
+def test_a_right_that_lacks_is_named(
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess
+) -> None:
     skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
-    given = {**_all(locked, exchange), **locked.settings("bot")}
+    given = {**_all(secured_kafka, exchange), **secured_kafka.settings("bot")}
     said = _command(given, "doctor", *skip, status=1).stdout
     assert "warn  kafka: kronos.forecasts.v1: its settings are hidden from us; to have" in said
     assert "fail  kafka: kronos.forecasts.v1: not ours to write to" in said
     assert "--allow-principal User:bot --operation Write --operation Describe" in said
-    given = {**locked.settings("ingest"), "ROLE": "forecast", "SINKS": "jsonl"}
+    given = {**secured_kafka.settings("ingest"), "ROLE": "forecast", "SINKS": "jsonl"}
     given |= {"TIMEFRAMES": "1s", "JSONL__PATH": "/dev/null"}
     said = _command(given, "doctor", "--skip", "model", "--skip", "sinks", status=1).stdout
     assert "kafka candles: kronos.candles.1s.v1: not ours to read" in said
     assert "--allow-principal User:ingest --operation Read" in said
 
 
-async def test_a_delivery_without_a_right_says_which(locked: SecuredKafka) -> None:
-    given = {name.lower(): value for name, value in locked.settings("ingest").items()}
+async def test_a_delivery_without_a_right_says_which(secured_kafka: SecuredKafka) -> None:
+    given = {name.lower(): value for name, value in secured_kafka.settings("ingest").items()}
     options = KafkaOptions(**{name.removeprefix("kafka__"): v for name, v in given.items()})  # type: ignore[arg-type]
     sink = SINK.build(options, SystemClock(), Random(0))
     now = time.time_ns() // 1_000_000
@@ -226,7 +233,7 @@ async def test_a_delivery_without_a_right_says_which(locked: SecuredKafka) -> No
         with pytest.raises(SinkUnavailable, match=r"no topic kronos\.forecasts.*or no right to"):
             await sink.start()
         for topic in ("kronos.forecasts.v1", "kronos.forecasts.latest.v1"):
-            locked.allow("ingest", topic, "DESCRIBE")
+            secured_kafka.allow("ingest", topic, "DESCRIBE")
         await sink.start()
         with pytest.raises(SinkUnavailable, match=r"no right to the topic .*kafka-acls") as refused:
             await sink.deliver([Record(1, "forecast", "binance:A/B:1s", b"{}", (), now)])
@@ -237,23 +244,25 @@ async def test_a_delivery_without_a_right_says_which(locked: SecuredKafka) -> No
 
 
 def test_a_changed_password_is_told_once_and_gone_on_from(
-    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
 ) -> None:
-    with DaemonProcess(tmp_path, _all(locked, exchange)) as daemon:
+    with DaemonProcess(tmp_path, _all(secured_kafka, exchange)) as daemon:
         daemon.start()
-        daemon.wait_until_ready(90 * patience)
-        assert _consumed(locked, 2)
-        locked.change_password("all", "another-12345")
-        locked.kafka.kill()  # or it would keep who is in
-        locked.kafka.start()
+        daemon.wait_until_ready(90 * load_factor)
+        assert _consumed(secured_kafka, 2)
+        secured_kafka.change_password("all", "another-12345")
+        secured_kafka.kafka.kill()  # or it would keep who is in
+        secured_kafka.kafka.start()
         try:
             why = "login as all refused"
-            wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 30 * patience)
+            wait_for(
+                why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 30 * load_factor
+            )
             assert daemon.readiness()[0] == 503
             time.sleep(3)  # some more tries
         finally:
-            locked.change_password("all", PASSWORD)
-        daemon.wait_until_ready(30 * patience)
+            secured_kafka.change_password("all", PASSWORD)
+        daemon.wait_until_ready(30 * load_factor)
         told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0
@@ -262,13 +271,13 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
 
 
 def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as_set(
-    locked: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, patience: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
 ) -> None:
-    given = {**_all(locked, exchange), **locked.settings("all", "wrong-12345")}
+    given = {**_all(secured_kafka, exchange), **secured_kafka.settings("all", "wrong-12345")}
     given |= {"KAFKA__SASL_MECHANISM": "PLAIN", "LOG__LEVEL": "debug"}  # the password travels
     with DaemonProcess(tmp_path, given) as daemon:
         daemon.start()
-        assert daemon.wait(60 * patience) == 2
+        assert daemon.wait(60 * load_factor) == 2
         said = daemon.log_file.read_text("utf-8")
         (line,) = (line for line in said.splitlines() if "login as all refused" in line)
         assert line.startswith("kronos-stream: error: ")
@@ -278,7 +287,7 @@ def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as
     with DaemonProcess(tmp_path, {**given, "LOGIN_REFUSED": "retry"}) as daemon:
         daemon.start()
         why = "login as all refused"
-        wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 60 * patience)
+        wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 60 * load_factor)
         wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3, 30)
         told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]

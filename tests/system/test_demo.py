@@ -66,9 +66,11 @@ class DemoResult(NamedTuple):
         ),
     ],
 )
-def test_a_reader_counts_the_same_forecasts(seconds: str, tmp_path: Path, patience: float) -> None:
+def test_a_reader_counts_the_same_forecasts(
+    seconds: str, tmp_path: Path, load_factor: float
+) -> None:
     shown = _demo(tmp_path, "--seconds", seconds)
-    assert shown.seconds_to_first <= patience * FIRST_SECONDS
+    assert shown.seconds_to_first <= load_factor * FIRST_SECONDS
     assert Counter(record.key for record in shown.records) == shown.figures["by_series"]
     assert len(shown.figures["by_series"]) == 20
     assert len(shown.records) == shown.figures["outcomes"]["forecast"]

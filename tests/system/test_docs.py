@@ -224,8 +224,8 @@ def test_commands_do_what_they_should(block: Block, sandbox: Path) -> None:
         else:
             known = [known for known in ELSEWHERE if re.fullmatch(known, command)]
             assert known, f"no test runs {command!r}: name it in HERE or ELSEWHERE"
-        _check_block(command)
-    _accept(told, sandbox)
+        _check_command(command)
+    _check_settings(told, sandbox)
 
 
 def _start_and_stop(command: str, folder: Path, environ: dict[str, str]) -> None:
@@ -242,7 +242,7 @@ def _start_and_stop(command: str, folder: Path, environ: dict[str, str]) -> None
         process.communicate()
 
 
-def _check_block(command: str) -> None:
+def _check_command(command: str) -> None:
     """Whether there is such a target of make, and such options of ours."""
     name, *words = shlex.split(command)
     if name == "make":
@@ -265,7 +265,7 @@ def _assigned(words: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in (word.partition("=") for word in words)}
 
 
-def _accept(told: dict[str, str], folder: Path) -> None:
+def _check_settings(told: dict[str, str], folder: Path) -> None:
     """Whether the daemon takes these settings."""
     for name in told:
         assert _is_setting(name), name
@@ -287,7 +287,7 @@ def test_messages_and_environment_files_are_taken(tmp_path: Path) -> None:
         Draft202012Validator(contract.json_schema(name)).validate(message)
     for block in ENVIRONMENTS:
         lines = [line for line in block.text.splitlines() if line and not line.startswith("#")]
-        _accept(_assigned(lines), tmp_path)
+        _check_settings(_assigned(lines), tmp_path)
 
 
 def _text(first: str) -> str:
@@ -302,13 +302,13 @@ def test_the_file_of_symbols_is_taken(tmp_path: Path) -> None:
     assert len(settings.watchlist()) == len(_text(SYMBOLS).splitlines())
 
 
-def test_mosquitto_takes_its_settings(mosquitto_of: Callable[..., Mosquitto]) -> None:
-    with mosquitto_of(persistent=False, settings=_text(MOSQUITTO).splitlines()) as broker:
+def test_mosquitto_takes_its_settings(make_mosquitto: Callable[..., Mosquitto]) -> None:
+    with make_mosquitto(persistent=False, settings=_text(MOSQUITTO).splitlines()) as broker:
         assert "Error" not in broker.log_file.read_text("utf-8")
 
 
 @pytest.mark.parametrize("block", PROGRAMS, ids=str)
-def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., Envelope]) -> None:
+def test_programs_run(block: Block, sandbox: Path, make_forecast: Callable[..., Envelope]) -> None:
     reads = "forecasts(" in block.text
     out, errors = sandbox / "out", sandbox / "errors"
     with (
@@ -324,7 +324,7 @@ def test_programs_run(block: Block, sandbox: Path, forecast_of: Callable[..., En
         process = subprocess.Popen(line, cwd=sandbox, stdout=one, stderr=two)
 
         def ended_or_said() -> bool:
-            said = forecast_of("binance:BTC/USDT:5m")
+            said = make_forecast("binance:BTC/USDT:5m")
             producer = Producer({"bootstrap.servers": broker.bootstrap})
             producer.produce(topic_of("kronos"), said.value, said.key, headers=list(said.headers))
             assert producer.flush(10) == 0
@@ -346,7 +346,7 @@ def test_commands_in_the_text_can_be_given() -> None:
     found = [span for _, span in _spans() if re.match(r"(kronos-stream|make) ", span)]
     assert len(found) > 10
     for command in found:
-        _check_block(command)
+        _check_command(command)
 
 
 def test_settings_in_the_text_exist() -> None:
@@ -365,7 +365,7 @@ def test_settings_in_the_text_exist() -> None:
         assert begins or _is_setting(name), name
 
 
-def test_metrics_in_the_text_exist(measured: dict[str, frozenset[str]]) -> None:
+def test_metrics_in_the_text_exist(metric_labels: dict[str, frozenset[str]]) -> None:
     """In running text and tables; queries are looked over by tests/deploy/test_monitoring.py."""
     asked = [
         (found[1], set(re.findall(r"\w+", found[2] or "")))
@@ -374,7 +374,7 @@ def test_metrics_in_the_text_exist(measured: dict[str, frozenset[str]]) -> None:
     ]
     assert len(asked) > 15
     for name, labels in asked:
-        assert labels <= measured[name], f"{name}{labels}"
+        assert labels <= metric_labels[name], f"{name}{labels}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -213,11 +213,11 @@ def locked_kafka(
             )  # fmt: skip
 
         asyncio.run(create(options("owner"), required_topics(options("owner"))))
-        _allow_describe(broker.bootstrap, "guest")
+        _grant_describe(broker.bootstrap, "guest")
         yield options
 
 
-def _allow_describe(bootstrap: str, user: str) -> None:
+def _grant_describe(bootstrap: str, user: str) -> None:
     login = {"sasl.mechanism": "PLAIN", "sasl.username": "owner", "sasl.password": PASSWORD}
     conf: dict[str, Any] = {
         "bootstrap.servers": bootstrap,

@@ -91,7 +91,7 @@ def _publish(bootstrap: str, *forecasts: Envelope) -> None:
     assert producer.flush(10) == 0
 
 
-def test_the_bot_acts_on_fresh_sound_forecasts_alone(forecast_of: ForecastOf) -> None:
+def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) -> None:
     source = (EXAMPLES / "bot.py").read_text("utf-8").splitlines()
     assert len([line for line in source if line.strip()]) <= 15
     with (
@@ -102,12 +102,12 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(forecast_of: ForecastOf) ->
         def acted() -> bool:
             _publish(
                 broker.bootstrap,
-                forecast_of("expired:BTC/USDT:1h", ago=5),
-                forecast_of("degraded:BTC/USDT:1h", reasons=["bars are missing"]),
-                forecast_of("other:ETH/USDT:1h"),
-                forecast_of("rising:BTC/USDT:1h", p_up=0.7),
-                forecast_of("falling:BTC/USDT:1h", p_up=0.3),
-                forecast_of("neither:BTC/USDT:1h", p_up=0.5),
+                make_forecast("expired:BTC/USDT:1h", ago=5),
+                make_forecast("degraded:BTC/USDT:1h", reasons=["bars are missing"]),
+                make_forecast("other:ETH/USDT:1h"),
+                make_forecast("rising:BTC/USDT:1h", p_up=0.7),
+                make_forecast("falling:BTC/USDT:1h", p_up=0.3),
+                make_forecast("neither:BTC/USDT:1h", p_up=0.5),
             )
             time.sleep(0.2)
             return len(bot.lines) >= 3
@@ -122,10 +122,10 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(forecast_of: ForecastOf) ->
 
 
 async def test_the_subscriber_shows_what_is_latest(
-    mosquitto_of: Callable[..., Mosquitto], forecast_of: ForecastOf
+    make_mosquitto: Callable[..., Mosquitto], make_forecast: ForecastOf
 ) -> None:
     btc, eth = "binance:BTC/USDT:1h", "binance:ETH/USDT:1h"
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         sink = SINK.build(MqttOptions(url=broker.url), SystemClock(), Random(0))
 
         async def say(*messages: Envelope, kind: RecordKind = "forecast") -> None:
@@ -140,7 +140,7 @@ async def test_the_subscriber_shows_what_is_latest(
                         return
 
         await sink.start()
-        await say(forecast_of(btc, ago=3), forecast_of(eth, p_up=0.3))
+        await say(make_forecast(btc, ago=3), make_forecast(eth, p_up=0.3))
         with ExampleProcess("mqtt_subscriber.py", "127.0.0.1", str(broker.port)) as subscriber:
 
             async def shown(number: int) -> list[str]:
@@ -153,16 +153,16 @@ async def test_the_subscriber_shows_what_is_latest(
             assert [line.partition(" ")[0] for line in retained] == [btc, eth]
             assert retained[0].endswith("up 70%, last close of 3 is 103.5 on average (expired)")
             assert retained[1].endswith("up 30%, last close of 3 is 101.5 on average")
-            new = forecast_of(btc)
-            doubtful = forecast_of(btc, p_up=0.5, revision=1, reasons=["a bar is missing"])
-            await say(new, new, doubtful, new, doubtful, forecast_of(eth, revision=1))
+            new = make_forecast(btc)
+            doubtful = make_forecast(btc, p_up=0.5, revision=1, reasons=["a bar is missing"])
+            await say(new, new, doubtful, new, doubtful, make_forecast(eth, revision=1))
             fresh, revised, _ = await shown(3)  # what came again is no news
             assert "up 70%" in fresh
             assert "up 50%" in revised
             assert revised.endswith("(a bar is missing)")
             await asyncio.to_thread(broker.kill)
             await asyncio.to_thread(broker.start)
-            await say(forecast_of(eth, p_up=0.4, revision=2))
+            await say(make_forecast(eth, p_up=0.4, revision=2))
             (after,) = await shown(1)  # nor is what the broker retained
             assert "up 40%" in after
             await say(removal(eth, at=0), kind="removal")
@@ -171,7 +171,7 @@ async def test_the_subscriber_shows_what_is_latest(
 
 
 def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
-    forecast_of: ForecastOf, tmp_path: Path
+    make_forecast: ForecastOf, tmp_path: Path
 ) -> None:
     reason = "freqtrade is not installed here"
     resolvers: Any = pytest.importorskip("freqtrade.resolvers", reason=reason)
@@ -206,13 +206,13 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
         def traded() -> bool:
             _publish(
                 broker.bootstrap,
-                forecast_of("binance:OLD/USDT:5m", ago=5),
-                forecast_of("binance:BAD/USDT:5m", reasons=["bars are missing"]),
-                forecast_of("kraken:OFF/USDT:5m"),
-                forecast_of("binance:OFF/USDT:1m"),
-                forecast_of("binance:EVEN/USDT:5m", p_up=0.5),
-                forecast_of("binance:UP/USDT:5m", p_up=0.7),
-                forecast_of("binance:DOWN/USDT:5m", p_up=0.3),
+                make_forecast("binance:OLD/USDT:5m", ago=5),
+                make_forecast("binance:BAD/USDT:5m", reasons=["bars are missing"]),
+                make_forecast("kraken:OFF/USDT:5m"),
+                make_forecast("binance:OFF/USDT:1m"),
+                make_forecast("binance:EVEN/USDT:5m", p_up=0.5),
+                make_forecast("binance:UP/USDT:5m", p_up=0.7),
+                make_forecast("binance:DOWN/USDT:5m", p_up=0.3),
             )
             time.sleep(0.2)
             return signals("UP") == (True, False) and signals("DOWN") == (False, True)

@@ -37,11 +37,11 @@ def test_killed_at_any_moment_it_forecasts_every_bar(
     kills: int,
     kafka: ApacheKafka,
     topic_prefix: str,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
     random = Random(SEED)
     exchange = ExchangeProcess("--symbols", str(SYMBOLS), "--history", "4000")
-    with exchange, daemon_of(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
+    with exchange, make_daemon(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
         first: dict[Series, int] = {}
         for _ in range(kills):
             daemon.start()

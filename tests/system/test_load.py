@@ -44,11 +44,11 @@ def test_outcomes_are_complete_and_truthful(
     timed: bool,  # noqa: FBT001
     kafka: ApacheKafka,
     topic_prefix: str,
-    daemon_of: Callable[..., DaemonProcess],
-    patience: float,
+    make_daemon: Callable[..., DaemonProcess],
+    load_factor: float,
 ) -> None:
     arguments = ["--symbols", str(symbols), "--timeframe", timeframe, "--history", "120"]
-    with ExchangeProcess(*arguments) as exchange, daemon_of(exchange, kafka.bootstrap) as daemon:
+    with ExchangeProcess(*arguments) as exchange, make_daemon(exchange, kafka.bootstrap) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= symbols, 180.0)
@@ -86,8 +86,8 @@ def test_outcomes_are_complete_and_truthful(
     assert set(results) <= ({"forecast"} if keeps_up else {"forecast", "overrun", "stale"})
     assert late - early < GROWTH_MIB
     if timed:
-        assert received <= patience * RECEIVED_SECONDS
-        assert lag <= patience * LAG_SECONDS
+        assert received <= load_factor * RECEIVED_SECONDS
+        assert lag <= load_factor * LAG_SECONDS
 
 
 def _p99(histogram: str, before: MetricSamples, after: MetricSamples) -> float:

@@ -144,29 +144,31 @@ def _forecasts(subscriber: Subscriber) -> list[tuple[str, bytes]]:
     ],
 )
 def test_a_broker_may_be_killed_between_candles_and_forecasts(
-    outages: int, outage: float, mosquitto_of: BrokerOf, tmp_path: Path, patience: float
+    outages: int, outage: float, make_mosquitto: BrokerOf, tmp_path: Path, load_factor: float
 ) -> None:
     with ExitStack() as stack:
-        broker = stack.enter_context(mosquitto_of())
+        broker = stack.enter_context(make_mosquitto())
         subscriber = stack.enter_context(Subscriber(broker, tmp_path, "kronos/#"))
         daemon = stack.enter_context(_daemon(tmp_path, broker))
         daemon.start()
-        daemon.wait_until_ready(90.0 * patience)
+        daemon.wait_until_ready(90.0 * load_factor)
         with _feed(broker) as feed:
-            _wait_for_more(daemon, patience)
+            _wait_for_more(daemon, load_factor)
             publish(broker, _topic(SERIES[0]), b"no candle")
             before = daemon.resident_mib()
             for number in range(1, outages + 1):
                 _wait_until_idle()
                 broker.kill()
-                wait_for("it notices", partial(_missing_forecasts, daemon, number), 20.0 * patience)
+                wait_for(
+                    "it notices", partial(_missing_forecasts, daemon, number), 20.0 * load_factor
+                )
                 time.sleep(outage)
                 broker.start()
-                _wait_for_more(daemon, patience)
+                _wait_for_more(daemon, load_factor)
             grown = daemon.resident_mib() - before
             synthetic = daemon.metric("kronos_synthetic_bars_total")
             skipped = daemon.metric("kronos_outcomes_total", result="skipped")
-        _wait_for_more_or_all(daemon, feed, patience)
+        _wait_for_more_or_all(daemon, feed, load_factor)
         assert daemon.stop(60.0) == 0
         kept = retained_messages(broker)
         decided = daemon.outcome_range(SERIES)
@@ -214,24 +216,24 @@ def _wait_for_more_or_all(daemon: DaemonProcess, feed: CandlePublisher, patience
 
 
 def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
-    mosquitto_of: BrokerOf, tmp_path: Path, patience: float
+    make_mosquitto: BrokerOf, tmp_path: Path, load_factor: float
 ) -> None:
     with ExitStack() as stack:
-        broker = stack.enter_context(mosquitto_of())
+        broker = stack.enter_context(make_mosquitto())
         subscriber = stack.enter_context(Subscriber(broker, tmp_path, "kronos/#"))
         daemon = stack.enter_context(_daemon(tmp_path, broker))
         daemon.start()
-        daemon.wait_until_ready(90.0 * patience)
+        daemon.wait_until_ready(90.0 * load_factor)
         with _feed(broker) as feed:
-            _wait_for_more(daemon, patience)
+            _wait_for_more(daemon, load_factor)
             _wait_until_idle()
             daemon.kill()
             wait_for("the last will", lambda: _status(subscriber) == b"offline", 20.0)
             time.sleep(3.0)
             daemon.start()
-            daemon.wait_until_ready(90.0 * patience)
+            daemon.wait_until_ready(90.0 * load_factor)
             assert _status(subscriber) == b"online"
-            _wait_for_more(daemon, patience)
+            _wait_for_more(daemon, load_factor)
             assert daemon.metric("kronos_synthetic_bars_total") == 0
         assert daemon.stop(60.0) == 0
         decided = daemon.outcome_range(SERIES)
@@ -246,8 +248,8 @@ def _status(subscriber: Subscriber) -> bytes:
     return [m.payload for m in subscriber.messages() if m.topic.startswith("kronos/status/")][-1]
 
 
-def test_a_wrong_password_is_one_clear_line(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
-    with mosquitto_of(users={"me": "right"}) as broker, ExitStack() as stack:
+def test_a_wrong_password_is_one_clear_line(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
+    with make_mosquitto(users={"me": "right"}) as broker, ExitStack() as stack:
         login = {"MQTT__USERNAME": "me", "MQTT__PASSWORD": "wrong-secret"}
         daemon = stack.enter_context(_daemon(tmp_path, broker, **login))
         daemon.start()

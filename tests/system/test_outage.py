@@ -51,11 +51,11 @@ def test_while_kafka_is_gone_forecasts_wait(
     kafka_jars: Path,
     topic_prefix: str,
     tmp_path: Path,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
     exchange = ExchangeProcess("--symbols", str(SYMBOLS), "--history", "600")
     with exchange, ApacheKafka(kafka_jars, tmp_path / "kafka") as kafka, ExitStack() as stack:
-        daemon = stack.enter_context(daemon_of(exchange, kafka.bootstrap, CATCH_UP="all"))
+        daemon = stack.enter_context(make_daemon(exchange, kafka.bootstrap, CATCH_UP="all"))
         daemon.start()
         daemon.wait_until_ready()
         _wait_for_more(daemon)
@@ -87,12 +87,12 @@ def test_one_of_three_brokers_may_die(
     kafka_jars: Path,
     topic_prefix: str,
     tmp_path: Path,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
     exchange = ExchangeProcess("--symbols", str(SYMBOLS), "--history", "600")
     brokers = ApacheKafka(kafka_jars, tmp_path / "kafka", nodes=3)
     with exchange, brokers as kafka, ExitStack() as stack:
-        daemon = stack.enter_context(daemon_of(exchange, kafka.bootstrap, CATCH_UP="all"))
+        daemon = stack.enter_context(make_daemon(exchange, kafka.bootstrap, CATCH_UP="all"))
         daemon.start()
         daemon.wait_until_ready()
         _wait_for_more(daemon)

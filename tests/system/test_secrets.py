@@ -37,7 +37,7 @@ def _clean(text: str) -> None:
 
 
 @pytest.fixture
-def unprivileged() -> str:
+def unused_address() -> str:
     """An address where nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -45,13 +45,13 @@ def unprivileged() -> str:
 
 
 @pytest.fixture
-def written_output(nobody: str, tmp_path: Path) -> dict[str, str]:
+def secret_settings(unused_address: str, tmp_path: Path) -> dict[str, str]:
     """Settings with a secret wherever one can stand."""
     folder = tmp_path / "secrets"
     folder.mkdir()
     (folder / "kronos_stream_http__token").write_text(TOKEN + "\n", "utf-8")
     (tmp_path / "password").write_text(MARKS["mqtt"] + "\n", "utf-8")
-    urls = {"public": f"http://{nobody}/{PATH_MARK}/api?who={QUERY_MARK}"}
+    urls = {"public": f"http://{unused_address}/{PATH_MARK}/api?who={QUERY_MARK}"}
     exchange = {
         "apiKey": MARKS["key"],
         "secret": MARKS["ccxt"],
@@ -63,11 +63,11 @@ def written_output(nobody: str, tmp_path: Path) -> dict[str, str]:
         "SYMBOLS": "ccxt.binance:BTC/USDT",
         "TIMEFRAMES": "1m",
         "SINKS": "kafka,mqtt",
-        "KAFKA__BOOTSTRAP_SERVERS": nobody,
+        "KAFKA__BOOTSTRAP_SERVERS": unused_address,
         "KAFKA__SECURITY_PROTOCOL": "SASL_PLAINTEXT",
         "KAFKA__SASL_USERNAME": "me",
         "KAFKA__SASL_PASSWORD": MARKS["sasl"],
-        "MQTT__URL": f"mqtt://{nobody}",
+        "MQTT__URL": f"mqtt://{unused_address}",
         "MQTT__USERNAME": "me",
         "MQTT__PASSWORD_FILE": str(tmp_path / "password"),
         "CCXT__CONFIG": orjson.dumps({"binance": exchange}).decode(),
@@ -84,7 +84,7 @@ def _environ(given: Mapping[str, str]) -> dict[str, str]:
     return clean | {f"KRONOS_STREAM_{k}": v for k, v in given.items()} | {"HF_TOKEN": MARKS["hub"]}
 
 
-def _output(given: Mapping[str, str], *arguments: str) -> str:
+def _run_output(given: Mapping[str, str], *arguments: str) -> str:
     ended = subprocess.run(
         [*COMMAND, *arguments],
         env=_environ(given), capture_output=True, text=True, timeout=60, check=False,
@@ -95,21 +95,21 @@ def _output(given: Mapping[str, str], *arguments: str) -> str:
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_a_daemon_keeps_them_to_itself(
     form: str,
-    told: dict[str, str],
+    secret_settings: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    patience: float,
+    load_factor: float,
 ) -> None:
     """Nobody it is to speak with is there: it complains of all of them, at the level debug."""
     monkeypatch.setenv("HF_TOKEN", MARKS["hub"])
-    with DaemonProcess(tmp_path, told | {"LOG__FORMAT": form}) as daemon:
+    with DaemonProcess(tmp_path, secret_settings | {"LOG__FORMAT": form}) as daemon:
         daemon.start()
 
         def log() -> str:
             return daemon.log_file.read_text("utf-8")
 
         words = ("no mqtt broker", "nobody listens there", "venue does not answer yet")
-        wait_for("all complain", lambda: all(word in log() for word in words), 60 * patience)
+        wait_for("all complain", lambda: all(word in log() for word in words), 60 * load_factor)
         if form == "json":
             status, checks = daemon.readiness()
             assert status == 503
@@ -120,7 +120,7 @@ def test_a_daemon_keeps_them_to_itself(
         if worker is not None:
             _clean(Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], ""))
         daemon.signal(signal.SIGTERM)
-        assert daemon.wait(30 * patience) == 0
+        assert daemon.wait(30 * load_factor) == 0
         _clean(log())
         for file in tmp_path.glob("state.sqlite*"):
             _clean(file.read_text("latin-1"))
@@ -138,8 +138,10 @@ def test_a_daemon_keeps_them_to_itself(
     ],
     ids=" ".join,
 )
-def test_commands_keep_them_to_themselves(arguments: tuple[str, ...], told: dict[str, str]) -> None:
-    said = _output(told, *arguments)
+def test_commands_keep_them_to_themselves(
+    arguments: tuple[str, ...], secret_settings: dict[str, str]
+) -> None:
+    said = _run_output(secret_settings, *arguments)
     assert said
     _clean(said)
     if arguments[0] == "doctor":
@@ -162,24 +164,27 @@ def test_commands_keep_them_to_themselves(arguments: tuple[str, ...], told: dict
     ],
 )
 def test_settings_that_cannot_be_are_told_without_them(
-    name: str, value: str, told: dict[str, str]
+    name: str, value: str, secret_settings: dict[str, str]
 ) -> None:
-    symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else told["SYMBOLS"]
-    said = _output(told | {name: value, "SYMBOLS": symbols}, "run", "--check")
+    symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else secret_settings["SYMBOLS"]
+    said = _run_output(secret_settings | {name: value, "SYMBOLS": symbols}, "run", "--check")
     assert said.startswith("kronos-stream: error: ")
     assert f"KRONOS_STREAM_{name}" in said or "https://me:***@127.0.0.1" in said
     _clean(said)
 
 
 def test_a_login_that_is_refused_is_told_without_it(
-    mosquitto_of: Callable[..., Mosquitto], told: dict[str, str], tmp_path: Path, patience: float
+    make_mosquitto: Callable[..., Mosquitto],
+    secret_settings: dict[str, str],
+    tmp_path: Path,
+    load_factor: float,
 ) -> None:
     """A real broker hears the password, at the level debug."""
-    with mosquitto_of(users={"me": "another"}) as broker:
-        given = told | {"SINKS": "mqtt", "MQTT__URL": broker.url}
+    with make_mosquitto(users={"me": "another"}) as broker:
+        given = secret_settings | {"SINKS": "mqtt", "MQTT__URL": broker.url}
         with DaemonProcess(tmp_path, given) as daemon:
             daemon.start()
-            assert daemon.wait(60 * patience) == 2
+            assert daemon.wait(60 * load_factor) == 2
             log = daemon.log_file.read_text("utf-8")
     (line,) = (line for line in log.splitlines() if line.startswith("kronos-stream: error: "))
     assert "see KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD" in line
@@ -187,9 +192,9 @@ def test_a_login_that_is_refused_is_told_without_it(
     _clean(log)
 
 
-def test_objects_do_not_show_them(told: dict[str, str]) -> None:
+def test_objects_do_not_show_them(secret_settings: dict[str, str]) -> None:
     settings = read_settings(
-        {f"KRONOS_STREAM_{k}": v for k, v in told.items()} | {"HF_TOKEN": MARKS["hub"]}
+        {f"KRONOS_STREAM_{k}": v for k, v in secret_settings.items()} | {"HF_TOKEN": MARKS["hub"]}
     )
     for one in (settings, *settings.options.values()):
         for text in (
@@ -254,10 +259,10 @@ def test_a_bad_symbols_file_is_told_in_short(tmp_path: Path) -> None:
     symbols = tmp_path / "symbols"
     given = {"SYMBOLS_FILE": str(symbols), "SINKS": "jsonl", "JSONL__PATH": str(tmp_path / "f")}
     symbols.write_text("x" * 1_000_000, "utf-8")
-    said = _output(given, "run", "--check")
+    said = _run_output(given, "run", "--check")
     assert "is too long: 1,000,000 characters" in said
     assert len(said) < 500
     symbols.write_text("nonsense\n" * 20_000, "utf-8")
-    said = _output(given, "run", "--check")
+    said = _run_output(given, "run", "--check")
     assert len(said.splitlines()) == 21
     assert "and 19,980 more lines" in said

@@ -102,9 +102,9 @@ def test_told_to_stop_it_delivers_and_leaves_nothing(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
-    with daemon_of(exchange, kafka.bootstrap) as daemon:
+    with make_daemon(exchange, kafka.bootstrap) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
@@ -127,9 +127,9 @@ def test_told_twice_it_stops_at_once(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
-    with daemon_of(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="60") as daemon:
+    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="60") as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
@@ -158,12 +158,12 @@ def test_the_symbols_file_is_read_again(
     kafka: ApacheKafka,
     topic_prefix: str,
     tmp_path: Path,
-    daemon_of: Callable[..., DaemonProcess],
+    make_daemon: Callable[..., DaemonProcess],
 ) -> None:
     listed = tmp_path / "symbols"
     listed.write_text("binance:SIM00/USDT\nbinance:SIM01/USDT\n", "utf-8")
     asked = {"SYMBOLS": "", "SYMBOLS_FILE": str(listed), "CATCH_UP": "all"}
-    with daemon_of(exchange, kafka.bootstrap, **asked) as daemon:
+    with make_daemon(exchange, kafka.bootstrap, **asked) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
@@ -208,10 +208,10 @@ def test_a_lost_worker_is_replaced(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
-    daemon_of: Callable[..., DaemonProcess],
-    patience: float,
+    make_daemon: Callable[..., DaemonProcess],
+    load_factor: float,
 ) -> None:
-    with daemon_of(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
+    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
@@ -233,7 +233,7 @@ def test_a_lost_worker_is_replaced(
     # A bar is late by its deadline, if the worker hangs, and by what its replacement takes.
     slowest = max((one.created_at - one.times[0]).total_seconds() for one in made)
     print(f"{lost_by.name}: a bar was forecast {slowest:.1f} s after its close at the latest")  # noqa: T201
-    assert slowest <= patience * (WORKER_DEADLINE_SECONDS + REPLACED_SECONDS)
+    assert slowest <= load_factor * (WORKER_DEADLINE_SECONDS + REPLACED_SECONDS)
 
 
 def _assert_every_bar_is_forecast(

@@ -121,12 +121,12 @@ class WatchlistChanger:
     def write_invalid(self) -> None:
         """Remove all but one, with a line that cannot be: refused whole, it changes nothing."""
         bad = BAD[self.refused % len(BAD)]
-        assert self._log_events([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
+        assert self._reload([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
         self.refused += 1
 
     def follow(self, series: Collection[Series]) -> None:
         asked = time.time()
-        assert self._log_events(_lines(series)) == ANSWERS[0]
+        assert self._reload(_lines(series)) == ANSWERS[0]
         self.changes.append(WatchlistChange(asked, time.time(), frozenset(series)))
 
     def spans(self, series: Series) -> list[tuple[WatchlistChange, WatchlistChange | None]]:
@@ -140,15 +140,15 @@ class WatchlistChanger:
                 found[-1] = found[-1][0], change
         return found
 
-    def _log_events(self, lines: Sequence[str]) -> str:
+    def _reload(self, lines: Sequence[str]) -> str:
         """What the daemon makes of them."""
-        before = len(self._answers())
+        before = len(self._reload_answers())
         self._write(lines)
         self._daemon.signal(signal.SIGHUP)
-        wait_for("an answer", lambda: len(self._answers()) > before, 20.0, interval=0.02)
-        return self._answers()[before]
+        wait_for("an answer", lambda: len(self._reload_answers()) > before, 20.0, interval=0.02)
+        return self._reload_answers()[before]
 
-    def _answers(self) -> list[str]:
+    def _reload_answers(self) -> list[str]:
         return [line["event"] for line in self._daemon.log_records() if line["event"] in ANSWERS]
 
     def _write(self, lines: Sequence[str]) -> None:
@@ -161,10 +161,10 @@ def test_symbols_change_under_load(
     kafka: ApacheKafka,
     topic_prefix: str,
     tmp_path: Path,
-    daemon_of: Callable[..., DaemonProcess],
-    patience: float,
+    make_daemon: Callable[..., DaemonProcess],
+    load_factor: float,
 ) -> None:
-    listed, late = tmp_path / "symbols", UNDER_WAY_SECONDS * patience
+    listed, late = tmp_path / "symbols", UNDER_WAY_SECONDS * load_factor
 
     def read(topic: str) -> Records:
         return read_topic(kafka.bootstrap, f"{topic_prefix}.{topic}.v1")
@@ -176,7 +176,7 @@ def test_symbols_change_under_load(
             for seed, venue in enumerate(VENUES)
         }
         settings = _settings(listed, exchanges["ccxt.binance"])
-        daemon = stack.enter_context(daemon_of(exchanges["binance"], kafka.bootstrap, **settings))
+        daemon = stack.enter_context(make_daemon(exchanges["binance"], kafka.bootstrap, **settings))
         changer = WatchlistChanger(daemon, listed, Random(SEED))
 
         def forecast(since: float) -> bool:
@@ -192,7 +192,7 @@ def test_symbols_change_under_load(
         changer.started()
         wait_for("forecasts of all", lambda: forecast(0.0), 60.0, interval=1.0)
         time.sleep(WATCHED_SECONDS)
-        before = _held_resources(daemon)
+        before = _resource_counts(daemon)
         for i in range(number):
             changer.change()
             if i % 4 == 0:
@@ -202,9 +202,9 @@ def test_symbols_change_under_load(
         wait_for("forecasts of all", lambda: forecast(last), 90.0, interval=1.0)
         most = [count + SPARE for count in before]
         wait_for(
-            f"it holds at most {most}", lambda: all(map(le, _held_resources(daemon), most)), 40.0
+            f"it holds at most {most}", lambda: all(map(le, _resource_counts(daemon), most)), 40.0
         )
-        print(f"seed {SEED}: {number} changes; {before} → {_held_resources(daemon)}")  # noqa: T201
+        print(f"seed {SEED}: {number} changes; {before} → {_resource_counts(daemon)}")  # noqa: T201
         assert daemon.stop() == 0
         assert {e["event"] for e in daemon.log_records() if e.get("level") == "error"} <= set(
             ANSWERS
@@ -234,7 +234,7 @@ def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
     }
 
 
-def _held_resources(daemon: DaemonProcess) -> list[int]:
+def _resource_counts(daemon: DaemonProcess) -> list[int]:
     """How many descriptors, sockets and tasks it has."""
     opened = daemon.open_files()
     sockets = sum(one.startswith("socket:") for one in opened)

@@ -52,7 +52,7 @@ class RestApi:
         self._rules, self._bars, self._bar_faults = rules, bars, bar_faults
         self._clock, self._fault_injector = clock, fault_injector
         self._limit = WeightLimit(rules.weight_per_minute, clock)
-        self._symbol_infos = {
+        self._instruments = {
             instrument.name: (index, instrument)
             for index, instrument in enumerate(bars.instruments)
             if instrument.perpetual == rules.perpetual
@@ -219,9 +219,9 @@ class RestApi:
 
     def _single_instrument(self, query: Query) -> tuple[int, Instrument]:
         name = _require(query, "symbol")
-        if name not in self._symbol_infos:
+        if name not in self._instruments:
             raise ApiError(400, -1121, "Invalid symbol.")
-        return self._symbol_infos[name]
+        return self._instruments[name]
 
     def _selected_instruments(self, query: Query) -> list[tuple[int, Instrument]]:
         """The instruments of ``symbol`` or ``symbols``, or all."""
@@ -230,16 +230,16 @@ class RestApi:
         if "symbol" in query:
             return [self._single_instrument(query)]
         if "symbols" not in query or self._rules.perpetual:
-            return list(self._symbol_infos.values())
+            return list(self._instruments.values())
         try:
             names = orjson.loads(query["symbols"])
         except orjson.JSONDecodeError:
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ApiError(400, -1100, "Illegal characters found in parameter 'symbols'.")
-        if any(name not in self._symbol_infos for name in names):
+        if any(name not in self._instruments for name in names):
             raise ApiError(400, -1121, "Invalid symbol.")
-        return [self._symbol_infos[name] for name in names]
+        return [self._instruments[name] for name in names]
 
 
 def _require(query: Query, name: str) -> str:

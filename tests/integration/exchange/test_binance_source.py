@@ -102,7 +102,7 @@ async def connected_exchange(
         assert running.cancelled()
 
 
-def run_source(body: Callable[[], Awaitable[None]]) -> None:
+def run_in_virtual_time(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await body()
 
@@ -119,7 +119,7 @@ def test_spot_and_perpetuals_are_followed_each_on_its_own_host() -> None:
             assert v.recorded.rejected == []
             assert v.recorded.notes["connected"] == 2
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_streams_are_spread_over_sockets() -> None:
@@ -129,7 +129,7 @@ def test_streams_are_spread_over_sockets() -> None:
             assert v.recorded.notes["connected"] == 3
             assert v.missing(START + 5_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_an_old_socket_is_relieved_without_losing_a_bar() -> None:
@@ -140,7 +140,7 @@ def test_an_old_socket_is_relieved_without_losing_a_bar() -> None:
             assert v.recorded.notes["lost"] == 0
             assert v.missing(START + 5_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_a_server_that_says_goodbye_is_left_without_losing_a_bar() -> None:
@@ -153,7 +153,7 @@ def test_a_server_that_says_goodbye_is_left_without_losing_a_bar() -> None:
             assert v.recorded.notes["connected"] >= 2
             assert v.missing(START + 5_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("kind", ["drop", "stall", "handshake"])
@@ -166,7 +166,7 @@ def test_after_a_fault_of_the_socket_it_follows_again(kind: str) -> None:
             assert v.recorded.notes["connected"] >= 2
             assert v.missing(START + 120_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
@@ -183,7 +183,7 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
             v.series[:] = v.series[2:4]
             assert v.missing(START + 5_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_symbols_are_ranked_by_what_was_traded() -> None:
@@ -202,7 +202,7 @@ def test_symbols_are_ranked_by_what_was_traded() -> None:
                 assert traded == sorted(traded, reverse=True)
                 assert len(set(traded)) == len(ranked) > 1
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_history_is_paged_and_never_holds_an_open_bar() -> None:
@@ -219,7 +219,7 @@ def test_history_is_paged_and_never_holds_an_open_bar() -> None:
             assert await v.source.history(series, bars[5].time, bars[7].time) == bars[5:7]
             assert await v.source.history(series, now + 10_000, now + 20_000) == []
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_a_skewed_clock_is_measured_before_bars_are_called_closed() -> None:
@@ -229,7 +229,7 @@ def test_a_skewed_clock_is_measured_before_bars_are_called_closed() -> None:
             bars = await v.source.history(v.series[0], ours - 60_000, ours + 60_000)
             assert bars[-1].time + 1_000 <= v.exchange.clock.now() < ours - 25_000
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_a_thousand_histories_flow_within_the_weight_that_is_allowed() -> None:
@@ -242,7 +242,7 @@ def test_a_thousand_histories_flow_within_the_weight_that_is_allowed() -> None:
             # 40 of weight 2 at 2 a second, less what may be spent at once.
             assert 25 < loop.time() - began < 60
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_when_told_to_wait_nobody_asks_until_then() -> None:
@@ -260,7 +260,7 @@ def test_when_told_to_wait_nobody_asks_until_then() -> None:
             await asyncio.sleep(told.value.retry_after + 25)
             assert await v.source.history(v.series[0], now - 5_000, now)
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_unknown_symbols_and_timeframes_are_explained() -> None:
@@ -273,7 +273,7 @@ def test_unknown_symbols_and_timeframes_are_explained() -> None:
             assert "no bars of 7m" in why[asked[1]]
             assert asked[2] not in why
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("status", [403, 451])
@@ -309,7 +309,7 @@ def test_a_venue_that_refuses_us_is_not_asked_again(status: int) -> None:
         await runner.cleanup()
         assert asked == 2
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_garbage_among_the_frames_costs_neither_a_bar_nor_the_connection() -> None:
@@ -326,7 +326,7 @@ def test_garbage_among_the_frames_costs_neither_a_bar_nor_the_connection() -> No
                 assert len(closed) > 80
                 assert closed.items() <= truth.items()
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_hundreds_of_streams_are_asked_for_slowly_enough() -> None:
@@ -338,7 +338,7 @@ def test_hundreds_of_streams_are_asked_for_slowly_enough() -> None:
             v.series[:] = v.series[::50]
             assert v.missing(START + 5_000) == 0
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -357,7 +357,7 @@ def test_connections_of_all_sorts_of_bad_luck_come_back(seed: int) -> None:
             assert min(heard) > 250  # of 600; a tape asks REST for the rest
             assert v.recorded.notes["connected"] > 20
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_told_to_wait_in_the_handshake_it_waits() -> None:
@@ -389,7 +389,7 @@ def test_told_to_wait_in_the_handshake_it_waits() -> None:
         assert [round(b - a) >= 120 for a, b in pairwise(arrivals)] == [True, True]
         assert heard.notes["rate limited"] == 3
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_it_ends_at_once_whatever_it_is_doing() -> None:
@@ -404,4 +404,4 @@ def test_it_ends_at_once_whatever_it_is_doing() -> None:
                 began = loop.time()
             assert loop.time() - began < 5
 
-    run_source(body)
+    run_in_virtual_time(body)

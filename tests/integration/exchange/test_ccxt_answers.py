@@ -22,7 +22,7 @@ SERIES = Series.parse("ccxt.binance:A/B:1m")
 NOBODY = SourceCallbacks(lambda _: None, lambda *_: None, lambda _: None)
 
 
-def run_source(body: Callable[[], Awaitable[None]]) -> None:
+def run_in_virtual_time(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await body()
 
@@ -30,7 +30,7 @@ def run_source(body: Callable[[], Awaitable[None]]) -> None:
 
 
 @asynccontextmanager
-async def answering(
+async def connected_source(
     handle: Callable[[web.Request], Awaitable[web.StreamResponse]], path: str = ""
 ) -> AsyncIterator[Source]:
     """A source of an exchange that answers everything like that."""
@@ -58,13 +58,13 @@ def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> No
         return web.Response(status=status, text="service unavailable from a restricted location")
 
     async def body() -> None:
-        async with answering(refuse) as source:
+        async with connected_source(refuse) as source:
             with pytest.raises(VenueRefused, match=str(status)):
                 await source.unsupported([SERIES])
             with pytest.raises(VenueRefused):
                 await source.run(NOBODY)
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
@@ -78,11 +78,11 @@ def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
         return web.json_response({"symbols": [some] if answers == 1 else [some, symbol]})
 
     async def body() -> None:
-        async with answering(falter) as source:
+        async with connected_source(falter) as source:
             assert await source.unsupported([SERIES]) == {}
             assert answers == 2
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("wait", [None, "30"])
@@ -98,13 +98,13 @@ def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str |
         return web.Response(status=429, headers=headers)
 
     async def body() -> None:
-        async with answering(busy) as source:
+        async with connected_source(busy) as source:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(300):
                     await source.run(NOBODY)
         assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_what_is_secret_in_an_address_is_in_no_error() -> None:
@@ -112,10 +112,10 @@ def test_what_is_secret_in_an_address_is_in_no_error() -> None:
         return web.Response(status=500, text="broken")
 
     async def body() -> None:
-        async with answering(fail, path="/s3cr3t-path") as source:
+        async with connected_source(fail, path="/s3cr3t-path") as source:
             with pytest.raises(SourceError) as told:
                 await source.unsupported([SERIES])
             assert "/***/" in str(told.value)
             assert "s3cr3t" not in str(told.value)
 
-    run_source(body)
+    run_in_virtual_time(body)

@@ -175,7 +175,7 @@ async def connected_exchange(
         assert running.cancelled()
 
 
-def run_source(body: Callable[[], Awaitable[None]]) -> None:
+def run_in_virtual_time(body: Callable[[], Awaitable[None]]) -> None:
     async def main() -> None:
         await body()
         await asyncio.sleep(60)  # whatever ccxt has left behind has had its time
@@ -197,7 +197,7 @@ def test_spot_and_perpetuals_are_watched_and_never_called_closed() -> None:
             assert v.recorded.rejected == []
             assert v.recorded.notes == {"connected": 2}  # one for each timeframe
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_many_series_are_subscribed_to_slowly_enough() -> None:
@@ -207,7 +207,7 @@ def test_many_series_are_subscribed_to_slowly_enough() -> None:
             assert v.recorded.notes == {"connected": 2}
             assert max(v.late(START + 30_000).values()) < 5_000
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_where_candles_are_polled_nothing_is_pushed_and_nothing_connected() -> None:
@@ -218,7 +218,7 @@ def test_where_candles_are_polled_nothing_is_pushed_and_nothing_connected() -> N
             now = v.exchange.clock.now()
             assert len(await v.source.history(v.series[0], now - 10_000, now)) == 10
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_clients_are_replaced_while_all_goes_on() -> None:
@@ -233,7 +233,7 @@ def test_clients_are_replaced_while_all_goes_on() -> None:
             alive = sum(kind in type(one).__mro__ for one in gc.get_objects())
             assert alive <= 1 + 2 * 3  # nothing keeps those that were replaced
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("kind", ["drop", "stall", "handshake"])
@@ -247,7 +247,7 @@ def test_after_a_fault_of_the_socket_another_client_goes_on(kind: str) -> None:
             assert v.recorded.notes["lost"] + v.recorded.notes["given up"] >= 1
             assert max(v.late(START + 120_000).values()) < 3_000
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_a_socket_that_is_silent_but_open_is_noticed() -> None:
@@ -259,7 +259,7 @@ def test_a_socket_that_is_silent_but_open_is_noticed() -> None:
             assert v.recorded.notes == {"connected": 2, "given up": 1}
             assert max(v.late(START + 45_000).values()) < 3_000
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_frames_that_ccxt_cannot_read_cost_neither_the_socket_nor_a_bar() -> None:
@@ -272,7 +272,7 @@ def test_frames_that_ccxt_cannot_read_cost_neither_the_socket_nor_a_bar() -> Non
             assert v.recorded.notes == {"connected": 1}
             assert max(v.late(START + 10_000).values()) < 4_000
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
@@ -289,7 +289,7 @@ def test_series_change_while_it_runs_and_the_others_lose_nothing() -> None:
             assert max(v.late(START + 10_000).values()) < 3_000
             assert v.recorded.notes == {"connected": 1}
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -308,7 +308,7 @@ def test_history_is_paged_and_never_holds_an_open_bar(mode: str) -> None:
             assert await v.source.history(series, bars[5].time, bars[7].time) == bars[5:7]
             assert await v.source.history(series, now + 60_000, now + 70_000) == []
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("skew", [-5.0, 5.0])
@@ -323,7 +323,7 @@ def test_what_has_closed_by_our_clock_is_waited_for_by_the_exchanges(skew: float
             assert bars[-1].time + 2_000 <= v.exchange.clock.now()
             assert (loop.time() - began > 5) is (skew < 0)
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_told_to_wait_the_tape_is_told_how_long() -> None:
@@ -340,7 +340,7 @@ def test_told_to_wait_the_tape_is_told_how_long() -> None:
             assert await v.source.history(v.series[0], now - 5_000, now)
             assert v.recorded.notes["rate limited"] == 1
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 @pytest.mark.parametrize("kind", ["error", "timeout", "mangled"])
@@ -358,7 +358,7 @@ def test_a_bad_answer_is_an_error_and_never_an_empty_history(kind: str) -> None:
                     await v.source.history(v.series[0], now - 5_000, now)
                 await asyncio.sleep(0.1)
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_unknown_symbols_and_timeframes_are_explained() -> None:
@@ -371,7 +371,7 @@ def test_unknown_symbols_and_timeframes_are_explained() -> None:
             assert "no bars of 7m, only 1s, 1m" in why[asked[1]]
             assert why.keys() == set(asked[:2])
 
-    run_source(body)
+    run_in_virtual_time(body)
 
 
 def test_it_ends_at_once_whatever_it_is_doing() -> None:
@@ -386,4 +386,4 @@ def test_it_ends_at_once_whatever_it_is_doing() -> None:
                 began = loop.time()
             assert loop.time() - began < 6
 
-    run_source(body)
+    run_in_virtual_time(body)

@@ -56,7 +56,7 @@ class RecordedMessages:
         return [k for k in self.klines[stream] if k.closed and k.candle.time == START + opened]
 
 
-def read(message: bytes) -> tuple[str, int, Candle, bool] | None:
+def parse_push(message: bytes) -> tuple[str, int, Candle, bool] | None:
     """A strict reader: stream, event time, candle, closed; None for what cannot be."""
     try:
         wrapper = orjson.loads(message)
@@ -74,7 +74,7 @@ def read(message: bytes) -> tuple[str, int, Candle, bool] | None:
     return wrapper["stream"], event["E"] - START, candle, k["x"]
 
 
-async def listen(exchange: SimulatedExchange, seconds: float) -> RecordedMessages:
+async def record_stream(exchange: SimulatedExchange, seconds: float) -> RecordedMessages:
     """Hear all four streams over one connection for so long, or until it ends."""
     heard = RecordedMessages()
     url = f"{exchange.ws_url}/stream?streams={'/'.join(NAMES)}"
@@ -84,7 +84,7 @@ async def listen(exchange: SimulatedExchange, seconds: float) -> RecordedMessage
                 message = text.encode() if isinstance(text, str) else text
                 at = exchange.clock.now() - START
                 heard.messages.append((at, message))
-                known = read(message)
+                known = parse_push(message)
                 if known is None:
                     heard.invalid.append(message)
                 else:
@@ -112,8 +112,8 @@ def play(
     return run_virtual(main())
 
 
-def record_messages(faults: Faults, seconds: float = 30) -> RecordedMessages:
-    heard: RecordedMessages = play(faults, lambda exchange: listen(exchange, seconds))
+def record_with_faults(faults: Faults, seconds: float = 30) -> RecordedMessages:
+    heard: RecordedMessages = play(faults, lambda exchange: record_stream(exchange, seconds))
     return heard
 
 
@@ -132,7 +132,7 @@ def planned(kind: str, at: float, seconds: float = 0, symbol: str = "", **more: 
 
 
 def test_without_faults_every_bar_is_closed_once_and_in_order() -> None:
-    heard = record_messages(Faults())
+    heard = record_with_faults(Faults())
     assert heard.invalid == []
     for name in NAMES:
         finals = [k.candle for k in heard.klines[name] if k.closed]
@@ -143,7 +143,7 @@ def test_without_faults_every_bar_is_closed_once_and_in_order() -> None:
 
 def test_missing_final() -> None:
     async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
-        return await listen(exchange, 10), await opens(exchange)
+        return await record_stream(exchange, 10), await opens(exchange)
 
     heard, rows = play(planned("missing_final", 5, symbol="SIM00/USDT"), scene)
     assert heard.finals(NAMES[0], 4000) == []
@@ -153,7 +153,7 @@ def test_missing_final() -> None:
 
 
 def test_duplicate() -> None:
-    heard = record_messages(planned("duplicate", 5, symbol="SIM00/USDT"), 10)
+    heard = record_with_faults(planned("duplicate", 5, symbol="SIM00/USDT"), 10)
     first, second = heard.finals(NAMES[0], 4000)
     assert first.candle == second.candle
     assert second.at - first.at == 300
@@ -164,7 +164,7 @@ def test_revised() -> None:
     async def scene(
         exchange: SimulatedExchange,
     ) -> tuple[RecordedMessages, list[Candle], list[Any]]:
-        heard = await listen(exchange, 10)
+        heard = await record_stream(exchange, 10)
         series = Series.parse("any:SIM00/USDT:1s")
         url = f"{exchange.rest_url}/api/v3/klines?symbol=SIM00USDT&interval=1s"
         async with (
@@ -185,7 +185,7 @@ def test_revised() -> None:
 
 def test_late() -> None:
     async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
-        listening = asyncio.create_task(listen(exchange, 12))
+        listening = asyncio.create_task(record_stream(exchange, 12))
         await asyncio.sleep(5.5)
         rows = await opens(exchange)
         return await listening, rows
@@ -199,7 +199,7 @@ def test_late() -> None:
 
 
 def test_disorder_is_a_final_overtaken_or_overtaking() -> None:
-    heard = record_messages(Faults(seed=1, disorder=0.5), 60)
+    heard = record_with_faults(Faults(seed=1, disorder=0.5), 60)
     overtaken = overtaking = 0
     for klines in heard.klines.values():
         for a, b in pairwise(klines):
@@ -228,7 +228,7 @@ def test_a_hidden_bar_appears_later_in_rest() -> None:
 
 def test_a_lost_bar_is_nowhere_and_synthetic_in_truth() -> None:
     async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
-        return await listen(exchange, 20), await opens(exchange)
+        return await record_stream(exchange, 20), await opens(exchange)
 
     heard, rows = play(planned("lost", 5, seconds=2.5, symbol="SIM00/USDT"), scene)
     assert [ms for ms in range(0, 20_000, 1000) if ms not in rows] == [4000, 5000, 6000]
@@ -243,7 +243,7 @@ def test_a_lost_bar_is_nowhere_and_synthetic_in_truth() -> None:
 
 
 def test_garbage_is_never_taken_for_a_candle_by_a_strict_reader() -> None:
-    heard = record_messages(Faults(seed=5, garbage=0.5), 120)
+    heard = record_with_faults(Faults(seed=5, garbage=0.5), 120)
     assert len(heard.invalid) > 150
     assert len(set(heard.invalid)) > 50
     closed = {(name, bar.candle) for name in NAMES for bar in heard.true_bars[name]}
@@ -255,7 +255,7 @@ def test_garbage_is_never_taken_for_a_candle_by_a_strict_reader() -> None:
 
 def test_silence_of_one_symbol_among_live_ones() -> None:
     async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, list[int]]:
-        return await listen(exchange, 20), await opens(exchange)
+        return await record_stream(exchange, 20), await opens(exchange)
 
     faults = planned("silence", 5, seconds=6, symbol="SIM00/USDT")
     heard, rows = play(faults, scene)
@@ -270,9 +270,9 @@ def test_silence_of_one_symbol_among_live_ones() -> None:
 
 
 def test_drop() -> None:
-    heard = record_messages(planned("drop", 5), 20)
+    heard = record_with_faults(planned("drop", 5), 20)
     assert 4000 < heard.messages[-1][0] <= 5000
-    heards = [record_messages(Faults(seed=seed, drop=360), 100).messages for seed in range(8)]
+    heards = [record_with_faults(Faults(seed=seed, drop=360), 100).messages for seed in range(8)]
     lasted = [messages[-1][0] if messages else 0 for messages in heards]
     assert len({ms // 1000 for ms in lasted}) > 4  # 10 s on average
     assert 2_000 < sum(lasted) / 8 < 30_000
@@ -320,9 +320,9 @@ def test_server_shutdown_is_announced_and_then_happens() -> None:
     async def scene(exchange: SimulatedExchange) -> tuple[RecordedMessages, RecordedMessages]:
         async def later() -> RecordedMessages:
             await asyncio.sleep(8)
-            return await listen(exchange, 20)
+            return await record_stream(exchange, 20)
 
-        old, new = await asyncio.gather(listen(exchange, 60), later())
+        old, new = await asyncio.gather(record_stream(exchange, 60), later())
         return old, new
 
     old, new = play(planned("shutdown", 5), scene)
@@ -436,16 +436,19 @@ def test_bars_close_by_the_exchanges_own_clock() -> None:
 
 def test_the_same_seed_says_the_same_and_another_another() -> None:
     faults = Faults(seed=11, **PRESETS["rough"])
-    first, again = record_messages(faults, 90), record_messages(faults, 90)
+    first, again = record_with_faults(faults, 90), record_with_faults(faults, 90)
     assert first.messages == again.messages
     assert first.true_bars == again.true_bars
     assert first.counts == again.counts
-    assert record_messages(Faults(seed=12, **PRESETS["rough"]), 90).messages != first.messages
+    assert record_with_faults(Faults(seed=12, **PRESETS["rough"]), 90).messages != first.messages
 
 
 def test_switching_a_kind_off_leaves_the_others_as_they_were() -> None:
     faults = Faults(seed=4, duplicate=0.1, missing_final=0.1, lost=0.05)
-    all_kinds, fewer = record_messages(faults, 60), record_messages(faults.without("duplicate"), 60)
+    all_kinds, fewer = (
+        record_with_faults(faults, 60),
+        record_with_faults(faults.without("duplicate"), 60),
+    )
     assert all_kinds.counts["duplicate"] > 5
     assert "duplicate" not in fewer.counts
     assert all_kinds.counts["missing_final"] == fewer.counts["missing_final"]
@@ -456,10 +459,10 @@ def test_a_second_listener_changes_nothing_for_the_first() -> None:
     faults = Faults(seed=6, duplicate=0.1, revised=0.1, garbage=0.1, disorder=0.1)
 
     async def scene(exchange: SimulatedExchange) -> RecordedMessages:
-        first, _ = await asyncio.gather(listen(exchange, 60), listen(exchange, 30))
+        first, _ = await asyncio.gather(record_stream(exchange, 60), record_stream(exchange, 30))
         return first
 
-    assert play(faults, scene).messages == record_messages(faults, 60).messages
+    assert play(faults, scene).messages == record_with_faults(faults, 60).messages
 
 
 def test_random_mixtures_come_from_the_seed_and_go_through_json() -> None:
@@ -502,7 +505,7 @@ def test_under_a_random_mixture_rest_and_pushes_say_nothing_but_the_truth(seed: 
         told: dict[tuple[str, int], list[Candle]] = defaultdict(list)
         ends = exchange.clock.now() + 120_000
         while exchange.clock.now() < ends:
-            heard = await listen(exchange, (ends - exchange.clock.now()) / 1000)
+            heard = await record_stream(exchange, (ends - exchange.clock.now()) / 1000)
             for name, klines in heard.klines.items():
                 for kline in klines:
                     if kline.closed:

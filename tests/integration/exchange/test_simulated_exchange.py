@@ -38,7 +38,7 @@ class ExchangeClient:
             return answer.status, await answer.json(), answer.headers
 
 
-def exchange_client(
+def run_with_client(
     scene: Callable[[ExchangeClient], Awaitable[None]], start: int = START, **options: Any
 ) -> None:
     """Play ``scene`` in virtual time."""
@@ -83,7 +83,7 @@ def test_time_and_ping() -> None:
             assert (await here.get(f"{prefix}/time"))[1] == {"serverTime": START + 12_500}
             assert (await here.get(f"{prefix}/ping"))[1] == {}
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_exchange_info_lists_what_trades() -> None:
@@ -102,7 +102,7 @@ def test_exchange_info_lists_what_trades() -> None:
         assert [s["contractType"] for s in futures["symbols"]] == ["PERPETUAL"] * 2
         assert futures["rateLimits"][0]["limit"] == 2400
 
-    exchange_client(scene, symbols=3, perpetuals=2)
+    run_with_client(scene, symbols=3, perpetuals=2)
 
 
 def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
@@ -124,7 +124,7 @@ def test_klines_are_rows_of_twelve_with_decimal_strings() -> None:
         # The last row is the unfinished one, which the truth does not have yet.
         assert [candle(row) for row in rows[:-1]] == [bar.candle for bar in truth]
 
-    exchange_client(scene, symbols=2)
+    run_with_client(scene, symbols=2)
 
 
 def test_klines_between_times_and_by_limit() -> None:
@@ -149,7 +149,7 @@ def test_klines_between_times_and_by_limit() -> None:
         )
         assert (status, error["code"]) == (400, -1130)
 
-    exchange_client(scene, symbols=1, perpetuals=1, timeframes=("1m",), history=1600)
+    run_with_client(scene, symbols=1, perpetuals=1, timeframes=("1m",), history=1600)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_bad_requests_get_the_venues_errors(query: dict[str, str], code: int) ->
         assert (status, error["code"]) == (400, code)
         assert error["msg"]
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_tickers_of_a_day() -> None:
@@ -182,7 +182,7 @@ def test_tickers_of_a_day() -> None:
         assert float(ticker["lowPrice"]) <= float(ticker["lastPrice"]) <= float(ticker["highPrice"])
         assert float(ticker["quoteVolume"]) > 0
 
-    exchange_client(scene, symbols=2, perpetuals=1, timeframes=("1m",))
+    run_with_client(scene, symbols=2, perpetuals=1, timeframes=("1m",))
 
 
 def test_weights_count_up_and_start_anew_each_minute() -> None:
@@ -203,7 +203,7 @@ def test_weights_count_up_and_start_anew_each_minute() -> None:
         await asyncio.sleep(60)
         assert await used("/api/v3/ping") == 1
 
-    exchange_client(scene, symbols=1, perpetuals=1, timeframes=("1m",))
+    run_with_client(scene, symbols=1, perpetuals=1, timeframes=("1m",))
 
 
 def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
@@ -226,7 +226,7 @@ def test_too_much_is_429_and_who_goes_on_is_banned() -> None:
         await asyncio.sleep(1)
         assert (await here.get("/api/v3/ping"))[0] == 200
 
-    exchange_client(scene, symbols=1, start=START + 20_000 - START % 60_000)
+    run_with_client(scene, symbols=1, start=START + 20_000 - START % 60_000)
 
 
 # -- websockets ----------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_kline_event_has_the_venues_fields_in_their_order() -> None:
         truth = here.exchange.truth(Series.parse("any:SIM00/USDT:1s"), k["t"])
         assert pushed(message) == (truth[0].candle, True)
 
-    exchange_client(scene, symbols=1, seed=3)
+    run_with_client(scene, symbols=1, seed=3)
 
 
 def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None:
@@ -292,7 +292,7 @@ def test_every_bar_is_pushed_open_and_then_closed_as_in_truth_and_rest() -> None
             assert [candle(row) for row in rows[: len(final[name])]] == final[name]
         assert sum(map(len, seen.values())) > 80
 
-    exchange_client(scene, symbols=2, timeframes=("1m", "5s", "1s"), seed=4)
+    run_with_client(scene, symbols=2, timeframes=("1m", "5s", "1s"), seed=4)
 
 
 def test_spot_and_futures_of_one_name_are_two_markets() -> None:
@@ -320,8 +320,8 @@ def test_spot_and_futures_of_one_name_are_two_markets() -> None:
         bar = await first(f"{here.exchange.ws_url}/ws/sim00usdt@kline_1s")
         assert bar == here.exchange.truth(Series.parse("any:SIM00/USDT:USDT:1s"), START)[0].candle
 
-    exchange_client(scene, symbols=1, perpetuals=1)
-    exchange_client(alone, symbols=0, perpetuals=1)
+    run_with_client(scene, symbols=1, perpetuals=1)
+    run_with_client(alone, symbols=0, perpetuals=1)
 
 
 def test_subscriptions_are_kept_listed_and_ended() -> None:
@@ -353,7 +353,7 @@ def test_subscriptions_are_kept_listed_and_ended() -> None:
             assert (await ask("GET_PROPERTY", 5, ("combined",)))["result"] is True
             assert orjson.loads(await socket.recv())["stream"] == b
 
-    exchange_client(scene, symbols=2)
+    run_with_client(scene, symbols=2)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_bad_messages_get_the_venues_errors(message: str, code: int) -> None:
             await socket.send(message)
             assert orjson.loads(await socket.recv())["error"]["code"] == code
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_no_more_than_1024_streams() -> None:
@@ -389,7 +389,7 @@ def test_no_more_than_1024_streams() -> None:
             assert orjson.loads(await socket.recv()) == {"result": None, "id": 0}
             assert orjson.loads(await socket.recv())["error"]["code"] == 2
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
@@ -406,7 +406,7 @@ def test_a_sixth_message_within_a_second_ends_the_connection() -> None:
             assert closed.value.rcvd is not None
             assert closed.value.rcvd.code == 1008
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
@@ -428,7 +428,7 @@ def test_pings_come_every_20_s_and_silence_ends_the_connection() -> None:
             await polite.send("{}")
             assert await polite.recv()
 
-    exchange_client(scene, symbols=1)
+    run_with_client(scene, symbols=1)
 
 
 def test_connections_end_at_their_age() -> None:
@@ -442,7 +442,7 @@ def test_connections_end_at_their_age() -> None:
                 await socket.recv()
 
     assert Faults().lifetime_seconds == 86_400
-    exchange_client(scene, symbols=1, timeframes=("1h",), faults=Faults(lifetime_seconds=600))
+    run_with_client(scene, symbols=1, timeframes=("1h",), faults=Faults(lifetime_seconds=600))
 
 
 def test_more_than_300_connections_in_5_minutes_are_refused() -> None:
@@ -456,7 +456,7 @@ def test_more_than_300_connections_in_5_minutes_are_refused() -> None:
         async with websockets.connect(f"{here.exchange.ws_url}/ws"):
             pass
 
-    exchange_client(scene, symbols=1, timeframes=("1h",))
+    run_with_client(scene, symbols=1, timeframes=("1h",))
 
 
 def test_a_client_that_does_not_read_is_cut_off() -> None:
@@ -471,7 +471,7 @@ def test_a_client_that_does_not_read_is_cut_off() -> None:
         assert not here.exchange._streams.connections
         writer.close()
 
-    exchange_client(scene, symbols=200, history=2, keep=100)
+    run_with_client(scene, symbols=200, history=2, keep=100)
 
 
 class SuspendedClock(LoopClock):

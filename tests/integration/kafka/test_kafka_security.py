@@ -70,7 +70,7 @@ def secured_kafka(
     doors = {
         "safe": KafkaListener(tls=ours, mechanisms=WAYS),
         "scram": KafkaListener(tls=ours, mechanisms=["SCRAM-SHA-512"]),
-        "mutual": KafkaListener(tls=ours, client_ca=authority.file),
+        "mutual": KafkaListener(tls=ours, client_ca_file=authority.file),
         "expired": KafkaListener(tls=expired, mechanisms=["PLAIN"]),
         "elsewhere": KafkaListener(tls=elsewhere, mechanisms=["PLAIN"]),
         "open": KafkaListener(),
@@ -99,7 +99,7 @@ async def _run_checks(options: KafkaOptions) -> list[Finding]:
     return [finding for check in sink.checks() for finding in await check.run()]
 
 
-async def _can_connect(options: KafkaOptions) -> None:
+async def _check_access(options: KafkaOptions) -> None:
     """Topics are made, forecasts delivered, candles looked for, and doctor finds nothing wrong."""
     topics = required_topics(options, [MINUTE])
     await admin.create(options, topics)
@@ -117,20 +117,24 @@ async def _can_connect(options: KafkaOptions) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_who_knows_the_password_gets_in(
-    locked: SecuredKafka, way: str, topic_prefix: str
+    secured_kafka: SecuredKafka, way: str, topic_prefix: str
 ) -> None:
     prefix = {"topic_prefix": topic_prefix}
-    await _can_connect(locked.options("safe", "SASL_SSL", sasl_mechanism=way, **prefix))
+    await _check_access(secured_kafka.options("safe", "SASL_SSL", sasl_mechanism=way, **prefix))
 
 
-async def test_who_has_a_certificate_gets_in(locked: SecuredKafka, topic_prefix: str) -> None:
+async def test_who_has_a_certificate_gets_in(
+    secured_kafka: SecuredKafka, topic_prefix: str
+) -> None:
     """Also one whose key is encrypted."""
-    ours = locked.certified(locked.authority, password=PASSWORD)
+    ours = secured_kafka.certified(secured_kafka.authority, password=PASSWORD)
     prefix = {"topic_prefix": topic_prefix}
     key = SecretStr(PASSWORD)
-    await _can_connect(locked.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix))
+    await _check_access(
+        secured_kafka.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix)
+    )
     with pytest.raises(ValidationError, match="KAFKA__SSL_KEY_PASSWORD is not its password"):
-        locked.options("mutual", "SSL", **ours)
+        secured_kafka.options("mutual", "SSL", **ours)
 
 
 @pytest.mark.parametrize(
@@ -246,18 +250,18 @@ async def test_who_does_not_get_in_is_told_why_and_what_to_do(
 
 @pytest.mark.parametrize(("door", "protocol"), [("open", "SASL_SSL"), ("safe", "SSL")])
 async def test_a_broker_that_hangs_up_may_be_meant_otherwise(
-    locked: SecuredKafka, door: str, protocol: str
+    secured_kafka: SecuredKafka, door: str, protocol: str
 ) -> None:
     """It may as well be starting: it is tried again."""
-    said, final = await _error_message(locked.options(door, protocol))
+    said, final = await _error_message(secured_kafka.options(door, protocol))
     assert not final
     assert f"hung up at once, as if {protocol} were not what it speaks; {SEE}SECURITY" in said
 
 
-async def test_a_certificate_that_is_spoiled_later_is_told(locked: SecuredKafka) -> None:
+async def test_a_certificate_that_is_spoiled_later_is_told(secured_kafka: SecuredKafka) -> None:
     """They are read at each connection, as they are renewed while a daemon runs."""
-    ours = locked.certified(locked.authority)
-    options = locked.options("mutual", "SSL", **ours)
+    ours = secured_kafka.certified(secured_kafka.authority)
+    options = secured_kafka.options("mutual", "SSL", **ours)
     ours["ssl_certfile"].write_text("spoiled", "utf-8")
     said, final = await _error_message(options)
     assert final

@@ -87,7 +87,7 @@ async def _read(bootstrap: str, topic: str) -> list[ConsumerRecord]:
         await consumer.stop()
 
 
-async def _deliver(sink: Sink, records: Sequence[Record]) -> list[Refusal]:
+async def _deliver_with_retries(sink: Sink, records: Sequence[Record]) -> list[Refusal]:
     """What the outbox does: give again until the sink has taken them."""
     async with asyncio.timeout(240):
         while True:
@@ -214,7 +214,7 @@ async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: P
                     await sink.deliver([_record(0)])
                 assert time.monotonic() - began < 2 + 1
             kafka.thaw()
-            assert not await _deliver(sink, [_record(0)])
+            assert not await _deliver_with_retries(sink, [_record(0)])
             kafka.freeze()
             began = time.monotonic()
             await sink.close()
@@ -228,7 +228,7 @@ async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: P
             with pytest.raises(asyncio.CancelledError):
                 await delivery
 
-            assert not await _deliver(sink, [_record(i) for i in range(100)])
+            assert not await _deliver_with_retries(sink, [_record(i) for i in range(100)])
         _in_order(await _read(kafka.bootstrap, forecast_topic("kronos")), range(100))
     assert len(asyncio.all_tasks()) == 1
 
@@ -238,7 +238,7 @@ def _rss() -> int:
     return pages * resource.getpagesize()
 
 
-async def _deliver_through(
+async def _deliver_during(
     kafka: ApacheKafka, seconds: float, trouble: Callable[[], None], **options: Any
 ) -> float:
     """Deliver 20 records ten times a second for a while, with trouble: the longest delivery."""
@@ -250,7 +250,7 @@ async def _deliver_through(
             batch = [_record(sequence + i) for i in range(SERIES)]
             sequence += SERIES
             given = time.monotonic()
-            assert not await _deliver(sink, batch)
+            assert not await _deliver_with_retries(sink, batch)
             longest = max(longest, time.monotonic() - given)
             await asyncio.sleep(0.1)
     await troubled
@@ -277,7 +277,7 @@ async def test_nothing_is_lost_while_the_broker_is_gone(
             time.sleep(outage)
             kafka.start()
 
-        longest = await _deliver_through(kafka, 5, trouble, delivery_seconds=2)
+        longest = await _deliver_during(kafka, 5, trouble, delivery_seconds=2)
         assert longest > outage / 2  # it was felt
 
 
@@ -291,4 +291,4 @@ async def test_failover_among_three_loses_nothing(kafka_jars: Path, tmp_path: Pa
             time.sleep(5)
             kafka.start(0)
 
-        await _deliver_through(kafka, 6, trouble)
+        await _deliver_during(kafka, 6, trouble)

@@ -231,7 +231,7 @@ async def test_a_member_is_told_apart_from_its_companions(
             both = [one.source._topic_state, other.source._topic_state]
             await _until(lambda: all(one.shared_topics and not one.pending for one in both))
             monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.5)
-            lacking = [[await _missing_bars(who, name) for who in (one, other)] for name in names]
+            lacking = [[await _is_incomplete(who, name) for who in (one, other)] for name in names]
             # Whoever comes later has seen no more than the partition that it got.
             assert sorted(map(sum, lacking)) == [1] * 8
             assert {lacks for _, lacks in lacking} == {True, False}
@@ -242,7 +242,7 @@ async def test_a_member_is_told_apart_from_its_companions(
         assert [len(await one.past(series)) for series in names] == [2] + [1] * 7
 
 
-async def _missing_bars(who: RunningSource, series: Series) -> bool:
+async def _is_incomplete(who: RunningSource, series: Series) -> bool:
     try:
         return await who.past(series) != [1.0]
     except SourceError as error:

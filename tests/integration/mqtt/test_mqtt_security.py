@@ -43,10 +43,10 @@ def authority(folder: Path) -> CertificateAuthority:
 
 
 @pytest.fixture
-def broker(mosquitto_of: BrokerOf, authority: CertificateAuthority) -> Iterator[Mosquitto]:
+def broker(make_mosquitto: BrokerOf, authority: CertificateAuthority) -> Iterator[Mosquitto]:
     """It speaks TLS and asks for a login."""
     tls = authority.issue("broker")
-    with mosquitto_of(tls=tls, users={"me": PASSWORD}) as broker:
+    with make_mosquitto(tls=tls, users={"me": PASSWORD}) as broker:
         yield broker
 
 
@@ -179,14 +179,14 @@ async def test_a_broker_that_nobody_vouches_for_is_not_spoken_to(
 
 
 async def test_a_certificate_must_be_in_time_and_of_this_host(
-    mosquitto_of: BrokerOf, authority: CertificateAuthority
+    make_mosquitto: BrokerOf, authority: CertificateAuthority
 ) -> None:
     expired = authority.issue("expired", not_after=-timedelta(hours=1))
-    with mosquitto_of(tls=expired) as broker:
+    with make_mosquitto(tls=expired) as broker:
         said, final = await _error_message(_options(broker, authority))
     assert final
     assert "the broker's certificate has expired; the broker needs a new one" in said
-    with mosquitto_of(tls=authority.issue("elsewhere", ["elsewhere.example"])) as broker:
+    with make_mosquitto(tls=authority.issue("elsewhere", ["elsewhere.example"])) as broker:
         said, final = await _error_message(_options(broker, authority))
     assert final
     assert "is for another name" in said
@@ -194,11 +194,11 @@ async def test_a_certificate_must_be_in_time_and_of_this_host(
 
 
 async def test_a_client_may_have_to_show_a_certificate(
-    mosquitto_of: BrokerOf, authority: CertificateAuthority, folder: Path
+    make_mosquitto: BrokerOf, authority: CertificateAuthority, folder: Path
 ) -> None:
     locked = authority.issue("client", password=PASSWORD)
     ours: dict[str, Any] = {"tls_certfile": locked.certificate, "tls_keyfile": locked.key}
-    with mosquitto_of(tls=authority.issue("broker"), clients=authority.file) as broker:
+    with make_mosquitto(tls=authority.issue("broker"), clients=authority.file) as broker:
         password = SecretStr(PASSWORD)
         async with _sink(_options(broker, authority, **ours, tls_key_password=password)) as sink:
             await sink.start()

@@ -53,7 +53,7 @@ async def _sink(broker: Mosquitto, **options: Any) -> AsyncIterator[MqttSink]:
         await sink.close()
 
 
-async def _deliver(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
+async def _deliver_with_retries(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
     """What the outbox does: give again until the sink has taken them."""
     async with asyncio.timeout(60):
         while True:
@@ -86,8 +86,8 @@ def _first_in_order(subscriber: Subscriber, expected: Sequence[int]) -> None:
     assert all(sequences == sorted(sequences) for sequences in first.values())
 
 
-async def test_records_arrive_as_given(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
-    with mosquitto_of() as broker, Subscriber(broker, tmp_path) as subscriber:
+async def test_records_arrive_as_given(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
+    with make_mosquitto() as broker, Subscriber(broker, tmp_path) as subscriber:
         records = [_record(i) for i in range(200)]
         async with _sink(broker) as sink:
             await sink.start()
@@ -118,10 +118,10 @@ async def test_records_arrive_as_given(mosquitto_of: BrokerOf, tmp_path: Path) -
 
 @pytest.mark.parametrize("window", [1, 5])
 async def test_the_broker_says_how_much_may_be_under_way(
-    mosquitto_of: BrokerOf, tmp_path: Path, window: int
+    make_mosquitto: BrokerOf, tmp_path: Path, window: int
 ) -> None:
     settings = [f"max_inflight_messages {window}"]
-    with mosquitto_of(settings=settings) as broker, Subscriber(broker, tmp_path) as subscriber:
+    with make_mosquitto(settings=settings) as broker, Subscriber(broker, tmp_path) as subscriber:
         async with _sink(broker) as sink:
             await sink.start()
             assert not await sink.deliver([_record(i) for i in range(300)])
@@ -132,27 +132,29 @@ async def test_the_broker_says_how_much_may_be_under_way(
 
 @pytest.mark.parametrize("setting", ["message_size_limit 9000", "max_packet_size 9000"])
 async def test_refused_records_are_named_and_delay_nobody(
-    mosquitto_of: BrokerOf, tmp_path: Path, setting: str
+    make_mosquitto: BrokerOf, tmp_path: Path, setting: str
 ) -> None:
     """One of these limits the broker tells us, the other shows when it is exceeded."""
-    with mosquitto_of(settings=[setting]) as broker, Subscriber(broker, tmp_path) as subscriber:
+    with make_mosquitto(settings=[setting]) as broker, Subscriber(broker, tmp_path) as subscriber:
         big = {7, 30, 31}
         records = [_record(i, size=12_000 if i in big else 3_000) for i in range(60)]
         async with _sink(broker, max_record_bytes=40_000) as sink:
-            refusals = await _deliver(sink, [*records, _record(99, size=50_000)])
+            refusals = await _deliver_with_retries(sink, [*records, _record(99, size=50_000)])
             assert [refusal.record.sequence for refusal in refusals] == [*sorted(big), 99]
             assert all(refusal.reason for refusal in refusals)
-            assert not await _deliver(sink, [_record(i, size=3_000) for i in range(60, 80)])
+            assert not await _deliver_with_retries(
+                sink, [_record(i, size=3_000) for i in range(60, 80)]
+            )
             await _in_time(lambda: len({m.payload for m in subscriber.messages()}) >= 78)
         _first_in_order(subscriber, sorted(set(range(80)) - big))
 
 
 async def test_a_right_that_is_missing_holds_records_back(
-    mosquitto_of: BrokerOf, tmp_path: Path
+    make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
     rules = tmp_path / "acl"
     rules.write_text("topic read #\ntopic write kronos/status/#\n", "utf-8")
-    with mosquitto_of(settings=[f"acl_file {rules}"]) as broker:
+    with make_mosquitto(settings=[f"acl_file {rules}"]) as broker:
         async with _sink(broker) as sink:
             await sink.start()
             with pytest.raises(SinkUnavailable, match=r"forecasts/binance/S3%2FUSDT/1s: not auth"):
@@ -163,8 +165,8 @@ async def test_a_right_that_is_missing_holds_records_back(
             ] == b"online"
 
 
-async def test_a_broker_that_is_not_there_is_named_at_once(mosquitto_of: BrokerOf) -> None:
-    broker = mosquitto_of()
+async def test_a_broker_that_is_not_there_is_named_at_once(make_mosquitto: BrokerOf) -> None:
+    broker = make_mosquitto()
     began = time.monotonic()
     async with _sink(broker) as sink:
         with pytest.raises(SinkUnavailable, match=rf"127\.0\.0\.1:{broker.port}.*refused"):
@@ -173,12 +175,12 @@ async def test_a_broker_that_is_not_there_is_named_at_once(mosquitto_of: BrokerO
             await sink.deliver([_record(0)])
         assert time.monotonic() - began < 2
         with broker:
-            assert not await _deliver(sink, [_record(0)])
+            assert not await _deliver_with_retries(sink, [_record(0)])
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_refused_login_is_called_that(mosquitto_of: BrokerOf) -> None:
-    with mosquitto_of(users={"me": "right"}) as broker:
+async def test_a_refused_login_is_called_that(make_mosquitto: BrokerOf) -> None:
+    with make_mosquitto(users={"me": "right"}) as broker:
         async with _sink(broker, username="me", password="wrong-secret") as sink:  # noqa: S106
             with pytest.raises(SinkUnavailable, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
                 await sink.start()
@@ -188,8 +190,10 @@ async def test_a_refused_login_is_called_that(mosquitto_of: BrokerOf) -> None:
             assert not await sink.deliver([_record(0)])
 
 
-async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_path: Path) -> None:
-    with mosquitto_of() as broker, Subscriber(broker, tmp_path) as subscriber:
+async def test_a_hanging_broker_costs_bounded_time(
+    make_mosquitto: BrokerOf, tmp_path: Path
+) -> None:
+    with make_mosquitto() as broker, Subscriber(broker, tmp_path) as subscriber:
         async with _sink(broker, delivery_seconds=1, connect_seconds=1) as sink:
             await sink.start()
             broker.freeze()
@@ -199,7 +203,7 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
             assert time.monotonic() - began < 1.5
             await _in_time(lambda: "no answer in 1 s" in sink._reconnector.problem)
             broker.thaw()
-            assert not await _deliver(sink, [_record(i) for i in range(10)])
+            assert not await _deliver_with_retries(sink, [_record(i) for i in range(10)])
             broker.freeze()
             delivery = asyncio.create_task(sink.deliver([_record(10)]))
             await asyncio.sleep(0.1)
@@ -211,7 +215,7 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
             assert time.monotonic() - began < 3
             broker.thaw()
         async with _sink(broker) as sink:
-            assert not await _deliver(sink, [_record(i) for i in range(12)])
+            assert not await _deliver_with_retries(sink, [_record(i) for i in range(12)])
             await _in_time(lambda: subscriber.messages()[-1].payload.startswith(b"11 "))
         _first_in_order(subscriber, range(12))
     assert len(asyncio.all_tasks()) == 1
@@ -221,18 +225,18 @@ async def test_a_hanging_broker_costs_bounded_time(mosquitto_of: BrokerOf, tmp_p
     "outage", [2.0, *(pytest.param(s, marks=pytest.mark.soak) for s in (30.0, 120.0))]
 )
 async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
-    mosquitto_of: BrokerOf, outage: float
+    make_mosquitto: BrokerOf, outage: float
 ) -> None:
     """Killed, and without a disk: no later record reminds it of the first ten series."""
-    with mosquitto_of(persistent=False) as broker:
+    with make_mosquitto(persistent=False) as broker:
         async with _sink(broker) as sink:
-            assert not await _deliver(sink, [_record(i) for i in range(40)])
+            assert not await _deliver_with_retries(sink, [_record(i) for i in range(40)])
             await asyncio.to_thread(broker.kill)
             with pytest.raises(SinkUnavailable):
                 await sink.deliver([_record(40)])
             await asyncio.sleep(outage)
             await asyncio.to_thread(broker.start)
-            assert not await _deliver(sink, [_record(i) for i in range(40, 50)])
+            assert not await _deliver_with_retries(sink, [_record(i) for i in range(40, 50)])
             kept = await asyncio.to_thread(retained_messages, broker)
         assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
             _topic(i): i for i in range(30, 50)
@@ -240,8 +244,8 @@ async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
         assert kept["kronos/status/test"] == b"online"
 
 
-async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf) -> None:
-    with mosquitto_of() as broker:
+async def test_the_last_will_tells_of_a_sink_that_is_gone(make_mosquitto: BrokerOf) -> None:
+    with make_mosquitto() as broker:
         async with _sink(broker) as sink:
             await sink.start()
             assert sink._reconnect_task is not None
@@ -255,13 +259,13 @@ async def test_the_last_will_tells_of_a_sink_that_is_gone(mosquitto_of: BrokerOf
 
 
 async def test_a_series_that_is_given_up_is_retained_no_more(
-    mosquitto_of: BrokerOf, tmp_path: Path
+    make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
-    with mosquitto_of(persistent=False) as broker:
+    with make_mosquitto(persistent=False) as broker:
         async with _sink(broker) as sink:
             with Subscriber(broker, tmp_path) as subscriber:
                 removal = _record(22, kind="removal")
-                assert not await _deliver(sink, [_record(1), _record(2), removal])
+                assert not await _deliver_with_retries(sink, [_record(1), _record(2), removal])
                 await _in_time(lambda: len(subscriber.messages()) == 5)
                 told = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
                 assert told == [_record(2).value, removal.value, b""]
@@ -271,11 +275,11 @@ async def test_a_series_that_is_given_up_is_retained_no_more(
             # Nor is it once a broker has come to remember it again.
             await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
             sink._connection.abort("test")  # type: ignore[union-attr]
-            assert not await _deliver(sink, [_record(3)])
+            assert not await _deliver_with_retries(sink, [_record(3)])
             assert _topic(2) not in await asyncio.to_thread(retained_messages, broker)
 
 
-async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
+async def test_a_broker_is_looked_over(make_mosquitto: BrokerOf) -> None:
     async def found(broker: Mosquitto, **options: Any) -> Finding:
         sink = SINK.build(_options(broker, **options), SystemClock(), Random(0))
         assert isinstance(sink, CheckedSink)
@@ -283,7 +287,7 @@ async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
         (finding,) = await check.run()
         return finding
 
-    with mosquitto_of(users={"me": "right"}, settings=["max_packet_size 50000"]) as broker:
+    with make_mosquitto(users={"me": "right"}, settings=["max_packet_size 50000"]) as broker:
         fine = await found(broker, username="me", password="right")  # noqa: S106
         assert fine.level == "ok"
         assert "50,000 bytes a message, 20 messages at once" in fine.found
@@ -294,7 +298,7 @@ async def test_a_broker_is_looked_over(mosquitto_of: BrokerOf) -> None:
         away = await found(broker)
         assert away.level == "fail"
         assert "KRONOS_STREAM_MQTT__URL" in away.remedy
-    with mosquitto_of(settings=["retain_available false"]) as forgetful:
+    with make_mosquitto(settings=["retain_available false"]) as forgetful:
         assert "retains no messages" in (await found(forgetful)).found
         async with _sink(forgetful) as sink:
             with pytest.raises(SinkUnavailable, match=r"retain not supported; nobody"):

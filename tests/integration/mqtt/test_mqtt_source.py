@@ -106,9 +106,9 @@ async def _in_time(what: Callable[[], object], seconds: float = 20.0) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None:
+async def test_candles_come_in_as_they_were_sent(make_mosquitto: BrokerOf) -> None:
     heard = _RecordingCallbacks()
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         async with _running(broker, heard) as source:
             before = time.time_ns() // 1_000_000
             await asyncio.to_thread(_send, broker, _BTC, 0, 1, 2)
@@ -128,9 +128,9 @@ async def test_candles_come_in_as_they_were_sent(mosquitto_of: BrokerOf) -> None
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: BrokerOf) -> None:
+async def test_what_is_no_candle_is_rejected_with_the_reason(make_mosquitto: BrokerOf) -> None:
     heard = _RecordingCallbacks()
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         async with _running(broker, heard) as source:
             await asyncio.to_thread(
                 publish,
@@ -154,8 +154,8 @@ async def test_what_is_no_candle_is_rejected_with_the_reason(mosquitto_of: Broke
             assert await source.history(_BTC, 0, 2 * _START) == [_candle(2)]
 
 
-async def test_what_was_sent_while_we_were_away_comes(mosquitto_of: BrokerOf) -> None:
-    with mosquitto_of() as broker:
+async def test_what_was_sent_while_we_were_away_comes(make_mosquitto: BrokerOf) -> None:
+    with make_mosquitto() as broker:
         first = _RecordingCallbacks()
         async with _running(broker, first):
             await asyncio.to_thread(_send, broker, _BTC, 0)
@@ -175,9 +175,9 @@ async def test_what_was_sent_while_we_were_away_comes(mosquitto_of: BrokerOf) ->
             await _in_time(lambda: without.numbers(_BTC) == [102])
 
 
-async def test_a_killed_broker_is_come_back_to(mosquitto_of: BrokerOf) -> None:
+async def test_a_killed_broker_is_come_back_to(make_mosquitto: BrokerOf) -> None:
     heard = _RecordingCallbacks()
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         async with _running(broker, heard) as source:
             await asyncio.to_thread(_send, broker, _BTC, 0)
             await _in_time(lambda: heard.numbers(_BTC) == [0])
@@ -195,9 +195,9 @@ async def test_a_killed_broker_is_come_back_to(mosquitto_of: BrokerOf) -> None:
             await _in_time(lambda: heard.notes.count("connected") == 4)
 
 
-async def test_what_is_followed_changes_while_it_runs(mosquitto_of: BrokerOf) -> None:
+async def test_what_is_followed_changes_while_it_runs(make_mosquitto: BrokerOf) -> None:
     heard = _RecordingCallbacks()
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         async with _running(broker, heard, [_BTC]) as source:
             await asyncio.to_thread(_send, broker, _BTC, 0)
             await _in_time(lambda: heard.numbers(_BTC) == [0])
@@ -223,8 +223,8 @@ async def test_what_is_followed_changes_while_it_runs(mosquitto_of: BrokerOf) ->
             assert heard.notes.count("not followed") == 1
 
 
-async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: BrokerOf) -> None:
-    broker = mosquitto_of(users={"me": "right"})
+async def test_a_broker_says_at_the_start_what_it_will_not_do(make_mosquitto: BrokerOf) -> None:
+    broker = make_mosquitto(users={"me": "right"})
     login = {"username": "me", "password": "right"}
     with pytest.raises(SourceError, match=rf"mqtt://127\.0\.0\.1:{broker.port}: .*refused") as away:
         await _source(broker, **login).unsupported([_BTC])
@@ -241,8 +241,8 @@ async def test_a_broker_says_at_the_start_what_it_will_not_do(mosquitto_of: Brok
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
-    with mosquitto_of() as broker:
+async def test_two_of_one_name_are_told_so(make_mosquitto: BrokerOf) -> None:
+    with make_mosquitto() as broker:
         async with (
             _running(broker, _RecordingCallbacks()) as one,
             _running(broker, _RecordingCallbacks()) as other,
@@ -253,8 +253,8 @@ async def test_two_of_one_name_are_told_so(mosquitto_of: BrokerOf) -> None:
             )
 
 
-async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
-    with mosquitto_of() as broker:
+async def test_it_can_be_stopped_at_any_moment(make_mosquitto: BrokerOf) -> None:
+    with make_mosquitto() as broker:
         sockets = _sockets()
         for turn in range(200):
             source = _source(broker)
@@ -269,10 +269,10 @@ async def test_it_can_be_stopped_at_any_moment(mosquitto_of: BrokerOf) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_venues_share_a_broker(mosquitto_of: BrokerOf) -> None:
+async def test_venues_share_a_broker(make_mosquitto: BrokerOf) -> None:
     heard, desk = _RecordingCallbacks(), _RecordingCallbacks()
     theirs = Series.parse("mqtt.desk:BTC/USDT:1m")
-    with mosquitto_of() as broker:
+    with make_mosquitto() as broker:
         async with _running(broker, heard), _running(broker, desk, [theirs], venue="mqtt.desk"):
             await asyncio.to_thread(
                 publish,

@@ -525,7 +525,7 @@ class SimulatedVenue:
         self.now = end
 
 
-_SPEECH = st.lists(
+_SCRIPTS = st.lists(
     st.tuples(
         st.sampled_from(["open", "last", "old", "lie", "absurd", "nothing"]),
         st.integers(0, 3),  # how many bars back
@@ -538,7 +538,7 @@ _BARS = st.sets(st.integers(0, 30), max_size=6)
 
 
 @settings(max_examples=300, deadline=None)
-@given(_SPEECH, _BARS, _BARS)
+@given(_SCRIPTS, _BARS, _BARS)
 def test_any_telling_of_the_truth_ends_as_the_truth(
     speech: Sequence[tuple[str, int, float, str]], revised: set[int], empty: set[int]
 ) -> None:

@@ -33,9 +33,9 @@ _STEP = 300_000
 
 
 @pytest.fixture
-def model(parity: Path) -> str:
+def model(parity_folder: Path) -> str:
     """The folder of the tiny checkpoint, trained on a window of 128 bars."""
-    return str(parity / "tiny")
+    return str(parity_folder / "tiny")
 
 
 @pytest.fixture

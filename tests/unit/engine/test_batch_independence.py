@@ -71,25 +71,25 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=list(WIDTHS))
-def context_set(request: pytest.FixtureRequest, walks: Walks) -> ContextSet:
+def context_set(request: pytest.FixtureRequest, make_contexts: Walks) -> ContextSet:
     """301 contexts of 9 to 40 bars and horizons of 1 to 6; the first five drawn alone."""
     models = random_models(*WIDTHS[request.param])
     forecaster = Forecaster(*models, device="cpu", dtype="float32", max_context=64)
     random = np.random.default_rng(7)
-    contexts = walks(random.integers(9, 41, 301).tolist(), seed=5)
+    contexts = make_contexts(random.integers(9, 41, 301).tolist(), seed=5)
     horizons = random.integers(1, 7, 301).tolist()
     horizons[:5] = [6, 1, 4, 6, 5]
     alone = [forecaster.draw([contexts[i]], horizons[i], PATHS)[0] for i in range(5)]
     return ContextSet(forecaster, contexts, horizons, alone)
 
 
-def test_among_50_and_among_300(company: ContextSet) -> None:
+def test_among_50_and_among_300(context_set: ContextSet) -> None:
     """First, last or scattered among others."""
-    company.check(range(50))
-    company.check([*range(5, 301), *range(5)])
+    context_set.check(range(50))
+    context_set.check([*range(5, 301), *range(5)])
 
 
-def test_logits_too(company: ContextSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_too(context_set: ContextSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the logits differ, of one path or three: rounding there seldom shows in a token."""
     seen: dict[int, list[torch.Tensor]] = {}
 
@@ -102,8 +102,11 @@ def test_logits_too(company: ContextSet, monkeypatch: pytest.MonkeyPatch) -> Non
     def rows(members: range, paths: int) -> dict[int, set[bytes]]:
         """The logits of the drawn paths at each step, as bytes."""
         seen.clear()
-        contexts, horizons = company.contexts[members.start : members.stop], company.horizons
-        company.forecaster.draw(contexts, horizons[members.start : members.stop], paths)
+        contexts, horizons = (
+            context_set.contexts[members.start : members.stop],
+            context_set.horizons,
+        )
+        context_set.forecaster.draw(contexts, horizons[members.start : members.stop], paths)
         drawn = len(members) * paths
         return {
             step: {row.numpy().tobytes() for x in both for row in x[:drawn]}
@@ -115,27 +118,27 @@ def test_logits_too(company: ContextSet, monkeypatch: pytest.MonkeyPatch) -> Non
         together = rows(range(140), paths)
         for i in range(4):
             alone = rows(range(i, i + 1), paths)
-            assert len(alone) == company.horizons[i]
+            assert len(alone) == context_set.horizons[i]
             for step, own in alone.items():
                 assert own <= together[step], f"context {i}, step {step}, {paths} paths"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_order_on_any_number_of_threads(company: ContextSet, threads: int) -> None:
+def test_any_order_on_any_number_of_threads(context_set: ContextSet, threads: int) -> None:
     """Shuffled calls of 1 and 24 contexts."""
     torch.set_num_threads(threads)
     random = np.random.default_rng(threads)
     for size in (1, 24):
         others = random.choice(np.arange(5, 301), size - 1, replace=False)
         members = np.concatenate((random.integers(0, 5, 1), others))
-        company.check(random.permutation(members).tolist())
+        context_set.check(random.permutation(members).tolist())
 
 
 def test_split_by_a_small_memory_budget(
-    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks
 ) -> None:
     """Chunks and path slices are cut the same for a context alone and in company."""
-    contexts = walks([90, 17, 33, 64, 90, 88], seed=6)
+    contexts = make_contexts([90, 17, 33, 64, 90, 88], seed=6)
     horizons = [12, 3, 12, 1, 12, 12]
     for budget, chunks, slices in ((600_000, 2, 2), (100_000, 6, 4)):
         split = Forecaster(
@@ -157,36 +160,41 @@ def test_split_by_a_small_memory_budget(
             assert_same(draw, wanted)
 
 
-def test_what_the_noise_hangs_on(tiny: Forecaster, walks: Walks) -> None:
+def test_what_the_noise_hangs_on(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Another seed, series or origin draws other tokens; the same ones draw the same."""
-    (context,) = walks([60])
+    (context,) = make_contexts([60])
     later = replace(context, times=np.asarray(context.times) + 7 * 86_400_000)
-    (wanted,) = tiny.draw([context], 8, 16, seed=1)
-    assert_same(tiny.draw([replace(context)], 8, 16, seed=1)[0], wanted)
+    (wanted,) = tiny_forecaster.draw([context], 8, 16, seed=1)
+    assert_same(tiny_forecaster.draw([replace(context)], 8, 16, seed=1)[0], wanted)
     others = [
-        tiny.draw([context], 8, 16, seed=2)[0],
-        tiny.draw([replace(context, series="test:ö/円:5m")], 8, 16, seed=1)[0],
-        tiny.draw([later], 8, 16, seed=1)[0],
+        tiny_forecaster.draw([context], 8, 16, seed=2)[0],
+        tiny_forecaster.draw([replace(context, series="test:ö/円:5m")], 8, 16, seed=1)[0],
+        tiny_forecaster.draw([later], 8, 16, seed=1)[0],
     ]
     for other in others:
         assert (other.tokens != wanted.tokens).mean() > 0.5
 
 
-def test_contexts_without_a_series_use_their_index(tiny: Forecaster, walks: Walks) -> None:
+def test_contexts_without_a_series_use_their_index(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
     """The second nameless context draws what a series named 1 draws."""
-    contexts = walks([60, 60], named=False)
-    draws = tiny.draw(contexts, 4, 8)
+    contexts = make_contexts([60, 60], named=False)
+    draws = tiny_forecaster.draw(contexts, 4, 8)
     for i, draw in enumerate(draws):
-        assert_same(draw, tiny.draw([replace(contexts[i], series=str(i))], 4, 8)[0])
-    twice = tiny.draw([contexts[0], contexts[0]], 4, 8)
+        assert_same(draw, tiny_forecaster.draw([replace(contexts[i], series=str(i))], 4, 8)[0])
+    twice = tiny_forecaster.draw([contexts[0], contexts[0]], 4, 8)
     assert not np.array_equal(twice[0].tokens, twice[1].tokens)
 
 
-def test_blocks_of_paths_join(tiny: Forecaster, walks: Walks) -> None:
+def test_blocks_of_paths_join(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Paths drawn in blocks, by ``first_path``, have the tokens of one call."""
-    contexts = walks([60, 33], seed=8)
-    whole = tiny.draw(contexts, 6, 40)
-    blocks = [tiny.draw(contexts, 6, n, first_path=at) for at, n in ((0, 17), (17, 1), (18, 22))]
+    contexts = make_contexts([60, 33], seed=8)
+    whole = tiny_forecaster.draw(contexts, 6, 40)
+    blocks = [
+        tiny_forecaster.draw(contexts, 6, n, first_path=at)
+        for at, n in ((0, 17), (17, 1), (18, 22))
+    ]
     for i, wanted in enumerate(whole):
         tokens = np.concatenate([block[i].tokens for block in blocks])
         paths = np.concatenate([block[i].paths for block in blocks])
@@ -194,21 +202,26 @@ def test_blocks_of_paths_join(tiny: Forecaster, walks: Walks) -> None:
         np.testing.assert_allclose(paths, wanted.paths, rtol=1e-4)
 
 
-def test_a_shorter_horizon_is_a_prefix(tiny: Forecaster, walks: Walks) -> None:
+def test_a_shorter_horizon_is_a_prefix(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Horizon 8 draws the first 8 bars of horizon 12."""
-    contexts = walks([60, 33], seed=9)
-    for short, long in zip(tiny.draw(contexts, 8, 20), tiny.draw(contexts, 12, 20), strict=True):
+    contexts = make_contexts([60, 33], seed=9)
+    for short, long in zip(
+        tiny_forecaster.draw(contexts, 8, 20), tiny_forecaster.draw(contexts, 12, 20), strict=True
+    ):
         np.testing.assert_array_equal(short.tokens, long.tokens[:, :8])
         np.testing.assert_allclose(short.paths, long.paths[:, :8], rtol=1e-4)
 
 
 def test_a_path_is_recomputable_alone(
-    tiny: Forecaster, tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+    tiny_forecaster: Forecaster,
+    tiny_predictor: Predictor,
+    tiny_tokenizer: Tokenizer,
+    make_contexts: Walks,
 ) -> None:
     """Path 29 of a call follows from (seed, series, origin), the model and the candles."""
-    contexts = walks([60, 33, 71], seed=10)
+    contexts = make_contexts([60, 33, 71], seed=10)
     sampling = Sampling(0.9, top_p=0.95)
-    draws = tiny.draw(contexts, 10, 32, temperature=0.9, top_p=0.95, seed=77)
+    draws = tiny_forecaster.draw(contexts, 10, 32, temperature=0.9, top_p=0.95, seed=77)
     for i, draw in enumerate(draws):
         item = prepare(contexts[i], i, 10)
         series, times = contexts[i].series, np.asarray(contexts[i].times)

@@ -48,11 +48,11 @@ def bfloat16(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster
 
 @pytest.fixture(scope="module")
 def runs(
-    tiny: Forecaster, bfloat16: Forecaster, walks: Walks
+    tiny_forecaster: Forecaster, bfloat16: Forecaster, make_contexts: Walks
 ) -> dict[tuple[str, int], ForecastSample]:
     """Forty contexts of 40 to 112 bars, in both types, each with two seeds."""
     lengths = np.random.default_rng(0).integers(40, 113, CONTEXTS).tolist()
-    contexts = walks(lengths, seed=50)
+    contexts = make_contexts(lengths, seed=50)
     spread = [np.std(np.asarray(context.values)[:, CLOSE]) for context in contexts]
 
     def run(forecaster: Forecaster, seed: int) -> ForecastSample:
@@ -63,7 +63,7 @@ def runs(
 
     return {
         (name, seed): run(forecaster, seed)
-        for name, forecaster in (("float32", tiny), ("bfloat16", bfloat16))
+        for name, forecaster in (("float32", tiny_forecaster), ("bfloat16", bfloat16))
         for seed in (0, 1)
     }
 
@@ -107,11 +107,15 @@ def test_what_is_computed_in_which_type(bfloat16: Forecaster) -> None:
     assert {block.qkv.dtype for block in stacks} == {torch.bfloat16}
 
 
-def test_greedy_starts_alike(tiny: Forecaster, bfloat16: Forecaster, walks: Walks) -> None:
+def test_greedy_starts_alike(
+    tiny_forecaster: Forecaster, bfloat16: Forecaster, make_contexts: Walks
+) -> None:
     """Without noise, nine of ten contexts draw the same first bar."""
-    contexts = walks([64] * CONTEXTS, seed=51)
+    contexts = make_contexts([64] * CONTEXTS, seed=51)
     pairs = zip(
-        tiny.draw(contexts, 1, 1, top_k=1), bfloat16.draw(contexts, 1, 1, top_k=1), strict=True
+        tiny_forecaster.draw(contexts, 1, 1, top_k=1),
+        bfloat16.draw(contexts, 1, 1, top_k=1),
+        strict=True,
     )
     same = [np.array_equal(one.tokens, other.tokens) for one, other in pairs]
     assert np.mean(same) > 0.9

@@ -111,10 +111,10 @@ def check_paths(
 
 
 def test_random_calls(
-    tiny: Forecaster,
+    tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Callable[..., list[Context]],
+    make_contexts: Callable[..., list[Context]],
 ) -> None:
     """Any lengths, horizons, batch, paths, temperatures, top-k and top-p: the tokens are equal."""
     models = tiny_predictor, tiny_tokenizer
@@ -139,8 +139,8 @@ def test_random_calls(
         seed: int,
     ) -> None:
         lengths, horizons = zip(*contexts, strict=True)
-        walked = walks(lengths, seed=abs(seed))
-        draws = tiny.draw(
+        walked = make_contexts(lengths, seed=abs(seed))
+        draws = tiny_forecaster.draw(
             walked, horizons, paths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
         spread = tuple(temperature) if isinstance(temperature, list) else temperature
@@ -158,15 +158,15 @@ def test_random_calls(
 
 
 def test_a_full_window(
-    tiny: Forecaster,
+    tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Callable[..., list[Context]],
+    make_contexts: Callable[..., list[Context]],
 ) -> None:
     """The horizon's last bar may be the window's last, and the context may be two bars."""
     models = tiny_predictor, tiny_tokenizer
-    contexts, horizons = walks([127, 96, 2], seed=9), [1, 32, 126]
-    draws = tiny.draw(contexts, horizons, 2, top_k=1)
+    contexts, horizons = make_contexts([127, 96, 2], seed=9), [1, 32, 126]
+    draws = tiny_forecaster.draw(contexts, horizons, 2, top_k=1)
     for i, (context, draw) in enumerate(zip(contexts, draws, strict=True)):
         check_paths(models, prepare(context, i, horizons[i]), draw, Sampling(top_k=1), 0)
 

@@ -20,30 +20,32 @@ from kronos_stream.model import Predictor, Tokenizer
 Walks = Callable[..., list[Context]]
 
 
-def test_memory_order(tiny: Forecaster, walks: Walks) -> None:
+def test_memory_order(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Sums over bars depend on how an array lies in memory; forecasts do not."""
-    contexts = walks([90, 60, 33], seed=3)
+    contexts = make_contexts([90, 60, 33], seed=3)
     turned = [replace(c, values=np.asfortranarray(c.values)) for c in contexts]
-    for one, other in zip(tiny.sample(contexts, 6, 4), tiny.sample(turned, 6, 4), strict=True):
+    for one, other in zip(
+        tiny_forecaster.sample(contexts, 6, 4), tiny_forecaster.sample(turned, 6, 4), strict=True
+    ):
         assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("built", ["before", "inside"])
 def test_torch_defaults(
-    tiny: Forecaster,
+    tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Walks,
+    make_contexts: Walks,
     built: str,
 ) -> None:
     """A caller's default type, default device, autocast and gradients are no matter."""
-    contexts = walks([50, 20], seed=4)
-    want = tiny.sample(contexts, 5, 3, anchor=True)
+    contexts = make_contexts([50, 20], seed=4)
+    want = tiny_forecaster.sample(contexts, 5, 3, anchor=True)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
-            forecaster = tiny
+            forecaster = tiny_forecaster
             if built == "inside":
                 forecaster = Forecaster(
                     tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
@@ -57,38 +59,40 @@ def test_torch_defaults(
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_horizon_after_a_gap(tiny: Forecaster, walks: Walks) -> None:
+def test_horizon_after_a_gap(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Without a timeframe the horizon steps as most bars do, not as the last two."""
-    (context,) = walks([40], seed=5)
+    (context,) = make_contexts([40], seed=5)
     times = np.asarray(context.times).copy()
     step = times[1] - times[0]
     times[-1] += 288 * step
-    (draw,) = tiny.draw([replace(context, times=times, timeframe=None)], 3, 1)
+    (draw,) = tiny_forecaster.draw([replace(context, times=times, timeframe=None)], 3, 1)
     assert (draw.times - times[-1]).tolist() == [step, 2 * step, 3 * step]
 
 
-def test_times_in_seconds(tiny: Forecaster, walks: Walks) -> None:
+def test_times_in_seconds(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Times in another unit than ms are refused where the timeframe gives them away."""
-    (context,) = walks([40], seed=6)
+    (context,) = make_contexts([40], seed=6)
     seconds = replace(context, times=np.asarray(context.times) // 1000, timeframe="5m")
     with pytest.raises(ContextError, match="must be ms UTC"):
-        tiny.sample([seconds], 3, 1)
+        tiny_forecaster.sample([seconds], 3, 1)
 
 
-def test_a_huge_horizon_is_refused_at_once(tiny: Forecaster, walks: Walks) -> None:
+def test_a_huge_horizon_is_refused_at_once(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
     """The window is checked before anything of the horizon's size is made."""
     start = monotonic()
     with pytest.raises(ContextError, match="shorten the horizon"):
-        tiny.sample(walks([40], seed=7), 10**12, 1)
+        tiny_forecaster.sample(make_contexts([40], seed=7), 10**12, 1)
     assert monotonic() - start < 10
 
 
-def test_negative_prices_without_amount(tiny: Forecaster, walks: Walks) -> None:
+def test_negative_prices_without_amount(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """A spread may be negative; the amount derived from it is no reason to refuse it."""
-    (context,) = walks([40], seed=8)
+    (context,) = make_contexts([40], seed=8)
     values = np.asarray(context.values)[:, :5].copy()
     values[:, :4] -= 2 * values[:, :4].max()
-    (paths,) = tiny.sample([replace(context, values=values)], 3, 2)
+    (paths,) = tiny_forecaster.sample([replace(context, values=values)], 3, 2)
     assert np.isfinite(paths).all()
 
 
@@ -101,22 +105,24 @@ def test_negative_prices_without_amount(tiny: Forecaster, walks: Walks) -> None:
         ("timezone", 5, "text"),
     ],
 )
-def test_labels(tiny: Forecaster, walks: Walks, field: str, value: object, reason: str) -> None:
+def test_labels(
+    tiny_forecaster: Forecaster, make_contexts: Walks, field: str, value: object, reason: str
+) -> None:
     """Labels are text that can be written down."""
-    (context,) = walks([40], seed=9)
+    (context,) = make_contexts([40], seed=9)
     labels: dict[str, Any] = {field: value}
     with pytest.raises(ContextError, match=reason):
-        tiny.sample([replace(context, **labels)], 3, 1)
+        tiny_forecaster.sample([replace(context, **labels)], 3, 1)
 
 
 def test_a_failed_call_leaves_nothing(
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Walks,
+    make_contexts: Walks,
 ) -> None:
     """Buffers in use when a call fails are dropped, and the next call is as if it never was."""
     forecaster = Forecaster(tiny_predictor, tiny_tokenizer, device="cpu", max_context=128)
-    contexts = walks([50, 20], seed=10)
+    contexts = make_contexts([50, 20], seed=10)
     want = forecaster.sample(contexts, 5, 3)
     kept = len(forecaster._runner.decoders)
 

@@ -46,9 +46,9 @@ CHANNELS = ["open", "high", "low", "close", "volume", "amount"]
 
 @pytest.mark.parametrize("column", range(6))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
-def test_every_value_must_be_finite(walks: Walks, column: int, value: float) -> None:
+def test_every_value_must_be_finite(make_contexts: Walks, column: int, value: float) -> None:
     """NaN, infinity and what float32 cannot hold are refused by channel, bar and series."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     wanted = rf"^{NAME}: {CHANNELS[column]} of {BAR_7} is -?(nan|inf);"
     with pytest.raises(ContextError, match=wanted):
         prepare(with_value(context, 7, column, value), 0, 4)
@@ -85,18 +85,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_refusals(walks: Walks, change: dict[str, Any], message: str) -> None:
+def test_refusals(make_contexts: Walks, change: dict[str, Any], message: str) -> None:
     """Each bad context is refused in one line that starts with the series."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     with pytest.raises(ContextError, match=message) as caught:
         prepare(replace(context, **change), 0, 4)
     assert str(caught.value).startswith(f"{NAME}: ")
     assert "\n" not in str(caught.value)
 
 
-def test_impossible_candles(walks: Walks) -> None:
+def test_impossible_candles(make_contexts: Walks) -> None:
     """High below low, negative volume and negative amount name the bar."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     for column, value, wanted in (
         (1, 1.0, "high 1 is below low"),
         (4, -2.0, "volume -2 is negative"),
@@ -107,51 +107,53 @@ def test_impossible_candles(walks: Walks) -> None:
 
 
 @pytest.mark.parametrize("swap", [(6, 7), (7, 7)])
-def test_times_must_increase(walks: Walks, swap: tuple[int, int]) -> None:
+def test_times_must_increase(make_contexts: Walks, swap: tuple[int, int]) -> None:
     """A repeated or earlier time is refused, with both bars' times."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     times = np.array(context.times)
     times[6] = times[swap[1]]
     with pytest.raises(ContextError, match=f"{NAME}: times must.*{BAR_7} does not follow bar 6"):
         prepare(replace(context, times=times), 0, 4)
 
 
-def test_nameless_contexts_are_named_by_their_index(tiny: Forecaster, walks: Walks) -> None:
+def test_nameless_contexts_are_named_by_their_index(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
     """In every refusal, that of the window included."""
-    good, bad = walks([30, 30], named=False)
+    good, bad = make_contexts([30, 30], named=False)
     with pytest.raises(ContextError, match=r"^context 1: close of bar 7"):
-        tiny.sample([good, with_value(bad, 7, 3, np.nan)], 4, 1)
-    (long,) = walks([120], named=False)
+        tiny_forecaster.sample([good, with_value(bad, 7, 3, np.nan)], 4, 1)
+    (long,) = make_contexts([120], named=False)
     wanted = "^context 1: 120 bars and a horizon of 9 exceed max_context 128; give at most 119 bars"
     with pytest.raises(ContextError, match=wanted):
-        tiny.sample([good, long], 9, 1)
+        tiny_forecaster.sample([good, long], 9, 1)
     with pytest.raises(ContextError, match=f"^{NAME}: 120 bars"):
-        tiny.sample(walks([120]), 9, 1)
+        tiny_forecaster.sample(make_contexts([120]), 9, 1)
 
 
-def test_a_constant_series_works(tiny: Forecaster) -> None:
+def test_a_constant_series_works(tiny_forecaster: Forecaster) -> None:
     """No spread at all: forecasts stay within 1e-3 of the level, whatever the model draws."""
     context = Context(np.full((40, 4), 7.25), np.arange(40) * 60_000)
-    (paths,) = tiny.sample([context], 5, paths=4)
+    (paths,) = tiny_forecaster.sample([context], 5, paths=4)
     np.testing.assert_allclose(paths[..., :4], 7.25, atol=1e-3)
     np.testing.assert_allclose(paths[..., 4:], 0, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e5, 1e14])
-def test_magnitudes(tiny: Forecaster, walks: Walks, scale: float) -> None:
+def test_magnitudes(tiny_forecaster: Forecaster, make_contexts: Walks, scale: float) -> None:
     """Tiny and huge units stay finite, and huge ones scale the forecast."""
-    (context,) = walks([60])
+    (context,) = make_contexts([60])
     values = np.array(context.values)
-    (scaled,) = tiny.sample([replace(context, values=values * scale)], 5, paths=4)
-    (plain,) = tiny.sample([context], 5, paths=4)
+    (scaled,) = tiny_forecaster.sample([replace(context, values=values * scale)], 5, paths=4)
+    (plain,) = tiny_forecaster.sample([context], 5, paths=4)
     assert np.isfinite(scaled).all()
     if scale > 1:
         np.testing.assert_allclose(scaled / scale, plain, rtol=1e-3)
 
 
-def test_what_float32_cannot_square_is_refused(walks: Walks) -> None:
+def test_what_float32_cannot_square_is_refused(make_contexts: Walks) -> None:
     """A spread whose square overflows would come out as infinity; the error says what to do."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     values = np.array(context.values)
     values[:, 4] *= 1e20
     values[:, 5] = 1
@@ -159,9 +161,9 @@ def test_what_float32_cannot_square_is_refused(walks: Walks) -> None:
         prepare(replace(context, values=values), 0, 4)
 
 
-def test_missing_columns(walks: Walks) -> None:
+def test_missing_columns(make_contexts: Walks) -> None:
     """Five columns: amount is volume x mean price. Four: volume and amount are 0."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     values = np.array(context.values, np.float32)
     full = fill_missing_channels(values[:, :5])
     np.testing.assert_array_equal(full[:, :5], values[:, :5])
@@ -173,9 +175,9 @@ def test_missing_columns(walks: Walks) -> None:
     assert (fill_missing_channels(values[:, :4])[:, 4:] == 0).all()
 
 
-def test_normalisation_and_back(walks: Walks) -> None:
+def test_normalisation_and_back(make_contexts: Walks) -> None:
     """Over the whole window, ddof 0, clipped at 5; undone where nothing was clipped."""
-    values = np.array(walks([100])[0].values, np.float32)
+    values = np.array(make_contexts([100])[0].values, np.float32)
     values[50, 4] = 1e6
     mean, std, scaled = normalise(values)
     exact = values.astype(np.float64)
@@ -208,68 +210,71 @@ def test_stamps_across_a_clock_change(day: str) -> None:
     assert set(offsets) == {4, 5}
 
 
-def test_the_horizon_continues_by_the_timeframe(tiny: Forecaster) -> None:
+def test_the_horizon_continues_by_the_timeframe(tiny_forecaster: Forecaster) -> None:
     """Months by the calendar, in whatever length, also where the timeframe is inferred."""
     values = np.arange(24.0)[:, None] + np.array([1, 2, 0, 1, 1, 1])
     months = pd.date_range("2023-01-01", periods=24, freq="MS", tz="UTC").as_unit("ms")
     context = Context(values, months.tz_localize(None).to_numpy(), timeframe="1M")
-    (draw,) = tiny.draw([context], 3, 1)
+    (draw,) = tiny_forecaster.draw([context], 3, 1)
     assert draw.times.tolist() == ms("2025-01-01T00Z", "2025-02-01T00Z", "2025-03-01T00Z")
-    (draw,) = tiny.draw([replace(context, timeframe=None)], 2, 1)
+    (draw,) = tiny_forecaster.draw([replace(context, timeframe=None)], 2, 1)
     assert draw.times.tolist() == ms("2025-01-01T00Z", "2025-02-01T00Z")
     sessions = ms("2025-01-02T09:30Z", "2025-01-03T09:30Z", "2025-01-06T09:30Z")
-    (draw,) = tiny.draw([replace(context, future_times=sessions)], 2, 1)
+    (draw,) = tiny_forecaster.draw([replace(context, future_times=sessions)], 2, 1)
     assert draw.times.tolist() == sessions[:2]
 
 
-def test_datetime64_times_are_ms(tiny: Forecaster, walks: Walks) -> None:
+def test_datetime64_times_are_ms(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Times of any unit of datetime64, past and future, are the same as their ms."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     past = np.array(context.times)
     future = past[-1] + 86_400_000 * np.arange(1, 5)
-    (wanted,) = tiny.sample([replace(context, future_times=future)], 4, 2)
+    (wanted,) = tiny_forecaster.sample([replace(context, future_times=future)], 4, 2)
     for unit in ("s", "ms", "ns"):
         times, ahead = (t.astype("datetime64[ms]").astype(f"M8[{unit}]") for t in (past, future))
-        (got,) = tiny.sample([replace(context, times=times, future_times=ahead)], 4, 2)
+        (got,) = tiny_forecaster.sample([replace(context, times=times, future_times=ahead)], 4, 2)
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_time_zones_and_future_times_reach_the_model(tiny: Forecaster, walks: Walks) -> None:
+def test_time_zones_and_future_times_reach_the_model(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
     """The stamps a context asks for change what is forecast."""
-    (context,) = walks([30])
-    (plain,) = tiny.sample([context], 4, 1, top_k=1)
+    (context,) = make_contexts([30])
+    (plain,) = tiny_forecaster.sample([context], 4, 1, top_k=1)
     elsewhere = replace(context, timezone="Asia/Tokyo")
     later = replace(context, future_times=2**41 + 3_600_000 * np.arange(4))
     for other in (elsewhere, later):
-        (paths,) = tiny.sample([other], 4, 1, top_k=1)
+        (paths,) = tiny_forecaster.sample([other], 4, 1, top_k=1)
         assert not np.array_equal(paths, plain)
 
 
-def test_inputs_are_not_modified(tiny: Forecaster, walks: Walks) -> None:
+def test_inputs_are_not_modified(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
     """Read-only arrays are accepted, float32 ones too, which need no copy to be read."""
-    (context,) = walks([30])
+    (context,) = make_contexts([30])
     values, times = np.array(context.values, np.float32), np.array(context.times)
     before = values.copy()
     paths = []
     for writable in (True, False):
         values.flags.writeable = times.flags.writeable = writable
         given_now = replace(context, values=values, times=times)
-        paths.append(tiny.sample([given_now], 4, 2, anchor=True)[0])
+        paths.append(tiny_forecaster.sample([given_now], 4, 2, anchor=True)[0])
     np.testing.assert_array_equal(values, before)
     np.testing.assert_array_equal(paths[0], paths[1])
 
 
-def test_anchor(tiny: Forecaster, cases: dict[str, NDArray[Any]]) -> None:
+def test_anchor(tiny_forecaster: Forecaster, parity_cases: dict[str, NDArray[Any]]) -> None:
     """Prices are scaled by actual / decoded close of the origin; volume and amount are left."""
     contexts = [
-        Context(cases[f"ohlcva_{i}"][:96], cases[f"time_{i}"][:96] * 1000) for i in range(3)
+        Context(parity_cases[f"ohlcva_{i}"][:96], parity_cases[f"time_{i}"][:96] * 1000)
+        for i in range(3)
     ]
-    plain = tiny.sample(contexts, 8, 3, top_k=1)
-    anchored = tiny.sample(contexts, 8, 3, top_k=1, anchor=True)
+    plain = tiny_forecaster.sample(contexts, 8, 3, top_k=1)
+    anchored = tiny_forecaster.sample(contexts, 8, 3, top_k=1, anchor=True)
     for i, (one, other) in enumerate(zip(plain, anchored, strict=True)):
-        values = cases[f"ohlcva_{i}"][:96].astype(np.float32)
+        values = parity_cases[f"ohlcva_{i}"][:96].astype(np.float32)
         mean, std, _ = normalise(values)
-        decoded = denormalise(cases["decoded"][i, -1], mean, std)[3]
+        decoded = denormalise(parity_cases["decoded"][i, -1], mean, std)[3]
         scale = values[-1, 3] / decoded
         assert scale != 1
         np.testing.assert_allclose(other[..., :4], one[..., :4] * scale, rtol=1e-5)

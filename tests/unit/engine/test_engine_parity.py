@@ -49,13 +49,13 @@ def tensors(cases: Cases, *names: str) -> list[Tensor]:
 
 
 @pytest.fixture
-def tokenizer(parity: Path) -> KronosTokenizer:
-    return KronosTokenizer.from_pretrained(parity / "tiny" / "tokenizer")
+def tokenizer(parity_folder: Path) -> KronosTokenizer:
+    return KronosTokenizer.from_pretrained(parity_folder / "tiny" / "tokenizer")
 
 
 @pytest.fixture
-def model(parity: Path) -> Kronos:
-    return Kronos.from_pretrained(str(parity / "tiny" / "predictor"))
+def model(parity_folder: Path) -> Kronos:
+    return Kronos.from_pretrained(str(parity_folder / "tiny" / "predictor"))
 
 
 @pytest.fixture
@@ -65,17 +65,19 @@ def predictor(model: Kronos, tokenizer: KronosTokenizer) -> KronosPredictor:
 
 @pytest.mark.parametrize("name", CASES[:3])
 def test_greedy_paths_are_the_references(
-    tiny: Forecaster, cases: Cases, expected: dict[str, Any], name: str
+    tiny_forecaster: Forecaster, parity_cases: Cases, parity_expected: dict[str, Any], name: str
 ) -> None:
     """Where the window holds history and horizon, the engine's greedy paths are the reference's."""
-    bars, horizon = greedy_case(expected, name)
+    bars, horizon = greedy_case(parity_expected, name)
     contexts = []
     for i in range(3):
-        times = cases[f"time_{i}"] * 1000
+        times = parity_cases[f"time_{i}"] * 1000
         future = times[bars : bars + horizon]
-        contexts.append(Context(cases[f"ohlcva_{i}"][:bars], times[:bars], future_times=future))
-    wanted = cases[f"greedy_{name}"]
-    for i, paths in enumerate(tiny.sample(contexts, horizon, paths=2, top_k=1)):
+        contexts.append(
+            Context(parity_cases[f"ohlcva_{i}"][:bars], times[:bars], future_times=future)
+        )
+    wanted = parity_cases[f"greedy_{name}"]
+    for i, paths in enumerate(tiny_forecaster.sample(contexts, horizon, paths=2, top_k=1)):
         assert paths.shape == (2, horizon, 6)
         assert paths.dtype == np.float32
         np.testing.assert_allclose(paths[0], wanted[i], rtol=RELATIVE)
@@ -84,24 +86,24 @@ def test_greedy_paths_are_the_references(
 
 @pytest.mark.parametrize("name", CASES[3:])
 def test_beyond_the_window_sample_refuses(
-    tiny: Forecaster, cases: Cases, expected: dict[str, Any], name: str
+    tiny_forecaster: Forecaster, parity_cases: Cases, parity_expected: dict[str, Any], name: str
 ) -> None:
     """Where they do not fit, ``sample`` says so rather than give other numbers."""
-    bars, horizon = greedy_case(expected, name)
-    context = Context(cases["ohlcva_0"][:bars], cases["time_0"][:bars] * 1000)
+    bars, horizon = greedy_case(parity_expected, name)
+    context = Context(parity_cases["ohlcva_0"][:bars], parity_cases["time_0"][:bars] * 1000)
     with pytest.raises(ValueError, match=f"{bars} bars and a horizon of {horizon} exceed"):
-        tiny.sample([context], horizon, paths=1)
+        tiny_forecaster.sample([context], horizon, paths=1)
 
 
 @pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_compat_greedy_forecasts(
-    predictor: KronosPredictor, cases: Cases, expected: dict[str, Any], name: str
+    predictor: KronosPredictor, parity_cases: Cases, parity_expected: dict[str, Any], name: str
 ) -> None:
     """``predict_batch`` and ``predict`` give the reference's rows in every case."""
-    bars, horizon = greedy_case(expected, name)
-    wanted = cases[f"greedy_{name}"]
-    inputs = [series(cases, i, bars, horizon) for i in range(3)]
+    bars, horizon = greedy_case(parity_expected, name)
+    wanted = parity_cases[f"greedy_{name}"]
+    inputs = [series(parity_cases, i, bars, horizon) for i in range(3)]
     frames, past, future = (list(column) for column in zip(*inputs, strict=True))
     batch = predictor.predict_batch(frames, past, future, horizon, top_k=1, verbose=False)
     one = predictor.predict(*inputs[1], horizon, top_k=1, sample_count=2, verbose=False)
@@ -110,9 +112,9 @@ def test_compat_greedy_forecasts(
     np.testing.assert_allclose(one.to_numpy(), wanted[1], rtol=RELATIVE)
 
 
-def test_beyond_the_window_compat_warns(predictor: KronosPredictor, cases: Cases) -> None:
+def test_beyond_the_window_compat_warns(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """The slow exact way past max_context is announced."""
-    frame, past, future = series(cases, 0, 124, 5)
+    frame, past, future = series(parity_cases, 0, 124, 5)
     announced = "124 bars and 5 to come exceed max_context 128"
     with pytest.warns(UserWarning, match=announced) as one:
         predictor.predict(frame, past, future, 5, verbose=False)
@@ -122,10 +124,10 @@ def test_beyond_the_window_compat_warns(predictor: KronosPredictor, cases: Cases
 
 
 @pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
-def test_the_longest_horizon(predictor: KronosPredictor, cases: Cases) -> None:
+def test_the_longest_horizon(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """A window's worth of bars is decoded whole; one more is refused, as decoding cannot be."""
     predictor.max_context = 20
-    frame, past, future = series(cases, 0, 30, 21)
+    frame, past, future = series(parity_cases, 0, 30, 21)
     with pytest.raises(ValueError, match="pred_len 21: expected 1 to max_context 20"):
         predictor.predict(frame, past, future, 21, verbose=False)
     out = predictor.predict(frame, past, future[:20], 20, top_k=1, verbose=False).to_numpy()
@@ -138,16 +140,16 @@ def test_the_longest_horizon(predictor: KronosPredictor, cases: Cases) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
 def test_past_the_window_the_modules_are_left_alone(
-    predictor: KronosPredictor, cases: Cases
+    predictor: KronosPredictor, parity_cases: Cases
 ) -> None:
     """A sliding forecast leaves modes as they were and nothing to fold anew."""
-    inputs = series(cases, 0, 60, 3)
+    inputs = series(parity_cases, 0, 60, 3)
     predictor.predict(*inputs, 3, verbose=False)
     engine = predictor._forecaster
     predictor.model.train()
     predictor.model.transformer.eval()
     modes = [part.training for part in predictor.model.modules()]
-    predictor.predict(*series(cases, 0, 124, 5), 5, verbose=False)
+    predictor.predict(*series(parity_cases, 0, 124, 5), 5, verbose=False)
     assert [part.training for part in predictor.model.modules()] == modes
     predictor.predict(*inputs, 3, verbose=False)
     assert predictor._forecaster is engine
@@ -155,9 +157,11 @@ def test_past_the_window_the_modules_are_left_alone(
 
 @pytest.mark.filterwarnings("ignore:.*exceed max_context:UserWarning")
 @pytest.mark.parametrize("bars", [60, 124])
-def test_the_callers_torch_modes(predictor: KronosPredictor, cases: Cases, bars: int) -> None:
+def test_the_callers_torch_modes(
+    predictor: KronosPredictor, parity_cases: Cases, bars: int
+) -> None:
     """Inference mode and autocast around a call change nothing, within the window or past it."""
-    inputs = series(cases, 0, bars, 5)
+    inputs = series(parity_cases, 0, bars, 5)
     wanted = predictor.predict(*inputs, 5, top_k=1, verbose=False)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         fresh = KronosPredictor(
@@ -175,63 +179,67 @@ def test_modules_are_moved_once(model: Kronos, tokenizer: KronosTokenizer) -> No
         assert {p.device.type for p in module.parameters()} == {"meta"}
 
 
-def test_the_frame_is_the_references(predictor: KronosPredictor, cases: Cases) -> None:
+def test_the_frame_is_the_references(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """Six float32 columns in the model's order, indexed by the times asked for."""
-    frame, past, future = series(cases, 0, 60, 4)
+    frame, past, future = series(parity_cases, 0, 60, 4)
     out = predictor.predict(frame, past, future, 4, verbose=False)
     assert list(out.columns) == COLUMNS
     assert out.index.equals(pd.Index(future))
     assert (out.dtypes == np.float32).all()
 
 
-def test_encode_and_decode(tokenizer: KronosTokenizer, cases: Cases) -> None:
+def test_encode_and_decode(tokenizer: KronosTokenizer, parity_cases: Cases) -> None:
     """Half and joint indices are the fixture's, and both decode to the fixture's candles."""
-    (x,) = tensors(cases, "x_norm")
+    (x,) = tensors(parity_cases, "x_norm")
     s1, s2 = tokenizer.encode(x, half=True)
-    np.testing.assert_array_equal(s1, cases["s1"], strict=True)
-    np.testing.assert_array_equal(s2, cases["s2"], strict=True)
+    np.testing.assert_array_equal(s1, parity_cases["s1"], strict=True)
+    np.testing.assert_array_equal(s2, parity_cases["s2"], strict=True)
     joint = tokenizer.encode(x)
     assert isinstance(joint, Tensor)
-    np.testing.assert_array_equal(joint, cases["s1"] + 64 * cases["s2"])
+    np.testing.assert_array_equal(joint, parity_cases["s1"] + 64 * parity_cases["s2"])
     for decoded in (tokenizer.decode(joint), tokenizer.decode([s1, s2], half=True)):
-        np.testing.assert_allclose(decoded.detach(), cases["decoded"], rtol=0, atol=FORWARD)
+        np.testing.assert_allclose(decoded.detach(), parity_cases["decoded"], rtol=0, atol=FORWARD)
 
 
 def test_tokenizer_forward(
-    tokenizer: KronosTokenizer, cases: Cases, expected: dict[str, Any]
+    tokenizer: KronosTokenizer, parity_cases: Cases, parity_expected: dict[str, Any]
 ) -> None:
     """The training pass: both reconstructions, the quantiser's loss, the joint indices."""
-    (x,) = tensors(cases, "x_norm")
+    (x,) = tensors(parity_cases, "x_norm")
     (coarse, full), loss, quantised, joint = tokenizer(x)
-    np.testing.assert_allclose(coarse.detach(), cases["recon_coarse"], rtol=0, atol=FORWARD)
-    np.testing.assert_allclose(full.detach(), cases["recon"], rtol=0, atol=FORWARD)
-    assert loss.item() == pytest.approx(expected["bsq_loss_eval"], abs=1e-5)
-    assert torch.equal(quantised > 0, tokenizer.code(*tensors(cases, "s1", "s2")) > 0)
-    np.testing.assert_array_equal(joint, cases["s1"] + 64 * cases["s2"])
+    np.testing.assert_allclose(coarse.detach(), parity_cases["recon_coarse"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(full.detach(), parity_cases["recon"], rtol=0, atol=FORWARD)
+    assert loss.item() == pytest.approx(parity_expected["bsq_loss_eval"], abs=1e-5)
+    assert torch.equal(quantised > 0, tokenizer.code(*tensors(parity_cases, "s1", "s2")) > 0)
+    np.testing.assert_array_equal(joint, parity_cases["s1"] + 64 * parity_cases["s2"])
 
 
-def test_decode_s1_and_s2(model: Kronos, tiny_predictor: Predictor, cases: Cases) -> None:
+def test_decode_s1_and_s2(model: Kronos, tiny_predictor: Predictor, parity_cases: Cases) -> None:
     """Logits of both levels are the fixture's and the modules'; float stamps are understood."""
-    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")
     with torch.no_grad():
         s1_logits, hidden = model.decode_s1(s1, s2, stamp.float())
         last = s1_logits[:, -1:].argmax(-1)
         s2_logits = model.decode_s2(hidden, last)
         wanted = tiny_predictor.s2_logits_last(hidden, last[:, 0])
-    np.testing.assert_allclose(s1_logits, cases["s1_logits"], rtol=0, atol=FORWARD)
-    np.testing.assert_allclose(hidden[:, -1], cases["hidden_last"], rtol=0, atol=FORWARD)
-    np.testing.assert_allclose(s2_logits[:, -1], cases["s2_logits_last"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(s1_logits, parity_cases["s1_logits"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(hidden[:, -1], parity_cases["hidden_last"], rtol=0, atol=FORWARD)
+    np.testing.assert_allclose(
+        s2_logits[:, -1], parity_cases["s2_logits_last"], rtol=0, atol=FORWARD
+    )
     torch.testing.assert_close(s2_logits[:, -1], wanted)
 
 
-def test_the_training_pass(model: Kronos, cases: Cases, expected: dict[str, Any]) -> None:
+def test_the_training_pass(
+    model: Kronos, parity_cases: Cases, parity_expected: dict[str, Any]
+) -> None:
     """In training mode the teacher-forced pass has the reference's cross entropies."""
-    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")
     s1_next, s2_next = s1[:, 1:], s2[:, 1:]
     s1_logits, s2_logits = model.train()(
         s1[:, :-1], s2[:, :-1], stamp[:, :-1], use_teacher_forcing=True, s1_targets=s1_next
     )
-    wanted = expected["predictor_train"]
+    wanted = parity_expected["predictor_train"]
     for logits, target, name in ((s1_logits, s1_next, "ce_s1"), (s2_logits, s2_next, "ce_s2")):
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         assert loss.item() == pytest.approx(wanted[name], abs=1e-5)
@@ -256,10 +264,10 @@ def test_round_trip(model: Kronos, tokenizer: KronosTokenizer, tmp_path: Path) -
             assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_the_hubs_options(parity: Path, tmp_path: Path) -> None:
+def test_the_hubs_options(parity_folder: Path, tmp_path: Path) -> None:
     """They reach the hub's client; others, the reference's overrides included, are refused."""
     commit = "0123456789abcdef" * 2 + "01234567"
-    source = parity / "tiny" / "predictor"
+    source = parity_folder / "tiny" / "predictor"
     shutil.copytree(source, tmp_path / "models--some--model" / "snapshots" / commit)
     loaded = Kronos.from_pretrained(
         "some/model", revision=commit, cache_dir=tmp_path, local_files_only=True
@@ -280,12 +288,12 @@ def test_halves_that_do_not_belong_together(model: Kronos, tokenizer: KronosToke
         KronosPredictor(model, other, device="cpu")
 
 
-def test_manual_seed_fixes_a_forecast(predictor: KronosPredictor, cases: Cases) -> None:
+def test_manual_seed_fixes_a_forecast(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """The same global seed gives the same forecast; going on gives another."""
 
     def predict() -> NDArray[np.float32]:
         frame = predictor.predict(
-            *series(cases, 2, 50, 6), 6, top_p=1.0, sample_count=3, verbose=False
+            *series(parity_cases, 2, 50, 6), 6, top_p=1.0, sample_count=3, verbose=False
         )
         return frame.to_numpy()
 
@@ -296,9 +304,9 @@ def test_manual_seed_fixes_a_forecast(predictor: KronosPredictor, cases: Cases) 
     assert not np.array_equal(first, second)
 
 
-def test_top_k_switches_top_p_off(predictor: KronosPredictor, cases: Cases) -> None:
+def test_top_k_switches_top_p_off(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """As in the reference, with top_k > 0 a top_p that would keep one token keeps them all."""
-    inputs = series(cases, 0, 50, 6)
+    inputs = series(parity_cases, 0, 50, 6)
     outs = []
     for top_p in (1.0, 1e-6):
         torch.manual_seed(4)
@@ -309,9 +317,11 @@ def test_top_k_switches_top_p_off(predictor: KronosPredictor, cases: Cases) -> N
 
 
 @pytest.mark.parametrize("missing", [["amount"], ["volume"], ["volume", "amount"]])
-def test_missing_columns(predictor: KronosPredictor, cases: Cases, missing: list[str]) -> None:
+def test_missing_columns(
+    predictor: KronosPredictor, parity_cases: Cases, missing: list[str]
+) -> None:
     """No amount: volume x mean price. No volume: both are 0. The input is not changed."""
-    frame, past, future = series(cases, 0, 60, 3)
+    frame, past, future = series(parity_cases, 0, 60, 3)
     filled = frame.copy()
     if "volume" in missing:
         filled[["volume", "amount"]] = 0.0
@@ -325,9 +335,9 @@ def test_missing_columns(predictor: KronosPredictor, cases: Cases, missing: list
     pd.testing.assert_frame_equal(short, before)
 
 
-def test_errors(predictor: KronosPredictor, cases: Cases) -> None:
+def test_errors(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """What the reference refuses is refused, and so are times that do not fit the rows."""
-    frame, past, future = series(cases, 0, 60, 3)
+    frame, past, future = series(parity_cases, 0, 60, 3)
     holed = frame.copy()
     holed.loc[7, "volume"] = np.nan
     bad: list[tuple[Any, Any, Any, str]] = [
@@ -351,9 +361,11 @@ def test_errors(predictor: KronosPredictor, cases: Cases) -> None:
 
 
 @pytest.mark.parametrize("way", ["no_grad", "data", "fused"])
-def test_changed_weights_are_used(predictor: KronosPredictor, cases: Cases, way: str) -> None:
+def test_changed_weights_are_used(
+    predictor: KronosPredictor, parity_cases: Cases, way: str
+) -> None:
     """Weights changed in place after a forecast, in whatever way, are used by the next one."""
-    inputs = series(cases, 1, 60, 5)
+    inputs = series(parity_cases, 1, 60, 5)
     before = predictor.predict(*inputs, 5, top_k=1, verbose=False)
     weight = predictor.model.get_parameter("head.proj_s1.weight")
     if way == "fused":

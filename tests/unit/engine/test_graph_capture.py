@@ -105,13 +105,15 @@ def draw(
     return forecaster.draw(walks(lengths, seed=seed), HORIZONS, PATHS, seed=seed)
 
 
-def test_replay_on_another_batch(tiny: Forecaster, forecaster: Forecaster, walks: Walks) -> None:
+def test_replay_on_another_batch(
+    tiny_forecaster: Forecaster, forecaster: Forecaster, make_contexts: Walks
+) -> None:
     """Recorded on one batch and run on another of the same shapes, it draws the other's tokens."""
-    first = draw(forecaster, walks, FIRST, seed=1)
+    first = draw(forecaster, make_contexts, FIRST, seed=1)
     (decoder,) = forecaster._runner.decoders.values()
     with recorded(decoder) as recorder:
         assert len(recorder.operations) > 100
-        draw(forecaster, walks, SECOND, seed=2)
+        draw(forecaster, make_contexts, SECOND, seed=2)
         assert list(forecaster._runner.decoders.values()) == [decoder]
         # What the eager loop left behind must not help.
         decoder._tokens.fill_(-1)
@@ -120,7 +122,7 @@ def test_replay_on_another_batch(tiny: Forecaster, forecaster: Forecaster, walks
                 cache.keys.fill_(float("nan"))
                 cache.values.fill_(float("nan"))
         recorder.replay()
-    wanted = draw(tiny, walks, SECOND, seed=2)
+    wanted = draw(tiny_forecaster, make_contexts, SECOND, seed=2)
     seen = 0
     for group in decoder.groups:
         tokens = decoder._tokens[group.rows, : group.shape.horizon].numpy()
@@ -132,9 +134,9 @@ def test_replay_on_another_batch(tiny: Forecaster, forecaster: Forecaster, walks
     assert seen == len(wanted)
 
 
-def test_nothing_waits_for_the_host(forecaster: Forecaster, walks: Walks) -> None:
+def test_nothing_waits_for_the_host(forecaster: Forecaster, make_contexts: Walks) -> None:
     """Inside the loop no operation reads a value back or selects by a mask."""
-    draw(forecaster, walks, FIRST, seed=1)
+    draw(forecaster, make_contexts, FIRST, seed=1)
     (decoder,) = forecaster._runner.decoders.values()
     with recorded(decoder) as recorder:
         assert recorder.host_syncs() == set()
@@ -171,7 +173,7 @@ def test_the_recorder_sees_a_baked_in_value() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_cuda_graphs(
-    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks, top_p: float
+    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks, top_p: float
 ) -> None:
     """On a GPU the captured loop draws for new batches what an eager first run draws."""
 
@@ -184,7 +186,7 @@ def test_cuda_graphs(
     graphed = fresh()
     for seed in range(4):
         lengths = [41 + seed, 43, 46 - seed, 20 + seed, *[30 + seed] * 9]
-        contexts, horizons = walks(lengths, seed=seed), [6, 3, 6, 3, *[5] * 9]
+        contexts, horizons = make_contexts(lengths, seed=seed), [6, 3, 6, 3, *[5] * 9]
         got = graphed.draw(contexts, horizons, PATHS, top_p=top_p, seed=seed)
         wanted = fresh().draw(contexts, horizons, PATHS, top_p=top_p, seed=seed)
         for one, other in zip(got, wanted, strict=True):
@@ -196,7 +198,7 @@ def test_cuda_graphs(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_models_that_lie_on_the_gpu(
-    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Walks
+    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks
 ) -> None:
     """Models on the GPU, where the reference's users put them, are folded like others."""
     models = deepcopy(tiny_predictor).cuda(), deepcopy(tiny_tokenizer).cuda()
@@ -204,7 +206,7 @@ def test_models_that_lie_on_the_gpu(
     plain = Forecaster(
         tiny_predictor, tiny_tokenizer, device="cuda", dtype="float32", max_context=128
     )
-    contexts = walks([40, 33])
+    contexts = make_contexts([40, 33])
     for one, other in zip(moved.draw(contexts, 4, 3), plain.draw(contexts, 4, 3), strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
     assert all(p.is_cuda for model in models for p in model.parameters())

@@ -73,12 +73,12 @@ def milliseconds(times: pd.Series[pd.Timestamp]) -> list[int]:
 
 
 @pytest.mark.parametrize("lookback", [256, 512])
-def test_compat(parity: Path, lookback: int) -> None:
+def test_compat(parity_folder: Path, lookback: int) -> None:
     """The reference's API gives its greedy forecasts, at 512 bars past the model's window."""
     from kronos_stream.compat import Kronos, KronosPredictor, KronosTokenizer
 
-    history = candles(parity, "input").head(lookback)
-    wanted = candles(parity, f"output_{lookback}")
+    history = candles(parity_folder, "input").head(lookback)
+    wanted = candles(parity_folder, f"output_{lookback}")
     predictor = KronosPredictor(
         Kronos.from_pretrained(MODEL),
         KronosTokenizer.from_pretrained(TOKENIZER),
@@ -98,10 +98,10 @@ def test_compat(parity: Path, lookback: int) -> None:
     np.testing.assert_allclose(result[CHANNELS], wanted[CHANNELS], rtol=TOLERANCE)
 
 
-def test_forecaster(parity: Path) -> None:
+def test_forecaster(parity_folder: Path) -> None:
     """The Forecaster's greedy path is the reference's, at the time stamps it was given."""
-    history = candles(parity, "input").head(256)
-    wanted = candles(parity, "output_256")
+    history = candles(parity_folder, "input").head(256)
+    wanted = candles(parity_folder, "output_256")
     forecaster = Forecaster.from_pretrained(
         MODEL, tokenizer=TOKENIZER, device="cpu", dtype="float32"
     )

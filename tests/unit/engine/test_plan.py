@@ -124,10 +124,10 @@ def test_ten_thousand_paths_are_sliced(small_on_24_gb: Planner) -> None:
 
 
 def test_a_small_budget_gives_the_same_forecasts(
-    tiny: Forecaster,
+    tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Callable[..., list[Context]],
+    make_contexts: Callable[..., list[Context]],
 ) -> None:
     """Memory decides about time, not about results: equal tokens, prices to rounding."""
     split = Forecaster(
@@ -138,27 +138,32 @@ def test_a_small_budget_gives_the_same_forecasts(
         max_context=128,
         memory_budget=200_000,
     )
-    contexts, horizons = walks([90, 17, 33, 88], seed=6), [8, 3, 8, 1]
+    contexts, horizons = make_contexts([90, 17, 33, 88], seed=6), [8, 3, 8, 1]
     assert len(split._runner.planner.chunks(split._prepare(contexts, horizons), 16)) == 4
-    assert len(tiny._runner.planner.chunks(tiny._prepare(contexts, horizons), 16)) == 1
+    assert (
+        len(
+            tiny_forecaster._runner.planner.chunks(tiny_forecaster._prepare(contexts, horizons), 16)
+        )
+        == 1
+    )
     told: list[tuple[int, int]] = []
     parts = split.draw(contexts, horizons, 16, progress=lambda *done: told.append(done))
-    for part, whole in zip(parts, tiny.draw(contexts, horizons, 16), strict=True):
+    for part, whole in zip(parts, tiny_forecaster.draw(contexts, horizons, 16), strict=True):
         np.testing.assert_array_equal(part.tokens, whole.tokens)
         np.testing.assert_allclose(part.paths, whole.paths, rtol=1e-4)
     assert told == [(16, 64), (32, 64), (48, 64), (64, 64)]
 
 
 def test_padding_contexts_are_harmless(
-    tiny: Forecaster,
+    tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Callable[..., list[Context]],
+    make_contexts: Callable[..., list[Context]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Slots that no context fills neither fail nor touch the others, whatever memory held."""
-    contexts = walks([30] * 9, seed=7)
-    wanted = tiny.draw(contexts, 4, 3)
+    contexts = make_contexts([30] * 9, seed=7)
+    wanted = tiny_forecaster.draw(contexts, 4, 3)
     padded = Forecaster(
         tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
     )
@@ -176,13 +181,15 @@ def test_padding_contexts_are_harmless(
         np.testing.assert_array_equal(one.paths, other.paths)
 
 
-def test_no_contexts_no_paths(tiny: Forecaster) -> None:
+def test_no_contexts_no_paths(tiny_forecaster: Forecaster) -> None:
     """An empty call is an empty answer."""
-    assert tiny.sample([], 4, 8) == []
+    assert tiny_forecaster.sample([], 4, 8) == []
 
 
 def test_kept_buffers_stay_within_the_budget(
-    tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, walks: Callable[..., list[Context]]
+    tiny_predictor: Predictor,
+    tiny_tokenizer: Tokenizer,
+    make_contexts: Callable[..., list[Context]],
 ) -> None:
     """Buffers of past shapes are kept for their return, but few, and never beyond the budget."""
     budget = 1_500_000
@@ -196,7 +203,7 @@ def test_kept_buffers_stay_within_the_budget(
     )
     kept = []
     for length in (9, 20, 30, 40, 50, 60, 100, 120):
-        forecaster.sample(walks([length, length]), 4, paths=10)
+        forecaster.sample(make_contexts([length, length]), 4, paths=10)
         costs = [
             forecaster._runner.planner.cost(shapes) for shapes, _ in forecaster._runner.decoders
         ]

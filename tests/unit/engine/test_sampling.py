@@ -103,11 +103,11 @@ def first_step(
     request: pytest.FixtureRequest,
     predictor: Predictor,
     tiny_tokenizer: Tokenizer,
-    walks: Callable[..., list[Context]],
+    make_contexts: Callable[..., list[Context]],
 ) -> FirstStep:
     """60,000 paths of one bar."""
     temperature, top_k, top_p = request.param
-    context = walks([40] * 5)[4]
+    context = make_contexts([40] * 5)[4]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     engine = Forecaster(predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128)
     (drawn,) = engine.draw([context], 1, DRAWS, seed=11, **options)
@@ -240,26 +240,28 @@ def test_a_temperature_per_step() -> None:
     ],
 )
 def test_bad_options(
-    tiny: Forecaster,
-    walks: Callable[..., list[Context]],
+    tiny_forecaster: Forecaster,
+    make_contexts: Callable[..., list[Context]],
     options: dict[str, float],
     message: str,
 ) -> None:
     """Options out of range are refused by a message that quotes them."""
     arguments = {"horizon": 2, "paths": 2} | options
     with pytest.raises(ValueError, match=message):
-        tiny.sample(walks([9]), **arguments)  # type: ignore[arg-type]
+        tiny_forecaster.sample(make_contexts([9]), **arguments)  # type: ignore[arg-type]
 
 
-def test_counts_are_whole_numbers(tiny: Forecaster, walks: Callable[..., list[Context]]) -> None:
+def test_counts_are_whole_numbers(
+    tiny_forecaster: Forecaster, make_contexts: Callable[..., list[Context]]
+) -> None:
     """numpy's are as good as Python's; a fraction is refused, never cut off."""
-    contexts = walks([30])
+    contexts = make_contexts([30])
     one: Any = np.int64(1)
     two: Any = np.int64(2)
-    (got,) = tiny.sample(contexts, [two], two, top_k=two, first_path=one, seed=one)
-    (wanted,) = tiny.sample(contexts, [2], 2, top_k=2, first_path=1, seed=1)
+    (got,) = tiny_forecaster.sample(contexts, [two], two, top_k=two, first_path=one, seed=one)
+    (wanted,) = tiny_forecaster.sample(contexts, [2], 2, top_k=2, first_path=1, seed=1)
     np.testing.assert_array_equal(got, wanted)
     for wrong in ({"horizon": [2.9]}, {"paths": 2.5}, {"top_k": 1.5}, {"seed": 1.0}):
         options: dict[str, Any] = {"horizon": 2, "paths": 2} | wrong
         with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
-            tiny.sample(contexts, **options)
+            tiny_forecaster.sample(contexts, **options)

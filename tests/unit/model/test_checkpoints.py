@@ -34,9 +34,9 @@ both = pytest.mark.parametrize("kind", ["tokenizer", "predictor"])
 
 
 @pytest.fixture
-def checkpoint(parity: Path, tmp_path: Path, kind: str) -> Path:
+def checkpoint(parity_folder: Path, tmp_path: Path, kind: str) -> Path:
     """A copy of one tiny checkpoint, to be spoilt."""
-    return Path(shutil.copytree(parity / "tiny" / kind, tmp_path / kind))
+    return Path(shutil.copytree(parity_folder / "tiny" / kind, tmp_path / kind))
 
 
 def refusal(source: str | Path, kind: str) -> str:
@@ -61,19 +61,19 @@ def test_parameter_counts(size: str, parameters: int) -> None:
 
 
 @both
-def test_published_state_dict_names(parity: Path, kind: str) -> None:
+def test_published_state_dict_names(parity_folder: Path, kind: str) -> None:
     """A module's state dict has exactly the names, shapes and types of a published file."""
-    published = load_file(parity / "tiny" / kind / "model.safetensors")
-    state = LOADERS[kind](parity / "tiny" / kind).state_dict()
+    published = load_file(parity_folder / "tiny" / kind / "model.safetensors")
+    state = LOADERS[kind](parity_folder / "tiny" / kind).state_dict()
     assert {n: (t.shape, t.dtype) for n, t in state.items()} == {
         n: (t.shape, t.dtype) for n, t in published.items()
     }
 
 
 @both
-def test_round_trip_is_bit_equal(parity: Path, tmp_path: Path, kind: str) -> None:
+def test_round_trip_is_bit_equal(parity_folder: Path, tmp_path: Path, kind: str) -> None:
     """Saving and loading changes no bit and no setting, and leaves just the two files."""
-    first = LOADERS[kind](parity / "tiny" / kind)
+    first = LOADERS[kind](parity_folder / "tiny" / kind)
     folder = save(first, tmp_path / "new" / "folder")
     second = LOADERS[kind](folder)
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -81,7 +81,7 @@ def test_round_trip_is_bit_equal(parity: Path, tmp_path: Path, kind: str) -> Non
     before, after = first.state_dict(), second.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    published = load_file(parity / "tiny" / kind / "model.safetensors")
+    published = load_file(parity_folder / "tiny" / kind / "model.safetensors")
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     written = load_file(folder / "model.safetensors")
@@ -90,9 +90,9 @@ def test_round_trip_is_bit_equal(parity: Path, tmp_path: Path, kind: str) -> Non
 
 
 @both
-def test_saving_replaces(parity: Path, tmp_path: Path, kind: str) -> None:
+def test_saving_replaces(parity_folder: Path, tmp_path: Path, kind: str) -> None:
     """Saving into a folder that holds a checkpoint replaces it."""
-    module = LOADERS[kind](parity / "tiny" / kind)
+    module = LOADERS[kind](parity_folder / "tiny" / kind)
     save(module, tmp_path)
     for parameter in module.parameters():
         parameter.add_(1.0)
@@ -193,10 +193,10 @@ def test_unusable_config(
     assert "is this the right kind of checkpoint?" in message
 
 
-def test_the_other_kind(parity: Path) -> None:
+def test_the_other_kind(parity_folder: Path) -> None:
     """A predictor's folder given as the tokenizer's, and the reverse, is recognised."""
     for kind, other in (("tokenizer", "predictor"), ("predictor", "tokenizer")):
-        message = refusal(parity / "tiny" / other, kind)
+        message = refusal(parity_folder / "tiny" / other, kind)
         assert f"not a {kind.title()}Config: " in message
         assert "is this the right kind of checkpoint?" in message
 
@@ -268,11 +268,11 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
     assert "give a checkpoint folder" in message
 
 
-def test_cached_commit_needs_no_hub(parity: Path, tmp_path: Path) -> None:
+def test_cached_commit_needs_no_hub(parity_folder: Path, tmp_path: Path) -> None:
     """A pinned revision in the cache loads without a word to or about the hub."""
     name, revision = "NeoQuasar/Kronos-small", PINNED_REVISIONS["NeoQuasar/Kronos-small"]
     snapshots = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
-    shutil.copytree(parity / "tiny" / "predictor", snapshots / revision)
+    shutil.copytree(parity_folder / "tiny" / "predictor", snapshots / revision)
     # An address where nothing listens: asking it would print retries on stderr.
     lines = in_another_process(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
     assert lines == ["loaded 64"]

@@ -42,59 +42,63 @@ def assert_gradients(module: nn.Module, norms: dict[str, float]) -> None:
     assert actual == pytest.approx(norms, rel=GRADIENT)
 
 
-def test_tokens_are_equal(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
+def test_tokens_are_equal(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
     """Every candle of every series gets the reference's s1 and s2."""
-    s1, s2 = tiny_tokenizer.tokenise(*tensors(cases, "x_norm"))
-    np.testing.assert_array_equal(s1, cases["s1"], strict=True)
-    np.testing.assert_array_equal(s2, cases["s2"], strict=True)
+    s1, s2 = tiny_tokenizer.tokenise(*tensors(parity_cases, "x_norm"))
+    np.testing.assert_array_equal(s1, parity_cases["s1"], strict=True)
+    np.testing.assert_array_equal(s2, parity_cases["s2"], strict=True)
 
 
-def test_decoded_tokens(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
+def test_decoded_tokens(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
     """Tokens decode to the reference's candles."""
-    assert_close(tiny_tokenizer.detokenise(*tensors(cases, "s1", "s2")), cases["decoded"])
+    assert_close(
+        tiny_tokenizer.detokenise(*tensors(parity_cases, "s1", "s2")), parity_cases["decoded"]
+    )
 
 
-def test_reconstructions(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
+def test_reconstructions(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
     """The training pass gives the reference's coarse and full reconstruction."""
-    out = tiny_tokenizer(*tensors(cases, "x_norm"))
-    assert_close(out.coarse, cases["recon_coarse"])
-    assert_close(out.full, cases["recon"])
+    out = tiny_tokenizer(*tensors(parity_cases, "x_norm"))
+    assert_close(out.coarse, parity_cases["recon_coarse"])
+    assert_close(out.full, parity_cases["recon"])
 
 
-def test_code_of_tokens_is_the_quantised_code(tiny_tokenizer: Tokenizer, cases: Cases) -> None:
+def test_code_of_tokens_is_the_quantised_code(
+    tiny_tokenizer: Tokenizer, parity_cases: Cases
+) -> None:
     """What tokens stand for is what the quantiser produced them from: bit j weighs 2^j."""
-    quantised = tiny_tokenizer(*tensors(cases, "x_norm")).quantised
-    assert_close(tiny_tokenizer.code(*tensors(cases, "s1", "s2")), quantised.numpy(), 1e-6)
+    quantised = tiny_tokenizer(*tensors(parity_cases, "x_norm")).quantised
+    assert_close(tiny_tokenizer.code(*tensors(parity_cases, "s1", "s2")), quantised.numpy(), 1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, cases: Cases, length: int) -> None:
+def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, parity_cases: Cases, length: int) -> None:
     """A prefix of the candles has the prefix of the tokens, and decodes to the prefix."""
-    x, s1, s2 = tensors(cases, "x_norm", "s1", "s2")
+    x, s1, s2 = tensors(parity_cases, "x_norm", "s1", "s2")
     head1, head2 = tiny_tokenizer.tokenise(x[:, :length])
     assert torch.equal(head1, s1[:, :length])
     assert torch.equal(head2, s2[:, :length])
-    assert_close(tiny_tokenizer.detokenise(head1, head2), cases["decoded"][:, :length])
+    assert_close(tiny_tokenizer.detokenise(head1, head2), parity_cases["decoded"][:, :length])
 
 
-def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, cases: Cases) -> None:
+def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, parity_cases: Cases) -> None:
     """The trunk's last state and the s1 logits at every position are the reference's."""
-    hidden = tiny_predictor.hidden(*tensors(cases, "s1", "s2", "stamp"))
-    assert_close(hidden[:, -1], cases["hidden_last"])
-    assert_close(tiny_predictor.s1_logits(hidden), cases["s1_logits"])
-    assert_close(tiny_predictor.s1_logits(hidden[:, -1]), cases["s1_logits_last"])
+    hidden = tiny_predictor.hidden(*tensors(parity_cases, "s1", "s2", "stamp"))
+    assert_close(hidden[:, -1], parity_cases["hidden_last"])
+    assert_close(tiny_predictor.s1_logits(hidden), parity_cases["s1_logits"])
+    assert_close(tiny_predictor.s1_logits(hidden[:, -1]), parity_cases["s1_logits_last"])
 
 
-def test_s2_logits_follow_the_greedy_s1(tiny_predictor: Predictor, cases: Cases) -> None:
+def test_s2_logits_follow_the_greedy_s1(tiny_predictor: Predictor, parity_cases: Cases) -> None:
     """At the last position, given the most likely s1, the s2 logits are the reference's."""
-    hidden = tiny_predictor.hidden(*tensors(cases, "s1", "s2", "stamp"))
+    hidden = tiny_predictor.hidden(*tensors(parity_cases, "s1", "s2", "stamp"))
     greedy = tiny_predictor.s1_logits(hidden[:, -1]).argmax(-1)
-    assert_close(tiny_predictor.s2_logits_last(hidden, greedy), cases["s2_logits_last"])
+    assert_close(tiny_predictor.s2_logits_last(hidden, greedy), parity_cases["s2_logits_last"])
 
 
-def test_s2_logits_are_served_as_trained(tiny_predictor: Predictor, cases: Cases) -> None:
+def test_s2_logits_are_served_as_trained(tiny_predictor: Predictor, parity_cases: Cases) -> None:
     """The full-length s2 pass is the one-position pass at every length: what is served."""
-    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")
     hidden = tiny_predictor.hidden(s1, s2, stamp)
     s1_next = s1.roll(-1, dims=1)
     full = tiny_predictor.s2_logits(hidden, s1_next)
@@ -103,11 +107,13 @@ def test_s2_logits_are_served_as_trained(tiny_predictor: Predictor, cases: Cases
         assert_close(full[:, t], last.numpy())
 
 
-def test_tokenizer_training_step(parity: Path, cases: Cases, expected: dict[str, Any]) -> None:
+def test_tokenizer_training_step(
+    parity_folder: Path, parity_cases: Cases, parity_expected: dict[str, Any]
+) -> None:
     """Losses and every parameter's gradient norm of a training step are the reference's."""
-    wanted = expected["tokenizer_train"]
-    tokenizer = load_tokenizer(parity / "tiny" / "tokenizer").train().requires_grad_()
-    (x,) = tensors(cases, "x_norm")
+    wanted = parity_expected["tokenizer_train"]
+    tokenizer = load_tokenizer(parity_folder / "tiny" / "tokenizer").train().requires_grad_()
+    (x,) = tensors(parity_cases, "x_norm")
     out = tokenizer(x)
     loss = tokenizer_loss(x, out, tokenizer.config)
     loss.total.backward()
@@ -117,19 +123,21 @@ def test_tokenizer_training_step(parity: Path, cases: Cases, expected: dict[str,
 
 
 def test_quantiser_loss_in_evaluation(
-    tiny_tokenizer: Tokenizer, cases: Cases, expected: dict[str, Any]
+    tiny_tokenizer: Tokenizer, parity_cases: Cases, parity_expected: dict[str, Any]
 ) -> None:
     """The quantiser's own loss is the reference's in eval mode too."""
-    out = tiny_tokenizer(*tensors(cases, "x_norm"))
+    out = tiny_tokenizer(*tensors(parity_cases, "x_norm"))
     loss = bsq_loss(out.unit, out.quantised, tiny_tokenizer.config)
-    assert loss.item() == pytest.approx(expected["bsq_loss_eval"], abs=LOSS)
+    assert loss.item() == pytest.approx(parity_expected["bsq_loss_eval"], abs=LOSS)
 
 
-def test_predictor_training_step(parity: Path, cases: Cases, expected: dict[str, Any]) -> None:
+def test_predictor_training_step(
+    parity_folder: Path, parity_cases: Cases, parity_expected: dict[str, Any]
+) -> None:
     """A teacher-forced step in the reference's training mode (rotated s2 layer) is its own."""
-    wanted = expected["predictor_train"]
-    predictor = load_predictor(parity / "tiny" / "predictor").train().requires_grad_()
-    s1, s2, stamp = tensors(cases, "s1", "s2", "stamp")
+    wanted = parity_expected["predictor_train"]
+    predictor = load_predictor(parity_folder / "tiny" / "predictor").train().requires_grad_()
+    s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")
     hidden = predictor.hidden(s1[:, :-1], s2[:, :-1], stamp[:, :-1])
     s1_next, s2_next = s1[:, 1:], s2[:, 1:]
     s2_logits = predictor.s2_logits(hidden, s1_next, rotate=True)

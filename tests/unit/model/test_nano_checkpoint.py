@@ -13,7 +13,7 @@ from kronos_stream.compat import Kronos
 from kronos_stream.evaluation.generated_cases import generated_cases
 from kronos_stream.evaluation.walk_forward import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
-from kronos_stream.model.checkpoint import BUNDLED_MODELS, find_model
+from kronos_stream.model.checkpoint import BUNDLED_FOLDER, find_model
 from kronos_stream.testing.market import Market
 from kronos_stream.training.reconstruction import reconstruction
 
@@ -70,7 +70,7 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
 
 def test_halves_by_name() -> None:
     """Training and compat take either half of the bundled model by its name, or by its folder."""
-    for source in ("nano", BUNDLED_MODELS / "nano"):
+    for source in ("nano", BUNDLED_FOLDER / "nano"):
         assert load_predictor(source).config.n_layers == 4
         assert load_tokenizer(source).config.s1_bits == 9
     assert Kronos.from_pretrained("nano").config == load_predictor("nano").config

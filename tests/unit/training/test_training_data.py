@@ -37,7 +37,7 @@ def all_windows(source: FileWindows | None) -> NDArray[np.int64]:
     """The times (N, S) of every window of a source."""
     if source is None:
         return np.empty((0, WINDOW), np.int64)
-    return source.windows_at(np.arange(len(source))).times
+    return source.gather(np.arange(len(source))).times
 
 
 @settings(max_examples=40, deadline=None)
@@ -131,7 +131,7 @@ def test_every_kind_of_file_gives_the_same_windows(tmp_path: Path) -> None:
         dataset = CandleDataset.prepare([tmp_path / name], tmp_path / f"{name}.store", WINDOW)
         source = dataset.source("train", 0)
         assert source is not None
-        drawn.append(source.windows_at(np.arange(5)))
+        drawn.append(source.gather(np.arange(5)))
     for one in drawn[1:]:
         np.testing.assert_array_equal(one.times, drawn[0].times)
         np.testing.assert_allclose(one.values[..., :5], drawn[0].values[..., :5])
@@ -157,7 +157,7 @@ def test_qlib_folders_follow_their_calendar_over_weekends(tmp_path: Path) -> Non
     assert [s.bars for s in dataset.segments] == [30, 29]
     source = dataset.source("train", 0)
     assert source is not None
-    first = source.windows_at(np.array([0]))
+    first = source.gather(np.array([0]))
     expected = days[2 : 2 + WINDOW].to_numpy("datetime64[ms]").astype(np.int64)
     np.testing.assert_array_equal(first.times[0], expected)
     np.testing.assert_allclose(first.values[0, :, 3], closes[:WINDOW], rtol=1e-6)

@@ -54,8 +54,8 @@ class FakeVenue:
 
     def __init__(self, fleet: ConnectionPool) -> None:
         self.fleet, self.now = fleet, 0.0
-        self.opens: list[float] = []
-        self.open: dict[Connection, FakeSocket] = {}
+        self.open_times: list[float] = []
+        self.open_sockets: dict[Connection, FakeSocket] = {}
         self.closed: list[tuple[float, str]] = []
         self.update_counts: Counter[str] = Counter()
         self.accepts: Callable[[int], bool] = lambda _: True
@@ -85,46 +85,46 @@ class FakeVenue:
                 heapq.heappop(self._scheduled)[2]()
 
     def deliver(self, connection: Connection, frame: bytes) -> None:
-        if connection in self.open:
+        if connection in self.open_sockets:
             told = self.fleet.receive(connection, frame, self.now)
             self.update_counts[type(told).__name__] += 1
 
     def shut_down(self) -> None:
-        for connection in self.open:
+        for connection in self.open_sockets:
             self.deliver(connection, b'{"e":"serverShutdown","E":1}')
 
     def cut(self, connection: Connection) -> None:
-        if self.open.pop(connection, None) is not None:
+        if self.open_sockets.pop(connection, None) is not None:
             self.fleet.on_lost(connection, self.now)
 
     def covered(self) -> set[str]:
         """What reaches the client."""
-        return {stream for socket in self.open.values() for stream in socket.streams}
+        return {stream for socket in self.open_sockets.values() for stream in socket.streams}
 
     def _execute(self, command: Open | Send | Close) -> None:
         connection = command.member
         if isinstance(command, Open):
-            self.opens.append(self.now)
+            self.open_times.append(self.now)
             self._connecting.add(connection)
-            self.after(0.05, lambda: self._complete_handshake(connection, len(self.opens)))
+            self.after(0.05, lambda: self._complete_handshake(connection, len(self.open_times)))
         elif isinstance(command, Send):
             self._handle_request(connection, command.message)
         else:
             self.closed.append((self.now, command.reason))
             self._connecting.discard(connection)
-            self.open.pop(connection, None)
+            self.open_sockets.pop(connection, None)
 
     def _complete_handshake(self, connection: Connection, number: int) -> None:
         if connection not in self._connecting:
             return
         if self.accepts(number):
-            self.open[connection] = FakeSocket()
+            self.open_sockets[connection] = FakeSocket()
             self.fleet.on_opened(connection, self.now)
         else:
             self.fleet.on_lost(connection, self.now, self.retry_after)
 
     def _handle_request(self, connection: Connection, message: bytes) -> None:
-        socket = self.open.get(connection)
+        socket = self.open_sockets.get(connection)
         if socket is None:
             return
         request = orjson.loads(message)
@@ -143,37 +143,39 @@ class FakeVenue:
     def _push(self) -> None:
         """One stream of every socket, every second."""
         if self.pushes:
-            for connection, socket in list(self.open.items()):
+            for connection, socket in list(self.open_sockets.items()):
                 for stream in sorted(socket.streams)[:1]:
                     self.deliver(connection, kline(stream))
         self.after(1.0, self._push)
 
 
-def venue(streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m") -> FakeVenue:
+def fake_venue(
+    streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m"
+) -> FakeVenue:
     fleet = ConnectionPool(Random(seed), capacity=room, stall_seconds=STALL, lifetime_seconds=LIFE)
     fleet.follow(followed(*range(streams), interval=interval))
     return FakeVenue(fleet)
 
 
 def test_it_connects_subscribes_and_hears() -> None:
-    v = venue()
+    v = fake_venue()
     v.run(60)
-    assert v.opens == [0.0]
+    assert v.open_times == [0.0]
     assert v.covered() == {name(n) for n in range(3)}
     assert v.update_counts == {"Answer": 1, "Kline": 60}
     assert v.closed == []
 
 
 def test_without_streams_there_is_no_connection() -> None:
-    v = venue(0)
+    v = fake_venue(0)
     v.run(1_000)
-    assert v.opens == []
+    assert v.open_times == []
 
 
 def test_frames_become_what_they_tell() -> None:
-    v = venue(1)
+    v = fake_venue(1)
     v.run(1)
-    (connection,) = v.open
+    (connection,) = v.open_sockets
 
     def receive(frame: bytes) -> object:
         return v.fleet.receive(connection, frame, 2.0)
@@ -194,52 +196,52 @@ def test_frames_become_what_they_tell() -> None:
 
 
 def test_streams_are_spread_evenly_and_asked_for_in_steps() -> None:
-    v = venue(2_500, room=1_024)
+    v = fake_venue(2_500, room=1_024)
     v.run(30)
-    assert sorted(len(socket.streams) for socket in v.open.values()) == [833, 833, 834]
+    assert sorted(len(socket.streams) for socket in v.open_sockets.values()) == [833, 833, 834]
     assert len(v.covered()) == 2_500
-    for socket in v.open.values():
+    for socket in v.open_sockets.values():
         assert len(socket.arrivals) == 6
         assert all(b - a >= 0.34 for a, b in pairwise(socket.arrivals))
-    assert all(b - a >= fleets.OPEN_INTERVAL_SECONDS for a, b in pairwise(v.opens))
+    assert all(b - a >= fleets.OPEN_INTERVAL_SECONDS for a, b in pairwise(v.open_times))
 
 
 def test_changes_ask_for_the_difference_and_touch_nothing_else() -> None:
-    v = venue(4, room=3)
+    v = fake_venue(4, room=3)
     v.run(5)
     v.fleet.follow(followed(1, 2, 3, 4, 5))
     v.run(5)
     assert v.covered() == {name(n) for n in (1, 2, 3, 4, 5)}
-    assert (len(v.opens), v.closed) == (2, [])
-    assert sum(len(socket.streams) for socket in v.open.values()) == 5
+    assert (len(v.open_times), v.closed) == (2, [])
+    assert sum(len(socket.streams) for socket in v.open_sockets.values()) == 5
     v.fleet.follow(followed(5))
     v.run(5)
     assert v.covered() == {name(5)}
     assert [why for _, why in v.closed] == [""]
     v.fleet.follow({})
     v.run(5)
-    assert v.open == {}
+    assert v.open_sockets == {}
 
 
 def test_where_there_is_no_room_the_old_goes_first() -> None:
-    v = venue(1_024, room=1_024)
+    v = fake_venue(1_024, room=1_024)
     v.run(10)
     v.fleet.follow(followed(*range(500, 1_524)))
     v.run(10)
     assert v.covered() == {name(n) for n in range(500, 1_524)}
-    assert len(v.opens) == 1
+    assert len(v.open_times) == 1
 
 
 def test_growth_opens_another_connection() -> None:
-    v = venue(3, room=3)
+    v = fake_venue(3, room=3)
     v.run(5)
     v.fleet.follow(followed(*range(7)))
     v.run(5)
-    assert sorted(len(socket.streams) for socket in v.open.values()) == [2, 2, 3]
+    assert sorted(len(socket.streams) for socket in v.open_sockets.values()) == [2, 2, 3]
 
 
 def _cut(v: FakeVenue) -> None:
-    for connection in list(v.open):
+    for connection in list(v.open_sockets):
         v.cut(connection)
 
 
@@ -255,7 +257,7 @@ def _refuse(v: FakeVenue) -> None:
     v.after(6, lambda: v.fleet.follow(followed(0, 1, 2)))
 
 
-def _ignore(v: FakeVenue) -> None:
+def _stop_answering(v: FakeVenue) -> None:
     v.answers = False
     v.fleet.follow(followed(1, 2))
     v.after(20, lambda: v.__dict__.update(answers=True))
@@ -263,7 +265,7 @@ def _ignore(v: FakeVenue) -> None:
 
 
 def _send_error(v: FakeVenue) -> None:
-    for connection in v.open:
+    for connection in v.open_sockets:
         v.deliver(connection, b'{"code":3,"msg":"Too many requests","id":null}')
 
 
@@ -273,142 +275,142 @@ def _send_error(v: FakeVenue) -> None:
         (_cut, None),
         (_stall, "no answer within 5 s"),
         (_refuse, "request refused: Invalid request"),
-        (_ignore, "no answer within 5 s"),
+        (_stop_answering, "no answer within 5 s"),
         (_send_error, "request refused: Too many requests"),
     ],
 )
 def test_after_a_fault_another_connection_takes_its_place(
     fault: Callable[[FakeVenue], None], why: str | None
 ) -> None:
-    v = venue()
+    v = fake_venue()
     v.run(100)
     v.after(0, lambda: fault(v))
     v.run(100)
-    assert len(v.opens) >= 2
+    assert len(v.open_times) >= 2
     assert v.covered() == {name(n) for n in range(3)}
-    assert len(v.open) == 1
+    assert len(v.open_sockets) == 1
     if why is not None:
         assert v.closed[0][1] == why
 
 
 def test_a_silent_server_is_asked_and_soon_left() -> None:
-    v = venue()
+    v = fake_venue()
     v.run(100)
     _stall(v)
     v.run(STALL + RESPONSE_TIMEOUT_SECONDS + 3)
     ((ended, why),) = v.closed
     assert ended == pytest.approx(100 + STALL + RESPONSE_TIMEOUT_SECONDS, abs=1.5)
     assert why == "no answer within 5 s"
-    assert len(v.opens) == 2
+    assert len(v.open_times) == 2
 
 
 def test_a_server_of_quiet_markets_is_kept_for_as_long_as_it_answers() -> None:
-    v = venue(1, interval="1h")
+    v = fake_venue(1, interval="1h")
     v.pushes = False
     v.run(3_000)
-    assert len(v.opens) == 1
-    (socket,) = v.open.values()
+    assert len(v.open_times) == 1
+    (socket,) = v.open_sockets.values()
     assert Counter(socket.methods) == {"SUBSCRIBE": 1, "LIST_SUBSCRIPTIONS": 299}
 
 
 def test_a_server_that_answers_but_pushes_nothing_is_left_ever_less_often() -> None:
-    v = venue(1)
+    v = fake_venue(1)
     v.pushes = False
     v.run(80)
-    assert len(v.opens) == 1  # 60 s bars, and as long again as it may stall
+    assert len(v.open_times) == 1  # 60 s bars, and as long again as it may stall
     v.run(10)
-    assert len(v.opens) == 2
+    assert len(v.open_times) == 2
     v.run(3_510)
-    assert 5 <= len(v.opens) <= 7
+    assert 5 <= len(v.open_times) <= 7
 
 
 def test_before_its_time_is_up_the_successor_hears_everything() -> None:
-    v = venue(300, seed=3)
+    v = fake_venue(300, seed=3)
     v.run(0.9 * LIFE - 1)
-    assert len(v.opens) == 1
+    assert len(v.open_times) == 1
     for _ in range(5_000):
         v.run(0.1)
         assert len(v.covered()) == 300
-    assert len(v.opens) == 2
-    (ended, why), began = v.closed[0], v.opens[1]
+    assert len(v.open_times) == 2
+    (ended, why), began = v.closed[0], v.open_times[1]
     assert why == ""
     assert fleets.OVERLAP_SECONDS < ended - began < 5
 
 
 def test_a_farewell_is_answered_by_moving_house_first() -> None:
-    v = venue(10, room=5)
+    v = fake_venue(10, room=5)
     v.run(10)
     v.after(0, v.shut_down)
     for _ in range(100):
         v.run(0.1)
         assert len(v.covered()) == 10
-    assert (len(v.opens), len(v.open), len(v.closed)) == (4, 2, 2)
+    assert (len(v.open_times), len(v.open_sockets), len(v.closed)) == (4, 2, 2)
 
 
 def test_the_old_connection_stays_until_the_new_one_has_what_was_added_meanwhile() -> None:
-    v = venue(3)
+    v = fake_venue(3)
     v.run(10)
     v.after(0, v.shut_down)
     v.run(0.5)
     v.answers = False
     v.fleet.follow(followed(*range(5)))
     v.run(3.5)
-    assert len(v.open) == 2
+    assert len(v.open_sockets) == 2
     v.answers = True
     v.run(10)
-    assert len(v.open) == 1
+    assert len(v.open_sockets) == 1
     assert len(v.covered()) == 5
 
 
 def test_a_move_that_fails_is_tried_again_while_the_old_connection_serves() -> None:
-    v = venue()
+    v = fake_venue()
     v.run(10)
     v.accepts = lambda number: number > 4
     v.after(0, v.shut_down)
     for _ in range(200):
         v.run(0.1)
         assert len(v.covered()) == 3
-    assert len(v.opens) == 5
-    assert len(v.open) == 1
+    assert len(v.open_times) == 5
+    assert len(v.open_sockets) == 1
 
 
 def test_failures_are_followed_by_growing_pauses_until_it_is_healthy_again() -> None:
-    v = venue()
+    v = fake_venue()
     v.accepts = lambda _: False
     v.run(300)
-    gaps = [b - a for a, b in pairwise(v.opens)]
+    gaps = [b - a for a, b in pairwise(v.open_times)]
     for tries, gap in enumerate(gaps):
         assert 0.5 <= (gap - 0.05) / min(0.5 * 2**tries, 30.0) <= 1.01
     assert len({round(gap, 3) for gap in gaps[7:]}) > 3  # jitter
     v.accepts = lambda _: True
     v.run(100)
-    opened = len(v.opens)
+    opened = len(v.open_times)
     _cut(v)
     v.run(0.6)
-    assert len(v.opens) == opened + 1
+    assert len(v.open_times) == opened + 1
 
 
 def test_a_connection_that_never_lasts_is_not_opened_at_full_speed() -> None:
-    v = venue()
+    v = fake_venue()
     for _ in range(600):
         v.run(1)
         _cut(v)
-    assert len(v.opens) < 40
+    assert len(v.open_times) < 40
 
 
 def test_when_told_to_wait_nobody_connects() -> None:
-    v = venue(10, room=2)
+    v = fake_venue(10, room=2)
     v.accepts = lambda _: False
     v.retry_after = 100.0
     v.run(99)
-    assert len(v.opens) <= 1
+    assert len(v.open_times) <= 1
     v.accepts = lambda _: True
     v.run(10)
     assert len(v.covered()) == 10
 
 
 def test_there_are_never_more_attempts_than_the_venue_allows() -> None:
-    v = venue(100, room=1)
+    v = fake_venue(100, room=1)
 
     def cut() -> None:
         _cut(v)
@@ -416,22 +418,22 @@ def test_there_are_never_more_attempts_than_the_venue_allows() -> None:
 
     cut()
     v.run(1_500)
-    for first, later in zip(v.opens, v.opens[fleets.MAX_ATTEMPTS :], strict=False):
+    for first, later in zip(v.open_times, v.open_times[fleets.MAX_ATTEMPTS :], strict=False):
         assert later - first > fleets.ATTEMPT_WINDOW_SECONDS - 0.001
-    assert len(v.opens) > 800  # and it makes use of them
+    assert len(v.open_times) > 800  # and it makes use of them
 
 
 def test_word_of_connections_that_are_gone_changes_nothing() -> None:
-    v = venue()
+    v = fake_venue()
     v.run(10)
-    (old,) = v.open
+    (old,) = v.open_sockets
     _cut(v)
     v.fleet.on_lost(old, v.now)
     v.fleet.on_opened(old, v.now)
     v.fleet.receive(old, b'{"e":"serverShutdown"}', v.now)
     v.run(10)
-    assert len(v.opens) == 2
-    assert len(v.open) == 1
+    assert len(v.open_times) == 2
+    assert len(v.open_sockets) == 1
 
 
 def _fault(v: FakeVenue, random: Random) -> None:
@@ -440,11 +442,11 @@ def _fault(v: FakeVenue, random: Random) -> None:
     change: Callable[..., None] = v.__dict__.update
 
     def cut() -> None:
-        if v.open:
-            v.cut(random.choice(list(v.open)))
+        if v.open_sockets:
+            v.cut(random.choice(list(v.open_sockets)))
 
     def garble() -> None:
-        for connection in list(v.open):
+        for connection in list(v.open_sockets):
             v.deliver(connection, random.choice((b"", b"[]", b"\xff", kline(name(0))[:-9])))
 
     random.choice(
@@ -464,36 +466,36 @@ def _fault(v: FakeVenue, random: Random) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_whatever_happens_it_keeps_the_rules_and_comes_back(seed: int) -> None:
-    _run_with_faults(seed)
+    _run_random_faults(seed)
 
 
 @pytest.mark.soak
 def test_whatever_happens_in_hundreds_of_lives() -> None:
     for seed in range(10, 310):
-        _run_with_faults(seed)
+        _run_random_faults(seed)
 
 
-def _run_with_faults(seed: int) -> None:
+def _run_random_faults(seed: int) -> None:
     random = Random(seed)
-    v = venue(20, room=random.choice((5, 20, 100)), seed=seed)
+    v = fake_venue(20, room=random.choice((5, 20, 100)), seed=seed)
     sockets: set[FakeSocket] = set()
     while v.now < 1_500:
         v.run(random.expovariate(0.2))
-        sockets |= set(v.open.values())
+        sockets |= set(v.open_sockets.values())
         _fault(v, random)
     v.accepts, v.answers, v.pushes, v.error = lambda _: True, True, True, ""
     v.fleet.follow(followed(*range(20)))
     v.run(700)
     assert v.covered() == {name(n) for n in range(20)}
-    assert sum(len(socket.streams) for socket in v.open.values()) == 20
-    for socket in sockets | set(v.open.values()):
+    assert sum(len(socket.streams) for socket in v.open_sockets.values()) == 20
+    for socket in sockets | set(v.open_sockets.values()):
         for first, fifth in zip(socket.arrivals, socket.arrivals[4:], strict=False):
             assert fifth - first >= 1.0
-    for first, later in zip(v.opens, v.opens[299:], strict=False):
+    for first, later in zip(v.open_times, v.open_times[299:], strict=False):
         assert later - first >= 300
-    opened = len(v.opens)
+    opened = len(v.open_times)
     v.run(1_000)
-    assert len(v.opens) == opened
+    assert len(v.open_times) == opened
 
 
 def test_a_connection_that_is_not_open_has_nothing_to_say() -> None:

@@ -72,7 +72,7 @@ def test_what_no_topic_can_hold_is_said() -> None:
 # Settings.
 
 
-def _error_text(**variables: str) -> MqttOptions:
+def _read_options(**variables: str) -> MqttOptions:
     given = {f"KRONOS_STREAM_MQTT__{name}": value for name, value in variables.items()}
     options = read_options("mqtt", {**_URL, **given})
     assert isinstance(options, MqttOptions)
@@ -80,14 +80,14 @@ def _error_text(**variables: str) -> MqttOptions:
 
 
 def test_defaults_are_enough_once_the_broker_is_named() -> None:
-    options = _error_text()
+    options = _read_options()
     assert (options.host, options.port, options.ssl_context()) == ("localhost", 1883, None)
     assert (
         options.candle_template().for_series(Series.parse("mqtt:A/B:1m"))
         == "kronos/candles/mqtt/A%2FB/1m"
     )
     assert options.status() == f"kronos/status/{options.client_id}"
-    encrypted = _error_text(URL="mqtts://[::1]/")
+    encrypted = _read_options(URL="mqtts://[::1]/")
     assert (encrypted.host, encrypted.port) == ("::1", 8883)
     assert encrypted.address == "mqtts://[::1]:8883"
     assert encrypted.ssl_context() is not None
@@ -134,7 +134,7 @@ def test_defaults_are_enough_once_the_broker_is_named() -> None:
 )
 def test_settings_that_cannot_work_are_one_line(variables: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError) as error:
-        _error_text(**variables)
+        _read_options(**variables)
     (problem,) = error.value.problems
     assert problem.startswith("KRONOS_STREAM_MQTT__")
     assert said in problem
@@ -144,7 +144,7 @@ def test_settings_that_cannot_work_are_one_line(variables: dict[str, str], said:
 def test_a_password_may_stand_in_a_file_and_is_never_shown(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("hunter2\n", "utf-8")
-    options = _error_text(USERNAME="me", PASSWORD_FILE=str(file))
+    options = _read_options(USERNAME="me", PASSWORD_FILE=str(file))
     assert options.password.get_secret_value() == "hunter2"
     assert "hunter2" not in repr(options) + str(options) + options.model_dump_json()
 

@@ -57,7 +57,7 @@ def message(number: int, size: int = 0) -> Envelope:
     return Envelope("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
 
 
-def record_dead_letter(_sink: str, refusal: Refusal) -> Envelope:
+def make_dead_letter(_sink: str, refusal: Refusal) -> Envelope:
     return Envelope("deadletter", refusal.record.key, refusal.reason.encode(), ())
 
 
@@ -81,7 +81,7 @@ def run_outbox(
             Random(seed),
             metrics,
             max_age_seconds=age,
-            make_dead_letter=record_dead_letter,
+            make_dead_letter=make_dead_letter,
         )
         running = asyncio.create_task(outbox.run())
         try:
@@ -399,7 +399,7 @@ def test_a_state_that_fails_ends_the_daemon_not_the_record(tmp_path: Path) -> No
             Random(0),
             metrics,
             max_age_seconds=1e9,
-            make_dead_letter=record_dead_letter,
+            make_dead_letter=make_dead_letter,
         )
         running = asyncio.create_task(outbox.run())
         await outbox.publish([], [message(1)])

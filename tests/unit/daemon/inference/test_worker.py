@@ -140,7 +140,7 @@ async def test_forecasts_are_those_made_by_hand(nano: Forecaster) -> None:
     assert worker.pid is None
 
 
-async def test_a_worker_that_dies_or_hangs_is_replaced(patience: float) -> None:
+async def test_a_worker_that_dies_or_hangs_is_replaced(load_factor: float) -> None:
     """Within its deadline and five seconds; stop signals meant for the daemon are none for it."""
     windows = [window(i) for i in range(40)]
     async with started() as (worker, metrics):
@@ -159,7 +159,7 @@ async def test_a_worker_that_dies_or_hangs_is_replaced(patience: float) -> None:
             os.kill(pid, number)
             assert (await batch).results == wanted
             assert restarts(metrics) == cause
-            assert time.monotonic() - began < min(deadline, 3.0) + 5 * patience
+            assert time.monotonic() - began < min(deadline, 3.0) + 5 * load_factor
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
         os.kill(worker.pid, signal.SIGKILL)  # between batches, noticed by the next
@@ -209,7 +209,7 @@ async def test_a_cancelled_batch_leaves_nothing_behind() -> None:
         assert len((await worker.forecast([window(1)], PATIENCE)).results) == 1
 
 
-PUPPET = """
+SCRIPTED_WORKER = """
 import os, socket, sys
 from kronos_stream.daemon.inference.protocol import FRAME_LENGTH, ResultChunk, InferenceFailure, ModelIdentity, ModelLoaded, encode_frame, decode_frame
 
@@ -240,7 +240,10 @@ async def test_the_contexts_that_kill_workers_are_found(poison: list[int]) -> No
     """The others are forecast; they fail, and fail at once the next time."""
     names = [f"test:S{i}" for i in poison]
     windows = [window(i) for i in range(7)]
-    async with started(command=(sys.executable, "-c", PUPPET, *names)) as (worker, metrics):
+    async with started(command=(sys.executable, "-c", SCRIPTED_WORKER, *names)) as (
+        worker,
+        metrics,
+    ):
         for again in (False, True):
             before = restarts(metrics)["crash"]
             results = (await worker.forecast(windows, PATIENCE)).results
@@ -252,14 +255,17 @@ async def test_the_contexts_that_kill_workers_are_found(poison: list[int]) -> No
 async def test_where_nothing_can_be_drawn_no_context_is_to_blame() -> None:
     """The search ends soon, and the next batch is tried like the first."""
     names = [f"test:S{i}" for i in range(7)]
-    async with started(command=(sys.executable, "-c", PUPPET, *names)) as (worker, metrics):
+    async with started(command=(sys.executable, "-c", SCRIPTED_WORKER, *names)) as (
+        worker,
+        metrics,
+    ):
         for times in (1, 2):
             results = (await worker.forecast([window(i) for i in range(7)], PATIENCE)).results
             assert not any(result == InferenceFailure("drawn") for result in results)
             assert 8 * times <= restarts(metrics)["crash"] <= 11 * times
 
 
-SEIZED = """
+HANGING_WORKER = """
 import ctypes
 from kronos_stream.daemon import worker_main
 
@@ -304,7 +310,7 @@ def test_no_worker_outlives_the_daemon(tmp_path: Path, what: str) -> None:
     if what == "seized":
         if sys.platform != "linux":
             pytest.skip("only Linux kills the children of the dead")
-        (tmp_path / "seized.py").write_text(SEIZED)
+        (tmp_path / "seized.py").write_text(HANGING_WORKER)
         command = [str(tmp_path / "seized.py")]
     with subprocess.Popen(  # noqa: S603
         [sys.executable, "-c", DAEMON, *command], stdout=subprocess.PIPE, text=True

@@ -225,7 +225,7 @@ def _check(group: _SimulatedGroup) -> None:
 def test_whatever_happens_all_is_forecast_from_the_same_bars(seed: int) -> None:
     random = Random(seed)
     group = _SimulatedGroup(_log(random, 400), random)
-    asyncio.run(_log_with_errors(group, crashes=True))
+    asyncio.run(_run_with_rebalances(group, crashes=True))
     _check(group)
 
 
@@ -233,12 +233,12 @@ def test_whatever_happens_all_is_forecast_from_the_same_bars(seed: int) -> None:
 def test_handed_over_in_good_order_nothing_is_done_twice(seed: int) -> None:
     random = Random(1_000 + seed)
     group = _SimulatedGroup(_log(random, 400), random)
-    asyncio.run(_log_with_errors(group, crashes=False))
+    asyncio.run(_run_with_rebalances(group, crashes=False))
     _check(group)
     assert len(group.delivered) == len(dict(group.delivered))
 
 
-async def _log_with_errors(group: _SimulatedGroup, *, crashes: bool) -> None:
+async def _run_with_rebalances(group: _SimulatedGroup, *, crashes: bool) -> None:
     random = group.random
     members = [_TrackedMember(group.clock, delivered=group.delivered) for _ in range(3)]
     group.rebalance(members[0])
@@ -301,7 +301,7 @@ def test_a_series_that_has_died_does_not_hold_the_beginning_back() -> None:
 @pytest.mark.parametrize(("catch_up", "base"), [("all", 100), ("newest", 900)])
 def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
     dues: list[ForecastRequest] = []
-    allotment = _plain(dues, catch_up=catch_up)
+    allotment = _make_tracker(dues, catch_up=catch_up)
     allotment.on_assigned([PART])
     assert allotment.start_partition(PART, PartitionBounds(100, 900, 700, None)) == min(base, 700)
     bars = [
@@ -312,14 +312,14 @@ def test_where_a_new_group_begins(catch_up: str, base: int) -> None:
     assert dues[0].origin == 60_000 * base
 
 
-async def _nothing() -> None:
+async def _no_op() -> None:
     pass
 
 
 def test_two_that_pass_the_same_on_leave_no_bar_out() -> None:
     """The second one has just begun, and calls history what the first one tells as news."""
     dues: list[ForecastRequest] = []
-    allotment = _plain(dues)
+    allotment = _make_tracker(dues)
     allotment.on_assigned([PART])
     allotment.start_partition(PART, PartitionBounds(0, 0, 0, None))
     bar = Bar(_candle(Random(2), 0))
@@ -393,7 +393,7 @@ def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
     ]
     noted: list[Checkpoint] = []
     for lookback in (8, LOOKBACK):
-        allotment = _plain(lookback=lookback)
+        allotment = _make_tracker(lookback=lookback)
         allotment.on_assigned([PART])
         note = noted[-1] if noted else None
         begin = allotment.start_partition(PART, PartitionBounds(0, 99, 20, note))
@@ -407,7 +407,7 @@ def test_a_note_of_somebody_with_shorter_contexts_is_not_enough() -> None:
 
 def test_what_others_have_got_is_forgotten() -> None:
     other, dues = Partition(PART.log, 4), list[ForecastRequest]()
-    allotment = _plain(dues)
+    allotment = _make_tracker(dues)
     allotment.on_assigned([PART, other])
     for part, one in ((PART, SERIES[0]), (other, SERIES[1])):
         allotment.start_partition(part, PartitionBounds(0, 1, 0, None))
@@ -424,7 +424,7 @@ def test_what_others_have_got_is_forgotten() -> None:
 @pytest.mark.parametrize(("degraded", "obstacle"), [("skip", "gap"), ("forecast", None)])
 def test_bars_that_could_not_be_had_hinder_as_set(degraded: str, obstacle: str | None) -> None:
     dues: list[ForecastRequest] = []
-    allotment = _plain(dues, degraded=degraded)
+    allotment = _make_tracker(dues, degraded=degraded)
     allotment.on_assigned([PART])
     allotment.start_partition(PART, PartitionBounds(0, 0, 0, None))
     for at in range(LOOKBACK):
@@ -437,7 +437,7 @@ def test_bars_that_could_not_be_had_hinder_as_set(degraded: str, obstacle: str |
 
 def test_a_log_that_ends_before_what_is_done_is_done_from_there_on() -> None:
     dues: list[ForecastRequest] = []
-    allotment = _plain(dues)
+    allotment = _make_tracker(dues)
     allotment.on_assigned([PART])
     note = Checkpoint(1_000, '{"v":1,"start":900,"bars":40,"done":"1-5"}')
     assert allotment.start_partition(PART, PartitionBounds(0, 10, 0, note)) == 0
@@ -447,27 +447,27 @@ def test_a_log_that_ends_before_what_is_done_is_done_from_there_on() -> None:
     assert [due.origin for due in dues] == [60_000 * at for at in range(10, 1_010)]
 
 
-def _plain(dues: list[ForecastRequest] | None = None, **settings: Any) -> PartitionTracker:
+def _make_tracker(dues: list[ForecastRequest] | None = None, **settings: Any) -> PartitionTracker:
     """Whose scheduler does nothing."""
     return PartitionTracker(
         (lambda _: None) if dues is None else dues.append,
         lambda _: None,
         lambda *_: None,
-        _nothing,
+        _no_op,
         ManualClock(10**12),
         Metrics(),
         **{"lookback": LOOKBACK, "catch_up": "all", **settings},
     )
 
 
-def _skipping() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
+def _two_partitions() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
     """Two parts from their beginning, what is due, and why something was refused."""
     dues, reasons = list[ForecastRequest](), list[str]()
     allotment = PartitionTracker(
         dues.append,
         lambda _: None,
         lambda _, reason, __: reasons.append(reason),
-        _nothing,
+        _no_op,
         ManualClock(10**12),
         Metrics(),
         lookback=LOOKBACK,
@@ -481,7 +481,7 @@ def _skipping() -> tuple[PartitionTracker, list[ForecastRequest], list[str]]:
 
 
 def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
-    allotment, dues, reasons = _skipping()
+    allotment, dues, reasons = _two_partitions()
     times = [60_000 * at for at in range(LOOKBACK)]
     times.insert(-2, times[-2] + 30_000)
     for at, time in enumerate(times):
@@ -494,7 +494,7 @@ def test_a_bar_off_the_grid_is_refused_and_breaks_no_context() -> None:
 
 
 def test_a_series_is_in_one_partition() -> None:
-    allotment, dues, reasons = _skipping()
+    allotment, dues, reasons = _two_partitions()
     other = Partition(PART.log, 4)
     for at in range(LOOKBACK):
         told = RelayedBar(SERIES[0], Bar(_candle(Random(at), 60_000 * at)), history=False)
@@ -509,7 +509,7 @@ def test_a_series_is_in_one_partition() -> None:
 
 def test_news_of_bars_that_were_history_to_another_are_due() -> None:
     """The second of two ingesters had just begun, and the first one lags behind it."""
-    allotment, dues, _ = _skipping()
+    allotment, dues, _ = _two_partitions()
     told = [(at, at < LOOKBACK) for at in range(LOOKBACK + 2)]
     told += [(at, False) for at in range(LOOKBACK - 2, LOOKBACK + 2)]
     for offset, (at, history) in enumerate(told):

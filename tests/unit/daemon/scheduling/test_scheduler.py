@@ -510,7 +510,7 @@ class RandomFeed:
                 bench.submit(due)
                 await asyncio.sleep(random.choice([0, 0, 0.05, 0.6]))
 
-    def out_of_order_bars(self, due: ForecastRequest) -> list[ForecastRequest]:
+    def later_requests(self, due: ForecastRequest) -> list[ForecastRequest]:
         """The later bars of its series, and its own later revisions."""
         own = self.submitted[due.series]
         return own[own.index(due) + 1 :]
@@ -552,7 +552,7 @@ def check_outcomes(
     catch_up: CatchUp,
 ) -> None:
     """Whether what is said of a bar is so; ``at``: seconds when its batch was formed, if any."""
-    due, overtakers = result.request, feed.out_of_order_bars(result.request)
+    due, overtakers = result.request, feed.later_requests(result.request)
     expiry = (due.series.timeframe.after(due.close) - START) / 1000
     match result.reason:
         case "gap":

@@ -50,7 +50,7 @@ class TrackedSeries:
     sequencer: BarSequencer
 
 
-def _sequencer(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSequencer:
+def _make_sequencer(series: Series, bars: int = 3, *, synthetic: bool = False) -> BarSequencer:
     """Of ``bars`` closed bars, the last of which closes at START."""
     step = series.timeframe.milliseconds or 0
     known = [
@@ -74,7 +74,9 @@ class StatusHarness:
 
     def __init__(self, *names: str, token: str | None = None, **checks: str) -> None:
         self.clock = ManualClock(START)
-        self.followed = {one: TrackedSeries(_sequencer(one)) for one in map(Series.parse, names)}
+        self.followed = {
+            one: TrackedSeries(_make_sequencer(one)) for one in map(Series.parse, names)
+        }
         self.board = SeriesStatusRegistry(self.clock)
         self.board.track(lambda: self.followed)
         self.metrics = Metrics()
@@ -221,7 +223,7 @@ async def test_what_is_wrong_with_a_series_is_its_state() -> None:
     assert (await house.fresh_series_row())["state"] == "held"
     tape.silent = True
     assert (await house.fresh_series_row())["state"] == "silent"
-    house.followed[BTC] = TrackedSeries(_sequencer(BTC, 0))
+    house.followed[BTC] = TrackedSeries(_make_sequencer(BTC, 0))
     row = await house.fresh_series_row()
     assert (row["state"], row["last_bar"], row["next_due"]) == ("starting", None, None)
 
@@ -336,7 +338,7 @@ async def test_pages_are_only_read() -> None:
     assert (await house.pages.handle("HEAD", "/series", None)).status == 200
 
 
-async def test_a_page_of_a_thousand_series_leaves_others_their_turn(patience: float) -> None:
+async def test_a_page_of_a_thousand_series_leaves_others_their_turn(load_factor: float) -> None:
     house = StatusHarness(*(f"binance:SYMBOL{i}/USDT:1m" for i in range(1_000)))
     for one in house.followed:
         house.record(one, body=b"x" * 6_000)
@@ -351,7 +353,7 @@ async def test_a_page_of_a_thousand_series_leaves_others_their_turn(patience: fl
     assert len(orjson.loads(answers[0].body)["series"]) == 1_000
     print(f"{counted} turns, the longest {1000 * longest:.1f} ms")  # noqa: T201
     assert counted > 30
-    assert longest < 0.02 * patience
+    assert longest < 0.02 * load_factor
 
 
 async def test_a_page_is_made_anew_when_it_is_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ BTC, ETH = (Series.parse(f"binance:{base}/USDT:1m") for base in ("BTC", "ETH"))
 FIRST, MINUTE = 1_750_000_020_000, 60_000
 
 
-def _restore(dump: Path, path: Path) -> Path:
+def _restore_dump(dump: Path, path: Path) -> Path:
     with closing(sqlite3.connect(path)) as file:
         file.executescript(dump.read_text(encoding="utf-8"))
     return path
@@ -42,7 +42,7 @@ def _bar(number: int) -> Bar:
 
 @pytest.fixture(params=DUMPS, ids=lambda path: path.stem)
 async def state(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[State]:
-    opened = await State.open(_restore(request.param, tmp_path / "state.sqlite"))
+    opened = await State.open(_restore_dump(request.param, tmp_path / "state.sqlite"))
     yield opened
     await opened.close()
 
@@ -85,7 +85,7 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
             "OUTBOX_MAX_AGE": "1e10",
         }
         with DaemonProcess(tmp_path, settings) as daemon:
-            _restore(dump, daemon.state_file)
+            _restore_dump(dump, daemon.state_file)
             daemon.start()
             daemon.wait_until_ready()
 

@@ -28,7 +28,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class HubOptions(TypedDict, total=False):
-    """What ``from_pretrained`` passes on to the hub's client, under the client's names.
+    """Options of ``from_pretrained`` that are passed to the hub client, under its names.
 
     force_download: fetch again what the cache has.
     token: for private checkpoints; by default what ``hf auth login`` stored.
@@ -240,7 +240,7 @@ def _fetch_if_needed(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> str | Path:
-    """``source`` as it is, or its folder if the hub's client is to fetch it in a special way."""
+    """Return ``source``, or its local folder if hub options require a download first."""
     plain = not force_download and token is None and cache_dir is None and not local_files_only
     if plain or Path(source).is_dir():
         return source

@@ -168,7 +168,7 @@ class KronosPredictor:
         ]
 
     def _engine(self) -> Forecaster:
-        """The folded weights, folded anew after the modules' parameters have changed."""
+        """Return the folded weights; fold again after the modules' parameters have changed."""
         state = _parameter_fingerprint(self.model) + _parameter_fingerprint(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             if self._forecaster is not None:
@@ -189,7 +189,7 @@ class KronosPredictor:
     def _recompute(
         self, item: PreparedContext, paths: int, sampling: Sampling, seed: int
     ) -> NDArray[np.float32]:
-        """The mean path (H, 6) past max_context, where the window slides."""
+        """Return the mean path (H, 6) beyond max_context, where the window slides."""
         warnings.warn(
             f"{item.length} bars and {item.horizon} to come exceed max_context {self.max_context}: "
             "every step recomputes its window, which is exact and slow",
@@ -221,7 +221,7 @@ class KronosPredictor:
 
 @contextmanager
 def _eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards for every part the mode that it had."""
+    """Switch to eval mode and restore the mode of each module afterwards."""
     training = [part for module in modules for part in module.modules() if part.training]
     try:
         for part in training:
@@ -233,7 +233,7 @@ def _eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def _parameter_fingerprint(module: nn.Module) -> list[tuple[int, int, float]]:
-    """Something that differs once a parameter has changed, for each of them."""
+    """Return a value per parameter that changes when the parameter changes."""
     parameters = [p.detach() for p in module.parameters()]
     # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
     sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()

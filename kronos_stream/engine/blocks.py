@@ -1,4 +1,4 @@
-"""Running a stack of blocks: over whole prefixes at once, or over each path's newest rows.
+"""Execution of a stack of blocks: over whole prefixes at once, or over each path's newest rows.
 
 The residual stream is float32 whatever type the products are taken in.
 """

@@ -1,4 +1,4 @@
-"""Contexts: the candles a forecast starts from, checked and brought into the model's units."""
+"""Contexts: the candles a forecast starts from, validated and normalised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _YEARS_MS = (-62_135_596_800_000, 253_402_300_800_000)  # 1 to 9999
 
 
 class ContextError(ValueError):
-    """A context that cannot be forecast from; the message names the series and the bar."""
+    """Invalid context; the message names the series and the bar."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,14 +79,14 @@ class PreparedContext:
 
 
 def prepare_all(contexts: Sequence[Context], horizons: Sequence[int]) -> list[PreparedContext]:
-    """Check and normalise a call's contexts; ContextError says what is wrong and where."""
+    """Validate and normalise a call's contexts. Raises ContextError."""
     stamps: dict[tuple[bytes, str | None], Ints] = {}
     pairs = zip(contexts, horizons, strict=True)
     return [prepare(context, i, horizon, stamps) for i, (context, horizon) in enumerate(pairs)]
 
 
 def context_name(context: Context, index: int) -> str:
-    """What errors call a context."""
+    """Name of a context in error messages."""
     return f"context {index}" if context.series is None else repr(context.series)[1:-1]
 
 
@@ -96,7 +96,7 @@ def prepare(
     horizon: int,
     known_stamps: dict[tuple[bytes, str | None], Ints] | None = None,
 ) -> PreparedContext:
-    """Check ``context`` and normalise it; ContextError says what is wrong and where.
+    """Validate and normalise ``context``. Raises ContextError.
 
     known_stamps: gains the stamps of these times; the series of a call mostly share them.
     """
@@ -125,7 +125,7 @@ def prepare(
 
 
 def _normalise_checked(values: Floats, name: str) -> tuple[Floats, Floats, Floats]:
-    """:func:`normalise`, refusing what float32 cannot hold the squares of."""
+    """Call :func:`normalise`; reject values whose squares overflow float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std, normalised = normalise(values)
     bad = np.flatnonzero(~np.isfinite(std))
@@ -139,7 +139,7 @@ def _normalise_checked(values: Floats, name: str) -> tuple[Floats, Floats, Float
 
 
 def utc_offsets(times: Ints, timezone: str | None, name: str = "context") -> Ints:
-    """What to add to UTC ms (L,) for the local clock of an IANA zone, None being UTC: (L,)."""
+    """Offsets (L,) in ms from UTC to the local time of an IANA zone; None means UTC."""
     if timezone is None or timezone == "UTC":
         return np.zeros_like(times)
     try:

@@ -1,4 +1,4 @@
-"""What a forecast costs at least: floating-point operations and bytes, counted by stage.
+"""Minimum cost of a forecast: floating-point operations and bytes, by stage.
 
 Multiplications and additions of matrix products and attention count, 2 per pair; norms, softmax
 and sampling do not. Bytes are what a step must read however it is computed: every weight once and
@@ -14,7 +14,7 @@ from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A call: contexts of one lookback, paths each, one horizon."""
+    """Size of a call: contexts of one lookback, paths per context, one horizon."""
 
     contexts: int
     paths: int
@@ -28,13 +28,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Least effort of a stage."""
+    """Minimum cost of one stage."""
 
     flops: float
     bytes: float
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The floor: whichever of the two takes longer."""
+        """Lower bound on the time: the longer of compute and memory traffic."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 

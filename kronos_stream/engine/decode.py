@@ -179,7 +179,7 @@ class Decoder:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to capture on, one per device: a stream keeps the workspace of its products."""
+    """Return the capture stream of a device; a stream keeps the workspace of its products."""
     return torch.cuda.Stream(device)
 
 

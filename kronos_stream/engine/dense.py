@@ -1,4 +1,4 @@
-"""Matrix products whose rows do not depend on their companions, and the buffers they write to.
+"""Batch-invariant matrix products, and the buffers they write to.
 
 A CPU's matrix library picks its kernel and its blocking over the inner dimension by the number of
 rows, so the same row can come out a bit different in a larger batch. oneDNN does so at a single row

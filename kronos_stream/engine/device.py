@@ -1,4 +1,4 @@
-"""Where to compute and in which number format."""
+"""Choice of device and number format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU_BUDGET = 2 * 2**30
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA, else MPS, else the CPU. ValueError when the named device is not there."""
+    """Resolve a device name; ``auto`` is CUDA, else MPS, else the CPU. Raises ValueError if absent."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -30,7 +30,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the hardware multiplies matrices in it, else float32.
+    """Resolve a type name; ``auto`` is bfloat16 where the hardware multiplies it, else float32.
 
     That is CUDA from Ampere on, and CPUs with AMX. CPUs that have AVX512-BF16 alone stay with
     float32: their bf16 matrix product is the slower one (`kronos-stream bench` shows both rates).

@@ -246,7 +246,7 @@ class Forecaster:
 
 @contextmanager
 def _default_torch_settings() -> Iterator[None]:
-    """No gradients, and none of the defaults a caller may have set for code of their own."""
+    """Disable gradients and override torch defaults that the caller may have changed."""
     dtype = torch.get_default_dtype()
     # As a context the device costs microseconds at every operation: only where it is needed.
     elsewhere = torch.get_default_device().type != "cpu"

@@ -1,4 +1,4 @@
-"""Counter-based noise: every random number is a function of what it is used for.
+"""Counter-based noise: each random number is a function of its use, not of call order.
 
 Philox4x32-10 after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), keyed by
 a stable hash of (seed, series, origin), counted by (path, step). The two levels of a step take the

@@ -1,4 +1,4 @@
-"""Planning a call: which contexts share a chunk, and how large a chunk the memory allows."""
+"""Call planning: chunks of contexts, sized to the memory budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """What memory a plan costs, in bytes, from the model's sizes."""
+    """Memory use of a plan, in bytes, derived from the model's sizes."""
 
     per_bar: int
     """Cached keys and values of one context bar."""

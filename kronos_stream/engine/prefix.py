@@ -1,4 +1,4 @@
-"""What lies before the forecast's origin, computed once per context and shared by its paths."""
+"""Context prefix: bars up to the origin, computed once per context and shared by its paths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a planned call: prefixes, decoding, detokenising, chunk by chunk."""
+"""Execution of a planned call, chunk by chunk: prefix, decoding, detokenisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_ANCHOR_RATIO = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Shapes that suit a kind of device; results depend on them by rounding at most.
+    """Shapes tuned to a kind of device; they change results by rounding at most.
 
     bucket: contexts are padded to a multiple of this many bars.
     prefix_rows: bars prefilled together (at least one context).
@@ -51,7 +51,7 @@ ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, cac
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledPaths:
-    """What was drawn for one context."""
+    """Sampled paths of one context."""
 
     paths: NDArray[np.float32]  # (P, H, 6), price units
     tokens: NDArray[np.int64]  # (P, H, 2): s1, s2

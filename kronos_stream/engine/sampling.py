@@ -13,7 +13,7 @@ MIN_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn, for every path of a call. Raises ValueError when out of range.
+    """Sampling parameters of a call. Raises ValueError when one is out of range.
 
     temperature: one number, or one per horizon step (the last one holds for later steps).
     top_k: keep the k likeliest tokens; 0 keeps all; 1 is greedy.

@@ -1,4 +1,4 @@
-"""Inference weights: what algebra folds and fuses out of the two networks, once, at load.
+"""Inference weights, folded and fused from the two networks once, at load time.
 
 * Token embedding and fusion are linear, so each level's embedding table goes through its half of
   the fusion once: an input is two rows and a time embedding added up. The tokenizer decoder's
@@ -35,7 +35,7 @@ _Model = TypeVar("_Model", Predictor, Tokenizer)
 
 
 class Placement(NamedTuple):
-    """Where products are taken, in which type, within which limits."""
+    """Device, number format and batch-invariance limits of the products."""
 
     device: torch.device
     dtype: torch.dtype

@@ -53,7 +53,7 @@ _REFETCH_HINT = "fetch or copy the checkpoint again"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointLocation:
-    """Where one network's checkpoint is: a folder, or a hub id with its commit if one is known."""
+    """Location of one network's checkpoint: a folder, or a hub id and its commit if known."""
 
     name: str
     revision: str | None = None
@@ -61,7 +61,7 @@ class CheckpointLocation:
 
 @dataclass(frozen=True, slots=True)
 class ModelLocation:
-    """Where a model's two halves are."""
+    """Locations of a model's tokenizer and predictor."""
 
     predictor: CheckpointLocation
     tokenizer: CheckpointLocation
@@ -70,7 +70,7 @@ class ModelLocation:
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be found, read or used; the message says why and what to do."""
+    """Unusable checkpoint; the message gives cause and remedy."""
 
 
 def find_model(
@@ -244,5 +244,5 @@ def _load_weights(module: _Module, folder: Path) -> _Module:
 
 
 def _one_line(error: Exception) -> str:
-    """What ``error`` says, on one line of bounded length."""
+    """Message of ``error`` on one line of bounded length."""
     return " ".join(str(error).split())[:400]

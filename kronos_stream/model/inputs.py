@@ -1,4 +1,4 @@
-"""From candles and times to what the networks see, and back; numpy alone.
+"""Model inputs: normalised candles and time stamps, and the way back. Uses numpy only.
 
 The operations and their order are the reference's: a bit of a token can hang on a bit here.
 """

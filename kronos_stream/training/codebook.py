@@ -1,4 +1,4 @@
-"""How much of its vocabulary a tokenizer uses: a code that collapses cannot be forecast with."""
+"""Codebook usage of a tokenizer, to detect a collapsed code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CodebookUsage:
     s2_codes: int
 
     def to_dict(self) -> dict[str, float]:
-        """For the metrics' JSON."""
+        """Return the values as a JSON-compatible dictionary."""
         return asdict(self)
 
     def warning(self) -> str | None:

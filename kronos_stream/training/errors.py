@@ -1,5 +1,5 @@
-"""The one exception of this package."""
+"""Exception of the training package."""
 
 
 class TrainingError(Exception):
-    """Training cannot start or go on; the message is one line that says why and what to do."""
+    """Training cannot start or continue; the one-line message gives cause and remedy."""

@@ -1,4 +1,4 @@
-"""The training loop both stages share."""
+"""Training loop shared by both stages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _CHANGEABLE_SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Where a run's windows come from; held-out ones may be missing in small data."""
+    """Window sources of a run; the held-out source may be missing for small data."""
 
     train: WindowSource
     valid: WindowSource | None

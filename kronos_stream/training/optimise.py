@@ -57,7 +57,7 @@ class Optimisers:
         return self._peak_rates[0] * share
 
     def state(self) -> list[dict[str, object]]:
-        """All that a resumed run needs."""
+        """Return the state that a resumed run needs."""
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def restore(self, state: list[dict[str, object]]) -> None:

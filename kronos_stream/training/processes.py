@@ -1,4 +1,4 @@
-"""Data-parallel training under ``torchrun``: who is who, and averages over all."""
+"""Data-parallel training under ``torchrun``: ranks and averages over processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """A process among those that train together."""
+    """This process's place in the group of training processes."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """True for the process that writes files and reports."""
         return self.rank == 0
 
     def average(self, mean: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class ProcessGroup:
             gradient.copy_(part.view_as(gradient))
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
 
@@ -76,7 +76,7 @@ class _Average(torch.autograd.Function):
 
 
 def join_process_group(device: torch.device) -> ProcessGroup:
-    """Join the group ``torchrun`` started, or be alone."""
+    """Join the process group that ``torchrun`` started, or return a group of one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return ProcessGroup()

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar with the time left on a terminal, lines elsewhere."""
+"""Progress display: a bar with the remaining time on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

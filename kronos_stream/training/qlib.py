@@ -31,7 +31,7 @@ class ContiguousBars:
 
 
 def is_qlib(folder: Path) -> bool:
-    """Whether ``folder`` looks like a Qlib data folder."""
+    """Return whether ``folder`` is a Qlib data folder."""
     return (folder / "calendars").is_dir() and (folder / "features").is_dir()
 
 

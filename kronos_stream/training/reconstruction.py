@@ -1,4 +1,4 @@
-"""How well a tokenizer writes and reads real windows, the way it is served."""
+"""Reconstruction error of a tokenizer on real windows, normalised as in serving."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reconstruction:
     codebook: codebook.CodebookUsage
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the values as a JSON-compatible dictionary."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""Everything a training run can be told, in one object for both stages."""
+"""Training settings of both stages."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class TrainSettings:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, each with one line."""
+        """Reject invalid combinations, each with a one-line message."""
         if not 2 <= self.lookback_min <= self.lookback_max < self.window:
             raise TrainingError(
                 f"need 2 <= lookback_min <= lookback_max < window, got {self.lookback_min}, "
@@ -151,7 +151,7 @@ class TrainSettings:
 
     @classmethod
     def defaults(cls, stage: Stage, *, fine_tune: bool = False) -> Self:
-        """What a run starts from: the sizes of the bundled model, or gentle steps to tune one."""
+        """Return the defaults: sizes of the bundled model, or small steps for fine-tuning."""
         base = cls() if stage == "tokenizer" else cls(d_model=128, ff_dim=256, lr=2e-3)
         if fine_tune:
             return replace(
@@ -168,7 +168,7 @@ class TrainSettings:
 
     @classmethod
     def build(cls, stage: Stage, *layers: Mapping[str, Any]) -> Self:
-        """The defaults overlaid by ``layers`` (a recipe, then what the command line says)."""
+        """Return the defaults overridden by ``layers`` (a recipe, then command-line options)."""
         merged: dict[str, Any] = {}
         for layer in layers:
             merged |= layer

@@ -1,4 +1,4 @@
-"""What differs between the two stages: the network, its loss, and how it is evaluated."""
+"""The two training stages: network, loss and evaluation of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it resumes from, its metrics and the checkpoint it exports."""
+"""Run folder: resumable state, metrics and the exported checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunFolder:
             raise TrainingError(f"{self.path}: {error.strerror or error}") from None
 
     def load(self, device: torch.device) -> dict[str, Any] | None:
-        """The newest state, or None where a run has yet to begin."""
+        """Return the newest state, or None for a new run."""
         path = self.path / STATE_FILE
         if not path.exists():
             return None
@@ -60,7 +60,7 @@ class RunFolder:
             os.close(folder)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """What the run was told, for people."""
+        """Write the settings of the run, for people to read."""
         part = self.path / f"{SETTINGS_FILE}.part"
         part.write_text(json.dumps(settings, indent=2) + "\n")
         part.replace(self.path / SETTINGS_FILE)
@@ -76,7 +76,7 @@ class RunFolder:
         save(network, self.path)
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop metrics of steps that will be done again, and a half-written last line."""
+        """Drop metrics of steps that will be repeated, and an incomplete last line."""
         path = self.path / METRICS_FILE
         if not path.exists():
             return

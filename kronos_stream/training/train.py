@@ -1,4 +1,4 @@
-"""Start a run from settings alone: what ``kronos-stream train`` and scripts call."""
+"""Entry point of training, for ``kronos-stream train`` and for scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From raw windows to what the networks see: normalised candles, stamps and loss weights."""
+"""Training batches: normalised candles, time stamps and loss weights of raw windows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Windows:
 
 
 class WindowSource(Protocol):
-    """Where windows come from. The same step gives the same windows, in any run."""
+    """Source of windows. The same step gives the same windows in any run."""
 
     def draw(self, step: int, batch: int, rows: npt.NDArray[np.int64]) -> Windows:
         """The given rows of the ``batch`` windows of ``step``."""

@@ -15,7 +15,10 @@ CPU_BUDGET = 2 * 2**30
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Resolve a device name; ``auto`` is CUDA, else MPS, else the CPU. Raises ValueError if absent."""
+    """Resolve a device name; ``auto`` prefers CUDA, then MPS, then the CPU.
+
+    Raises ValueError if the named device is absent.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """This process's place in the group of training processes."""
+    """Rank of this process among those that train together."""
 
     rank: int = 0
     world: int = 1

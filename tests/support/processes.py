@@ -1,44 +1,57 @@
-"""The simulated exchange as a process, and what else it takes to test with processes.
+"""Tools for tests with processes: signals, waiting, programs, HTTP requests.
 
 All calls block; from a coroutine use a thread.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
+import shutil
+import signal
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
 
-from kronos_stream.market.series import Series
-from kronos_stream.market.timeframe import Timeframe
-from tests.support.managed_process import Closeable
-
-# -P: what lies in the folder we were started in is no module of ours.
+# -P: modules in the current directory must not shadow others.
 COMMAND = (sys.executable, "-P", "-m", "kronos_stream")
-_STOP_TIMEOUT = 10.0
-_HTTP_TIMEOUT = 5.0
+
+WAIT_SECONDS = 300.0
+"""Bound of every wait: only something that never happens takes so long, on any machine."""
+
 _POLL_SECONDS = 0.05
-_MAX_KLINES = 1_000
+_HTTP_SECONDS = 60.0
 
 
 class ProcessFailed(Exception):  # noqa: N818
-    """A process did not do in time what it should; says where its log is."""
+    """A process is missing, failed, or did not do something in time; names its log."""
+
+
+def restore_default_signals() -> None:
+    """Let children of this process react to Ctrl-C, also if it was started in the background.
+
+    A shell starts background jobs with SIGINT and SIGQUIT ignored, and children inherit that.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
 
 
 def wait_for(
     description: str,
     condition: Callable[[], object],
-    timeout: float,
+    timeout: float = WAIT_SECONDS,
+    *,
     interval: float = _POLL_SECONDS,
 ) -> None:
-    """Return once ``happened()`` is true. Raises ProcessFailed, naming ``what``, after that."""
+    """Return once ``condition()`` is true. Raises ProcessFailed with ``description``."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -46,11 +59,37 @@ def wait_for(
         time.sleep(interval)
 
 
-def http_get(url: str) -> tuple[int, bytes]:
-    """Status and body of an answer; 0 where there is none."""
+def find_program(name: str, package: str, *, more_folders: str = "") -> str:
+    """Path of an installed program. Raises ProcessFailed.
+
+    package: the package of Debian and Ubuntu that has it. more_folders: searched after PATH.
+    """
+    found = shutil.which(name) or (more_folders and shutil.which(name, path=more_folders))
+    if not found:
+        raise ProcessFailed(f"no {name} on PATH; Debian and Ubuntu have it in package {package}")
+    return found
+
+
+def start_interruptible(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
+    """Start a process that SIGINT ends, even where it is ignored here, as in a background job.
+
+    ``options`` are those of :class:`subprocess.Popen`. Call it from the main thread.
+    """
+    # A child inherits "ignore", but not a handler: exec resets it to the default.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with urllib.request.urlopen(url, timeout=_HTTP_TIMEOUT) as answer:  # noqa: S310
-            return answer.status, answer.read()
+        return subprocess.Popen(command, env=env, text=True, **options)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def http_get(url: str) -> tuple[int, bytes]:
+    """Status and body of the response; status 0 if there is none."""
+    try:
+        with urllib.request.urlopen(url, timeout=_HTTP_SECONDS) as response:  # noqa: S310
+            return response.status, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
     except OSError:
@@ -58,73 +97,14 @@ def http_get(url: str) -> tuple[int, bytes]:
 
 
 def http_get_json(url: str) -> Any:
-    """What is answered. Raises ProcessFailed where that is an error."""
+    """Body of the response. Raises ProcessFailed unless the status is 200."""
     status, body = http_get(url)
     if status != 200:
         raise ProcessFailed(f"{url} answers {status}: {body.decode(errors='replace')}")
     return orjson.loads(body)
 
 
-class ExchangeProcess(Closeable):
-    """``kronos-stream exchange``, from construction to :meth:`close`."""
-
-    def __init__(self, *arguments: str) -> None:
-        """arguments: of the command, such as ``"--symbols", "5"``. Raises ProcessFailed."""
-        self._process = subprocess.Popen(
-            [*COMMAND, "exchange", "--json", "--with-parent", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise ProcessFailed("the exchange did not start; it has said why on stderr")
-        facts = json.loads(line)
-        self.rest_url, self.ws_url = str(facts["rest"]), str(facts["ws"])
-        self.symbols: list[str] = facts["symbols"]
-        """Its spot markets and perpetuals, in ccxt's notation."""
-        self.timeframes: list[str] = facts["timeframes"]
-
-    def settings(self) -> dict[str, str]:
-        """Variables that make a daemon follow every market and timeframe of it."""
-        return {
-            "SYMBOLS": ",".join(f"binance:{symbol}" for symbol in self.symbols),
-            "TIMEFRAMES": ",".join(self.timeframes),
-            "BINANCE__REST_URL": self.rest_url,
-            "BINANCE__WS_URL": self.ws_url,
-            "BINANCE__FUTURES_REST_URL": self.rest_url,
-            "BINANCE__FUTURES_WS_URL": f"{self.ws_url}/market",
-        }
-
-    def series(self) -> list[Series]:
-        """All that can be followed."""
-        lengths = [Timeframe.parse(text) for text in self.timeframes]
-        return [Series.of("binance", name, length) for name in self.symbols for length in lengths]
-
-    def closed_bar_times(self, series: Series, first: int, last: int) -> list[int]:
-        """Opens, UTC ms, of the closed bars with first <= open <= last, as REST tells them."""
-        futures = ":" in series.symbol
-        path = "fapi/v1/klines" if futures else "api/v3/klines"
-        symbol = series.symbol.partition(":")[0].replace("/", "")
-        opens: list[int] = []
-        while first <= last:
-            rows = http_get_json(
-                f"{self.rest_url}/{path}?symbol={symbol}&interval={series.timeframe}"
-                f"&startTime={first}&endTime={last}&limit={_MAX_KLINES}"
-            )
-            now = http_get_json(f"{self.rest_url}/{path.rpartition('/')[0]}/time")["serverTime"]
-            opens += [row[0] for row in rows if row[6] < now]
-            if len(rows) < _MAX_KLINES:
-                break
-            first = rows[-1][0] + 1
-        return opens
-
-    def close(self) -> None:
-        """End it."""
-        self._process.terminate()
-        try:
-            self._process.communicate(timeout=_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
+def resident_mib(pid: int | str = "self") -> float:
+    """Resident memory of a process, from /proc."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

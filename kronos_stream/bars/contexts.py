@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor, log2
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.bars.scaling import price_scale, scale_prices
+from kronos_stream.channels import AMOUNT, CLIP, STD_FLOOR, VOLUME
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
-
-_VOLUME, _AMOUNT = 4, 5
-_CLOSE = 3
-
-_CLIP, _STD_FLOOR = 5.0, 1e-5
-"""As the model normalises: CLIP and STD_FLOOR of kronos_stream.model.inputs, whose package needs
-torch, which has no place in this process."""
-
-_SMALL_SPREAD = 1e-3
-"""Where closes deviate by less, prices are forecast times a power of two that lifts it to 1."""
 
 _MIN_BARS = 32
 """A series that has no more than so many is forecast all the same."""
@@ -158,7 +149,7 @@ class _Buffer:
             return None
         part = slice(max(0, at + 1 - bars), at + 1)
         values = self._values[part]
-        columns = _AMOUNT if np.isnan(values[:, _AMOUNT]).any() else _AMOUNT + 1
+        columns = AMOUNT if np.isnan(values[:, AMOUNT]).any() else AMOUNT + 1
         opened, high, low, close, volume, amount = values[-1].tolist()
         last = Candle(origin, opened, high, low, close, volume, amount if amount >= 0 else None)
         narrow = np.ascontiguousarray(values[:, :columns], np.float32)
@@ -204,16 +195,10 @@ def _mark_reasons(marks: NDArray[np.uint8]) -> tuple[str, ...]:
 
 
 def _clipped(values: NDArray[np.float32]) -> bool:
-    """Whether the model sees less of the last bar than there is, in any channel."""
-    values = values.astype(np.float64)
-    if values.shape[1] == _AMOUNT:
-        derived = values[:, _VOLUME] * values[:, :_VOLUME].mean(axis=1)
-        values = np.column_stack((values, derived))
-    std = values.std(axis=0)
-    spread = std[_CLOSE]
-    floors = np.full(len(std), _STD_FLOOR)
-    if 0 < spread < _SMALL_SPREAD:
-        # As if prices and amounts had been multiplied.
-        floors *= 2.0 ** floor(log2(spread))
-        floors[_VOLUME] = _STD_FLOOR
-    return bool((np.abs(values[-1] - values.mean(axis=0)) > _CLIP * (std + floors)).any())
+    """Return whether normalisation clips the last bar in any channel."""
+    scaled = scale_prices(values, price_scale(values)).astype(np.float64)
+    if scaled.shape[1] == AMOUNT:
+        derived = scaled[:, VOLUME] * scaled[:, :VOLUME].mean(axis=1)
+        scaled = np.column_stack((scaled, derived))
+    distance = np.abs(scaled[-1] - scaled.mean(axis=0))
+    return bool((distance > CLIP * (scaled.std(axis=0) + STD_FLOOR)).any())

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.engine import Context, Forecaster, SampledPaths
 from kronos_stream.forecast.quantiles import weibull_quantiles
 
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_CLOSE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,11 @@ def compare_precision(
         forecaster = Forecaster.from_pretrained(model, device=device, dtype=dtype)
         for seed in (0, 1):
             draws[dtype, seed] = forecaster.draw(contexts, horizon, paths, seed=seed)
-    spread = [np.asarray(context.values)[:, _CLOSE].std() for context in contexts]
+    spread = [np.asarray(context.values)[:, CLOSE].std() for context in contexts]
     quantiles = {
         run: np.stack(
             [
-                weibull_quantiles(draw.paths[..., _CLOSE] / scale, _QUANTILES)
+                weibull_quantiles(draw.paths[..., CLOSE] / scale, _QUANTILES)
                 for draw, scale in zip(drawn, spread, strict=True)
             ]
         )

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kronos_stream import __version__
+from kronos_stream.channels import CLOSE
 from kronos_stream.commands._forecast_arguments import ForecastArguments
 from kronos_stream.commands._forecast_window import InputWindow, bars_to_origin, cut_window
 from kronos_stream.forecast.fan import Fan
 from kronos_stream.forecast.paths_file import paths_writer
 from kronos_stream.forecast.quantiles import check_supported
-from kronos_stream.forecast.summary import CLOSE
 from kronos_stream.forecast.table import print_fan
 from kronos_stream.market.candle_files import CandleTable, read_candles
 from kronos_stream.market.utc import rfc3339

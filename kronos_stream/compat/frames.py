@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CHANNELS
 from kronos_stream.engine.context import PreparedContext
-from kronos_stream.model.inputs import CHANNELS, fill_missing_channels, normalise, time_stamps
+from kronos_stream.model.inputs import fill_missing_channels, normalise, time_stamps
 
 _PRICES = list(CHANNELS[:4])
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import nn
 
+from kronos_stream.channels import CHANNELS
 from kronos_stream.compat.frames import prepare_frame
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.device import pick_device
@@ -22,7 +23,7 @@ from kronos_stream.engine.forecaster import Forecaster
 from kronos_stream.engine.noise import noise_key, uniforms
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.uncached import generate
-from kronos_stream.model.inputs import CHANNELS, denormalise
+from kronos_stream.model.inputs import denormalise
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 

@@ -11,12 +11,11 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kronos_stream.channels import CHANNELS, CLOSE
 from kronos_stream.market.spacing import common_step, infer_timeframe, shortest_step
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.model.inputs import (
-    CHANNELS,
-    CLOSE,
     Floats,
     Ints,
     fill_missing_channels,

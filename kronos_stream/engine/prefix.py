@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.engine.blocks import LayerCache, rms_norm, run_prefix
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.dense import Scratch
 from kronos_stream.engine.plan import Shape
 from kronos_stream.engine.weights import PredictorWeights, Stack, TokenizerWeights
 from kronos_stream.model.config import CANDLE_CHANNELS, S2_HEADS
-from kronos_stream.model.inputs import CLOSE
 from kronos_stream.model.predictor import STAMP_SIZES
 from kronos_stream.model.tokenizer import pack_bits
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.decode import Decoder, Group
 from kronos_stream.engine.dense import Scratch
@@ -18,7 +19,7 @@ from kronos_stream.engine.plan import Chunk, Planner, Shape
 from kronos_stream.engine.prefix import Stage
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import PredictorWeights, TokenizerWeights
-from kronos_stream.model.inputs import CLOSE, denormalise
+from kronos_stream.model.inputs import denormalise
 
 PRICES = slice(0, 4)
 """Columns of a candle that an anchor scales."""

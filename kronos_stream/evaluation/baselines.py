@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.evaluation.cases import ForecastFunction, History
 
 EWMA_DECAY = 0.94
 """RiskMetrics' (J.P. Morgan 1996) daily decay, the customary one."""
-
-_CLOSE = 3
 
 
 def random_walk(*, decay: float = 1.0, paths: int = 256, seed: int = 0) -> ForecastFunction:
@@ -43,13 +42,13 @@ def last_value(
 
 def volatility(values: NDArray[np.float64], decay: float = 1.0) -> float:
     """Root of the (weighted) mean squared log return of closes in ``values`` (L, 6)."""
-    returns = np.diff(np.log(values[:, _CLOSE]))
+    returns = np.diff(np.log(values[:, CLOSE]))
     weights = decay ** np.arange(len(returns))[::-1]
     return float(np.sqrt((weights * returns**2).sum() / weights.sum()))
 
 
 def _paths_of(history: History, noise: NDArray[np.float64], sigma: float) -> NDArray[np.floating]:
-    closes = history.values[-1, _CLOSE] * np.exp(sigma * noise.cumsum(1))
+    closes = history.values[-1, CLOSE] * np.exp(sigma * noise.cumsum(1))
     bars = np.zeros((*closes.shape, 6))
     bars[..., :4] = closes[..., None]
     bars[..., 4:] = history.values[:, 4:].mean(0)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.evaluation.baselines import EWMA_DECAY, last_value, random_walk, volatility
 from kronos_stream.evaluation.cases import Case, ForecastFunction
 from kronos_stream.evaluation.scoring import (
@@ -25,7 +26,6 @@ from kronos_stream.evaluation.scoring import (
 from kronos_stream.forecast.quantiles import required_paths
 
 LEVELS = (0.5, 0.8, 0.9)
-_CLOSE = 3
 _BATCH = 256
 """Cases handed to a forecast at once."""
 
@@ -40,9 +40,9 @@ class Scores:
 
     def add(self, paths: NDArray[np.floating], case: Case, sigma: float) -> None:
         """Score ``paths`` (m, H, 6); ``sigma`` is the unit."""
-        last = case.history.values[-1, _CLOSE]
-        drawn = np.log(np.maximum(paths[..., _CLOSE].astype(np.float64), last * 1e-6) / last)
-        came = np.log(case.future[:, _CLOSE] / last)
+        last = case.history.values[-1, CLOSE]
+        drawn = np.log(np.maximum(paths[..., CLOSE].astype(np.float64), last * 1e-6) / last)
+        came = np.log(case.future[:, CLOSE] / last)
         self.crps.append(fair_crps(drawn / sigma, came / sigma))
         for level in LEVELS:
             if len(drawn) >= required_paths((1 - level) / 2):

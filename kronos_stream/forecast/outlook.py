@@ -15,16 +15,15 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from kronos_stream.channels import AMOUNT, CHANNELS, CLOSE, HIGH, LOW, OPEN, VOLUME
 from kronos_stream.forecast.quantiles import quantile_name, weibull_quantiles
-from kronos_stream.forecast.summary import CLOSE, Summary, summarise
+from kronos_stream.forecast.summary import Summary, summarise
 
-CHANNELS = ("open", "high", "low", "close", "volume")
-"""What is published of a candle, in the order of its columns."""
+PUBLISHED_CHANNELS = CHANNELS[:5]
+"""Channels of a candle that have bands in a message: all but the amount."""
 
 PublishedPaths = Literal["none", "close", "ohlcva"]
 """What of the paths themselves is published."""
-
-_OPEN, _HIGH, _LOW, _VOLUME, _AMOUNT = 0, 1, 2, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +67,12 @@ def build_outlook(
         times=[int(time) for time in times],
         channels={
             channel: dict(zip(names, rows, strict=True))
-            for channel, rows in zip(CHANNELS, by_channel, strict=True)
+            for channel, rows in zip(PUBLISHED_CHANNELS, by_channel, strict=True)
         },
         summary=summarise(candles, last, probs),
         repaired=repaired,
         paths=None if publish == "none" else _shortest_floats(candles[..., CLOSE]),
-        other_paths=_other_paths(candles, paths[..., _AMOUNT]) if publish == "ohlcva" else None,
+        other_paths=_other_paths(candles, paths[..., AMOUNT]) if publish == "ohlcva" else None,
     )
 
 
@@ -83,12 +82,12 @@ def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
     The model draws channels side by side: a high may come out below the close. High becomes at
     least open and close, low at most, volume at least 0; open and close stay as drawn.
     """
-    drawn = paths[..., : len(CHANNELS)]
+    drawn = paths[..., : len(PUBLISHED_CHANNELS)]
     candles = drawn.copy()
-    body = candles[..., (_OPEN, CLOSE)]
-    np.maximum(candles[..., _HIGH], body.max(axis=-1), out=candles[..., _HIGH])
-    np.minimum(candles[..., _LOW], body.min(axis=-1), out=candles[..., _LOW])
-    np.maximum(candles[..., _VOLUME], 0, out=candles[..., _VOLUME])
+    body = candles[..., (OPEN, CLOSE)]
+    np.maximum(candles[..., HIGH], body.max(axis=-1), out=candles[..., HIGH])
+    np.minimum(candles[..., LOW], body.min(axis=-1), out=candles[..., LOW])
+    np.maximum(candles[..., VOLUME], 0, out=candles[..., VOLUME])
     return candles, int((candles != drawn).any(axis=-1).sum())
 
 
@@ -98,7 +97,7 @@ def _other_paths(
     """What there is of the paths beside the closes; an amount, like a volume, is at least 0."""
     others = {
         channel: _shortest_floats(candles[..., column])
-        for column, channel in enumerate(CHANNELS)
+        for column, channel in enumerate(PUBLISHED_CHANNELS)
         if column != CLOSE
     }
     return others | {"amount": _shortest_floats(np.maximum(amounts, 0))}

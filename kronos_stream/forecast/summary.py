@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLOSE
 from kronos_stream.forecast.quantiles import quantile_name, required_paths, weibull_quantiles
-
-CLOSE = 3
-"""The column of the close in candles (…, 6)."""
 
 _TAIL = 0.05
 _DEVIATION_STEPS = 2

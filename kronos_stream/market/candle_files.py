@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CHANNELS
 from kronos_stream.market.spacing import (
     common_step,
     find_gaps,
@@ -23,11 +24,6 @@ from kronos_stream.market.spacing import (
 )
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
-
-COLUMNS = ("open", "high", "low", "close", "volume", "amount")
-"""Columns of :attr:`CandleTable.values`, in order."""
-
-_PRICES = COLUMNS[:4]
 
 # Names a column may have, in order of preference; compared in lower case, spaces as underscores.
 _ALIASES = {
@@ -64,8 +60,8 @@ class CandleTable:
     """The candles of one series, oldest first.
 
     ``times``: (N,) bar opens, UTC ms, strictly increasing. ``values``: (N, 6) finite, columns as
-    in :data:`COLUMNS`, prices as written. Where the file has no amount it is volume times
-    mean(open, high, low, close); where it has no volume, both are 0.
+    in :data:`~kronos_stream.channels.CHANNELS`, prices as written. Without amounts in the file,
+    amount is volume times mean(open, high, low, close); without volumes, both are 0.
     """
 
     path: Path
@@ -98,8 +94,8 @@ def read_candles(path: str | Path, timeframe: Timeframe | None = None) -> Candle
     if frame.empty:
         _refuse(path, "no candles in it")
     times = _times(path, columns["time"])
-    values = np.zeros((len(times), len(COLUMNS)))
-    for i, name in enumerate(COLUMNS):
+    values = np.zeros((len(times), len(CHANNELS)))
+    for i, name in enumerate(CHANNELS):
         if name in columns:
             values[:, i] = _numbers(path, name, columns[name], times)
     _check_order(path, times)
@@ -198,7 +194,7 @@ def _match_columns(path: Path, frame: pd.DataFrame) -> dict[str, pd.Series]:
         for alias in reversed(aliases)  # so that the most preferred name is the one that stays
         if alias in names
     }
-    missing = [field for field in ("time", *_PRICES) if field not in found]
+    missing = [field for field in ("time", *CHANNELS[:4]) if field not in found]
     if missing:
         has = ", ".join(str(name) for name in frame.columns) or "none"
         _refuse(path, f"missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; found: {has}")
@@ -274,7 +270,7 @@ def _check_candles(path: Path, times: NDArray[np.int64], values: NDArray[np.floa
         return
     reason = min(rows, key=lambda reason: rows[reason])
     row = rows[reason]
-    bar = ", ".join(f"{n} {v:g}" for n, v in zip(COLUMNS, values[row], strict=True))
+    bar = ", ".join(f"{n} {v:g}" for n, v in zip(CHANNELS, values[row], strict=True))
     _refuse_row(path, row, times, f"impossible candle, {reason} ({bar}); repair or remove the bar")
 
 

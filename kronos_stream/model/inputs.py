@@ -10,20 +10,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CLIP, STD_FLOOR
+
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 _Numbers = TypeVar("_Numbers", NDArray[np.float32], NDArray[np.float64])
-
-CHANNELS = ("open", "high", "low", "close", "volume", "amount")
-"""Columns of a candle, in the order the model was trained on."""
-
-CLOSE = CHANNELS.index("close")
-
-CLIP = 5.0
-"""Normalised values are clipped to +-CLIP (the reference's default)."""
-
-STD_FLOOR = 1e-5
-"""Added to the standard deviation, so that a constant column stays finite (as the reference)."""
 
 _MINUTE_MS = 60_000
 _DAY_MS = 86_400_000

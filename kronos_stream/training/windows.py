@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kronos_stream.model.inputs import CLIP, STD_FLOOR, time_stamps
+from kronos_stream.channels import CLIP, STD_FLOOR
+from kronos_stream.model.inputs import time_stamps
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
-"""In place of the model: a forecaster that takes its time, and says nothing of the future.
+"""An inference backend without a model: it takes a given time, and forecasts a flat line.
 
-As a program it is ``kronos-stream run`` with such a forecaster: what else a daemon costs can be
-measured, and several can share a machine that has too few cores for as many models::
-
-    KRONOS_STREAM_ROLE=forecast ... python -m tests.support.fake_worker 0.01
+As a program it is ``kronos-stream run`` with this backend. With it tests measure everything but
+the model, and run several daemons on a machine with too few cores for as many models.
 """
 
 from __future__ import annotations
@@ -16,15 +14,19 @@ from collections.abc import Sequence
 from kronos_stream.bars.contexts import Window
 from kronos_stream.daemon.inference.protocol import InferenceResult, ModelIdentity
 from kronos_stream.daemon.inference.supervisor import BatchResult
-from kronos_stream.forecast.outlook import CHANNELS, Outlook
+from kronos_stream.forecast.outlook import PUBLISHED_CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
 
 
+def daemon_command(seconds_per_forecast: float) -> tuple[str, ...]:
+    """Command of a daemon with this backend; it works in any current directory."""
+    return (sys.executable, "-P", __file__, str(seconds_per_forecast))
+
+
 class FakeWorker:
-    """Where a worker is expected."""
+    """Inference backend that sleeps, and returns the last close as its forecast."""
 
     def __init__(self, seconds_per_forecast: float) -> None:
-        """pace: seconds that a forecast takes."""
         self._seconds_per_forecast = seconds_per_forecast
 
     def problem(self) -> str:
@@ -57,14 +59,14 @@ class FakeWorker:
 
 def _flat_outlook(window: Window) -> Outlook:
     close = window.last.close
-    bands = {channel: {"mean": [close], "q50": [close]} for channel in CHANNELS}
+    bands = {channel: {"mean": [close], "q50": [close]} for channel in PUBLISHED_CHANNELS}
     summary = Summary(0.0, 0.0, {"q50": 0.0}, None, None)
     ahead = window.series.timeframe.after(window.last.time)
     return Outlook([ahead], bands, summary, 0)
 
 
 def main(seconds_per_forecast: float) -> None:
-    """``kronos-stream run``, with a stand-in. pace: seconds that a forecast takes."""
+    """Run the daemon with this backend."""
     from kronos_stream.daemon import service
     from kronos_stream.daemon.config.environment import read_settings
     from kronos_stream.daemon.telemetry.logs import configure

@@ -6,7 +6,6 @@ imports torch: the event loop's process needs these words too.
 
 from __future__ import annotations
 
-import math
 import pickle
 import struct
 from dataclasses import dataclass
@@ -19,17 +18,6 @@ from kronos_stream.forecast.outlook import Outlook, PublishedPaths
 
 FRAME_LENGTH = struct.Struct("<Q")
 """What goes before each frame: how many bytes it has."""
-
-_CLOSE, _VOLUME, _AMOUNT = 3, 4, 5
-
-_SMALL_SPREAD = 1e-3
-"""Closes that deviate by less drown in the 1e-5 that the model adds to the deviation."""
-
-_ULP = 2.0**-24
-"""Half the distance of float32 neighbours, relatively: what a flat price may be said to move."""
-
-_MAX_TURNOVER = 2.0**56
-"""Scaled turnover stays below: the model's normalisation squares it and adds up, in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,32 +135,3 @@ def encode_frame(
 def decode_frame(body: bytes) -> Any:  # noqa: ANN401 - whoever reads knows what may come
     """What :func:`frame` put behind the length."""
     return pickle.loads(body)  # noqa: S301 - of our own other half
-
-
-def price_scale(values: NDArray[np.float32]) -> float:
-    """The power of two that lifts prices which hardly move above the model's constant; mostly 1.
-
-    values: (L, 5 | 6) as of a context. The deviation of the closes times the scale is between 1
-    and 2, except where the turnover would leave float32. Powers of two lose no bit.
-    """
-    closes = values[:, _CLOSE].astype(np.float64)
-    spread = max(float(closes.std()), abs(float(closes[-1])) * _ULP)
-    if not 0 < spread < _SMALL_SPREAD:
-        return 1.0
-    if values.shape[1] > _AMOUNT:
-        turnover = float(values[:, _AMOUNT].max())
-    else:
-        turnover = float((values[:, _VOLUME].astype(np.float64) * closes).max())
-    exponent = -math.floor(math.log2(spread))
-    if turnover > 0:
-        exponent = min(exponent, math.floor(math.log2(_MAX_TURNOVER / turnover)))
-    return 2.0 ** max(exponent, 0)
-
-
-def scale_prices(values: NDArray[np.float32], scale: float) -> NDArray[np.float32]:
-    """Prices and amounts of ``values`` (…, 5 | 6) times ``scale``; volumes as they are."""
-    if scale == 1:
-        return values
-    factors = np.full(values.shape[-1], scale, np.float32)
-    factors[_VOLUME] = 1
-    return values * factors

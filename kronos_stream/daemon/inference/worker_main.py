@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kronos_stream import __version__
+from kronos_stream.bars.scaling import price_scale, scale_prices
 from kronos_stream.daemon.inference.protocol import (
     FRAME_LENGTH,
     ForecastConfig,
@@ -36,8 +37,6 @@ from kronos_stream.daemon.inference.protocol import (
     ResultChunk,
     decode_frame,
     encode_frame,
-    price_scale,
-    scale_prices,
 )
 from kronos_stream.engine import Context, ContextError, Forecaster, SampledPaths
 from kronos_stream.engine.sampling import Sampling

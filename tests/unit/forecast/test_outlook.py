@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kronos_stream.forecast.outlook import CHANNELS, build_outlook, repair
+from kronos_stream.forecast.outlook import PUBLISHED_CHANNELS, build_outlook, repair
 from kronos_stream.forecast.quantiles import quantile_name, weibull_quantiles
 from kronos_stream.forecast.summary import summarise
 
@@ -51,8 +51,8 @@ def test_bands_are_the_repaired_paths_quantiles_in_float32() -> None:
     candles, repaired = repair(drawn)
     assert said.times == _TIMES
     assert said.repaired == repaired
-    assert list(said.channels) == list(CHANNELS)
-    for column, channel in enumerate(CHANNELS):
+    assert list(said.channels) == list(PUBLISHED_CHANNELS)
+    for column, channel in enumerate(PUBLISHED_CHANNELS):
         bands = said.channels[channel]
         assert list(bands) == ["mean", "q05", "q25", "q50", "q75", "q95"]
         mean = candles[..., column].mean(axis=0, dtype=np.float64)

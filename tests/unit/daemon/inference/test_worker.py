@@ -22,12 +22,11 @@ import pytest
 
 from kronos_stream import Context, Forecaster
 from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.scaling import price_scale, scale_prices
 from kronos_stream.daemon.inference.protocol import (
     ForecastConfig,
     InferenceFailure,
     InferenceResult,
-    price_scale,
-    scale_prices,
 )
 from kronos_stream.daemon.inference.supervisor import (
     WorkerError,

@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +68,6 @@ def find_program(name: str, package: str, *, more_folders: str = "") -> str:
     if not found:
         raise ProcessFailed(f"no {name} on PATH; Debian and Ubuntu have it in package {package}")
     return found
-
-
-def start_interruptible(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, **options: Any
-) -> subprocess.Popen[str]:
-    """Start a process that SIGINT ends, even where it is ignored here, as in a background job.
-
-    ``options`` are those of :class:`subprocess.Popen`. Call it from the main thread.
-    """
-    # A child inherits "ignore", but not a handler: exec resets it to the default.
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(command, env=env, text=True, **options)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def http_get(url: str) -> tuple[int, bytes]:

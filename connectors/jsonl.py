@@ -17,7 +17,8 @@ import orjson
 import structlog
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from kronos_stream.interfaces.diagnostics import Check, Finding, check_disk, run_in_thread
+from kronos_stream.interfaces.diagnostics import Check, Finding
+from kronos_stream.interfaces.probes import check_disk, run_in_thread
 from kronos_stream.interfaces.sink import (
     Record,
     RecordKind,

@@ -9,7 +9,8 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
 from kronos_connectors.binance.http_status import BLOCKED_STATUSES
 from kronos_connectors.binance.rest import RestClient
-from kronos_stream.interfaces.diagnostics import Finding, compare_clocks
+from kronos_stream.interfaces.diagnostics import Finding
+from kronos_stream.interfaces.probes import compare_clocks
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series

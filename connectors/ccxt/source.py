@@ -20,7 +20,8 @@ from kronos_connectors.ccxt.ohlcv import Paginator, RowError
 from kronos_connectors.ccxt.options import CcxtOptions
 from kronos_connectors.ccxt.pool import ClientPool
 from kronos_connectors.ccxt.runner import ClientRunner
-from kronos_stream.interfaces.diagnostics import Check, Finding, compare_clocks
+from kronos_stream.interfaces.diagnostics import Check, Finding
+from kronos_stream.interfaces.probes import compare_clocks
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits, VenueRefused
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock

@@ -21,7 +21,8 @@ from kronos_stream.daemon.status.server import explain_bind_error
 from kronos_stream.daemon.storage.database import APPLICATION_ID, lock_path
 from kronos_stream.daemon.storage.state import SCHEMA_VERSION
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.diagnostics import Finding, check_disk, run_in_thread
+from kronos_stream.interfaces.diagnostics import Finding
+from kronos_stream.interfaces.probes import check_disk, run_in_thread
 from kronos_stream.market.series import Series
 
 _MAGIC = b"SQLite format 3\0"

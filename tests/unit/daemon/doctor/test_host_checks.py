@@ -15,13 +15,8 @@ import pytest
 from kronos_stream.daemon.config.settings import HttpSettings
 from kronos_stream.daemon.doctor import host_checks
 from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
-from kronos_stream.interfaces.diagnostics import (
-    Check,
-    Finding,
-    check_disk,
-    compare_clocks,
-    run_checks,
-)
+from kronos_stream.interfaces.diagnostics import Check, Finding, run_checks
+from kronos_stream.interfaces.probes import check_disk, compare_clocks
 from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 

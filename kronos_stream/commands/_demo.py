@@ -1,4 +1,4 @@
-"""The demo: the whole daemon on a simulated exchange and an embedded broker, and what it shows."""
+"""Implementation of ``kronos-stream demo``: simulated exchange, daemon and embedded broker."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 import json
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,101 +30,95 @@ _HISTORY = 200
 _START_SECONDS, _END_SECONDS = 60.0, 5.0
 _FRAMES_PER_SECOND = 4
 _READER_SECONDS = 2.0
-"""Readers get so long after the last forecast: the broker forgets everything at its end."""
+"""Time for readers to fetch the last forecasts before the broker stops and its records are lost."""
 
 _TOPICS = ("kronos.forecasts.v1", "kronos.forecasts.latest.v1", "kronos.deadletter.v1")
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command was told."""
-
-    seconds: float | None
-    symbols: int
-    timeframe: str
-    candles: tuple[Path, ...]
-    seed: int
-    faults: str
-    as_json: bool
-
-
-def run(options: Options) -> None:
+def run(
+    *,
+    seconds: float | None,
+    symbols: int,
+    timeframe: str,
+    candles: tuple[Path, ...],
+    seed: int,
+    faults: str,
+    as_json: bool,
+) -> None:
     """Run the demo to its end and print the figures."""
     configure("console", "warning")
-    asyncio.run(_run(options))
+    markets = [part for path in candles for part in ("--candles", str(path))]
+    markets = markets or ["--symbols", str(symbols)]
+    exchange = ["--seed", str(seed), "--faults", faults, "--timeframe", timeframe, *markets]
+    console = Console(stderr=as_json, highlight=False)
+    stats = asyncio.run(_run(exchange, seconds, console))
+    if as_json:
+        click.echo(json.dumps(stats.to_dict()))
+    else:
+        console.print(stats.report())
 
 
-async def _run(options: Options) -> None:
-    console = Console(stderr=options.as_json, highlight=False)
+async def _run(exchange: Sequence[str], seconds: float | None, console: Console) -> DemoStats:
     console.print("Starting a simulated exchange, an embedded Kafka broker and the daemon …")
     with tempfile.TemporaryDirectory(prefix="kronos-demo-") as folder:
-        async with _exchange(options) as served:
+        async with _run_exchange(exchange) as facts:
             with EmbeddedBroker(_TOPICS) as broker:
-                settings = _settings(served, broker.bootstrap, Path(folder))
-                figures = await _forecast(options, settings, broker.bootstrap, console)
+                settings = _settings(facts, broker.bootstrap, Path(folder))
+                stats = await _forecast(settings, seconds, broker.bootstrap, console)
                 await asyncio.sleep(_READER_SECONDS)
-    if options.as_json:
-        click.echo(json.dumps(figures.to_dict()))
-    else:
-        console.print(figures.report())
+    return stats
 
 
 async def _forecast(
-    options: Options, settings: Settings, bootstrap: str, console: Console
+    settings: Settings, seconds: float | None, bootstrap: str, console: Console
 ) -> DemoStats:
     clock = SystemClock()
-    figures = DemoStats([series.name for series in settings.series()], clock)
-    sinks = [TimedSink(sink, figures) for sink in service.build_sinks(settings, clock)]
-    daemon = service.build_standalone(settings, sinks=sinks, on_results=figures.record_results)
-    console.print(f"Kafka listens at [bold]{bootstrap}[/bold]. Read the forecasts elsewhere with:")
+    stats = DemoStats([series.name for series in settings.series()], clock)
+    sinks = [TimedSink(sink, stats) for sink in service.build_sinks(settings, clock)]
+    daemon = service.build_standalone(settings, sinks=sinks, on_results=stats.record_results)
+    console.print(
+        f"Kafka listens at [bold]{bootstrap}[/bold]. To read the forecasts in another terminal:"
+    )
     console.print(f"  kcat -C -q -b {bootstrap} -t kronos.forecasts.v1", soft_wrap=True)
-    console.print(f"  {_tail_command(bootstrap)}", soft_wrap=True)
-    showing = asyncio.create_task(_show(figures, console))
-    ending = asyncio.create_task(_stop_after(figures, daemon, options.seconds))
+    console.print(f"  {sys.executable} -m kronos_stream tail {bootstrap}", soft_wrap=True)
+    tasks = (
+        asyncio.create_task(_show(stats, console)),
+        asyncio.create_task(_stop_after(stats, daemon, seconds)),
+    )
     try:
         await service.serve(daemon)
     finally:
-        for task in (showing, ending):
+        for task in tasks:
             task.cancel()
-        await asyncio.wait((showing, ending))
-    return figures
+        await asyncio.wait(tasks)
+    return stats
 
 
-def _tail_command(bootstrap: str) -> str:
-    """A command that reads with the client in this package."""
-    return f"{sys.executable} -m kronos_stream tail {bootstrap}"
-
-
-async def _show(figures: DemoStats, console: Console) -> None:
-    """A live table on a terminal; elsewhere a line now and then."""
+async def _show(stats: DemoStats, console: Console) -> None:
+    """Show a live table on a terminal; elsewhere print a line every few seconds."""
     if not console.is_terminal:
         while True:
             await asyncio.sleep(_END_SECONDS)
-            console.print(figures.summary_line())
+            console.print(stats.summary_line())
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while True:
-            live.update(figures.table(), refresh=True)
+            live.update(stats.table(), refresh=True)
             await asyncio.sleep(1 / _FRAMES_PER_SECOND)
 
 
-async def _stop_after(figures: DemoStats, daemon: StandaloneRole, seconds: float | None) -> None:
-    """Stop ``seconds`` after the first forecast."""
+async def _stop_after(stats: DemoStats, daemon: StandaloneRole, seconds: float | None) -> None:
+    """Stop the daemon ``seconds`` after the first forecast; None: never."""
     if seconds is not None:
-        await figures.first_delivered.wait()
+        await stats.first_delivered.wait()
         await asyncio.sleep(seconds)
         daemon.stop()
 
 
 @asynccontextmanager
-async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
-    """The simulated exchange in a process of its own: what it says of itself."""
+async def _run_exchange(arguments: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
+    """Run the simulated exchange in its own process; gives the JSON that it prints."""
     command = [sys.executable, "-P", "-m", "kronos_stream", "exchange", "--json", "--with-parent"]
-    command += ["--seed", str(options.seed), "--faults", options.faults]
-    command += ["--history", str(_HISTORY), "--timeframe", options.timeframe]
-    if options.candles:
-        command += [part for path in options.candles for part in ("--candles", str(path))]
-    else:
-        command += ["--symbols", str(options.symbols)]
+    command += ["--history", str(_HISTORY), *arguments]
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
@@ -134,7 +127,7 @@ async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
     try:
         async with asyncio.timeout(_START_SECONDS):
             line = await process.stdout.readline()
-        if not line:  # it has said why on stderr
+        if not line:  # it has printed the reason on stderr
             raise click.exceptions.Exit(await process.wait() or 1)
         yield json.loads(line)
     finally:
@@ -148,13 +141,13 @@ async def _exchange(options: Options) -> AsyncIterator[dict[str, Any]]:
             await process.wait()
 
 
-def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
+def _settings(exchange: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
     binance, kafka = plugins.options_type("binance"), plugins.options_type("kafka")
     assert binance is not None  # noqa: S101 - both are in this distribution
     assert kafka is not None  # noqa: S101
     return Settings(
-        symbols=tuple(WatchlistEntry("binance", symbol) for symbol in served["symbols"]),
-        timeframes=tuple(served["timeframes"]),
+        symbols=tuple(WatchlistEntry("binance", symbol) for symbol in exchange["symbols"]),
+        timeframes=tuple(exchange["timeframes"]),
         sinks=("kafka",),
         model="nano",
         lookback=_LOOKBACK,
@@ -164,10 +157,10 @@ def _settings(served: dict[str, Any], bootstrap: str, folder: Path) -> Settings:
         http=HttpSettings(port=0),
         options={
             "binance": binance(
-                ws_url=served["ws"],
-                rest_url=served["rest"],
-                futures_ws_url=f"{served['ws']}/market",
-                futures_rest_url=served["rest"],
+                ws_url=exchange["ws"],
+                rest_url=exchange["rest"],
+                futures_ws_url=f"{exchange['ws']}/market",
+                futures_rest_url=exchange["rest"],
             ),
             "kafka": kafka(bootstrap_servers=bootstrap),
         },

@@ -1,20 +1,20 @@
-"""The arguments of ``kronos-stream replay``; ``_replay``, imported late, does the work."""
+"""Arguments of ``kronos-stream replay``; ``_replay``, imported only when it runs, does the work."""
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from kronos_stream.market.utc import parse_time
 
-Speed = float | Literal["max"]
 
-
-def _parse_speed(_: click.Context, __: click.Parameter, text: str) -> Speed:
+def _parse_speed(_: click.Context, __: click.Parameter, text: str) -> float:
+    """Times as fast as the recording; inf for max."""
     if text == "max":
-        return "max"
+        return inf
     try:
         speed = float(text)
     except ValueError:
@@ -41,22 +41,23 @@ def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int 
     show_default=True,
     callback=_parse_speed,
     metavar="1|N|max",
-    help="1: as it happened. N: so many times as fast; what takes too long is skipped, as it would "
-    "be live. max: as fast as this machine can, and every bar is forecast.",
+    help="1: in real time. N: N times as fast; bars that take too long are skipped, as in live "
+    "operation. max: as fast as this machine can, without skipping any bar.",
 )
 @click.option(
     "--from",
     "start",
     callback=_parse_from,
     metavar="TIME",
-    help="Forecast the bars that close after TIME, such as 2024-06-18T11:15Z (no zone means UTC); "
-    "those before are history. Left out: once a series has as many bars as a context takes.",
+    help="Forecast the bars that close after TIME, such as 2024-06-18T11:15Z (UTC if no zone is "
+    "given); earlier bars are history. By default, start when a series has enough bars for a "
+    "context.",
 )
 @click.option(
     "--bars",
     type=click.IntRange(min=1),
     metavar="N",
-    help="End after N bars; those that close together count once.",
+    help="Stop after N bars; bars that close at the same time count once.",
 )
 @click.option(
     "--out",
@@ -67,31 +68,33 @@ def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int 
 @click.option(
     "--kafka",
     metavar="HOST:PORT,...",
-    help="Send the forecasts to Kafka by these brokers. Readers may take them for expired.",
+    help="Send the forecasts to the Kafka cluster with these brokers. Readers may ignore them as "
+    "expired.",
 )
 @click.option(
     "--state",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Keep the state: another replay goes on where this one ended. Left out, it is forgotten.",
+    help="Keep the state in FILE, so that a later replay continues where this one ended. By "
+    "default, it is discarded.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures at the end as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the final figures as JSON.")
 def replay(**options: Any) -> None:  # noqa: ANN401 - click has checked them
-    """Forecast recorded candles as if they were live: the whole daemon, on files.
+    """Forecast recorded candles as if they were live, with the complete daemon.
 
-    FILE is a candle file, as for the forecast command, or a capture of Binance's websocket frames
-    (a line 'wss://... <-> epoch', then 'epoch seconds: frame' lines; may be gzipped). All files
-    are played together, in the order of time. A candle file's name gives the symbol
-    (ETH_BTC-5m.csv is replay:ETH/BTC:5m); SERIES=FILE says it, [venue:]symbol[:timeframe]. What
-    a file lacks, the venue never had: such bars become synthetic, as they would live.
+    FILE is a candle file, as for the forecast command, or a capture of Binance websocket frames
+    (a line 'wss://... <-> epoch', then lines 'epoch seconds: frame'; may be gzipped). All files
+    are played together in chronological order. The name of a candle file gives the symbol
+    (ETH_BTC-5m.csv is replay:ETH/BTC:5m); SERIES=FILE sets it explicitly, as
+    [venue:]symbol[:timeframe]. Bars that a file lacks become synthetic, as in live operation.
 
-    Everything else is set as for the run command, by KRONOS_STREAM_* variables, but sinks are
-    those named here alone.
+    All other settings are KRONOS_STREAM_* variables, as for the run command, except that
+    forecasts go only to the sinks given here.
 
     \b
     kronos-stream replay ETH_BTC-5m.csv.gz --model nano --lookback 96 --out forecasts.jsonl
     kronos-stream replay binance:BTC/USDT:1m=btc.parquet --speed 60 --kafka localhost:9092
-    """  # noqa: D301 - click's mark for a paragraph to be left as it is
+    """  # noqa: D301 - \b is click's mark for a paragraph without re-wrapping
     from kronos_stream.commands import _replay
 
-    _replay.run(_replay.Options(**options))
+    _replay.run(**options)

@@ -1,4 +1,4 @@
-"""``python -m kronos_stream`` is ``kronos-stream``."""
+"""Entry point of ``python -m kronos_stream``."""
 
 from kronos_stream.cli import main
 

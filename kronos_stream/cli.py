@@ -1,7 +1,7 @@
 """The ``kronos-stream`` command.
 
-Sub-commands are imported when they run, so that ``--help`` answers at once; and errors meant for
-the user leave as a line each on stderr and exit code 2, never as a traceback.
+Commands are imported when they run, so that ``--help`` is fast. Expected errors end as one line
+each on stderr and exit code 1 or 2, never as a traceback.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from typing import NoReturn
 
 import click
 
+from kronos_stream.commands._text import printable
+
 _PROGRAM = "kronos-stream"
 
-# Name: (module, what it does). The line stands here so that the overview imports no command.
+# Modules of kronos_stream.commands, and their summaries: so --help need not import them.
 _COMMANDS = {
-    "demo": ("kronos_stream.commands.demo", "Show forecasts flowing, all on this machine."),
-    "run": ("kronos_stream.commands.run", "Forecast live candles; the daemon."),
-    "replay": ("kronos_stream.commands.replay", "Forecast recorded candles, bar by bar."),
-    "tail": ("kronos_stream.commands.tail", "Show forecasts from Kafka as a live table."),
-    "doctor": ("kronos_stream.commands.doctor", "Look over settings, venues, sinks, model, disk."),
-    "topics": ("kronos_stream.commands.topics", "Create or check the Kafka topics."),
-    "schema": ("kronos_stream.commands.schema", "Print the messages' JSON Schema or AsyncAPI."),
-    "exchange": ("kronos_stream.commands.exchange", "Run a simulated exchange, with faults."),
-    "forecast": ("kronos_stream.commands.forecast", "Forecast the candles in a file."),
-    "train": ("kronos_stream.commands.train", "Train or fine-tune a tokenizer and a predictor."),
-    "evaluate": ("kronos_stream.commands.evaluate", "Score a model against a random walk."),
-    "bench": ("kronos_stream.commands.bench", "Measure speed on this machine, against its limits."),
+    "demo": "Run a live demo with simulated markets, on this machine.",
+    "run": "Run the daemon: forecast live candles.",
+    "replay": "Forecast recorded candles as if they were live.",
+    "tail": "Show forecasts from Kafka in a live table.",
+    "doctor": "Check settings, venues, sinks, model and disk.",
+    "topics": "Create or check the Kafka topics.",
+    "schema": "Print the JSON Schema, AsyncAPI or OpenAPI documents.",
+    "exchange": "Run a simulated exchange, with faults on request.",
+    "forecast": "Forecast the candles in a file.",
+    "train": "Train or fine-tune a tokenizer and a predictor.",
+    "evaluate": "Score a model against a random walk.",
+    "bench": "Measure the speed of this machine.",
 }
 
-# By name, since importing them would import torch.
+# Errors that the user can correct; by name, because importing them would import torch.
 _USER_ERRORS = {
     "kronos_stream.daemon.inference.process.WorkerError",
     "kronos_stream.interfaces.plugins.ConnectorError",
@@ -49,7 +51,7 @@ _USER_ERRORS = {
     "kronos_stream.training.errors.TrainingError",
 }
 
-# Likewise, of what the machine did.
+# Errors of the machine, likewise.
 _MACHINE_ERRORS = {"kronos_stream.daemon.inference.supervisor.WorkerLost"}
 
 _FAILED = 1
@@ -59,7 +61,7 @@ _SIGNAL_EXIT_BASE = 128
 
 
 class _LazyGroup(click.Group):
-    """A group whose commands are attributes, of their own name, of modules not yet imported."""
+    """A group that imports a command from its module when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(_COMMANDS)
@@ -67,12 +69,13 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_COMMANDS[cmd_name][0]), cmd_name)
+        module = import_module(f"kronos_stream.commands.{cmd_name}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,12 +83,12 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Probabilistic forecasts of market candles with the Kronos model.
 
-    Each command explains itself: kronos-stream COMMAND --help.
+    For the options of a command: kronos-stream COMMAND --help.
     """
 
 
 class _Stopped(BaseException):
-    """SIGTERM or SIGHUP, as an exception so that unfinished files are removed."""
+    """SIGTERM or SIGHUP, raised as an exception so that unfinished files are removed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -95,11 +98,12 @@ class _Stopped(BaseException):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line (``sys.argv`` by default) and exit.
 
-    0: done. 1: the machine failed, such as a full disk. 2: the user can mend it. For both, one line
-    on stderr says what and how. 130: interrupted by Ctrl-C; 143 and 129: by SIGTERM and SIGHUP.
+    Exit codes: 0: success. 1: a failure of the machine, such as a full disk. 2: an error that the
+    user can correct. 130, 143, 129: ended by Ctrl-C, SIGTERM, SIGHUP. Errors are explained in one
+    line on stderr.
     """
     _catch_signals()
-    # A name that the terminal's encoding lacks is no reason to lose a forecast.
+    # A character that the terminal's encoding lacks must not make a command fail.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -123,36 +127,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _catch_signals() -> None:
+    """Raise _Stopped on SIGTERM and SIGHUP. SIGINT stays as Python and the shell have set it."""
     if threading.current_thread() is not threading.main_thread():
         return
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        # Ignored means on purpose, by nohup for one.
+        # A signal that is ignored is so on purpose, by nohup for example.
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _raise_stopped)
 
 
 def _raise_stopped(number: int, _: FrameType | None) -> NoReturn:
-    signal.signal(number, signal.SIG_DFL)  # a second one ends us at once
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
     raise _Stopped(number)
 
 
 def _discard_stdout() -> None:
-    """Point stdout nowhere: what it still holds would fail again when Python ends."""
+    """Redirect stdout to nowhere, or flushing its buffer at exit would fail again."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # a stand-in without a descriptor
+    except (OSError, ValueError):  # replaced by an object without a descriptor
         return
 
 
 def _exit_if_expected(error: Exception) -> None:
-    """Exit with a line on stderr for what is no fault of the program; else return."""
+    """Exit with a line on stderr if the error is expected; else return."""
     if isinstance(error, OSError):
         _discard_stdout()
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe has closed it
             sys.exit(_FAILED)
         _fail(f"{error.filename or 'writing'}: {error.strerror or error}", _FAILED)
-    # torch says it by a RuntimeError.
+    # torch raises RuntimeError when memory runs out.
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and "allocate" in str(error)
     ):
@@ -172,12 +177,9 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    # A name from outside may hold what a terminal would take for a command.
     from kronos_stream.daemon.telemetry.logs import redact
 
-    line = redact(" ".join(message.split()))
-    line = "".join(c if c.isprintable() else "?" for c in line)
-    print(f"{_PROGRAM}: error: {line}", file=sys.stderr)  # noqa: T201
+    print(f"{_PROGRAM}: error: {printable(redact(message))}", file=sys.stderr)  # noqa: T201
 
 
 def _is_any_of(error: Exception, names: Collection[str]) -> bool:

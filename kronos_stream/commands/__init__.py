@@ -1,1 +1,1 @@
-"""The sub-commands of ``kronos-stream``, one module each, imported when they run."""
+"""Commands of ``kronos-stream``, one module each, imported when they run."""

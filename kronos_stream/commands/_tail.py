@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import click
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
@@ -80,13 +80,14 @@ def run(
     kafka = _kafka_options(bootstrap, prefix, series)
     console = Console()
     lines = plain or as_json or not console.is_terminal
-    recent = "latest" if lines else datetime.now(UTC) - _INITIAL_LOOKBACK
+    start: Literal["latest", "earliest"] | datetime
+    start = "latest" if lines else datetime.now(UTC) - _INITIAL_LOOKBACK
     connection = kafka.client_arguments()
     stream = forecasts(
         connection.pop("bootstrap_servers"),
         series=series or None,
         topic_prefix=kafka.topic_prefix,
-        start="earliest" if from_start else recent,
+        start="earliest" if from_start else start,
         expired=from_start or not lines,
         request_timeout_ms=_REQUEST_TIMEOUT_MS,
         **connection,

@@ -1,8 +1,8 @@
-"""Text from outside, on a terminal."""
+"""Text from outside, made safe for a terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """One line; what a terminal would take for a command becomes a question mark."""
+    """``text`` on one line, with a question mark for each control character."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -28,7 +28,7 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
 from kronos_stream import Context, Forecaster
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.compose import Composer, Envelope
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling

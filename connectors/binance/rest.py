@@ -34,7 +34,6 @@ _LARGE_RESPONSE_SECONDS = 60.0
 """The list of symbols is megabytes; it may take so long as it keeps coming."""
 
 _NOTABLE_OFFSET_MS = 2_000
-_SHORTEST_MONTH_MS = 28 * 86_400_000
 _INVALID_INTERVAL = -1120
 
 
@@ -121,7 +120,7 @@ class RestClient:
     async def klines(self, series: Series, symbol: str, start: int, end: int) -> list[Candle]:
         """The closed bars with start <= open < end, ascending."""
         timeframe = series.timeframe
-        step = timeframe.milliseconds or timeframe.count * _SHORTEST_MONTH_MS
+        step = timeframe.min_milliseconds
         candles: list[Candle] = []
         while True:
             now = await self._venue_time()

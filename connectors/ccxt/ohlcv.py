@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.spacing import shortest_step
 from kronos_stream.market.timeframe import Timeframe
 
 _SKEW_MS = 2_000
@@ -89,7 +88,7 @@ class Paginator:
     def __init__(self, timeframe: Timeframe, start: int, end: int, max_rows: int) -> None:
         """Of the bars with start <= open < end, UTC ms; ``most`` rows at a time."""
         self._timeframe, self._since, self._end, self._max_rows = timeframe, start, end, max_rows
-        self._step = shortest_step(timeframe)
+        self._step = timeframe.min_milliseconds
         self._found: dict[int, Candle] = {}
 
     @property

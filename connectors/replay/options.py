@@ -31,14 +31,13 @@ def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Sourc
     from kronos_connectors.replay.recordings import FileSpec
     from kronos_connectors.replay.source import Recording, ReplaySource
     from kronos_stream.market.candle_files import CandleFileError
-    from kronos_stream.market.spacing import shortest_step
 
     tracks = [CandleFile.read(FileSpec.parse(text)) for text in options.files]
     start = Recording(tracks, []).start(options.history + 1)
     for track in tracks:
         if track.only_series.timeframe.milliseconds is None:
             raise CandleFileError(f"{track.path}: months cannot be moved; use kronos-stream replay")
-    step = max(shortest_step(track.only_series.timeframe) for track in tracks)
+    step = max(track.only_series.timeframe.min_milliseconds for track in tracks)
     moved = (clock.now() - start) // step * step
     recording = Recording([track.shifted(moved) for track in tracks], [])
     return ReplaySource(recording, clock, start + moved)

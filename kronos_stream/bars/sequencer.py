@@ -55,8 +55,6 @@ _MAX_PENDING = 256
 _MAX_PLACEHOLDERS = 1_000
 """Bars owed that are asked for at a time; bars made up at a time."""
 
-_MONTH_MS = 30 * 86_400_000
-
 
 class BarSequencer:
     """The ledger of one series, and what is done to keep it. All times are UTC ms."""
@@ -94,7 +92,7 @@ class BarSequencer:
         self._bar_log = BarLog(self._grid, self._corrections, self._missing)
         self._pending = self._bar_log.pending
         self._timing = PushTiming(round(grace_seconds * 1000), settle)
-        self._backfill = BackfillPolicy(self._grid.step or _MONTH_MS, random)
+        self._backfill = BackfillPolicy(timeframe.min_milliseconds, random)
         self._fills_empty, self._history_bars = fills_empty, history_bars
         self._last_gap = -1
         self._start_known = self._start_requested = complete and bool(bars)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kronos_stream.channels import CHANNELS, CLOSE
-from kronos_stream.market.spacing import common_step, infer_timeframe, shortest_step
+from kronos_stream.market.spacing import common_step, infer_timeframe
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.model.inputs import (
@@ -243,7 +243,7 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
     except ValueError as error:
         raise ContextError(f"{name}: {error}") from None
     # The most common step counts, since a change of the clock may shorten a day.
-    if common_step(times) < shortest_step(timeframe):
+    if common_step(times) < timeframe.min_milliseconds:
         raise ContextError(
             f"{name}: bars mostly open {common_step(times)} ms apart, closer than the timeframe "
             f"{timeframe}; times must be ms UTC"

@@ -61,7 +61,7 @@ async def compare_clocks(
     found = f"our clock is {offset / 1000:g} s {direction} the venue's (±{uncertainty} ms)"
     if offset - uncertainty < _WARN_OFFSET_MS:
         return Finding("ok", found)
-    bar_lengths = [one.timeframe.milliseconds or _MAX_OFFSET_MS for one in series]
+    bar_lengths = [one.timeframe.min_milliseconds for one in series]
     remedy = "set the clock by NTP: timedatectl set-ntp true, or chrony"
     if offset - uncertainty < min([_MAX_OFFSET_MS, *bar_lengths]):
         return Finding("warn", f"{found}, so reported latencies are wrong", remedy)

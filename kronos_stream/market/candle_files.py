@@ -16,12 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from kronos_stream.channels import CHANNELS
-from kronos_stream.market.spacing import (
-    common_step,
-    find_gaps,
-    infer_timeframe,
-    shortest_step,
-)
+from kronos_stream.market.spacing import common_step, find_gaps, infer_timeframe
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 
@@ -279,7 +274,7 @@ def _timeframe(path: Path, times: NDArray[np.int64], given: Timeframe | None) ->
         return given or _refuse(path, "only one bar, so no timeframe to be seen; give --timeframe")
     step = common_step(times)
     if given is not None:
-        if step < shortest_step(given):
+        if step < given.min_milliseconds:
             _refuse(path, f"its bars are mostly {step / 1000:g} s apart, closer than {given} bars")
         return given
     try:

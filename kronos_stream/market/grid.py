@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from kronos_stream.market.timeframe import Timeframe
-
-_HOUR_MS = 3_600_000
-_DAY_MS = 24 * _HOUR_MS
+from kronos_stream.market.timeframe import DAY_MS, HOUR_MS, Timeframe
 
 
 class Grid:
@@ -21,7 +18,7 @@ class Grid:
         self.timeframe = timeframe
         self.step = timeframe.milliseconds
         """ms, None for months."""
-        self._fixed = self.step is not None and self.step <= _HOUR_MS and _DAY_MS % self.step == 0
+        self._fixed = self.step is not None and self.step <= HOUR_MS and DAY_MS % self.step == 0
 
     def after(self, time: int) -> int:
         """The close of the bar that opens at ``time``: the next one's open."""
@@ -42,7 +39,7 @@ class Grid:
             return (time - anchor) % self.step == 0
         first, last = sorted((time, anchor))
         # A month is 28 to 31 days: the quotient is never below the number of months between.
-        bars = (last - first) // (28 * _DAY_MS * self.timeframe.count)
+        bars = (last - first) // self.timeframe.min_milliseconds
         while bars and self.timeframe.after(first, bars) > last:
             bars -= 1
         return self.timeframe.after(first, bars) == last

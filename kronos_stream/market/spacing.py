@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 
 from kronos_stream.market.timeframe import Timeframe
 
-_SHORTEST_MONTH_MS = 28 * 86_400_000
-
 
 def find_gaps(times: NDArray[np.int64], timeframe: Timeframe) -> list[tuple[int, int]]:
     """Holes in ``times`` (N,), UTC ms: (open time of the bar before, number of bars missing)."""
     gaps = []
-    for i in np.flatnonzero(np.diff(times) > shortest_step(timeframe)):
+    for i in np.flatnonzero(np.diff(times) > timeframe.min_milliseconds):
         before, after = int(times[i]), int(times[i + 1])
         missing = _bars_between(before, after, timeframe)
         if missing:
@@ -35,14 +33,9 @@ def infer_timeframe(times: NDArray[np.int64]) -> Timeframe:
     return _months(times, step) or Timeframe.from_step(step)
 
 
-def shortest_step(timeframe: Timeframe) -> int:
-    """The least distance in ms between the opens of two bars of ``timeframe``."""
-    return timeframe.milliseconds or timeframe.count * _SHORTEST_MONTH_MS
-
-
 def _months(times: NDArray[np.int64], step: int) -> Timeframe | None:
     """Calendar months, or several, if that is how most bars follow each other."""
-    if step < _SHORTEST_MONTH_MS:
+    if step < Timeframe(1, "M").min_milliseconds:
         return None
     months = np.diff(times.astype("datetime64[ms]").astype("datetime64[M]").astype(np.int64))
     timeframe = Timeframe(int(np.bincount(months).argmax()), "M")

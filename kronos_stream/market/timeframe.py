@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Self
 
-_UNIT_MS = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
+HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+
+_UNIT_MS = {"s": 1_000, "m": 60_000, "h": HOUR_MS, "d": DAY_MS, "w": 7 * DAY_MS}
 _EPOCH = date(1970, 1, 1)
 
 
@@ -46,6 +48,11 @@ class Timeframe:
         size = _UNIT_MS.get(self.unit)
         return None if size is None else self.count * size
 
+    @property
+    def min_milliseconds(self) -> int:
+        """Length of the shortest bar in ms: 28 days for a month."""
+        return self.milliseconds or self.count * 28 * DAY_MS
+
     def after(self, open_ms: int, bars: int = 1) -> int:
         """Open time, UTC ms, of the bar ``bars`` after the one that opens at ``open_ms``.
 
@@ -56,10 +63,10 @@ class Timeframe:
         step = self.milliseconds
         if step is not None:
             return open_ms + bars * step
-        days, time_of_day = divmod(open_ms, _UNIT_MS["d"])
+        days, time_of_day = divmod(open_ms, DAY_MS)
         opened = _EPOCH + timedelta(days)
         year, month = divmod(opened.year * 12 + opened.month - 1 + bars * self.count, 12)
         last = monthrange(year, month + 1)[1]
         at_end = opened.day == monthrange(opened.year, opened.month)[1]
         day = last if at_end else min(opened.day, last)
-        return (date(year, month + 1, day) - _EPOCH).days * _UNIT_MS["d"] + time_of_day
+        return (date(year, month + 1, day) - _EPOCH).days * DAY_MS + time_of_day

@@ -23,7 +23,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.daemon.requests import ForecastRequest, Outcome

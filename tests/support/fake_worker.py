@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.inference.protocol import InferenceResult, ModelIdentity
 from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.forecast.outlook import PUBLISHED_CHANNELS, Outlook

@@ -9,7 +9,7 @@ from typing import Literal
 
 import structlog
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
 from kronos_stream.daemon.inference.protocol import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.requests import ForecastResult

@@ -96,7 +96,7 @@ def check_throughput(seconds_per_series: float, series: Collection[Series]) -> F
     At worst all bars close together, and what is not forecast before the next close of the
     shortest timeframe is overtaken by it.
     """
-    counts = Counter(one.timeframe.milliseconds or 28 * 86_400_000 for one in series)
+    counts = Counter(one.timeframe.min_milliseconds for one in series)
     if not counts:
         return Finding("warn", "no series is known, so nobody knows whether the model keeps up")
     load = sum(seconds_per_series * count / (length / 1000) for length, count in counts.items())

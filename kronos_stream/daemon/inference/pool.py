@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.inference.protocol import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.inference.supervisor import BatchResult, WorkerError, WorkerSupervisor

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import structlog
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.inference.process import WorkerCrashed, WorkerError, WorkerProcess
 from kronos_stream.daemon.inference.protocol import (
     ForecastConfig,

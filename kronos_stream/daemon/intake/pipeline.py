@@ -18,7 +18,8 @@ import orjson
 import structlog
 from prometheus_client import Counter as PrometheusCounter
 
-from kronos_stream.bars.contexts import ContextStore, Window
+from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.window import Window
 from kronos_stream.bars.effects import (
     NEVER,
     Append,

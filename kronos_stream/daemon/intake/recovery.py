@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from kronos_stream.bars.contexts import Window, build_window
+from kronos_stream.bars.window import Window, build_window
 from kronos_stream.daemon.requests import ForecastRequest
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.market.candle import Bar

@@ -11,7 +11,8 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Literal
 
-from kronos_stream.bars.contexts import ContextStore, Window
+from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.partitions.partition_state import (
     LATE_BARS,
     PartitionState,

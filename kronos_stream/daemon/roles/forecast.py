@@ -13,7 +13,7 @@ from random import Random
 
 import structlog
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.delivery.publisher import (
     DeadLetterQueue,

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 import structlog
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.inference.protocol import InferenceFailure, InferenceResult
 from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.daemon.requests import ForecastRequest, ForecastResult

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError, VenueRefused
-from kronos_stream.market import Series
+from kronos_stream.market.series import Series
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual_time import run_virtual
 

@@ -7,7 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from kronos_stream.bars.contexts import ContextStore, build_window
+from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.window import build_window
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from kronos_stream.model.inputs import fill_missing_channels, normalise
@@ -161,5 +162,5 @@ def test_a_thousand_series_stay_small() -> None:
     contexts = ContextStore(552)
     contexts.load(SERIES, random_bars(600))
     (buffer,) = contexts._buffers.values()
-    columns = (buffer._values, buffer._times, buffer._revisions, buffer._marks)
+    columns = (buffer._values, buffer._times, buffer._revisions, buffer._kinds)
     assert sum(column.nbytes for column in columns) < 45_000

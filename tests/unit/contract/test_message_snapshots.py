@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import pytest
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.partitions import commit_metadata
 from kronos_stream.forecast.compose import Composer, candle, dead_letter, forecast_id, removal
 from kronos_stream.forecast.message import DeadLetter, Engine, Forecast, Latency, Model, Sampling

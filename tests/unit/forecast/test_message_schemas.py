@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from kronos_connectors.kafka import topics
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.cli import main
 from kronos_stream.forecast import contract
 from kronos_stream.forecast.compose import Composer, dead_letter

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kronos_stream.market import Timeframe
 from kronos_stream.market.candle_files import CandleFileError, read_candles
 from kronos_stream.market.spacing import find_gaps, infer_timeframe
+from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
 
 _START = 1_718_709_300_000  # 2024-06-18T11:15:00Z

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronos_stream.market import Timeframe
+from kronos_stream.market.timeframe import Timeframe
 
 DAY_MS = 86_400_000
 

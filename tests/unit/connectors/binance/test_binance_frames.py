@@ -24,7 +24,8 @@ from kronos_connectors.binance.frames import (
     decode,
     read_candle,
 )
-from kronos_stream.market import Candle, Series
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.series import Series
 from tests.support.paths import DATA
 
 BTC = Series.parse("binance:BTC/USDT:1m")

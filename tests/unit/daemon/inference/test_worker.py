@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.bars.scaling import price_scale, scale_prices
 from kronos_stream.daemon.inference.protocol import (
     ForecastConfig,
@@ -37,7 +37,8 @@ from kronos_stream.daemon.inference.supervisor import (
 from kronos_stream.daemon.inference.worker_main import ModelHost
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import Outlook, build_outlook
-from kronos_stream.market import Candle, Series
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.series import Series
 
 PLAN = ForecastConfig(
     "nano", device="cpu", dtype="float32", lookback=96, horizon=8, paths=20, seed=3
@@ -285,8 +286,9 @@ import numpy as np
 from kronos_stream.daemon.inference.protocol import ForecastConfig
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
-from kronos_stream.market import Candle, Series
-from kronos_stream.bars.contexts import Window
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.series import Series
+from kronos_stream.bars.window import Window
 
 async def main():
     plan = ForecastConfig("nano", device="cpu", lookback=96, horizon=8)

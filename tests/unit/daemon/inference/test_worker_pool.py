@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings, SettingsError
 from kronos_stream.daemon.inference.pool import WorkerPool, create_backend
 from kronos_stream.daemon.inference.protocol import ModelIdentity

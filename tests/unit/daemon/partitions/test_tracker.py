@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.partitions.partition_state import LATE_BARS
 from kronos_stream.daemon.partitions.tracker import PartitionTracker
 from kronos_stream.daemon.requests import ForecastRequest

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.daemon.inference.protocol import InferenceFailure, InferenceResult
 from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.daemon.requests import ForecastRequest
@@ -20,7 +20,8 @@ from kronos_stream.daemon.scheduling.scheduler import CatchUp, ForecastResult, S
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
-from kronos_stream.market import Candle, Series
+from kronos_stream.market.candle import Candle
+from kronos_stream.market.series import Series
 from kronos_stream.market.clock import Clock, LoopClock, ManualClock
 from kronos_stream.testing.virtual_time import run_virtual
 

@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
 
-from kronos_stream.bars.contexts import Window
+from kronos_stream.bars.window import Window
 from kronos_stream.bars.sequencer import BarSequencer
 from kronos_stream.cli import main
 from kronos_stream.daemon.delivery.outbox import Envelope

@@ -17,7 +17,8 @@ import pytest
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.database import Database
 from kronos_stream.daemon.storage.state import Backlog, NewRecord, State, StateError
-from kronos_stream.market import Bar, Candle, Series
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.series import Series
 
 A, B = Series.parse("v:A/X:1m"), Series.parse("v:B/X:1m")
 
@@ -178,7 +179,8 @@ import asyncio, sys
 from pathlib import Path
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.state import NewRecord, State, StateError
-from kronos_stream.market import Bar, Candle, Series
+from kronos_stream.market.candle import Bar, Candle
+from kronos_stream.market.series import Series
 
 async def main():
     state = await State.open(Path(sys.argv[1]))

@@ -1,7 +1,7 @@
-"""What the tests share: the reference's fixtures, the checkpoint they are about, random candles.
+"""Shared fixtures, the marker ``virtual_time``, and the summary of skipped tests.
 
-The fixtures in ``data/parity`` were made with the reference implementation
-(github.com/shiyu-coder/Kronos, MIT): inputs and its answers.
+The files in ``data/parity`` were made with the reference implementation
+(github.com/shiyu-coder/Kronos, MIT): inputs and its outputs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -30,31 +31,67 @@ from kronos_connectors.kafka.topics import required_topics
 from kronos_stream import Context, Forecaster
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.forecast.compose import Composer, Envelope
+from kronos_stream.forecast.compose import Composer
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import build_outlook
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.model import Predictor, Tokenizer, load_predictor, load_tokenizer
+from kronos_stream.testing.virtual_time import VirtualLoop
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
-from tests.support.mosquitto import Mosquitto, MosquittoFailed
-from tests.support.mosquitto import find_program as mosquitto_program
+from tests.support.exchange_process import ExchangeProcess
+from tests.support.mosquitto import Mosquitto, mosquitto_program
 from tests.support.paths import DATA, ROOT
-from tests.support.processes import ExchangeProcess
-from tests.support.prometheus import Prometheus, PrometheusFailed
-from tests.support.prometheus import find_program as prometheus_program
+from tests.support.processes import ProcessFailed, restore_default_signals
+from tests.support.prometheus import Prometheus, prometheus_program
+
+
+def pytest_configure() -> None:
+    restore_default_signals()
+
+
+def pytest_asyncio_loop_factories(
+    item: pytest.Item,
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run tests with the marker ``virtual_time`` on a loop that skips waiting times."""
+    if item.get_closest_marker("virtual_time"):
+        return {"virtual": VirtualLoop}
+    return {"real": asyncio.new_event_loop}
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Report the tests that did not run: a line per reason."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    expressions = [f"-{name} {config.getoption(dest)!r}" for name, dest in _SELECTIONS]
+    chosen = [text for text in expressions if not text.endswith("''")]
+    if reasons or chosen:
+        terminalreporter.section("left out")
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.line(f"{count:5} {reason}")
+    if chosen:
+        terminalreporter.line(f"      and tests that do not match {' '.join(chosen)}")
+
+
+_SELECTIONS = (("m", "markexpr"), ("k", "keyword"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _single_thread() -> None:
-    """Tiny networks gain nothing by threads, and on a busy machine these wait for each other."""
+    """Threads do not speed up tiny networks, and slow them down on a busy machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def parity_folder() -> Path:
-    """The folder of the reference's fixtures: ``tiny`` and ``published``."""
+    """Folder of the reference's files: ``tiny`` and ``published``."""
     return DATA / "parity"
 
 
@@ -79,19 +116,19 @@ def parity_expected(parity_folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(parity_folder: Path) -> Tokenizer:
-    """The tiny tokenizer as loaded; shared, so a test that changes it loads its own."""
+    """The tiny tokenizer; shared, so a test that changes it must load its own."""
     return load_tokenizer(parity_folder / "tiny" / "tokenizer")
 
 
 @pytest.fixture(scope="session")
 def tiny_predictor(parity_folder: Path) -> Predictor:
-    """The tiny predictor as loaded; shared, so a test that changes it loads its own."""
+    """The tiny predictor; shared, so a test that changes it must load its own."""
     return load_predictor(parity_folder / "tiny" / "predictor")
 
 
 @pytest.fixture(scope="session")
 def tiny_forecaster(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
-    """The tiny checkpoint on the CPU in float32, with the 128 bars it was made for."""
+    """The tiny checkpoint on the CPU in float32, with the 128 bars that it was trained with."""
     return Forecaster(
         tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
     )
@@ -99,10 +136,10 @@ def tiny_forecaster(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> For
 
 @pytest.fixture(scope="session")
 def make_contexts() -> Callable[..., list[Context]]:
-    """Makes contexts of five-minute bars, one per length: ``walks([90, 33], seed=1)``.
+    """Make contexts of five-minute bars, one per length: ``make_contexts([90, 33], seed=1)``.
 
-    Prices and volumes are random walks; ``seed`` and the position in the call fix a context, and
-    name its series unless ``named=False``.
+    Prices and volumes are random walks. A context depends only on ``seed`` and its position in the
+    call; its series is named after both unless ``named=False``.
     """
 
     def make(lengths: Sequence[int], *, seed: int = 0, named: bool = True) -> list[Context]:
@@ -125,8 +162,15 @@ def _random_walk(length: int, random: np.random.Generator, series: str | None) -
     return Context(values, times, series=series, timeframe="5m")
 
 
-# Apache Kafka. Where it cannot run, the tests that ask for it are skipped, and say so; with
-# KRONOS_REQUIRE_KAFKA=1, as in CI, they fail instead.
+# Apache Kafka, Mosquitto, Prometheus. Where one is not installed, its tests are skipped, or fail
+# with KRONOS_REQUIRE_KAFKA=1, KRONOS_REQUIRE_MOSQUITTO=1, KRONOS_REQUIRE_PROMETHEUS=1, as in CI.
+
+
+def _skip(name: str, reason: object) -> NoReturn:
+    if os.environ.get(f"KRONOS_REQUIRE_{name.upper()}") == "1":
+        pytest.fail(f"no {name}: {reason}")
+    pytest.skip(f"not tested with {name}: {reason}")
+
 
 _POM = ROOT / "tests" / "support" / "kafka" / "pom.xml"
 _BUILD = ROOT / "build" / "kafka"
@@ -134,15 +178,15 @@ _BUILD = ROOT / "build" / "kafka"
 
 @pytest.fixture(scope="session")
 def kafka_jars() -> Path:
-    """Apache Kafka's jars: those of KAFKA_HOME, or Maven's, fetched once."""
+    """Folder of Kafka's jars: that of KAFKA_HOME, or one that Maven fetched."""
     if shutil.which("java") is None:
-        _skip_without_kafka("no java on PATH")
+        _skip("Kafka", "no java on PATH")
     if home := os.environ.get("KAFKA_HOME"):
         return Path(home) / "libs"
     libs = _BUILD / "libs"
     _BUILD.mkdir(parents=True, exist_ok=True)
     with (_BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test runs may fetch them, too
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another test run may fetch them, too
         complete = _BUILD / "complete"
         if not complete.exists() or complete.stat().st_mtime < _POM.stat().st_mtime:
             shutil.rmtree(libs, ignore_errors=True)
@@ -153,28 +197,22 @@ def kafka_jars() -> Path:
 
 @pytest.fixture(scope="session")
 def kafka(kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheKafka]:
-    """One node of Apache Kafka, shared: nobody stops it, and each test has its own topics."""
+    """One node of Apache Kafka, shared: no test may stop it; each has its own topics."""
     with ApacheKafka(kafka_jars, tmp_path_factory.mktemp("kafka")) as broker:
         yield broker
 
 
 @pytest.fixture
 def topic_prefix(tmp_path: Path) -> str:
-    """A prefix for the topics of one test; no other's folder has its name."""
+    """Prefix for the topics of one test: the name of its own folder."""
     return tmp_path.name
 
 
 @pytest.fixture
-def load_factor() -> float:
-    """How many times as long as on a quiet machine things may take: what runs, per core."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
-@pytest.fixture
 def make_daemon(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProcess]:
-    """Makes a daemon, not yet started: ``daemon_of(exchange, bootstrap, CATCH_UP="all")``.
+    """Make a daemon, not yet started: ``make_daemon(exchange, bootstrap, CATCH_UP="all")``.
 
-    It forecasts every market of the exchange with nano, into topics that are made here.
+    It forecasts every market of the exchange with nano, into topics that are created here.
     """
 
     def make(exchange: ExchangeProcess, bootstrap: str, **settings: str) -> DaemonProcess:
@@ -201,71 +239,53 @@ def make_daemon(tmp_path: Path, topic_prefix: str) -> Callable[..., DaemonProces
 def _fetch_jars(libs: Path) -> None:
     command = ["mvn", "-q", "-B", "-f", str(_POM), "dependency:copy-dependencies"]
     if shutil.which("mvn") is None:
-        _skip_without_kafka("no mvn on PATH, and KAFKA_HOME not set")
+        _skip("Kafka", "no mvn on PATH, and KAFKA_HOME not set")
     try:
         subprocess.run(  # noqa: S603
-            [*command, f"-DoutputDirectory={libs}"], check=True, capture_output=True, timeout=240
+            [*command, f"-DoutputDirectory={libs}"], check=True, capture_output=True, timeout=600
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = (error.stdout or b"").decode(errors="replace").strip().splitlines()
-        _skip_without_kafka(f"Maven did not fetch it ({said[0] if said else error})")
-
-
-def _skip_without_kafka(reason: str) -> None:
-    if os.environ.get("KRONOS_REQUIRE_KAFKA") == "1":
-        pytest.fail(f"no Apache Kafka: {reason}")
-    pytest.skip(f"not tested with Apache Kafka: {reason}")
-
-
-# Mosquitto. Where it is not installed, the tests that ask for it are skipped, and say so; with
-# KRONOS_REQUIRE_MOSQUITTO=1, as in CI, they fail instead.
+        output = (error.stdout or b"").decode(errors="replace").strip().splitlines()
+        _skip("Kafka", f"Maven did not fetch it ({output[0] if output else error})")
 
 
 @pytest.fixture
 def make_mosquitto(tmp_path: Path) -> Callable[..., Mosquitto]:
-    """Makes a broker, not yet started: ``mosquitto_of(users={"me": "secret"})``."""
+    """Make a broker, not yet started: ``make_mosquitto(users={"me": "secret"})``."""
     try:
-        mosquitto_program()
-    except MosquittoFailed as error:
-        if os.environ.get("KRONOS_REQUIRE_MOSQUITTO") == "1":
-            pytest.fail(f"no Mosquitto: {error}")
-        pytest.skip(f"not tested with Mosquitto: {error}")
+        mosquitto_program("mosquitto")
+    except ProcessFailed as error:
+        _skip("Mosquitto", error)
     return partial(Mosquitto, tmp_path / "mosquitto")
-
-
-# Prometheus. Where it is not installed, the tests that ask for it are skipped, and say so; with
-# KRONOS_REQUIRE_PROMETHEUS=1, as in CI, they fail instead.
 
 
 @pytest.fixture
 def make_prometheus(tmp_path: Path) -> Callable[[str], Prometheus]:
-    """Makes one with a configuration, not yet started; its folder is ``prometheus``."""
-    _require_prometheus("prometheus")
+    """Make a server with a configuration, not yet started; its folder is ``prometheus``."""
+    _prometheus_program("prometheus")
     return partial(Prometheus, tmp_path / "prometheus")
 
 
 @pytest.fixture
 def promtool() -> str:
-    """The program that checks what Prometheus is given."""
-    return _require_prometheus("promtool")
+    """Path of the program that checks Prometheus's files."""
+    return _prometheus_program("promtool")
 
 
-def _require_prometheus(name: str) -> str:
+def _prometheus_program(name: str) -> str:
     try:
         return prometheus_program(name)
-    except PrometheusFailed as error:
-        if os.environ.get("KRONOS_REQUIRE_PROMETHEUS") == "1":
-            pytest.fail(f"no Prometheus: {error}")
-        pytest.skip(f"not tested with Prometheus: {error}")
+    except ProcessFailed as error:
+        _skip("Prometheus", error)
 
 
 @pytest.fixture(scope="session")
 def metric_labels() -> dict[str, frozenset[str]]:
-    """What a daemon tells Prometheus: names of samples and of histograms → labels."""
+    """Names of the daemon's metrics, of samples and histograms, and their labels."""
     metrics = Metrics()
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase) and metric._labelnames:
-            metric.labels(*metric._labelnames)  # without any, it has no samples
+            metric.labels(*metric._labelnames)  # creates a sample
     families = list(metrics.registry.collect())
     samples = [sample for family in families for sample in family.samples]
     found = {sample.name: frozenset(sample.labels) for sample in samples}
@@ -273,14 +293,11 @@ def metric_labels() -> dict[str, frozenset[str]]:
     return found | {name: found[f"{name}_count"] for name in histograms}
 
 
-# What bots read, without a daemon that says it.
-
-
 @pytest.fixture(scope="session")
 def make_forecast() -> Callable[..., Envelope]:
-    """Makes a forecast of the newest closed bar: ``forecast_of("binance:BTC/USDT:5m")``.
+    """Make a forecast of the newest closed bar: ``make_forecast("binance:BTC/USDT:5m")``.
 
-    p_up: in twentieths. ago: bars by which it is out of date. reasons: why it is degraded.
+    p_up: a multiple of 0.05. ago: bars by which it is outdated. reasons: why it is degraded.
     """
 
     def make(

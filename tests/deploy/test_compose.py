@@ -25,7 +25,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
 from tests.support.paths import ROOT
-from tests.support.processes import http_get, wait_for
+from tests.support.processes import WAIT_SECONDS, http_get, wait_for
 from tests.support.prometheus import Prometheus
 
 FOLDER = ROOT / "deploy/compose"
@@ -193,7 +193,7 @@ def _kafka(folder: Path, jars: Path, change: Change) -> list[str]:
     identity = "a3Jvbm9zLXN0cmVhbS0wMQ"
     subprocess.run(
         [*java, "kafka.tools.StorageTool", "format", "-t", identity, "-c", str(file)],
-        check=True, capture_output=True, timeout=60,
+        check=True, capture_output=True, timeout=WAIT_SECONDS,
     )  # fmt: skip
     return [*java, "kafka.Kafka", str(file)]
 
@@ -210,22 +210,20 @@ def test_services_work_together(
     make_prometheus: Callable[[str], Prometheus],
     change: Change,
     tmp_path: Path,
-    load_factor: float,
 ) -> None:
-    seconds = 60.0 * load_factor
     with ExitStack() as stack:
         exchange = stack.enter_context(running("exchange", tmp_path, change))
         kafka = _kafka(tmp_path, kafka_jars, change)
         stack.enter_context(running("kafka", tmp_path, change, *kafka))
-        wait_for("the exchange is healthy", lambda: _healthy("exchange", change), seconds)
+        wait_for("the exchange is healthy", lambda: _healthy("exchange", change))
         assert exchange.poll() is None
         outside = SERVICES["kafka"]["ports"][0].rpartition(":")[0]
         admin = AdminClient({"bootstrap.servers": change(outside), "log_level": 0})
-        wait_for("Kafka is there", lambda: _brokers(admin) == 1, seconds)
+        wait_for("Kafka is there", lambda: _brokers(admin) == 1)
 
         with running("topics", tmp_path, change) as topics:
-            assert topics.wait(seconds) == 0, (tmp_path / "topics.log").read_text("utf-8")
-        assert "kronos.forecasts.v1" in admin.list_topics(timeout=10).topics
+            assert topics.wait(WAIT_SECONDS) == 0, (tmp_path / "topics.log").read_text("utf-8")
+        assert "kronos.forecasts.v1" in admin.list_topics(timeout=WAIT_SECONDS).topics
 
         page = change("http://daemon:8080")
         more = {
@@ -233,7 +231,7 @@ def test_services_work_together(
             f"{PREFIX}STATE_FILE": str(tmp_path / "state.sqlite"),
         }
         daemon = stack.enter_context(running("daemon", tmp_path, change, **more))
-        wait_for("the daemon is ready", lambda: http_get(f"{page}/readyz")[0] == 200, seconds)
+        wait_for("the daemon is ready", lambda: http_get(f"{page}/readyz")[0] == 200)
 
         text = change((FOLDER / "prometheus.yaml").read_text("utf-8"))
         rules = (ROOT / "deploy/prometheus/rules.yaml").read_text("utf-8")
@@ -244,14 +242,12 @@ def test_services_work_together(
             wait_for(
                 "Prometheus has heard of forecasts",
                 lambda: any(value > 0 for _, value in prometheus.query(asked)),
-                seconds,
             )
             found = prometheus.api_get("rules")["groups"]
             assert len(found) == len(yaml.safe_load(rules)["groups"])
 
         daemon.send_signal(signal.SIGTERM)
-        grace = float(SERVICES["daemon"]["stop_grace_period"].removesuffix("s"))
-        assert daemon.wait(grace * load_factor) == 0
+        assert daemon.wait(WAIT_SECONDS) == 0
 
 
 def _brokers(admin: AdminClient) -> int:

@@ -265,17 +265,17 @@ def _daemon(exchange: Container, volume: str) -> Container:
 def test_the_daemon_is_a_good_number_one(exchange: Container, volume: str) -> None:
     daemon = _daemon(exchange, volume)
     try:
-        wait_for("it answers", daemon.healthy, 60.0)
-        wait_for("it is ready", lambda: daemon.page("readyz") == 200, 90.0)
+        wait_for("it answers", daemon.healthy)
+        wait_for("it is ready", lambda: daemon.page("readyz") == 200)
         first = daemon.processes()["1"]
         assert "kronos-stream run" in first["command"]
         killed = daemon.worker()
         assert killed is not None
         daemon.python(f"import os; os.kill({killed}, 9)")
-        wait_for("another worker", lambda: daemon.worker() not in {None, killed}, 60.0)
-        wait_for("no process is left unburied", lambda: not _dead(daemon), 10.0)
+        wait_for("another worker", lambda: daemon.worker() not in {None, killed})
+        wait_for("no process is left unburied", lambda: not _dead(daemon))
         before = _lines(daemon)
-        wait_for("it goes on", lambda: _lines(daemon) > before, 60.0)
+        wait_for("it goes on", lambda: _lines(daemon) > before)
         _engine("stop", "--time=30", daemon.name)
         state = json.loads(_engine("inspect", daemon.name))[0]["State"]
         assert state["ExitCode"] == 0, _engine("logs", daemon.name)
@@ -283,7 +283,7 @@ def test_the_daemon_is_a_good_number_one(exchange: Container, volume: str) -> No
         daemon.remove()
     again = _daemon(exchange, volume)
     try:
-        wait_for("it is ready again", lambda: again.page("readyz") == 200, 90.0)
+        wait_for("it is ready again", lambda: again.page("readyz") == 200)
         assert _lines(again) >= before
         written = json.loads(again.python("import json, os; print(json.dumps(os.listdir()))"))
         assert [n for n in written if not n.startswith(("forecasts.jsonl", "state.sqlite"))] == []

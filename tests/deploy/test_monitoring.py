@@ -22,8 +22,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
 from tests.support.paths import ROOT
-from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.processes import wait_for
 from tests.support.prometheus import Prometheus
 
 RULES = ROOT / "deploy" / "prometheus" / "rules.yaml"
@@ -364,7 +365,7 @@ def test_prometheus_watches_a_daemon(
     assert daemon.is_ready()  # finds its port
     with make_prometheus(_scraping(daemon, tmp_path / "prometheus", token)) as prometheus:
         targets = 2 if token else 1  # one to whom the token was not told
-        wait_for("all are scraped", lambda: len(prometheus.query("up")) == targets, 20.0)
+        wait_for("all are scraped", lambda: len(prometheus.query("up")) == targets)
         target, *stranger = _targets(prometheus)
         assert target["health"] == "up", target["lastError"]
         assert [one["health"] for one in stranger] == ["down"] * (targets - 1)
@@ -389,7 +390,7 @@ def test_prometheus_watches_a_daemon(
 
         daemon.kill()
         pending = 'ALERTS{alertname="KronosDown", alertstate="pending", job="kronos-stream"}'
-        wait_for("it is missed", lambda: prometheus.query(pending), 20.0)
+        wait_for("it is missed", lambda: prometheus.query(pending))
 
 
 def _targets(prometheus: Prometheus) -> list[Json]:
@@ -428,7 +429,7 @@ def _rules_are_evaluated(prometheus: Prometheus) -> None:
         groups = prometheus.api_get("rules")["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
-    wait_for("rules are evaluated", lambda: all(r["evaluationTime"] for r in evaluated()), 20.0)
+    wait_for("rules are evaluated", lambda: all(r["evaluationTime"] for r in evaluated()))
     assert len(evaluated()) == len(_rules())
     for rule in evaluated():
         assert (rule["health"], rule.get("lastError", "")) == ("ok", ""), rule["name"]

@@ -1,7 +1,6 @@
-"""The daemon as a process, to be watched, stopped and killed.
+"""The daemon as a process that tests observe, stop and kill.
 
-For tests of whole systems: of this package, and of programs that read its forecasts. Linux only,
-for it looks into ``/proc``. All calls block; from a coroutine use a thread.
+Linux only, because it reads ``/proc``. All calls block; from a coroutine use a thread.
 """
 
 from __future__ import annotations
@@ -23,22 +22,37 @@ from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.market.series import Series
 from tests.support.managed_process import Closeable, ManagedProcess
-from tests.support.processes import COMMAND, ProcessFailed, http_get, wait_for
+from tests.support.processes import (
+    COMMAND,
+    WAIT_SECONDS,
+    ProcessFailed,
+    http_get,
+    resident_mib,
+    wait_for,
+)
 
 _PREFIX = "KRONOS_STREAM_"
 _PROCESS_TAG = "KRONOS_TESTING_MARK"
-_START_TIMEOUT = 90.0
-
 
 MetricSamples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-"""What a daemon measures: name and labels → number."""
+"""Values of metrics by name and labels."""
+
+
+def p99(histogram: str, before: MetricSamples, after: MetricSamples) -> float:
+    """99th percentile of a histogram's observations between two samples: a bucket's upper bound."""
+    counts = {
+        float(dict(labels)["le"]): value - before.get((name, labels), 0.0)
+        for (name, labels), value in after.items()
+        if name == f"{histogram}_bucket"
+    }
+    return min(bound for bound, count in counts.items() if count >= 0.99 * max(counts.values()))
 
 
 class DaemonProcess(Closeable):
-    """``kronos-stream run``: started as often as one likes, killed at the end of a ``with`` block.
+    """``kronos-stream run``, which may be started repeatedly; a ``with`` block kills it at its end.
 
-    What it logs is in ``folder``, a file per start, and its state, if ``settings`` do not say
-    otherwise. It listens for :meth:`checks` and :meth:`metrics` on a port of its own.
+    ``folder`` holds its logs, a file per start, and its state file unless ``settings`` name
+    another. Its status pages have a port of their own.
     """
 
     def __init__(
@@ -47,7 +61,7 @@ class DaemonProcess(Closeable):
         settings: Mapping[str, str],
         command: Sequence[str] = (*COMMAND, "run"),
     ) -> None:
-        """settings: variables without ``KRONOS_STREAM_``; none is inherited."""
+        """settings: variables without ``KRONOS_STREAM_``; it inherits no others."""
         self._command = command
         self.state_file = folder / "state.sqlite"
         given = {
@@ -72,7 +86,7 @@ class DaemonProcess(Closeable):
 
     @property
     def log_file(self) -> Path:
-        """Of the latest start."""
+        """Log of the latest start."""
         return self._folder / f"daemon-{self._start_count}.log"
 
     def start(self) -> None:
@@ -83,23 +97,23 @@ class DaemonProcess(Closeable):
             self._command, self.log_file, environ=self._environ, folder=self._folder
         )
 
-    def wait_until_ready(self, seconds: float = _START_TIMEOUT) -> None:
-        """Until it follows its venues and delivers. Raises ProcessFailed."""
-        wait_for(f"the daemon is ready ({self.log_file})", self.is_ready, seconds)
+    def wait_until_ready(self) -> None:
+        """Wait until it receives bars and delivers forecasts. Raises ProcessFailed."""
+        wait_for(f"the daemon is ready ({self.log_file})", self.is_ready)
 
     def is_ready(self) -> bool:
-        """Whether /readyz says so. Raises ProcessFailed where the daemon has ended."""
+        """Return whether it is ready, by /readyz. Raises ProcessFailed if it has ended."""
         if self._process is None or not self._process.alive:
             raise ProcessFailed(f"the daemon has ended; see {self.log_file}")
         return self.readiness()[0] == 200
 
     def readiness(self) -> tuple[int, dict[str, str]]:
-        """What /readyz answers: status, and what it hangs on → "ok" or why not; 0 if nothing."""
+        """Status of /readyz, 0 if it is not served, and results of checks: "ok" or an error."""
         status, body = self._get("readyz")
         return status, orjson.loads(body)["checks"] if body else {}
 
     def metrics(self) -> MetricSamples:
-        """What /metrics says; empty if it does not answer."""
+        """Samples of /metrics; empty if it is not served."""
         families = text_string_to_metric_families(self._get("metrics")[1].decode())
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value
@@ -108,18 +122,20 @@ class DaemonProcess(Closeable):
         }
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples with these labels; 0 if there are none."""
+        """Sum of a metric's samples with these labels; 0 if there are none."""
         wanted = labels.items()
         found = self.metrics().items()
-        return sum(value for (one, has), value in found if one == name and wanted <= has)
+        return sum(
+            value for (found_name, has), value in found if found_name == name and wanted <= has
+        )
 
     def series_status(self) -> list[dict[str, Any]]:
-        """What /series says of each; empty if it does not answer."""
+        """Series of /series; empty if it is not served."""
         status, body = self._get("series")
         return orjson.loads(body)["series"] if status == 200 else []
 
     def log_records(self) -> list[dict[str, Any]]:
-        """What it has logged since it was started; lines that are not JSON as their ``event``."""
+        """Its log since the latest start; a line that is not JSON becomes an ``event``."""
         events: list[dict[str, Any]] = []
         for line in self.log_file.read_bytes().splitlines():
             try:
@@ -129,17 +145,16 @@ class DaemonProcess(Closeable):
         return events
 
     def worker_pid(self) -> int | None:
-        """Its worker process, if there is one."""
+        """Process id of its worker, if it has one."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text("ascii").split()
         return int(children[0]) if children else None
 
     def resident_mib(self) -> float:
-        """Memory of the daemon's own process."""
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text("ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        """Resident memory of the daemon's own process, without its worker."""
+        return resident_mib(self.pid)
 
     def open_files(self) -> Sequence[str]:
-        """What its own process has open: paths, and such as ``socket:[4711]``."""
+        """Files that its own process has open: paths, and entries such as ``socket:[4711]``."""
         found = []
         for link in Path(f"/proc/{self.pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # closed meanwhile
@@ -149,58 +164,62 @@ class DaemonProcess(Closeable):
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float) -> int:
-        """Its exit status, once it has ended. Raises ProcessFailed."""
+    def wait(self) -> int:
+        """Wait for its end, and return its exit status. Raises ProcessFailed."""
         assert self._process is not None
         try:
-            return self._process.wait(seconds)
+            return self._process.wait()
         except subprocess.TimeoutExpired:
-            raise ProcessFailed(f"it did not end in {seconds:g} s; see {self.log_file}") from None
+            raise ProcessFailed(
+                f"it did not end within {WAIT_SECONDS:g} s; see {self.log_file}"
+            ) from None
 
-    def stop(self, seconds: float = 30.0) -> int:
-        """SIGTERM, and its exit status."""
+    def stop(self) -> int:
+        """End it with SIGTERM, and return its exit status."""
         self.signal(signal.SIGTERM)
-        return self.wait(seconds)
+        return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL: no farewell to anyone."""
+        """End it with SIGKILL."""
         if self._process is not None:
-            self._process.wait_or_kill()
+            self._process.kill()
 
     def outcome_range(self, series: Sequence[Series]) -> dict[Series, tuple[int, int]]:
-        """By series: opens of the first bar that was due, and of the newest that has an outcome.
+        """Open times of the first bar that was due and of the newest with an outcome, by series.
 
-        Only while the daemon does not run; series that it never came to follow are left out.
+        Only while the daemon does not run; series that it has no state of are left out.
         """
         return asyncio.run(_outcome_range(self.state_file, series))
 
     def outcomes(self, series: Sequence[Series]) -> dict[Series, list[Outcome]]:
-        """What became of each one's due bars, in order. Only while the daemon does not run."""
+        """Outcomes of each series, in order. Only while the daemon does not run."""
         return asyncio.run(_outcomes(self.state_file, series))
 
     def undelivered(self) -> int:
-        """Records that wait in the state file. Only while the daemon does not run."""
+        """Number of undelivered records in the state file. Only while the daemon does not run."""
         return asyncio.run(_undelivered(self.state_file))
 
     def leftover_processes(self) -> Sequence[int]:
-        """Processes that it started, at any time, or that are itself, and that still live."""
-        mark = f"{_PROCESS_TAG}={self._process_tag}".encode()
-        return [pid for pid in _processes() if mark in _process_environment(pid)]
+        """Ids of running processes among itself and all that it ever started."""
+        tag = f"{_PROCESS_TAG}={self._process_tag}".encode()
+        return [pid for pid in _process_ids() if tag in _process_environment(pid)]
 
     def close(self) -> None:
-        """End it, and all that it started."""
+        """End it and all processes that it started, with SIGKILL."""
         self.kill()
         for pid in self.leftover_processes():
             os.kill(pid, signal.SIGKILL)
 
     def _get(self, path: str) -> tuple[int, bytes]:
         if not self._port:
-            told = (
-                e["port"]
-                for e in self.log_records()
-                if e["event"] == "metrics and health are served"
+            self._port = next(
+                (
+                    record["port"]
+                    for record in self.log_records()
+                    if record["event"] == "metrics and health are served"
+                ),
+                0,
             )
-            self._port = next(told, 0)
         return http_get(f"http://127.0.0.1:{self._port}/{path}") if self._port else (0, b"")
 
 
@@ -209,11 +228,11 @@ async def _outcome_range(path: Path, names: Sequence[Series]) -> dict[Series, tu
     try:
         found = {}
         for series in names:
-            mark = await state.watermark(series)
-            if mark is not None:
+            watermark = await state.watermark(series)
+            if watermark is not None:
                 outcomes = await state.outcomes(series, 0)
-                first = outcomes[0].origin if outcomes else series.timeframe.after(mark[0])
-                found[series] = (first, mark[0])
+                first = outcomes[0].origin if outcomes else series.timeframe.after(watermark[0])
+                found[series] = (first, watermark[0])
         return found
     finally:
         await state.close()
@@ -235,12 +254,12 @@ async def _undelivered(path: Path) -> int:
         await state.close()
 
 
-def _processes() -> list[int]:
+def _process_ids() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 
 def _process_environment(pid: int) -> bytes:
-    """Of a living process; empty for others', and for one that has ended."""
+    """Environment of a running process; empty if it has ended or belongs to another user."""
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:

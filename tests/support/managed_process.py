@@ -1,38 +1,38 @@
-"""Processes that tests start, and that end with them."""
+"""Processes that tests start, and that end with the test run."""
 
 from __future__ import annotations
 
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from signal import Signals
-from types import TracebackType
 from typing import Self
 
+from tests.support.processes import WAIT_SECONDS, ProcessFailed, wait_for
 
-class Closeable:
-    """Something that a ``with`` block ends; whoever starts with it, too, has its own beginning."""
+_STOP_SECONDS = 30.0
+"""A server that has not stopped by then is killed."""
 
-    def close(self) -> None:
-        """End it."""
-        raise NotImplementedError
+
+class Closeable(ABC):
+    """An object that a ``with`` block closes at its end."""
+
+    @abstractmethod
+    def close(self) -> None: ...
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class ManagedProcess:
-    """A process from construction on; killed at the latest when ours ends, in whatever way.
+    """A running process, killed at the latest when the test run ends, in whatever way.
 
-    It has a session of its own: Ctrl-C is for the tests, which then end what they started.
+    It has a session of its own: Ctrl-C at the terminal reaches the test run alone.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ManagedProcess:
         environ: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """log: the file that what it says is added to. environ, folder: else ours."""
+        """log: file to which its output is appended. environ, folder: default to ours."""
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 command,
@@ -72,17 +72,108 @@ class ManagedProcess:
     def signal(self, number: Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self, seconds: float) -> int:
-        """Its exit status, once it has ended. Raises subprocess.TimeoutExpired."""
+    def wait(self, seconds: float = WAIT_SECONDS) -> int:
+        """Wait for the end, and return the exit status. Raises subprocess.TimeoutExpired."""
         status = self._process.wait(seconds)
         self._reaper.kill()
         self._reaper.communicate()  # closes the pipe, too
         return status
 
-    def wait_or_kill(self, timeout: float = 0.0) -> None:
-        """Return once it has ended: by itself within so many seconds, or by SIGKILL."""
+    def kill(self) -> None:
+        """End it with SIGKILL, if it still runs."""
+        self._process.kill()
+        self.wait()
+
+    def wait_or_kill(self, seconds: float) -> None:
+        """Wait for the end, and end it by SIGKILL after so many seconds."""
         try:
-            self.wait(timeout)
+            self.wait(seconds)
         except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class ServerProcess(Closeable):
+    """Base of servers that tests start, stop, kill and freeze, as often as they like.
+
+    Runs from :meth:`start` to :meth:`close`, or in a ``with`` block.
+    """
+
+    def __init__(self, log_file: Path) -> None:
+        self.log_file = log_file
+        self._process: ManagedProcess | None = None
+
+    @abstractmethod
+    def _command(self) -> Sequence[str | Path]: ...
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Return whether it serves clients."""
+
+    def start(self) -> None:
+        """Start it, and wait until it serves clients. Raises ProcessFailed."""
+        with ExitStack() as undo:
+            undo.callback(self.kill)
+            self.launch()
+            self.wait_until_ready()
+            undo.pop_all()
+
+    def launch(self) -> None:
+        """Start it, and return at once."""
+        self._process = ManagedProcess(self._command(), self.log_file)
+
+    def wait_until_ready(self) -> None:
+        """Wait until it serves clients. Raises ProcessFailed."""
+
+        def ready() -> bool:
+            if not self.running:
+                raise ProcessFailed(f"a server did not start; see {self.log_file}")
+            return self._is_ready()
+
+        wait_for(f"a server is ready; see {self.log_file}", ready)
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.alive
+
+    @property
+    def pid(self) -> int:
+        if self._process is None:
+            raise ProcessFailed("the server was not started")
+        return self._process.pid
+
+    def terminate(self) -> None:
+        """Send SIGTERM, and return at once."""
+        self._signal(Signals.SIGTERM)
+
+    def stop(self) -> None:
+        """End it with SIGTERM, so that it saves its state; with SIGKILL if that takes too long."""
+        self.terminate()
+        if self._process is not None:
+            self._process.wait_or_kill(_STOP_SECONDS)
+        self._process = None
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self._process is not None:
             self._process.kill()
-            self.wait(60.0)
+        self._process = None
+
+    def freeze(self) -> None:
+        """Suspend it: connections stay open, but it answers nothing."""
+        self._signal(Signals.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Continue after :meth:`freeze`."""
+        self._signal(Signals.SIGCONT)
+
+    def close(self) -> None:
+        """End it with SIGKILL; its files remain."""
+        self.kill()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def _signal(self, number: Signals) -> None:
+        if self._process is not None:
+            self._process.signal(number)

@@ -34,8 +34,9 @@ from kronos_stream.market.clock import SystemClock
 from tests.support.apache_kafka import ApacheKafka, KafkaListener
 from tests.support.certificates import CertificateAuthority
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
 from tests.support.paths import ROOT
-from tests.support.processes import COMMAND, ExchangeProcess, wait_for
+from tests.support.processes import COMMAND, wait_for
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
 PAGE = ROOT / "docs" / "security.md"
@@ -180,7 +181,7 @@ def _consumed(locked: SecuredKafka, count: int, seconds: float = 60.0) -> list[s
 
 
 def test_each_role_works_with_the_rights_that_the_docs_name(
-    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     for role in ("ingest", "forecast"):
         (tmp_path / role).mkdir()
@@ -198,8 +199,8 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
     ):
         ingest.start()
         forecast.start()
-        ingest.wait_until_ready(90 * load_factor)
-        forecast.wait_until_ready(90 * load_factor)
+        ingest.wait_until_ready()
+        forecast.wait_until_ready()
         assert set(_consumed(secured_kafka, 4)) == {one.name for one in exchange.series()}
         assert ingest.stop() == 0
         assert forecast.stop() == 0
@@ -244,25 +245,23 @@ async def test_a_delivery_without_a_right_says_which(secured_kafka: SecuredKafka
 
 
 def test_a_changed_password_is_told_once_and_gone_on_from(
-    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     with DaemonProcess(tmp_path, _all(secured_kafka, exchange)) as daemon:
         daemon.start()
-        daemon.wait_until_ready(90 * load_factor)
+        daemon.wait_until_ready()
         assert _consumed(secured_kafka, 2)
         secured_kafka.change_password("all", "another-12345")
         secured_kafka.kafka.kill()  # or it would keep who is in
         secured_kafka.kafka.start()
         try:
             why = "login as all refused"
-            wait_for(
-                why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 30 * load_factor
-            )
+            wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""))
             assert daemon.readiness()[0] == 503
             time.sleep(3)  # some more tries
         finally:
             secured_kafka.change_password("all", PASSWORD)
-        daemon.wait_until_ready(30 * load_factor)
+        daemon.wait_until_ready()
         told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0
@@ -271,13 +270,13 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
 
 
 def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as_set(
-    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path, load_factor: float
+    secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     given = {**_all(secured_kafka, exchange), **secured_kafka.settings("all", "wrong-12345")}
     given |= {"KAFKA__SASL_MECHANISM": "PLAIN", "LOG__LEVEL": "debug"}  # the password travels
     with DaemonProcess(tmp_path, given) as daemon:
         daemon.start()
-        assert daemon.wait(60 * load_factor) == 2
+        assert daemon.wait() == 2
         said = daemon.log_file.read_text("utf-8")
         (line,) = (line for line in said.splitlines() if "login as all refused" in line)
         assert line.startswith("kronos-stream: error: ")
@@ -287,8 +286,8 @@ def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as
     with DaemonProcess(tmp_path, {**given, "LOGIN_REFUSED": "retry"}) as daemon:
         daemon.start()
         why = "login as all refused"
-        wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""), 60 * load_factor)
-        wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3, 30)
+        wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""))
+        wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3)
         told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0

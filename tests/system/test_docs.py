@@ -27,7 +27,7 @@ from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_stream.cli import cli
 from kronos_stream.daemon.config.environment import describe_settings, read_settings
 from kronos_stream.forecast import contract
-from kronos_stream.forecast.compose import Envelope
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker
 from kronos_stream.testing.market import Market
 from tests.support.mosquitto import Mosquitto
@@ -332,7 +332,7 @@ def test_programs_run(block: Block, sandbox: Path, make_forecast: Callable[..., 
 
         try:
             if reads:
-                wait_for(f"{block} says something", ended_or_said, 60.0, interval=0.3)
+                wait_for(f"{block} says something", ended_or_said, interval=0.3)
             else:
                 process.wait(120)
             status = process.poll()

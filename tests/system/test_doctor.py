@@ -29,7 +29,7 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
 from tests.support.apache_kafka import ApacheKafka
-from tests.support.processes import ExchangeProcess
+from tests.support.exchange_process import ExchangeProcess
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
 

@@ -24,8 +24,8 @@ from confluent_kafka import Producer
 
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_connectors.mqtt import SINK, MqttOptions
-from kronos_stream.forecast.compose import Envelope, removal
-from kronos_stream.interfaces.sink import Record, RecordKind, SinkUnavailable
+from kronos_stream.forecast.compose import removal
+from kronos_stream.interfaces.sink import Envelope, Record, RecordKind, SinkUnavailable
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from tests.support.mosquitto import Mosquitto
@@ -66,7 +66,7 @@ class ExampleProcess:
             assert self._process.poll() is None, self._errors
             return len(self.lines) >= number
 
-        wait_for(f"{number} lines from it, after {self.lines} {self._errors}", there, 30.0)
+        wait_for(f"{number} lines from it, after {self.lines} {self._errors}", there)
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +112,7 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) 
             time.sleep(0.2)
             return len(bot.lines) >= 3
 
-        wait_for("what the bot does", acted, 60.0)
+        wait_for("what the bot does", acted)
         said = [line.split() for line in bot.lines]
     assert {(series, action) for series, _, _, action in said} == {
         ("rising:BTC/USDT:1h", "buy"),
@@ -218,7 +218,7 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
             return signals("UP") == (True, False) and signals("DOWN") == (False, True)
 
         try:
-            wait_for("what the strategy does", traded, 60.0)
+            wait_for("what the strategy does", traded)
             for base in ("OLD", "BAD", "OFF", "EVEN", "NONE"):
                 assert signals(base) == (False, False), base
             assert signals("UP", late=1) == (False, False)  # the forecast is of another bar
@@ -227,7 +227,7 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
             assert not strategy.confirm_trade_entry(pair="UP/USDT", current_time=late, side="long")
         finally:
             strategy.ft_bot_cleanup()
-    wait_for("its thread ends", lambda: "kronos-forecasts" not in _threads(), 20.0)
+    wait_for("its thread ends", lambda: "kronos-forecasts" not in _threads())
 
 
 def _candles(late: int) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -28,8 +27,10 @@ from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
+from tests.support.fake_worker import daemon_command
 from tests.support.forecast_audit import AuditReport, audit_forecasts, read_topic
-from tests.support.processes import COMMAND, ExchangeProcess, wait_for
+from tests.support.processes import COMMAND, wait_for
 
 SECOND = Timeframe.parse("1s")
 LATE_MS = 3_000
@@ -109,10 +110,9 @@ class ForecastGroup:
     def join(self, pace: float | None = None) -> DaemonProcess:
         """One more member; returns at once. pace: with a stand-in that takes so long."""
         name = f"member-{len(self.members) + len(self.ended)}"
-        standin = (sys.executable, "-m", "tests.support.fake_worker", str(pace))
         member = self.process(
             name,
-            (*COMMAND, "run") if pace is None else standin,
+            (*COMMAND, "run") if pace is None else daemon_command(pace),
             ROLE="forecast",
             SINKS="kafka",
             MODEL="nano",
@@ -197,7 +197,7 @@ def _run_group(
     for _ in range(3):
         group.join()
     for member in group.members:
-        member.wait_until_ready(150)
+        member.wait_until_ready()
     listener = TopicListener(group.bootstrap, forecast_topic(group.prefix))
     try:
         began, caught_up = time.monotonic(), []
@@ -210,7 +210,7 @@ def _run_group(
             time.sleep(max(0, began + (number + 1) * seconds / rounds - time.monotonic()))
             caught_up.append(listener.caught_up(at))
         assert ingest.stop() == 0
-        wait_for("everything is read", lambda: group.lag() == 0, 120, interval=0.5)
+        wait_for("everything is read", lambda: group.lag() == 0, interval=0.5)
         for member in [*group.members]:
             assert group.stop(member) == 0
     finally:
@@ -243,10 +243,10 @@ def test_who_comes_and_goes_in_good_order_costs_nothing_twice(
             assert trial.stop(trial.members[0]) == 0
         assert ingest.stop() == 0
         trial.join(pace=0.005)
-        wait_for("everything is read", lambda: trial.lag() == 0, 60, interval=0.5)
+        wait_for("everything is read", lambda: trial.lag() == 0, interval=0.5)
         for member in [*trial.members]:
             member.wait_until_ready()
-            wait_for("it is done", lambda one=member: one.metric(_DUE, queue="due") == 0, 60)  # type: ignore[misc]
+            wait_for("it is done", lambda one=member: one.metric(_DUE, queue="due") == 0)  # type: ignore[misc]
             assert trial.stop(member) == 0
         found = trial.audit()
     print(f"\n{found.records} forecasts, {found.duplicates} twice")  # noqa: T201
@@ -280,17 +280,17 @@ def test_a_broker_that_goes_away_costs_no_bar(
         for _ in range(2):
             trial.join()
         for member in trial.members:
-            member.wait_until_ready(150)
+            member.wait_until_ready()
         for seconds in (3, 25):
             broker.kill()
             time.sleep(seconds)
             assert all(member.readiness()[0] == 503 for member in trial.members) or seconds < 25
             broker.start()
             for member in trial.members:
-                member.wait_until_ready(120)
+                member.wait_until_ready()
             time.sleep(10)
-        assert ingest.stop(60) == 0
-        wait_for("everything is read", lambda: trial.lag() == 0, 120, interval=0.5)
+        assert ingest.stop() == 0
+        wait_for("everything is read", lambda: trial.lag() == 0, interval=0.5)
         for member in [*trial.members]:
             assert trial.stop(member) == 0
         found = trial.audit()
@@ -316,14 +316,14 @@ def test_a_series_that_is_given_up_is_told_to_the_readers(
             return [(key, orjson.loads(value)["schema"]) for key, value in records]
 
         gone = f"{goes}:1s"
-        wait_for("both are forecast", lambda: len({key for key, _ in told()}) == 2, 30)
+        wait_for("both are forecast", lambda: len({key for key, _ in told()}) == 2)
         symbols.write_text(f"{stays}\n")
         ingest.signal(signal.SIGHUP)
-        wait_for("it is given up", lambda: (gone, REMOVAL) in told(), 30)
-        wait_for("it is followed no more", lambda: _states(member) == {f"{stays}:1s"}, 10)
+        wait_for("it is given up", lambda: (gone, REMOVAL) in told())
+        wait_for("it is followed no more", lambda: _states(member) == {f"{stays}:1s"})
         symbols.write_text(f"{stays}\n{goes}\n")
         ingest.signal(signal.SIGHUP)
-        wait_for("it is forecast again", lambda: told_last(told(), gone) == FORECAST, 60)
+        wait_for("it is forecast again", lambda: told_last(told(), gone) == FORECAST)
         assert trial.stop(member) == ingest.stop() == 0
         records = read_topic(kafka.bootstrap, forecast_topic(topic_prefix))
     said = [orjson.loads(value) for key, value in records if key == gone]
@@ -359,7 +359,7 @@ def test_who_forecast_alone_before_passes_on_what_it_knows(
         alone.start()
         alone.wait_until_ready()
         done = "kronos_outcomes_total"
-        wait_for("some are forecast", lambda: alone.metric(done, result="forecast") > 6, 30)
+        wait_for("some are forecast", lambda: alone.metric(done, result="forecast") > 6)
         assert alone.stop() == 0
         ingest = trial.process("then", ROLE="ingest", **shared)
         ingest.start()
@@ -369,7 +369,7 @@ def test_who_forecast_alone_before_passes_on_what_it_knows(
         def passed() -> list[dict[str, Any]]:
             return [orjson.loads(value) for _, value in read_topic(kafka.bootstrap, topic)]
 
-        wait_for("new bars are passed on", lambda: _news(passed()) > 6, 30)
+        wait_for("new bars are passed on", lambda: _news(passed()) > 6)
         assert ingest.stop() == 0
         for series in trial.series:
             bars = [one for one in passed() if one["series"] == series.name]

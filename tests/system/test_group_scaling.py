@@ -6,7 +6,6 @@ What is measured is printed, for docs/performance.md; only what must never be is
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
+from tests.support.fake_worker import daemon_command
 from tests.support.forecast_audit import read_topic
 from tests.support.processes import wait_for
 
@@ -91,7 +91,7 @@ def _member(
         "KAFKA__TOPIC_PREFIX": prefix,
         "LOOKBACK": str(LOOKBACK),
     }
-    command = (sys.executable, "-m", "tests.support.fake_worker", str(pace))
+    command = daemon_command(pace)
     return DaemonProcess(folder, {**given, **settings}, command)
 
 
@@ -155,7 +155,7 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[
                 def done(member: DaemonProcess = member) -> bool:
                     return member.metric("kronos_outcomes_total", result="forecast") == 2 * count
 
-                wait_for("every series is forecast", done, 30)
+                wait_for("every series is forecast", done)
             assert member.stop() == 0
     said = [
         Forecast.parse(value) for _, value in read_topic(kafka.bootstrap, forecast_topic(prefix))

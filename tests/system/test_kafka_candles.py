@@ -149,14 +149,13 @@ def test_candles_of_kcat_come_out_as_forecasts(
         wait_for(
             "the last bars are forecast",
             lambda: _origins(kafka, topic_prefix) >= {(one.name, newest, 0) for one in SERIES},
-            120,
             interval=1,
         )
         market.produce(
             [market.bar(SERIES[0], newest, 123.0)]
         )  # the producer has thought better of it
         revised = (SERIES[0].name, newest, 1)
-        wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), 60, interval=1)
+        wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), interval=1)
         assert daemon.stop() == 0
         decided = daemon.outcome_range(SERIES)
         assert daemon.undelivered() == 0
@@ -204,7 +203,7 @@ def test_what_comes_late_or_not_at_all(
         lines = [market.bar(SERIES[0], last + bars * 1_000) for bars in (2, 1, 4, 3)]
         market.produce([*lines, market.bar(SERIES[1], newest)])
         both = {(one, newest, 0), (other, newest, 0)}
-        wait_for("both", lambda: both <= _origins(kafka, topic_prefix), 60, interval=0.5)
+        wait_for("both", lambda: both <= _origins(kafka, topic_prefix), interval=0.5)
         assert daemon.stop() == 0
     made = {
         forecast.series: forecast
@@ -238,5 +237,5 @@ def _wait_for_newer(kafka: ApacheKafka, prefix: str, moment: int) -> float:
         have = {name for name, opened, _ in _origins(kafka, prefix) if opened > moment}
         return len(have) == len(SERIES)
 
-    wait_for("forecasts of all series", all_have, 60, interval=0.5)
+    wait_for("forecasts of all series", all_have, interval=0.5)
     return time.monotonic() - began

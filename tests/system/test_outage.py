@@ -20,18 +20,19 @@ from kronos_connectors.kafka import SINK
 from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter_topic, forecast_topic, required_topics
-from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
+from kronos_stream.daemon.delivery.outbox import Outbox
 from kronos_stream.daemon.delivery.publisher import refusal_dead_letter
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.message import DeadLetter
-from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.sink import Envelope, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock
 from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
 from tests.support.forecast_audit import audit_forecasts, read_topic
-from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.processes import wait_for
 
 SYMBOLS = 8
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))
@@ -61,7 +62,7 @@ def test_while_kafka_is_gone_forecasts_wait(
         _wait_for_more(daemon)
         before = daemon.resident_mib()
         kafka.kill()
-        wait_for("it notices", lambda: daemon.readiness()[0] == 503, 60.0)
+        wait_for("it notices", lambda: daemon.readiness()[0] == 503)
         status, checks = daemon.readiness()
         assert checks.pop("sink kafka") not in {"", "ok"}
         assert (status, set(checks.values())) == (503, {"ok"})
@@ -72,13 +73,13 @@ def test_while_kafka_is_gone_forecasts_wait(
         assert daemon.metric("kronos_outcomes_total", result="forecast") > made
         assert daemon.metric("kronos_outbox_age_seconds") >= seconds / 2
         kafka.start()
-        wait_for("it delivers again", lambda: daemon.readiness()[0] == 200, 60.0)
+        wait_for("it delivers again", lambda: daemon.readiness()[0] == 200)
         _wait_for_more(daemon)
         print(  # noqa: T201
             f"{seconds:g} s without Kafka: {before:.0f} MiB before, {during:.0f} at the end, "
             f"{daemon.resident_mib():.0f} after"
         )
-        assert daemon.stop(60.0) == 0
+        assert daemon.stop() == 0
         _assert_nothing_is_lost(daemon, exchange, kafka.bootstrap, topic_prefix)
     assert during - before < GROWTH_MIB
 
@@ -103,7 +104,7 @@ def test_one_of_three_brokers_may_die(
         print(f"forecasts again {time.monotonic() - died:.1f} s after a leader died")  # noqa: T201
         kafka.start(leader)
         _wait_for_more(daemon)
-        assert daemon.stop(60.0) == 0
+        assert daemon.stop() == 0
         _assert_nothing_is_lost(daemon, exchange, kafka.bootstrap, topic_prefix)
 
 
@@ -233,7 +234,7 @@ def _message(number: int, size: int) -> Envelope:
 def _wait_for_more(daemon: DaemonProcess) -> None:
     """Three rounds of forecasts delivered."""
     enough = daemon.metric("kronos_delivered_total") + 3 * SYMBOLS
-    wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough, 90.0)
+    wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough)
 
 
 def _leader_port(bootstrap: str, topic: str) -> int:

@@ -98,7 +98,6 @@ def test_a_daemon_keeps_them_to_itself(
     secret_settings: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    load_factor: float,
 ) -> None:
     """Nobody it is to speak with is there: it complains of all of them, at the level debug."""
     monkeypatch.setenv("HF_TOKEN", MARKS["hub"])
@@ -109,7 +108,7 @@ def test_a_daemon_keeps_them_to_itself(
             return daemon.log_file.read_text("utf-8")
 
         words = ("no mqtt broker", "nobody listens there", "venue does not answer yet")
-        wait_for("all complain", lambda: all(word in log() for word in words), 60 * load_factor)
+        wait_for("all complain", lambda: all(word in log() for word in words))
         if form == "json":
             status, checks = daemon.readiness()
             assert status == 503
@@ -120,7 +119,7 @@ def test_a_daemon_keeps_them_to_itself(
         if worker is not None:
             _clean(Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], ""))
         daemon.signal(signal.SIGTERM)
-        assert daemon.wait(30 * load_factor) == 0
+        assert daemon.wait() == 0
         _clean(log())
         for file in tmp_path.glob("state.sqlite*"):
             _clean(file.read_text("latin-1"))
@@ -177,14 +176,13 @@ def test_a_login_that_is_refused_is_told_without_it(
     make_mosquitto: Callable[..., Mosquitto],
     secret_settings: dict[str, str],
     tmp_path: Path,
-    load_factor: float,
 ) -> None:
     """A real broker hears the password, at the level debug."""
     with make_mosquitto(users={"me": "another"}) as broker:
         given = secret_settings | {"SINKS": "mqtt", "MQTT__URL": broker.url}
         with DaemonProcess(tmp_path, given) as daemon:
             daemon.start()
-            assert daemon.wait(60 * load_factor) == 2
+            assert daemon.wait() == 2
             log = daemon.log_file.read_text("utf-8")
     (line,) = (line for line in log.splitlines() if line.startswith("kronos-stream: error: "))
     assert "see KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD" in line
@@ -211,7 +209,8 @@ def test_tracebacks_show_no_local_variables(form: str) -> None:
     """Nor does a line that somebody, by mistake, gives a secret to."""
     code = f"""
 import structlog
-from kronos_stream.daemon.telemetry.logs import configure, register_secrets
+from kronos_stream.daemon.telemetry.logs import configure
+from kronos_stream.redaction import register_secrets
 secret = {MARKS["sasl"]!r}
 register_secrets(secret)
 configure({form!r}, "debug")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import pytest
 from kronos_stream.forecast.message import Forecast, Removal
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
 from tests.support.forecast_audit import audit_forecasts, is_removal, read_topic
-from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.processes import wait_for
 
 GOOD = {
     "SYMBOLS": "binance:SIM00/USDT",
@@ -28,9 +30,6 @@ GOOD = {
     "LOOKBACK": "96",
     "HORIZON": "8",
 }
-WORKER_DEADLINE_SECONDS = 2.0
-"""Of bars of a second."""
-REPLACED_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,6 @@ def _run(
         env=environ | {f"KRONOS_STREAM_{name}": value for name, value in given.items()},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 
@@ -107,8 +105,8 @@ def test_told_to_stop_it_delivers_and_leaves_nothing(
     with make_daemon(exchange, kafka.bootstrap) as daemon:
         daemon.start()
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
-        assert daemon.stop(20.0) == 0
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8)
+        assert daemon.stop() == 0
         assert daemon.leftover_processes() == []
         assert daemon.undelivered() == 0
         newest = {
@@ -129,26 +127,26 @@ def test_told_twice_it_stops_at_once(
     topic_prefix: str,
     make_daemon: Callable[..., DaemonProcess],
 ) -> None:
-    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="60") as daemon:
+    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="600") as daemon:
         daemon.start()
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4)
         worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, signal.SIGSTOP)  # its batch does not end
-        time.sleep(2.0)
+        due = partial(daemon.metric, "kronos_queue_depth", queue="due")
+        wait_for("bars wait for the worker", lambda: due() > 0)
         daemon.signal(signal.SIGTERM)
-        with pytest.raises(Exception, match="did not end"):
-            daemon.wait(1.5)
+        wait_for("it stops", lambda: _has_logged(daemon, "stopping; once more ends at once"))
         daemon.signal(signal.SIGTERM)
-        assert daemon.wait(2.0) == 128 + signal.SIGTERM
-        wait_for("its worker has ended", lambda: not daemon.leftover_processes(), 5.0)
+        assert daemon.wait() == 128 + signal.SIGTERM
+        wait_for("its worker has ended", lambda: not daemon.leftover_processes())
         with closing(sqlite3.connect(daemon.state_file)) as state:
             assert state.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
         daemon.start()  # and nothing is lost
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 16, 60.0)
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 16)
         assert daemon.stop() == 0
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
 
@@ -166,18 +164,18 @@ def test_the_symbols_file_is_read_again(
     with make_daemon(exchange, kafka.bootstrap, **asked) as daemon:
         daemon.start()
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4, 60.0)
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4)
 
         listed.write_text("binance:SIM00/USDT\nbinance:NONE/USDT\n", "utf-8")
         daemon.signal(signal.SIGHUP)
-        wait_for("it refuses", lambda: _has_said(daemon, "symbols not changed"), 20.0)
+        wait_for("it refuses", lambda: _has_logged(daemon, "symbols not changed"))
 
         listed.write_text("binance:SIM00/USDT\nbinance:SIM02/USDT\n", "utf-8")
         daemon.signal(signal.SIGHUP)
-        wait_for("it follows", lambda: _has_said(daemon, "series changed"), 20.0)
+        wait_for("it follows", lambda: _has_logged(daemon, "series changed"))
         changed = time.time()
         forecast = _forecast_since(kafka, topic_prefix, changed)
-        wait_for("the new one's forecast", lambda: _NEW in forecast(), 60.0, interval=0.5)
+        wait_for("the new one's forecast", lambda: _NEW in forecast(), interval=0.5)
         assert daemon.stop() == 0
         assert forecast() == {_KEPT, _NEW}
         _assert_gone(kafka, topic_prefix, _GONE)
@@ -209,31 +207,22 @@ def test_a_lost_worker_is_replaced(
     kafka: ApacheKafka,
     topic_prefix: str,
     make_daemon: Callable[..., DaemonProcess],
-    load_factor: float,
 ) -> None:
-    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all") as daemon:
+    with make_daemon(exchange, kafka.bootstrap, CATCH_UP="all", BATCH_DEADLINE="10") as daemon:
         daemon.start()
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8, 60.0)
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 8)
         worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, lost_by)
-        wait_for("it is noticed", lambda: daemon.metric("kronos_worker_restarts_total") == 1, 20.0)
-        wait_for("another works", lambda: daemon.worker_pid() not in (worker, None), 20.0)
+        wait_for("it is noticed", lambda: daemon.metric("kronos_worker_restarts_total") >= 1)
+        wait_for("another works", lambda: daemon.worker_pid() not in (worker, None))
         delivered = daemon.metric("kronos_delivered_total")
-        wait_for(
-            "forecasts", lambda: daemon.metric("kronos_delivered_total") >= delivered + 16, 60.0
-        )
+        wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= delivered + 16)
         assert daemon.readiness()[0] == 200
         assert daemon.stop() == 0
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
         assert daemon.leftover_processes() == []
-    values = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
-    made = [Forecast.parse(value) for _, value in values]
-    # A bar is late by its deadline, if the worker hangs, and by what its replacement takes.
-    slowest = max((one.created_at - one.times[0]).total_seconds() for one in made)
-    print(f"{lost_by.name}: a bar was forecast {slowest:.1f} s after its close at the latest")  # noqa: T201
-    assert slowest <= load_factor * (WORKER_DEADLINE_SECONDS + REPLACED_SECONDS)
 
 
 def _assert_every_bar_is_forecast(
@@ -247,7 +236,7 @@ def _assert_every_bar_is_forecast(
     assert sum(map(len, due.values())) > 0
 
 
-def _has_said(daemon: DaemonProcess, event: str) -> bool:
+def _has_logged(daemon: DaemonProcess, event: str) -> bool:
     return any(line["event"] == event for line in daemon.log_records())
 
 

@@ -28,8 +28,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kronos_stream.daemon.status import openapi
 from kronos_stream.forecast.message import Forecast
-from tests.support.daemon_process import DaemonProcess
-from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.daemon_process import DaemonProcess, MetricSamples, p99
+from tests.support.exchange_process import ExchangeProcess
+from tests.support.processes import WAIT_SECONDS, wait_for
 
 TOKEN = "only-for-this-test-1"  # noqa: S105
 SYMBOLS = 8
@@ -67,7 +68,7 @@ def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]
     with DaemonProcess(tmp_path, _settings(exchange, tmp_path)) as daemon:
         daemon.start()
         daemon.wait_until_ready()
-        wait_for("forecasts", lambda: len(_forecasts(tmp_path)) >= 3 * SYMBOLS, 60.0)
+        wait_for("forecasts", lambda: len(_forecasts(tmp_path)) >= 3 * SYMBOLS)
         yield daemon
 
 
@@ -94,7 +95,7 @@ def test_pages_tell_what_the_daemon_does(
         assert status == 200
         assert Forecast.parse(body).series == names[0]
         told = json.loads(body)["id"]
-        wait_for("the file has it", lambda told=told: told in _ids(tmp_path), 5.0)  # type: ignore[misc]
+        wait_for("the file has it", lambda told=told: told in _ids(tmp_path))  # type: ignore[misc]
     assert _get(daemon, "/forecasts/binance:NONE/USDT:1s")[0] == 404
 
 
@@ -102,9 +103,7 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
     daemon.readiness()  # finds its port
     environ = daemon._environ | {"KRONOS_STREAM_HTTP__PORT": str(daemon._port)}
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--json", "--skip", "model"]
-    ended = subprocess.run(
-        command, env=environ, capture_output=True, text=True, timeout=60, check=False
-    )
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     found = [one["found"] for one in json.loads(ended.stdout)["findings"]]
     assert ended.returncode == 0, ended.stdout
     assert any(f"in use by process {daemon.pid}: a daemon runs on it" in one for one in found)
@@ -113,11 +112,11 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "seconds"),
+    ("rate", "seconds", "timed"),
     [
-        pytest.param(200, 8.0, id="short"),
+        pytest.param(200, 8.0, False, id="short"),
         pytest.param(
-            1_000, SOAK_SECONDS, id="full",
+            1_000, SOAK_SECONDS, True, id="full",
             marks=[pytest.mark.soak, pytest.mark.timeout(3 * SOAK_SECONDS + 300)],
         ),
     ],
@@ -125,10 +124,10 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
 def test_no_bar_is_late_for_the_crowd(
     rate: int,
     seconds: float,
+    timed: bool,  # noqa: FBT001
     daemon: DaemonProcess,
     exchange: ExchangeProcess,
     tmp_path: Path,
-    load_factor: float,
 ) -> None:
     daemon.readiness()  # finds its port
     began, start = time.time(), _metrics(daemon)
@@ -136,7 +135,7 @@ def test_no_bar_is_late_for_the_crowd(
     calm, before = time.time(), _metrics(daemon)
     names = [one.name for one in exchange.series()]
     command = [sys.executable, __file__, str(daemon._port), TOKEN, str(rate), str(seconds), *names]
-    crowd = json.loads(subprocess.check_output(command, timeout=seconds + 60))
+    crowd = json.loads(subprocess.check_output(command))
     after, end = _metrics(daemon), time.time()
     assert daemon.is_ready()
     assert daemon.stop() == 0
@@ -144,25 +143,25 @@ def test_no_bar_is_late_for_the_crowd(
     made = _forecasts(tmp_path)
     alone = _lateness(made, began, calm)
     crowded = _lateness(made, calm, end - 1)
-    lag = _p99("kronos_event_loop_lag_seconds", before, after)
+    lag = p99("kronos_event_loop_lag_seconds", before, after)
     print(  # noqa: T201
         f"{crowd['answers'] / crowd['seconds']:.0f} requests/s for {crowd['seconds']:.0f} s, "
         f"statuses {crowd['statuses']}, answered within {1000 * crowd['p99']:.0f} ms (p99), "
         f"{crowd['abused']} abuses; bars from close to forecast, p50/p99/worst: alone "
         f"{_described(alone)}, crowded {_described(crowded)}; loop lag p99 "
-        f"{1000 * _p99('kronos_event_loop_lag_seconds', start, before):g} → {1000 * lag:g} ms; "
+        f"{1000 * p99('kronos_event_loop_lag_seconds', start, before):g} → {1000 * lag:g} ms; "
         f"{_cores(start, before):.2f} → {_cores(before, after):.2f} cores"
     )
-    assert crowd["answers"] >= 0.9 * rate * seconds / load_factor
     assert set(crowd["statuses"]) <= {"200", "401"}
     assert crowd["statuses"]["401"] > 0
     assert crowd["abused"] > 0
     # Every bar has its forecast, and in time.
-    skipped = _skipped(after) - _skipped(start)
-    assert skipped == 0
-    assert len(crowded) >= SYMBOLS * (seconds - 3)
-    assert _at(crowded, 0.99) <= _at(alone, 0.99) + load_factor * LATER_SECONDS
-    assert lag <= load_factor * LAG_SECONDS
+    if timed:
+        assert crowd["answers"] >= 0.9 * rate * seconds
+        assert _skipped(after) == _skipped(start)
+        assert len(crowded) >= SYMBOLS * (seconds - 3)
+        assert _at(crowded, 0.99) <= _at(alone, 0.99) + LATER_SECONDS
+        assert lag <= LAG_SECONDS
 
 
 @pytest.mark.soak
@@ -175,7 +174,7 @@ def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
         daemon.wait_until_ready()
         exchange.close()
         gone = time.monotonic()
-        wait_for("it is told", lambda: daemon.readiness()[0] == 503, 120.0)
+        wait_for("it is told", lambda: daemon.readiness()[0] == 503)
         assert time.monotonic() - gone > 50  # a minute may pass without a word
         why = {name: said for name, said in daemon.readiness()[1].items() if said != "ok"}
         assert why == {"source binance": "nothing is heard of any of its 3 series"}
@@ -189,7 +188,7 @@ def _get(daemon: DaemonProcess, path: str, token: str = TOKEN) -> tuple[int, byt
     url = f"http://127.0.0.1:{daemon._port}{path}"
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=WAIT_SECONDS) as answer:  # noqa: S310
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
@@ -225,13 +224,10 @@ def _described(late: Sequence[float]) -> str:
     return "/".join(f"{1000 * one:.0f}" for one in (_at(late, 0.5), _at(late, 0.99), late[-1]))
 
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-def _metrics(daemon: DaemonProcess) -> Samples:
+def _metrics(daemon: DaemonProcess) -> MetricSamples:
     ticks = Path(f"/proc/{daemon.pid}/stat").read_text("ascii").rpartition(")")[2].split()[11:13]
     text = _get(daemon, "/metrics")[1].decode()
-    samples: Samples = {
+    samples: MetricSamples = {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
@@ -240,27 +236,18 @@ def _metrics(daemon: DaemonProcess) -> Samples:
     return samples | {("cpu", frozenset()): seconds, ("at", frozenset()): time.monotonic()}
 
 
-def _cores(before: Samples, after: Samples) -> float:
+def _cores(before: MetricSamples, after: MetricSamples) -> float:
     """Cores that the daemon's own process kept busy between two looks."""
     cpu, at = (after[name, frozenset()] - before[name, frozenset()] for name in ("cpu", "at"))
     return cpu / at
 
 
-def _skipped(samples: Samples) -> float:
+def _skipped(samples: MetricSamples) -> float:
     return sum(
         value
         for (name, labels), value in samples.items()
         if name == "kronos_outcomes_total" and ("result", "skipped") in labels
     )
-
-
-def _p99(histogram: str, before: Samples, after: Samples) -> float:
-    counts = {
-        float(dict(labels)["le"]): value - before.get((name, labels), 0.0)
-        for (name, labels), value in after.items()
-        if name == f"{histogram}_bucket"
-    }
-    return min(bound for bound, count in counts.items() if count >= 0.99 * max(counts.values()))
 
 
 # The crowd.
@@ -307,7 +294,7 @@ async def _run_load(
                     await asyncio.sleep(min(3.0, max(0.0, end - time.monotonic())))
                 else:
                     writer.write(random.randbytes(2_000))
-                    await asyncio.wait_for(reader.read(), 5)
+                    await reader.read()
                     await asyncio.sleep(0.05)
                 abused[0] += 1
                 writer.close()

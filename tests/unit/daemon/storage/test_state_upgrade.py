@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sqlite3
-import time
 from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +17,9 @@ from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from tests.support.daemon_process import DaemonProcess
+from tests.support.exchange_process import ExchangeProcess
 from tests.support.paths import DATA
-from tests.support.processes import ExchangeProcess, wait_for
+from tests.support.processes import wait_for
 
 DUMPS = sorted((DATA / "state").glob("v*.sql"))
 BTC, ETH = (Series.parse(f"binance:{base}/USDT:1m") for base in ("BTC", "ETH"))
@@ -89,7 +89,7 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
             daemon.start()
             daemon.wait_until_ready()
 
-            wait_for("bars are forecast", said.exists, 30)
+            wait_for("bars are forecast", said.exists)
             letters = said.with_name("said.deadletter").read_bytes().splitlines()
             assert [orjson.loads(line)["payload"] for line in letters] == [
                 f"{series} {number}" for series in (BTC, ETH) for number in range(3)
@@ -100,10 +100,8 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
             )
             with closing(sqlite3.connect(daemon.state_file)) as file:
                 file.execute("PRAGMA user_version = 99")
-            began = time.monotonic()
             daemon.start()
-            assert daemon.wait(30) == 2
-            assert time.monotonic() - began < 30
+            assert daemon.wait() == 2
             (line,) = (one["event"] for one in daemon.log_records())
     assert "newer version (schema 99" in line
     assert "use that version" in line

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -27,12 +27,11 @@ from kronos_stream.forecast.message import (
     Sampling,
 )
 from kronos_stream.forecast.outlook import Outlook
+from kronos_stream.interfaces.sink import Envelope, RecordKind
 from kronos_stream.market.candle import Bar
 from kronos_stream.market.candle_message import CANDLE, encode_bar
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
-
-Headers = tuple[tuple[str, bytes], ...]
 
 SOURCE = "kronos-stream"
 """The CloudEvents source of all messages."""
@@ -45,17 +44,6 @@ _DIGEST_BYTES = 16
 _BANDS = ("close", "open", "high", "low", "volume")
 _PATHS = ("paths", "other_paths")
 _NOT_INPUTS = {"id", *VOLATILE, *_BANDS, *_PATHS, "summary", "repaired"}
-
-
-class Envelope(NamedTuple):
-    """A message ready to be sent."""
-
-    id: str
-    key: str
-    """The series' name; empty for a dead letter without one."""
-    value: bytes
-    """JSON."""
-    headers: Headers
 
 
 class Composer:
@@ -118,7 +106,7 @@ class Composer:
             drawn["other_paths"] = outlook.other_paths
         message = {"schema": FORECAST, "id": "", **given, "created_at": moment, **known, **drawn}
         message["id"] = forecast_id(message)
-        return _envelope(message, series.name, moment)
+        return _envelope("forecast", message, series.name, moment)
 
 
 def dead_letter(
@@ -147,7 +135,7 @@ def dead_letter(
         "truncated": len(payload) > MAX_PAYLOAD,
     }
     message["id"] = _digest(orjson.dumps(message))
-    return _envelope(message, series or "", moment)
+    return _envelope("deadletter", message, series or "", moment)
 
 
 def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Envelope:
@@ -156,7 +144,7 @@ def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Envelope:
     history: whether it only fills contexts.
     """
     value = encode_bar(series, bar, history=history)
-    return _cloud_event(_digest(value), CANDLE, series.name, value, rfc3339(at))
+    return _cloud_event("candle", _digest(value), CANDLE, series.name, value, rfc3339(at))
 
 
 def removal(series: str, *, at: int) -> Envelope:
@@ -164,7 +152,7 @@ def removal(series: str, *, at: int) -> Envelope:
     moment = rfc3339(at)
     message = {"schema": REMOVAL, "id": "", "at": moment, "series": series}
     message["id"] = _digest(orjson.dumps(message))
-    return _envelope(message, series, moment)
+    return _envelope("removal", message, series, moment)
 
 
 def forecast_id(message: Mapping[str, Any]) -> str:
@@ -190,22 +178,25 @@ def context_digest(
     return digest.hexdigest()
 
 
-def _envelope(message: Mapping[str, Any], key: str, moment: str) -> Envelope:
-    return _cloud_event(message["id"], message["schema"], key, orjson.dumps(message), moment)
+def _envelope(kind: RecordKind, message: Mapping[str, Any], key: str, moment: str) -> Envelope:
+    value = orjson.dumps(message)
+    return _cloud_event(kind, message["id"], message["schema"], key, value, moment)
 
 
-def _cloud_event(name: str, kind: str, key: str, value: bytes, moment: str) -> Envelope:
-    """In CloudEvents' binary mode: the attributes are headers, the value is the data."""
+def _cloud_event(
+    kind: RecordKind, event_id: str, event_type: str, key: str, value: bytes, moment: str
+) -> Envelope:
+    """Wrap a message in CloudEvents' binary mode: attributes are headers, the value is the data."""
     attributes = {
         "ce_specversion": "1.0",
-        "ce_id": name,
-        "ce_type": kind,
+        "ce_id": event_id,
+        "ce_type": event_type,
         "ce_source": SOURCE,
         "ce_time": moment,
         "content-type": "application/json",
     }
     headers = tuple((name, text.encode()) for name, text in attributes.items())
-    return Envelope(name, key, value, headers)
+    return Envelope(kind, key, value, headers)
 
 
 def _as_text(payload: bytes) -> tuple[Literal["text", "base64"], str]:

@@ -17,18 +17,35 @@ A removal says that its series is not forecast any more; where only the newest f
 series is kept, it takes that away."""
 
 
-class Record(NamedTuple):
-    """One message on its way to one sink."""
+Headers = tuple[tuple[str, bytes], ...]
+"""CloudEvents attributes, binary mode."""
 
-    sequence: int
-    """Its place in the outbox; grows."""
+
+class Envelope(NamedTuple):
+    """A message ready to be sent to the sinks."""
+
     kind: RecordKind
     key: str
-    """The series' name, the Kafka key."""
+    """Name of the series, used as the Kafka key; empty for a dead letter without a series."""
     value: bytes
     """JSON."""
-    headers: tuple[tuple[str, bytes], ...]
-    """CloudEvents attributes, binary mode."""
+    headers: Headers
+
+    @property
+    def id(self) -> str:
+        """CloudEvents id."""
+        return dict(self.headers)["ce_id"].decode()
+
+
+class Record(NamedTuple):
+    """An envelope in the outbox of one sink."""
+
+    sequence: int
+    """Position in the outbox; always increasing."""
+    kind: RecordKind
+    key: str
+    value: bytes
+    headers: Headers
     created: int
     """UTC ms when it was put into the outbox."""
 

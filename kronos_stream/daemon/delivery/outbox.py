@@ -5,31 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from math import inf, isinf
 from random import Random
-from typing import NamedTuple
 
 import structlog
 
 from kronos_stream.daemon.delivery.sink_queue import SinkQueue
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.state import NewRecord, PublishedBar, State
+from kronos_stream.daemon.storage.state import PublishedBar, State
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import RecordKind, Refusal, Sink
+from kronos_stream.interfaces.sink import Envelope, Refusal, Sink
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
-
-
-class Envelope(NamedTuple):
-    """What every sink shall get."""
-
-    kind: RecordKind
-    key: str
-    value: bytes
-    headers: tuple[tuple[str, bytes], ...]
-    received: int | None = None
-    """When the bar it is about arrived, UTC ms by the wall clock, for the latency."""
 
 
 class Outbox:
@@ -55,7 +44,7 @@ class Outbox:
 
         patient: whether a sink is tried again that does not let us in from the start.
         """
-        self._state, self._wall, self._make_dead_letter = state, wall, make_dead_letter
+        self._state, self._wall = state, wall
         self._max_age = round(1000 * max_age_seconds)
         self._last_sequence = 0
         order = self._lock = asyncio.Lock()
@@ -67,7 +56,7 @@ class Outbox:
                 random,
                 metrics,
                 max_age=self._max_age,
-                make_dead_letter=self._dead_letter_record,
+                make_dead_letter=make_dead_letter,
                 lock=order,
                 retry_login=retry_login,
             )
@@ -79,21 +68,28 @@ class Outbox:
         outcomes: Sequence[Outcome],
         envelopes: Sequence[Envelope],
         bars: Sequence[PublishedBar] = (),
+        *,
+        received: Sequence[int | None] = (),
     ) -> None:
-        """Record outcomes and messages, all or none; they are safe when this returns.
+        """Save outcomes and envelopes, all or none; they are durable when this returns.
 
-        passed: bars that the messages are of, saved with them.
+        bars: closed bars that the envelopes publish, saved with them.
+        received: for the latency metric, arrival of the bar behind each envelope, UTC ms by the
+            wall clock; None if unknown.
         """
-        drafts = [self._new_record(sink, one) for one in envelopes for sink in self._queues]
-        received = [message.received for message in envelopes for _ in self._queues]
+        created = self._wall.now()
+        sinks = list(self._queues)
         async with self._lock:
             try:
-                records = await self._state.record(outcomes, drafts, bars)
+                records = await self._state.record(
+                    outcomes, envelopes, bars, sinks=sinks, created=created
+                )
             except BaseException:  # cancelled, they may be in the file nevertheless
                 for delivery in self._queues.values():
                     delivery.reload()
                 raise
-            for (sink, record), arrived in zip(records, received, strict=True):
+            arrivals = (time for time, _ in zip_longest(received, envelopes) for _ in sinks)
+            for (sink, record), arrived in zip(records, arrivals, strict=True):
                 self._queues[sink].enqueue(record, arrived)
                 self._last_sequence = record.sequence
 
@@ -145,10 +141,3 @@ class Outbox:
             records=records - given_up,
             given_up=given_up,
         )
-
-    def _new_record(self, sink: str, envelope: Envelope) -> NewRecord:
-        kind, key, value, headers, _ = envelope
-        return NewRecord(sink, kind, key, value, headers, self._wall.now())
-
-    def _dead_letter_record(self, sink: str, refusal: Refusal) -> NewRecord:
-        return self._new_record(sink, self._make_dead_letter(sink, refusal))

@@ -10,13 +10,13 @@ from typing import Literal
 import structlog
 
 from kronos_stream.bars.window import Window
-from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
+from kronos_stream.daemon.delivery.outbox import Outbox
 from kronos_stream.daemon.inference.protocol import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.forecast.compose import Composer, dead_letter, removal
 from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook
-from kronos_stream.interfaces.sink import Refusal
+from kronos_stream.interfaces.sink import Envelope, Refusal
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 
@@ -99,7 +99,12 @@ class ForecastPublisher:
         ]
         messages = [message for _, message in final if message is not None]
         outcomes = [result.outcome for result, _ in final] if self._record_outcomes else []
-        await self._outbox.publish(outcomes, messages)
+        # The outbox measures latency by the wall clock; bars arrive by the market's clock.
+        ahead = self._wall.now() - self._clock.now()
+        received = [
+            result.request.received + ahead for result, message in final if message is not None
+        ]
+        await self._outbox.publish(outcomes, messages, received=received)
         told = [result for result, _ in final]
         self._on_published(told, messages)
         return told
@@ -107,14 +112,13 @@ class ForecastPublisher:
     async def retract(self, series: Sequence[str]) -> None:
         """Tell readers that these series are not forecast any more; durable on return."""
         now = self._wall.now()
-        gone = [removal(name, at=now) for name in series]
-        await self._outbox.publish([], [Envelope("removal", *one[1:]) for one in gone])
+        await self._outbox.publish([], [removal(name, at=now) for name in series])
 
     def _compose_forecast(
         self, result: ForecastResult, window: Window, outlook: Outlook
     ) -> Envelope:
         due = result.request
-        composed = self._composer.forecast(
+        return self._composer.forecast(
             window,
             outlook,
             created=self._wall.now(),
@@ -124,11 +128,6 @@ class ForecastPublisher:
                 compute=result.compute_ms,
             ),
             scale=result.scale,
-        )
-        # The outbox measures latency by the wall clock, bars arrive by the market's.
-        ago = self._clock.now() - due.received
-        return Envelope(
-            "forecast", composed.key, composed.value, composed.headers, self._wall.now() - ago
         )
 
 
@@ -148,8 +147,7 @@ class DeadLetterQueue:
             return
         what: Literal["candle", "frame"] = "frame" if series is None else "candle"
         name = None if series is None else series.name
-        letter = dead_letter(what, reason, raw, at=self._wall.now(), series=name)
-        self._queue.append(Envelope("deadletter", letter.key, letter.value, letter.headers))
+        self._queue.append(dead_letter(what, reason, raw, at=self._wall.now(), series=name))
         self._wakeup.set()
 
     async def run(self) -> None:
@@ -174,5 +172,4 @@ def refusal_dead_letter(sink: str, refusal: Refusal, at: int) -> Envelope:
     """The dead letter of a record that ``sink`` will never take. at: UTC ms."""
     record = refusal.record
     series = record.key or None
-    letter = dead_letter("record", refusal.reason, record.value, at=at, series=series, sink=sink)
-    return Envelope("deadletter", letter.key, letter.value, letter.headers)
+    return dead_letter("record", refusal.reason, record.value, at=at, series=series, sink=sink)

@@ -14,9 +14,16 @@ from random import Random
 
 import structlog
 
-from kronos_stream.daemon.storage.state import NewRecord, State
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
+from kronos_stream.interfaces.sink import (
+    Envelope,
+    Record,
+    Refusal,
+    Sink,
+    SinkLoginRefused,
+    SinkUnavailable,
+)
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -43,7 +50,7 @@ class SinkQueue:
         metrics: Metrics,
         *,
         max_age: int,
-        make_dead_letter: Callable[[str, Refusal], NewRecord],
+        make_dead_letter: Callable[[str, Refusal], Envelope],
         lock: asyncio.Lock,
         retry_login: bool = True,
     ) -> None:
@@ -216,7 +223,7 @@ class SinkQueue:
         self._metrics.refused.labels(name).inc(len(refused))
         kinds: Counter[str] = Counter()
         async with self._lock:
-            put = await self._state.mark_delivered(name, batch[-1].sequence, letters)
+            put = await self._state.mark_delivered(name, batch[-1].sequence, letters, created=now)
             for _ in batch:
                 record, received = self._pop()
                 if record.sequence not in refused:
@@ -225,7 +232,7 @@ class SinkQueue:
                         seconds = max(0, now - received) / 1000
                         self._metrics.received_to_published.labels(name).observe(seconds)
             self.waiting -= len(batch)
-            for _, record in put:
+            for record in put:
                 self.enqueue(record, None)
         for delivered, count in kinds.items():
             self._metrics.delivered.labels(name, delivered).inc(count)

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Sequence
 from math import inf
 
-from kronos_stream.daemon.delivery.outbox import Envelope
 from kronos_stream.daemon.delivery.publisher import DeadLetterQueue
 from kronos_stream.daemon.intake.pipeline import IntakePipeline
 from kronos_stream.daemon.requests import ForecastRequest
@@ -87,16 +86,15 @@ class IngestRole(VenueRole):
     async def _relay(self, passed: Sequence[PublishedBar]) -> None:
         """Save bars and put their messages into the outbox; all or none of both."""
         ours = [one for one in passed if one.series in self._universe.series]
-        messages = []
+        messages, received = [], []
         ahead = self._wall.now() - self._clock.now()
         for number, (series, bar, news) in enumerate(ours, 1):
-            composed = candle(series, bar, history=not news, at=self._wall.now())
+            messages.append(candle(series, bar, history=not news, at=self._wall.now()))
             # The outbox measures latency by the wall clock, bars arrive by the market's.
-            arrived = bar.received + ahead if news and bar.received else None
-            messages.append(Envelope("candle", *composed[1:], arrived))
+            received.append(bar.received + ahead if news and bar.received else None)
             if number % _YIELD_EVERY == 0:
                 await asyncio.sleep(0)
-        await self._outbox.publish([], messages, ours)
+        await self._outbox.publish([], messages, ours, received=received)
         if len(ours) < len(passed):  # readers were told that these are gone
             await self._state.save_bars([one[:2] for one in passed if one not in ours])
 
@@ -104,5 +102,5 @@ class IngestRole(VenueRole):
         # Who follows one of them again begins without context.
         await self._state.reset_relayed(series)
         now = self._wall.now()
-        gone = [removal(name, at=now) for name in series]
-        await self._outbox.publish([], [Envelope("candle", *one[1:]) for one in gone])
+        gone = [removal(name, at=now)._replace(kind="candle") for name in series]
+        await self._outbox.publish([], gone)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
-from kronos_stream.daemon.delivery.outbox import Envelope
 from kronos_stream.daemon.requests import ForecastResult, Outcome
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Bar
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series

@@ -18,11 +18,11 @@ import structlog
 
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.database import Database, StateError
-from kronos_stream.interfaces.sink import Record, RecordKind
+from kronos_stream.interfaces.sink import Envelope, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
-__all__ = ["Backlog", "NewRecord", "PublishedBar", "State", "StateError"]
+__all__ = ["Backlog", "PublishedBar", "State", "StateError"]
 
 _log = structlog.get_logger()
 
@@ -57,18 +57,6 @@ _BAR_COLUMNS = "time, open, high, low, close, volume, amount, revision, syntheti
 _PRUNE_BATCH = 2_000
 """What is pruned at once: nobody waits longer for the file than that takes."""
 _VACUUM_PAGES, _MAX_FREE_PAGES = 1_000, 4_000
-
-
-class NewRecord(NamedTuple):
-    """A record on its way into the outbox of one sink."""
-
-    sink: str
-    kind: RecordKind
-    key: str
-    value: bytes
-    headers: tuple[tuple[str, bytes], ...]
-    created: int
-    """UTC ms."""
 
 
 class PublishedBar(NamedTuple):
@@ -181,24 +169,32 @@ class State:
     async def record(
         self,
         outcomes: Sequence[Outcome],
-        new_records: Sequence[NewRecord],
+        envelopes: Sequence[Envelope],
         bars: Sequence[PublishedBar] = (),
+        *,
+        sinks: Collection[str] = (),
+        created: int = 0,
     ) -> list[tuple[str, Record]]:
-        """Keep outcomes and put records into the outbox, all or none: (sink, record) each.
+        """Save outcomes and put envelopes into the outbox of each sink, all or none.
 
-        passed: bars that go out with these records. They are saved, too, and need no outcome.
+        Returns (sink, record) pairs. created: UTC ms. bars: bars that these envelopes publish;
+        they are saved too, and need no outcome.
 
-        A bar has one outcome, its first; another is logged, for something went wrong then. The
-        records are kept all the same: one too many does less harm than one too few.
+        Only the first outcome of a bar is kept; a second one is logged as an error. The records
+        are kept even then: a duplicate does less harm than a missing record.
         """
 
         def record() -> list[tuple[str, Record]]:
             for outcome in outcomes:
                 self._insert_outcome(outcome)
             self._upsert_bars([one[:2] for one in bars])
-            for series, bar, news in bars:
-                self._mark_relayed(series, bar, triggers_forecast=news)
-            return [(draft.sink, self._insert_record(draft)) for draft in new_records]
+            for series, bar, triggers_forecast in bars:
+                self._mark_relayed(series, bar, triggers_forecast=triggers_forecast)
+            return [
+                (sink, self._insert_record(sink, envelope, created))
+                for envelope in envelopes
+                for sink in sinks
+            ]
 
         return await self._db.write(record)
 
@@ -230,18 +226,19 @@ class State:
         return await self._db.read(read)
 
     async def mark_delivered(
-        self, sink: str, through: int, dead_letters: Sequence[NewRecord] = ()
-    ) -> list[tuple[str, Record]]:
-        """Take a sink's records up to ``through`` out, and put ``letters`` in, as :meth:`record`.
+        self, sink: str, through: int, dead_letters: Sequence[Envelope] = (), *, created: int = 0
+    ) -> list[Record]:
+        """Delete the records of a sink up to ``through`` and put dead letters into its outbox.
 
-        through: the sequence of the last that was delivered; all before it were as well.
+        through: sequence of the last delivered record; all earlier ones were delivered too.
+        created: of the dead letters, UTC ms. Returns their records.
         """
 
-        def settle() -> list[tuple[str, Record]]:
+        def replace() -> list[Record]:
             self._delete_records(sink, through)
-            return [(draft.sink, self._insert_record(draft)) for draft in dead_letters]
+            return [self._insert_record(sink, envelope, created) for envelope in dead_letters]
 
-        return await self._db.write(settle)
+        return await self._db.write(replace)
 
     async def expire(self, sink: str, before: int, limit: int = _PRUNE_BATCH) -> tuple[int, int]:
         """Take out a sink's first records that were created before a time, ``limit`` at most.
@@ -337,15 +334,15 @@ class State:
             (origin, revision, series),
         )
 
-    def _insert_record(self, new_record: NewRecord) -> Record:
-        sink, kind, key, value, headers, created = new_record
-        named = orjson.dumps([(name, text.decode()) for name, text in headers])
+    def _insert_record(self, sink: str, envelope: Envelope, created: int) -> Record:
+        kind, key, value, headers = envelope
+        encoded = orjson.dumps([(name, text.decode()) for name, text in headers])
         cursor = self._db.connection.execute(
             "INSERT INTO outbox (sink, kind, key, value, headers, created) VALUES (?,?,?,?,?,?)",
-            (sink, kind, key, value, named, created),
+            (sink, kind, key, value, encoded, created),
         )
         assert cursor.lastrowid is not None  # noqa: S101 - of an insert
-        return Record(cursor.lastrowid, kind, key, value, headers, created)
+        return Record(cursor.lastrowid, *envelope, created)
 
     def _delete_records(self, sink: str, through: int) -> None:
         self._db.connection.execute(

@@ -19,7 +19,6 @@ from kronos_stream.bars.window import Window
 from kronos_stream.forecast.compose import (
     MAX_PAYLOAD,
     Composer,
-    Envelope,
     context_digest,
     dead_letter,
     forecast_id,
@@ -34,6 +33,7 @@ from kronos_stream.forecast.message import (
     same_forecast,
 )
 from kronos_stream.forecast.outlook import Outlook, PublishedPaths, build_outlook
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series
 from kronos_stream.market.utc import parse_time, rfc3339

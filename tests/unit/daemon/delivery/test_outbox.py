@@ -10,12 +10,12 @@ from random import Random
 
 import pytest
 
-from kronos_stream.daemon.delivery.outbox import Envelope, Outbox
+from kronos_stream.daemon.delivery.outbox import Outbox
 from kronos_stream.daemon.delivery.sink_queue import BATCH_BYTES, MEMORY_BYTES
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.state import NewRecord, State, StateError
+from kronos_stream.daemon.storage.state import State, StateError
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import Record, Refusal, SinkUnavailable
+from kronos_stream.interfaces.sink import Envelope, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.testing.virtual_time import run_virtual
 
@@ -54,7 +54,7 @@ class MemorySink:
 
 def message(number: int, size: int = 0) -> Envelope:
     value = (b"%d" % number).ljust(size)
-    return Envelope("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),), 1_000_000)
+    return Envelope("forecast", f"v:{number % 3}/X:1m", value, (("ce_id", b"x"),))
 
 
 def make_dead_letter(_sink: str, refusal: Refusal) -> Envelope:
@@ -280,7 +280,7 @@ def test_what_waits_and_how_long_is_measured(tmp_path: Path) -> None:
     async def body(outbox: Outbox, _: State) -> None:
         await asyncio.sleep(1)
         sink.down = True
-        await outbox.publish([], [message(1), message(2)])
+        await outbox.publish([], [message(1), message(2)], received=[1_000_000, 1_000_000])
         await asyncio.sleep(30)
         measured = outbox._queues["memory"]._metrics
         assert counted(measured, "queue_depth", queue="outbox:memory") == 2
@@ -430,8 +430,7 @@ def test_records_of_a_sink_set_up_no_more_wait_until_too_old(tmp_path: Path) -> 
 
     async def leave(outbox: Outbox, state: State) -> None:
         await outbox.publish([], [message(1)])
-        ancient = NewRecord("gone", "forecast", "v:A/X:1m", b"0", (), 1_000_000)
-        await state.record([], [ancient._replace(sink="other", created=-900_000_000)])
+        await state.record([], [message(0)], sinks=["other"], created=-900_000_000)
 
     run_outbox(tmp_path / "s", [gone], leave)
 

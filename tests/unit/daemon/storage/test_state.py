@@ -16,7 +16,8 @@ import pytest
 
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.database import Database
-from kronos_stream.daemon.storage.state import Backlog, NewRecord, State, StateError
+from kronos_stream.daemon.storage.state import Backlog, State, StateError
+from kronos_stream.interfaces.sink import Envelope, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
@@ -31,8 +32,21 @@ def outcome(series: Series, minute: int, revision: int = 0) -> Outcome:
     return Outcome(series.name, 60_000 * minute, revision, "forecast")
 
 
-def draft(sink: str, number: int) -> NewRecord:
-    return NewRecord(sink, "forecast", A.name, b"%d" % number, (("ce_id", b"x"),), 1_000 + number)
+def envelope(number: int) -> Envelope:
+    return Envelope("forecast", A.name, b"%d" % number, (("ce_id", b"x"),))
+
+
+_INVALID = envelope(3)._replace(value=None)  # type: ignore[arg-type]
+"""An envelope that SQLite rejects."""
+
+
+async def put(state: State, sink: str, *numbers: int) -> list[Record]:
+    """Put an envelope for each number into the outbox of ``sink``; created 1000 ms later each."""
+    records = []
+    for number in numbers:
+        created = 1_000 + number
+        records += await state.record([], [envelope(number)], sinks=[sink], created=created)
+    return [record for _, record in records]
 
 
 @pytest.fixture
@@ -76,48 +90,48 @@ async def test_a_bar_has_one_outcome_only(state: State) -> None:
 
 
 async def test_records_wait_per_sink_in_order_until_delivered(state: State) -> None:
-    put = await state.record([], [draft("k", 1), draft("m", 2), draft("k", 3)])
-    assert [sink for sink, _ in put] == ["k", "m", "k"]
-    ours = [record for sink, record in put if sink == "k"]
+    both = await state.record([], [envelope(1)], sinks=["k", "m"], created=1_001)
+    assert [(sink, record.value) for sink, record in both] == [("k", b"1"), ("m", b"1")]
+    ours = [both[0][1], *await put(state, "k", 3)]
     assert await state.undelivered("k", 10) == ours
     assert await state.undelivered("k", 1) == ours[:1]
     assert await state.undelivered("k", 10, size=1) == ours[:1]
-    assert await state.backlogs() == {"k": Backlog(2, 1_001), "m": Backlog(1, 1_002)}
+    assert await state.backlogs() == {"k": Backlog(2, 1_001), "m": Backlog(1, 1_001)}
     assert await state.mark_delivered("k", ours[0].sequence) == []
     assert await state.undelivered("k", 10) == ours[1:]
-    assert await state.backlogs() == {"k": Backlog(1, 1_003), "m": Backlog(1, 1_002)}
+    assert await state.backlogs() == {"k": Backlog(1, 1_003), "m": Backlog(1, 1_001)}
 
 
 async def test_a_delivery_and_its_dead_letters_are_one_transaction(state: State) -> None:
-    [(_, first)] = await state.record([], [draft("k", 1)])
-    bad = draft("k", 3)._replace(value=None)  # type: ignore[arg-type]
+    [first] = await put(state, "k", 1)
     with pytest.raises(StateError):
-        await state.mark_delivered("k", first.sequence, [draft("k", 2), bad])
+        await state.mark_delivered("k", first.sequence, [envelope(2), _INVALID])
     assert await state.undelivered("k", 10) == [first]
-    [(_, letter)] = await state.mark_delivered("k", first.sequence, [draft("k", 2)])
+    [letter] = await state.mark_delivered("k", first.sequence, [envelope(2)], created=1_002)
+    assert letter[1:] == (*envelope(2), 1_002)
     assert await state.undelivered("k", 10) == [letter]
 
 
 async def test_old_records_expire_from_the_front_in_small_steps(state: State) -> None:
-    put = await state.record([], [draft("k", i) for i in (1, 2, 3, 9, 4)] + [draft("m", 1)])
-    assert await state.expire("k", 1_005, limit=2) == (2, put[1][1].sequence)
-    assert await state.expire("k", 1_005, limit=2) == (1, put[2][1].sequence)
+    records = await put(state, "k", 1, 2, 3, 9, 4)
+    await put(state, "m", 1)
+    assert await state.expire("k", 1_005, limit=2) == (2, records[1].sequence)
+    assert await state.expire("k", 1_005, limit=2) == (1, records[2].sequence)
     assert await state.expire("k", 1_005, limit=2) == (0, 0)  # what follows a newer one stays
-    assert await state.undelivered("k", 10) == [put[3][1], put[4][1]]
+    assert await state.undelivered("k", 10) == records[3:]
     assert len(await state.undelivered("m", 10)) == 1
 
 
 async def test_numbers_are_never_given_twice(state: State) -> None:
-    [(_, first)] = await state.record([], [draft("k", 1)])
+    [first] = await put(state, "k", 1)
     await state.mark_delivered("k", first.sequence)
-    [(_, second)] = await state.record([], [draft("k", 2)])
+    [second] = await put(state, "k", 2)
     assert second.sequence > first.sequence
 
 
 async def test_a_transaction_is_kept_whole_or_not_at_all(state: State) -> None:
-    bad = draft("k", 2)._replace(value=None)  # type: ignore[arg-type]
     with pytest.raises(StateError):
-        await state.record([outcome(B, 1)], [draft("k", 1), bad])
+        await state.record([outcome(B, 1)], [envelope(1), _INVALID], sinks=["k"])
     assert await state.outcomes(B, 0) == []
     assert await state.backlogs() == {}
     await state.save_bars([(A, bar(1))])
@@ -138,10 +152,10 @@ async def test_pruning_keeps_the_newest(state: State) -> None:
 
 async def test_what_an_outage_took_goes_back_to_the_disk(tmp_path: Path) -> None:
     state = await State.open(tmp_path / "state.sqlite")
-    big = draft("k", 1)._replace(value=bytes(100_000))
+    big = envelope(1)._replace(value=bytes(100_000))
     for _ in range(30):
-        put = await state.record([], [big] * 10)
-    await state.mark_delivered("k", put[-1][1].sequence)
+        records = await state.record([], [big] * 10, sinks=["k"])
+    await state.mark_delivered("k", records[-1][1].sequence)
     await state.prune(1, 0)
     await state.close()
     assert state.path.stat().st_size < 20_000_000
@@ -178,7 +192,8 @@ _VICTIM = """
 import asyncio, sys
 from pathlib import Path
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.state import NewRecord, State, StateError
+from kronos_stream.daemon.storage.state import State, StateError
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
@@ -187,8 +202,9 @@ async def main():
     for i in range(1_000_000):
         candle = Candle(60_000 * i, 1.0, 2.0, 0.5, 1.0, 3.0)
         await state.save_bars([(Series.parse("v:A/X:1m"), Bar(candle))])
-        draft = NewRecord("k", "forecast", "v:A/X:1m", b"%d" % i + 6_000 * b".", (), i)
-        await state.record([Outcome("v:A/X:1m", 60_000 * i, 0, "forecast")], [draft])
+        envelope = Envelope("forecast", "v:A/X:1m", b"%d" % i + 6_000 * b".", ())
+        outcomes = [Outcome("v:A/X:1m", 60_000 * i, 0, "forecast")]
+        await state.record(outcomes, [envelope], sinks=["k"], created=i)
         print(i, flush=True)
 
 try:

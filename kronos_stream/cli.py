@@ -177,7 +177,7 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    from kronos_stream.daemon.telemetry.logs import redact
+    from kronos_stream.redaction import redact
 
     print(f"{_PROGRAM}: error: {printable(redact(message))}", file=sys.stderr)  # noqa: T201
 

@@ -1,8 +1,9 @@
-"""``kronos-stream doctor``: what is wrong, or will be, and what to do about it."""
+"""``kronos-stream doctor``: find out what is wrong with a daemon's settings and surroundings."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,11 +12,11 @@ from kronos_stream.commands._text import printable
 
 if TYPE_CHECKING:
     from kronos_stream.daemon.config.settings import Settings
-    from kronos_stream.interfaces.diagnostics import Finding, Result
+    from kronos_stream.interfaces.diagnostics import Finding
 
 _FAILED, _INVALID_SETTINGS = 1, 2
 _CLEAR_LINE = "\r\x1b[K"
-"""Back to the beginning of an empty line."""
+"""Moves to the start of the line and erases it."""
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -25,19 +26,19 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
     "--skip",
     type=click.Choice(["state", "http", "venues", "sinks", "model"]),
     multiple=True,
-    help="Leave something out: the model, say, while a daemon needs the memory. May be given "
+    help="Skip an area: the model, for example, while a daemon needs the memory. May be given "
     "several times.",
 )
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  # noqa: FBT001
-    """Look over what the daemon depends on, as it is set to run now.
+    """Check everything that the daemon depends on, with its present settings.
 
-    A line per finding: ok, warn or fail, what was found, and the cure. Asks for settings, the
-    state file and its disk, the HTTP port, the venues (reachable, clock, symbols), the sinks
-    (reachable, login, topics, rights) and the model (it is loaded and makes a timed forecast).
+    Prints a line per finding: ok, warn or fail, the finding, and how to correct it. Checks the
+    settings, the state file and its disk, the HTTP port, the venues (reachable, clock, symbols),
+    the sinks (reachable, login, topics, permissions) and the model (loads, and forecasts in time).
     It sends no record and changes nothing; a daemon may run meanwhile.
 
-    Exit code 0: nothing failed. 1: something did. 2: the settings cannot be read.
+    Exit code 0: nothing failed. 1: a check failed. 2: the settings are invalid.
     """
     import asyncio
     import os
@@ -46,13 +47,15 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
     from kronos_stream.daemon.config.settings import SettingsError
     from kronos_stream.daemon.doctor.doctor import environment_finding
     from kronos_stream.daemon.telemetry.logs import configure
+    from kronos_stream.interfaces.diagnostics import Finding
 
     report = _Report(as_json=as_json)
     try:
         settings = read_settings(os.environ)
     except SettingsError as error:
         for problem in error.problems:
-            report.add_settings_problem(problem)
+            remedy = "kronos-stream run --help lists all settings"
+            report.add("settings", Finding("fail", problem, remedy))
         report.finish()
         ctx.exit(_INVALID_SETTINGS)
     configure("console", "error")
@@ -63,51 +66,56 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
         ctx.exit(_FAILED)
 
 
-async def _examine(settings: Settings, skip: tuple[str, ...], report: _Report) -> None:
+async def _examine(settings: Settings, skip: Collection[str], report: _Report) -> None:
     from kronos_stream.daemon.doctor.doctor import Doctor
 
-    async for told in Doctor(settings).examine(report.check_started, skip):
-        report.add_result(told)
+    async for result in Doctor(settings).examine(report.check_started, skip):
+        report.add(result.name, result.finding)
+
+
+def print_finding(name: str, finding: Finding) -> None:
+    from kronos_stream.daemon.telemetry.logs import redact
+
+    level = click.style(f"{finding.level:4}", fg=_COLOURS[finding.level])
+    click.echo(f"{level}  {printable(redact(finding_text(name, finding)))}")
+
+
+def finding_text(name: str, finding: Finding) -> str:
+    return f"{name}: {finding.found}" + (f"; {finding.remedy}" if finding.remedy else "")
 
 
 class _Report:
-    """Lines as they come, or one object at the end."""
+    """Prints findings: as lines when they are added, or as one JSON object at the end."""
 
     def __init__(self, *, as_json: bool) -> None:
-        self.failed = False
         self._as_json = as_json
         self._interactive = sys.stderr.isatty()
         self._findings: list[dict[str, Any]] = []
 
+    @property
+    def failed(self) -> bool:
+        return any(finding["level"] == "fail" for finding in self._findings)
+
     def check_started(self, name: str) -> None:
-        """Let whoever waits see for what."""
+        """Show the running check on a terminal."""
         if self._interactive:
             click.echo(f"{_CLEAR_LINE}...   {name}", err=True, nl=False)
-
-    def add_result(self, told: Result) -> None:
-        self.add(told.name, told.finding)
-
-    def add_settings_problem(self, problem: str) -> None:
-        from kronos_stream.interfaces.diagnostics import Finding
-
-        self.add("settings", Finding("fail", problem, "kronos-stream run --help lists them all"))
 
     def add(self, name: str, finding: Finding) -> None:
         from kronos_stream.daemon.telemetry.logs import redact
 
-        level, found, cure = finding
+        level, found, remedy = finding
         found = redact(found)
-        self.failed = self.failed or level == "fail"
-        self._findings.append({"check": name, "level": level, "found": found, "cure": cure or None})
+        row = {"check": name, "level": level, "found": found, "cure": remedy or None}
+        self._findings.append(row)
         if self._interactive:
             click.echo(_CLEAR_LINE, err=True, nl=False)
         if not self._as_json:
-            line = printable(f"{name}: {found}" + (f"; {cure}" if cure else ""))
-            click.echo(f"{click.style(f'{level:4}', fg=_COLOURS[level])}  {line}")
+            print_finding(name, finding)
 
     def finish(self) -> None:
         import json
 
         if self._as_json:
-            whole = {"ok": not self.failed, "findings": self._findings}
-            click.echo(json.dumps(whole, indent=2, ensure_ascii=False))
+            report = {"ok": not self.failed, "findings": self._findings}
+            click.echo(json.dumps(report, indent=2, ensure_ascii=False))

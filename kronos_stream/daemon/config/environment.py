@@ -16,10 +16,10 @@ from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError, variable_name
 from kronos_stream.daemon.config.text_files import read_text_file
-from kronos_stream.daemon.telemetry.logs import redact, register_secrets
 from kronos_stream.interfaces import plugins
 from kronos_stream.interfaces.plugins import ConnectorError
 from kronos_stream.market.timeframe import Timeframe
+from kronos_stream.redaction import redact, register_secrets
 
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -21,10 +21,10 @@ from pydantic import SecretStr
 from kronos_stream.daemon.config.settings import variable_name
 from kronos_stream.daemon.status.openapi import document
 from kronos_stream.daemon.status.series import SERIES_STATUSES, SeriesStatusRegistry
-from kronos_stream.daemon.telemetry.logs import redact
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import rfc3339
+from kronos_stream.redaction import redact
 
 _T = TypeVar("_T")
 

@@ -17,8 +17,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.status.sd_notify import Notifier
 from kronos_stream.daemon.status.watchdog import Watchdog
-from kronos_stream.daemon.telemetry.logs import redact
 from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.redaction import redact
 
 _log = structlog.get_logger()
 

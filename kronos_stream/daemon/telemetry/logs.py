@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,8 @@ import orjson
 import structlog
 from structlog.typing import Processor
 
+from kronos_stream.redaction import redact
+
 Format = Literal["console", "json"]
 Level = Literal["debug", "info", "warning", "error"]
 
@@ -31,13 +32,6 @@ _FLUSH_SECONDS = 2.0
 
 # Their everyday life is of no interest; what matters of it, the connectors say.
 _QUIET_LOGGERS = ("aiohttp", "aiokafka", "asyncio", "websockets")
-
-_MIN_SECRET_LENGTH = 8
-"""Shorter ones would take half of what is said with them."""
-
-_secrets: set[str] = set()
-
-_URL_PASSWORD = re.compile(r"(?<=://)([^/\s:@\"']*):[^/\s@\"']+@")
 
 
 def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Callable[[], None]:
@@ -76,21 +70,6 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
         handler.close()
 
     return end
-
-
-def register_secrets(*secrets: str) -> None:
-    """Let nothing that is logged or told by a command hold these, wherever they got into it."""
-    for secret in secrets:
-        if len(secret) >= _MIN_SECRET_LENGTH:
-            # As it is, and as it stands in JSON and in Python's error texts.
-            _secrets.update((secret, orjson.dumps(secret).decode()[1:-1], repr(secret)[1:-1]))
-
-
-def redact(text: str) -> str:
-    """``mqtt://me:secret@host`` → ``mqtt://me:***@host``, and what is to be hidden: ``***``."""
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _URL_PASSWORD.sub(r"\1:***@", text)
 
 
 def _stderr() -> TextIO:

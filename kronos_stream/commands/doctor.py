@@ -74,6 +74,7 @@ async def _examine(settings: Settings, skip: Collection[str], report: _Report) -
 
 
 def print_finding(name: str, finding: Finding) -> None:
+    """Print a line with the level in colour and secrets masked."""
     from kronos_stream.daemon.telemetry.logs import redact
 
     level = click.style(f"{finding.level:4}", fg=_COLOURS[finding.level])
@@ -81,6 +82,7 @@ def print_finding(name: str, finding: Finding) -> None:
 
 
 def finding_text(name: str, finding: Finding) -> str:
+    """The finding of the check ``name``, and how to correct it, as one sentence."""
     return f"{name}: {finding.found}" + (f"; {finding.remedy}" if finding.remedy else "")
 
 

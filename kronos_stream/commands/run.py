@@ -1,41 +1,42 @@
-"""``kronos-stream run``: the daemon, told by the environment."""
+"""``kronos-stream run``: the daemon, configured by environment variables."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from kronos_stream.daemon.config.settings import Settings
 
 
 class _RunCommand(click.Command):
-    """Its help lists the settings, from where they are defined."""
+    """A command whose help lists the daemon's settings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from kronos_stream.daemon.config.environment import describe_settings
 
         super().format_options(ctx, formatter)
+        rows = []
+        for setting in describe_settings():
+            default = f" [{setting.default}]" if setting.default else ""
+            rows.append((setting.name, setting.description + default))
         with formatter.section("Environment"):
-            formatter.write_dl(
-                [
-                    (
-                        one.name,
-                        f"{one.description} [{one.default}]" if one.default else one.description,
-                    )
-                    for one in describe_settings()
-                ]
-            )
+            formatter.write_dl(rows)
 
 
 @click.command(cls=_RunCommand)
 @click.option(
     "--check",
     is_flag=True,
-    help="Check the settings, the venues' symbols and the model, then exit.",
+    help="Check the settings, the venues' symbols and the model, then exit; doctor checks more.",
 )
 def run(check: bool) -> None:  # noqa: FBT001
     """Forecast live candles at every bar close, until stopped.
 
-    Everything is set by environment variables, listed below; a secret may be given in a file,
-    by the variable's name with _FILE at its end. At least KRONOS_STREAM_SYMBOLS and
-    KRONOS_STREAM_SINKS are needed:
+    All settings are environment variables, listed below. A secret may be in a file: append _FILE
+    to the variable's name and give the path. KRONOS_STREAM_SYMBOLS and KRONOS_STREAM_SINKS are
+    required:
 
     \b
       export KRONOS_STREAM_SYMBOLS=binance:BTC/USDT,binance:ETH/USDT
@@ -44,18 +45,18 @@ def run(check: bool) -> None:  # noqa: FBT001
       export KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS=localhost:9092
       kronos-stream run
 
-    KRONOS_STREAM_ROLE splits the work: ingest takes candles in and writes them to Kafka (symbols,
-    timeframes and brokers are needed), forecast reads them there as one of a group (timeframes,
-    sinks and brokers).
+    KRONOS_STREAM_ROLE divides the work between processes: ingest receives candles and writes them
+    to Kafka (requires symbols, timeframes and brokers); forecast, one of a consumer group, reads
+    them from there (requires timeframes, sinks and brokers).
 
-    SIGTERM or Ctrl-C: no more candles are taken in, the batch in hand is finished and delivered;
-    a second one ends at once, and nothing is lost. SIGHUP reads the symbols file again.
-    """  # noqa: D301 - click's mark for a paragraph to be left as it is
+    SIGTERM and Ctrl-C stop it: it receives no more candles, finishes the current batch and delivers
+    it. A second signal stops it immediately, without loss of data. SIGHUP reloads the symbols file.
+    """  # noqa: D301 - \b is click's mark for a paragraph without re-wrapping
     import asyncio
     import os
     import signal
 
-    # Until the daemon takes it, it must not end us: whoever reloads does not know how far we are.
+    # A SIGHUP before the daemon handles it must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from kronos_stream.daemon import service
@@ -63,8 +64,25 @@ def run(check: bool) -> None:  # noqa: FBT001
     from kronos_stream.daemon.telemetry.logs import configure
 
     settings = read_settings(os.environ)
-    configure(settings.log.format, settings.log.level)
     if check:
-        click.echo(asyncio.run(service.check(settings)))
+        configure("console", "error")
+        asyncio.run(_check(settings))
     else:
+        configure(settings.log.format, settings.log.level)
         asyncio.run(service.serve(service.build_role(settings)))
+
+
+async def _check(settings: Settings) -> None:
+    """Print what doctor finds about venues and model. Raises SettingsError if a check fails."""
+    from kronos_stream.commands.doctor import finding_text, print_finding
+    from kronos_stream.daemon.config.settings import SettingsError
+    from kronos_stream.daemon.doctor.doctor import Doctor
+
+    skip = {"state", "http", "sinks"}
+    if settings.role == "forecast":
+        skip.add("venues")  # its candles come from Kafka
+    results = [result async for result in Doctor(settings).examine(lambda _: None, skip)]
+    if failed := [finding_text(*result) for result in results if result.finding.level == "fail"]:
+        raise SettingsError(failed)
+    for name, finding in results:
+        print_finding(name, finding)

@@ -22,8 +22,8 @@ from kronos_stream.interfaces.source import (
     VenueRefused,
 )
 from kronos_stream.market.candle import Candle, Update
-from kronos_stream.market.series import Series
 from kronos_stream.market.clock import LoopClock
+from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.virtual_time import run_virtual
 

@@ -29,8 +29,8 @@ import pytest
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError
 from kronos_stream.market.candle import Update
-from kronos_stream.market.series import Series
 from kronos_stream.market.clock import LoopClock
+from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.chaos import ConnectorSetup, Scenario, run_chaos

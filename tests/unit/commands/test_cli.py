@@ -23,8 +23,8 @@ from kronos_stream.commands import _forecast
 from kronos_stream.forecast.plot import time_ticks
 from kronos_stream.forecast.quantiles import weibull_quantiles
 from kronos_stream.forecast.table import price_decimals
-from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.candle_files import read_candles
+from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time, rfc3339
 
 _COMMAND = [sys.executable, "-m", "kronos_stream"]

@@ -1,10 +1,10 @@
-# The daemon in an image, in two variants: docs/container.md.
+# Image of the daemon, in two variants: docs/container.md.
 #   docker build --build-arg VARIANT=cuda --tag kronos-stream:cuda .
 #
 # A release names its base by digest: --build-arg BASE=docker.io/library/python:…@sha256:…
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
-# ------------------------------------------------------------------------------ what builds
+# ------------------------------------------------------------------------------ build tools
 FROM ${BASE} AS build
 SHELL ["/bin/sh", "-euc"]
 ARG PIP_VERSION=26.3
@@ -15,19 +15,19 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 
 WORKDIR /build
 COPY constraints.txt pyproject.toml ./
-# Its pip has an environment of its own, so that none is left in the daemon's.
+# pip has a separate environment, so that the daemon's does not contain it.
 RUN python3 -m venv pip; \
     pip/bin/python -m pip install "pip==${PIP_VERSION}"; \
     pip/bin/python -m pip install --constraint constraints.txt setuptools; \
     python3 -m venv --without-pip /opt/kronos-stream
 
-# --------------------------------------------------------- what the daemon needs, gigabytes
+# ------------------------------------------------------------------ dependencies, gigabytes
 FROM build AS dependencies
 ARG VARIANT=cpu
 ARG PIP_INDEX_URL
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
-# PyPI's torch is the one for CUDA. The CPU's comes from an index of its own, without what it
-# needs: that follows from PyPI, pinned like all the rest.
+# torch on PyPI is the CUDA build. The CPU build comes from PyTorch's index, without its dependencies:
+# those follow from PyPI, pinned like all others.
 RUN install() { \
         pip/bin/python -m pip --python /opt/kronos-stream/bin/python install \
             --constraint constraints.txt --only-binary :all: --no-compile "$@"; \
@@ -40,9 +40,9 @@ RUN install() { \
     pip/bin/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb")); \
         print(*project["project"]["dependencies"], sep="\n")' >requirements.txt; \
     install --requirement requirements.txt
-# Tests of others and static libraries serve nobody here. Bytecode is of the kind that is taken as
-# it is: nothing can be written at run time, and no time stamp is in it. Files for a newer Python
-# (torch has one) do not compile, and need not.
+# Remove tests of other packages and static libraries. Bytecode is unchecked hash-based, because nothing
+# can be written at run time and builds must be reproducible. Files for a newer Python (torch has one)
+# do not compile and are not needed.
 RUN find /opt/kronos-stream \( -type d -name tests -o -type f -name "*.a" \) -prune -exec rm -r {} +; \
     /opt/kronos-stream/bin/python -m compileall -q --invalidation-mode unchecked-hash \
         /opt/kronos-stream/lib || true
@@ -55,11 +55,11 @@ COPY connectors connectors
 COPY kronos_stream kronos_stream
 RUN pip/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
-# ---------------------------------------------------------------------------- what is shipped
+# -------------------------------------------------------------------------------- final image
 FROM ${BASE}
 SHELL ["/bin/sh", "-euc"]
-# No installer stays, wherever the base has its own, and nothing that changes who one is. The user has a number, so that an
-# orchestrator can tell that it is not root; the day on which it was made is not written down.
+# Remove all installers and set-uid programs. The user is numeric, so that an orchestrator can verify
+# that it is not root; the date of its creation is removed for reproducible builds.
 RUN rm -rf /usr/local/lib/python3*/site-packages/* /usr/local/lib/python3*/ensurepip \
         /usr/local/bin/pip* /usr/local/bin/wheel /usr/lib/python3*/ensurepip \
         /usr/share/python-wheels /root/.cache; \
@@ -70,7 +70,7 @@ RUN rm -rf /usr/local/lib/python3*/site-packages/* /usr/local/lib/python3*/ensur
     install --directory --owner 10001 --group 10001 /var/lib/kronos-stream
 
 COPY --from=dependencies /opt/kronos-stream /opt/kronos-stream
-# A layer of its own: a new version of the daemon is some megabytes, not all that it needs.
+# A separate layer: a new version of the daemon is a pull of some megabytes.
 RUN --mount=type=bind,from=wheel,source=/build,target=/mnt \
     /mnt/pip/bin/python -m pip --python /opt/kronos-stream/bin/python install \
         --disable-pip-version-check --no-cache-dir --no-compile --no-deps --no-index \
@@ -79,7 +79,7 @@ RUN --mount=type=bind,from=wheel,source=/build,target=/mnt \
         /opt/kronos-stream/lib/python3*/site-packages/kronos_*
 COPY --chmod=0555 deploy/image/healthcheck.py /opt/kronos-stream/healthcheck.py
 
-# All that is written goes to the volume (state, and models from the hub) or to /tmp.
+# Files are written to the volume (state, models from the hub) and to /tmp only.
 ENV PATH=/opt/kronos-stream/bin:$PATH \
     HOME=/var/lib/kronos-stream \
     HF_HOME=/var/lib/kronos-stream/huggingface \

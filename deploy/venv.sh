@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Make or refresh a development environment: deploy/venv.sh FOLDER (default .venv).
+# Create or update a development environment: deploy/venv.sh FOLDER (default .venv).
 #
 # Needs Python 3.11 or later with venv and pip, nothing else. PYTHON names another interpreter.
-# FOLDER/.complete is written last and removed first: a folder without it is half-built and is
-# made anew; one with it is brought up to date in place.
+# FOLDER/.complete is written last and removed first: a folder without it is incomplete and is created
+# again; a folder with it is updated in place.
 set -euo pipefail
 
 venv=${1:-.venv}
@@ -25,7 +25,7 @@ if [[ -e $stamp ]] && "$venv/bin/python" -c "$new_enough" 2>/dev/null; then
     say "updating $venv"
     rm "$stamp"
 else
-    # Only ever clear a folder that is plainly an environment (or is not there yet).
+    # Clear a folder only if it is an environment or does not exist yet.
     if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv" 2>/dev/null) ]]; then
         die "$venv exists and is not a Python environment; remove it or choose another folder"
     fi
@@ -34,7 +34,7 @@ else
         die "could not create $venv; on Debian and Ubuntu install the package python3-venv"
 fi
 
-# On a terminal pip shows its downloads; a log gets the steps below only.
+# On a terminal pip shows its downloads; a log contains the steps below only.
 quiet=()
 [[ -t 1 ]] || quiet=(--quiet)
 
@@ -47,7 +47,7 @@ has_nvidia_driver() {
     [[ -e /proc/driver/nvidia ]] || command -v nvidia-smi >/dev/null
 }
 
-# The limit around it also bounds a name look-up that hangs. macOS wheels are CPU builds anyway.
+# The time-out also limits a DNS look-up that hangs. macOS wheels are always CPU builds.
 cpu_index_answers() {
     [[ $(uname -s) == Linux ]] && timeout 8 "$venv/bin/python" - "$cpu_index/torch/" <<'PY' 2>/dev/null
 import sys
@@ -67,8 +67,8 @@ sys.exit("torch==" + version("torch").partition("+")[0] not in pins)
 PY
 }
 
-# Without a GPU the CPU build of torch saves gigabytes. It alone comes from that index, without
-# its dependencies: they follow from the ordinary one, pinned like all others.
+# Without a GPU the CPU build of torch saves gigabytes. Only torch comes from that index; its
+# dependencies follow from PyPI, pinned like all others.
 if has_pinned_torch; then
     say "torch is there already"
 elif has_nvidia_driver; then

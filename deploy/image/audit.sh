@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Ask PyPI whether pinned versions have known faults: audit.sh PIP-AUDIT [ITS OPTIONS…]
+# Check the pinned versions for known vulnerabilities on PyPI: audit.sh PIP-AUDIT [ITS OPTIONS…]
 #
-# Exit code 0: none that deploy/image/audit-ignore.txt does not explain. What cannot be asked about
-# counts as a fault: an audit of nothing finds nothing.
+# Exit code 0: none except those explained in deploy/image/audit-ignore.txt. A package that could not
+# be checked counts as a finding.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -16,6 +16,6 @@ while read -r id reason; do
     ignored+=(--ignore-vuln "$id")
 done <deploy/image/audit-ignore.txt
 
-# The pins are complete, so nothing is resolved; --strict: the first that is unknown ends it.
+# The pins are complete, so nothing is resolved; --strict fails at the first unknown package.
 "$pip_audit" --requirement constraints.txt --no-deps --disable-pip --strict --progress-spinner off \
     --aliases on --desc on ${ignored[@]+"${ignored[@]}"} "${@:2}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Build the image: build.sh [ARGUMENTS FOR THE BUILD…]
 #
-#   VARIANT=cpu|cuda                     which torch
-#   ENGINE=docker|podman                 what builds; by default the first that is installed
+#   VARIANT=cpu|cuda                     build of torch
+#   ENGINE=docker|podman                 container engine; by default the first that is installed
 #   BASE=NAME                            another base image, or the same by digest
-#   IMAGE=NAME                           what the image is called (kronos-stream:$VARIANT)
+#   IMAGE=NAME                           name of the image (kronos-stream:$VARIANT)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -13,7 +13,7 @@ engine=${ENGINE:-$(command -v docker || command -v podman || true)}
 variant=${VARIANT:-cpu}
 image=${IMAGE:-kronos-stream:$variant}
 
-# From the checkout: which version, which commit, and the commit's time for all time stamps.
+# From the checkout: version, commit, and the commit's time for all time stamps.
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
 revision=$(git describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || echo unknown)
 epoch=$(git log -1 --format=%ct 2>/dev/null || echo 0)
@@ -27,8 +27,8 @@ arguments=(
 if [[ -n ${BASE:-} ]]; then
     arguments+=(--build-arg "BASE=$BASE")
 fi
-# Podman's own format has no HEALTHCHECK, and older ones take labels from their cache that other
-# arguments have changed.
+# Podman's own format has no HEALTHCHECK, and older versions take labels from the cache although build
+# arguments changed.
 if [[ ${engine##*/} == podman* ]]; then
     arguments+=(
         --format docker

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Build the image and look it over as it runs: check.sh BIN [ARGUMENTS FOR THE BUILD…]
+# Build the image and test it in a container: check.sh BIN [ARGUMENTS FOR THE BUILD…]
 #
-# BIN is where the tests' Python is. ENGINE and VARIANT are as for build.sh. Where the base image
-# cannot be fetched and BASE names no other, one is made from Debian's packages (base.sh).
+# BIN is the folder of the tests' Python. ENGINE and VARIANT are as for build.sh. If the base image
+# cannot be pulled and BASE is not set, one is created from Debian packages (base.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

@@ -1,4 +1,4 @@
-"""Whether the daemon in this container answers at /healthz: exit code 0 if so, else 1.
+"""Health check of the container: exit code 0 if /healthz answers, else 1.
 
 For the image's HEALTHCHECK: the standard library alone, and where to ask as the daemon is told
 where to listen. The page never needs a token.
@@ -14,8 +14,8 @@ _SECONDS = 4.0
 
 
 def main() -> int:
-    """Ask once; say on stderr what is wrong."""
-    # To connect to 0.0.0.0 or :: means this machine on Linux, so all addresses need no translation.
+    """Send one request; report a failure on stderr."""
+    # On Linux a connection to 0.0.0.0 or :: reaches this machine, so all addresses can be used as set.
     host = os.environ.get("KRONOS_STREAM_HTTP__HOST", "") or "127.0.0.1"
     port = os.environ.get("KRONOS_STREAM_HTTP__PORT", "") or "8080"
     try:

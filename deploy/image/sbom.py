@@ -1,4 +1,4 @@
-"""The bill of materials of what the daemon runs on, in CycloneDX: ``sbom.py PYTHON OUT``.
+"""Bill of materials of the daemon's dependencies, in CycloneDX: ``sbom.py PYTHON OUT``.
 
 PYTHON is an interpreter with the daemon installed. It may have more, such as the tools of a
 developer: only what the daemon needs is in the bill. Runs where cyclonedx-bom is installed.
@@ -25,7 +25,7 @@ _FOLDERS = "import json, sys; print(json.dumps([path for path in sys.path if pat
 
 
 def main(python: str, out: Path) -> int:
-    """Write the file; 1 if it is not as CycloneDX wants it. Raises CalledProcessError."""
+    """Write the file; return 1 if it is not valid CycloneDX. Raises CalledProcessError."""
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "bom.json")
         _run([sys.executable, "-m", "cyclonedx_py", "environment", "--output-reproducible",
@@ -57,7 +57,7 @@ def _run(command: list[str]) -> str:
 
 
 def _needed(installed: Iterable[Distribution]) -> set[NormalizedName]:
-    """What the daemon needs, all the way down, with such extras as are asked for."""
+    """Collect all direct and indirect dependencies, including requested extras."""
     known = {canonicalize_name(one.metadata["Name"]): one for one in installed}
     found: set[tuple[NormalizedName, str]] = set()
     left = [(canonicalize_name(_PROJECT), "")]

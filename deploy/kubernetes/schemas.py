@@ -1,4 +1,4 @@
-"""Lay out JSON schemas as kubeconform looks for them: schemas.py FOLDER WHEEL MODULE...
+"""Arrange JSON schemas in the layout of kubeconform: schemas.py FOLDER WHEEL MODULE...
 
 WHEEL is kubernetes-validate's, which carries Kubernetes' own schemas; the modules are Go's, with
 CRDs of which none may be missing below, and compose's.
@@ -16,7 +16,7 @@ from zipfile import ZipFile
 
 import yaml
 
-# The oldest that the chart allows, and the newest whose schemas there are.
+# The oldest version that the chart allows, and the newest with schemas.
 VERSIONS = ("1.27.0", "1.37.0")
 
 CRDS = (
@@ -43,20 +43,20 @@ def main(folder: Path, wheel: Path, modules: list[Path]) -> None:
 
 
 def _kubernetes(archive: ZipFile, version: str, folder: Path) -> None:
-    """The strict ones, which refuse fields that do not exist."""
+    """Write the strict schemas, which reject unknown fields."""
     folder.mkdir()
     inside = f"kubernetes_validate/kubernetes-json-schema/v{version}-local-strict/"
     for name in archive.namelist():
         if name.startswith(inside) and name.endswith(".json"):
             text = archive.read(name).decode()
-            # They call themselves by an address on the web; here they lie side by side.
+            # Their identifiers are web addresses; here they are files in one folder.
             text = text.replace('"/api/_definitions.json#', '"_definitions.json#')
             text = re.sub(r',\s*"\$id": "https://kubernetes.io/[^"]*"', "", text)
             (folder / name.removeprefix(inside)).write_text(text, "utf-8")
 
 
 def _crd(path: Path, folder: Path) -> None:
-    """Each version of a custom resource, made strict."""
+    """Write a strict schema for each version of a custom resource."""
     definition = yaml.safe_load(path.read_text("utf-8"))["spec"]
     kind, group = definition["names"]["kind"].lower(), definition["group"].partition(".")[0]
     for version in definition["versions"]:
@@ -67,7 +67,7 @@ def _crd(path: Path, folder: Path) -> None:
 
 
 def _forbid_unknown(schema: Any) -> None:  # noqa: ANN401 - any part of one
-    """A server drops fields that a custom resource does not have; here they are faults."""
+    """Reject unknown fields, which a server would drop."""
     if isinstance(schema, dict):
         closed = "properties" in schema and "additionalProperties" not in schema
         if closed and not schema.get("x-kubernetes-preserve-unknown-fields"):

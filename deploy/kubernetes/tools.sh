@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fetch what the chart and the compose file are checked with: tools.sh FOLDER
+# Fetch the tools that check the chart and the compose file: tools.sh FOLDER
 #
 # helm and kubeconform are built by Go (1 to 3 minutes on two cores, the first time), schemas come
 # from PyPI and Go modules. Needs Go 1.21 or later, and Python with pip and PyYAML: PYTHON names it.
-# FOLDER/.complete is written last and holds the versions below, so others are fetched anew.
+# FOLDER/.complete is written last and contains the versions below; a change fetches them again.
 set -euo pipefail
 
 folder=${1:?usage: tools.sh FOLDER}
@@ -30,7 +30,7 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 rm -rf "$folder/.complete" "$folder/schemas" "$folder/wheel"
 
-# Where no Go module is, and with an end to every wait.
+# In a folder without a Go module, with time-outs for downloads.
 for tool in "$kubeconform" "$helm"; do
     say "building $tool"
     (cd "$folder" && GOBIN=$folder timeout 1200 go install -ldflags='-s -w' "$tool") \

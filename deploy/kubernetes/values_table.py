@@ -1,4 +1,4 @@
-"""Write the table of values in the chart's README from values.yaml's comments; --check only looks.
+"""Write the values table of the chart's README from the comments of values.yaml; --check compares.
 
 A comment that begins with ``# --`` stands before each value that a user may set.
 """
@@ -19,7 +19,7 @@ BEGIN, END = "<!-- values.yaml -->\n", "<!-- end of values.yaml -->\n"
 
 
 def rows(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Each value that has a comment: its path, its default, and what is said of it."""
+    """Return path, default and comment of each value that has a comment."""
     values = yaml.safe_load(text)
     path: list[str] = []
     about: list[str] = []
@@ -40,7 +40,7 @@ def rows(text: str) -> Iterator[tuple[str, Any, str]]:
 
 
 def table(text: str) -> str:
-    """The rows as Markdown; of a part that has rows of its own, no default."""
+    """Return the rows as Markdown; parents of other rows have no default."""
     found = list(rows(text))
     paths = [path for path, _, _ in found]
     lines = ["| value | default | what it is |", "|---|---|---|"]
@@ -52,7 +52,7 @@ def table(text: str) -> str:
 
 
 def main(*, check: bool) -> int:
-    """Bring the README up to date, or say that it is not."""
+    """Update the README, or report that it is outdated."""
     readme = CHART / "README.md"
     text = readme.read_text("utf-8")
     before, _, rest = text.partition(BEGIN)

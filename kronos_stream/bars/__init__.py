@@ -1,1 +1,1 @@
-"""Bar assembly: ordered, gap-free bars per series, and the rolling contexts made of them."""
+"""Bar assembly: ordered, gap-free bars per series, and the context windows made of them."""

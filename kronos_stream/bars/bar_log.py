@@ -1,4 +1,4 @@
-"""What stands on a tape, and what waits to: bars in order, each once, and their changes."""
+"""Confirmed bars of a series, and closed bars waiting for earlier ones."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.grid import Grid
 
 _RECENT_BARS = 96
-"""Bars whose exact content is kept, to know a change."""
+"""Confirmed bars that are kept, to detect changes."""
 
 _MAX_LOOKAHEAD_BARS = 1_000
-"""How many bars are looked through for those that are missing."""
+"""Bars searched for missing ones at a time."""
 
 
 class BarLog:
-    """The closed bars of one series. Times are UTC ms; what happens is added to ``effects``."""
+    """Closed bars of one series. Times are UTC ms; changes are added to ``effects``."""
 
     def __init__(self, grid: Grid, corrections: PendingCorrections, missing: MissingBars) -> None:
         self.next: int | None = None
-        """Open of the bar that comes next; None until a first one is known."""
+        """Open of the next bar to confirm; None until a first one is known."""
         self.recent: dict[int, Bar] = {}
-        """The newest bars."""
+        """The newest confirmed bars, by open."""
         self.pending: dict[int, Bar] = {}
-        """Closed bars that stand behind a hole, or whose close is just ahead by our clock."""
+        """Closed bars behind a gap, or whose close is just ahead by the local clock."""
         self.trailing_flat_bars = 0
-        """Flat bars at the end."""
+        """Number of synthetic bars at the end."""
         self.corrections, self.missing = corrections, missing
         self._grid = grid
 
     @property
     def has_gap(self) -> bool:
-        """Whether bars are held because those before them are missing."""
+        """Whether bars wait because earlier ones are missing."""
         return bool(self.pending) and self.next not in self.pending
 
     @property
     def anchor(self) -> int | None:
-        """The open of some bar, None if none is known."""
+        """Open of any known bar, None if there is none."""
         return next(iter(self.pending), None) if self.next is None else self.next
 
     def restore(self, bars: Sequence[Bar]) -> None:
-        """Go on after ``bars``."""
+        """Continue after ``bars``."""
         self.next = self._grid.after(bars[-1].candle.time)
         self.recent = {bar.candle.time: bar for bar in bars[-_RECENT_BARS:]}
         for bar in bars:
@@ -51,7 +51,7 @@ class BarLog:
                 self.missing.add(bar)
 
     def add_pending(self, bar: Bar) -> None:
-        """Put a bar where it waits for those before it."""
+        """Add a closed bar that is not confirmed yet."""
         time = bar.candle.time
         old = self.pending.get(time)
         if old is None:
@@ -62,7 +62,7 @@ class BarLog:
             self.corrections.add(bar.candle, bar.received)
 
     def append_ready(self, now: int, effects: list[Effect]) -> None:
-        """Append what waits no longer."""
+        """Confirm pending bars, up to the first gap and to those that have closed by ``now``."""
         while self.next is not None and self.next in self.pending:
             close = self._grid.after(self.next)
             if close > now:
@@ -70,9 +70,9 @@ class BarLog:
             self._append(self.pending.pop(self.next), close, effects)
 
     def append_flat(self, time: int, close: int, received: int, effects: list[Effect]) -> None:
-        """Put a bar without trades in the place of the next; owed if nobody said so."""
+        """Confirm a bar without trades; a placeholder if ``received`` is 0."""
         self.missing.resolve(time)
-        if not self.recent:  # what no bar stands before is not missed
+        if not self.recent:  # nothing to continue from: the series starts later
             self.next = close
             return
         last = self.recent[next(reversed(self.recent))].candle
@@ -82,17 +82,17 @@ class BarLog:
             self.missing.add(bar)
 
     def compare(self, candle: Candle, now: int, effects: list[Effect]) -> None:
-        """Take in a word on a bar that stands here already, if it is a new one."""
+        """Compare a closed candle with the confirmed bar; a difference becomes a correction."""
         bar = self._find(candle.time)
         if bar is None:
-            return  # older than the memory, where a change cannot be told from a stale push
+            return  # too old to distinguish a correction from a stale push
         if bar.synthetic:
             self._revise(candle, now, effects)
         elif not candles_match(bar.candle, candle):
             self.corrections.add(candle, now)
 
     def flag_mismatch(self, candle: Candle, now: int) -> None:
-        """Take in a push that is no last word on a bar that stands here: have it compared."""
+        """Have the history checked if an open candle differs from the confirmed bar."""
         bar = self._find(candle.time)
         if bar is not None and not candles_match(bar.candle, candle):
             self.corrections.add(bar.candle, now)
@@ -100,21 +100,21 @@ class BarLog:
     def resolve_corrections(
         self, request: Fetch, history: Mapping[int, Candle], now: int, effects: list[Effect]
     ) -> None:
-        """Change what is in doubt, as an answer of the history has it."""
+        """Apply the corrections that an answer of the history decides."""
         for changed in self.corrections.resolve(*request, history, now, self.recent):
             self._revise(changed, now, effects)
 
     def confirm_placeholders(
         self, request: Fetch, history: Collection[int], now: int, effects: list[Effect]
     ) -> None:
-        """Confirm made-up bars that the history does not have either."""
+        """Confirm placeholders whose bars the history does not have either."""
         for bar in self.missing.confirm_placeholders(request, history, now):
             if bar.candle.time in self.recent:
                 self.recent[bar.candle.time] = bar
             effects.append(Confirm(bar))
 
     def missing_opens(self, end: int) -> Iterator[int]:
-        """The next bars, as far as they close by ``end`` and are not held."""
+        """Opens of the next bars that close by ``end`` and are not pending."""
         time = self.next
         for _ in range(_MAX_LOOKAHEAD_BARS):
             if time is None or (close := self._grid.after(time)) > end:
@@ -124,7 +124,7 @@ class BarLog:
             time = close
 
     def newest(self, bars: int) -> int | None:
-        """Open of the first of the newest ``bars``, None if none is here."""
+        """Open of the first of the newest ``bars`` bars, None if there is none."""
         return next(iter(list(self.recent)[-bars:]), None)
 
     def _append(self, bar: Bar, close: int, effects: list[Effect]) -> None:
@@ -155,7 +155,7 @@ class BarLog:
 
 
 def _flat(time: int, last: Candle, received: int) -> Bar:
-    """The bar after ``last`` if nothing is traded."""
+    """Bar after ``last`` without trades."""
     price = last.close
     amount = None if last.amount is None else 0.0
     candle = Candle(time, price, price, price, price, 0.0, amount)

@@ -1,8 +1,7 @@
-"""What speaks against bars that are on the tape already.
+"""Corrections of confirmed bars that the venue's history has not verified yet.
 
-A closed bar that is told again with other values may have been changed by the venue, or the word
-is an old one that comes late: pushes do. So nothing is changed before the venue's history has been
-asked, and its word is the last.
+A closed bar re-sent with different values is either a correction or a stale push; the history
+decides.
 """
 
 from __future__ import annotations
@@ -22,68 +21,66 @@ class _Correction:
 
 
 class PendingCorrections:
-    """At most one claim per bar, by its open; all times are UTC ms."""
+    """At most one correction per bar, by its open; all times are UTC ms."""
 
     def __init__(self, settle: int, lag: int, answers: int) -> None:
-        """How the venue's history is asked.
+        """Set when the history decides.
 
-        settle: ms until it is asked. lag: ms after which it is up to date. answers: how often it
-        must have spoken, before it is believed that nothing changed.
+        settle: ms until it is requested. lag: ms after which it is up to date. answers: required
+        until a bar counts as unchanged.
         """
         self._settle, self._lag, self._answers = settle, lag, answers
         self._corrections: dict[int, _Correction] = {}
 
     def add(self, candle: Candle, now: int) -> None:
-        """Somebody says that this is the bar."""
-        claim = self._corrections.get(candle.time)
-        if claim is None or not candles_match(claim.candle, candle):
+        """Add a candle that differs from the confirmed bar."""
+        known = self._corrections.get(candle.time)
+        if known is None or not candles_match(known.candle, candle):
             self._corrections[candle.time] = _Correction(candle, now, 0)
 
     def check(self, candle: Candle, now: int) -> None:
-        """Have a bar compared that is doubtful by itself; one answer will do."""
+        """Have a doubtful bar compared; a single answer decides."""
         self._corrections[candle.time] = _Correction(candle, now - self._lag, self._answers - 1)
 
     def discard(self, time: int) -> None:
         self._corrections.pop(time, None)
 
     def ready(self, now: int, before: int) -> Iterator[int]:
-        """Bars that open before ``before`` and are to be asked for now."""
-        for time, claim in self._corrections.items():
-            if time < before and claim.since + self._settle <= now:
+        """Opens below ``before`` of the bars to request now."""
+        for time, correction in self._corrections.items():
+            if time < before and correction.since + self._settle <= now:
                 yield time
 
     def next_due(self, before: int) -> int:
-        """When the next of these is to be asked for."""
-        if not self._corrections:
-            return NEVER
-        times = (claim.since for time, claim in self._corrections.items() if time < before)
-        return min(times, default=NEVER) + self._settle
+        """When the next of the bars below ``before`` is to be requested."""
+        since = (one.since for time, one in self._corrections.items() if time < before)
+        return min(since, default=NEVER) + self._settle
 
     def resolve(
         self, start: int, end: int, history: Mapping[int, Candle], now: int, bars: Mapping[int, Bar]
     ) -> Iterator[Candle]:
-        """What the answer ``given`` for opens from ``start`` to ``end`` changes in ``bars``.
+        """Changes of ``bars``, the newest confirmed ones, by the history of start <= open < end.
 
-        bars: the newest on the tape; a claim against an older one is dropped.
+        Corrections of older bars are dropped.
         """
         oldest = next(iter(bars), end)
-        for time, claim in list(self._corrections.items()):
+        for time, correction in list(self._corrections.items()):
             bar = bars.get(time)
             if time < oldest:
                 del self._corrections[time]
             if bar is None or not start <= time < end:
                 continue
-            claim.answers += 1
-            decided = claim.answers >= self._answers and now >= claim.since + self._lag
-            # Where history does not reach, the claim is all there is.
-            said = history.get(time, claim.candle if decided else bar.candle)
-            changed = not candles_match(said, bar.candle)
-            if decided or (changed and candles_match(said, claim.candle)):
+            correction.answers += 1
+            decided = correction.answers >= self._answers and now >= correction.since + self._lag
+            # A bar that the history no longer has can only be corrected by the push.
+            true = history.get(time, correction.candle if decided else bar.candle)
+            changed = not candles_match(true, bar.candle)
+            if decided or (changed and candles_match(true, correction.candle)):
                 del self._corrections[time]
                 if changed:
-                    yield said
+                    yield true
 
 
 def candles_match(a: Candle, b: Candle) -> bool:
-    """Whether they are equal as far as both say."""
+    """Return whether the values are equal; an unknown amount equals any."""
     return a[:6] == b[:6] and (a.amount == b.amount or a.amount is None or b.amount is None)

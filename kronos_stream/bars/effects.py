@@ -1,4 +1,4 @@
-"""What a tape asks of its owner: small values, in the order in which they are to be carried out."""
+"""Effects of a sequencer: small values for its owner to carry out in order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple, TypeAlias
 from kronos_stream.market.candle import Bar, Candle
 
 NEVER = 1 << 62
-"""A moment that does not come, UTC ms."""
+"""A moment that is never reached, UTC ms."""
 
 
 class Begin(NamedTuple):
-    """The tape begins: bars that open up to ``origin`` have closed already."""
+    """The series starts: bars that open up to ``origin`` have closed already."""
 
     origin: int
 
@@ -23,20 +23,20 @@ class Append(NamedTuple):
 
 
 class Revise(NamedTuple):
-    """The venue changed a bar after its close, or has come to have it; its revision is one up."""
+    """A confirmed bar has changed, or replaces a synthetic one; its revision is one up."""
 
     bar: Bar
     newest: bool
 
 
 class Confirm(NamedTuple):
-    """A bar that could not be had is not there: synthetic it was and stays, with a date to it."""
+    """The venue does not have this bar: the placeholder becomes a synthetic bar for good."""
 
     bar: Bar
 
 
 class Fetch(NamedTuple):
-    """Ask the venue for its closed bars with start <= open < end, and report what it said."""
+    """Request the closed bars with start <= open < end from the venue's history."""
 
     start: int
     end: int
@@ -50,14 +50,14 @@ class Gap(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A candle that cannot be."""
+    """An invalid candle."""
 
     candle: Candle
     reason: str
 
 
 class Silence(NamedTuple):
-    """Nothing is heard of the series any more, or something is again."""
+    """The series has become silent, or active again."""
 
     silent: bool
 

@@ -1,4 +1,4 @@
-"""Bars that a tape lacks: how often the history answered without them, and what was made up."""
+"""Missing bars: answers of the history without them, and placeholders in their place."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from kronos_stream.market.candle import Bar
 
 
 class MissingBars:
-    """Times are UTC ms. A bar is owed while it is only made up: nobody said that it is not there.
+    """Times are UTC ms. A placeholder is a synthetic bar that was never received.
 
-    On the tape such a bar is synthetic and was never received.
+    It stands for a bar while the venue's history cannot be reached.
     """
 
-    def __init__(self, answers: int, most: int) -> None:
-        """answers: without a bar, until it does not exist. most: bars owed; older are let go."""
-        self._answers, self._limit = answers, most
+    def __init__(self, answers: int, limit: int) -> None:
+        """answers: without a bar, until it does not exist. limit: of placeholders; oldest go."""
+        self._answers, self._limit = answers, limit
         self._absences: dict[int, int] = {}
         self._placeholders: dict[int, Bar] = {}
 
     def __len__(self) -> int:
+        """Number of placeholders."""
         return len(self._placeholders)
 
     def get(self, time: int) -> Bar | None:
         return self._placeholders.get(time)
 
-    def oldest(self, most: int) -> list[int]:
-        """Opens of bars to ask for first."""
-        return list(self._placeholders)[:most]
+    def oldest(self, count: int) -> list[int]:
+        """Opens of the oldest placeholders."""
+        return list(self._placeholders)[:count]
 
     def add(self, bar: Bar) -> None:
+        """Add a placeholder."""
         self._placeholders[bar.candle.time] = bar
         if len(self._placeholders) > self._limit:
             del self._placeholders[next(iter(self._placeholders))]
 
     def resolve(self, time: int) -> None:
-        """The bar is there, real or not: nothing more to ask."""
-        if self._absences:
-            self._absences.pop(time, None)
-        if self._placeholders:
-            self._placeholders.pop(time, None)
+        """Forget a bar that has been confirmed, real or synthetic."""
+        self._absences.pop(time, None)
+        self._placeholders.pop(time, None)
 
     def record_absence(self, time: int) -> None:
-        """The history answered without the bar."""
+        """Count an answer of the history without the bar."""
         self._absences[time] = self._absences.get(time, 0) + 1
 
     def confirmed(self, time: int) -> bool:
-        """Whether the history has said so often enough."""
+        """Return whether enough answers came without the bar."""
         return self._absences.get(time, 0) >= self._answers
 
     def confirm_placeholders(self, request: Fetch, history: Container[int], now: int) -> list[Bar]:
-        """The bars owed that do not exist, now that this answer has come; they are paid for."""
-        settled = []
+        """Remove and return the placeholders whose bars, after this answer, do not exist."""
+        confirmed = []
         for time, bar in list(self._placeholders.items()):
             if request.start <= time < request.end and time not in history:
                 self.record_absence(time)
                 if self.confirmed(time):
                     self.resolve(time)
-                    settled.append(bar._replace(received=now))
-        return settled
+                    confirmed.append(bar._replace(received=now))
+        return confirmed

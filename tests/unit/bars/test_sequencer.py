@@ -156,7 +156,7 @@ def test_a_bar_is_never_closed_before_its_close_by_our_clock() -> None:
 def test_a_bar_closed_long_before_its_close_is_a_lie_and_asked_for() -> None:
     here = make_sequencer()
     (said,) = here.push(candle(0), 30)
-    assert said == Reject(candle(0), "said to be closed 30 s before its close")
+    assert said == Reject(candle(0), "reported closed 30 s before its close")
     assert here.push(candle(0), 31) == []  # once is enough
     assert here.tick(62) == [fetch(0, 0)]
 
@@ -186,7 +186,7 @@ def test_a_bar_closed_early_is_compared_with_the_history() -> None:
         (candle(0)._replace(volume=-1), "negative"),
         (candle(0)._replace(close=float("nan")), "finite"),
         (candle(0)._replace(time=START + 1), "no bar of 1m opens"),
-        (candle(2), "opens 60 s from now"),
+        (candle(2), "opens 60 s in the future"),
     ],
 )
 def test_what_cannot_be_stays_off_the_tape(one: Candle, reason: str) -> None:
@@ -205,7 +205,7 @@ def test_a_bar_beyond_what_was_asked_for_is_not_taken() -> None:
     here.tick(62)
     said = here.answer(fetch(0, 0), 130, candle(0), candle(1))
     assert bars(said) == [candle(0)]
-    assert Reject(candle(1), "not what was asked for") in said
+    assert Reject(candle(1), "outside the requested range") in said
 
 
 def test_other_values_of_the_newest_bar_are_confirmed_and_revise_it() -> None:

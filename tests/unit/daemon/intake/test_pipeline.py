@@ -618,7 +618,7 @@ def test_bad_frames_and_candles_are_buried_with_a_reason(tmp_path: Path) -> None
             await here.wait_for_bars(5.5)
             assert here.dead_letters[0] == "not JSON"
             assert len(here.dead_letters) == 1 + 6  # once per bar
-            assert "said to be closed" in here.dead_letters[1]
+            assert "reported closed" in here.dead_letters[1]
             assert bar_times(here.due) == [START + i * 10_000 for i in range(5)]
 
     run_virtual(main())

@@ -23,9 +23,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from kronos_stream.daemon.config.cores import usable_cores
 from kronos_stream.daemon.config.text_files import read_text_file
 from kronos_stream.daemon.inference.protocol import ForecastConfig
-from kronos_stream.daemon.inference.supervisor import usable_cores
 from kronos_stream.forecast.outlook import PublishedPaths
 from kronos_stream.forecast.quantiles import check_supported, required_paths
 from kronos_stream.market.series import Series

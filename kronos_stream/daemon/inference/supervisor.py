@@ -8,12 +8,8 @@ what fails again is halved, until the one context that brings workers down stand
 from __future__ import annotations
 
 import asyncio
-import math
-import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import structlog
@@ -30,7 +26,7 @@ from kronos_stream.daemon.inference.protocol import (
 )
 from kronos_stream.daemon.telemetry.metrics import Metrics
 
-__all__ = ["BatchResult", "WorkerError", "WorkerLost", "WorkerSupervisor", "usable_cores"]
+__all__ = ["BatchResult", "WorkerError", "WorkerLost", "WorkerSupervisor"]
 
 _log = structlog.get_logger()
 
@@ -292,18 +288,6 @@ class WorkerSupervisor:
 
     async def _launch(self) -> WorkerProcess:
         return await WorkerProcess.launch(self._command, self._config.threads)
-
-
-def usable_cores() -> int:
-    """Processors this process may keep busy, by its affinity and its control group's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores)
 
 
 def _to_request(window: Window) -> InferenceRequest:

@@ -32,7 +32,6 @@ from kronos_stream.daemon.inference.supervisor import (
     WorkerError,
     WorkerLost,
     WorkerSupervisor,
-    usable_cores,
 )
 from kronos_stream.daemon.inference.worker_main import ModelHost
 from kronos_stream.daemon.telemetry.metrics import Metrics
@@ -398,10 +397,6 @@ def test_tiny_prices_are_forecast_like_large_ones(nano: Forecaster) -> None:
         np.testing.assert_allclose(
             np.array(small.channels["close"][name]) * 2.0**40, band, rtol=1e-6
         )
-
-
-def test_cores_are_counted() -> None:
-    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_daemons_process_does_without_torch() -> None:

@@ -43,7 +43,7 @@ def table(text: str) -> str:
     """Return the rows as Markdown; parents of other rows have no default."""
     found = list(rows(text))
     paths = [path for path, _, _ in found]
-    lines = ["| value | default | what it is |", "|---|---|---|"]
+    lines = ["| value | default | meaning |", "|---|---|---|"]
     for path, default, about in found:
         whole = any(other.startswith(f"{path}.") for other in paths)
         shown = "" if whole else f"`{json.dumps(default)}`"

@@ -1,9 +1,9 @@
-{{/* The roles that run. */}}
+{{/* Roles of the mode. */}}
 {{- define "kronos-stream.roles" -}}
 {{ ternary "all" "ingest,forecast" (eq .Values.mode "all") }}
 {{- end }}
 
-{{/* How names begin: short enough for a role, a number and a hash behind it. */}}
+{{/* Prefix of names: leaves room for a role, a number and a hash. */}}
 {{- define "kronos-stream.fullname" -}}
 {{- $name := .Values.fullnameOverride | default (contains .Chart.Name .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name .Chart.Name)) -}}
 {{- $name | trunc 40 | trimSuffix "-" -}}
@@ -42,7 +42,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end }}
 
-{{/* Numbers as they were written: of YAML's, Helm makes floating-point ones. */}}
+{{/* Whole numbers as text: Helm converts YAML numbers to floating point. */}}
 {{- define "kronos-stream.text" -}}
 {{- if and (kindIs "float64" .) (eq (float64 (int64 .)) .) -}}
 {{ int64 . }}
@@ -51,7 +51,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end }}
 
-{{/* Every timeframe that there is, of symbols, too; with commas. */}}
+{{/* All timeframes, including those of symbols; comma-separated. */}}
 {{- define "kronos-stream.timeframes" -}}
 {{- $all := .Values.timeframes -}}
 {{- range .Values.symbols -}}
@@ -137,13 +137,13 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- toYaml $chart -}}
 {{- end }}
 
-{{/* Whether a role speaks to Kafka: "yes" or nothing; takes root and role. */}}
+{{/* "yes" if a role uses Kafka, else empty; takes root and role. */}}
 {{- define "kronos-stream.usesKafka" -}}
 {{- $settings := include "kronos-stream.settings" . | fromYaml -}}
 {{- if or (ne .role "all") $settings.KAFKA__BOOTSTRAP_SERVERS -}}yes{{- end -}}
 {{- end }}
 
-{{/* Whether a role asks the model hub; takes root and role. */}}
+{{/* "yes" if a role uses the model hub, else empty; takes root and role. */}}
 {{- define "kronos-stream.usesHub" -}}
 {{- $settings := include "kronos-stream.settings" . | fromYaml -}}
 {{- $model := $settings.MODEL | default "hub" -}}
@@ -165,7 +165,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end }}
 
-{{/* What all roles and the job with the topics share of a container; takes root and role. */}}
+{{/* Parts of a container shared by all roles and the topics job; takes root and role. */}}
 {{- define "kronos-stream.container" -}}
 image: {{ include "kronos-stream.image" . }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}

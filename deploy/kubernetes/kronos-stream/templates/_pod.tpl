@@ -11,7 +11,7 @@
   value: "1"
 {{- end }}
 {{- if and (eq (int ($own.gpus | default 0)) 0) (not $settings.THREADS) (dig "requests" "cpu" "" $own.resources) }}
-# Without a limit, all cores of the node would seem ours.
+# Without a limit the daemon would see all cores of the node.
 - name: KRONOS_STREAM_THREADS
   valueFrom:
     resourceFieldRef:
@@ -39,7 +39,7 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    # Another setting or symbol is another pod: the daemon reads its environment once.
+    # A changed setting or symbol replaces the pod, because the daemon reads its environment once.
     checksum/settings: {{ include "kronos-stream.settings" . | sha256sum }}
     {{- if ne .role "forecast" }}
     checksum/symbols: {{ $values.symbols | toJson | sha256sum }}

@@ -1,4 +1,4 @@
-"""Candles as they travel: from a connector to the tape, and as the tape keeps them."""
+"""Candles: as connectors push them, and as confirmed bars."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from kronos_stream.market.series import Series
 
 MAX_FLOAT32 = 3.4028234e38
-"""Larger numbers do not fit the model's arithmetic."""
+"""Largest value that the model can compute with."""
 
 
 class Candle(NamedTuple):
-    """One bar: opens at ``time``, UTC ms; prices, volume in base units, amount in quote units.
+    """Open time, UTC ms; prices; volume in base units; amount in quote units.
 
     ``amount`` is None where the venue does not report it.
     """
@@ -26,7 +26,7 @@ class Candle(NamedTuple):
     amount: float | None = None
 
     def invalid_reason(self) -> str | None:
-        """Why this candle cannot be: one clause for people, or None."""
+        """Return why this candle is impossible, in one clause, or None."""
         _, opened, high, low, close, volume, amount = self
         numbers = (opened, high, low, close, volume, 0.0 if amount is None else amount)
         if not all(isfinite(number) and abs(number) <= MAX_FLOAT32 for number in numbers):
@@ -41,23 +41,23 @@ class Candle(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What a connector says of a bar: its candle so far, or its last word on it."""
+    """A push of a connector: the candle of an open or closed bar."""
 
     series: Series
     candle: Candle
     closed: bool
-    """True where the venue itself says that the bar is final."""
+    """True if the venue reports the bar closed."""
     received: int
     """UTC ms by the daemon's clock."""
 
 
 class Bar(NamedTuple):
-    """A closed bar on the tape."""
+    """A closed bar."""
 
     candle: Candle
     revision: int = 0
-    """How often the venue changed it after its close."""
+    """Number of corrections after its close."""
     synthetic: bool = False
-    """True where the venue has no such bar: flat, without volume."""
+    """True if the venue has no such bar: flat, without volume."""
     received: int = 0
-    """UTC ms when its present content arrived."""
+    """UTC ms when its present content arrived; 0 for a placeholder."""

@@ -1,8 +1,8 @@
-"""Read candles from a file: CSV (plain or compressed), Parquet or Feather.
+"""Candle files: CSV (plain or compressed), Parquet or Feather.
 
-A file is taken whole or refused: every bar is checked, and the first fault found is reported
-with the file, the row (counted from 1 after the header), the bar's time and what to do about it.
-Gaps between bars are no fault; :attr:`CandleTable.gaps` lists them.
+A file is read completely or rejected: every bar is checked, and the first fault is reported with
+the file, the row (counted from 1 after the header), the bar's time and the cure. Gaps between bars
+are allowed; :attr:`CandleTable.gaps` lists them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kronos_stream.market.spacing import common_step, find_gaps, infer_timeframe
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import rfc3339
 
-# Names a column may have, in order of preference; compared in lower case, spaces as underscores.
+# Accepted column names, in order of preference; compared in lower case, spaces as underscores.
 _ALIASES = {
     "time": ("timestamp", "timestamps", "datetime", "open_time", "time", "date", "unix"),
     "open": ("open", "o"),
@@ -41,18 +41,18 @@ _PARQUET_SUFFIXES = (".parquet", ".pq")
 _FEATHER_SUFFIXES = (".feather", ".arrow")
 _TEXT_SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t"}
 
-# Epoch times by magnitude: one unit's years 1973 to 5138 never meet another unit's.
+# Units of epoch times by magnitude; the years 1973 to 5138 are unambiguous.
 _EPOCH_UNITS = ((1e11, 1e3), (1e14, 1.0), (1e17, 1e-3), (1e20, 1e-6))
 _EPOCH_SMALLEST = 1e8
 
 
 class CandleFileError(ValueError):
-    """A file that holds no usable candles; the one-line message says where and what to do."""
+    """A file without usable candles; the one-line message names the place and the cure."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandleTable:
-    """The candles of one series, oldest first.
+    """Candles of one series, oldest first.
 
     ``times``: (N,) bar opens, UTC ms, strictly increasing. ``values``: (N, 6) finite, columns as
     in :data:`~kronos_stream.channels.CHANNELS`, prices as written. Without amounts in the file,
@@ -71,23 +71,23 @@ class CandleTable:
 
     @property
     def gaps(self) -> list[tuple[int, int]]:
-        """Holes as (open time of the bar before it, UTC ms; number of bars missing)."""
+        """Gaps as (open time of the bar before, UTC ms; number of missing bars)."""
         return find_gaps(self.times, self.timeframe)
 
 
 def read_candles(path: str | Path, timeframe: Timeframe | None = None) -> CandleTable:
     """Read and check the candles in ``path``; raises :class:`CandleFileError`.
 
-    The kind of file is told by its name: ``.csv``, ``.txt`` or ``.tsv`` (also ``.gz``, ``.bz2``,
-    ``.xz``, ``.zip``, ``.zst``), ``.parquet``, ``.feather``. Times may be epoch seconds to
-    nanoseconds, ISO 8601 (no zone means UTC) or typed. Without ``timeframe``, the most common
-    distance between bars is taken.
+    The suffix names the format: ``.csv``, ``.txt`` or ``.tsv`` (also ``.gz``, ``.bz2``, ``.xz``,
+    ``.zip``, ``.zst``), ``.parquet``, ``.feather``. Times may be epoch seconds to nanoseconds, ISO
+    8601 (no zone means UTC) or a time type. ``timeframe`` defaults to the most common distance
+    between bars.
     """
     path = Path(path)
     frame = _load(path)
     columns = _match_columns(path, frame)
     if frame.empty:
-        _refuse(path, "no candles in it")
+        _fail(path, "no candles in it")
     times = _times(path, columns["time"])
     values = np.zeros((len(times), len(CHANNELS)))
     for i, name in enumerate(CHANNELS):
@@ -105,12 +105,12 @@ def read_candles(path: str | Path, timeframe: Timeframe | None = None) -> Candle
     return CandleTable(path, times, values, timeframe, has_volume, has_amount)
 
 
-def _refuse(path: Path, reason: str) -> NoReturn:
+def _fail(path: Path, reason: str) -> NoReturn:
     raise CandleFileError(f"{path}: {reason}") from None
 
 
-def _refuse_row(path: Path, row: int, times: NDArray[np.int64], reason: str) -> NoReturn:
-    _refuse(path, f"row {row + 1} ({rfc3339(int(times[row]))}): {reason}")
+def _fail_row(path: Path, row: int, times: NDArray[np.int64], reason: str) -> NoReturn:
+    _fail(path, f"row {row + 1} ({rfc3339(int(times[row]))}): {reason}")
 
 
 def _load(path: Path) -> pd.DataFrame:
@@ -124,14 +124,14 @@ def _load(path: Path) -> pd.DataFrame:
         if separator is not None:
             return _load_text(path, separator)
     except FileNotFoundError:
-        _refuse(path, "no such file")
+        _fail(path, "no such file")
     except pd.errors.EmptyDataError:
-        _refuse(path, "the file is empty")
-    # A damaged file raises errors of the many libraries that take part in reading it.
+        _fail(path, "the file is empty")
+    # A damaged file may raise errors of any library involved in reading it.
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split())[:200]
-        _refuse(path, f"not readable ({type(error).__name__}: {reason})")
-    _refuse(path, "unknown kind of file; expected .csv (also .gz, .zst), .parquet or .feather")
+        _fail(path, f"not readable ({type(error).__name__}: {reason})")
+    _fail(path, "unknown kind of file; expected .csv (also .gz, .zst), .parquet or .feather")
 
 
 def _load_text(path: Path, separator: str) -> pd.DataFrame:
@@ -139,7 +139,7 @@ def _load_text(path: Path, separator: str) -> pd.DataFrame:
     if not all(_is_number(name) for name in header):
         return _read_csv(path, separator)
     if len(header) != len(_BINANCE_DUMP):
-        _refuse(path, "the first row holds numbers; add a header such as time,open,high,low,close")
+        _fail(path, "the first row holds numbers; add a header such as time,open,high,low,close")
     return _read_csv(path, separator, names=_BINANCE_DUMP)
 
 
@@ -147,7 +147,7 @@ def _read_csv(
     path: Path, separator: str, rows: int | None = None, names: list[str] | None = None
 ) -> pd.DataFrame:
     source: Path | IO[bytes] = path
-    if path.suffix.lower() == ".zst":  # pandas would need a package for this that Arrow does not
+    if path.suffix.lower() == ".zst":  # pandas would need another package; Arrow is installed
         import pyarrow as pa
 
         source = pa.input_stream(str(path), compression="zstd")
@@ -171,7 +171,7 @@ def _is_number(text: object) -> bool:
 
 
 def _index_as_column(frame: pd.DataFrame) -> pd.DataFrame:
-    """A stored pandas index is where the times often are."""
+    """Turn a stored pandas index, which often holds the times, into a column."""
     if isinstance(frame.index, pd.MultiIndex):
         return frame.reset_index()
     if isinstance(frame.index, pd.RangeIndex) and frame.index.name is None:
@@ -186,13 +186,13 @@ def _match_columns(path: Path, frame: pd.DataFrame) -> dict[str, pd.Series]:
     found = {
         field: frame.iloc[:, names[alias]]
         for field, aliases in _ALIASES.items()
-        for alias in reversed(aliases)  # so that the most preferred name is the one that stays
+        for alias in reversed(aliases)  # the most preferred name overwrites the others
         if alias in names
     }
     missing = [field for field in ("time", *CHANNELS[:4]) if field not in found]
     if missing:
         has = ", ".join(str(name) for name in frame.columns) or "none"
-        _refuse(path, f"missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; found: {has}")
+        _fail(path, f"missing column{'s'[: len(missing) > 1]} {', '.join(missing)}; found: {has}")
     return found
 
 
@@ -204,7 +204,7 @@ def _times(path: Path, column: pd.Series) -> NDArray[np.int64]:
     stamps = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
     bad = np.flatnonzero(stamps.isna())
     if bad.size:
-        _refuse_time(path, column, int(bad[0]))
+        _fail_time(path, column, int(bad[0]))
     naive = stamps.dt.tz_localize(None).to_numpy("datetime64[ms]")
     return np.asarray(naive, np.int64)
 
@@ -213,15 +213,15 @@ def _epoch_times(path: Path, column: pd.Series, numbers: NDArray[np.float64]) ->
     size = np.abs(numbers)
     bad = np.flatnonzero(~((size >= _EPOCH_SMALLEST) & (size < _EPOCH_UNITS[-1][0])))
     if bad.size:
-        _refuse_time(path, column, int(bad[0]))
-    # Bar by bar, since venues have changed units within one archive.
+        _fail_time(path, column, int(bad[0]))
+    # Per bar, since venues have changed units within one archive.
     scale = np.select([size < limit for limit, _ in _EPOCH_UNITS], [s for _, s in _EPOCH_UNITS])
     times: NDArray[np.int64] = np.rint(numbers * scale).astype(np.int64)
     return times
 
 
-def _refuse_time(path: Path, column: pd.Series, row: int) -> NoReturn:
-    _refuse(
+def _fail_time(path: Path, column: pd.Series, row: int) -> NoReturn:
+    _fail(
         path,
         f"row {row + 1}: {column.iloc[row]!s:.40} is not a time; expected epoch s, ms, us or ns, "
         "or ISO 8601 such as 2024-06-18T11:15:00Z",
@@ -237,7 +237,7 @@ def _numbers(
         row = int(bad[0])
         value = column.iloc[row]
         reason = "missing" if pd.isna(value) else f"{value!s:.40}, not a finite number"
-        _refuse_row(path, row, times, f"{name} is {reason}; repair or remove the bar")
+        _fail_row(path, row, times, f"{name} is {reason}; repair or remove the bar")
     return numbers
 
 
@@ -247,37 +247,41 @@ def _check_order(path: Path, times: NDArray[np.int64]) -> None:
         return
     row = int(bad[0]) + 1
     if times[row] == times[row - 1]:
-        _refuse_row(path, row, times, "the same time as the row before; keep one bar per time")
-    _refuse_row(path, row, times, "earlier than the row before; sort by time, oldest first")
+        _fail_row(path, row, times, "the same time as the row before; keep one bar per time")
+    _fail_row(path, row, times, "earlier than the row before; sort by time, oldest first")
 
 
 def _check_candles(path: Path, times: NDArray[np.int64], values: NDArray[np.float64]) -> None:
     opened, high, low, close, volume, amount = values.T
-    faults = {
+    conditions = {
         "high < low": high < low,
         "high < open or close": high < np.maximum(opened, close),
         "low > open or close": low > np.minimum(opened, close),
         "volume < 0": volume < 0,
         "amount < 0": amount < 0,
     }
-    rows = {reason: int(np.argmax(wrong)) for reason, wrong in faults.items() if wrong.any()}
+    rows = {reason: int(np.argmax(wrong)) for reason, wrong in conditions.items() if wrong.any()}
     if not rows:
         return
     reason = min(rows, key=lambda reason: rows[reason])
     row = rows[reason]
     bar = ", ".join(f"{n} {v:g}" for n, v in zip(CHANNELS, values[row], strict=True))
-    _refuse_row(path, row, times, f"impossible candle, {reason} ({bar}); repair or remove the bar")
+    _fail_row(path, row, times, f"impossible candle, {reason} ({bar}); repair or remove the bar")
 
 
-def _timeframe(path: Path, times: NDArray[np.int64], given: Timeframe | None) -> Timeframe:
+def _timeframe(path: Path, times: NDArray[np.int64], requested: Timeframe | None) -> Timeframe:
     if len(times) == 1:
-        return given or _refuse(path, "only one bar, so no timeframe to be seen; give --timeframe")
+        return requested or _fail(
+            path, "only one bar, so its timeframe is unknown; give --timeframe"
+        )
     step = common_step(times)
-    if given is not None:
-        if step < given.min_milliseconds:
-            _refuse(path, f"its bars are mostly {step / 1000:g} s apart, closer than {given} bars")
-        return given
+    if requested is not None:
+        if step < requested.min_milliseconds:
+            _fail(
+                path, f"its bars are mostly {step / 1000:g} s apart, closer than {requested} bars"
+            )
+        return requested
     try:
         return infer_timeframe(times)
     except ValueError:
-        _refuse(path, f"its bars are mostly {step} ms apart, no timeframe; give --timeframe")
+        _fail(path, f"its bars are mostly {step} ms apart, which is no timeframe; give --timeframe")

@@ -1,4 +1,4 @@
-"""A candle as a message: what producers send by Kafka or MQTT, one JSON object each.
+"""Candle messages, one JSON object each, as producers send them by Kafka or MQTT.
 
 ::
 
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Annotated, Literal, NamedTuple
 
 import orjson
@@ -20,11 +21,11 @@ from kronos_stream.market.utc import parse_time, rfc3339
 CANDLE = "kronos.candle/1"
 
 _MAX_TIME_MS = 253_402_300_800_000
-"""The year 10000, where written times end."""
+"""The year 10000, the end of RFC 3339."""
 
 
 class CandleMessageError(ValueError):
-    """Not a candle; one clause for people. ``series`` is that of the message, if it is known."""
+    """An invalid candle message; one clause. ``series``: that of the message, if known."""
 
     def __init__(self, message: str, series: Series | None = None) -> None:
         super().__init__(message)
@@ -52,27 +53,27 @@ Timestamp = Annotated[
 
 
 class RelayedBar(NamedTuple):
-    """A closed bar as role ingest passes it on."""
+    """A closed bar from role ingest."""
 
     series: Series
     bar: Bar
     history: bool
-    """Whether it only fills contexts: nobody is to forecast from it."""
+    """Whether it only fills contexts and triggers no forecast."""
 
 
 class CandleMessage(BaseModel):
-    """One bar: in prices, and volume in base units."""
+    """One bar of a series."""
 
     model_config = ConfigDict(
         frozen=True, extra="ignore", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     schema_: Literal["kronos.candle/1"] = Field(default="kronos.candle/1", alias="schema")
-    """The version of this format."""
+    """Version of this format."""
     series: str | None = None
-    """Such as kafka:BTC/USDT:5m; may be left out where the record's key or topic says it."""
+    """Such as kafka:BTC/USDT:5m; optional if the record's key or topic names it."""
     time: Timestamp
-    """The bar's open: RFC 3339 (no zone means UTC), or UTC milliseconds."""
+    """Open time: RFC 3339 (no zone means UTC), or UTC milliseconds."""
     open: float
     """Opening price."""
     high: float
@@ -82,55 +83,55 @@ class CandleMessage(BaseModel):
     close: float
     """Closing price."""
     volume: float
-    """What was traded, in base units."""
+    """Traded volume in base units."""
     amount: float | None = None
-    """What was traded, in quote units; left out where it is not known."""
+    """Traded volume in quote units; absent if not known."""
     closed: bool = True
-    """False for a bar that is still open: a sign of life, never forecast from."""
+    """False for a bar that is still open: shows that the venue is alive, triggers no forecast."""
     revision: int = Field(default=0, ge=0, lt=2**31)
-    """How often the venue changed the bar after its close; a higher one supersedes."""
+    """Number of corrections after the bar's close; a higher one supersedes."""
     synthetic: bool = False
-    """True where the venue has no such bar: flat, without volume. Without received, it could not
-    be had so far, and may yet come."""
+    """True if the venue has no such bar: flat, without volume. Without received, the bar could not
+    be fetched so far and may still come."""
     received: Timestamp | None = None
-    """When the venue's last word on it came."""
+    """Time when its present content was received from the venue."""
     history: bool = False
-    """True for a bar that closed before its series was followed, or before what went before it
-    was known: it fills contexts, and is not forecast from."""
+    """True for a bar that closed before its series was subscribed, or before the bars preceding it
+    were known: it fills contexts and triggers no forecast."""
 
 
 def decode_update(value: bytes, series: Series | None, received: int) -> Update:
-    """Read a message. Raises WireError.
+    """Decode a message; its values are not validated. Raises CandleMessageError.
 
-    series: what the record's key or topic says; the message may repeat it, not contradict it.
-    received: UTC ms. Whether the values can be is the tape's to judge.
+    series: as named by the record's key or topic; the message may repeat, not contradict it.
+    received: UTC ms.
     """
     message, series = _parse(value, series)
     return Update(series, _candle(message), message.closed, received)
 
 
 def decode_bar(value: bytes, series: Series | None) -> RelayedBar | None:
-    """Read a message for its closed bar; None if it is still open. Raises WireError.
+    """Decode and validate a closed bar; None if it is still open. Raises CandleMessageError.
 
-    series: what the record's key says.
+    series: as named by the record's key.
     """
     message, series = _parse(value, series)
     if not message.closed:
         return None
     candle = _candle(message)
-    if (fault := candle.invalid_reason()) is not None:
-        raise CandleMessageError(fault, series)
+    if (reason := candle.invalid_reason()) is not None:
+        raise CandleMessageError(reason, series)
     bar = Bar(candle, message.revision, message.synthetic, message.received or 0)
     return RelayedBar(series, bar, message.history)
 
 
 def encode_candle(series: Series, candle: Candle, *, closed: bool = True) -> bytes:
-    """The message of a candle."""
+    """Encode the message of a candle."""
     return orjson.dumps({**_fields(series, candle), "closed": closed})
 
 
 def encode_bar(series: Series, bar: Bar, *, history: bool) -> bytes:
-    """The message of a closed bar that :func:`relayed` reads."""
+    """Encode the message of a closed bar that :func:`decode_bar` reads."""
     fields = _fields(series, bar.candle) | {"closed": True, "revision": bar.revision}
     if bar.synthetic:
         fields["synthetic"] = True
@@ -148,29 +149,23 @@ def _parse(value: bytes, series: Series | None) -> tuple[CandleMessage, Series]:
         raise CandleMessageError(_explain(error), series) from None
     if message.series is not None and (series is None or message.series != series.name):
         try:
-            said = Series.parse(message.series)
+            named = Series.parse(message.series)
         except ValueError as error:
             raise CandleMessageError(str(error), series) from None
-        if series is not None and said != series:
-            raise CandleMessageError(f"it says series {said}, its key or topic {series}", series)
-        series = said
+        if series is not None and named != series:
+            reason = f"the message names series {named}, its key or topic {series}"
+            raise CandleMessageError(reason, series)
+        series = named
     if series is None:
-        raise CandleMessageError(
-            "neither the message nor its key or topic says which series it is of"
-        )
+        raise CandleMessageError("neither the message nor its key or topic names the series")
     return message, series
 
 
+_candle_values = attrgetter(*Candle._fields)
+
+
 def _candle(message: CandleMessage) -> Candle:
-    return Candle(
-        message.time,
-        message.open,
-        message.high,
-        message.low,
-        message.close,
-        message.volume,
-        message.amount,
-    )
+    return Candle._make(_candle_values(message))
 
 
 def _fields(series: Series, candle: Candle) -> dict[str, object]:

@@ -1,7 +1,7 @@
-"""Time, injected: nothing else reads a clock.
+"""Clocks of the market's time, injected wherever time is read.
 
-A daemon lives by the market's time, which is the wall clock's only when the market is live. In a
-replay the data drive it; in a simulation the event loop does.
+On a live market it is the wall clock's time; in a replay the data advance it, in a simulation the
+event loop.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """The market's time in UTC ms, and waits in it."""
+    """Market time in UTC ms, and sleeping in it."""
 
     def now(self) -> int: ...
 
     async def sleep(self, seconds: float) -> None: ...
 
     async def sleep_until(self, moment: int) -> None:
-        """Return once ``now() >= moment``; at least one turn of the event loop is given away."""
+        """Return once ``now() >= moment``; yields to the event loop at least once."""
 
 
 class SystemClock:
@@ -35,13 +35,13 @@ class SystemClock:
 
     async def sleep_until(self, moment: int) -> None:
         await asyncio.sleep(0)
-        # The wall clock may be set back while we sleep.
+        # The wall clock may be set back meanwhile.
         while (left := moment - self.now()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(min(left / 1000, 60.0))
 
 
 class LoopClock:
-    """The running event loop's time, ``speed`` times as fast, counted from ``start`` UTC ms."""
+    """Time of the running event loop, ``speed`` times as fast, starting at ``start`` UTC ms."""
 
     def __init__(self, start: int, speed: float = 1.0) -> None:
         self._start, self._speed = start, speed
@@ -49,7 +49,7 @@ class LoopClock:
 
     def now(self) -> int:
         elapsed = asyncio.get_running_loop().time() - self._epoch
-        # A timer may fire a rounding error early; the millisecond it was set for has come then.
+        # A timer may fire a rounding error before the millisecond it was set for.
         return self._start + int(elapsed * self._speed * 1000 + 1e-3)
 
     async def sleep(self, seconds: float) -> None:
@@ -62,7 +62,7 @@ class LoopClock:
 
 
 class ManualClock:
-    """Stands still until :meth:`advance`; for replays as fast as the machine can."""
+    """Clock that only :meth:`advance` moves; for tests, and replays at full speed."""
 
     def __init__(self, start: int) -> None:
         self._now = start
@@ -73,7 +73,7 @@ class ManualClock:
         return self._now
 
     def advance(self, moment: int) -> None:
-        """Set the time, never back, and wake whoever waited for it."""
+        """Set the time, never back, and wake the sleepers that are due."""
         self._now = max(self._now, moment)
         while self._waiting and self._waiting[0][0] <= self._now:
             future = heapq.heappop(self._waiting)[2]

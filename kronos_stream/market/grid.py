@@ -1,4 +1,4 @@
-"""Where the bars of a series open."""
+"""Grid of the times at which bars open."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from kronos_stream.market.timeframe import DAY_MS, HOUR_MS, Timeframe
 
 
 class Grid:
-    """The opens of a timeframe's bars, UTC ms.
+    """Opens of a timeframe's bars, UTC ms.
 
-    Up to an hour they divide the UTC day. Longer ones follow the venue, whose day need not begin
-    at midnight UTC, nor its week on a Monday: any open of its own is the anchor.
+    Bars up to an hour divide the UTC day. Longer ones follow the venue, whose day need not begin
+    at midnight UTC, nor its week on a Monday: any known open of a bar is the anchor.
     """
 
     __slots__ = ("_fixed", "step", "timeframe")
@@ -17,18 +17,18 @@ class Grid:
     def __init__(self, timeframe: Timeframe) -> None:
         self.timeframe = timeframe
         self.step = timeframe.milliseconds
-        """ms, None for months."""
+        """Length of a bar in ms, None for months."""
         self._fixed = self.step is not None and self.step <= HOUR_MS and DAY_MS % self.step == 0
 
     def after(self, time: int) -> int:
-        """The close of the bar that opens at ``time``: the next one's open."""
+        """Close of the bar that opens at ``time``, and open of the next."""
         return self.timeframe.after(time) if self.step is None else time + self.step
 
     def before(self, time: int, bars: int = 1) -> int:
         return self.timeframe.after(time, -bars)
 
     def has(self, time: int, anchor: int | None) -> bool:
-        """Whether a bar opens at ``time``, if one does at ``anchor``; None where none is known."""
+        """Return whether a bar opens at ``time``; ``anchor``: the open of any bar, if known."""
         if time < 0:
             return False
         if self.step is not None and self._fixed:
@@ -38,7 +38,7 @@ class Grid:
         if self.step is not None:
             return (time - anchor) % self.step == 0
         first, last = sorted((time, anchor))
-        # A month is 28 to 31 days: the quotient is never below the number of months between.
+        # With the shortest month as divisor, the quotient is at least the number of bars between.
         bars = (last - first) // self.timeframe.min_milliseconds
         while bars and self.timeframe.after(first, bars) > last:
             bars -= 1

@@ -1,4 +1,4 @@
-"""What is forecast: one symbol of one venue in one timeframe."""
+"""Series: one symbol of one venue in one timeframe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kronos_stream.market.timeframe import Timeframe
 
 @dataclass(frozen=True, slots=True, order=True)
 class Series:
-    """The unit of everything: of buffers, of Kafka keys, of noise, of scores.
+    """Series name and its parts.
 
     Written ``binance:BTC/USDT:5m``: the venue up to the first colon, the timeframe after the last,
     the symbol between them in ccxt's unified notation (``binance:BTC/USDT:USDT:1m`` is the linear
@@ -24,7 +24,7 @@ class Series:
 
     @classmethod
     def of(cls, venue: str, symbol: str, timeframe: Timeframe) -> Self:
-        """Raises ValueError where a part is empty or could not be told from its neighbours."""
+        """Join the parts; raises ValueError if one is empty or makes the name ambiguous."""
         if not venue or ":" in venue or not symbol or symbol.strip(" :") != symbol:
             raise ValueError(
                 f"series of venue {venue!r} and symbol {symbol!r}: expected names such as "
@@ -34,7 +34,7 @@ class Series:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``venue:symbol:timeframe``; raises ValueError naming what is wrong."""
+        """Parse ``venue:symbol:timeframe``; raises ValueError naming the cause."""
         venue, _, rest = text.partition(":")
         symbol, _, timeframe = rest.rpartition(":")
         if not venue or not symbol:

@@ -1,4 +1,4 @@
-"""How bars are spaced in time: their timeframe, and the holes between them."""
+"""Spacing of bars in time: their timeframe, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kronos_stream.market.timeframe import Timeframe
 
 
 def find_gaps(times: NDArray[np.int64], timeframe: Timeframe) -> list[tuple[int, int]]:
-    """Holes in ``times`` (N,), UTC ms: (open time of the bar before, number of bars missing)."""
+    """Gaps in ``times`` (N,), UTC ms: (open time of the bar before, number of missing bars)."""
     gaps = []
     for i in np.flatnonzero(np.diff(times) > timeframe.min_milliseconds):
         before, after = int(times[i]), int(times[i + 1])
@@ -22,26 +22,26 @@ def find_gaps(times: NDArray[np.int64], timeframe: Timeframe) -> list[tuple[int,
 
 
 def common_step(times: NDArray[np.int64]) -> int:
-    """The most frequent distance in ms between neighbours of ``times`` (N >= 2,); ties: least."""
+    """Most frequent distance in ms of neighbours in ``times`` (N >= 2,); the least of equals."""
     steps, counts = np.unique(np.diff(times), return_counts=True)
     return int(steps[np.argmax(counts)])
 
 
 def infer_timeframe(times: NDArray[np.int64]) -> Timeframe:
-    """The timeframe most bars keep; ValueError where the step between them is none."""
+    """Timeframe of most bars; raises ValueError if none has their step."""
     step = common_step(times)
     return _months(times, step) or Timeframe.from_step(step)
 
 
 def _months(times: NDArray[np.int64], step: int) -> Timeframe | None:
-    """Calendar months, or several, if that is how most bars follow each other."""
+    """Timeframe in calendar months, if most bars follow each other so."""
     if step < Timeframe(1, "M").min_milliseconds:
         return None
     months = np.diff(times.astype("datetime64[ms]").astype("datetime64[M]").astype(np.int64))
     timeframe = Timeframe(int(np.bincount(months).argmax()), "M")
     opens = times.tolist()
-    kept = sum(timeframe.after(a) == b for a, b in pairwise(opens))
-    return timeframe if kept > len(months) / 2 else None
+    regular = sum(timeframe.after(a) == b for a, b in pairwise(opens))
+    return timeframe if regular > len(months) / 2 else None
 
 
 def _bars_between(before: int, after: int, timeframe: Timeframe) -> int:

@@ -16,14 +16,14 @@ _EPOCH = date(1970, 1, 1)
 
 @dataclass(frozen=True, slots=True)
 class Timeframe:
-    """The length of a bar: ``count`` of ``unit``; months have no fixed length."""
+    """Length of a bar: ``count`` times ``unit``; months have no fixed length."""
 
     count: int
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``"5m"``; raises ValueError naming the accepted forms."""
+        """Parse a text such as ``"5m"``; raises ValueError naming the accepted forms."""
         match = re.fullmatch(r"([1-9][0-9]{0,5})([smhdwM])", text)
         if match is None:
             raise ValueError(
@@ -33,7 +33,7 @@ class Timeframe:
 
     @classmethod
     def from_step(cls, step_ms: int) -> Self:
-        """The timeframe of bars ``step_ms`` apart, in its largest whole unit."""
+        """Timeframe of bars ``step_ms`` apart, in its largest whole unit."""
         for unit, size in reversed(_UNIT_MS.items()):
             if step_ms >= size and step_ms % size == 0:
                 return cls(step_ms // size, unit)
@@ -56,9 +56,9 @@ class Timeframe:
     def after(self, open_ms: int, bars: int = 1) -> int:
         """Open time, UTC ms, of the bar ``bars`` after the one that opens at ``open_ms``.
 
-        Months keep the day and the time of day. One that opens on a month's last day does so
-        every time (midnight east of Greenwich is the evening before in UTC); a day the target
-        month lacks becomes its last.
+        Months keep the day and the time of day. After an open on the last day of a month all are
+        (midnight east of Greenwich is the evening before in UTC); a day that the target month
+        lacks becomes its last.
         """
         step = self.milliseconds
         if step is not None:

@@ -1,4 +1,4 @@
-"""Times at the border: integer milliseconds inside, RFC 3339 in UTC outside."""
+"""Conversion between UTC milliseconds and RFC 3339."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from datetime import UTC, datetime
 
 
 def rfc3339(time_ms: int) -> str:
-    """``1718709300000`` → ``2024-06-18T11:15:00Z``; milliseconds only where there are any."""
+    """Format UTC ms as ``2024-06-18T11:15:00Z``, with milliseconds if there are any."""
     moment = datetime.fromtimestamp(time_ms // 1000, UTC).replace(tzinfo=None)
     fraction = time_ms % 1000
     return moment.isoformat() + (f".{fraction:03d}Z" if fraction else "Z")
 
 
 def parse_time(text: str) -> int:
-    """UTC ms of an ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    """Parse an ISO 8601 time (no zone means UTC) to UTC ms. Raises ValueError."""
     try:
         moment = datetime.fromisoformat(text.strip())
         if moment.tzinfo is not None:

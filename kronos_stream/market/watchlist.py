@@ -1,4 +1,4 @@
-"""What is wanted to be forecast: symbols by name, or the most traded ones of a pattern.
+"""Watchlist: symbols to forecast, by name or as the most traded ones of a pattern.
 
 ::
 
@@ -18,29 +18,29 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 _HYSTERESIS = 1.2
-"""A symbol stays until its rank is worse than this times what was asked for: at the margin ranks
-change daily, and a newcomer has no history here."""
+"""A symbol stays until its rank exceeds ``top`` times this: ranks near ``top`` change daily, and a
+new symbol has no history here."""
 
 
 class WatchlistEntry(NamedTuple):
-    """One line of the list."""
+    """One line of the watchlist."""
 
     venue: str
     symbol: str
-    """Or a pattern: * stands for anything."""
+    """Symbol, or a pattern with * for any characters."""
     top: int | None = None
-    """Of a pattern, how many symbols at most; None for all."""
+    """Limit of a pattern's symbols; None for all."""
     timeframes: tuple[Timeframe, ...] = ()
-    """None where those of the settings count."""
+    """Empty if those of the settings apply."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``venue:symbol``, with what may follow. Raises ValueError naming what is wrong."""
-        name, *rest = text.split(maxsplit=1) or [""]
-        lengths = rest[0].split(",") if rest else []
-        timeframes = tuple(Timeframe.parse(length.strip()) for length in lengths)
-        venue, _, asked = name.partition(":")
-        symbol, mark, top = asked.partition("?")
+        """Parse ``venue:symbol``, ``?top=`` and timeframes. Raises ValueError naming the cause."""
+        name, *lengths = text.split(maxsplit=1) or [""]
+        listed = lengths[0].split(",") if lengths else []
+        timeframes = tuple(Timeframe.parse(length.strip()) for length in listed)
+        venue, _, rest = name.partition(":")
+        symbol, query, top = rest.partition("?")
         if not venue or not symbol:
             raise ValueError(f"{text!r}: expected venue:symbol, such as binance:BTC/USDT")
         if re.fullmatch(r"\d+[smhdwM]", symbol.rpartition(":")[2]):
@@ -49,7 +49,7 @@ class WatchlistEntry(NamedTuple):
                 "KRONOS_STREAM_TIMEFRAMES"
             )
         count = re.fullmatch(r"top=([1-9]\d{0,4})", top)
-        if mark and (count is None or "*" not in symbol):
+        if query and (count is None or "*" not in symbol):
             raise ValueError(f"{text!r}: expected a pattern such as binance:*/USDT?top=50")
         Series.of(venue, symbol, Timeframe(1, "m"))
         return cls(venue, symbol, int(count[1]) if count else None, timeframes)
@@ -65,15 +65,15 @@ class WatchlistEntry(NamedTuple):
         return fnmatchcase(symbol, self.symbol.replace("[", "[[]"))
 
     def series(self, symbols: Sequence[str] | None = None) -> Iterator[Series]:
-        """Those of the symbol, or of ``symbols`` that a pattern chose; it knows its timeframes."""
+        """Series of the symbol, or of a pattern's ``symbols``, in the entry's timeframes."""
         for symbol in [self.symbol] if symbols is None else symbols:
             for timeframe in self.timeframes:
                 yield Series.of(self.venue, symbol, timeframe)
 
     def select(self, ranked: Sequence[str], current: Collection[str]) -> list[str]:
-        """Which symbols the pattern means, out of a venue's, the most traded first.
+        """Select the pattern's symbols from ``ranked``, a venue's, the most traded first.
 
-        held: what it meant before. Those stay while they are not far down, and count.
+        current: the selection so far. Those stay, within ``top``, until their rank is much worse.
         """
         matching = [symbol for symbol in ranked if self.matches(symbol)]
         if self.top is None:

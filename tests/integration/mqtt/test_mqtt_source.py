@@ -147,7 +147,7 @@ async def test_what_is_no_candle_is_rejected_with_the_reason(make_mosquitto: Bro
             reasons = [reason for _, reason, _ in heard.rejected]
             assert len(reasons) == 4
             assert reasons[1].startswith("high")
-            assert "it says series mqtt:ETH/USDT:1m, its key or topic mqtt:BTC" in reasons[2]
+            assert "names series mqtt:ETH/USDT:1m, its key or topic mqtt:BTC" in reasons[2]
             assert {series for series, _, _ in heard.rejected} == {_BTC}
             assert len(heard.rejected[3][2]) == 4_096
             # The tape judges values; history must not repeat what cannot be.

@@ -112,7 +112,7 @@ def test_other_series_are_not_even_decoded() -> None:
             BTC.name.encode(),
             encode_candle(ETH, _candle(0)),
             BTC,
-            "it says series kafka:ETH/USDT:1m",
+            "the message names series kafka:ETH/USDT:1m",
         ),
         (BTC.name.encode(), encode_candle(BTC, _candle(0, -1.0)), BTC, "is not a price"),
         (None, b"{}", None, "required"),

@@ -27,11 +27,16 @@ class Backoff:
         self._random, self._initial, self._maximum = random, initial, maximum
         self._jitter = jitter
 
+    def current_delay(self) -> float:
+        """Delay before the next attempt, without counting it."""
+        delay = min(self._initial * (1 << min(self.attempts, _MAX_DOUBLINGS)), self._maximum)
+        return delay * self._random.uniform(*self._jitter)
+
     def next_delay(self) -> float:
         """Delay before the next attempt."""
-        delay = min(self._initial * (1 << min(self.attempts, _MAX_DOUBLINGS)), self._maximum)
+        delay = self.current_delay()
         self.attempts += 1
-        return delay * self._random.uniform(*self._jitter)
+        return delay
 
     def reset(self) -> None:
         """Start again from ``initial``, after a success."""

@@ -10,6 +10,7 @@ from itertools import islice
 
 import orjson
 
+from kronos_connectors._shared.rotating_pool import NEVER
 from kronos_connectors.binance.frames import Response
 
 STREAMS_PER_REQUEST = 150
@@ -20,8 +21,6 @@ REQUEST_INTERVAL_SECONDS = 0.35
 
 RESPONSE_TIMEOUT_SECONDS = 5.0
 """Deadline of the answer to a request."""
-
-NEVER = float("inf")
 
 
 class Connection:

@@ -10,6 +10,7 @@ import structlog
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
+from kronos_connectors._shared.rotating_pool import Close, Open
 from kronos_connectors.binance.connection import Connection
 from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown, Streams
 from kronos_connectors.binance.http_status import (
@@ -17,7 +18,7 @@ from kronos_connectors.binance.http_status import (
     RATE_LIMIT_STATUSES,
     parse_retry_after,
 )
-from kronos_connectors.binance.pool import Close, Command, ConnectionPool, InvalidFrame, Open, Send
+from kronos_connectors.binance.pool import Command, ConnectionPool, InvalidFrame, Send
 from kronos_stream.interfaces.source import SourceCallbacks, VenueRefused
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock

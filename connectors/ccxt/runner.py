@@ -10,19 +10,11 @@ from functools import partial
 
 import structlog
 
+from kronos_connectors._shared.rotating_pool import NEVER, Close, Open
 from kronos_connectors.ccxt.errors import SeriesRefused
 from kronos_connectors.ccxt.exchange import ExchangeClient, ExchangeFactory
 from kronos_connectors.ccxt.ohlcv import PushDiff, RowError
-from kronos_connectors.ccxt.pool import (
-    NEVER,
-    Client,
-    ClientPool,
-    Close,
-    Command,
-    Open,
-    Unwatch,
-    Watch,
-)
+from kronos_connectors.ccxt.pool import Client, ClientPool, Command, Unwatch, Watch
 from kronos_connectors.ccxt.strict import MAX_RAW_BYTES, Hooks
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.candle import Update

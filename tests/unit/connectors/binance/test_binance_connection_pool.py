@@ -11,10 +11,11 @@ from random import Random
 import orjson
 import pytest
 
+from kronos_connectors._shared.rotating_pool import NEVER, Open
 from kronos_connectors.binance import pool as fleets
-from kronos_connectors.binance.connection import NEVER, RESPONSE_TIMEOUT_SECONDS, Connection
+from kronos_connectors.binance.connection import RESPONSE_TIMEOUT_SECONDS, Connection
 from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown
-from kronos_connectors.binance.pool import Close, ConnectionPool, InvalidFrame, Open, Send
+from kronos_connectors.binance.pool import Command, ConnectionPool, InvalidFrame, Send
 from kronos_stream.market.series import Series
 
 OPEN_MS = 1_750_000_020_000
@@ -101,7 +102,7 @@ class FakeVenue:
         """What reaches the client."""
         return {stream for socket in self.open_sockets.values() for stream in socket.streams}
 
-    def _execute(self, command: Open | Send | Close) -> None:
+    def _execute(self, command: Command) -> None:
         connection = command.member
         if isinstance(command, Open):
             self.open_times.append(self.now)
@@ -162,7 +163,7 @@ def test_it_connects_subscribes_and_hears() -> None:
     v.run(60)
     assert v.open_times == [0.0]
     assert v.covered() == {name(n) for n in range(3)}
-    assert v.update_counts == {"Answer": 1, "Kline": 60}
+    assert v.update_counts == {"Response": 1, "Kline": 60}
     assert v.closed == []
 
 

@@ -241,7 +241,7 @@ def test_every_kline_of_a_recording_is_read_and_nothing_else(name: str) -> None:
     path = DATA / "wire" / f"{name}.frames"
     there, read, others = _recorded(path)
     assert there == read > 100
-    assert set(others) == {"Other", "Answer"}
+    assert set(others) == {"IgnoredFrame", "Response"}
 
 
 @pytest.mark.skipif("KRONOS_WIRE_DATA" not in os.environ, reason="no recordings of one's own given")

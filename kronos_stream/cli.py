@@ -18,6 +18,7 @@ from typing import NoReturn
 import click
 
 from kronos_stream.commands._text import printable
+from kronos_stream.redaction import redact
 
 _PROGRAM = "kronos-stream"
 
@@ -39,7 +40,7 @@ _COMMANDS = {
 
 # Errors that the user can correct; by name, because importing them would import torch.
 _USER_ERRORS = {
-    "kronos_stream.daemon.inference.process.WorkerError",
+    "kronos_stream.daemon.inference.backend.WorkerError",
     "kronos_stream.interfaces.plugins.ConnectorError",
     "kronos_stream.daemon.storage.database.StateError",
     "kronos_stream.daemon.config.settings.SettingsError",
@@ -52,7 +53,7 @@ _USER_ERRORS = {
 }
 
 # Errors of the machine, likewise.
-_MACHINE_ERRORS = {"kronos_stream.daemon.inference.supervisor.WorkerLost"}
+_MACHINE_ERRORS = {"kronos_stream.daemon.inference.backend.WorkerLost"}
 
 _FAILED = 1
 _USAGE_ERROR = 2
@@ -177,8 +178,6 @@ def _fail(message: str, status: int) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    from kronos_stream.redaction import redact
-
     print(f"{_PROGRAM}: error: {printable(redact(message))}", file=sys.stderr)  # noqa: T201
 
 

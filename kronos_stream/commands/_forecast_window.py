@@ -1,4 +1,4 @@
-"""Which of a file's bars a forecast sees, and which it is about."""
+"""The bars of a file that a forecast sees, and the bars that it predicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from kronos_stream.commands._forecast_arguments import ForecastArguments
 from kronos_stream.market.candle_files import CandleTable
 from kronos_stream.market.spacing import find_gaps
 from kronos_stream.market.utc import rfc3339
@@ -20,7 +19,7 @@ _MIN_BARS = 2
 class InputWindow:
     """Past bars ``times`` (L,) and ``values`` (L, 6); ``future`` (horizon,) opens; UTC ms.
 
-    ``missing`` counts the bars that the venue or the file lacks between the first and the last.
+    ``missing`` counts the bars that the file lacks between the first and the last.
     """
 
     times: NDArray[np.int64]
@@ -33,45 +32,52 @@ class InputWindow:
         return int(self.times[-1])
 
 
-def bars_to_origin(request: ForecastArguments, table: CandleTable) -> int:
-    """How many of the table's bars there are up to the origin, it included."""
-    if request.at is None:
+def bars_to_origin(table: CandleTable, at: int | None) -> int:
+    """Count the bars up to and including the origin, which opens ``at`` (UTC ms; None: the last).
+
+    Raises click.UsageError if no bar opens then.
+    """
+    if at is None:
         return len(table)
-    end = int(np.searchsorted(table.times, request.at, side="right"))
-    asked = rfc3339(request.at)
+    end = int(np.searchsorted(table.times, at, side="right"))
+    origin = rfc3339(at)
     if end == 0:
         first = rfc3339(int(table.times[0]))
-        raise click.UsageError(f"--at {asked}: before the file's first bar, {first}")
+        raise click.UsageError(f"--at {origin}: before the file's first bar, {first}")
     found = int(table.times[end - 1])
-    if found != request.at:
+    if found != at:
         raise click.UsageError(
-            f"--at {asked}: no bar opens then; the one before opens {rfc3339(found)}"
+            f"--at {origin}: no bar opens then; the one before opens {rfc3339(found)}"
         )
     return end
 
 
 def cut_window(
-    request: ForecastArguments, table: CandleTable, end: int, max_context: int
+    table: CandleTable, end: int, lookback: int, horizon: int, max_context: int
 ) -> InputWindow:
-    """The last bars before ``end`` that fit the request and the model; says so if they are few."""
-    room = max_context - request.horizon
+    """The last ``lookback`` bars before ``end``, or as many as the file and the model allow.
+
+    Prints a note if they are fewer, or if bars are missing. Raises click.UsageError if less than
+    two are left.
+    """
+    room = max_context - horizon
     if room < _MIN_BARS:
         raise click.UsageError(
-            f"--horizon {request.horizon} leaves no room for past bars in the model's window of "
+            f"--horizon {horizon} leaves no room for past bars in the model's window of "
             f"{max_context} bars"
         )
-    bars = min(request.lookback, end, room)
+    bars = min(lookback, end, room)
     if bars < _MIN_BARS:
         raise click.UsageError(
-            f"{request.file}: only one bar up to the origin; a forecast needs at least {_MIN_BARS}"
+            f"{table.path}: only one bar up to the origin; a forecast needs at least {_MIN_BARS}"
         )
-    if bars < request.lookback:
-        why = (
+    if bars < lookback:
+        reason = (
             "the file has no more up to the origin"
             if bars == end
-            else f"the model's window of {max_context} bars less a horizon of {request.horizon}"
+            else f"the model's window is {max_context} bars, including a horizon of {horizon}"
         )
-        _print_note(f"lookback {request.lookback} clipped to {bars} bars: {why}")
+        _print_note(f"lookback {lookback} clipped to {bars} bars: {reason}")
     times = table.times[end - bars : end]
     gaps = find_gaps(times, table.timeframe)
     missing = sum(count for _, count in gaps)
@@ -80,12 +86,12 @@ def cut_window(
         _print_note(f"the lookback spans {missing} missing bars, the first after {first}")
     after, origin = table.timeframe.after, int(times[-1])
     try:
-        future = np.array([after(origin, step) for step in range(1, request.horizon + 1)])
+        future = np.array([after(origin, step) for step in range(1, horizon + 1)])
         rfc3339(int(future[-1]))
-    except (OverflowError, ValueError):  # a calendar's, past its last year
+    except (OverflowError, ValueError):  # beyond the last year of the calendar
         raise click.UsageError(
-            f"{request.horizon} bars of {table.timeframe} after {rfc3339(origin)} pass the year "
-            "9999; is --timeframe right?"
+            f"{horizon} bars of {table.timeframe} after {rfc3339(origin)} pass the year 9999; "
+            "is --timeframe right?"
         ) from None
     return InputWindow(times, table.values[end - bars : end], future, missing)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kronos_stream.commands._text import printable
+from kronos_stream.redaction import redact
 
 if TYPE_CHECKING:
     from kronos_stream.daemon.config.settings import Settings
@@ -75,8 +76,6 @@ async def _examine(settings: Settings, skip: Collection[str], report: _Report) -
 
 def print_finding(name: str, finding: Finding) -> None:
     """Print a line with the level in colour and secrets masked."""
-    from kronos_stream.daemon.telemetry.logs import redact
-
     level = click.style(f"{finding.level:4}", fg=_COLOURS[finding.level])
     click.echo(f"{level}  {printable(redact(finding_text(name, finding)))}")
 
@@ -104,9 +103,7 @@ class _Report:
             click.echo(f"{_CLEAR_LINE}...   {name}", err=True, nl=False)
 
     def add(self, name: str, finding: Finding) -> None:
-        from kronos_stream.daemon.telemetry.logs import redact
-
-        level, found, remedy = finding
+            level, found, remedy = finding
         found = redact(found)
         row = {"check": name, "level": level, "found": found, "cure": remedy or None}
         self._findings.append(row)

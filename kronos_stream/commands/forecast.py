@@ -1,4 +1,4 @@
-"""The arguments of ``kronos-stream forecast``; ``_forecast``, imported late, does the work."""
+"""Arguments of ``kronos-stream forecast``; ``_forecast``, imported late, does the work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from kronos_stream.commands._forecast_arguments import ForecastArguments
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 
@@ -17,7 +16,7 @@ _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class _ParsedType(click.ParamType[Any]):
-    """A value that a function reads from text; its ValueError is the message."""
+    """A value parsed by a function whose ValueError is the error message."""
 
     def __init__(self, name: str, parse: Any) -> None:  # noqa: ANN401
         self.name = name
@@ -36,7 +35,7 @@ def _parse_probabilities(text: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({float(part) for part in text.split(",")}))
     except ValueError:
-        raise ValueError(f"{text!r}: expected numbers between 0 and 1 with commas") from None
+        raise ValueError(f"{text!r}: expected numbers between 0 and 1, with commas") from None
 
 
 def _parse_device(text: str) -> str:
@@ -48,10 +47,10 @@ def _parse_device(text: str) -> str:
 def _new_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
-        raise ValueError(f"{text}: a folder")
+        raise ValueError(f"{text}: is a folder")
     if not path.parent.is_dir():
         raise ValueError(f"{text}: no such folder")
-    # The new file takes the old one's place: never a device's, which root could.
+    # The new file replaces an old one; as root that could be a device, such as /dev/null.
     if path.exists() and not path.is_file():
         raise ValueError(f"{text}: not an ordinary file")
     if not os.access(path.parent, os.W_OK):
@@ -87,42 +86,43 @@ def _plot_file(text: str) -> Path:
 @click.option(
     "--tokenizer",
     metavar="NAME|FOLDER",
-    help="The tokenizer the predictor was trained with. Known by itself for published models "
-    "and for folders with sub-folders.",
+    help="The tokenizer that the predictor was trained with. Not needed for published models and "
+    "for folders with sub-folders.",
 )
 @click.option(
     "--revision",
     metavar="COMMIT",
-    help="Hub commit of the predictor. Left out, a pinned one where we know it.",
+    help="Hub commit of the predictor. By default, the pinned commit of published models.",
 )
 @click.option(
     "--horizon",
     type=click.IntRange(min=1),
     default=24,
     metavar="BARS",
-    help="How many bars ahead to forecast.",
+    help="Number of bars to forecast.",
 )
 @click.option(
     "--paths",
     type=click.IntRange(min=1),
     default=32,
     metavar="N",
-    help="How many futures to draw. More paths, steadier quantiles: m paths reach from 1/(m+1) to "
-    "m/(m+1), so a 90 % band needs 19. Drawn in blocks, so thousands need no more memory.",
+    help="Number of sample paths. More paths give steadier quantiles: with m paths, quantiles from "
+    "1/(m+1) to m/(m+1) exist, so a 90 % band needs 19. Paths are sampled in blocks, so thousands "
+    "need no more memory.",
 )
 @click.option(
     "--lookback",
     type=click.IntRange(min=2),
     default=488,
     metavar="BARS",
-    help="How many bars up to the origin the model sees. Clipped to what the file has and to "
-    "--max-context less --horizon.",
+    help="Number of bars up to the origin that the model sees. Clipped to the bars in the file and "
+    "to --max-context minus --horizon.",
 )
 @click.option(
     "--max-context",
     type=click.IntRange(min=4),
     metavar="BARS",
-    help="The model's window, past and future together. Left out, what the model was trained on: "
+    help="The model's window, past and future together. By default, the window it was trained on: "
     "512 bars for small and base, 2048 for mini.",
 )
 @click.option(
@@ -130,14 +130,14 @@ def _plot_file(text: str) -> Path:
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
     metavar="T",
-    help="Below 1 the paths keep to what is likely, above 1 they spread.",
+    help="Sampling temperature: below 1 paths stay closer to the likeliest, above 1 they spread.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=0),
     default=0,
     metavar="K",
-    help="Draw among the K likeliest tokens only; 0 means all, 1 the single greedy path. Applied "
+    help="Sample from the K likeliest tokens only; 0 means all, 1 the single greedy path. Applied "
     "before --top-p.",
 )
 @click.option(
@@ -145,62 +145,62 @@ def _plot_file(text: str) -> Path:
     type=click.FloatRange(min=0, max=1, min_open=True),
     default=0.9,
     metavar="P",
-    help="Draw among the likeliest tokens that together hold this probability; 1 means all.",
+    help="Sample from the likeliest tokens whose probabilities add up to P; 1 means all.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**63 - 1),
     default=0,
     metavar="N",
-    help="The same seed, series and origin draw the same noise, on every machine.",
+    help="The same seed, series and origin give the same noise, on every machine.",
 )
 @click.option(
     "--anchor/--no-anchor",
     default=True,
-    help="Scale each path's prices by actual / decoded close of the origin bar. It takes out the "
-    "tokenizer's rounding there, so that paths start at the last price; off is the raw model.",
+    help="Scale the prices of each path by actual / decoded close of the origin bar, so that paths "
+    "start at the last price instead of the tokenizer's approximation of it.",
 )
 @click.option(
     "--timeframe",
     type=_ParsedType("timeframe", Timeframe.parse),
     metavar="5m|1h|1d|...",
-    help="Length of a bar. Left out, the most common distance between the file's bars.",
+    help="Length of a bar. By default, the most common distance between the bars of the file.",
 )
 @click.option(
     "--series",
     type=_ParsedType("name", _parse_series),
     metavar="NAME",
-    help="Name of the series, such as binance:BTC/USDT:5m. It is shown, stored in --out, and keys "
-    "the noise. Left out, the file's name is shown and the noise is that of an unnamed series.",
+    help="Name of the series, such as binance:BTC/USDT:5m. It is shown, stored in --out, and "
+    "determines the noise. By default, the file's name is shown, and the noise is that of an "
+    "unnamed series.",
 )
 @click.option(
     "--at",
     type=_ParsedType("time", parse_time),
     metavar="TIME",
-    help="The origin: open time of the last bar the model may see, such as 2024-06-18T11:15Z (no "
-    "zone means UTC). Left out, the file's last bar.",
+    help="The origin: open time of the last bar that the model sees, such as 2024-06-18T11:15Z "
+    "(UTC if no zone is given). By default, the last bar of the file.",
 )
 @click.option(
     "--device",
     type=_ParsedType("device", _parse_device),
     default="auto",
     metavar="auto|cpu|cuda|cuda:N|mps",
-    help="Where to compute; auto takes the fastest there is.",
+    help="Device to compute on; auto takes the fastest available.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
     default="auto",
     help="Number format; auto takes bfloat16 where the hardware multiplies it natively. float32 on "
-    "the CPU gives the same bits in any company.",
+    "the CPU gives bit-identical paths, whatever else is in the batch.",
 )
 @click.option(
     "--quantiles",
     type=_ParsedType("quantiles", _parse_probabilities),
     default="0.05,0.25,0.5,0.75,0.95",
     metavar="P,P,...",
-    help="Probabilities to show, between 0 and 1. Those that so few paths cannot support are "
-    "refused.",
+    help="Quantiles to show, as probabilities between 0 and 1. Each needs enough --paths.",
 )
 @click.option(
     "--plot",
@@ -212,35 +212,35 @@ def _plot_file(text: str) -> Path:
     "--out",
     type=_ParsedType("file", _new_file),
     metavar="FILE",
-    help="Write every path, unrepaired, as Parquet: one row per path and step. With many --paths "
-    "this is a generator of synthetic candles. The file appears whole or not at all.",
+    help="Write every path, as sampled, to a Parquet file: one row per path and step. With many "
+    "--paths, a generator of synthetic candles. The file is complete or does not appear.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def forecast(**options: Any) -> None:  # noqa: ANN401 - click has checked them
+def forecast(file: Path, out: Path | None, plot: Path | None, **options: Any) -> None:  # noqa: ANN401 - click has checked them
     """Forecast the candles in FILE: quantiles of the close for each of the next bars.
 
     FILE is CSV (also .gz, .zst), Parquet or Feather with the columns time, open, high, low, close
-    and, if it has them, volume and amount. Usual other names are understood; times are epoch
-    numbers or ISO 8601 and mean the bar's open. No bar may be missing a number; whole bars may
-    be missing, which is said.
+    and, optionally, volume and amount. Other common names are understood. Times are epoch numbers
+    or ISO 8601 and mean the bar's open. Every bar must be complete; missing bars are reported.
 
     \b
     kronos-stream forecast btc-5m.csv
     kronos-stream forecast btc-5m.csv --model nano --horizon 8 --plot fan.png
     kronos-stream forecast btc-5m.csv --paths 10000 --out synthetic.parquet
-    """  # noqa: D301 - click's mark for a paragraph to be left as it is
-    request = ForecastArguments(**options)
-    _refuse_overwriting(request)
+    """  # noqa: D301 - \b is click's mark for a paragraph without re-wrapping
+    if file.resolve() in {path.resolve() for path in (out, plot) if path}:
+        raise click.UsageError(f"{file}: writing to it would destroy the input")
+    if out and plot and out.resolve() == plot.resolve():
+        raise click.UsageError(f"{out}: --out and --plot name the same file")
     from kronos_stream.commands._forecast import run
 
-    run(request)
-
-
-def _refuse_overwriting(request: ForecastArguments) -> None:
-    """The input and the two outputs are three files."""
-    out = request.out and request.out.resolve()
-    plot = request.plot and request.plot.resolve()
-    if request.file.resolve() in (out, plot):
-        raise click.UsageError(f"{request.file}: writing to it would destroy the input")
-    if out and out == plot:
-        raise click.UsageError(f"{request.out}: --out and --plot name the same file")
+    loading = ("tokenizer", "revision", "device", "dtype", "max_context")
+    sampling = ("temperature", "top_k", "top_p", "seed", "anchor")
+    run(
+        file,
+        out=out,
+        plot=plot,
+        loading={name: options.pop(name) for name in loading},
+        sampling={name: options.pop(name) for name in sampling},
+        **options,
+    )

@@ -103,7 +103,7 @@ class _Report:
             click.echo(f"{_CLEAR_LINE}...   {name}", err=True, nl=False)
 
     def add(self, name: str, finding: Finding) -> None:
-            level, found, remedy = finding
+        level, found, remedy = finding
         found = redact(found)
         row = {"check": name, "level": level, "found": found, "cure": remedy or None}
         self._findings.append(row)

@@ -23,7 +23,8 @@ import yaml
 from confluent_kafka.admin import AdminClient
 from jsonschema import Draft202012Validator, ValidationError
 
-from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.config.environment import read_options, read_settings
+from kronos_stream.daemon.config.reference import describe_settings
 from tests.support.paths import ROOT
 from tests.support.processes import WAIT_SECONDS, http_get, wait_for
 from tests.support.prometheus import Prometheus

@@ -28,7 +28,8 @@ from kronos_connectors.kafka import topics
 from kronos_connectors.kafka.feed import KafkaFeed
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.mqtt.options import MqttOptions
-from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.config.environment import read_options, read_settings
+from kronos_stream.daemon.config.reference import describe_settings
 from kronos_stream.daemon.config.settings import ENV_PREFIX, HttpSettings, Settings
 from kronos_stream.interfaces.feed import FeedNeeds
 from kronos_stream.market.clock import SystemClock

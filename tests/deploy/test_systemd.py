@@ -21,7 +21,8 @@ from uuid import uuid4
 import pytest
 from structlog.testing import capture_logs
 
-from kronos_stream.daemon.config.environment import describe_settings, read_settings
+from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.daemon.config.reference import describe_settings
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.status.sd_notify import _MAX_PENDING, Notifier
 from kronos_stream.daemon.status.systemd import StatusReporter

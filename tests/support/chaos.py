@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings
-from kronos_stream.daemon.inference.supervisor import BatchResult
+from kronos_stream.daemon.inference.backend import BatchResult
 from kronos_stream.daemon.requests import ForecastRequest, Outcome
 from kronos_stream.daemon.roles.standalone import StandaloneRole
 from kronos_stream.daemon.storage.state import State
@@ -384,7 +384,7 @@ class _ChaosRun:
                 if not true.synthetic and ours.candle != self._connector.visible(true.candle):
                     changed.add((series, opened))
         self._stale_bars = changed
-        whole = daemon._scheduler._sequencer.pending == 0
+        whole = daemon._forecasting.scheduler.pending == 0
         return whole, whole and not changed
 
     async def _compare_contexts(self, daemon: StandaloneRole) -> None:
@@ -394,7 +394,7 @@ class _ChaosRun:
             opened = newest.candle.time
             close = series.timeframe.after(opened)
             due = ForecastRequest(series, opened, newest.revision, close, newest.received)
-            window = await daemon._pipeline.window(due)
+            window = await daemon._intake.saved_bars.window(due)
             if window is None or not np.array_equal(window.values, context_rows(bars)):
                 self._log.errors.append(f"{series}: the context is not the tape")
 

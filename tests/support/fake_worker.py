@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from kronos_stream.bars.window import Window
+from kronos_stream.daemon.inference.backend import BatchResult
 from kronos_stream.daemon.inference.protocol import InferenceResult, ModelIdentity
-from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.forecast.outlook import PUBLISHED_CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
 

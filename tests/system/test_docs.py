@@ -25,7 +25,8 @@ from jsonschema import Draft202012Validator
 
 from kronos_connectors.kafka.topics import forecast_topic as topic_of
 from kronos_stream.cli import cli
-from kronos_stream.daemon.config.environment import describe_settings, read_settings
+from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.daemon.config.reference import describe_settings
 from kronos_stream.forecast import contract
 from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.testing.broker import EmbeddedBroker

@@ -94,7 +94,7 @@ async def _publish(bootstrap: str, values: Sequence[bytes], prefix: str = "krono
 
 
 async def _next(stream: AsyncIterator[Forecast], count: int) -> list[str]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(300):
         return [(await anext(stream)).id for _ in range(count)]
 
 

@@ -156,7 +156,7 @@ def house(kafka: ApacheKafka, topic_prefix: str) -> CandleTopic:
     return CandleTopic(kafka, topic_prefix)
 
 
-async def wait_until(happened: Callable[[], object], seconds: float = 30) -> None:
+async def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
     async with asyncio.timeout(seconds):
         while not happened():  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.05)

@@ -268,8 +268,8 @@ async def test_a_certificate_that_is_spoiled_later_is_told(secured_kafka: Secure
     assert f"certificate or key cannot be used: {ours['ssl_keyfile']}: it is not PEM" in said
 
 
-async def _error_message(options: KafkaOptions, seconds: float = 3.0) -> tuple[str, bool]:
-    """What keeps a sink out, told in seconds, and whether it is so until somebody acts."""
+async def _error_message(options: KafkaOptions) -> tuple[str, bool]:
+    """Error that keeps a sink out, and whether it lasts until the user acts."""
     began = time.monotonic()
     sink = SINK.build(options, SystemClock(), Random(0))
     with pytest.raises(SinkUnavailable) as refused:
@@ -282,7 +282,7 @@ async def _error_message(options: KafkaOptions, seconds: float = 3.0) -> tuple[s
     with pytest.raises(admin.TopicsError) as denied:
         await admin.check(options, [])
     (finding,) = await _run_checks(options)
-    assert time.monotonic() - began < 4 * seconds
+    assert time.monotonic() - began < 60
     # All say the same.
     assert str(unknown.value) == f"kafka: {said}"
     assert isinstance(unknown.value, LoginRefused) is final

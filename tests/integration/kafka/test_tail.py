@@ -35,7 +35,7 @@ BTC, ETH = "binance:BTC/USDT:1m", "binance:ETH/USDT:1m"
 MINUTE = 60_000
 START = 1_718_709_300_000
 _COMMAND = [sys.executable, "-m", "kronos_stream", "tail"]
-_SECONDS = 60.0
+_SECONDS = 300.0
 
 
 def _forecast(

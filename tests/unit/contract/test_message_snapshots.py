@@ -1,19 +1,13 @@
-"""Snapshots of the messages: values, keys and headers byte for byte, ids, and commit metadata.
-
-KRONOS_UPDATE_SNAPSHOTS=1 rewrites the stored files in ``data/snapshots`` instead of comparing.
-"""
+"""Snapshots of the messages: values, keys and headers byte for byte, ids, and commit metadata."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from difflib import unified_diff
 from typing import Any, Protocol
 
 import numpy as np
 import orjson
-import pytest
 
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.partitions import commit_metadata
@@ -23,9 +17,7 @@ from kronos_stream.forecast.outlook import Outlook, build_outlook
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.candle_message import decode_bar, decode_update, encode_candle
 from kronos_stream.market.series import Series
-from tests.support.paths import DATA
-
-_SNAPSHOTS = DATA / "snapshots"
+from tests.support.snapshots import check_snapshot
 
 _SERIES = Series.parse("binance:BTC/USDT:USDT:5m")
 _STEP = 300_000
@@ -34,7 +26,7 @@ _NOW = _ORIGIN + _STEP + 321
 
 
 class _Envelope(Protocol):
-    """A message ready to be sent."""
+    """A message ready to send."""
 
     @property
     def id(self) -> str: ...
@@ -50,14 +42,14 @@ def test_forecasts() -> None:
     plain = _forecast()
     full = _forecast(
         _window(synthetic=3, revision=2, reasons=("3 synthetic bars", "last bar clipped")),
-        _outlook(keep="ohlcva"),
+        _outlook(publish="ohlcva"),
         scale=1024.0,
         created=_NOW // 1000 * 1000,
     )
-    derived = _forecast(_window(values=_window().values[:, :5]), _outlook(keep="close"))
-    _check("forecast.txt", _text(plain))
-    _check("forecast-all-fields.txt", _text(full))
-    _check("forecast-closes.txt", _text(derived))
+    derived = _forecast(_window(values=_window().values[:, :5]), _outlook(publish="close"))
+    check_snapshot("forecast.txt", _text(plain))
+    check_snapshot("forecast-all-fields.txt", _text(full))
+    check_snapshot("forecast-closes.txt", _text(derived))
     for message in (plain, full, derived):
         assert Forecast.parse(message.value).encode() == message.value
 
@@ -66,7 +58,7 @@ def test_forecast_ids() -> None:
     messages = {
         "plain": _forecast(),
         "revised": _forecast(_window(revision=1)),
-        "scaled, with paths": _forecast(said=_outlook(keep="close"), scale=2.0),
+        "scaled, with paths": _forecast(outlook=_outlook(publish="close"), scale=2.0),
         "other creation time and latency, as plain": _forecast(created=_NOW + 60_000, queued=9.0),
     }
     lines = []
@@ -74,7 +66,7 @@ def test_forecast_ids() -> None:
         read = orjson.loads(message.value)
         assert read["id"] == message.id == forecast_id(read)
         lines.append(f"{name}: id {message.id}, context {read['context']['digest']}\n")
-    _check("forecast-ids.txt", "".join(lines))
+    check_snapshot("forecast-ids.txt", "".join(lines))
 
 
 def test_candles() -> None:
@@ -85,7 +77,9 @@ def test_candles() -> None:
         "closed bar": candle(_SERIES, bar, history=False, at=_NOW),
         "closed bar with all optional fields": candle(_SERIES, filled, history=True, at=_NOW),
     }
-    _check("candle.txt", "".join(f"## {name}\n{_text(one)}" for name, one in messages.items()))
+    check_snapshot(
+        "candle.txt", "".join(f"## {name}\n{_text(one)}" for name, one in messages.items())
+    )
     for given, history, message in zip(
         (bar, filled), (False, True), messages.values(), strict=True
     ):
@@ -100,12 +94,12 @@ def test_candle_values_of_producers() -> None:
         encode_candle(_SERIES, bar),
         encode_candle(_SERIES, bar._replace(amount=None), closed=False),
     ]
-    _check("candle-values.txt", "".join(f"{value.decode()}\n" for value in values))
+    check_snapshot("candle-values.txt", "".join(f"{value.decode()}\n" for value in values))
     assert tuple(decode_update(values[0], None, _NOW)) == (_SERIES, bar, True, _NOW)
 
 
 def test_removals() -> None:
-    _check("removal.txt", _text(removal(_SERIES.name, at=_NOW)))
+    check_snapshot("removal.txt", _text(removal(_SERIES.name, at=_NOW)))
 
 
 def test_dead_letters() -> None:
@@ -115,7 +109,9 @@ def test_dead_letters() -> None:
         "candle, not UTF-8": dead_letter("candle", "bad low", b"\xff\x00", at=_NOW, series=name),
         "record": dead_letter("record", "too large", b"{}", at=_NOW, series=name, sink="kafka"),
     }
-    _check("dead-letter.txt", "".join(f"## {one}\n{_text(m)}" for one, m in messages.items()))
+    check_snapshot(
+        "dead-letter.txt", "".join(f"## {one}\n{_text(m)}" for one, m in messages.items())
+    )
     for message in messages.values():
         assert DeadLetter.parse(message.value).encode() == message.value
 
@@ -123,7 +119,9 @@ def test_dead_letters() -> None:
 def test_long_dead_letter_is_truncated() -> None:
     letter = DeadLetter.parse(dead_letter("frame", "r" * 3_000, b"a" * 100_000, at=_NOW).value)
     sizes = f"payload {len(letter.payload)}, reason {len(letter.reason)}"
-    _check("dead-letter-long.txt", f"{sizes}, truncated {letter.truncated}, id {letter.id}\n")
+    check_snapshot(
+        "dead-letter-long.txt", f"{sizes}, truncated {letter.truncated}, id {letter.id}\n"
+    )
 
 
 def test_commit_metadata() -> None:
@@ -146,12 +144,12 @@ def test_commit_metadata() -> None:
         read = commit_metadata.decode_metadata(text, 5_000)
         shown = "unreadable" if read is None else f"{read[0]}, {read[1]}, {sorted(read[2])}"
         lines.append(f"read {text!r}: {shown}\n")
-    _check("commit-metadata.txt", "".join(lines))
+    check_snapshot("commit-metadata.txt", "".join(lines))
 
 
 def _forecast(
     window: Window | None = None,
-    said: Outlook | None = None,
+    outlook: Outlook | None = None,
     *,
     created: int = _NOW,
     queued: float = 3.5,
@@ -164,7 +162,7 @@ def _forecast(
     )
     return composer.forecast(
         window or _window(),
-        said or _outlook(),
+        outlook or _outlook(),
         created=created,
         latency=Latency(close_to_received=210.0, queued=queued, compute=48.1),
         scale=scale,
@@ -181,7 +179,7 @@ def _window(**changes: Any) -> Window:
 
 
 def _outlook(**more: Any) -> Outlook:
-    """Three made-up paths of two bars; one candle of them has to be repaired."""
+    """Outlook of three made-up paths of two bars; one candle has to be repaired."""
     paths = np.array(
         [
             [[100, 110, 95, 105, 7, 700], [105, 112, 101, 111, 8, 800]],
@@ -191,27 +189,18 @@ def _outlook(**more: Any) -> Outlook:
         np.float32,
     )
     times = [_ORIGIN + _STEP, _ORIGIN + 2 * _STEP]
-    said = build_outlook(paths, times, 100.0, (0.25, 0.5, 0.75), **more)
+    outlook = build_outlook(paths, times, 100.0, (0.25, 0.5, 0.75), **more)
     # The last bits of a logarithm depend on the processor.
-    return replace(said, summary=replace(said.summary, volatility=0.0125))
+    return replace(outlook, summary=replace(outlook.summary, volatility=0.0125))
+
+
+def _texts(messages: Mapping[str, _Envelope]) -> str:
+    return "".join(f"## {name}\n{_text(message)}" for name, message in messages.items())
 
 
 def _text(message: _Envelope) -> str:
-    """Key, headers and value; the value is broken into lines where a member ends."""
+    """Key, headers and value; the value with a line break after each member."""
     headers = "".join(f"header {name}: {value.decode()}\n" for name, value in message.headers)
     assert dict(message.headers).get("ce_id") == message.id.encode()
     value = message.value.decode().replace(',"', ',\n"')
     return f"key: {message.key}\n{headers}value:\n{value}\n"
-
-
-def _check(name: str, text: str) -> None:
-    """Compare with the stored file, byte for byte."""
-    path = _SNAPSHOTS / name
-    if os.environ.get("KRONOS_UPDATE_SNAPSHOTS") == "1":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
-    stored = path.read_bytes().decode() if path.exists() else ""
-    if text != stored:
-        before, now = (part.splitlines(keepends=True) for part in (stored, text))
-        difference = "".join(unified_diff(before, now, f"stored {name}", "now"))
-        pytest.fail(f"{name} differs from what is stored:\n{difference}", pytrace=False)

@@ -1,14 +1,10 @@
-"""Snapshots of metrics, settings, commands, entry points, topics, noise keys and exit codes.
-
-KRONOS_UPDATE_SNAPSHOTS=1 rewrites the stored files in ``data/snapshots`` instead of comparing.
-"""
+"""Snapshots of metrics, settings, commands, entry points, topics, noise keys and exit codes."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
-from difflib import unified_diff
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 from types import UnionType
@@ -28,9 +24,8 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.engine.noise import noise_key
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
-from tests.support.paths import DATA
+from tests.support.snapshots import check_snapshot
 
-_SNAPSHOTS = DATA / "snapshots"
 _PREFIX = "KRONOS_STREAM_"
 _BTC = Series.parse("binance:BTC/USDT:1m")
 _MACHINE_DEPENDENT = {
@@ -58,7 +53,7 @@ def test_metrics() -> None:
         for one in samples
         if one.labels.keys() - {"le"} and not one.name.endswith("_created")
     )
-    _check("metrics.txt", "".join(lines))
+    check_snapshot("metrics.txt", "".join(lines))
 
 
 def test_settings() -> None:
@@ -67,23 +62,23 @@ def test_settings() -> None:
         if point.group in {"kronos_stream.sources", "kronos_stream.sinks"}:
             models[f"{point.name.upper()}__"] = point.load().options
     lines = [line for prefix, model in models.items() for line in _settings(model, prefix)]
-    _check("settings.txt", "".join(lines))
+    check_snapshot("settings.txt", "".join(lines))
 
 
 def test_settings_listed_by_help() -> None:
     done = CliRunner().invoke(cli, ["run", "--help"], terminal_width=100)
     environment = done.output.partition("\nEnvironment:\n")[2]
     names = re.findall(rf"^  ({_PREFIX}\w+)", environment, re.MULTILINE)
-    _check("settings-help.txt", "".join(f"{name}\n" for name in names))
+    check_snapshot("settings-help.txt", "".join(f"{name}\n" for name in names))
 
 
 def test_commands() -> None:
-    _check("commands.txt", "".join(_commands(cli, "kronos-stream")))
+    check_snapshot("commands.txt", "".join(_commands(cli, "kronos-stream")))
 
 
 def test_entry_points() -> None:
     points = sorted((point.group, point.name) for point in _entry_points())
-    _check("entry-points.txt", "".join(f"{group}: {name}\n" for group, name in points))
+    check_snapshot("entry-points.txt", "".join(f"{group}: {name}\n" for group, name in points))
 
 
 def test_topics() -> None:
@@ -105,7 +100,7 @@ def test_topics() -> None:
     lines += [
         f"asyncapi {one['address']}: {', '.join(one['messages'])}\n" for one in channels.values()
     ]
-    _check("topics.txt", "".join(lines))
+    check_snapshot("topics.txt", "".join(lines))
 
 
 def test_noise_keys() -> None:
@@ -114,7 +109,7 @@ def test_noise_keys() -> None:
         (7, _BTC.name, 1_718_712_000_000),
         (-1, "b:\u20ac/X:1M", 0),
     ]
-    _check("noise-keys.txt", "".join(f"{one}: {noise_key(*one)}\n" for one in made))
+    check_snapshot("noise-keys.txt", "".join(f"{one}: {noise_key(*one)}\n" for one in made))
 
 
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +127,7 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(SystemExit) as exited:
             main(call.split())
         lines.append(f"kronos-stream {call}: {exited.value.code}\n")
-    _check("exit-codes.txt", "".join(lines))
+    check_snapshot("exit-codes.txt", "".join(lines))
 
 
 def _entry_points(group: str = "") -> list[EntryPoint]:
@@ -196,16 +191,3 @@ def _commands(command: click.Command, path: str) -> Iterator[str]:
             inner = command.get_command(context, name)
             assert inner is not None
             yield from _commands(inner, f"{path} {name}")
-
-
-def _check(name: str, text: str) -> None:
-    """Compare with the stored file, byte for byte."""
-    path = _SNAPSHOTS / name
-    if os.environ.get("KRONOS_UPDATE_SNAPSHOTS") == "1":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
-    stored = path.read_bytes().decode() if path.exists() else ""
-    if text != stored:
-        before, now = (part.splitlines(keepends=True) for part in (stored, text))
-        difference = "".join(unified_diff(before, now, f"stored {name}", "now"))
-        pytest.fail(f"{name} differs from what is stored:\n{difference}", pytrace=False)

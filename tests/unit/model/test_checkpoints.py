@@ -253,7 +253,7 @@ def in_another_process(home: Path, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return done.stdout.splitlines() + done.stderr.splitlines()
 

@@ -130,7 +130,7 @@ async def test_a_full_disk_leaves_whole_lines_alone(tmp_path: Path) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1
     assert done.stderr.strip() == f"{path}: File too large"

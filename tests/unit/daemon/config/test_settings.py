@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from kronos_stream.cli import main
-from kronos_stream.daemon.config.environment import describe_settings, read_options, read_settings
+from kronos_stream.daemon.config.environment import read_options, read_settings
+from kronos_stream.daemon.config.reference import describe_settings
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
 from kronos_stream.interfaces import plugins
 
@@ -351,7 +352,7 @@ def test_help_names_every_setting_with_its_default_and_meaning() -> None:
 
 def test_help_waits_for_no_heavy_library() -> None:
     code = (
-        "import sys; from kronos_stream.daemon.config.environment import describe_settings; list(describe_settings());"
+        "import sys; from kronos_stream.daemon.config.reference import describe_settings; list(describe_settings());"
         "print({'pandas', 'pyarrow', 'torch'} & sys.modules.keys() or 'none')"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "none\n"  # noqa: S603

@@ -124,7 +124,7 @@ async def test_forecasts_are_those_made_by_hand(nano: Forecaster) -> None:
     try:
         assert (identity.model, identity.tokenizer, identity.dtype) == ("nano", "nano", "float32")
         assert identity.revision is not None
-        assert 0 < worker.estimate_seconds(1) < 5
+        assert 0 < worker.estimate_seconds(1) < 60
         random = np.random.default_rng(0)
         for size in (len(windows), 17, 1):
             members = random.permutation(len(windows))[:size]

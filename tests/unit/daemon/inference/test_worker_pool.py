@@ -11,9 +11,10 @@ import pytest
 
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings, SettingsError
+from kronos_stream.daemon.inference.backend import BatchResult, WorkerError
 from kronos_stream.daemon.inference.pool import WorkerPool, create_backend
 from kronos_stream.daemon.inference.protocol import ModelIdentity
-from kronos_stream.daemon.inference.supervisor import BatchResult, WorkerError, WorkerSupervisor
+from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.series import Series

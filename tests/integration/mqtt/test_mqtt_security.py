@@ -198,7 +198,7 @@ async def test_a_client_may_have_to_show_a_certificate(
 ) -> None:
     locked = authority.issue("client", password=PASSWORD)
     ours: dict[str, Any] = {"tls_certfile": locked.certificate, "tls_keyfile": locked.key}
-    with make_mosquitto(tls=authority.issue("broker"), clients=authority.file) as broker:
+    with make_mosquitto(tls=authority.issue("broker"), client_ca_file=authority.file) as broker:
         password = SecretStr(PASSWORD)
         async with _sink(_options(broker, authority, **ours, tls_key_password=password)) as sink:
             await sink.start()

@@ -1,7 +1,7 @@
-"""Where role forecast gets its bars: logs in parts, which a group of daemons shares out.
+"""Feed interface: bars for role forecast, from partitioned logs that a group of daemons shares.
 
-A feed hands parts out and takes them back; records of a part have growing offsets. What a group has
-done of a part is noted with the feed, so whoever gets it next knows where to go on.
+A feed assigns and revokes partitions; records of a partition have increasing offsets. The group's
+progress is committed to the feed as a checkpoint per partition, from which its next owner goes on.
 """
 
 from __future__ import annotations
@@ -18,41 +18,41 @@ from kronos_stream.market.timeframe import Timeframe
 
 
 class Partition(NamedTuple):
-    """A partition of a log; all records of a series are in one part."""
+    """A partition of a log; all records of a series are in one partition."""
 
     log: str
     number: int
 
 
 class Checkpoint(NamedTuple):
-    """What is noted of a part for whoever gets it next."""
+    """Committed progress of a partition, for its next owner."""
 
     offset: int
-    """Of the first record that is not done with."""
+    """Offset of the first record that is not done."""
     metadata: str
-    """Whatever else is worth knowing, at most some 4,000 characters."""
+    """Further progress as text, about 4,000 characters at most."""
 
 
 class PartitionBounds(NamedTuple):
-    """A part, as its feed knows it when it is handed out."""
+    """Offsets of a partition when it is assigned."""
 
     first: int
     """Offset of its first record."""
     end: int
-    """Offset that the next record will have."""
+    """Offset of the next record to be written."""
     context_start: int
-    """Offset of the first record that is young enough to matter to a context that begins now."""
+    """Offset of the first record that is recent enough for a context that starts now."""
     checkpoint: Checkpoint | None
 
 
 class SeriesRemoved(NamedTuple):
-    """A series is given up."""
+    """Series that is no longer relayed."""
 
     series: Series
 
 
 class Unreadable(NamedTuple):
-    """A record that cannot be: its series if known, why, and what it says."""
+    """An invalid record: its series if known, the reason, and its value."""
 
     series: Series | None
     reason: str
@@ -60,70 +60,70 @@ class Unreadable(NamedTuple):
 
 
 FeedRecord: TypeAlias = RelayedBar | SeriesRemoved | Unreadable | None
-"""What a record says; None: nothing to us."""
+"""Content of a record; None for one to ignore."""
 
 
 class PartitionHandler(Protocol):
-    """The daemon's side of a feed. Every call but :meth:`give_up` returns at once."""
+    """Callbacks of the daemon. All but :meth:`drain` return at once."""
 
     def paused(self) -> Collection[Partition]:
-        """Parts of which no more should be read just now."""
+        """Partitions not to read from at present."""
 
     def on_assigned(self, partitions: Collection[Partition]) -> None:
-        """Exactly these parts are ours from now on; :meth:`begin` comes for each."""
+        """Exactly these partitions are assigned now; :meth:`start_partition` follows for each."""
 
     def start_partition(self, partition: Partition, bounds: PartitionBounds) -> int:
-        """The offset to read ``part`` from."""
+        """Return the offset to start reading from."""
 
     def on_records(
         self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], next_offset: int
     ) -> None:
-        """Take in records of a part, in order, with their offsets; ``reached`` comes next."""
+        """Process records of a partition, in order, with their offsets."""
 
     async def drain(self) -> None:
-        """All parts are about to be taken: finish what is in hand; bounded."""
+        """Finish work in progress before all partitions are revoked; bounded in time."""
 
     def on_revoked(self) -> None:
-        """No part is ours any more, or nobody knows."""
+        """No partition is assigned any more, or the assignment is unknown."""
 
     def pending_checkpoints(self) -> Mapping[Partition, Checkpoint]:
-        """What is to be noted, where it has changed."""
+        """Checkpoints to commit, of partitions whose progress has changed."""
 
     def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:
-        """These are safe."""
+        """These checkpoints are committed."""
 
     def on_lag(self, lags: Mapping[str, int]) -> None:
-        """By log: how many records of our parts are not read yet."""
+        """Number of unread records in the assigned partitions, by log."""
 
 
 class Feed(Protocol):
     """A member of a group that reads logs."""
 
     iterations: int
-    """Grows while it works, whether there is something to read or not."""
+    """Increases while the feed works, even without records."""
 
     @property
     def problem(self) -> str:
-        """Why nothing can be read or noted just now, in words; empty if all is well."""
+        """Why nothing can be read or committed at present; empty if all is well."""
 
     async def run(self, handler: PartitionHandler) -> None:
         """Read until cancelled, reconnecting by itself."""
 
     async def close(self) -> None:
-        """Note what is done, and leave the group, so that others need not wait; bounded."""
+        """Commit, and leave the group so that others take over at once; bounded in time."""
 
 
 class FeedNeeds(NamedTuple):
-    """What is to be read."""
+    """Bars that a feed has to provide."""
 
     timeframes: Sequence[Timeframe]
     lookback: int
-    """How many a context has."""
+    """Bars of a context."""
 
 
 @dataclass(frozen=True, slots=True)
 class FeedConnector:
-    """What an entry point of the group ``kronos_stream.feeds`` names.
+    """Object of an entry point in the group ``kronos_stream.feeds``.
 
     Its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
     """

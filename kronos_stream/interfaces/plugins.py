@@ -1,4 +1,4 @@
-"""Sources and sinks by name: what the entry points of installed packages offer."""
+"""Registry of connectors: entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _Connector = TypeVar("_Connector", SourceConnector, SinkConnector, RelayConnecto
 
 
 class ConnectorError(Exception):
-    """A connector is not there, or cannot be used; one clause for people."""
+    """A connector is not installed or not usable; one clause."""
 
 
 def installed_names(group: Group) -> list[str]:
-    """What is installed of a group."""
+    """Names of the installed connectors of a group."""
     return sorted(_entry_points(group))
 
 
 def load_source(venue: str) -> tuple[str, SourceConnector]:
-    """The connector of a venue, and that connector's name. Raises ConnectorError."""
+    """Load the connector of a venue; returns its name, too. Raises ConnectorError."""
     for name in (venue, venue.partition(".")[0]):
         if name in _entry_points("sources"):
             return name, _load("sources", name, SourceConnector)
     for name in installed_names("sources"):
-        with suppress(ConnectorError):  # that one is not what was asked for
+        with suppress(ConnectorError):  # a broken connector of another venue
             connector = _load("sources", name, SourceConnector)
             if venue in connector.venues():
                 return name, connector
@@ -39,7 +39,7 @@ def load_source(venue: str) -> tuple[str, SourceConnector]:
 
 
 def load_sink(name: str) -> SinkConnector:
-    """The connector of a sink. Raises ConnectorError."""
+    """Load the connector of a sink. Raises ConnectorError."""
     return _load("sinks", name, SinkConnector)
 
 
@@ -54,7 +54,7 @@ def load_feed(name: str) -> FeedConnector:
 
 
 def options_type(name: str) -> type[Any] | None:
-    """The options of the source or sink called ``name``; None if there is neither.
+    """Options model of the source or sink called ``name``; None if there is neither.
 
     A source and a sink of one name share their options. Raises ConnectorError.
     """
@@ -65,7 +65,7 @@ def options_type(name: str) -> type[Any] | None:
 
 @cache
 def _entry_points(group: Group) -> dict[str, EntryPoint]:
-    # Names become parts of variables: lower-case words.
+    # Names become parts of environment variables: lower-case words only.
     return {
         point.name: point
         for point in entry_points(group=f"kronos_stream.{group}")
@@ -88,5 +88,5 @@ def _load(group: Group, name: str, kind: type[_Connector]) -> _Connector:
     except (ImportError, AttributeError) as error:
         raise ConnectorError(f"{point.value} cannot be loaded: {error}") from error
     if not isinstance(connector, kind):
-        raise ConnectorError(f"{point.value} is no {kind.__name__}")
+        raise ConnectorError(f"{point.value} is not a {kind.__name__}")
     return connector

@@ -1,4 +1,4 @@
-"""Where records go: what a sink is to the daemon."""
+"""Sink interface: delivery of records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from kronos_stream.market.clock import Clock
 from kronos_stream.market.timeframe import Timeframe
 
 RecordKind = Literal["forecast", "removal", "deadletter", "candle"]
-"""A candle is what role ingest passes on: a closed bar, or that its series is given up.
+"""A candle is a message of role ingest: a closed bar, or the removal of its series.
 
-A removal says that its series is not forecast any more; where only the newest forecast of each
-series is kept, it takes that away."""
-
+A removal ends the forecasts of a series; where only the newest forecast of each series is kept, it
+deletes that one."""
 
 Headers = tuple[tuple[str, bytes], ...]
 """CloudEvents attributes, binary mode."""
@@ -51,41 +50,41 @@ class Record(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A record that the sink will never take."""
+    """A record that the sink refuses for good."""
 
     record: Record
     reason: str
 
 
 class SinkUnavailable(Exception):  # noqa: N818
-    """Not delivered, or not known to be: everything given must be given again."""
+    """Delivery failed or is uncertain: all records must be delivered again."""
 
 
 class SinkLoginRefused(SinkUnavailable):
-    """We are not let in until somebody changes something: a password, a certificate, a setting."""
+    """The other side refuses the login until a password, certificate or setting is changed."""
 
 
 class Sink(Protocol):
-    """Delivers records at least once, in order per key."""
+    """Delivery of records at least once, in order per key."""
 
     name: str
 
     async def start(self) -> None:
-        """Make ready; SinkUnavailable if the other side is not there, and then again later."""
+        """Prepare; SinkUnavailable if the other side cannot be reached: called again later."""
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         """Return once each record is acknowledged or refused for good; bounded in time.
 
-        SinkUnavailable if any is neither: then some may have arrived, and all come again.
+        SinkUnavailable otherwise: some may have arrived, and all are delivered again.
         """
 
     async def close(self) -> None:
-        """Let go; bounded in time. Nothing given but unacknowledged counts as delivered."""
+        """Release resources; bounded in time. Unacknowledged records do not count as delivered."""
 
 
 @dataclass(frozen=True, slots=True)
 class RelayConnector:
-    """What an entry point of the group ``kronos_stream.relays`` names: the sink of role ingest.
+    """Object of an entry point in the group ``kronos_stream.relays``: the sink of role ingest.
 
     Its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
     """
@@ -93,12 +92,12 @@ class RelayConnector:
     options: type[Any]
     """A pydantic model, every field with a default or a clear error."""
     build: Callable[[Any, Sequence[Timeframe], Clock, Random], Sink]
-    """With the timeframes whose bars will come."""
+    """Builds the sink; receives the timeframes of the bars to come."""
 
 
 @dataclass(frozen=True, slots=True)
 class SinkConnector:
-    """What an entry point of the group ``kronos_stream.sinks`` names.
+    """Object of an entry point in the group ``kronos_stream.sinks``.
 
     Its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
     """

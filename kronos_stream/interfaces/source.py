@@ -1,4 +1,4 @@
-"""Where candles come from: what a connector is to the daemon."""
+"""Source interface: live candles and history of a venue."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kronos_stream.market.series import Series
 
 
 class SourceError(Exception):
-    """A venue did not answer, or not as it should; worth trying again.
+    """A venue did not answer, or not correctly; may be retried.
 
-    retry_after: seconds the venue asks to wait, 0 where it names none.
+    retry_after: seconds that the venue asks to wait, 0 if it names none.
     """
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
@@ -24,92 +24,96 @@ class SourceError(Exception):
 
 
 class LoginRefused(SourceError):  # noqa: N818
-    """We are not let in until somebody changes something: a password, a certificate, a setting."""
+    """The venue refuses the login until a password, certificate or setting is changed."""
 
 
 class VenueRefused(SourceError):  # noqa: N818
-    """The venue will not serve us (451, 403); trying again is no use."""
+    """The venue does not serve this client (451, 403); retrying is useless."""
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """How a venue behaves, so that the tape can judge what it says and does not say."""
+    """Behaviour of a venue that the bar sequencer relies on."""
 
     push_seconds: float = 2.0
-    """How often an open bar is pushed while it trades."""
+    """Interval of pushes of an open bar while it trades."""
     grace_seconds: float = 2.0
-    """How long after its close a bar's last word may take before REST is asked."""
+    """Time after its close within which a bar's closing push is expected, before backfill."""
     history_lag_seconds: float | None = None
-    """How long after its close, or its change, history may not know of a bar yet; None takes 5.
+    """Time by which the history may lag behind closes and corrections; None means 5.
 
-    0 where history is complete at once: files.
+    0 if history is complete at once: files.
     """
     fills_empty: bool = False
-    """True where the venue sends flat bars for intervals without trades."""
+    """True if the venue sends flat bars for intervals without trades."""
+
+
+MAX_REJECTED_BYTES = 4_096
+"""Bytes of an invalid frame that :attr:`SourceCallbacks.reject` is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceCallbacks:
-    """The daemon's side of a source. Every call returns at once and never fails for bad data."""
+    """Callbacks of the daemon. They return at once and never raise because of bad data."""
 
     update: Callable[[Update], None]
     reject: Callable[[Series | None, str, bytes], None]
-    """A frame or candle that cannot be: series if known, reason, the raw bytes."""
+    """Reports an invalid frame or candle: series if known, reason, raw bytes."""
     count_event: Callable[[str], None]
-    """Something worth counting, in two words at most: "connected", "lost", "rate limited"."""
+    """Counts an event, two words at most: "connected", "lost", "rate limited"."""
 
 
 class Source(Protocol):
-    """One venue's live candles and their history."""
+    """Live candles and history of one venue."""
 
     venue: str
     traits: Traits
 
     async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
-        """Which of ``series`` the venue does not have, and why; SourceError if it cannot say."""
+        """Return the series that the venue lacks, with reasons; SourceError if unknown."""
 
     def subscribe(self, series: Collection[Series]) -> None:
-        """Set what to push; may be called while running, those kept lose nothing."""
+        """Set the series to push; may be called while running, without loss for those kept."""
 
     async def run(self, callbacks: SourceCallbacks) -> None:
         """Push updates until cancelled, reconnecting by itself.
 
-        Returns early only where the data end (a replay); raises VenueRefused only where the
-        venue is lost for good.
+        Returns early only if the data end (a replay); raises VenueRefused only if retrying is
+        useless.
         """
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        """The closed bars that the venue has with start <= open < end, ascending.
+        """Fetch the closed bars that the venue has with start <= open < end, ascending.
 
-        Never a bar that is still open. SourceError when it must be asked again.
+        Never a bar that is still open. Raises SourceError if it must be retried.
         """
 
     async def close(self) -> None:
-        """Let go of sockets; bounded."""
+        """Release sockets; bounded in time."""
 
 
 @runtime_checkable
 class RankingSource(Protocol):
-    """A source that knows which symbols are traded most."""
+    """A source that can rank symbols by turnover."""
 
     async def ranked(self, pattern: str) -> Sequence[str]:
-        """Symbols that trade now, of the kind that ``pattern`` is, the most traded first.
+        """Tradable symbols of the pattern's kind, by turnover of the last 24 hours, descending.
 
-        By the turnover of the last 24 hours. SourceError when it must be asked again.
+        Raises SourceError if it must be retried.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class SourceConnector:
-    """What an entry point of the group ``kronos_stream.sources`` names.
+    """Object of an entry point in the group ``kronos_stream.sources``.
 
-    It serves the venue of the entry point's name, and those whose names begin with that and a dot;
+    It serves the venue of the entry point's name, and those whose names begin with it and a dot;
     its settings are ``KRONOS_STREAM_<NAME>__<FIELD>``.
     """
 
     options: type[Any]
     """A pydantic model, every field with a default or a clear error."""
     build: Callable[[str, Any, Clock, Random], Source]
-    """Makes the source of a venue, with these options."""
+    """Builds the source of a venue."""
     venues: Callable[[], Collection[str]] = tuple
-    """What else it serves, where no other connector is called so."""
+    """Further venues that it serves, unless a connector has their name."""

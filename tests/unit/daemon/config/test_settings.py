@@ -146,7 +146,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"SINKS": ""}, "SINKS", "would go nowhere: set it to any of"),
         ({"SINKS": "carrier_pigeon"}, "SINKS", "none of the sinks is called 'carrier_pigeon'"),
         ({"SINKS": "post,post"}, "SINKS", "post stands there twice"),
-        ({"SINKS": "upside"}, "SINKS", "acme_exchange:SOURCE is no SinkConnector"),
+        ({"SINKS": "upside"}, "SINKS", "acme_exchange:SOURCE is not a SinkConnector"),
         ({"ROLE": "chef"}, "ROLE", "should be 'all'"),
         ({"CATCH_UP": "some"}, "CATCH_UP", "should be 'newest' or 'all'"),
         ({"DEGRADED": "maybe"}, "DEGRADED", "should be 'forecast' or 'skip'"),

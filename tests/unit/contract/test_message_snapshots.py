@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import orjson
@@ -14,6 +14,7 @@ from kronos_stream.daemon.partitions import commit_metadata
 from kronos_stream.forecast.compose import Composer, candle, dead_letter, forecast_id, removal
 from kronos_stream.forecast.message import DeadLetter, Engine, Forecast, Latency, Model, Sampling
 from kronos_stream.forecast.outlook import Outlook, build_outlook
+from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.candle_message import decode_bar, decode_update, encode_candle
 from kronos_stream.market.series import Series
@@ -23,19 +24,6 @@ _SERIES = Series.parse("binance:BTC/USDT:USDT:5m")
 _STEP = 300_000
 _ORIGIN = 1_718_709_300_000
 _NOW = _ORIGIN + _STEP + 321
-
-
-class _Envelope(Protocol):
-    """A message ready to send."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-    @property
-    def value(self) -> bytes: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
 
 
 def test_forecasts() -> None:
@@ -77,9 +65,7 @@ def test_candles() -> None:
         "closed bar": candle(_SERIES, bar, history=False, at=_NOW),
         "closed bar with all optional fields": candle(_SERIES, filled, history=True, at=_NOW),
     }
-    check_snapshot(
-        "candle.txt", "".join(f"## {name}\n{_text(one)}" for name, one in messages.items())
-    )
+    check_snapshot("candle.txt", _texts(messages))
     for given, history, message in zip(
         (bar, filled), (False, True), messages.values(), strict=True
     ):
@@ -109,9 +95,7 @@ def test_dead_letters() -> None:
         "candle, not UTF-8": dead_letter("candle", "bad low", b"\xff\x00", at=_NOW, series=name),
         "record": dead_letter("record", "too large", b"{}", at=_NOW, series=name, sink="kafka"),
     }
-    check_snapshot(
-        "dead-letter.txt", "".join(f"## {one}\n{_text(m)}" for one, m in messages.items())
-    )
+    check_snapshot("dead-letter.txt", _texts(messages))
     for message in messages.values():
         assert DeadLetter.parse(message.value).encode() == message.value
 
@@ -154,7 +138,7 @@ def _forecast(
     created: int = _NOW,
     queued: float = 3.5,
     scale: float = 1.0,
-) -> _Envelope:
+) -> Envelope:
     composer = Composer(
         Model(name="nano", revision="0f3a", tokenizer="nano", tokenizer_revision=None),
         Engine(version="0.1.0", device="cpu", dtype="float32"),
@@ -194,11 +178,11 @@ def _outlook(**more: Any) -> Outlook:
     return replace(outlook, summary=replace(outlook.summary, volatility=0.0125))
 
 
-def _texts(messages: Mapping[str, _Envelope]) -> str:
+def _texts(messages: Mapping[str, Envelope]) -> str:
     return "".join(f"## {name}\n{_text(message)}" for name, message in messages.items())
 
 
-def _text(message: _Envelope) -> str:
+def _text(message: Envelope) -> str:
     """Key, headers and value; the value with a line break after each member."""
     headers = "".join(f"header {name}: {value.decode()}\n" for name, value in message.headers)
     assert dict(message.headers).get("ce_id") == message.id.encode()

@@ -94,8 +94,8 @@ def test_topics() -> None:
         f"kafka {one}: {', '.join(topics_for_record('prefix', one, _BTC.name))}\n" for one in kinds
     ]
     mqtt = options["mqtt"](url="mqtt://localhost", client_id="client")
-    topics = mqtt.candles().of(_BTC), mqtt.forecasts().of(_BTC), mqtt.deadletter_topic
-    lines += [f"mqtt {topic}\n" for topic in (*topics, mqtt.status())]
+    topics = mqtt.candle_template().for_series(_BTC), mqtt.forecast_template().for_series(_BTC)
+    lines += [f"mqtt {topic}\n" for topic in (*topics, mqtt.deadletter_topic, mqtt.status())]
     channels = orjson.loads(CliRunner().invoke(cli, ["schema", "--asyncapi"]).stdout)["channels"]
     lines += [
         f"asyncapi {one['address']}: {', '.join(one['messages'])}\n" for one in channels.values()

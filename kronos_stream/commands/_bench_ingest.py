@@ -18,6 +18,7 @@ from kronos_connectors.binance.connection import Connection
 from kronos_connectors.binance.frames import Kline
 from kronos_connectors.binance.pool import ConnectionPool
 from kronos_stream.daemon.intake.pipeline import IntakePipeline
+from kronos_stream.daemon.intake.saved_bars import SavedBars
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.source import SourceCallbacks, Traits
@@ -75,18 +76,18 @@ async def _measure(seconds: float) -> IngestRates:
     clock = ManualClock(_START_MS)
     with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
         state = await State.open(Path(folder) / "state.sqlite")
+        metrics = Metrics()
         desk = IntakePipeline(
             {"binance": _FlatSource()},
-            state,
+            SavedBars(state, clock, metrics, lookback=_LOOKBACK),
             lambda _: None,
             clock,
             Random(0),
-            Metrics(),
-            lookback=_LOOKBACK,
+            metrics,
             catch_up="newest",
             dead_letter=lambda *what: None,  # noqa: ARG005
         )
-        await desk.start(series.values())
+        await desk.follow(series.values())
         running = asyncio.create_task(desk.run())
         try:
             await desk.drain()

@@ -13,9 +13,8 @@ from typing import Any
 
 import structlog
 
-from kronos_stream.daemon.config.environment import BROKER
 from kronos_stream.daemon.config.settings import Settings, SettingsError
-from kronos_stream.daemon.inference.pool import WorkerFactory
+from kronos_stream.daemon.inference.backend import WorkerFactory
 from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.daemon.roles.base import Role
 from kronos_stream.daemon.roles.forecast import ForecastRole
@@ -38,7 +37,7 @@ _GC_NEVER = 2**31 - 1
 
 
 def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str, Source]:
-    """The sources of the settings' venues, by venue. Raises SettingsError, ConnectorError."""
+    """Build the source of each configured venue. Raises SettingsError, ConnectorError."""
     venues = sorted({entry.venue for entry in settings.watchlist()})
     return {
         venue: connector.build(
@@ -50,7 +49,7 @@ def build_sources(settings: Settings, clock: Clock, random: Random) -> dict[str,
 
 
 def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) -> list[Sink]:
-    """The settings' sinks. Raises ConnectorError."""
+    """Build the configured sinks. Raises ConnectorError."""
     random = random or Random()
     return [
         connector.build(_options(settings, name, connector.options), clock, _child_random(random))
@@ -60,9 +59,9 @@ def build_sinks(settings: Settings, clock: Clock, random: Random | None = None) 
 
 
 def build_feed(settings: Settings, needs: FeedNeeds, clock: Clock, random: Random) -> Feed:
-    """What brings role forecast its candles. Raises ConnectorError."""
-    feed = plugins.load_feed(BROKER)
-    return feed.build(_options(settings, BROKER, feed.options), needs, clock, _child_random(random))
+    """Build the reader of the candle topics. Raises ConnectorError."""
+    name, feed = plugins.load_feed()
+    return feed.build(_options(settings, name, feed.options), needs, clock, _child_random(random))
 
 
 def build_standalone(
@@ -72,13 +71,11 @@ def build_standalone(
     on_results: Callable[[Sequence[ForecastResult]], None] | None = None,
     worker_factory: WorkerFactory | None = None,
 ) -> StandaloneRole:
-    """A daemon on the wall clock.
+    """Build a daemon of role ``all``.
 
-    sinks: in place of the settings'. watch: told every result once it is durable. worker: makes
-    what forecasts, in place of a process.
+    sinks: in place of those of the settings. The rest is as for :class:`StandaloneRole`.
     """
-    clock = SystemClock()
-    random = Random()
+    clock, random = SystemClock(), Random()
     return StandaloneRole(
         settings,
         build_sources(settings, clock, random),
@@ -93,53 +90,36 @@ def build_standalone(
 def build_role(
     settings: Settings, *, worker_factory: WorkerFactory | None = None
 ) -> StandaloneRole | IngestRole | ForecastRole:
-    """What the settings' role is, on the wall clock. worker: as of :func:`build`."""
+    """Build the daemon of the role in the settings. Raises SettingsError, ConnectorError."""
     if settings.role == "all":
         return build_standalone(settings, worker_factory=worker_factory)
     clock, random = SystemClock(), Random()
     if settings.role == "ingest":
-        relay = plugins.load_relay(BROKER)
-        options = _options(settings, BROKER, relay.options)
+        name, relay = plugins.load_relay()
+        options = _options(settings, name, relay.options)
         sink = relay.build(options, settings.candle_timeframes(), clock, _child_random(random))
         sources = build_sources(settings, clock, random)
         return IngestRole(settings, sources, [sink], clock=clock, random=random)
     needs = FeedNeeds(settings.timeframes, settings.lookback)
-    reads = build_feed(settings, needs, clock, random)
-    sinks = build_sinks(settings, clock, random)
     return ForecastRole(
-        settings, reads, sinks, clock=clock, random=random, worker_factory=worker_factory
-    )
-
-
-async def check(settings: Settings) -> str:
-    """See whether the venues have what is asked for, and the model loads; what was found.
-
-    Raises SettingsError, WorkerError, SourceError.
-    """
-    role = build_role(settings)
-    if isinstance(role, IngestRole):
-        return f"{await role.check()} series to pass on: settings and symbols are fine"
-    sinks = ", ".join(settings.sinks)
-    if isinstance(role, ForecastRole):
-        identity = await role.check()
-        made = f"{identity.model} on {identity.device}, to {sinks}"
-        return f"forecasts of what the group gives us with {made}: settings and model are fine"
-    identity, count = await role.check()
-    return (
-        f"{count} series to forecast with {identity.model} on {identity.device}, to {sinks}: "
-        "settings, symbols and model are fine"
+        settings,
+        build_feed(settings, needs, clock, random),
+        build_sinks(settings, clock, random),
+        clock=clock,
+        random=random,
+        worker_factory=worker_factory,
     )
 
 
 async def serve(daemon: Role) -> None:
-    """Run until the data end or SIGTERM or Ctrl-C comes; a second one ends the process at once.
+    """Run until the data end or SIGTERM or SIGINT; a second signal ends the process at once.
 
-    The service manager, if one started us, is kept informed.
+    SIGHUP reads the symbols file again. systemd is notified if it started the process.
     """
     notifier = Notifier.from_environ(os.environ)
     reporter = StatusReporter(daemon, notifier)
     with _handle_signals(daemon, reporter):
-        beside = [
+        helpers = [
             asyncio.create_task(_limit_gc(daemon)),
             asyncio.create_task(reporter.run()),
         ]
@@ -151,17 +131,17 @@ async def serve(daemon: Role) -> None:
             raise
         finally:
             reporter.stopping(failure)
-            for task in beside:
+            for task in helpers:
                 task.cancel()
-            await asyncio.wait(beside)
+            await asyncio.wait(helpers)
             notifier.close()
 
 
 async def _limit_gc(daemon: Role) -> None:
-    """Have Python look for garbage among all there is only now and then; until cancelled.
+    """Run full garbage collections at long intervals only, until cancelled.
 
-    With a thousand series that stops everything for a quarter of a second, and left to itself it
-    happens every few seconds. What was made for good by the start is not looked at again.
+    With a thousand series, one takes a quarter of a second and by default runs every few seconds.
+    Objects made during the start are excluded for good.
     """
     await daemon.ready.wait()
     young, middle, old = gc.get_threshold()
@@ -180,16 +160,16 @@ async def _limit_gc(daemon: Role) -> None:
 @contextmanager
 def _handle_signals(daemon: Role, reporter: StatusReporter) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    told = False
+    stopping = False
     reloads: set[asyncio.Task[None]] = set()
 
     def stop(number: int) -> None:
-        nonlocal told
-        if told:
-            # The state file is consistent at any moment, and the worker ends with us.
+        nonlocal stopping
+        if stopping:
+            # The state file is consistent at any moment, and the worker ends with this process.
             os._exit(_SIGNAL_EXIT_BASE + number)
-        told = True
-        _log.info("stopping; once more ends at once", signal=signal.Signals(number).name)
+        stopping = True
+        _log.info("stopping; a second signal ends at once", signal=signal.Signals(number).name)
         reporter.stopping()
         daemon.stop()
 
@@ -212,13 +192,13 @@ def _handle_signals(daemon: Role, reporter: StatusReporter) -> Iterator[None]:
 
 
 async def _reload(daemon: Role, reporter: StatusReporter) -> None:
-    """Read the symbols file again; what is wrong with it is logged, and nothing changes."""
+    """Read the symbols file again; an invalid file is logged and changes nothing."""
     try:
         await daemon.reload()
     except (SettingsError, SourceError) as error:
         _log.error("symbols not changed", why=str(error))
-    except Exception:  # noqa: BLE001 - what it was is not known, nor is what is followed
-        _log.exception("symbols changed in part; stopping")
+    except Exception:  # noqa: BLE001 - the followed series are unknown now
+        _log.exception("symbols partly changed; stopping")
         daemon.stop()
     finally:
         reporter.reloaded()

@@ -67,7 +67,7 @@ def test_a_check_says_what_would_be_forecast(exchange: ExchangeProcess, tmp_path
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS_FILE name nothing"),
+        ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS_FILE name no symbols"),
         ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
         ({"LOKBACK": "96"}, "did you mean KRONOS_STREAM_LOOKBACK?"),
         ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
@@ -138,7 +138,7 @@ def test_told_twice_it_stops_at_once(
         due = partial(daemon.metric, "kronos_queue_depth", queue="due")
         wait_for("bars wait for the worker", lambda: due() > 0)
         daemon.signal(signal.SIGTERM)
-        wait_for("it stops", lambda: _has_logged(daemon, "stopping; once more ends at once"))
+        wait_for("it stops", lambda: _has_logged(daemon, "stopping; a second signal ends at once"))
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 128 + signal.SIGTERM
         wait_for("its worker has ended", lambda: not daemon.leftover_processes())

@@ -1,4 +1,4 @@
-"""One timer for many: who wants to be woken when."""
+"""Timers of many items, served by one sleeping task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class TimerQueue(Generic[_T]):
-    """Items and moments, UTC ms; an item may be set several times and is woken as often."""
+    """Items by due time, UTC ms. An item scheduled several times fires as often."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -25,7 +25,7 @@ class TimerQueue(Generic[_T]):
 
     @property
     def next(self) -> int | None:
-        """The earliest moment that is set."""
+        """Earliest due time."""
         return self._heap[0][0] if self._heap else None
 
     def schedule(self, moment: int, item: _T) -> None:
@@ -34,16 +34,16 @@ class TimerQueue(Generic[_T]):
             self._earlier.set()
 
     def fire(self, callback: Callable[[_T, int], None]) -> None:
-        """Wake whose moment has come: called with the item and the present time."""
+        """Call ``callback`` with each item that is due and the current time."""
         now = self._clock.now()
-        rung = []
+        due = []
         while self._heap and self._heap[0][0] <= now:
-            rung.append(heapq.heappop(self._heap)[2])
-        for item in rung:
+            due.append(heapq.heappop(self._heap)[2])
+        for item in due:
             callback(item, now)
 
     async def sleep(self, max_ms: int) -> None:
-        """Until the next moment, or for ``longest`` ms."""
+        """Sleep until the earliest due time, at most ``max_ms``."""
         self._asleep_until = self._clock.now() + max_ms
         if self._heap:
             self._asleep_until = min(self._asleep_until, self._heap[0][0])

@@ -82,8 +82,8 @@ class PartitionTracker:
 
     # -- for the scheduler and the press --------------------------------------------------
 
-    def window(self, request: ForecastRequest) -> Window | None:
-        """What ``due`` is forecast from; None if it is not ours any more."""
+    async def window(self, request: ForecastRequest) -> Window | None:
+        """Window captured for a request; None if its partition is no longer assigned."""
         return self._windows.get(request)
 
     def outstanding_bars(self, close: int) -> int:

@@ -1,32 +1,36 @@
-"""What all roles of the daemon have: state, outbox and sinks, pages, and a way to stop.
+"""Life cycle that all roles share: start, intake, orderly stop.
 
-A role runs two groups of tasks. The outer one, here, delivers what is due; the inner one, each
-role's own, takes candles in and ends first, so that what has been taken in can still be sent. A
-task that fails takes the daemon down, loudly.
+A role runs two groups of tasks. The outer one delivers records; the inner one takes bars in and
+ends first, so that what was taken in can still be delivered. A task that fails ends the daemon.
 """
 
 from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from math import inf
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from kronos_stream import __version__
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.delivery.outbox import Outbox
-from kronos_stream.daemon.delivery.publisher import refusal_dead_letter
-from kronos_stream.daemon.status import watchdog
+from kronos_stream.daemon.delivery.publisher import DeadLetterQueue, refusal_dead_letter
+from kronos_stream.daemon.roles import stall_checks
+from kronos_stream.daemon.roles.forecasting import Forecasting
 from kronos_stream.daemon.status.endpoints import Endpoints
 from kronos_stream.daemon.status.series import SeriesStatusRegistry
 from kronos_stream.daemon.status.server import StatusServer
+from kronos_stream.daemon.status.watchdog import StallCheck, Watchdog
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.loop_lag import watch_loop_lag
 from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.errors import first_error
 from kronos_stream.interfaces.sink import Sink
 from kronos_stream.market.clock import Clock, SystemClock
 
@@ -36,8 +40,31 @@ _START_TIMEOUT_SECONDS = 1_800.0
 """For the model, the venues and the bars in the state file."""
 
 
+class Intake(Protocol):
+    """Where the bars of a role come from."""
+
+    @property
+    def series_count(self) -> int: ...
+
+    def problems(self) -> Mapping[str, str]:
+        """Parts of readiness → problem, empty if there is none."""
+
+    def stall_checks(self) -> Iterable[StallCheck]: ...
+
+    def running(self) -> AbstractAsyncContextManager[asyncio.Event]:
+        """Take bars in inside this context. The event is set when no more will come."""
+
+    async def reload(self) -> None:
+        """Read the symbols file again."""
+
+    async def close(self) -> None: ...
+
+
 class Role(ABC):
-    """One process's work, from start to stop; see :meth:`_open`, :meth:`_work`."""
+    """The work of one process, from start to stop."""
+
+    _intake: Intake
+    _forecasting: Forecasting | None = None
 
     def __init__(
         self,
@@ -49,122 +76,153 @@ class Role(ABC):
         wall: Clock | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        """Nothing is opened yet.
+        """Open nothing yet.
 
-        clock: the market's time. wall: what records are stamped with.
+        clock: time of the market. wall: time that records are stamped with.
         """
         self.settings = settings
         self.metrics = metrics or Metrics()
         self.metrics.build_info.labels(__version__, settings.role).set(1)
         self.ready = asyncio.Event()
-        """Set once all is loaded and candles are followed."""
+        """Set while candles are followed."""
         self.running = asyncio.Event()
-        """Set once the state is ours and tasks are supervised, whoever may be away."""
-        self.watchdog = watchdog.Watchdog()
+        """Set once the state file is open and tasks are supervised."""
+        self.watchdog = Watchdog()
         self._sinks = list(sinks)
         self._clock, self._wall, self._random = clock, wall or SystemClock(), random
         self._series_status = SeriesStatusRegistry(clock)
         self._stop = asyncio.Event()
+        self._state_file: Path | None = settings.state_file
+        self._max_age_seconds = settings.outbox_max_age
 
     def stop(self) -> None:
-        """Take in no more, finish what is in hand, deliver, and let :meth:`run` return."""
+        """Take in no more bars, finish and deliver the current batch, and end :meth:`run`."""
         self._stop.set()
 
     async def run(self) -> None:
-        """Work until :meth:`stop`, or until there is nothing left to take in.
+        """Work until :meth:`stop`, or until the data end.
 
-        Raises SettingsError, StateError, WorkerError, SinkRefused or LoginRefused for what the user
-        can mend.
+        Raises SettingsError, StateError, WorkerError, SinkRefused or LoginRefused for problems
+        that the user can solve.
         """
-        settings = self.settings
         async with AsyncExitStack() as stack:
-            self._state = await self._open(stack)
+            self._state = await State.open(self._state_file)
+            stack.push_async_callback(self._state.close)
+            stack.push_async_callback(self._intake.close)
+            if self._forecasting is not None:
+                stack.push_async_callback(self._forecasting.worker.close)
             self._outbox = Outbox(
                 self._state,
                 self._sinks,
                 self._wall,
                 self._random,
                 self.metrics,
-                max_age_seconds=self._max_age,
+                max_age_seconds=self._max_age_seconds,
                 make_dead_letter=lambda sink, refusal: refusal_dead_letter(
                     sink, refusal, self._wall.now()
                 ),
-                retry_login=settings.login_refused == "retry",
+                retry_login=self.settings.login_refused == "retry",
             )
+            self._dead_letters = DeadLetterQueue(self._outbox, self._wall)
             pages = Endpoints(
                 self.metrics,
                 self.readiness,
                 self._series_status,
                 self._clock,
                 stalled=self.watchdog.stalled,
-                token=settings.http.token,
+                token=self.settings.http.token,
             )
-            await stack.enter_async_context(StatusServer(settings.http, pages))
+            await stack.enter_async_context(StatusServer(self.settings.http, pages))
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    beside = [
-                        tasks.create_task(work)
-                        for work in (
-                            self._outbox.run(),
-                            watch_loop_lag(self.metrics),
-                            *self._background_tasks(),
-                        )
-                    ]
+                    delivery = tasks.create_task(self._outbox.run())
+                    loop_lag = tasks.create_task(watch_loop_lag(self.metrics))
                     self.watchdog.set_checks(
-                        watchdog.startup_checks(_START_TIMEOUT_SECONDS),
-                        watchdog.delivery_checks(self._outbox.queues.items()),
+                        stall_checks.startup(_START_TIMEOUT_SECONDS),
+                        stall_checks.delivery(self._outbox.queues.items()),
                     )
                     self.running.set()
-                    await self._work()
-                    for task in beside:
-                        task.cancel()
-            except* Exception as failures:  # noqa: BLE001 - whatever it was, it ends the daemon
-                raise _first_error(failures) from None
+                    if await self._run_until_stopped(self._start()):
+                        await self._work()
+                    delivery.cancel()
+                    loop_lag.cancel()
+            except* Exception as errors:  # noqa: BLE001 - any error ends the daemon
+                raise first_error(errors) from None
 
     def readiness(self) -> dict[str, str]:
-        """What readiness hangs on: what it is → why it is not so, empty if it is."""
-        found = {f"sink {name}": why for name, why in self._outbox.problems().items()}
+        """Parts of the daemon → problem that keeps it from being ready, empty if there is none."""
+        found = {} if self._forecasting is None else {"worker": self._forecasting.worker.problem()}
+        found |= {f"sink {name}": why for name, why in self._outbox.problems().items()}
         if not self.ready.is_set():
             found["start"] = "candles are not followed yet"
-        return found
+        return found | dict(self._intake.problems())
 
     @property
-    @abstractmethod
     def series_count(self) -> int:
-        """How many series."""
+        """Number of followed series."""
+        return self._intake.series_count
 
     async def reload(self) -> None:
-        """Read again what may be read again, if anything."""
-        _log.info("this role has nothing to read again", role=self.settings.role)
+        """Follow the series of the present symbols file, once :attr:`ready`.
 
-    @property
-    def _max_age(self) -> float:
-        """Seconds after which an undelivered record is given up."""
-        return self.settings.outbox_max_age
-
-    @abstractmethod
-    async def _open(self, stack: AsyncExitStack) -> State:
-        """What outlives all tasks, given to ``stack`` to be closed; returns the state."""
-
-    @abstractmethod
-    async def _work(self) -> None:
-        """Take in, and hand over to the outbox, until told to stop; then :meth:`_deliver`."""
-
-    def _background_tasks(self) -> Sequence[Coroutine[Any, Any, None]]:
-        """What else runs until the end."""
-        return ()
-
-    async def _drain_outbox(self, stop_began: float, *, batch_finished: bool) -> None:
-        """Deliver what is in the outbox, within what is left of the grace.
-
-        began: loop time at which the stop began. whole: whether the work in hand was finished.
+        Raises SettingsError or SourceError where nothing was changed.
         """
-        left = self.settings.stop_grace - (asyncio.get_running_loop().time() - stop_began)
-        waiting = await self._outbox.drain(max(0.0, left))
-        _log.info("stopped", batch_finished=batch_finished, undelivered=waiting)
+        await self._intake.reload()
 
-    async def _run_until_stopped(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Run ``work``; given up, and False, when told to stop before it is done."""
+    async def drain(self) -> None:
+        """Return once all bars taken in are worked off and delivered; timers may be open."""
+        if self._forecasting is not None:
+            await self._forecasting.scheduler.drain()
+        await self._outbox.drain(inf)
+
+    @abstractmethod
+    async def _start(self) -> None:
+        """Load the model and the state, check the symbols, and connect the parts."""
+
+    def _tasks(self) -> Iterable[Coroutine[Any, Any, None]]:
+        """Tasks that run from the start until everything is delivered."""
+        yield self._dead_letters.run()
+        if self._forecasting is not None:
+            yield self._forecasting.worker.run()
+            yield self._forecasting.scheduler.run()
+
+    def _stall_checks(self) -> Iterable[StallCheck]:
+        yield from self._intake.stall_checks()
+        yield from stall_checks.delivery(self._outbox.queues.items())
+        if self._forecasting is not None:
+            yield from self._forecasting.stall_checks()
+
+    async def _work(self) -> None:
+        """Take bars in until the stop or the end of the data, then finish and deliver."""
+        async with asyncio.TaskGroup() as tasks:
+            helpers = [tasks.create_task(work) for work in self._tasks()]
+            async with self._intake.running() as ended:
+                self.watchdog.set_checks(self._stall_checks())
+                self.ready.set()
+                await self._run_until_stopped(ended.wait())
+                self.ready.clear()
+                if not self._stop.is_set():
+                    await self._run_until_stopped(self.drain())
+                stop_began = asyncio.get_running_loop().time()
+            await self._finish(stop_began)
+            for task in helpers:
+                task.cancel()
+
+    async def _finish(self, stop_began: float) -> None:
+        """Finish the current batch and deliver what is in the outbox, within the grace period.
+
+        stop_began: loop time.
+        """
+        grace, finished = self.settings.stop_grace, True
+        if self._forecasting is not None:
+            finished = await self._forecasting.scheduler.finish(grace)
+        await self._dead_letters.flush()
+        left = grace - (asyncio.get_running_loop().time() - stop_began)
+        undelivered = await self._outbox.drain(max(0.0, left))
+        _log.info("stopped", batch_finished=finished, undelivered=undelivered)
+
+    async def _run_until_stopped(self, work: Coroutine[Any, Any, Any]) -> bool:
+        """Run ``work``; cancel it and return False if the stop comes first."""
         task = asyncio.ensure_future(work)
         stop = asyncio.ensure_future(self._stop.wait())
         try:
@@ -174,19 +232,6 @@ class Role(ABC):
                 return True
             return False
         finally:
-            await _cancel_all(task, stop)
-
-
-async def _cancel_all(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _first_error(failures: BaseExceptionGroup[Exception]) -> Exception:
-    """What failed first: the groups around it say nothing to a reader."""
-    failure: BaseException = failures
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    assert isinstance(failure, Exception)  # noqa: S101 - a group of them holds nothing else
-    return failure
+            for future in (task, stop):
+                future.cancel()
+            await asyncio.gather(task, stop, return_exceptions=True)

@@ -1,34 +1,28 @@
-"""Role ``forecast``: one of a group that shares the candle topics out among its members.
+"""Role ``forecast``: one of a consumer group that divides the candle topics among its members.
 
-Nothing is kept here: what the group has noted is its memory. A bar is noted as done once its
-forecast is delivered, so a crash costs at most what was under way, which somebody else does again.
+The role has no state file: committed offsets say what is done. A bar is done once its forecast is
+delivered, so a crash loses only work in progress, which another member repeats.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from random import Random
+from typing import Any
 
 import structlog
 
-from kronos_stream.bars.window import Window
 from kronos_stream.daemon.config.settings import Settings
-from kronos_stream.daemon.delivery.publisher import (
-    DeadLetterQueue,
-    ForecastPublisher,
-    build_composer,
-)
-from kronos_stream.daemon.inference.pool import InferenceBackend, WorkerFactory, create_backend
-from kronos_stream.daemon.inference.protocol import ModelIdentity
+from kronos_stream.daemon.inference.backend import WorkerFactory
 from kronos_stream.daemon.partitions.tracker import PartitionTracker
-from kronos_stream.daemon.requests import ForecastRequest, ForecastResult
+from kronos_stream.daemon.requests import ForecastResult
+from kronos_stream.daemon.roles import stall_checks
 from kronos_stream.daemon.roles.base import Role
-from kronos_stream.daemon.scheduling.scheduler import Scheduler
-from kronos_stream.daemon.status import watchdog
-from kronos_stream.daemon.storage.state import State
-from kronos_stream.daemon.telemetry.metrics import Metrics
+from kronos_stream.daemon.roles.forecasting import Forecasting
+from kronos_stream.daemon.status.series import SeriesStatusRegistry
+from kronos_stream.daemon.status.watchdog import StallCheck
 from kronos_stream.interfaces.feed import Feed
 from kronos_stream.interfaces.sink import Sink
 from kronos_stream.market.clock import Clock
@@ -37,13 +31,61 @@ from kronos_stream.market.series import Series
 _log = structlog.get_logger()
 
 _REVOKE_TIMEOUT_SECONDS = 20.0
-"""For the batch in hand when parts are taken from us; the group waits for us meanwhile."""
+"""For the current batch when partitions are revoked; the group waits for it."""
 
 _DELIVERY_POLL_SECONDS = 0.05
 
 
+class FeedIntake:
+    """Candle topics as source of bars, with the tracker of the assigned partitions."""
+
+    tracker: PartitionTracker
+
+    def __init__(self, feed: Feed, status: SeriesStatusRegistry) -> None:
+        self._feed, self._status = feed, status
+        self._started = False
+
+    @property
+    def series_count(self) -> int:
+        return len(self.tracker.series) if self._started else 0
+
+    def problems(self) -> Mapping[str, str]:
+        if not self._started:
+            return {"candles": self._feed.problem}
+        found = {"candles": self._feed.problem or self.tracker.unready_reason}
+        # While a backlog is worked off no new bars are read, which does not make a venue silent.
+        if not self.tracker.has_backlog:
+            venues = {series.venue for series in self.tracker.series}
+            silent = self._status.silent_venues(venues)
+            found |= {f"source {venue}": why for venue, why in silent.items()}
+        return found
+
+    def stall_checks(self) -> Iterable[StallCheck]:
+        return stall_checks.feed(self._feed)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Event]:
+        """Read candles inside this context. The event is never set: topics do not end."""
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(self._feed.run(self.tracker))
+            self._started = True
+            _log.info("reading candles as a member of the group")
+            yield asyncio.Event()
+            self._started = False
+            reading.cancel()
+
+    async def reload(self) -> None:
+        _log.info("this role has no symbols file to reload", role="forecast")
+
+    async def close(self) -> None:
+        await self._feed.close()
+
+
 class ForecastRole(Role):
-    """One process's share of the group's series, from candle records to delivered forecasts."""
+    """Everything from the bars of assigned partitions to delivered forecasts."""
+
+    _intake: FeedIntake
+    _forecasting: Forecasting
 
     def __init__(
         self,
@@ -53,100 +95,20 @@ class ForecastRole(Role):
         *,
         clock: Clock,
         random: Random,
-        wall: Clock | None = None,
-        metrics: Metrics | None = None,
         worker_factory: WorkerFactory | None = None,
     ) -> None:
-        """As of a Role.
-
-        worker: makes what forecasts; left out, a process for each device.
-        """
-        super().__init__(settings, sinks, clock=clock, random=random, wall=wall, metrics=metrics)
-        self._feed, self._worker_factory = feed, worker_factory
+        """worker_factory: makes the worker of each device; None starts processes."""
+        super().__init__(settings, sinks, clock=clock, random=random)
+        self._state_file = None
+        self._intake = FeedIntake(feed, self._series_status)
+        self._forecasting = Forecasting(settings, clock, self._wall, self.metrics, worker_factory)
         self._removed_series: asyncio.Queue[Series] = asyncio.Queue()
 
-    async def check(self) -> ModelIdentity:
-        """Load the model, in place of :meth:`run`. Raises WorkerError."""
-        worker = create_backend(self.settings, self.metrics, self._worker_factory)
-        try:
-            return await worker.start()
-        finally:
-            await worker.close()
-
-    def readiness(self) -> dict[str, str]:
-        found = {"worker": self._worker.problem(), **super().readiness()}
-        found["candles"] = self._feed.problem
-        if self.ready.is_set():
-            found["candles"] = found["candles"] or self._tracker.unready_reason
-            # Whoever works off what is old hears nothing new, and is no less ready for that.
-            idle = not self._tracker.has_backlog
-            venues = {series.venue for series in self._tracker.series if idle}
-            found |= {
-                f"source {one}": why
-                for one, why in self._series_status.silent_venues(venues).items()
-            }
-        return found
-
-    @property
-    def series_count(self) -> int:
-        """How many series."""
-        return len(self._tracker.series) if self.ready.is_set() else 0
-
-    async def _open(self, stack: AsyncExitStack) -> State:
-        state = await State.open(None)
-        stack.push_async_callback(state.close)
-        self._worker: InferenceBackend = create_backend(
-            self.settings, self.metrics, self._worker_factory
-        )
-        stack.push_async_callback(self._worker.close)
-        stack.push_async_callback(self._feed.close)
-        return state
-
-    def _stall_checks(self) -> Sequence[Iterable[watchdog.StallCheck]]:
-        return (
-            watchdog.forecast_checks(self._scheduler, self._worker, self.metrics),
-            watchdog.delivery_checks(self._outbox.queues.items()),
-            watchdog.feed_checks(self._feed),
-        )
-
-    async def _work(self) -> None:
-        if not await self._run_until_stopped(self._start()):
-            return
-        async with asyncio.TaskGroup() as tasks:
-            beside = [
-                tasks.create_task(work)
-                for work in (
-                    self._worker.run(),
-                    self._scheduler.run(),
-                    self._dead_letters.run(),
-                    self._track_deliveries(),
-                    self._publish_removals(),
-                )
-            ]
-            reading = tasks.create_task(self._feed.run(self._tracker))
-            self.watchdog.set_checks(*self._stall_checks())
-            self.ready.set()
-            _log.info("reads candles as one of a group")
-            await self._stop.wait()
-            self.ready.clear()
-            began = asyncio.get_running_loop().time()
-            reading.cancel()
-            await asyncio.wait([reading])
-            self._scheduler.cancel_waiting()
-            whole = await self._scheduler.finish(self.settings.stop_grace)
-            await self._dead_letters.flush()
-            await self._drain_outbox(began, batch_finished=whole)
-            self._tracker.mark_delivered(self._outbox.delivered_sequence)
-            await self._feed.close()
-            for task in beside:
-                task.cancel()
-
     async def _start(self) -> None:
-        identity = await self._worker.start()
-        settings = self.settings
-        self._dead_letters = DeadLetterQueue(self._outbox, self._wall)
-        self._tracker = PartitionTracker(
-            self._submit,
+        settings, forecasting = self.settings, self._forecasting
+        identity = await forecasting.worker.start()
+        tracker = self._tracker = self._intake.tracker = PartitionTracker(
+            lambda request: forecasting.scheduler.submit(request),  # noqa: PLW0108 - made below
             self._removed_series.put_nowait,
             self._dead_letters.put,
             self._drain_in_flight,
@@ -156,67 +118,56 @@ class ForecastRole(Role):
             catch_up=settings.catch_up,
             degraded=settings.degraded,
         )
-        self._series_status.track(lambda: self._tracker.series)
-        self._publisher = ForecastPublisher(
-            build_composer(settings.forecast_config(), identity),
+        self._series_status.track(lambda: tracker.series)
+        forecasting.create_publisher(
+            identity,
             self._outbox,
-            self._clock,
-            self._wall,
             is_followed=lambda _: True,
             on_published=self._series_status.record,
             record_outcomes=False,
         )
-        self._scheduler = Scheduler(
-            self._worker,
-            self._window,
-            self._tracker.outstanding_bars,
-            self._publish,
-            self._clock,
-            self.metrics,
-            catch_up=settings.catch_up,
-            batch_wait=settings.batch_wait,
-            batch_deadline=settings.batch_deadline,
-            max_deadline=_REVOKE_TIMEOUT_SECONDS,  # batches are sized to half of it
-        )
+        # Batches take at most half of their deadline, so one fits into the revocation time-out.
+        forecasting.create_scheduler(tracker, self._publish, max_deadline=_REVOKE_TIMEOUT_SECONDS)
 
-    # -- from due bars to delivered forecasts ----------------------------------------------
+    def _tasks(self) -> Iterable[Coroutine[Any, Any, None]]:
+        yield from super()._tasks()
+        yield self._track_deliveries()
+        yield self._publish_removals()
 
-    def _submit(self, request: ForecastRequest) -> None:
-        """The allotment's word to the scheduler, which is made after it."""
-        self._scheduler.submit(request)
-
-    async def _window(self, request: ForecastRequest) -> Window | None:
-        return self._tracker.window(request)
+    async def _finish(self, stop_began: float) -> None:
+        self._forecasting.scheduler.cancel_waiting()
+        await super()._finish(stop_began)
+        self._tracker.mark_delivered(self._outbox.delivered_sequence)
+        await self._intake.close()
 
     async def _publish(self, results: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
-        """Put forecasts into the outbox; what was taken from us meanwhile is somebody else's."""
-        ours = [result for result in results if self._tracker.owns(result.request)]
-        if not ours:
-            return ours
-        told = await self._publisher.publish(ours)
-        for result in ours:
+        """Publish results of partitions that are still assigned; other members do the rest."""
+        owned = [result for result in results if self._tracker.owns(result.request)]
+        if not owned:
+            return owned
+        published = await self._forecasting.publisher.publish(owned)
+        for result in owned:
             self._tracker.mark_published(result.request, self._outbox.last_sequence)
-        return told
+        return published
 
     async def _publish_removals(self) -> None:
-        """Tell readers of series that are given up; until cancelled."""
+        """Publish series that are not forecast any more; until cancelled."""
         while True:
             series = await self._removed_series.get()
             if self._tracker.removal_pending(series):
-                await self._publisher.retract([series.name])
+                await self._forecasting.publisher.retract([series.name])
                 self._tracker.mark_published(series, self._outbox.last_sequence)
 
     async def _track_deliveries(self) -> None:
-        """See what is delivered, until cancelled."""
         while True:
             self._tracker.mark_delivered(self._outbox.delivered_sequence)
             await asyncio.sleep(_DELIVERY_POLL_SECONDS)
 
     async def _drain_in_flight(self) -> None:
-        """Parts are about to be taken: finish and deliver the batch in hand, within a while."""
-        self._scheduler.cancel_waiting()
+        """Finish and deliver the current batch before partitions are revoked, within a time-out."""
+        self._forecasting.scheduler.cancel_waiting()
         with suppress(TimeoutError):
             async with asyncio.timeout(_REVOKE_TIMEOUT_SECONDS):
-                await self._scheduler.drain()
+                await self._forecasting.scheduler.drain()
                 await self._outbox.drain(_REVOKE_TIMEOUT_SECONDS)
         self._tracker.mark_delivered(self._outbox.delivered_sequence)

@@ -1,24 +1,33 @@
-"""The roles that follow venues: sources and desk, and what happens when the series change."""
+"""Intake from venues: their sources and the pipeline, and changes of the followed series."""
 
 from __future__ import annotations
 
 import asyncio
-from abc import abstractmethod
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import AsyncExitStack, asynccontextmanager
 from random import Random
-from typing import Any
 
 import structlog
 
 from kronos_stream.daemon.config.settings import Settings, SettingsError
 from kronos_stream.daemon.intake.pipeline import IntakePipeline
+from kronos_stream.daemon.intake.save_queue import Relay
+from kronos_stream.daemon.intake.saved_bars import SavedBars
 from kronos_stream.daemon.intake.universe import RETRY_SECONDS, Universe
-from kronos_stream.daemon.roles.base import Role
-from kronos_stream.daemon.status import watchdog
+from kronos_stream.daemon.requests import ForecastRequest
+from kronos_stream.daemon.roles import stall_checks
+from kronos_stream.daemon.status.series import SeriesStatusRegistry
+from kronos_stream.daemon.status.watchdog import StallCheck
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import Sink
 from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -26,169 +35,183 @@ from kronos_stream.market.series import Series
 _log = structlog.get_logger()
 
 _REFRESH_SECONDS = 86_400.0
-"""How often venues are asked anew what patterns stand for."""
+"""Interval at which the symbols of patterns are looked up again."""
 _REFRESH_RETRY_SECONDS = 600.0
 _PRUNE_SECONDS = 600.0
 _RETAINED_LOOKBACKS = 4
 """Bars kept per series, in lookbacks."""
 _OUTCOME_RETENTION_MS = 3 * 86_400_000
-"""How long outcomes are kept: at one a second and series they are many."""
 
 
-class VenueRole(Role):
-    """Takes in the candles of venues; what becomes of closed bars is each such role's own."""
+class VenueIntake:
+    """Sources of all venues, the pipeline they feed, and the set of followed series."""
 
-    _pipeline: IntakePipeline
+    saved_bars: SavedBars
+    pipeline: IntakePipeline
 
     def __init__(
         self,
         settings: Settings,
         sources: Mapping[str, Source],
-        sinks: Sequence[Sink],
+        status: SeriesStatusRegistry,
+        metrics: Metrics,
         *,
         clock: Clock,
+        wall: Clock,
         random: Random,
         series: Collection[Series] | None = None,
-        wall: Clock | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
-        """series: what to follow; left out, what the settings say. The rest as of a Role."""
-        super().__init__(settings, sinks, clock=clock, random=random, wall=wall, metrics=metrics)
-        self.metrics.initialise_labels(venues=sources)
-        self._sources = dict(sources)
+        """series: followed in place of those of the settings."""
+        metrics.initialise_labels(venues=sources)
+        self._settings, self._sources = settings, dict(sources)
+        self._status, self._metrics = status, metrics
+        self._clock, self._wall, self._random = clock, wall, random
         watchlist = settings.watchlist() if series is None else ()
-        patient = settings.login_refused == "retry"
-        self._universe = Universe(
-            watchlist, series or (), self._sources, clock, retry_login=patient
+        retry_login = settings.login_refused == "retry"
+        self.universe = Universe(
+            watchlist, series or (), self._sources, clock, retry_login=retry_login
         )
+        self._started = asyncio.Event()
         self._change_lock = asyncio.Lock()
-
-    def readiness(self) -> dict[str, str]:
-        found = super().readiness()
-        silent = self._series_status.silent_venues(self._sources)
-        for venue in self._sources:
-            found[f"source {venue}"] = self._universe.venue_problem(venue) or silent.get(venue, "")
-        return found
 
     @property
     def series_count(self) -> int:
-        """How many series."""
-        return len(self._universe.series)
+        return len(self.universe.series)
 
-    @property
-    def next_timer(self) -> int | None:
-        """When there is something to be done even if nothing comes, UTC ms; once :attr:`ready`."""
-        return self._pipeline.next_timer
+    def problems(self) -> Mapping[str, str]:
+        silent = self._status.silent_venues(self._sources)
+        return {
+            f"source {venue}": self.universe.venue_problem(venue) or silent.get(venue, "")
+            for venue in self._sources
+        }
 
-    async def reload(self) -> None:
-        """Follow what the settings want now, once :attr:`ready`; raises as :meth:`follow`."""
-        async with self._change_lock:
-            await self.ready.wait()
-            # Read only now: where one change waits for another, the last one counts.
-            watchlist = self.settings.watchlist()
-            await self._change_series(await self._universe.resolve_watchlist(watchlist))
-            self._universe.watchlist = watchlist
+    def stall_checks(self) -> Iterable[StallCheck]:
+        return stall_checks.intake(self.pipeline, self._clock)
 
-    async def follow(self, series: Collection[Series]) -> None:
-        """Change the set of series, once :attr:`ready`; those that stay lose no bar.
+    async def close(self) -> None:
+        async with AsyncExitStack() as stack:
+            for source in self._sources.values():
+                stack.push_async_callback(source.close)
 
-        SettingsError: nothing changed; SourceError: nor then, and it may be tried again.
-        """
-        async with self._change_lock:
-            await self.ready.wait()
-            await self._change_series(frozenset(series))
-
-    @abstractmethod
-    async def drain(self) -> None:
-        """Return once all that was taken in is worked off; what waits on time may."""
-
-    @abstractmethod
-    async def _retract(self, series: Sequence[str]) -> None:
-        """Tell readers that these series are not followed any more; durable on return."""
-
-    async def _open(self, stack: AsyncExitStack) -> State:
-        state = await State.open(self.settings.state_file)
-        stack.push_async_callback(state.close)
-        for source in self._sources.values():
-            stack.push_async_callback(source.close)
-        return state
-
-    def _background_tasks(self) -> Sequence[Coroutine[Any, Any, None]]:
-        return (self._prune(),)
-
-    def _stall_checks(self) -> Sequence[Iterable[watchdog.StallCheck]]:
-        """What has to get on while candles are followed."""
-        return (
-            watchdog.intake_checks(self._pipeline, self._clock),
-            watchdog.delivery_checks(self._outbox.queues.items()),
+    async def resolve(self, state: State) -> None:
+        """Find out which series to follow; those of the last run count where patterns rank."""
+        self._state = state
+        previous = map(Series.parse, await state.followed_series())
+        await self.universe.resolve_initial(frozenset(previous))
+        settings = self._settings
+        self.saved_bars = SavedBars(
+            state,
+            self._clock,
+            self._metrics,
+            lookback=settings.lookback,
+            degraded=settings.degraded,
         )
 
-    async def _resolve_universe(self) -> None:
-        """Find out what there is to follow; what was followed before counts."""
-        held = map(Series.parse, await self._state.followed_series())
-        await self._universe.resolve_initial(frozenset(held))
+    async def start(
+        self,
+        submit: Callable[[ForecastRequest], None],
+        dead_letter: Callable[[Series | None, str, bytes], None],
+        retract: Callable[[Sequence[str]], Awaitable[None]],
+        relay: Relay | None = None,
+    ) -> None:
+        """Load the series from the state file, after :meth:`resolve`.
 
-    async def _run_intake(self) -> None:
-        """Follow the venues until told to stop, or until their data end."""
-        self._universe.update_sources()
+        retract: publishes that series are not followed any more; durable on return. The rest is
+        as for :class:`IntakePipeline`.
+        """
+        self._retract = retract
+        pipeline = self.pipeline = IntakePipeline(
+            self._sources,
+            self.saved_bars,
+            submit,
+            self._clock,
+            self._random,
+            self._metrics,
+            catch_up=self._settings.catch_up,
+            dead_letter=dead_letter,
+            relay=relay,
+        )
+        self._status.track(lambda: pipeline.series_states)
+        await pipeline.follow(self.universe.series)
+        await self._retract_removed_series()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[asyncio.Event]:
+        """Follow the venues inside this context. The event is set when all their data ended."""
+        self.universe.update_sources()
+        ended = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            desk = tasks.create_task(self._pipeline.run())
-            refreshing = tasks.create_task(self._refresh())
-            welcoming = tasks.create_task(self._retry_pending_venues())
             sources = [
                 tasks.create_task(self._run_source(venue, source))
                 for venue, source in self._sources.items()
-                if venue not in self._universe.dropped_venues
+                if venue not in self.universe.dropped_venues
             ]
-            self.watchdog.set_checks(*self._stall_checks())
-            self.ready.set()
-            _log.info("following", series=len(self._universe.series), venues=sorted(self._sources))
-            stopped = tasks.create_task(self._stop.wait())
-            ended = tasks.create_task(_wait_all(sources))
-            await asyncio.wait((stopped, ended), return_when=asyncio.FIRST_COMPLETED)
-            self.ready.clear()
-            if not self._stop.is_set():
-                await self._run_until_stopped(self.drain())
-            for task in (stopped, ended, desk, refreshing, welcoming, *sources):
+            helpers = [
+                tasks.create_task(work)
+                for work in (
+                    self.pipeline.run(),
+                    self._refresh(),
+                    self._retry_pending_venues(),
+                    self._prune(),
+                    _set_after(ended, sources),
+                )
+            ]
+            self._started.set()
+            _log.info("following", series=self.series_count, venues=sorted(self._sources))
+            yield ended
+            self._started.clear()
+            for task in (*helpers, *sources):
                 task.cancel()
+
+    async def reload(self) -> None:
+        """Follow the series of the present settings, once started.
+
+        Raises SettingsError or SourceError where nothing was changed.
+        """
+        async with self._change_lock:
+            await self._started.wait()
+            # Read inside the lock: of two reloads, the later reading counts.
+            watchlist = self._settings.watchlist()
+            await self._change_series(await self.universe.resolve_watchlist(watchlist))
+            self.universe.watchlist = watchlist
 
     async def _run_source(self, venue: str, source: Source) -> None:
         try:
-            await source.run(self._pipeline.callbacks(venue))
+            await source.run(self.pipeline.callbacks(venue))
         except VenueRefused as error:
-            self._universe.drop_venue(venue, error)
+            self.universe.drop_venue(venue, error)
 
     async def _change_series(self, wanted: frozenset[Series]) -> None:
-        """See :meth:`follow`; one at a time."""
-        universe = self._universe
+        """Follow exactly these; call it inside the lock."""
+        universe = self.universe
         await universe.validate_change(wanted)
-        gone, new = universe.series - wanted, wanted - universe.series
+        removed, added = universe.series - wanted, wanted - universe.series
         universe.series = wanted
-        await self._pipeline.follow(wanted)
+        await self.pipeline.follow(wanted)
         universe.update_sources()
         await self._retract_removed_series()
-        _log.info("series changed", added=len(new), removed=len(gone), series=len(wanted))
+        _log.info("series changed", added=len(added), removed=len(removed), series=len(wanted))
 
     async def _refresh(self) -> None:
-        """Look daily what patterns stand for; until cancelled."""
+        """Look up the symbols of patterns once a day."""
         pause = _REFRESH_SECONDS
         while True:
             await self._clock.sleep(pause)
             pause = _REFRESH_SECONDS
-            if not any(entry.is_pattern for entry in self._universe.watchlist):
+            if not any(entry.is_pattern for entry in self.universe.watchlist):
                 continue
             try:
                 async with self._change_lock:
                     await self._change_series(
-                        await self._universe.resolve_watchlist(self._universe.watchlist)
+                        await self.universe.resolve_watchlist(self.universe.watchlist)
                     )
             except (SettingsError, SourceError) as error:
-                _log.warning("symbols cannot be looked up; they stay", why=str(error))
+                _log.warning("symbol lookup failed; symbols stay as they are", why=str(error))
                 pause = _REFRESH_RETRY_SECONDS
 
     async def _retry_pending_venues(self) -> None:
-        """Follow venues that did not answer at the start, once they do; until there is none."""
-        universe = self._universe
+        """Follow venues that did not answer at the start, once they do."""
+        universe = self.universe
         while universe.pending_venues:
             await self._clock.sleep(RETRY_SECONDS)
             for venue in sorted(universe.pending_venues):
@@ -210,23 +233,23 @@ class VenueRole(Role):
                     _log.error("symbols of a venue are not followed", venue=venue, why=str(error))
 
     async def _retract_removed_series(self) -> None:
-        """Tell readers which series are followed no more, once it cannot be undone."""
-        names = {one.name for one in self._universe.series}
-        # What a venue should have said that is lost, or does not answer yet, is not known.
+        """Publish which series are not followed any more."""
+        names = {one.name for one in self.universe.series}
+        # The series of dropped and pending venues may be followed again: they are not retracted.
         former = await self._state.followed_series()
-        away = self._universe.dropped_venues.keys() | self._universe.pending_venues
+        away = self.universe.dropped_venues.keys() | self.universe.pending_venues
         names |= {name for name in former if Series.parse(name).venue in away}
-        if gone := sorted(former - names):
-            await self._retract(gone)
+        if removed := sorted(former - names):
+            await self._retract(removed)
         await self._state.set_followed(names)
 
     async def _prune(self) -> None:
         while True:
             await asyncio.sleep(_PRUNE_SECONDS)
-            kept = self._wall.now() - _OUTCOME_RETENTION_MS
-            await self._state.prune(_RETAINED_LOOKBACKS * self.settings.lookback, kept)
+            oldest_outcome = self._wall.now() - _OUTCOME_RETENTION_MS
+            await self._state.prune(_RETAINED_LOOKBACKS * self._settings.lookback, oldest_outcome)
 
 
-async def _wait_all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Return once all are done, however."""
+async def _set_after(ended: asyncio.Event, tasks: Collection[asyncio.Task[None]]) -> None:
     await asyncio.wait(tasks)
+    ended.set()

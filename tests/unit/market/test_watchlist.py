@@ -126,9 +126,9 @@ async def test_a_symbol_that_is_named_takes_no_place_among_the_chosen() -> None:
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("x:*/USDT", "x:*/USDT: nothing that trades there is called so"),
-        ("y:*?top=3", "y:*?top=3: y cannot say what is traded most; name symbols"),
-        ("z:A/B", "z: not among the venues at the start; restart"),
+        ("x:*/USDT", "x:*/USDT: no traded symbol matches"),
+        ("y:*?top=3", "y:*?top=3: y cannot rank symbols; name them"),
+        ("z:A/B", "z: not configured at the start; restart to add it"),
     ],
 )
 async def test_what_cannot_be_resolved_is_said(line: str, why: str) -> None:

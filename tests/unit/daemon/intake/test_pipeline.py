@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kronos_stream.daemon.intake.pipeline import IntakePipeline
+from kronos_stream.daemon.intake.saved_bars import SavedBars
 from kronos_stream.daemon.requests import ForecastRequest, Outcome
 from kronos_stream.daemon.storage.state import State, StateError
 from kronos_stream.daemon.telemetry.metrics import Metrics
@@ -169,6 +170,7 @@ class PipelineHarness:
     """A desk on a venue and a state file, and what it said."""
 
     desk: IntakePipeline
+    saved_bars: SavedBars
     state: State
     venue: FakeVenue
     clock: Clock
@@ -201,21 +203,20 @@ async def running_pipeline(
         assert clock.now() >= one.close, "due before its close"
         here.due.append(one)
 
+    saved_bars = SavedBars(state, clock, metrics, lookback=LOOKBACK, degraded=degraded)
     desk = IntakePipeline(
         {"binance": venue},
-        state,
+        saved_bars,
         due,
         clock,
         Random(seed),
         metrics,
-        lookback=LOOKBACK,
         catch_up=catch_up,
-        degraded=degraded,
         dead_letter=lambda _, reason, __: here.dead_letters.append(reason),
     )
-    here = PipelineHarness(desk, state, venue, clock, metrics)
+    here = PipelineHarness(desk, saved_bars, state, venue, clock, metrics)
     try:
-        await desk.start(venue.series if series is None else series)
+        await desk.follow(venue.series if series is None else series)
         async with asyncio.TaskGroup() as tasks:
             work = [
                 tasks.create_task(desk.run()),
@@ -248,7 +249,7 @@ def test_each_bar_is_due_once_right_after_its_close(tmp_path: Path) -> None:
                 dues = [due for due in here.due if due.series == one]
                 assert bar_times(dues) == [START + step * i for i in range(20)]
                 assert all(due.skip_reason is None for due in dues)
-            window = await here.desk.window(here.due[-1])
+            window = await here.saved_bars.window(here.due[-1])
             assert window is not None
             assert window.values.shape == (LOOKBACK, 6)
             assert window.reasons == ()
@@ -382,7 +383,7 @@ def test_after_a_restart_only_what_is_missing_is_asked_for(tmp_path: Path) -> No
             await here.wait_for_bars(9.1)
             assert len(here.due) == 6
             assert all(due.skip_reason is None for due in here.due)
-            window = await here.desk.window(here.due[0])
+            window = await here.saved_bars.window(here.due[0])
             assert window is not None
             assert len(window.times) == LOOKBACK
 
@@ -416,7 +417,7 @@ def test_after_a_long_absence(tmp_path: Path, catch_up: Literal["newest", "all"]
                 # What lies further back than a context is not history that matters.
                 assert all(due.close > begun for due in here.due)
                 assert 5 <= len(here.due) <= 6
-            window = await here.desk.window(here.due[-1])
+            window = await here.saved_bars.window(here.due[-1])
             assert window is not None
             assert len(window.times) == LOOKBACK
             assert (np.diff(window.times) == 10_000).all()
@@ -436,7 +437,7 @@ def test_saved_bars_without_an_outcome_are_due_again_at_once(tmp_path: Path) -> 
         async with running_pipeline(tmp_path, venue) as here:
             # More of them than a context holds.
             assert bar_times(here.due) == [START + i * 10_000 for i in range(20, 200)]
-            window = await here.desk.window(here.due[0])
+            window = await here.saved_bars.window(here.due[0])
             assert window is not None
             assert window.last.time == here.due[0].origin
             assert len(window.times) == LOOKBACK
@@ -457,7 +458,7 @@ def test_a_revision_of_the_newest_bar_is_due_again_even_after_a_kill(tmp_path: P
             intake.update(Update(one, changed, True, here.clock.now()))  # noqa: FBT003
             await here.clock.sleep(1)
             assert [(due.origin, due.revision) for due in here.due] == [(START + 60_000, 1)]
-            window = await here.desk.window(here.due[0])
+            window = await here.saved_bars.window(here.due[0])
             assert window is not None
             assert (window.revision, window.last) == (1, changed)
         async with running_pipeline(tmp_path, venue) as here:
@@ -478,18 +479,18 @@ def test_a_hole_that_cannot_be_filled(
         async with running_pipeline(tmp_path, make_venue(faults=faults), degraded=degraded) as here:
             await here.wait_for_bars(15.5)
             assert len(here.due) == 10  # held
-            assert here.desk.outstanding_bars(START + 160_000) == 0
+            assert here.saved_bars.outstanding_bars(START + 160_000) == 0
             await here.wait_for_bars(40.5)
             assert bar_times(here.due) == [START + i * 10_000 for i in range(40)]
             last = here.due[-1]
-            window = await here.desk.window(last)
+            window = await here.saved_bars.window(last)
             assert window is not None
             assert window.reasons == ("2 missing bars",)
             assert last.skip_reason == ("gap" if degraded == "skip" else None)
-            assert here.desk.outstanding_bars(START + 410_000) == 1
+            assert here.saved_bars.outstanding_bars(START + 410_000) == 1
             # REST is back: the hole is filled, and the windows are whole again.
             await here.wait_for_bars(70.5)
-            window = await here.desk.window(here.due[-1])
+            window = await here.saved_bars.window(here.due[-1])
             assert window is not None
             assert window.reasons == ()
             assert here.due[-1].skip_reason is None
@@ -505,14 +506,14 @@ def test_silence_of_one_symbol_among_live_ones(tmp_path: Path) -> None:
         async with running_pipeline(tmp_path, venue) as here:
             await here.wait_for_bars(3.5)
             venue.suspensions[mute] = START + 4 * 60_000, START + 9 * 60_000
-            assert here.desk.outstanding_bars(START + 5 * 60_000) == 0
+            assert here.saved_bars.outstanding_bars(START + 5 * 60_000) == 0
             await here.wait_for_bars(4.5)
-            assert here.desk.outstanding_bars(START + 5 * 60_000) == 3
+            assert here.saved_bars.outstanding_bars(START + 5 * 60_000) == 3
             await here.wait_for_bars(5.5)
             # Its bar is past its grace; nobody waits for it any more.
-            assert here.desk.outstanding_bars(START + 5 * 60_000) == 0
+            assert here.saved_bars.outstanding_bars(START + 5 * 60_000) == 0
             assert b'silent_series{venue="binance"} 1.0' in here.metrics.render()
-            assert here.desk.outstanding_bars(START + 6 * 60_000) == 2
+            assert here.saved_bars.outstanding_bars(START + 6 * 60_000) == 2
             others = [due for due in here.due if due.series != mute]
             assert len(others) == 10
             await here.wait_for_bars(12.5)
@@ -520,7 +521,7 @@ def test_silence_of_one_symbol_among_live_ones(tmp_path: Path) -> None:
             # What it did not have is flat, and was due all the same.
             dues = [due for due in here.due if due.series == mute]
             assert bar_times(dues) == [START + i * 60_000 for i in range(12)]
-            window = await here.desk.window(dues[-1])
+            window = await here.saved_bars.window(dues[-1])
             assert window is not None
             assert window.synthetic == 5
             await check(here, until=START + 11 * 60_000)
@@ -538,7 +539,7 @@ def test_a_new_listing_warms_up_and_is_forecast_before_its_lookback_is_full(
             await here.wait_for_bars(10.5)
             obstacles = [due.skip_reason for due in here.due]
             assert obstacles == ["warming up"] * 3 + [None] * 7
-            window = await here.desk.window(here.due[-1])
+            window = await here.saved_bars.window(here.due[-1])
             assert window is not None
             assert len(window.times) == 38
             await record(here)
@@ -564,7 +565,7 @@ def test_a_longer_lookback_after_a_restart_is_filled_from_the_venue(tmp_path: Pa
             await here.wait_for_bars(2.5)
             assert bar_times(here.due) == [START + i * 10_000 for i in range(-4, 2)]
             assert all(due.skip_reason is None for due in here.due)
-            window = await here.desk.window(here.due[0])
+            window = await here.saved_bars.window(here.due[0])
             assert window is not None
             assert len(window.times) == LOOKBACK
 
@@ -587,7 +588,7 @@ def test_the_set_of_series_changes_without_a_bar_of_the_others_lost(tmp_path: Pa
             assert came[first] == list(range(15))
             assert came[second] == list(range(15))
             assert came[third] == list(range(5, 15))
-            assert here.desk.outstanding_bars(START + 160_000) == 3
+            assert here.saved_bars.outstanding_bars(START + 160_000) == 3
 
     run_virtual(main())
 

@@ -1,4 +1,4 @@
-"""What ``kronos-stream bench`` measures, and how it is shown."""
+"""Implementation of ``kronos-stream bench``: times of forecast calls, and their report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from kronos_stream.commands._bench_machine import (
@@ -24,7 +24,8 @@ from kronos_stream.commands._bench_machine import (
     synchronise,
     time_call,
 )
-from kronos_stream.commands._bench_precision import compare_precision
+from kronos_stream.commands._bench_precision import Precision, compare_precision
+from kronos_stream.commands._progress import progress_bar
 from kronos_stream.engine import Context, Forecaster
 from kronos_stream.engine.context import prepare
 from kronos_stream.engine.cost import Workload, stage_costs
@@ -38,24 +39,18 @@ STAGES = ("encode", "prefill", "decode", "detokenise")
 _PRECISION_BARS = 200
 _PRECISION_PATHS = 64
 _UNCACHED_WINDOWS = 8
-"""Windows the plain loop is measured on; its time is proportional to them and to the steps."""
+"""Windows on which the plain loop is measured; its time is proportional to windows and steps."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """See the command's help."""
+class Setup:
+    """Settings shared by all measurements of a run."""
 
-    models: list[str]
-    shapes: list[tuple[int, int]]
+    device: torch.device
     lookback: int
     horizon: int
     top_p: float
-    device: str
-    dtypes: list[str]
     repeats: int
-    uncached: bool
-    precision: int
-    precision_model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,103 +70,115 @@ class Row:
     uncached_seconds: float | None
 
 
-def run(options: Options, *, as_json: bool) -> None:
+def run(
+    *,
+    models: list[str],
+    shapes: list[tuple[int, int]],
+    lookback: int,
+    horizon: int,
+    top_p: float,
+    device: str,
+    dtypes: list[str],
+    repeats: int,
+    uncached: bool,
+    precision: int,
+    precision_model: str,
+    as_json: bool,
+) -> None:
     """Measure and print; progress goes to stderr."""
-    device = pick_device(options.device)
-    dtypes = {str(pick_dtype(name, device)).removeprefix("torch."): None for name in options.dtypes}
+    setup = Setup(pick_device(device), lookback, horizon, top_p, repeats)
+    names = (str(pick_dtype(name, setup.device)).removeprefix("torch.") for name in dtypes)
+    distinct = list(dict.fromkeys(names))
     rows: list[Row] = []
-    with Progress(
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(
-            "this machine", total=len(options.models) * len(dtypes) * len(options.shapes)
-        )
-        machine = measure_machine(device)
-        for name in options.models:
-            torch.manual_seed(0)
-            predictor = Predictor(PUBLISHED_PREDICTORS[name]).eval()
-            tokenizer = Tokenizer(PUBLISHED_TOKENIZER).eval()
-            slow = (
-                _uncached_step(predictor, tokenizer, options, device) if options.uncached else None
-            )
-            for dtype in dtypes:
-                forecaster = Forecaster(
-                    predictor,
-                    tokenizer,
-                    device=str(device),
-                    dtype=dtype,
-                    max_context=options.lookback + options.horizon,
-                )
-                for contexts, paths in options.shapes:
-                    bar.update(task, description=f"{name} {dtype} {contexts}x{paths}")
-                    rows.append(_measure(name, forecaster, machine, options, contexts, paths, slow))
-                    bar.advance(task)
-                    if bar.disable:
-                        done = f"{_label(rows[-1])}: {rows[-1].seconds:.3f} s"
-                        click.echo(done, err=True)
-    precision = None
-    if options.precision:
-        precision = compare_precision(
-            options.precision_model,
-            random_walk_contexts(options.precision, _PRECISION_BARS),
-            horizon=options.horizon,
-            paths=_PRECISION_PATHS,
-            device=options.device,
+    with progress_bar() as progress:
+        total = len(models) * len(distinct) * len(shapes)
+        task = progress.add_task("this machine", total=total)
+        machine = measure_machine(setup.device)
+        for row in _measure_all(setup, machine, models, distinct, shapes, uncached=uncached):
+            rows.append(row)
+            result = f"{_label(row)}: {row.seconds:.3f} s"
+            progress.update(task, advance=1, description=result)
+            if progress.disable:
+                click.echo(result, err=True)
+    compared = None
+    if precision:
+        contexts = random_walk_contexts(precision, _PRECISION_BARS)
+        compared = compare_precision(
+            precision_model, contexts, horizon=horizon, paths=_PRECISION_PATHS, device=device
         )
     if as_json:
         report = {
             "machine": asdict(machine),
-            "lookback": options.lookback,
-            "horizon": options.horizon,
+            "lookback": lookback,
+            "horizon": horizon,
             "rows": [asdict(row) for row in rows],
-            "precision": None if precision is None else asdict(precision),
+            "precision": None if compared is None else asdict(compared),
         }
         click.echo(json.dumps(report, indent=2))
     else:
-        _print_report(machine, rows, options)
-        if precision is not None:
-            click.echo(
-                f"bfloat16 against float32, {options.precision_model}, {precision.contexts} "
-                f"contexts x {precision.paths} paths x {precision.horizon} bars: quantiles of the "
-                f"close lie {precision.same_noise:.2f} times as far apart as those of two float32 "
-                f"seeds ({precision.other_noise:.2f} on the other seed's noise); "
-                f"{precision.flips:.2%} of tokens flip after equal history, "
-                f"{precision.paths_apart:.0%} of paths differ somewhere"
+        _print_report(machine, rows, setup, uncached=uncached)
+        if compared is not None:
+            click.echo(_precision_text(precision_model, compared))
+
+
+def _measure_all(
+    setup: Setup,
+    machine: Machine,
+    models: Sequence[str],
+    dtypes: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+    *,
+    uncached: bool,
+) -> Iterator[Row]:
+    for name in models:
+        torch.manual_seed(0)
+        predictor = Predictor(PUBLISHED_PREDICTORS[name]).eval()
+        tokenizer = Tokenizer(PUBLISHED_TOKENIZER).eval()
+        uncached_step = _uncached_step(predictor, tokenizer, setup) if uncached else None
+        for dtype in dtypes:
+            forecaster = Forecaster(
+                predictor,
+                tokenizer,
+                device=str(setup.device),
+                dtype=dtype,
+                max_context=setup.lookback + setup.horizon,
             )
+            for contexts, paths in shapes:
+                yield _measure(name, forecaster, machine, setup, contexts, paths, uncached_step)
 
 
 def _measure(
     name: str,
     forecaster: Forecaster,
     machine: Machine,
-    options: Options,
+    setup: Setup,
     contexts: int,
     paths: int,
     uncached_step: float | None,
 ) -> Row:
-    batch = random_walk_contexts(contexts, options.lookback)
+    batch = random_walk_contexts(contexts, setup.lookback)
     stages: dict[str, list[float]] = defaultdict(list)
 
     def call() -> None:
-        clock = _StageTimer(forecaster.device)
-        forecaster.on_stage = clock
-        forecaster.sample(batch, options.horizon, paths, top_p=options.top_p)
-        for stage, seconds in clock.seconds.items():
+        timer = _StageTimer(forecaster.device)
+        forecaster.on_stage = timer
+        forecaster.sample(batch, setup.horizon, paths, top_p=setup.top_p)
+        for stage, seconds in timer.seconds.items():
             stages[stage].append(seconds)
 
-    # The second call on a GPU captures the graph: two calls are not yet the steady state.
+    # On a GPU the second call captures the graph; the third is the first in steady state.
     for _ in range(3 if forecaster.device.type == "cuda" else 1):
         call()
     stages.clear()
-    times = [time_call(call, forecaster.device) for _ in range(options.repeats)]
+    times = [time_call(call, forecaster.device) for _ in range(setup.repeats)]
     dtype = str(forecaster.dtype).removeprefix("torch.")
-    work = Workload(contexts, paths, options.lookback, options.horizon)
+    work = Workload(contexts, paths, setup.lookback, setup.horizon)
     costs = stage_costs(
         PUBLISHED_PREDICTORS[name], PUBLISHED_TOKENIZER, work, forecaster.dtype.itemsize
     )
     floor = sum(
         cost.seconds(
-            # The tokenizer's encoder is float32 whatever the rest is.
+            # The tokenizer's encoder is always float32.
             1e9 * machine.gflops["float32" if stage == "encode" else dtype],
             1e9 * machine.gigabytes_per_second,
         )
@@ -191,7 +198,7 @@ def _measure(
         path_steps_per_second=work.path_steps / seconds,
         uncached_seconds=None
         if uncached_step is None
-        else uncached_step * contexts * paths * options.horizon,
+        else uncached_step * contexts * paths * setup.horizon,
     )
 
 
@@ -213,11 +220,10 @@ class _StageTimer:
 
 
 @torch.inference_mode()
-def _uncached_step(
-    predictor: Predictor, tokenizer: Tokenizer, options: Options, device: torch.device
-) -> float:
-    """Seconds a plain float32 loop takes per window and step: the mean of its first two steps."""
-    item = prepare(random_walk_contexts(1, options.lookback)[0], 0, 2)
+def _uncached_step(predictor: Predictor, tokenizer: Tokenizer, setup: Setup) -> float:
+    """Seconds per window and step of a plain float32 loop: the mean of its first two steps."""
+    device = setup.device
+    item = prepare(random_walk_contexts(1, setup.lookback)[0], 0, 2)
     candles = torch.from_numpy(item.normalised)[None].to(device)
     stamps = torch.from_numpy(item.stamps)[None].to(device)
     noise = torch.full((2, 2, 1, _UNCACHED_WINDOWS), 0.5, device=device)
@@ -229,8 +235,8 @@ def _uncached_step(
             candles,
             stamps,
             noise,
-            max_context=options.lookback + 2,
-            sampling=Sampling(top_p=options.top_p),
+            max_context=setup.lookback + 2,
+            sampling=Sampling(top_p=setup.top_p),
         )
 
     return median_seconds(call, device, 1) / (2 * _UNCACHED_WINDOWS)
@@ -257,7 +263,7 @@ def _label(row: Row) -> str:
     return f"{row.model} {row.contexts}x{row.paths}{short}"
 
 
-def _print_report(machine: Machine, rows: list[Row], options: Options) -> None:
+def _print_report(machine: Machine, rows: list[Row], setup: Setup, *, uncached: bool) -> None:
     console = Console(width=None if sys.stdout.isatty() else 80)
     rates = ", ".join(f"{name} {rate:,.0f} GFLOP/s" for name, rate in machine.gflops.items())
     console.print(
@@ -266,8 +272,8 @@ def _print_report(machine: Machine, rows: list[Row], options: Options) -> None:
         highlight=False,
     )
     table = Table(
-        title=f"lookback {options.lookback}, horizon {options.horizon}, top-p {options.top_p}; "
-        f"seconds, median of {options.repeats}",
+        title=f"lookback {setup.lookback}, horizon {setup.horizon}, top-p {setup.top_p}; "
+        f"seconds, median of {setup.repeats}",
         title_style="",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
@@ -287,13 +293,23 @@ def _print_report(machine: Machine, rows: list[Row], options: Options) -> None:
         )
     console.print(table)
     console.print(
-        "steps/s: bars drawn, of all paths\n"
-        "floor: the share of the time that the counted operations and bytes need at these rates",
+        "steps/s: bars sampled per second, over all paths\n"
+        "floor: share of the time that the counted operations and bytes need at these rates",
         highlight=False,
     )
-    if options.uncached:
+    if uncached:
         console.print(
-            "faster: than a plain float32 loop that recomputes its window every step, from its "
-            f"time on {_UNCACHED_WINDOWS} windows for two steps, scaled to the windows and steps",
+            "faster: speed-up over a plain float32 loop that recomputes its window at every step, "
+            f"measured on {_UNCACHED_WINDOWS} windows for two steps and scaled to all",
             highlight=False,
         )
+
+
+def _precision_text(model: str, result: Precision) -> str:
+    return (
+        f"bfloat16 against float32, {model}, {result.contexts} contexts x {result.paths} paths x "
+        f"{result.horizon} bars: quantiles of the close differ {result.same_noise:.2f} times as "
+        f"much as those of two float32 seeds ({result.other_noise:.2f} with the other seed's "
+        f"noise); {result.flips:.2%} of tokens differ after equal history, "
+        f"{result.paths_apart:.0%} of paths differ somewhere"
+    )

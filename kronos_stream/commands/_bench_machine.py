@@ -1,4 +1,4 @@
-"""What this machine reaches: its matrix-product rate, its memory bandwidth; and how to time it."""
+"""Rates of this machine: matrix products and memory bandwidth; timing of calls on a device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Machine:
 
 
 def measure_machine(device: torch.device) -> Machine:
-    """Rates of the best matrix product among shapes like the model's, and of reading memory."""
+    """Measure the fastest matrix product of shapes like the model's, and reading from memory."""
     return Machine(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         threads=torch.get_num_threads(),
@@ -38,7 +38,7 @@ def measure_machine(device: torch.device) -> Machine:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few products, into memory that is there already."""
+    """FLOP/s of the fastest of a few products, with preallocated output."""
     rates = []
     large = (
         ((8192, 8192, 8192),) if device.type == "cuda" else ((512, 512, 2048), (1024, 1024, 1024))
@@ -53,13 +53,13 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _read_rate(device: torch.device) -> float:
-    """Bytes/s of summing a vector much larger than a core's caches."""
+    """Bytes/s of summing a vector much larger than the caches."""
     values = torch.ones(2**26, device=device)
     return values.nbytes / median_seconds(values.sum, device, 7)
 
 
 def median_seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``call`` after a first one that does not count."""
+    """Median seconds of ``call``, after one call to warm up."""
     call()
     return statistics.median(time_call(call, device) for _ in range(repeats))
 
@@ -73,7 +73,7 @@ def time_call(call: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronise(device: torch.device) -> None:
-    """Return once the device has done what was asked of it."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

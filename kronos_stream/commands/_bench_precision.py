@@ -1,4 +1,4 @@
-"""How far bfloat16 moves a forecast from float32, beside how far another seed does."""
+"""Difference between bfloat16 and float32 forecasts, relative to that between two seeds."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """One comparison over many contexts."""
+    """Result of a comparison over many contexts."""
 
     contexts: int
     paths: int
     horizon: int
     flips: float
-    """Share of drawn tokens that differ while all before them in their path agree."""
+    """Share of tokens that differ although all earlier ones of their path agree."""
     paths_apart: float
     """Share of paths that differ anywhere."""
     same_noise: float
-    """Mean distance of the types' quantiles on one seed, over that of two float32 seeds."""
+    """Mean distance between the types' quantiles on one seed, over that of two float32 seeds."""
     other_noise: float
-    """The same with bfloat16 on the other seed: about 1 when the type adds nothing of its own."""
+    """As ``same_noise``, with bfloat16 on the other seed: about 1 if the types agree."""
 
 
 def compare_precision(
     model: str, contexts: Sequence[Context], *, horizon: int, paths: int, device: str
 ) -> Precision:
-    """Draw the same contexts in both types from two seeds each."""
+    """Sample the same contexts in both types, from two seeds each."""
     draws: dict[tuple[str, int], list[SampledPaths]] = {}
     for dtype in ("float32", "bfloat16"):
         forecaster = Forecaster.from_pretrained(model, device=device, dtype=dtype)
@@ -52,8 +52,8 @@ def compare_precision(
         for run, drawn in draws.items()
     }
 
-    def distance(one: tuple[str, int], other: tuple[str, int]) -> float:
-        return float(np.abs(quantiles[one] - quantiles[other]).mean())
+    def distance(first: tuple[str, int], second: tuple[str, int]) -> float:
+        return float(np.abs(quantiles[first] - quantiles[second]).mean())
 
     exact, fast = ("float32", 0), ("bfloat16", 0)
     seeds = distance(exact, ("float32", 1))
@@ -69,9 +69,8 @@ def compare_precision(
     )
 
 
-def _flip_rate(one: NDArray[np.int64], other: NDArray[np.int64]) -> float:
-    """First differences over draws with equal history, (..., horizon, 2) in drawing order."""
-    differ = (one != other).reshape(-1, one.shape[-2] * one.shape[-1])
-    before = np.cumsum(differ, axis=1) - differ
-    fair = before == 0
-    return float((differ & fair).sum() / fair.sum())
+def _flip_rate(first: NDArray[np.int64], second: NDArray[np.int64]) -> float:
+    """Share of tokens (..., horizon, 2), in sampling order, that differ after equal history."""
+    differ = (first != second).reshape(-1, first.shape[-2] * first.shape[-1])
+    equal_before = np.cumsum(differ, axis=1) == differ
+    return float((differ & equal_before).sum() / equal_before.sum())

@@ -1,4 +1,4 @@
-"""The arguments of ``kronos-stream bench``; ``_bench``, imported late, does the work."""
+"""Arguments of ``kronos-stream bench``; ``_bench``, imported only when it runs, does the work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEFAULT_SHAPES = "1x1,1x8,8x32,16x32"
 
 
 class _Shapes(click.ParamType[Any]):
-    """Contexts x paths, a comma list."""
+    """Pairs of contexts x paths, separated by commas."""
 
     name = "CxP,…"
 
@@ -27,78 +27,60 @@ class _Shapes(click.ParamType[Any]):
         return [(int(shape[1]), int(shape[2])) for shape in shapes if shape]
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option(
     "--models",
     default="mini,small,base",
-    show_default=True,
-    help="Published sizes to measure, a comma list of mini, small, base, large. Weights are "
-    "random: speed does not depend on them.",
+    help="Published sizes to measure, separated by commas: mini, small, base, large. The weights "
+    "are random, because speed does not depend on them.",
 )
 @click.option(
     "--shapes",
     type=_Shapes(),
     default=DEFAULT_SHAPES,
-    show_default=True,
-    help="Contexts x paths to measure.",
+    help="Numbers of contexts x paths to measure.",
 )
-@click.option("--lookback", type=click.IntRange(8), default=488, show_default=True, help="Bars.")
-@click.option("--horizon", type=click.IntRange(1), default=24, show_default=True, help="Bars.")
-@click.option("--top-p", type=float, default=0.9, show_default=True, help="Nucleus sampling.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, mps.")
+@click.option("--lookback", type=click.IntRange(8), default=488, help="Past bars.")
+@click.option("--horizon", type=click.IntRange(1), default=24, help="Future bars.")
+@click.option("--top-p", type=float, default=0.9, help="Nucleus sampling.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or mps.")
 @click.option(
     "--dtype",
     default="auto",
-    show_default=True,
-    help="float32, bfloat16, auto (what the hardware multiplies fastest), or a comma list.",
+    help="float32, bfloat16 or auto (the fastest on this hardware), separated by commas.",
 )
 @click.option(
-    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="The median counts."
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    help="Repetitions; the median is shown.",
 )
 @click.option(
     "--uncached/--no-uncached",
     default=True,
-    show_default=True,
-    help="Compare with a plain loop that recomputes every step.",
+    help="Compare with a plain loop that recomputes its window at every step.",
 )
 @click.option(
     "--precision",
     type=click.IntRange(0),
     default=0,
-    show_default=True,
     metavar="CONTEXTS",
-    help="Also compare bfloat16 with float32 on this many contexts of --precision-model: quantiles "
-    "and drawn tokens.",
+    help="Also compare quantiles and tokens of bfloat16 and float32 on this many contexts, with "
+    "--precision-model.",
 )
-@click.option(
-    "--precision-model", default="nano", show_default=True, help="A trained model, for --precision."
-)
+@click.option("--precision-model", default="nano", help="Trained model for --precision.")
 @click.option(
     "--intake",
     is_flag=True,
-    help="Measure instead how fast kline frames are decoded, put on the tape and saved.",
+    help="Measure instead how fast kline frames are decoded, sequenced and saved.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def bench(
-    models: str,
-    shapes: list[tuple[int, int]],
-    lookback: int,
-    horizon: int,
-    top_p: float,
-    device: str,
-    dtype: str,
-    repeats: int,
-    uncached: bool,  # noqa: FBT001
-    precision: int,
-    precision_model: str,
-    intake: bool,  # noqa: FBT001
-    as_json: bool,  # noqa: FBT001
-) -> None:
-    """Measure speed on this machine, against its limits.
+def bench(models: str, dtype: str, intake: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401, FBT001
+    """Measure the speed of this machine, and compare it with the hardware's limits.
 
-    First the machine itself: its matrix-product rate and its memory bandwidth. Then forecasts: the
-    time by stage, path-steps per second, and which share of the time the counted operations and
-    bytes explain (100 % is the floor). Run it on an otherwise idle machine.
+    Measures matrix products and memory bandwidth, then forecasts: the time by stage, path-steps
+    per second, and the share of the time that the counted operations and bytes explain (100 % is
+    the floor). Run it on an otherwise idle machine.
     """
     if intake:
         from kronos_stream.commands import _bench_ingest
@@ -113,22 +95,8 @@ def bench(
         )
     from kronos_stream.commands import _bench
 
+    dtypes = [part.strip() for part in dtype.split(",")]
     try:
-        _bench.run(
-            _bench.Options(
-                models=names,
-                shapes=shapes,
-                lookback=lookback,
-                horizon=horizon,
-                top_p=top_p,
-                device=device,
-                dtypes=[part.strip() for part in dtype.split(",")],
-                repeats=repeats,
-                uncached=uncached,
-                precision=precision,
-                precision_model=precision_model,
-            ),
-            as_json=as_json,
-        )
-    except ValueError as error:  # a device or a type that this machine has not
+        _bench.run(models=names, dtypes=dtypes, as_json=as_json, **options)
+    except ValueError as error:  # a device or a type that this machine does not have
         raise click.UsageError(str(error)) from None

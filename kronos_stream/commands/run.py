@@ -14,7 +14,7 @@ class _RunCommand(click.Command):
     """A command whose help lists the daemon's settings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from kronos_stream.daemon.config.environment import describe_settings
+        from kronos_stream.daemon.config.reference import describe_settings
 
         super().format_options(ctx, formatter)
         rows = []

@@ -1,97 +1,81 @@
-"""Settings out of the environment: variables, files with secrets, and what is wrong with them."""
+"""Settings from environment variables and files of secrets, with clear error messages."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, TypeVar, get_origin
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 from pydantic_settings import EnvSettingsSource
 
+from kronos_stream.daemon.config.reference import is_secret, variables
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError, variable_name
 from kronos_stream.daemon.config.text_files import read_text_file
 from kronos_stream.interfaces import plugins
 from kronos_stream.interfaces.plugins import ConnectorError
+from kronos_stream.interfaces.sink import SinkConnector
 from kronos_stream.market.timeframe import Timeframe
-from kronos_stream.redaction import redact, register_secrets
+from kronos_stream.redaction import redact, register_secrets, shorten
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _FILE_SUFFIX = "_FILE"
-
-BROKER = "kafka"
-"""What carries candles from role ingest to role forecast."""
 
 _FOREIGN_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 _COLLECTION_TYPES = {tuple, list, set, frozenset}
 
 _MAX_VALUE_LENGTH = 60
-"""Characters of a value that are shown."""
 _MAX_REASON_LENGTH = 400
-"""Of why it will not do, which may repeat it."""
+"""Of an error message, which may repeat the value."""
 
-# What Kubernetes tells every container about a Service whose name begins with kronos-stream.
+# Variables that Kubernetes sets in every container for a Service named kronos-stream-*.
 _KUBERNETES_SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
 _KUBERNETES_PORT = re.compile(r"(.*_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 _KUBERNETES_URL = ("tcp://", "udp://", "sctp://")
 
 
 def read_settings(environ: Mapping[str, str], *, live: bool = True) -> Settings:
-    """The settings that ``environ`` asks for, checked. Raises SettingsError with all problems.
+    """Parse and check the settings in ``environ``. Raises SettingsError with all problems.
 
-    A variable with an empty value counts as not set. Secrets may stand in files: one whose path
-    is the value of a connector's variable with ``_FILE`` behind it, or one in the secrets folder
-    that is called like the variable.
+    A variable with an empty value counts as not set. Secrets may be in files: a variable of a
+    connector with the suffix ``_FILE`` names one, and files in the secrets folder are named like
+    variables.
 
-    live: False for a replay, which needs neither symbols nor a sink.
+    live: False for a replay, which needs neither symbols nor sinks.
     """
     given = _read_variables(environ)
     settings = _parse(Settings, given)
     problems = list(_find_role_conflicts(settings)) if live else []
-    venues: dict[str, None] = {}
+    venues: Collection[str] = ()
     if live and settings.role != "forecast":
         try:
             venues = dict.fromkeys(entry.venue for entry in settings.watchlist())
         except SettingsError as error:
             raise SettingsError([*error.problems, *problems]) from None
-    for venue in venues if settings.role == "ingest" else ():
-        if venue.partition(".")[0] == BROKER:
-            problems.append(
-                f"{variable_name('symbols')}: {variable_name('role')}=ingest cannot take candles from the "
-                f"topics that it writes to; name other venues than {venue}"
-            )
+    if settings.role == "ingest":
+        problems += _find_circular_venues(venues)
     options: dict[str, Any] = {}
-    for field, load, wanted in (
-        ("symbols", plugins.load_source, venues),
-        ("sinks", lambda name: (name, plugins.load_sink(name)), settings.sinks),
-        (
-            "role",
-            lambda name: (name, plugins.load_relay(name)),
-            _required_relays(settings, live=live),
-        ),
-    ):
-        for asked in wanted:
-            try:
-                name, connector = load(asked)
-                options[name] = _parse(connector.options, given, name)
-            except ConnectorError as error:
-                problems.append(f"{variable_name(field)}: {error}")
-            except SettingsError as error:
-                problems.extend(error.problems)
+    for field, load in _connector_loaders(settings, venues, live=live):
+        try:
+            name, connector = load()
+            options[name] = _parse(connector.options, given, name)
+        except ConnectorError as error:
+            problems.append(f"{variable_name(field)}: {error}")
+        except SettingsError as error:
+            problems.extend(error.problems)
     if problems:
         raise SettingsError(list(dict.fromkeys(problems)))
     return settings.model_copy(update={"options": options})
 
 
 def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
-    """What ``environ`` tells the connector ``name``: its options. Raises SettingsError."""
+    """Parse the options of the connector ``name``. Raises SettingsError."""
     try:
         kind = plugins.options_type(name)
     except ConnectorError as error:
@@ -102,66 +86,44 @@ def read_options(name: str, environ: Mapping[str, str]) -> Any:  # noqa: ANN401
 
 
 def candle_timeframes(environ: Mapping[str, str]) -> Sequence[Timeframe]:
-    """Those whose candle topics the role in ``environ`` needs. Raises SettingsError."""
+    """Timeframes that need a candle topic for the role in ``environ``. Raises SettingsError."""
     settings = _parse(Settings, _read_variables(environ))
     return () if settings.role == "all" else settings.candle_timeframes()
 
 
 def redacted_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Our variables that are set, and to what; secrets withheld. Raises SettingsError."""
+    """Variables that are set, with secrets masked. Raises SettingsError."""
     shown = {}
     for name, value in _read_variables(environ).items():
         from_file = environ.get(name) != value
-        withheld = from_file or _is_secret(name)
-        shown[name] = "***" if withheld else _truncate(redact(value))
+        hidden = from_file or is_secret(name)
+        shown[name] = "***" if hidden else shorten(redact(value), _MAX_VALUE_LENGTH)
     return shown
 
 
-class Setting(NamedTuple):
-    """A line of help."""
-
-    name: str
-    """The variable."""
-    default: str
-    """As it would be set; empty if there is none."""
-    description: str
-
-
-def describe_settings() -> Iterator[Setting]:
-    """Every setting there is, of the installed connectors, too."""
-    yield from _describe_model(Settings)
-    for name in sorted({*plugins.installed_names("sources"), *plugins.installed_names("sinks")}):
-        with suppress(ConnectorError):  # said where it is asked for
-            yield from _describe_model(plugins.options_type(name), name)
+def _connector_loaders(
+    settings: Settings, venues: Iterable[str], *, live: bool
+) -> Iterator[tuple[str, Callable[[], tuple[str, Any]]]]:
+    """Setting that names a connector, and a function that returns its name and the connector."""
+    for venue in venues:
+        yield "symbols", partial(plugins.load_source, venue)
+    for sink in settings.sinks:
+        yield "sinks", partial(_load_sink, sink)
+    if live and settings.role == "ingest":
+        yield "role", plugins.load_relay
+    elif live and settings.role == "forecast":
+        yield "role", plugins.load_feed
 
 
-def _describe_model(model: Any, *path: str) -> Iterator[Setting]:  # noqa: ANN401 - a class of pydantic's
-    for name, field in _variables(model, *path):
-        default = field.get_default(call_default_factory=True)
-        yield Setting(name, _format_default(default), " ".join((field.description or "").split()))
-
-
-def _format_default(value: object) -> str:
-    if value is None or value is PydanticUndefined or isinstance(value, SecretStr):
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:.15g}"
-    return ",".join(map(_format_default, value)) if isinstance(value, tuple) else str(value)
-
-
-def _variables(model: Any, *path: str) -> Iterator[tuple[str, FieldInfo]]:  # noqa: ANN401
-    """The variables of a model, and of the models in it."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _variables(field.annotation, *path, name)
-        elif not (field.exclude and model is Settings):
-            yield variable_name(*path, name), field
+def _load_sink(name: str) -> tuple[str, SinkConnector]:
+    return name, plugins.load_sink(name)
 
 
 def _read_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Our variables that are set, those in files included. SettingsError for any unknown."""
+    """Return the variables that are set, including those in files.
+
+    Raises SettingsError for unknown ones.
+    """
     given = {
         name: value
         for name, value in environ.items()
@@ -187,9 +149,7 @@ def _read_variables(environ: Mapping[str, str]) -> dict[str, str]:
                 problems.extend(error.problems)
         else:
             problems.append(_unknown_variable_error(name, known))
-    register_secrets(
-        *(value for name, value in given.items() if name in known and _is_secret(name))
-    )
+    register_secrets(*(value for name, value in given.items() if name in known and is_secret(name)))
     if problems:
         raise SettingsError(problems)
     return given
@@ -205,7 +165,7 @@ def _is_kubernetes_variable(name: str, value: str) -> bool:
 
 
 def _read_secrets_dir(folder: Path) -> dict[str, str]:
-    """Files called like variables, in either case."""
+    """Return contents of files named like variables, in upper or lower case."""
     name = variable_name("secrets_dir")
     try:
         files = [path for path in folder.iterdir() if path.name.upper().startswith(ENV_PREFIX)]
@@ -218,7 +178,7 @@ def _read_secrets_dir(folder: Path) -> dict[str, str]:
 
 
 def _read_secret(path: Path, name: str) -> str:
-    """A secret, which ``name`` leads to: a file's text without the line end that editors add."""
+    """Return a file's text without the line end that editors add. name: variable behind it."""
     try:
         return read_text_file(path).removesuffix("\n").removesuffix("\r")
     except ValueError as error:
@@ -226,8 +186,8 @@ def _read_secret(path: Path, name: str) -> str:
 
 
 def _known_variables(given: Iterable[str]) -> set[str]:
-    """The variables there are; of connectors, those that are spoken to."""
-    known = {name for name, _ in _variables(Settings)}
+    """Names of the daemon's variables and of those of each connector that occurs in ``given``."""
+    known = {name for name, _ in variables(Settings)}
     others = {name.removeprefix(ENV_PREFIX) for name in given if name not in known}
     for connector in sorted({name.partition("__")[0].lower() for name in others if "__" in name}):
         try:
@@ -235,59 +195,52 @@ def _known_variables(given: Iterable[str]) -> set[str]:
         except ConnectorError as error:
             raise SettingsError(f"{variable_name(connector)}__*: {error}") from error
         if options is not None:
-            known |= {name for name, _ in _variables(options, connector)}
+            known |= {name for name, _ in variables(options, connector)}
     return known
 
 
 def _unknown_variable_error(name: str, known: Collection[str]) -> str:
-    names = [one.removeprefix(ENV_PREFIX) for one in known]
+    names = [known_name.removeprefix(ENV_PREFIX) for known_name in known]
     near = get_close_matches(name.upper().removeprefix(ENV_PREFIX), sorted(names), n=1, cutoff=0.7)
     cure = f"did you mean {ENV_PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
     return f"{name}: there is no such setting; {cure}"
 
 
-def _required_relays(settings: Settings, *, live: bool) -> Sequence[str]:
-    """What carries candles between the roles, where there are several."""
-    return (BROKER,) if live and settings.role != "all" else ()
-
-
 def _find_role_conflicts(settings: Settings) -> Iterator[str]:
-    """What does not go with the role."""
+    """Settings that contradict the role."""
     role = f"{variable_name('role')}={settings.role}"
     if settings.role != "ingest" and not settings.sinks:
-        yield _missing_sinks_error()
+        yield (
+            f"{variable_name('sinks')} is empty, so forecasts would go nowhere: set it to any of "
+            f"{','.join(plugins.installed_names('sinks'))}"
+        )
     if settings.role == "ingest" and settings.sinks:
         yield (
-            f"{variable_name('sinks')}: {role} writes candles to Kafka, and no forecasts; unset it, or "
-            "set it where forecasts are made"
+            f"{variable_name('sinks')}: {role} publishes candles, not forecasts; unset it, or set "
+            "it where forecasts are made"
         )
     if settings.role == "forecast" and (settings.symbols or settings.symbols_file):
+        name = variable_name("symbols" if settings.symbols else "symbols_file")
         yield (
-            f"{variable_name('symbols' if settings.symbols else 'symbols_file')}: {role} forecasts what "
-            f"is in the candle topics of {variable_name('timeframes')}; unset it, or set it where "
+            f"{name}: {role} forecasts all series in the candle topics of "
+            f"{variable_name('timeframes')}; unset it, or set it where "
             f"{variable_name('role')}=ingest"
         )
 
 
-def _missing_sinks_error() -> str:
-    return (
-        f"{variable_name('sinks')} is empty, so forecasts would go nowhere: set it to any of "
-        f"{','.join(plugins.installed_names('sinks'))}"
-    )
-
-
-def _is_secret(name: str) -> bool:
-    """Whether a variable's value is never shown."""
-    fields = dict(_variables(Settings))
-    connector = name.removeprefix(ENV_PREFIX).partition("__")[0].lower()
-    if name not in fields and (options := plugins.options_type(connector)) is not None:
-        fields |= dict(_variables(options, connector))
-    kind = fields[name].annotation
-    return SecretStr in {kind, *get_args(kind)}
+def _find_circular_venues(venues: Iterable[str]) -> Iterator[str]:
+    """Venues of role ingest whose candles come from where it publishes them."""
+    relays = plugins.installed_names("relays")
+    for venue in venues:
+        if venue.partition(".")[0] in relays:
+            yield (
+                f"{variable_name('symbols')}: {variable_name('role')}=ingest cannot read candles "
+                f"from the topics that it writes to; name other venues than {venue}"
+            )
 
 
 class _VariablesSource(EnvSettingsSource):
-    """A model's variables, out of those that are given; lists with commas in place of JSON."""
+    """Values of a model's variables; lists are separated by commas instead of written as JSON."""
 
     def __init__(self, model: Any, given: Mapping[str, str], *path: str) -> None:  # noqa: ANN401
         super().__init__(model, env_prefix=variable_name(*path, ""), env_nested_delimiter="__")
@@ -307,21 +260,17 @@ def _parse(kind: type[_Model], given: Mapping[str, str], *path: str) -> _Model:
 
 
 def _format_errors(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:
-    """A line per variable. Values of connectors are not repeated: they may hold secrets."""
+    """One line per variable. Values of connectors' options are not shown: they may be secret."""
     lines: dict[str, str] = {}
-    for fault in error.errors(include_url=False, include_input=False):
-        within = [part for part in fault["loc"] if isinstance(part, str)]
+    for problem in error.errors(include_url=False, include_input=False):
+        within = [part for part in problem["loc"] if isinstance(part, str)]
         name = variable_name(*path, *within) if within else variable_name(*path, "*")
-        reason = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        reason = reason if len(reason) <= _MAX_REASON_LENGTH else f"{reason[:_MAX_REASON_LENGTH]}…"
+        reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        reason = shorten(reason, _MAX_REASON_LENGTH)
         line = f"{name}: {reason}"
-        if fault["type"] == "missing":
+        if problem["type"] == "missing":
             line = f"{name} is not set, and has no default"
-        elif name in given and not path and not _is_secret(name):
-            line = f"{name}={_truncate(given[name])}: {reason}"
+        elif name in given and not path and not is_secret(name):
+            line = f"{name}={shorten(given[name], _MAX_VALUE_LENGTH)}: {reason}"
         lines.setdefault(name, line)
     return list(lines.values())
-
-
-def _truncate(value: str) -> str:
-    return value if len(value) <= _MAX_VALUE_LENGTH else f"{value[:_MAX_VALUE_LENGTH]}…"

@@ -1,4 +1,4 @@
-"""Small text files that people write: lists of symbols, secrets."""
+"""Small text files: lists of symbols, secrets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ _MAX_BYTES = 2**20
 
 
 def read_text_file(path: Path, encoding: str = "utf-8") -> str:
-    """The file's text. Raises ValueError with why it cannot be had, for people.
+    """Return a file's text. Raises ValueError that names the cause.
 
-    Whatever could make us wait is refused: a pipe would hold up the whole daemon.
+    Only regular files are read: reading a pipe could block the daemon.
     """
     try:
         if not path.exists():
             raise ValueError("No such file or directory")
         if not path.is_file():
-            raise ValueError("not an ordinary file")
+            raise ValueError("not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"larger than {_MAX_BYTES:,} bytes")
         return path.read_text(encoding)

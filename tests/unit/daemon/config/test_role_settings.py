@@ -1,4 +1,4 @@
-"""What each role needs to be told, and what it must not be."""
+"""Settings that each role requires or rejects."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ INGEST = {"ROLE": "ingest", "SYMBOLS": "binance:BTC/USDT", **BROKER}
 FORECAST = {"ROLE": "forecast", "SINKS": "kafka", "MODEL": "nano", **BROKER}
 
 
-def _environ(told: dict[str, str]) -> dict[str, str]:
-    return {f"{ENV_PREFIX}{name}": value for name, value in told.items()}
+def _environ(given: dict[str, str]) -> dict[str, str]:
+    return {f"{ENV_PREFIX}{name}": value for name, value in given.items()}
 
 
 @pytest.mark.parametrize(
-    ("told", "kind"),
+    ("given", "role"),
     [
         ({"SYMBOLS": "binance:BTC/USDT", "SINKS": "kafka", **BROKER}, StandaloneRole),
         (INGEST, IngestRole),
@@ -29,15 +29,15 @@ def _environ(told: dict[str, str]) -> dict[str, str]:
         (FORECAST | {"SINKS": "jsonl", "JSONL__PATH": "x.jsonl"}, ForecastRole),
     ],
 )
-def test_a_role_is_built_from_what_it_needs(told: dict[str, str], kind: type[object]) -> None:
-    assert type(build_role(read_settings(_environ(told)))) is kind
+def test_role_is_built_from_its_settings(given: dict[str, str], role: type[object]) -> None:
+    assert type(build_role(read_settings(_environ(given)))) is role
 
 
 @pytest.mark.parametrize(
-    ("told", "variable", "cure"),
+    ("given", "variable", "remedy"),
     [
         (INGEST | {"SINKS": "kafka"}, "SINKS", "unset it, or set it where forecasts are made"),
-        (INGEST | {"SYMBOLS": ""}, "SYMBOLS", "set one to what to forecast"),
+        (INGEST | {"SYMBOLS": ""}, "SYMBOLS", "set one of them, such as"),
         (INGEST | {"SYMBOLS": "kafka:A/B"}, "SYMBOLS", "name other venues than kafka"),
         (INGEST | {"SYMBOLS": "kafka.eu:A/B"}, "SYMBOLS", "name other venues than kafka.eu"),
         (FORECAST | {"SINKS": ""}, "SINKS", "set it to any of"),
@@ -46,17 +46,17 @@ def test_a_role_is_built_from_what_it_needs(told: dict[str, str], kind: type[obj
             "SYMBOLS",
             "set it where KRONOS_STREAM_ROLE=ingest",
         ),
-        (FORECAST | {"SYMBOLS_FILE": "/x"}, "SYMBOLS_FILE", "is in the candle topics"),
+        (FORECAST | {"SYMBOLS_FILE": "/x"}, "SYMBOLS_FILE", "in the candle topics"),
         (FORECAST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is not set"),
         (INGEST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is not set"),
         (FORECAST | {"ROLE": "forecaster"}, "ROLE", "'all', 'ingest' or 'forecast'"),
     ],
 )
-def test_what_does_not_go_with_a_role_is_one_line(
-    told: dict[str, str], variable: str, cure: str
+def test_conflict_with_the_role_is_one_problem(
+    given: dict[str, str], variable: str, remedy: str
 ) -> None:
     with pytest.raises(SettingsError) as raised:
-        read_settings(_environ(told))
+        read_settings(_environ(given))
     (problem,) = raised.value.problems
     assert problem.startswith(f"{ENV_PREFIX}{variable}")
-    assert cure in problem
+    assert remedy in problem

@@ -1,10 +1,8 @@
-"""Settings from the environment: what is asked for is what comes, and each fault is one line."""
+"""Settings from the environment, and error messages of one line each."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 
 from kronos_stream.cli import main
 from kronos_stream.daemon.config.environment import read_options, read_settings
-from kronos_stream.daemon.config.reference import describe_settings
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
 from kronos_stream.interfaces import plugins
 
@@ -38,10 +35,10 @@ class Post(BaseModel):
     @model_validator(mode="after")
     def check(self):
         if self.weight > 100:
-            raise ValueError("weight is more than a letter's")
+            raise ValueError("weight exceeds the limit of a letter")
         return self
 
-def build(*told):
+def build(*args):
     return None
 
 SOURCE = SourceConnector(Market, build, lambda: ("acme_west",))
@@ -57,13 +54,13 @@ post = acme_exchange:SINK
 upside = acme_exchange:SOURCE
 """
 
-_TOLD = "told"
+_GIVEN = "given"
 _BASE = {"SYMBOLS": "acme:BTC/USDT", "SINKS": "post", "POST__ADDRESS": "Main Street 1"}
 
 
 @pytest.fixture(autouse=True)
 def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A user's own package with a source and a sink, installed."""
+    """Install a package with a source and a sink, as a user would."""
     (tmp_path / "acme_exchange.py").write_text(_ACME)
     info = tmp_path / "acme_exchange-1.0.dist-info"
     info.mkdir()
@@ -76,24 +73,24 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _read(given: dict[str, str], *, base: bool = True) -> Settings:
-    # No test may find what happens to lie in this machine's own /run/secrets.
+    # /run/secrets of this machine must not influence tests.
     own = {"SECRETS_DIR": "/nowhere", **(_BASE if base else {}), **given}
     return read_settings({ENV_PREFIX + name: value for name, value in own.items()})
 
 
-def test_untold_it_does_what_the_design_says() -> None:
+def test_defaults() -> None:
     settings = _read({})
     assert [series.name for series in settings.series()] == ["acme:BTC/USDT:5m"]
-    plan = settings.forecast_config()
-    assert (plan.model, plan.lookback, plan.horizon) == ("NeoQuasar/Kronos-small", 488, 24)
-    assert (plan.paths, plan.temperature, plan.top_k, plan.top_p) == (32, 1.0, 0, 0.9)
-    assert plan.anchor
-    assert plan.quantiles == (0.05, 0.25, 0.5, 0.75, 0.95)
+    config = settings.forecast_config()
+    assert (config.model, config.lookback, config.horizon) == ("NeoQuasar/Kronos-small", 488, 24)
+    assert (config.paths, config.temperature, config.top_k, config.top_p) == (32, 1.0, 0, 0.9)
+    assert config.anchor
+    assert config.quantiles == (0.05, 0.25, 0.5, 0.75, 0.95)
     assert (settings.http.host, settings.http.port) == ("127.0.0.1", 8080)
     assert settings.catch_up == "newest"
 
 
-def test_what_is_asked_for_is_what_comes() -> None:
+def test_values_are_parsed() -> None:
     settings = _read(
         {
             "SYMBOLS": "acme:BTC/USDT, acme:BTC/USDT:USDT,acme:X:Y:Z",
@@ -133,19 +130,19 @@ def test_what_is_asked_for_is_what_comes() -> None:
 @pytest.mark.parametrize(
     ("given", "variable", "cure"),
     [
-        ({"SYMBOLS": ""}, "SYMBOLS", "set one to what to forecast"),
+        ({"SYMBOLS": ""}, "SYMBOLS", "set one of them, such as"),
         ({"SYMBOLS": "BTC/USDT"}, "SYMBOLS", "expected venue:symbol"),
         ({"SYMBOLS": "acme:"}, "SYMBOLS", "expected venue:symbol"),
         ({"SYMBOLS": "acme:BTC/USDT:5m"}, "SYMBOLS", "each of KRONOS_STREAM_TIMEFRAMES"),
-        ({"SYMBOLS": "acme:A,acme:B,acme:A"}, "SYMBOLS", "acme:A stands there twice"),
+        ({"SYMBOLS": "acme:A,acme:B,acme:A"}, "SYMBOLS", "acme:A is listed twice"),
         ({"SYMBOLS": "nyse:IBM"}, "SYMBOLS", "none of the sources is called 'nyse'; there are"),
         ({"SYMBOLS": "lost:IBM"}, "SYMBOLS", "acme_missing:SOURCE cannot be loaded"),
         ({"TIMEFRAMES": "5 min"}, "TIMEFRAMES", "expected a count and a unit"),
-        ({"TIMEFRAMES": "5m,1m,5m"}, "TIMEFRAMES", "5m stands there twice"),
+        ({"TIMEFRAMES": "5m,1m,5m"}, "TIMEFRAMES", "5m is listed twice"),
         ({"TIMEFRAMES": ","}, "TIMEFRAMES", "at least 1 item"),
         ({"SINKS": ""}, "SINKS", "would go nowhere: set it to any of"),
         ({"SINKS": "carrier_pigeon"}, "SINKS", "none of the sinks is called 'carrier_pigeon'"),
-        ({"SINKS": "post,post"}, "SINKS", "post stands there twice"),
+        ({"SINKS": "post,post"}, "SINKS", "post is listed twice"),
         ({"SINKS": "upside"}, "SINKS", "acme_exchange:SOURCE is not a SinkConnector"),
         ({"ROLE": "chef"}, "ROLE", "should be 'all'"),
         ({"CATCH_UP": "some"}, "CATCH_UP", "should be 'newest' or 'all'"),
@@ -154,7 +151,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"PATHS": "18"}, "QUANTILES", "needs at least 19 paths, not 18"),
         ({"QUANTILES": "0.001"}, "QUANTILES", "needs at least 999 paths, not 32"),
         ({"QUANTILES": "0.5,1"}, "QUANTILES", "not between 0 and 1"),
-        ({"QUANTILES": "0.5,0.5"}, "QUANTILES", "0.5 stands there twice"),
+        ({"QUANTILES": "0.5,0.5"}, "QUANTILES", "0.5 is listed twice"),
         ({"LOOKBACK": "1"}, "LOOKBACK", "greater than or equal to 2"),
         ({"HORIZON": "0"}, "HORIZON", "greater than or equal to 1"),
         ({"MAX_CONTEXT": "511"}, "LOOKBACK", "exceeds KRONOS_STREAM_MAX_CONTEXT=511"),
@@ -173,7 +170,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"POST__ADDRESS": ""}, "POST__ADDRESS", "is not set, and has no default"),
         ({"POST__WEIGHT": "heavy"}, "POST__WEIGHT", "should be a valid number"),
         ({"ACME__HOURS__OPENS": "noon"}, "ACME__HOURS__OPENS", "valid integer"),
-        ({"POST__WEIGHT": "101"}, "POST__*", "more than a letter's"),
+        ({"POST__WEIGHT": "101"}, "POST__*", "limit of a letter"),
         ({"POST__PASSWORD_FILE": "/no/such"}, "POST__PASSWORD_FILE", "No such file"),
         ({"PORT": "8080"}, "PORT", "there is no such setting"),
         ({"WIBBLE": "1"}, "WIBBLE", "kronos-stream run --help lists them"),
@@ -182,7 +179,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"NOSUCH__URL": "x"}, "NOSUCH__URL", "there is no such setting"),
     ],
 )
-def test_a_fault_is_one_line_that_names_the_variable_and_the_cure(
+def test_error_names_variable_and_remedy_in_one_line(
     given: dict[str, str], variable: str, cure: str
 ) -> None:
     with pytest.raises(SettingsError) as raised:
@@ -195,7 +192,7 @@ def test_a_fault_is_one_line_that_names_the_variable_and_the_cure(
     assert str(raised.value) == problem
 
 
-def test_all_faults_are_named_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(SettingsError) as raised:
         _read({"PATHS": "no", "LOOKBACK": "no", "LOG__LEVEL": "no"})
     assert len(raised.value.problems) == 3
@@ -204,7 +201,7 @@ def test_all_faults_are_named_at_once() -> None:
     assert len(raised.value.problems) == 2
 
 
-def test_the_command_says_each_on_a_line_of_its_own(
+def test_command_prints_one_line_per_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"SECRETS_DIR": "/nowhere", "PATHS": "no", "SEED": "no"}.items():
@@ -218,7 +215,7 @@ def test_the_command_says_each_on_a_line_of_its_own(
     ]
 
 
-def test_what_kubernetes_injects_is_no_setting() -> None:
+def test_variables_injected_by_kubernetes_are_ignored() -> None:
     host = "10.0.0.1"
     _read(
         {
@@ -238,13 +235,13 @@ def test_what_kubernetes_injects_is_no_setting() -> None:
     )
 
 
-def test_other_programs_variables_are_none_of_ours() -> None:
+def test_variables_of_other_programs_are_ignored() -> None:
     read_settings(
         {"KRONOS_STREAMS": "x", "PATHS": "x", ENV_PREFIX + "SECRETS_DIR": "/nowhere"} | _full()
     )
 
 
-def test_settings_made_of_keywords_do_not_look_at_the_environment(
+def test_keyword_arguments_ignore_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(ENV_PREFIX + "PATHS", "many")
@@ -254,7 +251,7 @@ def test_settings_made_of_keywords_do_not_look_at_the_environment(
     assert _read({}).seed == 0
 
 
-def test_secrets_come_from_files_and_the_variable_wins(tmp_path: Path) -> None:
+def test_secrets_are_read_from_files_unless_the_variable_is_set(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("from file \n")
     folder = tmp_path / "secrets"
@@ -266,16 +263,16 @@ def test_secrets_come_from_files_and_the_variable_wins(tmp_path: Path) -> None:
         return found
 
     assert password(POST__PASSWORD_FILE=str(file)) == "from file "
-    assert password(POST__PASSWORD_FILE=str(file), POST__PASSWORD=_TOLD) == _TOLD
+    assert password(POST__PASSWORD_FILE=str(file), POST__PASSWORD=_GIVEN) == _GIVEN
     (folder / "kronos_stream_post__password").write_text("from folder\n")
     assert password(SECRETS_DIR=str(folder)) == "from folder"
-    assert password(SECRETS_DIR=str(folder), POST__PASSWORD=_TOLD) == _TOLD
+    assert password(SECRETS_DIR=str(folder), POST__PASSWORD=_GIVEN) == _GIVEN
     (folder / "kronos_stream_post__pasword").write_text("x")
     with pytest.raises(SettingsError, match=r"did you mean KRONOS_STREAM_POST__PASSWORD\?"):
         password(SECRETS_DIR=str(folder))
 
 
-def test_secrets_are_never_shown(tmp_path: Path) -> None:
+def test_secrets_never_appear_in_errors(tmp_path: Path) -> None:
     secret = "h3r-m4j3sty"  # noqa: S105 - what must not be seen
     shown = repr(_read({"POST__PASSWORD": secret})) + str(_read({"POST__PASSWORD": secret}))
     file = tmp_path / "secret"
@@ -292,31 +289,15 @@ def test_secrets_are_never_shown(tmp_path: Path) -> None:
     assert secret not in shown
 
 
-def test_the_symbols_file_is_read_anew_each_time(tmp_path: Path) -> None:
-    file = tmp_path / "symbols"
-    file.write_text("# majors\nacme:ETH/USDT\n\n  acme:SOL/USDT  # lively\n")
-    settings = _read({"SYMBOLS_FILE": str(file)})
-    assert [one.symbol for one in settings.series()] == ["BTC/USDT", "ETH/USDT", "SOL/USDT"]
-    file.write_text("acme:ADA/USDT\n")
-    assert [one.symbol for one in settings.series()] == ["BTC/USDT", "ADA/USDT"]
-    file.write_text("acme:A\nwhat\nacme:A\nacme:BTC/USDT\n")
-    with pytest.raises(SettingsError) as raised:
-        settings.series()
-    lines = [f"line {n}" for n in (2, 3, 4)]
-    assert all(line in problem for line, problem in zip(lines, raised.value.problems, strict=True))
-    file.write_text("acme:ADA/USDT\n")
-    assert len(_read({"SYMBOLS": "", "SYMBOLS_FILE": str(file)}).series()) == 1
-
-
-def test_a_pipe_for_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+def test_pipe_in_place_of_a_file_is_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     pipe = str(tmp_path / "pipe")
     for name in ("SYMBOLS_FILE", "POST__PASSWORD_FILE"):
-        with pytest.raises(SettingsError, match="not an ordinary file"):
+        with pytest.raises(SettingsError, match="not a regular file"):
             _read({name: pipe})
 
 
-def test_the_state_file_stands_where_the_system_keeps_state(
+def test_default_state_file_is_in_the_state_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/home/me/state")
@@ -331,34 +312,7 @@ def test_the_state_file_stands_where_the_system_keeps_state(
     assert _read({"STATE_FILE": "~/x"}).state_file == Path("/home/me/x")
 
 
-def test_help_names_every_setting_with_its_default_and_meaning() -> None:
-    rows = {row.name: row for row in describe_settings()}
-    assert rows[ENV_PREFIX + "QUANTILES"].default == "0.05,0.25,0.5,0.75,0.95"
-    assert rows[ENV_PREFIX + "ANCHOR"].default == "true"
-    assert rows[ENV_PREFIX + "HTTP__PORT"].default == "8080"
-    assert rows[ENV_PREFIX + "ACME__URL"].default == "wss://acme.example"
-    assert rows[ENV_PREFIX + "POST__PASSWORD"].default == ""
-    ours = [row for row in rows.values() if row.name.partition("__")[0] not in _ACMES]
-    assert [row.name for row in ours if not row.description.endswith(".")] == []
-    own = [row for row in ours if row.name.partition("__")[0] not in _CONNECTED]
-    # What help names can be set, and to what it says.
-    told = {
-        row.name.removeprefix(ENV_PREFIX): row.default
-        for row in own
-        if row.default and not row.name.endswith("SECRETS_DIR")
-    }
-    assert _read(told) == _read({})
-
-
-def test_help_waits_for_no_heavy_library() -> None:
-    code = (
-        "import sys; from kronos_stream.daemon.config.reference import describe_settings; list(describe_settings());"
-        "print({'pandas', 'pyarrow', 'torch'} & sys.modules.keys() or 'none')"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "none\n"  # noqa: S603
-
-
-def test_one_connectors_options_can_be_read_alone() -> None:
+def test_options_of_one_connector_can_be_read_alone() -> None:
     assert read_options("post", _full()).address == "Main Street 1"
     with pytest.raises(SettingsError, match="POST__ADDRESS is not set"):
         read_options("post", {ENV_PREFIX + "SECRETS_DIR": "/nowhere"})
@@ -366,7 +320,3 @@ def test_one_connectors_options_can_be_read_alone() -> None:
 
 def _full() -> dict[str, str]:
     return {ENV_PREFIX + name: value for name, value in _BASE.items()}
-
-
-_ACMES = {ENV_PREFIX + name for name in ("ACME", "POST", "UPSIDE")}
-_CONNECTED = {ENV_PREFIX + name for name in ("BINANCE", "REPLAY", "KAFKA", "JSONL")}

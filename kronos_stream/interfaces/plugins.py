@@ -43,14 +43,14 @@ def load_sink(name: str) -> SinkConnector:
     return _load("sinks", name, SinkConnector)
 
 
-def load_relay(name: str) -> RelayConnector:
-    """The sink of role ingest. Raises ConnectorError."""
-    return _load("relays", name, RelayConnector)
+def load_relay() -> tuple[str, RelayConnector]:
+    """Name and connector of the installed sink of role ingest. Raises ConnectorError."""
+    return _load_only("relays", RelayConnector)
 
 
-def load_feed(name: str) -> FeedConnector:
-    """What role forecast reads. Raises ConnectorError."""
-    return _load("feeds", name, FeedConnector)
+def load_feed() -> tuple[str, FeedConnector]:
+    """Name and connector of the installed feed of role forecast. Raises ConnectorError."""
+    return _load_only("feeds", FeedConnector)
 
 
 def options_type(name: str) -> type[Any] | None:
@@ -77,6 +77,15 @@ def _not_installed(group: Group, name: str) -> ConnectorError:
     return ConnectorError(
         f"none of the {group} is called {name!r}; there are {', '.join(installed_names(group))}"
     )
+
+
+def _load_only(group: Group, kind: type[_Connector]) -> tuple[str, _Connector]:
+    names = installed_names(group)
+    if len(names) != 1:
+        raise ConnectorError(
+            f"exactly one of the {group} must be installed; there are {', '.join(names) or 'none'}"
+        )
+    return names[0], _load(group, names[0], kind)
 
 
 def _load(group: Group, name: str, kind: type[_Connector]) -> _Connector:

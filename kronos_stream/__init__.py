@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    # The engine needs torch; the command's --help does not.
+    # Imported on demand: the engine needs torch, but --help does not.
     if name in __all__:
         from kronos_stream import engine
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to; it becomes ``path`` on success.
+    """Yield a temporary path beside ``path``; it replaces ``path`` on success.
 
-    After any exception, Ctrl-C included, nothing is left behind and an older ``path`` still stands.
+    After an exception, Ctrl-C included, it is deleted and an older ``path`` is unchanged.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -1,4 +1,4 @@
-"""Forecasts for trading bots, from Kafka: typed, each once, fresh.
+"""Client for trading bots: typed forecasts from Kafka, without duplicates or expired ones.
 
 ::
 
@@ -11,7 +11,7 @@
 
     asyncio.run(main())
 
-Needs no model and no GPU, and imports neither.
+Needs neither a model nor torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kronos_stream.market.series import Series
 
 __all__ = ["Forecast", "forecasts"]
 
-_log = logging.getLogger(__name__)  # the standard library's: this runs in other people's programs
+_log = logging.getLogger(__name__)  # the standard library: this runs in users' programs
 
 _REMOVAL = REMOVAL.encode()
 _POLL_MS = 1_000
@@ -57,36 +57,43 @@ async def forecasts(
     clock: Clock | None = None,
     **consumer: Any,  # noqa: ANN401 - aiokafka's own
 ) -> AsyncGenerator[Forecast, None]:
-    """Forecasts as they are published, in order per series, for as long as it is iterated.
+    """Yield forecasts as they are published, in order per series.
 
-    bootstrap: brokers as ``host:port``, more than one with commas.
-    series, symbols: only these, such as ``binance:BTC/USDT:5m`` and ``BTC/USDT``; else all.
-    group: name of a consumer group; its members share the series, and each goes on where the group
-        was. What the loop's body has finished is committed, so a crash repeats some.
-    start: where to begin if no group has: with what is new, with all there is, or (without group)
-        with what was published from a time on.
-    duplicates: also repeated records; delivery is at least once.
-    superseded: also those of which a higher revision has already come.
-    expired: also those whose ``valid_until`` has passed by ``clock``, by default the wall's.
+    bootstrap: brokers as ``host:port``, separated by commas.
+    series, symbols: yield only these, such as ``binance:BTC/USDT:5m`` and ``BTC/USDT``.
+    group: name of a consumer group, whose members share the series and continue at the group's
+        position. It is committed as the loop body finishes forecasts; a crash repeats some.
+    start: first forecasts if the group has no position: new ones, all, or (without group) those
+        published since a time.
+    duplicates: also yield repeated records; delivery is at least once.
+    superseded: also yield those of which a higher revision has already come.
+    expired: also yield those whose ``valid_until`` has passed by ``clock``, the system clock.
     consumer: arguments for aiokafka's consumer: ``security_protocol``, ``ssl_context``,
         ``sasl_mechanism``, ``sasl_plain_username``, ``sasl_plain_password`` and so on.
 
-    Brokers may come and go; raises aiokafka's KafkaConnectionError if none is there at first.
-    Records that cannot be read are skipped with a warning.
+    Raises aiokafka's KafkaConnectionError if no broker answers at the start; later it reconnects.
+    Invalid records are skipped with a warning.
     """
     if group is not None and isinstance(start, datetime):
-        raise ValueError("a group begins where it was, or at latest or earliest: not at a time")
+        raise ValueError("start: a group cannot start at a time; use latest or earliest")
     reader = _Reader(
         f"{topic_prefix}.forecasts.v1",
         start,
         {"bootstrap_servers": bootstrap, "group_id": group, **consumer},
     )
-    chosen = _Filter(series, symbols, clock or SystemClock(), duplicates, superseded, expired)
+    selection = _Filter(
+        clock or SystemClock(),
+        series=series,
+        symbols=symbols,
+        duplicates=duplicates,
+        superseded=superseded,
+        expired=expired,
+    )
     try:
         await reader.open()
         while True:
             records = await reader.read()
-            for record, forecast in chosen.select(records):
+            for record, forecast in selection.select(records):
                 if forecast is not None:
                     yield forecast
                 await reader.mark_done(record)
@@ -97,7 +104,7 @@ async def forecasts(
 
 
 class _Reader:
-    """A consumer that is opened anew, where it was, if it fails."""
+    """A consumer that reconnects at its position after an error."""
 
     def __init__(
         self, topic: str, start: Literal["latest", "earliest"] | datetime, arguments: dict[str, Any]
@@ -105,7 +112,7 @@ class _Reader:
         self._topic, self._start, self._arguments = topic, start, arguments
         self._consumer: AIOKafkaConsumer | None = None
         self._next: dict[TopicPartition, int] = {}
-        """First offset of each partition that is not finished."""
+        """First offset of each partition that is not done."""
         self._committed_at = 0.0
 
     async def open(self) -> AIOKafkaConsumer:
@@ -119,21 +126,21 @@ class _Reader:
         if not self._next and isinstance(self._start, datetime):
             wanted = round(self._start.timestamp() * 1000)
             found = await consumer.offsets_for_times(dict.fromkeys(consumer.assignment(), wanted))
-            self._next = {place: at.offset for place, at in found.items() if at is not None}
-        for place in consumer.assignment():
-            if place in self._next:
-                consumer.seek(place, self._next[place])
-            else:  # "latest" is now, not whenever the first record comes
-                self._next[place] = await consumer.position(place)
+            self._next = {part: first.offset for part, first in found.items() if first is not None}
+        for partition in consumer.assignment():
+            if partition in self._next:
+                consumer.seek(partition, self._next[partition])
+            else:  # "latest" means now, not when the first record comes
+                self._next[partition] = await consumer.position(partition)
         return consumer
 
     async def read(self) -> list[ConsumerRecord]:
-        """Some records, in order per partition; may be none."""
+        """Read records, in order per partition; may be none."""
         try:
             consumer = self._consumer or await self.open()
             batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
         except (KafkaError, OSError) as error:
-            _log.warning("no forecasts for now: %s", error)
+            _log.warning("forecasts interrupted, reconnecting: %s", error)
             await self.close()
             await asyncio.sleep(_RECONNECT_SECONDS)
             return []
@@ -148,62 +155,63 @@ class _Reader:
         if self._arguments["group_id"] is None or self._consumer is None or not self._next:
             return
         self._committed_at = asyncio.get_running_loop().time()
-        ours = self._consumer.assignment()
-        done = {place: offset for place, offset in self._next.items() if place in ours}
+        assigned = self._consumer.assignment()
+        done = {partition: n for partition, n in self._next.items() if partition in assigned}
         self._next.clear()
         try:
             if done:
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await self._consumer.commit(done)
-        except (KafkaError, OSError) as error:  # they come again, to us or to another member
+        except (KafkaError, OSError) as error:  # these records are read again, by any member
             _log.warning("position not committed: %s", error)
 
     async def close(self) -> None:
         consumer, self._consumer = self._consumer, None
         if consumer is None:
             return
-        # A task of its own: with a fetch under way, aiokafka's stop raises a cancellation that is
-        # none, and ours would be the loop that ends.
-        ending = asyncio.ensure_future(consumer.stop())
-        await asyncio.wait([ending], timeout=_CLOSE_SECONDS)
-        if not ending.done():
-            ending.cancel()
-            _log.warning("consumer not closed in good order: it takes too long")
-        elif not ending.cancelled() and (error := ending.exception()) is not None:
-            _log.warning("consumer not closed in good order: %r", error)
+        # A task of its own: during a fetch, aiokafka's stop raises a CancelledError of its own,
+        # which would otherwise cancel this task.
+        stop = asyncio.ensure_future(consumer.stop())
+        await asyncio.wait([stop], timeout=_CLOSE_SECONDS)
+        if not stop.done():
+            stop.cancel()
+            _log.warning("consumer not closed properly: no end after %g s", _CLOSE_SECONDS)
+        elif not stop.cancelled() and (error := stop.exception()) is not None:
+            _log.warning("consumer not closed properly: %r", error)
 
 
 class _Filter:
-    """Which records are passed on."""
+    """Selection of the forecasts to yield."""
 
     def __init__(
         self,
-        series: Collection[str] | None,
-        symbols: Collection[str] | None,
         clock: Clock,
-        duplicates: bool,  # noqa: FBT001
-        superseded: bool,  # noqa: FBT001
-        expired: bool,  # noqa: FBT001
+        *,
+        series: Collection[str] | None = None,
+        symbols: Collection[str] | None = None,
+        duplicates: bool = False,
+        superseded: bool = False,
+        expired: bool = False,
     ) -> None:
         self._series = None if series is None else frozenset(series)
         self._symbols = None if symbols is None else frozenset(symbols)
         self._clock = clock
         self._duplicates, self._superseded, self._expired = duplicates, superseded, expired
         self._newest: OrderedDict[object, tuple[datetime, int]] = OrderedDict()
-        """Origin and revision of the newest seen; whatever is not newer came before."""
+        """Origin and revision of the newest forecast per stream; others are duplicates."""
 
     def select(
         self, records: Sequence[ConsumerRecord]
     ) -> Iterator[tuple[ConsumerRecord, Forecast | None]]:
-        """Each record with its forecast, or None if that is not passed on."""
+        """Pair each record with its forecast, or None if that is not selected."""
         parsed = [(record, self._parse(record)) for record in records]
         final: dict[object, int] = {}
         for _, forecast in parsed:
             if forecast is not None:
-                place = _stream(forecast), forecast.origin
-                final[place] = max(forecast.revision, final.get(place, 0))
+                bar = _stream(forecast), forecast.origin
+                final[bar] = max(forecast.revision, final.get(bar, 0))
         for record, forecast in parsed:
-            wanted = (
+            selected = (
                 forecast is not None
                 and (
                     self._superseded
@@ -212,7 +220,7 @@ class _Filter:
                 and (self._is_new(forecast) or self._duplicates)
                 and (self._expired or forecast.valid_until.timestamp() * 1000 > self._clock.now())
             )
-            yield record, forecast if wanted else None
+            yield record, forecast if selected else None
 
     def _parse(self, record: ConsumerRecord) -> Forecast | None:
         if dict(record.headers).get("ce_type") == _REMOVAL:
@@ -224,17 +232,17 @@ class _Filter:
             if self._symbols is not None and series.symbol not in self._symbols:
                 return None
             return Forecast.parse(record.value)
-        except (AttributeError, ValueError) as error:  # no key, or not what it should be
+        except (AttributeError, ValueError) as error:  # no key, or not a valid message
             place = f"{record.topic}[{record.partition}]@{record.offset}"
             _log.warning("record skipped, %s: %s", place, " ".join(str(error).split())[:300])
             return None
 
     def _is_new(self, forecast: Forecast) -> bool:
-        stream, place = _stream(forecast), (forecast.origin, forecast.revision)
+        stream, version = _stream(forecast), (forecast.origin, forecast.revision)
         newest = self._newest.get(stream)
-        if newest is not None and place <= newest:
+        if newest is not None and version <= newest:
             return False
-        self._newest[stream] = place
+        self._newest[stream] = version
         self._newest.move_to_end(stream)
         if len(self._newest) > _MAX_STREAMS:
             self._newest.popitem(last=False)
@@ -242,5 +250,5 @@ class _Filter:
 
 
 def _stream(forecast: Forecast) -> object:
-    """What a forecast has in common with those before and after it."""
+    """Common key of successive forecasts."""
     return forecast.series, forecast.model, forecast.sampling, len(forecast.times)

@@ -15,8 +15,9 @@ from pathlib import Path
 import aiohttp
 
 from kronos_stream.daemon.config.settings import HttpSettings, variable_name
+from kronos_stream.daemon.inference.backend import WorkerLost
 from kronos_stream.daemon.inference.protocol import ForecastConfig
-from kronos_stream.daemon.inference.supervisor import WorkerLost, WorkerSupervisor
+from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
 from kronos_stream.daemon.status.server import explain_bind_error
 from kronos_stream.daemon.storage.database import APPLICATION_ID, lock_path
 from kronos_stream.daemon.storage.state import SCHEMA_VERSION

@@ -1,64 +1,61 @@
-"""Who forecasts: a worker for each device, together as if they were one.
-
-Bars close together, so a batch comes at once; it is shared out by how fast each device is.
-"""
+"""One worker per device; batches are divided among them in proportion to their speed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Protocol, TypeAlias
 
 from kronos_stream.bars.window import Window
-from kronos_stream.daemon.config.settings import Settings
+from kronos_stream.daemon.inference.backend import (
+    BatchResult,
+    InferenceBackend,
+    WorkerError,
+    WorkerFactory,
+)
 from kronos_stream.daemon.inference.protocol import ForecastConfig, ModelIdentity
-from kronos_stream.daemon.inference.supervisor import BatchResult, WorkerError, WorkerSupervisor
-from kronos_stream.daemon.scheduling.scheduler import BatchForecaster
+from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
 from kronos_stream.daemon.telemetry.metrics import Metrics
 
 
-class InferenceBackend(BatchForecaster, Protocol):
-    """What the daemon needs of a worker."""
-
-    def problem(self) -> str: ...
-
-    async def start(self) -> ModelIdentity: ...
-
-    async def run(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
-WorkerFactory: TypeAlias = Callable[[ForecastConfig, Metrics], InferenceBackend]
-
-
 def create_backend(
-    settings: Settings, metrics: Metrics, worker_factory: WorkerFactory | None = None
+    config: ForecastConfig,
+    devices: Sequence[str],
+    metrics: Metrics,
+    *,
+    standby: bool = False,
+    worker_factory: WorkerFactory | None = None,
 ) -> InferenceBackend:
-    """What the settings ask for: a worker, or a crew where they name more devices than one."""
-    worker_factory = worker_factory or partial(WorkerSupervisor, standby=settings.standby)
-    plan, devices = settings.forecast_config(), settings.devices
-    workers = [worker_factory(replace(plan, device=device), metrics) for device in devices]
+    """Create a worker for each device, and a pool if there are several.
+
+    standby: keep a spare process per worker. worker_factory: replaces the worker processes.
+    """
+
+    def create_worker(device: str) -> InferenceBackend:
+        on_device = replace(config, device=device)
+        if worker_factory is not None:
+            return worker_factory(on_device, metrics)
+        return WorkerSupervisor(on_device, metrics, standby=standby)
+
+    workers = [create_worker(device) for device in devices]
     return workers[0] if len(workers) == 1 else WorkerPool(workers)
 
 
 class WorkerPool:
-    """Workers of one model on several devices."""
+    """Workers with the same model on several devices, used as one backend."""
 
     def __init__(self, workers: Sequence[InferenceBackend]) -> None:
-        """workers: at least one."""
         self._workers = tuple(workers)
 
     def problem(self) -> str:
-        """Why nothing can be forecast just now, or not by all; empty if it can."""
-        return next((why for worker in self._workers if (why := worker.problem())), "")
+        """First problem of a worker; empty if all are ready."""
+        return next((problem for worker in self._workers if (problem := worker.problem())), "")
 
     async def start(self) -> ModelIdentity:
-        """Start all. The first one's identity stands for all of them.
+        """Start all workers and return their common identity.
 
-        Raises what a worker's start raises, and WorkerError where they would not compute alike.
+        Raises the error of a worker that does not start, and WorkerError if their results would
+        differ.
         """
         first, *others = await asyncio.gather(*(worker.start() for worker in self._workers))
         for other in others:
@@ -71,28 +68,24 @@ class WorkerPool:
         return first
 
     async def run(self) -> None:
-        """Replace those that die; until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for worker in self._workers:
                 tasks.create_task(worker.run())
 
     async def close(self) -> None:
-        """End all; bounded."""
         await asyncio.gather(*(worker.close() for worker in self._workers))
 
     def estimate_seconds(self, count: int) -> float:
-        """Seconds that forecasting so many series takes: as long as the last share of them."""
-        shares = zip(self._workers, self._split(count), strict=True)
+        """Estimated duration of the slowest share of a batch."""
+        shares = zip(self._workers, self._shares(count), strict=True)
         return max(worker.estimate_seconds(share) for worker, share in shares)
 
     def capacity(self, seconds: float) -> int:
-        """How many series can be forecast in so long."""
         return sum(worker.capacity(seconds) for worker in self._workers)
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
-        """As of a worker; each forecasts its share."""
         parts, begin = [], 0
-        for worker, share in zip(self._workers, self._split(len(windows)), strict=True):
+        for worker, share in zip(self._workers, self._shares(len(windows)), strict=True):
             if share:
                 parts.append(worker.forecast(windows[begin : begin + share], deadline))
             begin += share
@@ -100,17 +93,17 @@ class WorkerPool:
         results = [result for batch in batches for result in batch.results]
         return BatchResult(results, max((batch.seconds for batch in batches), default=0.0))
 
-    def _split(self, count: int) -> Iterator[int]:
-        """How many of so many series each worker gets."""
+    def _shares(self, count: int) -> Iterator[int]:
+        """Yield the number of series for each worker; those that are not ready get none."""
         speeds = [
             0.0 if worker.problem() else 1 / max(worker.estimate_seconds(1), 1e-9)
             for worker in self._workers
         ]
-        if not any(speeds):  # whoever is replaced first
+        if not any(speeds):  # all are being replaced: share equally
             speeds = [1.0] * len(speeds)
-        done, total, part = 0, sum(speeds), 0.0
+        assigned, total, speed_so_far = 0, sum(speeds), 0.0
         for speed in speeds:
-            part += speed
-            upto = round(count * part / total)
-            yield upto - done
-            done = upto
+            speed_so_far += speed
+            upto = round(count * speed_so_far / total)
+            yield upto - assigned
+            assigned = upto

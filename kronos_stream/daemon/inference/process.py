@@ -1,4 +1,4 @@
-"""The worker process seen from the daemon: started, spoken to, ended."""
+"""A worker process as the daemon sees it: start, exchange messages, end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import structlog
 
+from kronos_stream.daemon.inference.backend import BatchResult, WorkerError
 from kronos_stream.daemon.inference.protocol import (
     FRAME_LENGTH,
     ForecastConfig,
@@ -25,6 +26,7 @@ from kronos_stream.daemon.inference.protocol import (
     ResultChunk,
     decode_frame,
     encode_frame,
+    split_chunks,
 )
 
 _T = TypeVar("_T")
@@ -33,21 +35,14 @@ _log = structlog.get_logger()
 
 _SETTINGS_PREFIX = "KRONOS_STREAM_"
 
-_CHUNK_SIZE = 32
-"""Tasks per frame."""
-
 _EXIT_TIMEOUT_SECONDS = 2.0
 
 _MAX_LINE_BYTES = 2000
-"""Bytes after which a line of the worker's output is broken."""
-
-
-class WorkerError(Exception):
-    """The model or its settings cannot be used; the message is for the user."""
+"""Longer lines of the worker's output are split."""
 
 
 class WorkerCrashed(Exception):  # noqa: N818
-    """The process did not answer in time, or died."""
+    """The process exited or did not answer in time; it has been killed."""
 
     def __init__(self, cause: Literal["hang", "crash"]) -> None:
         super().__init__(cause)
@@ -55,22 +50,22 @@ class WorkerCrashed(Exception):  # noqa: N818
 
 
 class WorkerProcess:
-    """One worker process. Whatever goes wrong with it, it is ended."""
+    """One worker process. Any failure of a call ends it."""
 
     def __init__(
         self,
         process: asyncio.subprocess.Process,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        relay: asyncio.Task[None],
+        output_task: asyncio.Task[None],
     ) -> None:
         self._process = process
         self._reader, self._writer = reader, writer
-        self._output_task = relay
+        self._output_task = output_task
 
     @classmethod
     async def launch(cls, command: Sequence[str], threads: int) -> Self:
-        """Start the process; it imports what it needs and waits to load. Raises Broken."""
+        """Start the process, which imports its modules and waits. Raises WorkerCrashed."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
@@ -81,15 +76,15 @@ class WorkerProcess:
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.STDOUT,
                     pass_fds=(theirs.fileno(),),
-                    # Ctrl-C is for the daemon to judge: it may want the batch in hand.
+                    # Ctrl-C must not reach the worker: the daemon may finish the current batch.
                     process_group=0,
                     env=_worker_environ(threads),
                 )
-            except OSError as error:  # no memory or no number left for a process, just now
+            except OSError as error:  # for example no memory or process slot is free
                 ours.close()
                 _log.error("worker cannot be started", why=str(error))
                 raise WorkerCrashed("crash") from error
-        assert process.stdout is not None  # noqa: S101 - asked for above
+        assert process.stdout is not None  # noqa: S101 - requested above
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(process, reader, writer, asyncio.create_task(_forward_output(process.stdout)))
 
@@ -102,36 +97,34 @@ class WorkerProcess:
         return self._process.returncode is not None
 
     async def wait(self) -> None:
-        """Until it is dead."""
+        """Return when the process has exited."""
         await self._process.wait()
 
     async def load(self, config: ForecastConfig, seconds: float, *, measure: bool) -> ModelLoaded:
-        """Have it load the model. Raises WorkerError for what the user can mend, and Broken."""
+        """Load the model. Raises WorkerError for bad settings, and WorkerCrashed."""
         answer = await self._with_timeout(self._load(LoadModel(config, measure)), seconds)
         if isinstance(answer, LoadFailed):
             await self.kill()
             raise WorkerError(answer.reason)
         return answer
 
-    async def infer(
-        self, requests: Sequence[InferenceRequest], seconds: float
-    ) -> tuple[list[InferenceResult | InferenceFailure], float]:
-        """One result per task, and the seconds that drawing took. Raises Broken."""
+    async def infer(self, requests: Sequence[InferenceRequest], seconds: float) -> BatchResult:
+        """Run a batch. Raises WorkerCrashed."""
         return await self._with_timeout(self._infer(requests), seconds)
 
     async def close(self) -> None:
-        """Let it end; bounded."""
-        self._writer.close()  # which it reads as the end of its work
+        """Ask the process to exit, and kill it if it does not; bounded in time."""
+        self._writer.close()  # the worker exits at the end of its input
         with suppress(TimeoutError):
             async with asyncio.timeout(_EXIT_TIMEOUT_SECONDS):
                 await self.wait()
         await self.kill()
 
     async def kill(self) -> None:
-        """Kill it, if it lives, and let go of it; bounded."""
+        """Kill the process if it runs, and release its resources; bounded in time."""
         if not self.exited:
-            # Not Popen.kill: it looks first whether the process is dead, and then the loop's own
-            # watcher does not learn how it ended.
+            # Popen.kill would reap a process that has exited, and the event loop's child watcher
+            # would miss its exit status.
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         self._writer.close()
@@ -140,11 +133,11 @@ class WorkerProcess:
                 await self.wait()
                 await self._output_task
         except TimeoutError:
-            # Held by the kernel, a driver's fault most likely: it ends when that lets go.
-            _log.error("worker does not die", pid=self.pid)
+            # Blocked in the kernel, most likely in a driver; it exits when that call returns.
+            _log.error("worker does not exit after SIGKILL", pid=self.pid)
 
     async def _with_timeout(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
-        """What ``work`` returns in time; if it does not, or is cancelled, the process is ended."""
+        """Await ``work``; kill the process on a time-out, an error or cancellation."""
         cause: Literal["hang", "crash"]
         try:
             async with asyncio.timeout(seconds):
@@ -154,7 +147,7 @@ class WorkerProcess:
         except (OSError, EOFError):
             cause = "crash"
         except asyncio.CancelledError:
-            # A worker that computes for nobody is of no use.
+            # Its answer would be taken for that of the next batch.
             await self.kill()
             raise
         await self.kill()
@@ -165,36 +158,31 @@ class WorkerProcess:
         answer: ModelLoaded | LoadFailed = await self._receive()
         return answer
 
-    async def _infer(
-        self, requests: Sequence[InferenceRequest]
-    ) -> tuple[list[InferenceResult | InferenceFailure], float]:
-        for first in range(0, len(requests), _CHUNK_SIZE):
-            piece = list(requests[first : first + _CHUNK_SIZE])
-            self._writer.write(
-                encode_frame(RequestChunk(piece, first + _CHUNK_SIZE >= len(requests)))
-            )
+    async def _infer(self, requests: Sequence[InferenceRequest]) -> BatchResult:
+        for chunk, is_last in split_chunks(requests):
+            self._writer.write(encode_frame(RequestChunk(chunk, is_last)))
             await self._writer.drain()
-            await asyncio.sleep(0)  # others have their turn
+            await asyncio.sleep(0)  # let other tasks run
         results: list[InferenceResult | InferenceFailure] = []
         while True:
-            done: ResultChunk = await self._receive()
-            results += done.results
-            if done.is_last:
-                return results, done.seconds
+            answer: ResultChunk = await self._receive()
+            results += answer.results
+            if answer.is_last:
+                return BatchResult(results, answer.seconds)
 
-    async def _receive(self) -> Any:  # noqa: ANN401 - whatever the worker says
+    async def _receive(self) -> Any:  # noqa: ANN401 - the caller knows which message comes
         (length,) = FRAME_LENGTH.unpack(await self._reader.readexactly(FRAME_LENGTH.size))
         return decode_frame(await self._reader.readexactly(length))
 
 
 def _worker_environ(threads: int) -> dict[str, str]:
-    """Ours without the settings: a worker is told what it needs, and passwords are not among it."""
+    """Environment of the worker: without our settings, which may contain passwords."""
     others = {k: v for k, v in os.environ.items() if not k.upper().startswith(_SETTINGS_PREFIX)}
     return others | {"OMP_NUM_THREADS": str(threads)}
 
 
 async def _forward_output(output: asyncio.StreamReader) -> None:
-    """What the worker prints, libraries' warnings mostly, goes to the log."""
+    """Log the lines that the worker prints, mostly warnings of libraries."""
     rest = b""
     while chunk := await output.read(_MAX_LINE_BYTES):
         *lines, rest = (rest + chunk).split(b"\n")
@@ -202,4 +190,4 @@ async def _forward_output(output: asyncio.StreamReader) -> None:
             lines, rest = [*lines, rest], b""
         for line in lines:
             if line.strip():
-                _log.info("worker says", line=line.decode(errors="replace").rstrip())
+                _log.info("worker output", line=line.decode(errors="replace").rstrip())

@@ -1,28 +1,34 @@
-"""What the daemon and its worker process say to each other, and how it is framed.
+"""Messages between the daemon and its worker process, and their framing.
 
-Both ends are this program and share one socket, so frames are a length and a pickle. Nothing here
-imports torch: the event loop's process needs these words too.
+Both ends are this program and share a socket pair, so a frame is a length and a pickle. Nothing
+here imports torch, because the daemon's process imports this module too.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kronos_stream.forecast.outlook import Outlook, PublishedPaths
 
+_T = TypeVar("_T")
+
 FRAME_LENGTH = struct.Struct("<Q")
-"""What goes before each frame: how many bytes it has."""
+"""Prefix of each frame: its length in bytes."""
+
+_CHUNK_SIZE = 32
+"""Requests or results per frame; the event loop serves other tasks between frames."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastConfig:
-    """What a worker draws; fixed for its life."""
+    """Model and sampling of a worker; constant during its life."""
 
     model: str
     tokenizer: str | None = None
@@ -31,7 +37,7 @@ class ForecastConfig:
     dtype: str = "auto"
     threads: int = 1
     max_context: int | None = None
-    """Bars; None takes what the checkpoint was trained on."""
+    """Bars; None uses the checkpoint's training length."""
     lookback: int = 488
     horizon: int = 24
     paths: int = 32
@@ -46,11 +52,11 @@ class ForecastConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Who forecasts, for messages: what was loaded, and where it computes."""
+    """The loaded model and its device, as they appear in messages."""
 
     model: str
     revision: str | None
-    """Commit on the hub; of a folder, the digest of its weights."""
+    """Commit on the hub; for a folder, the digest of its weights."""
     tokenizer: str
     tokenizer_revision: str | None
     device: str
@@ -68,70 +74,84 @@ class InferenceRequest(NamedTuple):
     values: NDArray[np.float32]  # (L, 5 | 6)
     times: NDArray[np.int64]  # (L,) UTC ms
     last: float
+    """Last close."""
 
 
 class LoadModel(NamedTuple):
-    """The daemon's first word: load the model."""
+    """First message of the daemon."""
 
     config: ForecastConfig
     measure: bool
-    """Whether to time a forecast, so that batches can be sized."""
+    """Whether to time a forecast, for the size of batches."""
 
 
 class RequestChunk(NamedTuple):
-    """A piece of a batch; its last piece starts the work."""
+    """A part of a batch; the last part starts the inference."""
 
     requests: list[InferenceRequest]
     is_last: bool
 
 
 class ModelLoaded(NamedTuple):
-    """The model is loaded."""
+    """Answer to :class:`LoadModel`."""
 
     identity: ModelIdentity
     measured_series: int
-    """How many series were forecast to measure, 0 if none."""
+    """Number of series in the timed forecast, 0 if there was none."""
     measured_seconds: float
-    """How long they took."""
+    """Duration of the timed forecast."""
 
 
 class LoadFailed(NamedTuple):
-    """The plan cannot be carried out; the user can mend it."""
+    """The model or its settings cannot be used."""
 
     reason: str
 
 
 class InferenceResult(NamedTuple):
-    """A task's forecast, in the venue's units."""
+    """Forecast of one request, in the venue's units."""
 
     outlook: Outlook
     scale: float
-    """What prices were multiplied with for the model."""
+    """Factor applied to prices for the model."""
 
 
 class InferenceFailure(NamedTuple):
-    """A task that cannot be forecast, whatever the others are."""
+    """A request that cannot be forecast, in any batch."""
 
     reason: str
 
 
 class ResultChunk(NamedTuple):
-    """A piece of a batch's results, in the tasks' order."""
+    """A part of a batch's results, in the order of the requests."""
 
     results: list[InferenceResult | InferenceFailure]
     is_last: bool
     seconds: float
-    """What the whole batch took in the worker."""
+    """Duration of the whole batch in the worker."""
 
 
-def encode_frame(
-    message: LoadModel | RequestChunk | ModelLoaded | LoadFailed | ResultChunk,
-) -> bytes:
-    """``message`` as it goes over the socket."""
+Message: TypeAlias = LoadModel | RequestChunk | ModelLoaded | LoadFailed | ResultChunk
+
+
+def encode_frame(message: Message) -> bytes:
+    """Return the message as a frame with its length prefix."""
     body = pickle.dumps(message, protocol=5)
     return FRAME_LENGTH.pack(len(body)) + body
 
 
-def decode_frame(body: bytes) -> Any:  # noqa: ANN401 - whoever reads knows what may come
-    """What :func:`frame` put behind the length."""
-    return pickle.loads(body)  # noqa: S301 - of our own other half
+def decode_frame(body: bytes) -> Any:  # noqa: ANN401 - the reader knows which messages may come
+    """Return the message of a frame without its length prefix."""
+    return pickle.loads(body)  # noqa: S301 - written by this program
+
+
+def read_frames(stream: BinaryIO) -> Iterator[Any]:
+    """Yield messages from a blocking stream until it ends."""
+    while len(prefix := stream.read(FRAME_LENGTH.size)) == FRAME_LENGTH.size:
+        yield decode_frame(stream.read(FRAME_LENGTH.unpack(prefix)[0]))
+
+
+def split_chunks(items: Sequence[_T]) -> Iterator[tuple[list[_T], bool]]:
+    """Yield the parts of a batch that are sent in one frame each, with a flag for the last."""
+    for first in range(0, len(items), _CHUNK_SIZE):
+        yield list(items[first : first + _CHUNK_SIZE]), first + _CHUNK_SIZE >= len(items)

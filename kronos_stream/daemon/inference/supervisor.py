@@ -1,8 +1,8 @@
-"""The worker: a process that draws, replaced whenever it hangs or dies.
+"""Supervisor of a worker process: replaces it when it hangs or dies, and retries its batch.
 
-The event loop never waits for it: all that passes between the two is asynchronous and in pieces.
-A batch that is not done by its deadline, or whose worker dies, is tried again on a new worker;
-what fails again is halved, until the one context that brings workers down stands alone.
+The event loop never blocks on the worker: all messages are asynchronous and sent in chunks. A
+batch that misses its deadline, or whose worker dies, is tried again on a new worker. If that fails
+too, it is split in halves until the request that kills workers is isolated.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from random import Random
 from typing import NamedTuple
 
 import structlog
 
+from kronos_stream.backoff import Backoff
 from kronos_stream.bars.window import Window
-from kronos_stream.daemon.inference.process import WorkerCrashed, WorkerError, WorkerProcess
+from kronos_stream.daemon.inference.backend import BatchResult, WorkerError, WorkerLost
+from kronos_stream.daemon.inference.process import WorkerCrashed, WorkerProcess
 from kronos_stream.daemon.inference.protocol import (
     ForecastConfig,
     InferenceFailure,
@@ -26,54 +29,40 @@ from kronos_stream.daemon.inference.protocol import (
 )
 from kronos_stream.daemon.telemetry.metrics import Metrics
 
-__all__ = ["BatchResult", "WorkerError", "WorkerLost", "WorkerSupervisor"]
-
 _log = structlog.get_logger()
 
-# -P: what lies in the folder we were started in is no module of ours.
+# -P: modules in the current directory must not shadow ours.
 _COMMAND = (sys.executable, "-P", "-m", "kronos_stream.daemon.inference.worker_main")
 
 _MAX_ATTEMPTS = 2
-"""How often a batch is tried whole."""
+"""Attempts of a whole batch before it is split."""
 
 _MIN_DEADLINE_SECONDS = 2.0
-"""No part of a batch gets less time, however often it was halved."""
+"""Shortest deadline of a part of a batch."""
 
 _QUARANTINE_SECONDS = 300.0
-"""A series that brought the worker down by itself fails at once for so long."""
+"""A series that killed a worker fails without an attempt for this long."""
 
 _MAX_STARTS = 5
-"""Failed starts in a row after which the worker is given up."""
+"""Consecutive failed starts after which the worker is given up."""
 
 _START_TIMEOUT_SECONDS = 120.0
 _FIRST_START_TIMEOUT_SECONDS = 900.0
-"""The first may fetch a model."""
+"""The first start may download a model."""
 
 _DECAY = 0.8
-"""What a measurement counts for after one more batch."""
-
-
-class WorkerLost(Exception):  # noqa: N818
-    """The worker does not start any more, whatever is tried."""
-
-
-class BatchResult(NamedTuple):
-    """What became of the windows given, in their order."""
-
-    results: list[InferenceResult | InferenceFailure]
-    seconds: float
-    """What drawing them took in the worker."""
+"""Weight of earlier speed measurements after each batch."""
 
 
 class _SubBatch(NamedTuple):
-    """Tasks of a batch, by number, that are tried together."""
+    """Requests of a batch, by index, that are tried together."""
 
     indices: Sequence[int]
     deadline: float
     attempts: int
 
     def split(self) -> tuple[_SubBatch, _SubBatch]:
-        """An honest half takes half the time."""
+        """Return two halves with half the deadline each."""
         middle = len(self.indices) // 2
         deadline = max(self.deadline / 2, _MIN_DEADLINE_SECONDS)
         return (
@@ -83,7 +72,7 @@ class _SubBatch(NamedTuple):
 
 
 class WorkerSupervisor:
-    """One worker process at a time, and one batch."""
+    """Inference backend of one worker process, which runs one batch at a time."""
 
     def __init__(
         self,
@@ -93,10 +82,10 @@ class WorkerSupervisor:
         standby: bool = False,
         command: Sequence[str] = _COMMAND,
     ) -> None:
-        """``command`` is called with the number of the descriptor to talk over.
+        """command: of the worker; the number of its socket's file descriptor is appended.
 
-        standby: keep a second process that has imported everything but loaded nothing. It costs
-            280 MB and saves most of the time that replacing a worker takes.
+        standby: keep a second process that has imported its modules but loaded no model. It costs
+            280 MB of memory and saves most of the time that a replacement takes.
         """
         self._config = config
         self._metrics = metrics
@@ -110,56 +99,50 @@ class WorkerSupervisor:
 
     @property
     def pid(self) -> int | None:
-        """The process, None while there is none."""
+        """Process id, None while there is no process."""
         return None if self._process is None else self._process.pid
 
     def problem(self) -> str:
-        """Why nothing can be forecast just now; empty if it can."""
         return "the worker is starting" if self._process is None else ""
 
     async def start(self) -> ModelIdentity:
-        """Load the model and measure its speed.
-
-        Raises WorkerError for what the user can mend, WorkerLost where the process does not live.
-        """
         try:
-            ready = await self._spawn(_FIRST_START_TIMEOUT_SECONDS, measure=True)
-        except WorkerCrashed as broken:
-            raise WorkerLost(f"the worker did not start ({broken.cause}); see its log") from None
-        self._record_speed(ready.measured_series, ready.measured_seconds)
+            loaded = await self._spawn(_FIRST_START_TIMEOUT_SECONDS, measure=True)
+        except WorkerCrashed as crash:
+            raise WorkerLost(f"the worker did not start ({crash.cause}); see its log") from None
+        self._record_speed(loaded.measured_series, loaded.measured_seconds)
         _log.info(
             "worker ready",
-            model=ready.identity.model,
-            device=ready.identity.device,
-            dtype=ready.identity.dtype,
+            model=loaded.identity.model,
+            device=loaded.identity.device,
+            dtype=loaded.identity.dtype,
             threads=self._config.threads,
             milliseconds_per_series=round(1000 * self.estimate_seconds(1), 2),
         )
-        return ready.identity
+        return loaded.identity
 
     def estimate_seconds(self, count: int) -> float:
-        """Seconds that forecasting so many series takes, by what was measured lately."""
+        """Estimated duration of a batch, from recent measurements."""
         return (
             count * self._measured_seconds / self._measured_series if self._measured_series else 0.0
         )
 
     def capacity(self, seconds: float) -> int:
-        """How many series can be forecast in so long; at least one."""
         one = self.estimate_seconds(1)
         return max(1, int(min(seconds / one, 1e9))) if one else 1
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
-        """Forecast from each of ``windows``; ``deadline`` seconds are given to each attempt.
+        """Forecast from each window; ``deadline`` seconds are given to each attempt.
 
-        A window that cannot be forecast, or that alone costs the worker, is Failed; the others
-        are not touched by it. Raises WorkerLost.
+        A window that cannot be forecast, or that kills the worker, becomes an InferenceFailure
+        without affecting the others. Raises WorkerLost.
         """
-        tasks = [_to_request(window) for window in windows]
+        requests = [_to_request(window) for window in windows]
         async with self._lock:
-            results = self._quarantine_failures(tasks)
-            healthy = [i for i in range(len(tasks)) if i not in results]
-            seconds = await self._infer(tasks, healthy, deadline, results)
-        return BatchResult([results[i] for i in range(len(tasks))], seconds)
+            results = self._quarantine_failures(requests)
+            healthy = [i for i in range(len(requests)) if i not in results]
+            seconds = await self._infer(requests, healthy, deadline, results)
+        return BatchResult([results[i] for i in range(len(requests))], seconds)
 
     async def run(self) -> None:
         """Replace the worker also when it dies between batches; until cancelled."""
@@ -170,81 +153,77 @@ class WorkerSupervisor:
                 await self._ensure_process()
 
     async def close(self) -> None:
-        """End the process; bounded. Only when nothing else of this worker runs any more."""
-        spare, child = self._standby_process, self._process
+        """End both processes; no other method may be running."""
+        standby, process = self._standby_process, self._process
         self._standby_process = self._process = None
-        if spare is not None:
-            await spare.kill()
-        if child is not None:
-            await child.close()
+        if standby is not None:
+            await standby.kill()
+        if process is not None:
+            await process.close()
 
     async def _infer(
         self,
-        tasks: Sequence[InferenceRequest],
-        members: Sequence[int],
+        requests: Sequence[InferenceRequest],
+        indices: Sequence[int],
         deadline: float,
         results: dict[int, InferenceResult | InferenceFailure],
     ) -> float:
-        """Fill in ``results`` of the tasks numbered in ``members``; the seconds it took."""
-        parts = [_SubBatch(members, deadline, _MAX_ATTEMPTS)] if members else []
-        # Looking for one bad context takes so many failures in a row, twice over for a second.
-        # More of them, and it is not the contexts.
-        patience = _MAX_ATTEMPTS + 2 * len(members).bit_length()
-        failures, suspects, total = 0, [], 0.0
+        """Add the results of the requests at ``indices``; return the seconds of inference."""
+        parts = [_SubBatch(indices, deadline, _MAX_ATTEMPTS)] if indices else []
+        # Isolating one bad request takes this many consecutive failures, twice over for a second
+        # one. If there are more, the requests are not the cause.
+        max_failures = _MAX_ATTEMPTS + 2 * len(indices).bit_length()
+        failures, suspects, seconds = 0, [], 0.0
         while parts:
             part = parts.pop()
             try:
-                drawn, seconds = await self._attempt(
-                    [tasks[i] for i in part.indices], part.deadline
-                )
-            except WorkerCrashed as broken:
+                batch = await self._attempt([requests[i] for i in part.indices], part.deadline)
+            except WorkerCrashed as crash:
                 failures += 1
                 alone = len(part.indices) == 1
-                if failures >= patience or (alone and part.attempts == 1):
-                    suspects += [tasks[i].series for i in part.indices]
-                    failed = InferenceFailure(f"the worker does not survive it ({broken.cause})")
+                if failures >= max_failures or (alone and part.attempts == 1):
+                    suspects += [requests[i].series for i in part.indices]
+                    failed = InferenceFailure(f"the worker does not survive it ({crash.cause})")
                     results.update(dict.fromkeys(part.indices, failed))
                 elif part.attempts > 1:
                     parts.append(part._replace(attempts=part.attempts - 1))
                 else:
                     parts += reversed(part.split())
                 continue
-            failures, total = 0, total + seconds
-            results.update(zip(part.indices, drawn, strict=True))
-        if total:  # where nothing at all could be drawn, no context is to blame
+            failures, seconds = 0, seconds + batch.seconds
+            results.update(zip(part.indices, batch.results, strict=True))
+        if seconds:  # if every request failed, the cause is elsewhere
             now = asyncio.get_running_loop().time()
             self._quarantine |= dict.fromkeys(suspects, now + _QUARANTINE_SECONDS)
-        return total
+        return seconds
 
-    async def _attempt(
-        self, tasks: Sequence[InferenceRequest], deadline: float
-    ) -> tuple[list[InferenceResult | InferenceFailure], float]:
-        """One try on a living worker. Raises Broken if it costs the worker."""
-        child, drawn = await self._ensure_process(), None
+    async def _attempt(self, requests: Sequence[InferenceRequest], deadline: float) -> BatchResult:
+        """Run a batch once. Raises WorkerCrashed if the worker does not survive it."""
+        process, batch = await self._ensure_process(), None
         try:
-            drawn, seconds = await child.infer(tasks, deadline)
-        except WorkerCrashed as broken:
-            self._metrics.worker_restarts.labels(broken.cause).inc()
-            _log.warning("worker lost", cause=broken.cause, series=len(tasks), deadline=deadline)
-            if broken.cause == "hang":
-                self._record_speed(len(tasks), deadline)
+            batch = await process.infer(requests, deadline)
+        except WorkerCrashed as crash:
+            self._metrics.worker_restarts.labels(crash.cause).inc()
+            _log.warning("worker lost", cause=crash.cause, series=len(requests), deadline=deadline)
+            if crash.cause == "hang":
+                self._record_speed(len(requests), deadline)
             raise
         finally:
-            if drawn is None:
+            if batch is None:
                 self._process = None
-        self._record_speed(len(tasks), seconds)
-        return drawn, seconds
+        self._record_speed(len(requests), batch.seconds)
+        return batch
 
     def _quarantine_failures(
-        self, tasks: Sequence[InferenceRequest]
+        self, requests: Sequence[InferenceRequest]
     ) -> dict[int, InferenceResult | InferenceFailure]:
-        """Results of the tasks that are not tried."""
+        """Return failures, by index, of the requests that are not tried."""
         now = asyncio.get_running_loop().time()
         self._quarantine = {name: end for name, end in self._quarantine.items() if end > now}
         return {
             i: InferenceFailure("the worker did not survive its last one")
-            for i, task in enumerate(tasks)
-            if task.series in self._quarantine
+            for i, request in enumerate(requests)
+            if request.series in self._quarantine
         }
 
     def _record_speed(self, series: int, seconds: float) -> None:
@@ -252,17 +231,18 @@ class WorkerSupervisor:
         self._measured_seconds = _DECAY * self._measured_seconds + seconds
 
     async def _ensure_process(self) -> WorkerProcess:
-        """The worker; a new one where there is none."""
+        """Return the running worker, or start a new one. Raises WorkerLost."""
         if self._process is not None and self._process.exited:
             self._metrics.worker_restarts.labels("crash").inc()
             _log.warning("worker found dead")
             dead, self._process = self._process, None
             await dead.kill()
-        for failed in range(_MAX_STARTS):
+        backoff = Backoff(Random(), initial=0.5, maximum=60.0, jitter=(1.0, 1.0))
+        for attempt in range(_MAX_STARTS):
             if self._process is not None:
                 return self._process
-            if failed:
-                await asyncio.sleep(2.0 ** (failed - 2))
+            if attempt:
+                await asyncio.sleep(backoff.next_delay())
             try:
                 await self._spawn(_START_TIMEOUT_SECONDS, measure=False)
                 _log.info("worker replaced", pid=self.pid)
@@ -273,18 +253,18 @@ class WorkerSupervisor:
         return self._process
 
     async def _spawn(self, seconds: float, *, measure: bool) -> ModelLoaded:
-        """Have a process that is ready. Raises WorkerError and Broken."""
-        child, self._standby_process = self._standby_process, None
-        if child is not None and child.exited:
-            await child.kill()
-            child = None
-        if child is None:
-            child = await self._launch()
-        ready = await child.load(self._config, seconds, measure=measure)
-        self._process = child
+        """Start a process and load the model. Raises WorkerError and WorkerCrashed."""
+        process, self._standby_process = self._standby_process, None
+        if process is not None and process.exited:
+            await process.kill()
+            process = None
+        if process is None:
+            process = await self._launch()
+        loaded = await process.load(self._config, seconds, measure=measure)
+        self._process = process
         if self._standby:
             self._standby_process = await self._launch()
-        return ready
+        return loaded
 
     async def _launch(self) -> WorkerProcess:
         return await WorkerProcess.launch(self._command, self._config.threads)

@@ -1,6 +1,7 @@
-"""The worker process: loads the model, draws batches, ends when the daemon does.
+"""Main program of the worker process: loads the model and runs batches until the daemon ends.
 
-Started by :mod:`kronos_stream.daemon.inference.supervisor` with one end of a socket pair as its only argument.
+:mod:`kronos_stream.daemon.inference.process` starts it with the number of a socket's file
+descriptor as its only argument.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import numpy as np
 from kronos_stream import __version__
 from kronos_stream.bars.scaling import price_scale, scale_prices
 from kronos_stream.daemon.inference.protocol import (
-    FRAME_LENGTH,
     ForecastConfig,
     InferenceFailure,
     InferenceRequest,
@@ -35,8 +35,9 @@ from kronos_stream.daemon.inference.protocol import (
     ModelLoaded,
     RequestChunk,
     ResultChunk,
-    decode_frame,
     encode_frame,
+    read_frames,
+    split_chunks,
 )
 from kronos_stream.engine import Context, ContextError, Forecaster, SampledPaths
 from kronos_stream.engine.sampling import Sampling
@@ -44,11 +45,8 @@ from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, CheckpointLocation
 
-_CHUNK_SIZE = 32
-"""Results per frame: the daemon reads one at a time, and does other things in between."""
-
 _BENCHMARK_SERIES = 8
-"""Series forecast together to measure the speed, unless one alone takes long."""
+"""Series in the timed batch, unless a single one already takes long."""
 
 _SLOW_SECONDS = 0.25
 
@@ -56,10 +54,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ModelHost:
-    """A plan's forecaster: tasks in, results out."""
+    """The loaded model of the worker process."""
 
     def __init__(self, config: ForecastConfig) -> None:
-        """Load the model. Raises CheckpointError or ValueError for what the user can mend."""
+        """Load the model. Raises CheckpointError or ValueError for settings it cannot use."""
         import torch
 
         torch.set_num_threads(config.threads)
@@ -74,27 +72,27 @@ class ModelHost:
             dtype=config.dtype,
             max_context=config.max_context,
         )
-        room = self._forecaster.max_context
-        if config.lookback + config.horizon > room:
+        limit = self._forecaster.max_context
+        if config.lookback + config.horizon > limit:
             raise ValueError(
-                f"a lookback of {config.lookback} bars and a horizon of {config.horizon} exceed the "
-                f"{room} bars that {config.model} was trained on; set KRONOS_STREAM_LOOKBACK to at "
-                f"most {max(room - config.horizon, 2)}"
-                + ("" if config.horizon <= room - 2 else ", and KRONOS_STREAM_HORIZON lower")
+                f"a lookback of {config.lookback} bars and a horizon of {config.horizon} exceed "
+                f"the {limit} bars that {config.model} was trained on; set KRONOS_STREAM_LOOKBACK "
+                f"to at most {max(limit - config.horizon, 2)}"
+                + ("" if config.horizon <= limit - 2 else ", and KRONOS_STREAM_HORIZON lower")
             )
 
     def identity(self) -> ModelIdentity:
-        found = self._forecaster.checkpoint
-        assert found is not None  # noqa: S101 - from_pretrained sets it
-        own_tokenizer = self.config.tokenizer or found.tokenizer.name
-        bundled = self.config.tokenizer is None and Path(own_tokenizer).is_dir()
+        checkpoint = self._forecaster.checkpoint
+        assert checkpoint is not None  # noqa: S101 - from_pretrained sets it
+        tokenizer = self.config.tokenizer or checkpoint.tokenizer.name
+        bundled = self.config.tokenizer is None and Path(tokenizer).is_dir()
         return ModelIdentity(
             model=self.config.model,
-            revision=_revision(found.predictor),
-            # A folder that holds both halves has one name.
-            tokenizer=self.config.model if bundled else own_tokenizer,
-            tokenizer_revision=_revision(found.tokenizer),
-            device=self._forecaster.device.type,  # whichever card it is, the id is the same
+            revision=_revision(checkpoint.predictor),
+            # A folder with both the predictor and the tokenizer has one name.
+            tokenizer=self.config.model if bundled else tokenizer,
+            tokenizer_revision=_revision(checkpoint.tokenizer),
+            device=self._forecaster.device.type,  # without its index, which must not change ids
             dtype=str(self._forecaster.dtype).removeprefix("torch."),
             max_context=self._forecaster.max_context,
             engine=__version__,
@@ -103,53 +101,53 @@ class ModelHost:
     def infer(
         self, requests: Sequence[InferenceRequest]
     ) -> list[InferenceResult | InferenceFailure]:
-        """One result per task. A task that is refused does not hold up the others."""
-        plan = self.config
-        scales = [price_scale(task.values) for task in requests]
+        """Return one result per request; an invalid request does not affect the others."""
+        config = self.config
+        scales = [price_scale(request.values) for request in requests]
         contexts = [
-            Context(scale_prices(task.values, scale), task.times, task.series, task.timeframe)
-            for task, scale in zip(requests, scales, strict=True)
+            Context(scale_prices(one.values, scale), one.times, one.series, one.timeframe)
+            for one, scale in zip(requests, scales, strict=True)
         ]
         try:
-            draws = self._forecaster.draw(
+            sampled = self._forecaster.draw(
                 contexts,
-                plan.horizon,
-                plan.paths,
-                temperature=plan.temperature,
-                top_k=plan.top_k,
-                top_p=plan.top_p,
-                seed=plan.seed,
-                anchor=plan.anchor,
+                config.horizon,
+                config.paths,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                seed=config.seed,
+                anchor=config.anchor,
             )
         except ContextError as error:
-            # Contexts are checked before anything is drawn, so looking for it costs little.
+            # Contexts are checked before sampling, so isolating the invalid one costs little.
             if len(requests) == 1:
                 return [InferenceFailure(str(error))]
             middle = len(requests) // 2
             return self.infer(requests[:middle]) + self.infer(requests[middle:])
-        return [self._to_result(*drawn) for drawn in zip(requests, scales, draws, strict=True)]
+        return [self._to_result(*parts) for parts in zip(requests, scales, sampled, strict=True)]
 
     def _to_result(
-        self, task: InferenceRequest, scale: float, draw: SampledPaths
+        self, request: InferenceRequest, scale: float, sampled: SampledPaths
     ) -> InferenceResult | InferenceFailure:
         try:
-            made = build_outlook(
-                scale_prices(draw.paths, 1 / scale),
-                draw.times,
-                task.last,
+            outlook = build_outlook(
+                scale_prices(sampled.paths, 1 / scale),
+                sampled.times,
+                request.last,
                 self.config.quantiles,
                 publish=self.config.include_paths,
             )
         except ValueError as error:
             return InferenceFailure(str(error))
-        return InferenceResult(made, scale)
+        return InferenceResult(outlook, scale)
 
     def warm_up(self) -> None:
-        """Forecast a made-up series: a GPU's first call takes seconds."""
+        """Forecast a synthetic series once, because a GPU's first call takes seconds."""
         self.infer(_synthetic_requests(1, self.config.lookback))
 
     def measure(self) -> tuple[int, float]:
-        """Forecast made-up series: how many in a batch, and its seconds."""
+        """Time a batch of synthetic series; return its size and seconds."""
         seconds = 0.0
         for count in (1, _BENCHMARK_SERIES):
             began = time.perf_counter()
@@ -161,41 +159,40 @@ class ModelHost:
 
 
 def main() -> NoReturn:
-    """Serve the daemon at the other end of the socket until it is gone."""
-    _exit_with_parent()
-    channel = socket.socket(fileno=int(sys.argv[1]))
+    """Serve the daemon at the other end of the socket until it exits."""
+    _tie_to_parent()
+    connection = socket.socket(fileno=int(sys.argv[1]))
     inbox: SimpleQueue[Any] = SimpleQueue()
-    threading.Thread(target=_receive_messages, args=(channel, inbox), daemon=True).start()
+    threading.Thread(target=_receive_messages, args=(connection, inbox), daemon=True).start()
     load: LoadModel = inbox.get()
     try:
-        drawer = ModelHost(load.config)
+        host = ModelHost(load.config)
     except (CheckpointError, ValueError) as error:
-        _send(channel, LoadFailed(str(error)))
+        _send(connection, LoadFailed(str(error)))
         sys.exit(0)
-    drawer.warm_up()
-    series, seconds = drawer.measure() if load.measure else (0, 0.0)
-    _send(channel, ModelLoaded(drawer.identity(), series, seconds))
+    host.warm_up()
+    series, seconds = host.measure() if load.measure else (0, 0.0)
+    _send(connection, ModelLoaded(host.identity(), series, seconds))
     while True:
-        tasks = _receive_batch(inbox)
+        requests = _receive_batch(inbox)
         began = time.perf_counter()
-        results = drawer.infer(tasks)
+        results = host.infer(requests)
         seconds = time.perf_counter() - began
-        for first in range(0, len(results), _CHUNK_SIZE):
-            piece = results[first : first + _CHUNK_SIZE]
-            _send(channel, ResultChunk(piece, first + _CHUNK_SIZE >= len(results), seconds))
+        for chunk, is_last in split_chunks(results):
+            _send(connection, ResultChunk(chunk, is_last, seconds))
 
 
 def _receive_batch(inbox: SimpleQueue[Any]) -> list[InferenceRequest]:
-    tasks: list[InferenceRequest] = []
+    requests: list[InferenceRequest] = []
     while True:
-        job: RequestChunk = inbox.get()
-        tasks += job.requests
-        if job.is_last:
-            return tasks
+        chunk: RequestChunk = inbox.get()
+        requests += chunk.requests
+        if chunk.is_last:
+            return requests
 
 
-def _exit_with_parent() -> None:
-    """Stop signals are the parent's to judge; its end is ours, even while we are stopped."""
+def _tie_to_parent() -> None:
+    """Ignore signals that stop the daemon, and be killed when it exits, even while suspended."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -203,39 +200,39 @@ def _exit_with_parent() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _receive_messages(channel: socket.socket, inbox: SimpleQueue[Any]) -> None:
-    """Take in what the parent says; when it is gone, end the process, whatever it does."""
+def _receive_messages(connection: socket.socket, inbox: SimpleQueue[Any]) -> None:
+    """Queue the daemon's messages; when it has exited, end this process at once."""
     try:
-        with channel.makefile("rb") as stream:
-            while len(head := stream.read(FRAME_LENGTH.size)) == FRAME_LENGTH.size:
-                inbox.put(decode_frame(stream.read(FRAME_LENGTH.unpack(head)[0])))
+        with connection.makefile("rb") as stream:
+            for message in read_frames(stream):
+                inbox.put(message)
     finally:
         os._exit(0)
 
 
-def _send(channel: socket.socket, message: ModelLoaded | LoadFailed | ResultChunk) -> None:
+def _send(connection: socket.socket, message: ModelLoaded | LoadFailed | ResultChunk) -> None:
     try:
-        channel.sendall(encode_frame(message))
-    except OSError:  # the parent is gone
+        connection.sendall(encode_frame(message))
+    except OSError:  # the daemon has exited
         os._exit(0)
 
 
 def _synthetic_requests(count: int, bars: int) -> list[InferenceRequest]:
-    """Series of random candles of one minute."""
+    """Requests with random one-minute candles."""
     random = np.random.default_rng(0)
     times = 60_000 * np.arange(bars)
-    tasks = []
+    requests = []
     for i in range(count):
         close = 100 + random.normal(0, 0.1, bars).cumsum()
         values = np.stack((close, close + 0.1, close - 0.1, close, close, close * close), axis=1)
-        tasks.append(
+        requests.append(
             InferenceRequest(f"made:up{i}:1m", "1m", values.astype(np.float32), times, 100.0)
         )
-    return tasks
+    return requests
 
 
 def _revision(source: CheckpointLocation) -> str | None:
-    """The commit, or what a folder's weights hash to."""
+    """Return the commit, or for a folder the digest of its weights."""
     weights = Path(source.name) / WEIGHTS_FILE
     if source.revision is not None or not weights.is_file():
         return source.revision

@@ -1,7 +1,7 @@
-"""Which bars make a batch: those of one close together, and whoever waited longest first.
+"""Formation of batches: bars of one close together, and the longest waiting series first.
 
-A close is complete when each live series' bar of it has come, or when its time is up; the time
-counts from its first bar, since a whole venue may be late. Bars that come later do not wait again.
+A close is complete when the bar of each live series has arrived, or at its deadline. The deadline
+counts from the first bar, because a whole venue may be late. Later bars do not wait again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_WAIT_MS = 2000
 
 @dataclass(slots=True)
 class _CloseGroup:
-    """Bars of one close, until all have come or the time is up."""
+    """Waiting requests of one close."""
 
     deadline: int
     items: list[Pending] = field(default_factory=list)
@@ -29,51 +29,54 @@ class _CloseGroup:
 
 
 class Batcher:
-    """Waiting bars: some still wait for others of their close, the rest for the worker."""
+    """Waiting requests: some wait for others of their close, the rest for the worker."""
 
     def __init__(self, outstanding_bars: Callable[[int], int], batch_wait: float | None) -> None:
-        """``awaited`` and ``wait`` are the scheduler's."""
+        """outstanding_bars, batch_wait: as for the scheduler."""
         self.ready: dict[Series, deque[Pending]] = {}
-        """Bars that wait for the worker; some may be decided meanwhile."""
+        """Requests that wait for the worker; some may have a result already."""
         self._outstanding_bars, self._batch_wait = outstanding_bars, batch_wait
         self._closes: dict[int, _CloseGroup] = {}
         self._batch_number = 0
         self._last_batch: dict[Series, int] = {}
 
     def add(self, item: Pending) -> None:
-        until = item.arrived + self._wait_ms(item)
-        close = self._closes.get(item.request.close)
-        if close is None:
-            close = self._closes[item.request.close] = _CloseGroup(until)
+        deadline = item.arrived + self._wait_ms(item)
+        group = self._closes.get(item.request.close)
+        if group is None:
+            group = self._closes[item.request.close] = _CloseGroup(deadline)
             self._evict_closes()
-        close.deadline = min(close.deadline, until)
-        if close.complete:
+        group.deadline = min(group.deadline, deadline)
+        if group.complete:
             self._make_ready(item)
         else:
-            close.items.append(item)
+            group.items.append(item)
 
     def next_deadline(self) -> int | None:
-        """When the time of the next close is up, UTC ms."""
-        return min((c.deadline for c in self._closes.values() if not c.complete), default=None)
+        """Earliest deadline of an incomplete close, UTC ms; None if all are complete."""
+        return min((g.deadline for g in self._closes.values() if not g.complete), default=None)
 
     def release(self, now: int, *, force: bool) -> None:
-        """Make ready the closes that are complete, and those before them; all in a hurry."""
-        gathering = sorted(time for time, close in self._closes.items() if not close.complete)
-        while gathering and not (
+        """Make closes that are complete or past their deadline ready, and all earlier ones.
+
+        force: make all closes ready.
+        """
+        incomplete = sorted(close for close, group in self._closes.items() if not group.complete)
+        while incomplete and not (
             force
-            or self._closes[gathering[-1]].deadline <= now
-            or self._outstanding_bars(gathering[-1]) == 0
+            or self._closes[incomplete[-1]].deadline <= now
+            or self._outstanding_bars(incomplete[-1]) == 0
         ):
-            gathering.pop()
-        for time in gathering:
-            close = self._closes[time]
-            close.complete = True
-            for item in close.items:
+            incomplete.pop()
+        for close in incomplete:
+            group = self._closes[close]
+            group.complete = True
+            for item in group.items:
                 self._make_ready(item)
-            close.items.clear()
+            group.items.clear()
 
     def discard_resolved(self, expire: Callable[[Pending], None]) -> None:
-        """Forget what is decided; ``drop`` may decide the first of each series."""
+        """Remove requests that have a result; ``expire`` may set that of each series' first."""
         for series, items in list(self.ready.items()):
             while items and not items[0].waiting:
                 items.popleft()
@@ -83,7 +86,10 @@ class Batcher:
                 del self.ready[series]
 
     def pop_batch(self, limit: int) -> list[Pending]:
-        """The next batch: of each series one bar, then second ones, whose turn is longest ago."""
+        """Return up to ``limit`` requests: the first of each series, then the second, and so on.
+
+        Series whose last batch was longest ago come first.
+        """
         batch = list(self._fair_order(limit))
         self._batch_number += 1
         for item in batch:
@@ -93,7 +99,7 @@ class Batcher:
 
     def _fair_order(self, limit: int) -> Iterator[Pending]:
         series = sorted(self.ready, key=lambda series: self._last_batch.get(series, 0))
-        for items in zip_longest(*(self.ready[one] for one in series)):
+        for items in zip_longest(*(self.ready[name] for name in series)):
             for item in items:
                 if item is not None and item.waiting:
                     if not limit:
@@ -105,8 +111,9 @@ class Batcher:
         items = self.ready.setdefault(item.request.series, deque())
         items.append(item)
         if len(items) > 1 and items[-2].request.close > item.request.close:
-            # Its close was not complete, unlike that of a later bar.
-            self.ready[item.request.series] = deque(sorted(items, key=lambda one: one.request[1:3]))
+            # The close of a later bar was complete before this one's.
+            by_origin = sorted(items, key=lambda item: (item.request.origin, item.request.revision))
+            self.ready[item.request.series] = deque(by_origin)
 
     def _wait_ms(self, item: Pending) -> int:
         if self._batch_wait is not None:
@@ -114,11 +121,11 @@ class Batcher:
         return max(0, min((valid_until(item.request) - item.arrived) // 4, _MAX_WAIT_MS))
 
     def _evict_closes(self) -> None:
-        """Old closes: bars of theirs that still come are treated as a new close's."""
+        """Forget old closes; bars that still come for one start a new group."""
         while len(self._closes) > _MAX_CLOSES and next(iter(self._closes.values())).complete:
             del self._closes[next(iter(self._closes))]
 
 
-def valid_until(due: ForecastRequest) -> int:
-    """Close of the next bar, UTC ms: then a forecast from this one is of no use any more."""
-    return due.series.timeframe.after(due.close)
+def valid_until(request: ForecastRequest) -> int:
+    """Close of the next bar, UTC ms, when the next forecast replaces this one."""
+    return request.series.timeframe.after(request.close)

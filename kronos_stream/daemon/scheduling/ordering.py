@@ -1,4 +1,4 @@
-"""Each series' due bars in order, until what became of them is told in that order."""
+"""Queues of pending requests per series, so that results are published in order."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kronos_stream.market.series import Series
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A due bar in its lane."""
+    """A request whose result is not published yet."""
 
     request: ForecastRequest
     arrived: int
     """UTC ms."""
     in_batch: bool = False
-    """True from the moment a batch takes it."""
+    """Whether a batch has taken it."""
     result: ForecastResult | None = None
     cancelled: bool = False
-    """Whether it is taken back, whatever becomes of it."""
+    """Whether its result is to be discarded."""
 
     @property
     def waiting(self) -> bool:
@@ -30,34 +30,34 @@ class Pending:
 
 
 class ResultSequencer:
-    """A queue per series. Whatever is decided first, results leave a lane from its head."""
+    """A queue per series: results leave it from the front only, whichever is ready first."""
 
     def __init__(self) -> None:
         self.pending = 0
-        """Bars in all lanes, and those that have left but are not yet :meth:`told`."""
+        """Requests without a published result, including those just popped."""
         self.published = 0
-        """Bars that were told, ever."""
+        """Results published so far."""
         self.result_ready = asyncio.Event()
-        """Set when a result may have come to a head."""
+        """Set when a result may have reached the front of a queue."""
         self._queues: dict[Series, deque[Pending]] = {}
         self._changed: dict[Series, None] = {}
 
     def add(self, item: Pending) -> Pending | None:
-        """Put a bar behind those of its series; the one before it, if that still waits."""
-        lane = self._queues.setdefault(item.request.series, deque())
-        before = lane[-1] if lane else None
-        lane.append(item)
+        """Append to the queue of its series; return the previous item if that still waits."""
+        queue = self._queues.setdefault(item.request.series, deque())
+        previous = queue[-1] if queue else None
+        queue.append(item)
         self.pending += 1
-        return before if before is not None and before.waiting else None
+        return previous if previous is not None and previous.waiting else None
 
     def oldest_waiting(self, series: Series) -> Pending | None:
         return next((item for item in self._queues.get(series, ()) if item.waiting), None)
 
     def cancel_waiting(self) -> list[Pending]:
-        """Take back what no batch has taken, and what is behind it; the former, to be decided."""
+        """Cancel the items that no batch has taken, and those behind them; return the former."""
         waiting = []
-        for lane in self._queues.values():
-            for item in dropwhile(lambda item: not item.waiting, lane):
+        for queue in self._queues.values():
+            for item in dropwhile(lambda item: not item.waiting, queue):
                 if item.waiting:
                     waiting.append(item)
                 item.cancelled = True
@@ -69,20 +69,20 @@ class ResultSequencer:
         self.result_ready.set()
 
     def pop_ready(self, limit: int) -> list[Pending]:
-        """Take out items that have nothing undecided before them, at most so many."""
+        """Remove up to ``limit`` items that have a result, as have all before them."""
         items: list[Pending] = []
         for series in list(self._changed):
-            lane = self._queues[series]
-            while lane and lane[0].result is not None:
+            queue = self._queues[series]
+            while queue and queue[0].result is not None:
                 if len(items) == limit:
                     return items
-                items.append(lane.popleft())
+                items.append(queue.popleft())
             del self._changed[series]
-            if not lane:
+            if not queue:
                 del self._queues[series]
         return items
 
     def mark_published(self, count: int) -> None:
-        """So many results are out of the house."""
+        """Count popped items as published."""
         self.pending -= count
         self.published += count

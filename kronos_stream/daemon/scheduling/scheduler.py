@@ -1,7 +1,7 @@
-"""From due bars to forecasts: batches by bar close, one at a time, and an outcome for every bar.
+"""Scheduler of forecasts: batches by bar close, one at a time, and an outcome for every bar.
 
-While one batch is computed the next gathers (:mod:`kronos_stream.daemon.scheduling.batcher`). Whatever is
-decided first, results are told in order per series (:mod:`kronos_stream.daemon.scheduling.ordering`).
+While one batch is computed, the next one is collected (:mod:`~.batcher`). Results are published in
+order per series, in whatever order they are ready (:mod:`~.ordering`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Literal, Protocol
+from typing import Literal
 
 import structlog
 
 from kronos_stream.bars.window import Window
+from kronos_stream.daemon.inference.backend import InferenceBackend
 from kronos_stream.daemon.inference.protocol import InferenceFailure, InferenceResult
-from kronos_stream.daemon.inference.supervisor import BatchResult
 from kronos_stream.daemon.requests import ForecastRequest, ForecastResult
 from kronos_stream.daemon.scheduling.batcher import Batcher, valid_until
 from kronos_stream.daemon.scheduling.ordering import Pending, ResultSequencer
@@ -23,14 +23,12 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.timeframe import Timeframe
 
-__all__ = ["BatchForecaster", "CatchUp", "ForecastResult", "Scheduler"]
-
 _log = structlog.get_logger()
 
 CatchUp = Literal["newest", "all"]
 
 _YIELD_EVERY = 32
-"""Windows built before other tasks have their turn."""
+"""Windows built before other tasks get a turn."""
 
 _PUBLISH_CHUNK = 256
 """Results published at a time."""
@@ -39,22 +37,12 @@ _MIN_DEADLINE_SECONDS = 2.0
 _MAX_DEADLINE_SECONDS = 60.0
 
 
-class BatchForecaster(Protocol):
-    """What the scheduler needs of a worker."""
-
-    def estimate_seconds(self, count: int) -> float: ...
-
-    def capacity(self, seconds: float) -> int: ...
-
-    async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult: ...
-
-
 class Scheduler:
-    """Turns due bars into results. ``due`` at any time; ``run`` once."""
+    """Turns forecast requests into results. Call :meth:`run` once, :meth:`submit` at any time."""
 
     def __init__(
         self,
-        worker: BatchForecaster,
+        worker: InferenceBackend,
         get_window: Callable[[ForecastRequest], Awaitable[Window | None]],
         outstanding_bars: Callable[[int], int],
         publish: Callable[[Sequence[ForecastResult]], Awaitable[Sequence[ForecastResult]]],
@@ -68,55 +56,47 @@ class Scheduler:
         max_batch_size: int = 1000,
         max_backlog: int = 200_000,
     ) -> None:
-        """What it takes to forecast, and where results go.
+        """get_window: context of a request; None if it is no longer available.
 
-        window: what a bar is forecast from; None if that is gone.
-        awaited: how many live series' bars of this close, UTC ms, have not come yet.
-        publish: returns once the results are safe, which may be fewer or others; its failures end
-            :meth:`run`.
-        catch_up: when behind, "newest" skips a bar that a newer one of its series has overtaken;
-            "all" forecasts every one.
-        batch_wait: seconds after the first bar of a close that others of it are waited for; None
-            takes a quarter of the time for which its forecast would be valid, at most 2.
+        outstanding_bars: number of live series whose bar with this close, UTC ms, is missing.
+        publish: returns once the results are durable, with those that were published; they may
+            differ from the ones given. Its errors end :meth:`run`.
+        catch_up: with a backlog, "newest" skips a bar if a newer one of its series is waiting;
+            "all" forecasts every bar.
+        batch_wait: seconds after the first bar of a close to wait for the others; None takes a
+            quarter of the time for which the forecast is valid, at most 2.
         batch_deadline: seconds for a batch in the worker; None takes 0.8 of the timeframe, between
-            2 and 60. Batches are sized to take at most half of it.
-        longest: seconds that no batch's deadline exceeds, if it is not set.
-        most: series in a batch. backlog: bars that may wait; beyond, the oldest are skipped even
-            where all are asked for.
+            2 and ``max_deadline``. Batches are sized to take at most half of it.
+        max_deadline: seconds; limits the deadline unless ``batch_deadline`` is set.
+        max_batch_size: series. max_backlog: waiting bars; beyond it the oldest are skipped, even
+            with "all".
         """
         self._worker, self._get_window, self._publish = worker, get_window, publish
         self._clock, self._metrics = clock, metrics
         self._catch_up = catch_up
         self._batch_wait, self._batch_deadline = batch_wait, batch_deadline
-        self._max_deadline, self._max_batch_size, self._max_backlog = (
-            max_deadline,
-            max_batch_size,
-            max_backlog,
-        )
+        self._max_deadline, self._max_batch_size = max_deadline, max_batch_size
+        self._max_backlog = max_backlog
         self._sequencer = ResultSequencer()
         self._batcher = Batcher(outstanding_bars, batch_wait)
         self._waiting = self._batches = self._drain_callers = 0
         self._finishing = self._batching_done = False
-        self._wakeup, self._drained, self._stopped = (
-            asyncio.Event(),
-            asyncio.Event(),
-            asyncio.Event(),
-        )
+        self._wakeup, self._drained, self._stopped = (asyncio.Event() for _ in range(3))
         self._drained.set()
 
     def submit(self, request: ForecastRequest) -> None:
-        """Take in a bar; in order per series. Returns at once."""
+        """Accept a request; those of a series must come in order."""
         if self._finishing:
             return
         self._drained.clear()
         item = Pending(request, self._clock.now())
-        before = self._sequencer.add(item)
+        previous = self._sequencer.add(item)
         self._waiting += 1
         self._metrics.close_to_received.observe(max(0, request.received - request.close) / 1000)
-        if before is not None and before.request.origin == request.origin:
-            self._skip(before, "revised")
-        elif before is not None and self._catch_up == "newest":
-            self._skip(before, "overrun")
+        if previous is not None and previous.request.origin == request.origin:
+            self._skip(previous, "revised")
+        elif previous is not None and self._catch_up == "newest":
+            self._skip(previous, "overrun")
         if self._waiting > self._max_backlog:
             oldest = self._sequencer.oldest_waiting(request.series)
             if oldest is not None:
@@ -129,7 +109,7 @@ class Scheduler:
         self._metrics.queue_depth.labels("due").set(self._waiting)
 
     async def run(self) -> None:
-        """Work until cancelled, or until :meth:`finish`. Fails if publishing or the worker does."""
+        """Run until cancelled or :meth:`finish`. Raises errors of ``publish`` and the worker."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._run_batches())
@@ -138,7 +118,7 @@ class Scheduler:
             self._stopped.set()
 
     async def drain(self) -> None:
-        """Return once every bar taken in has its result published; nobody is waited for then."""
+        """Return once all results are published; incomplete closes are no longer waited for."""
         self._drain_callers += 1
         self._wakeup.set()
         try:
@@ -148,33 +128,33 @@ class Scheduler:
 
     @property
     def pending(self) -> int:
-        """Bars taken in whose results are not published yet."""
+        """Number of requests whose results are not published yet."""
         return self._sequencer.pending
 
     @property
     def published(self) -> int:
-        """Results published so far."""
+        """Number of results published so far."""
         return self._sequencer.published
 
     @property
     def max_latency_seconds(self) -> float:
-        """Seconds from a bar until its result, where the first attempt of a batch is good."""
+        """Longest time from a bar to its result, in seconds, if no batch has to be repeated."""
         deadline = self._batch_deadline or self._max_deadline
         return (self._batch_wait or 0.0) + max(deadline, 2 * self._worker.estimate_seconds(1))
 
     def cancel_waiting(self) -> None:
-        """Take back all bars that wait for a batch, and those of their series behind them.
+        """Cancel all requests that wait for a batch, and later ones of the same series.
 
-        They get no result, and may be due again.
+        They get no result, and may be submitted again.
         """
         for item in self._sequencer.cancel_waiting():
-            self._skip(item, "withdrawn")
+            self._skip(item, "cancelled")
 
     async def finish(self, grace: float) -> bool:
-        """Take in no more, finish the batch in hand and end :meth:`run`; True if done in time.
+        """Accept no more requests, finish the current batch and end :meth:`run`.
 
-        Bars still waiting get no result: they are due again when the daemon starts again.
-        grace: seconds.
+        Returns whether that was done within ``grace`` seconds. Waiting requests get no result;
+        they are submitted again after a restart.
         """
         self._finishing = True
         self._wakeup.set()
@@ -196,7 +176,7 @@ class Scheduler:
         self._sequencer.result_ready.set()
 
     async def _wait_for_batch(self) -> None:
-        """Until something has come, or the time of a gathering close is up."""
+        """Return after a new request, or at the deadline of the next incomplete close."""
         waits = [asyncio.ensure_future(self._wakeup.wait())]
         end = self._batcher.next_deadline()
         if end is not None:
@@ -214,7 +194,7 @@ class Scheduler:
         return True
 
     def _next_batch(self) -> tuple[list[Pending], float]:
-        """The next batch, and the seconds it may take."""
+        """Return the next batch and its deadline in seconds."""
         self._batcher.discard_resolved(self._drop_expired)
         ready = self._batcher.ready
         if not ready:
@@ -228,33 +208,33 @@ class Scheduler:
         return batch, max(deadline, 2 * self._worker.estimate_seconds(len(batch)))
 
     def _drop_expired(self, item: Pending) -> None:
-        """Skip a series' newest bar if its forecast would not be valid any more."""
+        """Skip a request whose forecast would no longer be valid."""
         end = valid_until(item.request)
         if self._catch_up == "newest" and end <= self._clock.now():
-            # It came too late, or it was kept here too long.
+            # The bar arrived too late, or it waited here too long.
             self._skip(item, "stale" if item.arrived >= end else "overrun")
 
     async def _run_batch(self, batch: Sequence[Pending], deadline: float) -> None:
-        """Decide every bar of the batch."""
+        """Set the result of every request of the batch."""
         items, windows = await self._load_windows(batch)
         if not items:
             return
         now = self._clock.now()
-        drawn, seconds = await self._worker.forecast(windows, deadline)
+        forecasts, seconds = await self._worker.forecast(windows, deadline)
         self._batches += 1
         self._metrics.batch_series.observe(len(items))
         self._metrics.compute_seconds.observe(seconds)
-        _log.debug("batch drawn", batch=self._batches, series=len(items), seconds=round(seconds, 3))
-        for item, window, made in zip(items, windows, drawn, strict=True):
+        _log.debug("batch done", batch=self._batches, series=len(items), seconds=round(seconds, 3))
+        for item, window, forecast in zip(items, windows, forecasts, strict=True):
             queued = max(0, now - item.request.received)
             self._metrics.received_to_batched.observe(queued / 1000)
             result = ForecastResult(
                 item.request, window, queued_ms=queued, compute_ms=round(1000 * seconds)
             )
-            self._sequencer.set_result(item, self._with_forecast(result, made))
+            self._sequencer.set_result(item, self._with_forecast(result, forecast))
 
     async def _load_windows(self, batch: Sequence[Pending]) -> tuple[list[Pending], list[Window]]:
-        """What to forecast from; bars whose context is gone are skipped."""
+        """Return items with their windows; those without a window are skipped."""
         items: list[Pending] = []
         windows: list[Window] = []
         for i, item in enumerate(batch, 1):
@@ -269,39 +249,36 @@ class Scheduler:
         return items, windows
 
     def _with_forecast(
-        self, result: ForecastResult, made: InferenceResult | InferenceFailure
+        self, result: ForecastResult, forecast: InferenceResult | InferenceFailure
     ) -> ForecastResult:
-        if isinstance(made, InferenceResult):
-            return result._replace(outlook=made.outlook, scale=made.scale)
-        due = result.request
+        if isinstance(forecast, InferenceResult):
+            return result._replace(outlook=forecast.outlook, scale=forecast.scale)
+        request = result.request
         _log.warning(
             "forecast failed",
-            series=due.series.name,
-            origin=due.origin,
+            series=request.series.name,
+            origin=request.origin,
             batch=self._batches,
-            why=made.reason,
+            why=forecast.reason,
         )
         return result._replace(reason="failed")
 
     def _skip(self, item: Pending, reason: str) -> None:
-        """Decide a bar that waits."""
+        """Set the result of a waiting request without a forecast."""
         self._waiting -= 1
         self._sequencer.set_result(item, ForecastResult(item.request, reason=reason))
 
     async def _publish_results(self) -> None:
-        """Publish what is decided, as soon as its turn in its lane has come."""
-        lanes = self._sequencer
+        sequencer = self._sequencer
         while True:
-            await lanes.result_ready.wait()
-            lanes.result_ready.clear()
-            while heads := lanes.pop_ready(_PUBLISH_CHUNK):
-                results = [
-                    item.result for item in heads if item.result is not None and not item.cancelled
-                ]
+            await sequencer.result_ready.wait()
+            sequencer.result_ready.clear()
+            while items := sequencer.pop_ready(_PUBLISH_CHUNK):
+                results = [item.result for item in items if item.result and not item.cancelled]
                 for outcome in (result.outcome for result in await self._publish(results)):
                     self._metrics.outcomes.labels(outcome.result, outcome.reason).inc()
-                lanes.mark_published(len(heads))
-                if not lanes.pending:
+                sequencer.mark_published(len(items))
+                if not sequencer.pending:
                     self._drained.set()
             if self._batching_done:
                 return
@@ -310,7 +287,7 @@ class Scheduler:
         if self._batch_deadline is not None:
             return self._batch_deadline
         length = timeframe.milliseconds
-        if length is None:  # a month
+        if length is None:  # months
             return self._max_deadline
         seconds = min(0.0008 * length, self._max_deadline)
         return max(_MIN_DEADLINE_SECONDS, seconds)

@@ -21,8 +21,8 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.outlook import Outlook
 from kronos_stream.forecast.summary import Summary
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.series import Series
 from kronos_stream.market.clock import Clock, LoopClock, ManualClock
+from kronos_stream.market.series import Series
 from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_700_000_040_000
@@ -441,7 +441,7 @@ def test_a_backlog_has_an_end() -> None:
     async def scenario(bench: SchedulerHarness) -> None:
         bench.submit(*(due_at(one, START + 1000 * i) for i in range(50)))
 
-    said = run_scenario(scenario, catch_up="all", backlog=20).outcomes()
+    said = run_scenario(scenario, catch_up="all", max_backlog=20).outcomes()
     assert [what for _, _, what in said] == ["overrun"] * 30 + ["forecast"] * 20
 
 
@@ -598,7 +598,7 @@ def test_what_is_taken_back_and_given_again_keeps_its_order(seed: int) -> None:
                 bench.submit(*(due for dues in given.values() for due in dues if due not in told))
 
     worker = TimedWorker(random.choice([0.005, 0.1, 0.4]))
-    bench = run_scenario(scenario, worker=worker, catch_up="all", most=random.choice([2, 1000]))
+    bench = run_scenario(scenario, worker=worker, catch_up="all", max_batch_size=random.choice([2, 1000]))
     published = defaultdict(list)
     for result in bench.results:
         published[result.request.series].append(result.request)

@@ -18,7 +18,13 @@ from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.reconnect import Reconnector
 from kronos_connectors.mqtt.subscriptions import Subscribe, Subscriptions
 from kronos_connectors.mqtt.topics import invalid_reason
-from kronos_stream.interfaces.source import LoginRefused, SourceCallbacks, SourceError, Traits
+from kronos_stream.interfaces.source import (
+    MAX_REJECTED_BYTES,
+    LoginRefused,
+    SourceCallbacks,
+    SourceError,
+    Traits,
+)
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.candle_message import CandleMessageError, decode_update
 from kronos_stream.market.clock import Clock
@@ -28,9 +34,6 @@ _log = structlog.get_logger()
 
 _RESUBSCRIBE_SECONDS = 60.0
 """Until a subscription is asked for again that was refused."""
-
-_MAX_REJECTED_BYTES = 4_096
-"""Bytes of a message that cannot be, for those who look into it."""
 
 
 class MqttSource:
@@ -151,7 +154,7 @@ class MqttSource:
         try:
             update = decode_update(payload, series, self._clock.now())
         except CandleMessageError as error:
-            intake.reject(series, str(error), payload[:_MAX_REJECTED_BYTES])
+            intake.reject(series, str(error), payload[:MAX_REJECTED_BYTES])
             return
         # What opens only later would crowd out what is real.
         if (

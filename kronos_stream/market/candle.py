@@ -10,6 +10,9 @@ from kronos_stream.market.series import Series
 MAX_FLOAT32 = 3.4028234e38
 """Largest value that the model can compute with."""
 
+MAX_TIME_MS = 7_258_118_400_000
+"""The year 2200; a venue's bar that opens later is invalid."""
+
 
 class Candle(NamedTuple):
     """Open time, UTC ms; prices; volume in base units; amount in quote units.

@@ -1,4 +1,4 @@
-"""What ``kronos-stream doctor`` asks Binance."""
+"""Checks of ``kronos-stream doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
-from kronos_connectors.binance.http_status import BLOCKED_STATUSES
+from kronos_connectors._shared.http_status import BLOCKED_STATUSES
 from kronos_connectors.binance.rest import RestClient
 from kronos_stream.interfaces.diagnostics import Finding
 from kronos_stream.interfaces.probes import compare_clocks
@@ -19,12 +19,12 @@ from kronos_stream.market.series import Series
 async def check_clock(
     rest: RestClient, clock: Clock, series: Collection[Series]
 ) -> Sequence[Finding]:
-    """Whether REST answers, and how far our clock is from the venue's. Raises SourceError."""
+    """Check REST, and our clock against the venue's. Raises SourceError."""
     return [await compare_clocks(rest.server_time, clock, series)]
 
 
 async def check_websocket(url: str, timeout_seconds: float) -> Sequence[Finding]:
-    """Whether a websocket opens. Raises SourceError."""
+    """Check that a websocket opens. Raises SourceError."""
     try:
         async with connect(url, open_timeout=timeout_seconds, close_timeout=1.0, proxy=None):
             return [Finding("ok", f"{url} opens")]

@@ -1,6 +1,6 @@
-"""One websocket's life as a pure machine: what it is told and the time in, requests out.
+"""State of one websocket, as a pure state machine: events and the time in, requests out.
 
-Times are seconds of any clock that never goes back.
+Times are seconds of any monotonic clock.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from kronos_connectors._shared.rotating_pool import NEVER
 from kronos_connectors.binance.frames import Response
 
 STREAMS_PER_REQUEST = 150
-"""Streams per SUBSCRIBE: messages stay small."""
+"""Streams per SUBSCRIBE, to keep messages small."""
 
 REQUEST_INTERVAL_SECONDS = 0.35
-"""Between requests: with pongs at most four messages a second reach the venue, of five allowed."""
+"""Between requests: at most four messages a second with pongs, of the five that are allowed."""
 
 RESPONSE_TIMEOUT_SECONDS = 5.0
-"""Deadline of the answer to a request."""
+"""Deadline of the response to a request."""
 
 
 class Connection:
-    """Subscribes to the streams wanted within the venue's rules, and knows when it is of no use.
+    """Subscribes to streams within the venue's limits, and detects sockets to be replaced.
 
-    A server that says nothing for ``stall_seconds`` is asked for something: an answer proves it
-    alive where markets are merely quiet. At the age of ``lifetime_seconds`` it is tired.
+    A server that is silent for ``stall_seconds`` is sent a request: a response proves that it works
+    and its markets are just quiet. At the age of ``lifetime_seconds`` the connection expires.
     """
 
     def __init__(self, *, stall_seconds: float, lifetime_seconds: float) -> None:
         self.opened_at = NEVER
         """When the handshake succeeded."""
         self.live_since = NEVER
-        """Since when all that was wanted first has been granted."""
+        """When the first subscriptions were confirmed."""
         self._stall, self._lifetime = stall_seconds, lifetime_seconds
         self._candle_timeout = NEVER
         self._last_activity = self._last_candle = NEVER
@@ -49,23 +49,23 @@ class Connection:
     # -- in --------------------------------------------------------------------------------
 
     def on_opened(self, now: float) -> None:
-        """The handshake has succeeded."""
+        """Record a successful handshake."""
         self.opened_at = self._last_activity = self._next_request_at = now
 
     def assign(self, streams: Collection[str], candle_timeout: float) -> None:
-        """Follow exactly these, of which a kline is to come every ``quiet_seconds``."""
+        """Subscribe to exactly these streams; a kline is due every ``candle_timeout`` seconds."""
         self._streams, self._candle_timeout = frozenset(streams), candle_timeout
 
     def on_activity(self, now: float) -> None:
-        """Some frame came."""
+        """Record any frame."""
         self._last_activity = now
 
     def on_candle(self, now: float) -> None:
-        """A kline came."""
+        """Record a kline."""
         self._last_activity = self._last_candle = now
 
     def on_response(self, response: Response, now: float) -> None:
-        """The venue answers a request."""
+        """Record the response to a request."""
         known = (
             response.id is not None and self._response_deadlines.pop(response.id, None) is not None
         )
@@ -75,28 +75,28 @@ class Connection:
             self.live_since = self._last_candle = now
 
     def on_shutdown(self) -> None:
-        """The server says that it will go away."""
+        """Record that the server announced to close the connection."""
         self._shutting_down = True
 
     # -- out -------------------------------------------------------------------------------
 
     @property
     def granted(self) -> bool:
-        """Whether all that is wanted now was asked for and granted."""
+        """Whether all streams are subscribed and confirmed."""
         return not self._response_deadlines and self._requested == self._streams
 
     def next_request(self, now: float) -> bytes | None:
-        """The message to send now, if one is due."""
+        """Message to send now, if any."""
         if self.opened_at == NEVER or now < self._next_request_at:
             return None
         for method, streams in (
-            ("UNSUBSCRIBE", self._requested - self._streams),  # first: there may be no room
+            ("UNSUBSCRIBE", self._requested - self._streams),  # first: the connection may be full
             ("SUBSCRIBE", self._streams - self._requested),
         ):
             if streams:
-                part = list(islice(sorted(streams), STREAMS_PER_REQUEST))
-                self._requested.symmetric_difference_update(part)
-                return self._encode_request(now, {"method": method, "params": part})
+                batch = list(islice(sorted(streams), STREAMS_PER_REQUEST))
+                self._requested.symmetric_difference_update(batch)
+                return self._encode_request(now, {"method": method, "params": batch})
         if now >= self._last_activity + self._stall and not self._response_deadlines:
             return self._encode_request(now, {"method": "LIST_SUBSCRIPTIONS"})
         return None
@@ -108,23 +108,23 @@ class Connection:
         return orjson.dumps({**request, "id": self._last_request_id})
 
     def failure(self, now: float) -> str:
-        """Why it is of no more use; empty if it is."""
+        """Reason to close it; empty while it works."""
         if self._error:
             return self._error
-        if any(until <= now for until in self._response_deadlines.values()):
+        if any(deadline <= now for deadline in self._response_deadlines.values()):
             return f"no answer within {RESPONSE_TIMEOUT_SECONDS:g} s"
         return f"no kline for {self._candle_timeout:g} s" if self.candle_overdue(now) else ""
 
     def candle_overdue(self, now: float) -> bool:
-        """Whether no kline came although some should have."""
+        """Return whether a kline should have arrived by now."""
         return now >= self._last_candle + self._candle_timeout
 
     def expired(self, now: float) -> bool:
-        """Whether another should take its place while it still works."""
+        """Return whether it is to be replaced although it works."""
         return self._shutting_down or now >= self.opened_at + self._lifetime
 
     def next_wakeup(self, now: float) -> float:
-        """When :meth:`request`, :meth:`broken` or :meth:`tired` may next say something new."""
+        """Time at which the results of the other methods may next change by themselves."""
         if self.opened_at == NEVER:
             return NEVER
         moments = [

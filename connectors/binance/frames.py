@@ -1,4 +1,4 @@
-"""What Binance says over a websocket: bytes in, one value out. Strict, and never surprised."""
+"""Strict decoder of Binance's websocket frames."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
-from kronos_stream.market.candle import MAX_FLOAT32, Candle
+from kronos_stream.market.candle import MAX_FLOAT32, MAX_TIME_MS, Candle
 from kronos_stream.market.series import Series
 
 _NUMBER = r"\d{1,40}(?:\.\d{1,40})?"
 _NUMBERS = re.compile(rf"{_NUMBER}(?: {_NUMBER}){{5}}", re.ASCII)
-"""Six decimals as Binance writes them. Python would also read NaN, 1_000 and 1e999."""
-
-_LATEST = 7_258_118_400_000
-"""The year 2200; no bar opens later."""
+"""Six decimals as Binance writes them; Python's float would also accept NaN, 1_000 and 1e999."""
 
 Streams: TypeAlias = Mapping[tuple[str, str], Series]
 """Series by Binance's own symbol and interval, such as ("BTCUSDT", "5m")."""
 
 
 class FrameError(ValueError):
-    """A frame that cannot be: reason for people, and the series where it is known."""
+    """Invalid frame: the reason, and the series if it is known."""
 
     def __init__(self, reason: str, series: Series | None = None) -> None:
         super().__init__(reason)
@@ -31,7 +28,7 @@ class FrameError(ValueError):
 
 
 class Kline(NamedTuple):
-    """A bar so far, or the last word on it."""
+    """State of a bar, open or closed."""
 
     series: Series
     candle: Candle
@@ -39,25 +36,25 @@ class Kline(NamedTuple):
 
 
 class Response(NamedTuple):
-    """To a request of ours."""
+    """Response to a request."""
 
     id: int | None
     error: str
-    """Empty where it was carried out."""
+    """Empty if the request succeeded."""
 
 
 class ServerShutdown(NamedTuple):
-    """The server is about to go away."""
+    """Announcement that the server will close the connection."""
 
 
 class IgnoredFrame(NamedTuple):
-    """A frame that is none of our business."""
+    """Valid frame of another kind or series."""
 
 
 def decode(
     frame: bytes | str, streams: Streams
 ) -> Kline | Response | ServerShutdown | IgnoredFrame:
-    """Read a frame. Raises FrameError for what is no event, or a kline that cannot be."""
+    """Decode a frame. Raises FrameError if it is no event, or an invalid kline."""
     try:
         message = orjson.loads(frame)
     except orjson.JSONDecodeError as error:
@@ -70,7 +67,7 @@ def decode(
     if type(event) is list:  # of streams such as !ticker@arr
         return IgnoredFrame()
     if type(event) is not dict:
-        raise FrameError("its data is no JSON object")
+        raise FrameError("data is not a JSON object")
     kind = event.get("e")
     if kind == "kline":
         return _kline(event, streams)
@@ -84,27 +81,25 @@ def decode(
 def _kline(event: dict[str, Any], streams: Streams) -> Kline | IgnoredFrame:
     kline = event.get("k")
     if type(kline) is not dict:
-        raise FrameError("a kline event without a kline")
+        raise FrameError("kline event without a kline")
     symbol, interval = kline.get("s"), kline.get("i")
     if type(symbol) is not str or type(interval) is not str:
-        raise FrameError("a kline without symbol and interval")
+        raise FrameError("kline without symbol and interval")
     series = streams.get((symbol, interval))
     if series is None:
         return IgnoredFrame()
     if event.get("s") != symbol:
-        raise FrameError(
-            f"a kline of {symbol} as an event of {_short_repr(event.get('s'))}", series
-        )
-    opened, closed, said = kline.get("t"), kline.get("x"), event.get("E")
-    if type(opened) is not int or not 0 <= opened < _LATEST:
+        raise FrameError(f"kline of {symbol} as an event of {_short_repr(event.get('s'))}", series)
+    opened, closed, event_time = kline.get("t"), kline.get("x"), event.get("E")
+    if type(opened) is not int or not 0 <= opened < MAX_TIME_MS:
         raise FrameError(f"open time {_short_repr(opened)}", series)
     ends = series.timeframe.after(opened) - 1
     if kline.get("T") != ends:
         raise FrameError(f"close time {_short_repr(kline.get('T'))}, open time {opened}", series)
     if type(closed) is not bool:
         raise FrameError(f"closed or not: {_short_repr(closed)}", series)
-    if type(said) is not int or said < (ends if closed else opened):
-        raise FrameError(f"event time {_short_repr(said)}, before what it tells of", series)
+    if type(event_time) is not int or event_time < (ends if closed else opened):
+        raise FrameError(f"event time {_short_repr(event_time)}, before the bar's time", series)
     return Kline(series, _candle(opened, kline, series), closed)
 
 
@@ -124,7 +119,7 @@ def _candle(opened: int, kline: dict[str, Any], series: Series) -> Candle:
 
 
 def read_candle(opened: int, numbers: Sequence[Any]) -> Candle | None:
-    """Of open, high, low, close, volume and quote volume as decimals; None if they are not."""
+    """Candle of open, high, low, close, volume and quote volume; None if they are not decimals."""
     try:
         text = " ".join(numbers)
     except TypeError:
@@ -146,7 +141,7 @@ def _response(message: dict[str, Any]) -> Response:
 
 
 def _short_repr(value: object) -> str:
-    """For people, short; what is nested is not shown, however deep it is."""
+    """Short text of a JSON value; nested values are not shown."""
     if value is None or type(value) in {str, int, float, bool}:
         return repr(value)[:40]
     return f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""One of Binance's markets, spot or USD-M futures: its symbols, its history, what it pushes."""
+"""Market of Binance, spot or USD-M futures: its symbols, history and live klines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from random import Random
 
 import structlog
 
+from kronos_connectors._shared.retry import load_with_retries
 from kronos_connectors.binance import checks
 from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.pool import ConnectionPool
@@ -16,18 +17,16 @@ from kronos_connectors.binance.rest import FUTURES, SPOT, RestClient
 from kronos_connectors.binance.runner import ConnectionRunner
 from kronos_connectors.binance.symbols import FUTURES_INTERVALS, SPOT_INTERVALS, Listing
 from kronos_stream.interfaces.diagnostics import Check
-from kronos_stream.interfaces.source import SourceCallbacks, SourceError, VenueRefused
+from kronos_stream.interfaces.source import SourceCallbacks, SourceError
 from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()
 
-_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
-
 
 class Market:
-    """What has the same symbols, limits and hosts."""
+    """Symbols that share hosts and limits."""
 
     def __init__(
         self, options: BinanceOptions, clock: Clock, random: Random, *, futures: bool
@@ -49,7 +48,7 @@ class Market:
         self._changed = asyncio.Event()
 
     async def unsupported(self, series: Collection[Series]) -> dict[Series, str]:
-        """See :class:`~kronos_stream.interfaces.source.Source`; asks the venue anew."""
+        """See :class:`~kronos_stream.interfaces.source.Source`; reloads the symbols."""
         found = {}
         listing = await self._load_listing(refresh=True)
         for one in sorted(series):
@@ -62,20 +61,20 @@ class Market:
             if problem is not None:
                 found[one] = problem
             elif (status := listing.halted_status(one.symbol)) is not None:
-                # It may trade again; a restart must not fail for it.
+                # Not unsupported: trading may resume, and a restart must not fail meanwhile.
                 _log.warning("symbol does not trade now", series=one.name, status=status)
         return found
 
     async def ranked(self) -> Sequence[str]:
-        """See :class:`~kronos_stream.interfaces.source.Ranking`."""
+        """See :class:`~kronos_stream.interfaces.source.RankingSource`."""
         listing = await self._load_listing(refresh=True)
         ranked = listing.ranked(await self._rest.turnover())
         if not ranked:
-            raise SourceError("nothing trades on binance just now")
+            raise SourceError("no symbol trades on binance now")
         return ranked
 
     def checks(self, series: Collection[Series]) -> Sequence[Check]:
-        """Of its hosts, for :class:`~kronos_stream.interfaces.diagnostics.CheckedSource`."""
+        """Checks of its hosts."""
         kind = "futures" if self._futures else "spot"
         timeout = self._options.timeout_seconds
         return [
@@ -102,55 +101,44 @@ class Market:
         return await self._rest.klines(series, name, start, end)
 
     async def run(self, callbacks: SourceCallbacks) -> None:
-        """Push until cancelled. Raises VenueRefused, in an exception group."""
+        """Push klines until cancelled. Raises VenueRefused, in an exception group."""
         self._rest.on_event = callbacks.count_event
         options = self._options
-        fleet = ConnectionPool(
+        pool = ConnectionPool(
             self._random,
             capacity=options.streams_per_connection,
             stall_seconds=options.stall_seconds,
             lifetime_seconds=options.lifetime_seconds,
         )
-        sockets = ConnectionRunner(
-            self._ws_url, fleet, callbacks, self._clock, options.timeout_seconds
+        runner = ConnectionRunner(
+            self._ws_url, pool, callbacks, self._clock, options.timeout_seconds
         )
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(sockets.run())
+            tasks.create_task(runner.run())
             while True:
                 self._changed.clear()
-                sockets.follow(await self._streams())
+                runner.follow(await self._streams())
                 await self._changed.wait()
 
     async def close(self) -> None:
         await self._rest.close()
 
     async def _streams(self) -> Mapping[tuple[str, str], Series]:
-        """What is followed, by the venue's names; for as long as it takes to get these."""
+        """Subscribed series by the venue's names; retries until the symbols are loaded."""
         streams: dict[tuple[str, str], Series] = {}
         series = self._series
         if not series:
             return streams
-        listing = await self._load_listing_with_retries()
+        listing = await load_with_retries(
+            self._load_listing, self._random, asyncio.sleep, "binance"
+        )
         for one in series:
             name = listing.venue_symbol(one.symbol)
             if name is None:
-                _log.error("not listed, so not followed", series=one.name)
+                _log.error("not listed, so not subscribed", series=one.name)
             else:
                 streams[name, str(one.timeframe)] = one
         return streams
-
-    async def _load_listing_with_retries(self) -> Listing:
-        pause = _SHORTEST_PAUSE_SECONDS
-        while True:
-            try:
-                return await self._load_listing()
-            except VenueRefused:
-                raise
-            except SourceError as error:
-                _log.warning("symbols cannot be had", why=str(error))
-                jitter = self._random.uniform(0.5, 1.0)
-                await asyncio.sleep(max(error.retry_after, pause * jitter))
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     async def _load_listing(self, *, refresh: bool = False) -> Listing:
         async with self._listing_lock:
@@ -160,7 +148,7 @@ class Market:
             return self._listing
 
     async def _has_interval(self, series: Series, name: str) -> bool:
-        """Whether there are such bars; a length that is not known is asked for once."""
+        """Return whether there are such bars; an unknown interval is requested once."""
         interval = str(series.timeframe)
         if interval not in self._intervals:
             self._intervals[interval] = await self._rest.has_interval(name, interval)

@@ -1,4 +1,4 @@
-"""How to reach Binance: ``KRONOS_STREAM_BINANCE__*``."""
+"""Settings of Binance: ``KRONOS_STREAM_BINANCE__*``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 def _url(text: str) -> str:
-    parts = urlsplit(text)  # these two raise ValueError with the reason
+    parts = urlsplit(text)  # this and the next line raise ValueError with a reason
     _ = parts.port
     if not parts.hostname or parts.query or parts.fragment:
         raise ValueError("expected an address such as wss://host:port/path, without a query")
@@ -21,7 +21,7 @@ _RestUrl = Annotated[str, Field(pattern=r"^https?://\S+$"), AfterValidator(_url)
 
 
 class BinanceOptions(BaseModel):
-    """Public market data alone; no key is needed."""
+    """Settings of the source; market data is public and needs no key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -38,8 +38,8 @@ class BinanceOptions(BaseModel):
     streams_per_connection: int = Field(default=400, ge=1, le=1_024)
     """Klines per websocket; the venue allows 1,024."""
     timeout_seconds: float = Field(default=10.0, gt=0, le=120)
-    """For a connection, or for an answer to begin."""
+    """To open a connection, and for a response to begin."""
     stall_seconds: float = Field(default=10.0, gt=0, le=300)
-    """A socket silent for so long is asked whether it lives."""
+    """A socket that is silent for this long is sent a request, to see whether it works."""
     lifetime_seconds: float = Field(default=82_800.0, ge=10, le=86_000)
     """A socket is replaced at about this age; the venue ends it at 24 h."""

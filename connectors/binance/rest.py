@@ -1,4 +1,4 @@
-"""Binance's REST side: history, symbols and its clock, within the request weight it allows."""
+"""REST client of Binance: history, symbols and its clock, within the allowed request weight."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import aiohttp
 import orjson
 import structlog
 
-from kronos_connectors._shared.venue_clock import VenueClock
-from kronos_connectors.binance.frames import read_candle
-from kronos_connectors.binance.http_status import (
+from kronos_connectors._shared.http_status import (
     BLOCKED_STATUSES,
     RATE_LIMIT_STATUSES,
     parse_retry_after,
 )
+from kronos_connectors._shared.venue_clock import SyncedVenueClock
+from kronos_connectors.binance.frames import read_candle
 from kronos_connectors.binance.rate_limit import WeightLimiter
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 from kronos_stream.market.candle import Candle
@@ -28,27 +28,26 @@ _log = structlog.get_logger()
 
 _TIME_WEIGHT, _INFO_WEIGHT = 1, 20
 _MAX_CONCURRENT_REQUESTS = 8
-"""At a time: one that hangs leaves room for others."""
+"""More than one, so that a request that hangs does not block the others."""
 
 _LARGE_RESPONSE_SECONDS = 60.0
-"""The list of symbols is megabytes; it may take so long as it keeps coming."""
+"""Added to the time-out of large responses, megabytes, as long as data keeps arriving."""
 
-_NOTABLE_OFFSET_MS = 2_000
 _INVALID_INTERVAL = -1120
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where the REST of spot and of USD-M futures differ."""
+    """Differences between the REST hosts of spot and of USD-M futures."""
 
     prefix: str
     weight_per_minute: int
     page_size: int
-    """Rows asked for at a time: as many as are cheapest by weight."""
+    """Rows per request: as many as cost the least weight each."""
     klines_weights: tuple[tuple[int, int], ...]
-    """Rows up to → weight of a request for klines."""
+    """Weight of a request for klines: (most rows, weight), ascending."""
     tickers_weight: int
-    """Of the 24 h figures of all symbols."""
+    """Weight of the 24 h statistics of all symbols."""
 
     def klines_weight(self, rows: int) -> int:
         return next(weight for most, weight in self.klines_weights if rows <= most)
@@ -59,7 +58,7 @@ FUTURES = Host("/fapi/v1", 2_400, 499, ((99, 1), (499, 2)), 40)
 
 
 class ApiError(SourceError):
-    """An error that the venue explains, with its code."""
+    """Error response with a code of the venue."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -67,23 +66,24 @@ class ApiError(SourceError):
 
 
 class RestClient:
-    """One host's answers. Every call raises SourceError, VenueRefused where there is no hope."""
+    """Requests to one host. Every call raises SourceError; VenueRefused if the host blocks us."""
 
     def __init__(
         self, host: Host, url: str, clock: Clock, *, weight_share: float, timeout_seconds: float
     ) -> None:
         self.on_event: Callable[[str], None] = lambda _: None
-        """Told of what is worth counting."""
+        """Called with the events to count."""
         self._host, self._url, self._clock = host, url.rstrip("/") + host.prefix, clock
         self._timeout = timeout_seconds
         self._limiter = WeightLimiter(host.weight_per_minute, weight_share, clock)
         self._request_slots = asyncio.Semaphore(_MAX_CONCURRENT_REQUESTS)
-        self._venue_clock = VenueClock()
-        self._clock_lock = asyncio.Lock()
+        self._venue_clock = SyncedVenueClock(
+            clock, self.server_time, lambda: self.on_event("clock skewed"), url=self._url
+        )
         self._session: aiohttp.ClientSession | None = None
 
     async def symbols(self) -> list[Mapping[str, Any]]:
-        """What exchangeInfo says of each symbol."""
+        """Entries of exchangeInfo, one per symbol."""
         info = await self._get("exchangeInfo", {}, _INFO_WEIGHT, large=True)
         listed = info.get("symbols") if isinstance(info, dict) else None
         if not isinstance(listed, list):
@@ -91,23 +91,23 @@ class RestClient:
         return [one for one in listed if isinstance(one, dict)]
 
     async def turnover(self) -> dict[str, float]:
-        """What was traded of each symbol in the last 24 hours, in quote units."""
+        """Turnover of each symbol in the last 24 hours, in quote units."""
         tickers = await self._get("ticker/24hr", {}, self._host.tickers_weight, large=True)
         try:
             return {one["symbol"]: float(one["quoteVolume"]) for one in tickers}
         except (KeyError, TypeError, ValueError):
-            raise SourceError(f"{self._url}: 24 h figures that are none") from None
+            raise SourceError(f"{self._url}: invalid 24 h statistics") from None
 
     async def server_time(self) -> int:
-        """UTC ms, as the venue says."""
+        """Venue's time, UTC ms."""
         answer = await self._get("time", {}, _TIME_WEIGHT)
-        said = answer.get("serverTime") if isinstance(answer, dict) else None
-        if type(said) is not int:
-            raise SourceError(f"{self._url}: its time is none")
-        return said
+        server_time = answer.get("serverTime") if isinstance(answer, dict) else None
+        if type(server_time) is not int:
+            raise SourceError(f"{self._url}: time without serverTime")
+        return server_time
 
     async def has_interval(self, symbol: str, interval: str) -> bool:
-        """Whether there are bars of ``interval``; any symbol will do."""
+        """Return whether there are bars of ``interval``; any listed ``symbol`` will do."""
         query = {"symbol": symbol, "interval": interval, "limit": "1"}
         try:
             await self._get("klines", query, self._host.klines_weight(1))
@@ -118,16 +118,15 @@ class RestClient:
         return True
 
     async def klines(self, series: Series, symbol: str, start: int, end: int) -> list[Candle]:
-        """The closed bars with start <= open < end, ascending."""
+        """Closed bars with start <= open < end, ascending."""
         timeframe = series.timeframe
-        step = timeframe.min_milliseconds
         candles: list[Candle] = []
         while True:
-            now = await self._venue_time()
+            now = await self._venue_clock.lower_bound()
             end = min(end, now)
             if start >= end:
                 break
-            rows = min(self._host.page_size, (end - start - 1) // step + 1)
+            rows = min(self._host.page_size, (end - start - 1) // timeframe.min_milliseconds + 1)
             query = {
                 "symbol": symbol,
                 "interval": str(timeframe),
@@ -136,11 +135,11 @@ class RestClient:
                 "limit": str(rows),
             }
             page = await self._get("klines", query, self._host.klines_weight(rows))
-            read = self._parse_klines(page, series, start, end)
-            candles += [candle for candle in read if timeframe.after(candle.time) <= now]
-            if len(read) < rows:
+            parsed = self._parse_klines(page, series, start, end)
+            candles += [candle for candle in parsed if timeframe.after(candle.time) <= now]
+            if len(parsed) < rows:
                 break
-            start = timeframe.after(read[-1].time)
+            start = timeframe.after(parsed[-1].time)
         return candles
 
     async def close(self) -> None:
@@ -149,15 +148,15 @@ class RestClient:
             self._session = None
 
     def _parse_klines(self, page: object, series: Series, start: int, end: int) -> list[Candle]:
-        """Rows as candles: what they say may be wrong, but not how they say it."""
+        """Candles of rows whose format and times are right; prices are not checked here."""
         if not isinstance(page, list):
-            raise SourceError(f"{self._url}: klines of {series.symbol} are no list")
+            raise SourceError(f"{self._url}: klines of {series.symbol} are not a list")
         candles = []
         for row in page:
             candle = self._parse_row(row)
             if candle is None or not start <= candle.time < end:
                 raise SourceError(
-                    f"{self._url}: klines of {series.symbol} hold what cannot be: {row!r:.200}"
+                    f"{self._url}: klines of {series.symbol} have an invalid row: {row!r:.200}"
                 )
             candles.append(candle)
             start = candle.time + 1
@@ -169,26 +168,12 @@ class RestClient:
             return None
         return read_candle(row[0], (*row[1:6], row[7]))
 
-    async def _venue_time(self) -> int:
-        """UTC ms by the venue's clock, or somewhat less."""
-        uptime = asyncio.get_running_loop().time
-        async with self._clock_lock:
-            before = self._clock.now()
-            if self._venue_clock.needs_update(before, uptime()):
-                said = await self.server_time()
-                self._venue_clock.update(before, said, self._clock.now(), uptime())
-                if abs(self._venue_clock.offset) >= _NOTABLE_OFFSET_MS:
-                    self.on_event("clock skewed")
-                    offset = self._venue_clock.offset
-                    _log.warning("our clock differs from the venue's", url=self._url, ms=-offset)
-        return self._venue_clock.lower_bound(self._clock.now())
-
     async def _get(
-        self, what: str, query: Mapping[str, str], weight: int, *, large: bool = False
+        self, endpoint: str, query: Mapping[str, str], weight: int, *, large: bool = False
     ) -> Any:  # noqa: ANN401 - JSON is anything
         async with self._request_slots:
             await self._limiter.acquire(weight)
-            return await self._request(f"{self._url}/{what}", query, large=large)
+            return await self._request(f"{self._url}/{endpoint}", query, large=large)
 
     async def _request(self, url: str, query: Mapping[str, str], *, large: bool) -> Any:  # noqa: ANN401
         if self._session is None:
@@ -199,13 +184,13 @@ class RestClient:
             sock_read=self._timeout,
         )
         try:
-            async with self._session.get(url, params=query, timeout=timeout) as answer:
-                body = await answer.read()
+            async with self._session.get(url, params=query, timeout=timeout) as response:
+                body = await response.read()
         except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError, too
             raise SourceError(f"{url}: {error or type(error).__name__}") from None
-        self._record_usage(answer.headers.get("X-MBX-USED-WEIGHT-1M"))
-        if answer.status != 200:
-            raise self._error_from(url, answer, body)
+        self._record_usage(response.headers.get("X-MBX-USED-WEIGHT-1M"))
+        if response.status != 200:
+            raise self._error_from(url, response, body)
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:
@@ -215,12 +200,12 @@ class RestClient:
         if used is not None and used.isascii() and used.isdecimal() and len(used) < 10:
             self._limiter.record_usage(int(used), self._clock.now() + self._venue_clock.offset)
 
-    def _error_from(self, url: str, answer: aiohttp.ClientResponse, body: bytes) -> SourceError:
-        status = answer.status
+    def _error_from(self, url: str, response: aiohttp.ClientResponse, body: bytes) -> SourceError:
+        status = response.status
         if status in BLOCKED_STATUSES:
             return VenueRefused(f"{url}: HTTP {status}")
         if status in RATE_LIMIT_STATUSES:
-            wait = parse_retry_after(answer.headers.get("Retry-After"))
+            wait = parse_retry_after(response.headers.get("Retry-After"))
             self._limiter.pause(wait)
             self.on_event("rate limited")
             _log.warning("too many requests", url=url, status=status, seconds=wait)

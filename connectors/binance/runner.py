@@ -1,4 +1,4 @@
-"""The sockets that a :class:`Fleet` asks for: all of the websockets' input and output."""
+"""Websockets of a :class:`ConnectionPool`: all of their input and output."""
 
 from __future__ import annotations
 
@@ -10,36 +10,31 @@ import structlog
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 
-from kronos_connectors._shared.rotating_pool import Close, Open
-from kronos_connectors.binance.connection import Connection
-from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown, Streams
-from kronos_connectors.binance.http_status import (
+from kronos_connectors._shared.http_status import (
     BLOCKED_STATUSES,
     RATE_LIMIT_STATUSES,
     parse_retry_after,
 )
-from kronos_connectors.binance.pool import Command, ConnectionPool, InvalidFrame, Send
-from kronos_stream.interfaces.source import SourceCallbacks, VenueRefused
+from kronos_connectors._shared.pool_runner import PoolRunner, loop_time
+from kronos_connectors.binance.connection import Connection
+from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown, Streams
+from kronos_connectors.binance.pool import ConnectionPool, InvalidFrame, Send
+from kronos_stream.interfaces.source import MAX_REJECTED_BYTES, SourceCallbacks, VenueRefused
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock
-
-_log = structlog.get_logger()
 
 _CLOSE_SECONDS = 1.0
 _MAX_FRAME_BYTES = 2**20
 _MAX_QUEUED_FRAMES = 256
-"""Read ahead, per socket; beyond them the kernel holds the rest."""
+"""Frames read ahead per socket; the kernel holds the rest."""
 
 _READ_BYTES = 32_768
 _FRAMES_PER_YIELD = 64
-"""Frames taken in before other tasks have their turn."""
-
-_MAX_RAW_BYTES = 4_096
-"""Bytes of a frame that cannot be, for those who look into it."""
+"""Frames handled before other tasks get their turn."""
 
 
-class ConnectionRunner:
-    """Does what its fleet says, and tells it what happened."""
+class ConnectionRunner(PoolRunner[Connection, Send]):
+    """Opens websockets, sends requests and passes on what is received."""
 
     def __init__(
         self,
@@ -49,9 +44,9 @@ class ConnectionRunner:
         clock: Clock,
         timeout_seconds: float,
     ) -> None:
-        self._url, self._pool, self._callbacks, self._clock = url, pool, callbacks, clock
+        super().__init__(pool, callbacks, structlog.get_logger().bind(url=url))
+        self._url, self._pool, self._clock = url, pool, clock
         self._timeout = timeout_seconds
-        self._wakeup = asyncio.Event()
         self._sockets: dict[Connection, ClientConnection] = {}
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
 
@@ -59,43 +54,29 @@ class ConnectionRunner:
         self._pool.follow(streams)
         self._wakeup.set()
 
-    async def run(self) -> None:
-        """Until cancelled. Raises VenueRefused, in an exception group."""
-        async with asyncio.TaskGroup() as tasks:
-            while True:
-                self._wakeup.clear()
-                for command in self._pool.poll(_now()):
-                    self._execute(command, tasks)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout_at(self._pool.next_wakeup):
-                        await self._wakeup.wait()
+    def _open(self, member: Connection, tasks: asyncio.TaskGroup) -> None:
+        self._tasks[member] = tasks.create_task(self._serve(member))
 
-    def _execute(self, command: Command, tasks: asyncio.TaskGroup) -> None:
-        connection = command.member
-        if type(command) is Open:
-            self._tasks[connection] = tasks.create_task(self._serve(connection))
-        elif type(command) is Send:
-            # Never waited for here: one that does not read must not delay the others.
-            tasks.create_task(self._send(connection, command.message))
-        elif type(command) is Close:
-            if command.reason:
-                self._callbacks.count_event("given up")
-                _log.info("connection given up", url=self._url, why=command.reason)
-            if connection in self._tasks:
-                self._tasks[connection].cancel()
+    def _request(self, request: Send, tasks: asyncio.TaskGroup) -> None:
+        # Not awaited here: a peer that does not read must not delay the others.
+        tasks.create_task(self._send(request.member, request.message))
+
+    def _close(self, member: Connection, tasks: asyncio.TaskGroup) -> None:  # noqa: ARG002
+        if member in self._tasks:
+            self._tasks[member].cancel()
 
     async def _serve(self, connection: Connection) -> None:
-        """One socket from its handshake to its end."""
+        """Serve one socket from its handshake to its end."""
         try:
             socket = await self._connect(connection)
             if socket is None:
                 return
             self._sockets[connection] = socket
-            # Of asyncio's own 256 KiB, a thousand frames, parsing holds everybody up for too long.
+            # asyncio's default of 256 KiB is a thousand frames: parsing them blocks the loop.
             socket.transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
             self._callbacks.count_event("connected")
             try:
-                self._pool.on_opened(connection, _now())
+                self._pool.on_opened(connection, loop_time())
                 self._wakeup.set()
                 await self._read(connection, socket)
             finally:
@@ -110,10 +91,10 @@ class ConnectionRunner:
                 self._url,
                 open_timeout=self._timeout,
                 close_timeout=_CLOSE_SECONDS,
-                ping_interval=None,  # the fleet knows a silent server by asking it
+                ping_interval=None,  # the connection detects a silent server by a request
                 max_size=_MAX_FRAME_BYTES,
                 max_queue=_MAX_QUEUED_FRAMES,
-                compression=None,  # kline frames are small, and a core is dear
+                compression=None,  # kline frames are small; inflating them costs CPU time
                 proxy=None,
             )
         except InvalidStatus as error:
@@ -124,21 +105,15 @@ class ConnectionRunner:
             if status in RATE_LIMIT_STATUSES:
                 self._callbacks.count_event("rate limited")
                 wait = parse_retry_after(error.response.headers.get("Retry-After"))
-            self._report_lost(connection, "not connected", f"HTTP {status}", wait)
+            self._report_lost(connection, f"HTTP {status}", wait, opened=False)
         except (OSError, InvalidHandshake, InvalidURI, EOFError) as error:
-            self._report_lost(connection, "not connected", str(error) or type(error).__name__)
+            self._report_lost(connection, str(error) or type(error).__name__, opened=False)
         return None
-
-    def _report_lost(self, connection: Connection, note: str, why: str, wait: float = 0.0) -> None:
-        self._pool.on_lost(connection, _now(), wait)
-        self._wakeup.set()
-        self._callbacks.count_event(note)
-        _log.warning(note, url=self._url, why=why)
 
     async def _send(self, connection: Connection, message: bytes) -> None:
         socket = self._sockets.get(connection)
         if socket is not None:
-            with suppress(ConnectionClosed):  # whoever reads will notice
+            with suppress(ConnectionClosed):  # the reading task reports it
                 await socket.send(message, text=True)
 
     async def _read(self, connection: Connection, socket: ClientConnection) -> None:
@@ -146,39 +121,32 @@ class ConnectionRunner:
         time = asyncio.get_running_loop().time
         try:
             for number in count(1):
-                if (
-                    number % _FRAMES_PER_YIELD == 0
-                ):  # frames that are there already are had without a pause
-                    await asyncio.sleep(0)
+                if number % _FRAMES_PER_YIELD == 0:
+                    await asyncio.sleep(0)  # recv does not yield while frames are queued
                 frame = await socket.recv(decode=False)
-                told = receive(connection, frame, time())
-                if isinstance(told, Kline):
-                    update(Update(told.series, told.candle, told.closed, now()))
+                event = receive(connection, frame, time())
+                if isinstance(event, Kline):
+                    update(Update(event.series, event.candle, event.closed, now()))
                 else:
-                    self._handle_frame(told, frame)
+                    self._handle_other_frame(event, frame)
         except ConnectionClosed as error:
-            self._report_lost(connection, "lost", str(error))
+            self._report_lost(connection, str(error))
 
-    def _handle_frame(
-        self, told: InvalidFrame | Response | ServerShutdown | IgnoredFrame, frame: bytes
+    def _handle_other_frame(
+        self, event: InvalidFrame | Response | ServerShutdown | IgnoredFrame, frame: bytes
     ) -> None:
-        """What is no kline."""
-        if type(told) is InvalidFrame:
-            self._callbacks.reject(told.series, told.reason, frame[:_MAX_RAW_BYTES])
-        elif type(told) is IgnoredFrame:
+        if type(event) is InvalidFrame:
+            self._callbacks.reject(event.series, event.reason, frame[:MAX_REJECTED_BYTES])
+        elif type(event) is IgnoredFrame:
             self._callbacks.count_event("other frame")
         else:
             self._wakeup.set()
-            if type(told) is ServerShutdown:
+            if type(event) is ServerShutdown:
                 self._callbacks.count_event("shutdown told")
 
 
 async def _close(socket: ClientConnection) -> None:
-    """Politely, within bounds."""
+    """Close with a closing handshake, within a bounded time."""
     with suppress(TimeoutError, OSError, ConnectionClosed):
         async with asyncio.timeout(2 * _CLOSE_SECONDS):
             await socket.close()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

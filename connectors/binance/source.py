@@ -1,4 +1,4 @@
-"""Binance as a source: its two markets side by side."""
+"""Source of Binance: its spot and futures markets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from random import Random
 
 from kronos_connectors.binance.market import Market
 from kronos_connectors.binance.options import BinanceOptions
+from kronos_stream.errors import first_error
 from kronos_stream.interfaces.diagnostics import Check
 from kronos_stream.interfaces.source import SourceCallbacks, Traits, VenueRefused
 from kronos_stream.market.candle import Candle
@@ -19,8 +20,8 @@ class BinanceSource:
     """Klines of spot markets, ``BTC/USDT``, and of USD-M perpetuals, ``BTC/USDT:USDT``."""
 
     venue = "binance"
-    # Its history has flat bars where nothing trades, so one that lacks is late or lost: the
-    # cautious of the two. Pushes of perpetuals stop with the trades; then history tells.
+    # History has flat bars for intervals without trades, so a missing bar is late or lost.
+    # Perpetuals are pushed only while they trade; history then has the closed bar.
     traits = Traits(push_seconds=2.0, grace_seconds=2.0, fills_empty=True)
 
     def __init__(self, options: BinanceOptions, clock: Clock, random: Random) -> None:
@@ -31,9 +32,9 @@ class BinanceSource:
     async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         found: dict[Series, str] = {}
         for futures, market in self._markets.items():
-            asked = [one for one in series if _is_futures(one) is futures]
-            if asked:
-                found |= await market.unsupported(asked)
+            of_market = [one for one in series if _is_futures(one) is futures]
+            if of_market:
+                found |= await market.unsupported(of_market)
         return found
 
     async def ranked(self, pattern: str) -> Sequence[str]:
@@ -42,8 +43,8 @@ class BinanceSource:
     def checks(self, series: Collection[Series]) -> Sequence[Check]:
         found: list[Check] = []
         for futures, market in self._markets.items():
-            if asked := [one for one in series if _is_futures(one) is futures]:
-                found += market.checks(asked)
+            if of_market := [one for one in series if _is_futures(one) is futures]:
+                found += market.checks(of_market)
         return found
 
     def subscribe(self, series: Collection[Series]) -> None:
@@ -56,7 +57,7 @@ class BinanceSource:
                 for market in self._markets.values():
                     tasks.create_task(market.run(callbacks))
         except* VenueRefused as refusals:
-            raise _first_refusal(refusals) from None
+            raise first_error(refusals) from None
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         return await self._markets[_is_futures(series)].history(series, start, end)
@@ -70,14 +71,6 @@ def _is_futures(series: Series) -> bool:
     return ":" in series.symbol
 
 
-def _first_refusal(group: BaseExceptionGroup[VenueRefused]) -> VenueRefused:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, VenueRefused)  # noqa: S101 - the group holds nothing else
-    return error
-
-
 def build(_: str, options: BinanceOptions, clock: Clock, random: Random) -> BinanceSource:
-    """A source; it connects when it runs."""
+    """Create a source; it connects when it runs."""
     return BinanceSource(options, clock, random)

@@ -1,4 +1,4 @@
-"""Any exchange that the package ccxt knows: candles watched over websockets, or polled by REST."""
+"""Exchanges of the package ccxt: candles watched over websockets, or polled by REST."""
 
 from __future__ import annotations
 

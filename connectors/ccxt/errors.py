@@ -1,19 +1,20 @@
-"""What ccxt's exceptions mean to us: wait, try again, leave a series aside, or give up a venue."""
+"""Translation of ccxt's exceptions into errors of a source."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
+from kronos_connectors._shared.http_status import (
+    BLOCKED_STATUSES,
+    DEFAULT_RETRY_SECONDS,
+    RATE_LIMIT_STATUSES,
+    parse_retry_after,
+)
 from kronos_stream.interfaces.source import SourceError, VenueRefused
 
-_DEFAULT_RETRY_SECONDS = 60.0
-"""To wait after too many requests where the exchange does not say how long."""
-
 _FORBIDDEN_SECONDS = 600.0
-"""To wait after HTTP 403, which exchanges answer both to wrong addresses and to hasty ones."""
-
-_MAX_RETRY_SECONDS = 3 * 86_400.0
+"""Pause after HTTP 403: exchanges use it for blocked addresses and for too many requests."""
 
 _MAX_ERROR_CHARACTERS = 200
 
@@ -27,7 +28,7 @@ _SECRETS = re.compile(r"(?i)\b(api[-_]?key|key|secret|sign(ature)?|token|passwor
 
 
 class HttpStatusError(Exception):
-    """An HTTP status by which an exchange means more than ccxt tells."""
+    """HTTP status whose meaning ccxt does not pass on."""
 
     def __init__(self, status: int, body: str, retry_after: str | None = None) -> None:
         super().__init__(f"HTTP {status} {body}")
@@ -35,62 +36,55 @@ class HttpStatusError(Exception):
 
 
 class SeriesRefused(SourceError):  # noqa: N818 - as VenueRefused is
-    """The exchange, or ccxt, will not do what was asked for this series; others may do."""
+    """The exchange or ccxt refuses a request for this series; other series may work."""
 
 
 def translate_error(
     error: Exception, venue: str, redact: Callable[[str], str] = lambda text: text
 ) -> SourceError:
-    """``error``, raised while ccxt spoke with ``venue``, in our terms.
+    """Translate an exception of ccxt.
 
-    without: takes out of a text what must not be seen.
+    redact: removes secrets from a text.
 
-    SeriesRefused where it may be about the series alone, VenueRefused where there is no hope;
-    otherwise it is to be tried again, after :attr:`SourceError.retry_after`.
+    Returns SeriesRefused if it may concern the series alone, VenueRefused if the exchange will
+    never serve us; else an error to retry after :attr:`SourceError.retry_after`.
     """
     if isinstance(error, SourceError):
         return error
-    said = f"{venue}: {_describe(error, redact)}"
+    message = f"{venue}: {_describe(error, redact)}"
     status = error if isinstance(error, HttpStatusError) else _handshake_status(error)
     if status is not None:
-        return _status_error(status, said)
-    # By name: this needs no ccxt, and ccxt has each class twice.
+        return _status_error(status, message)
+    # By name: importing ccxt takes seconds, and it has each class twice.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if "AuthenticationError" in kinds:
-        said += "; keys are set by KRONOS_STREAM_CCXT__CONFIG"
+        message += "; keys are set by KRONOS_STREAM_CCXT__CONFIG"
     if kinds & {"AuthenticationError", "RestrictedLocation"} or _RESTRICTED.search(str(error)):
-        return VenueRefused(said)
+        return VenueRefused(message)
     if kinds & {"RateLimitExceeded", "DDoSProtection", "OnMaintenance"}:
-        return SourceError(said, _DEFAULT_RETRY_SECONDS)
-    return SeriesRefused(said) if "ExchangeError" in kinds else SourceError(said)
+        return SourceError(message, DEFAULT_RETRY_SECONDS)
+    return SeriesRefused(message) if "ExchangeError" in kinds else SourceError(message)
 
 
 def _handshake_status(error: Exception) -> HttpStatusError | None:
-    """The status that a websocket was refused with: ccxt wraps up what aiohttp raised."""
+    """Status of a refused websocket handshake: ccxt wraps aiohttp's exception."""
     cause = error.args[0] if error.args else None
     status, headers = getattr(cause, "status", None), getattr(cause, "headers", None) or {}
-    if status not in {403, 418, 429, 451}:
+    if status not in RATE_LIMIT_STATUSES | BLOCKED_STATUSES:
         return None
     return HttpStatusError(status, str(cause), headers.get("Retry-After"))
 
 
-def _status_error(error: HttpStatusError, said: str) -> SourceError:
+def _status_error(error: HttpStatusError, message: str) -> SourceError:
     if error.status == 451 or _RESTRICTED.search(error.body):
-        return VenueRefused(said)
-    if error.status in {418, 429}:
-        return SourceError(said, _parse_retry_after(error.retry_after))
-    return SourceError(said, _FORBIDDEN_SECONDS if error.status == 403 else 0.0)
-
-
-def _parse_retry_after(text: str | None) -> float:
-    """What a ``Retry-After`` header asks for."""
-    if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10):
-        return _DEFAULT_RETRY_SECONDS
-    return min(max(float(text), 1.0), _MAX_RETRY_SECONDS)
+        return VenueRefused(message)
+    if error.status in RATE_LIMIT_STATUSES:
+        return SourceError(message, parse_retry_after(error.retry_after))
+    return SourceError(message, _FORBIDDEN_SECONDS if error.status == 403 else 0.0)
 
 
 def _describe(error: Exception, redact: Callable[[str], str]) -> str:
-    """One line, short, without what may be secret in a URL."""
+    """Short line without secrets."""
     text = _SECRETS.sub(r"\1=***", redact(" ".join(str(error).split())))
     short = text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}…"
     return f"{type(error).__name__} {short}".strip()

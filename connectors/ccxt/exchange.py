@@ -1,4 +1,4 @@
-"""ccxt itself: instances of an exchange, what is asked of them, and what they do not tell."""
+"""Instances of ccxt's exchange classes, and the requests to them."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ from kronos_stream.market.series import Series
 _T = TypeVar("_T")
 
 PREFIX = "ccxt."
-"""Before an exchange's name in a venue's: ccxt is to serve it, whoever else could."""
+"""Prefix of a venue's name that selects ccxt, even if another connector has that venue."""
 
 _DEFAULT_PAGE_SIZE = 200
-"""Rows asked for at a time where ccxt does not know how many there may be."""
+"""Rows per request where ccxt does not know the exchange's limit."""
 
 _CACHED_BARS = 8
-"""Bars that ccxt keeps of each series; nobody looks at more than the newest."""
+"""Bars that ccxt keeps of each series; only the newest are used."""
 
 _TYPE_NAMES: dict[type | tuple[type, ...], str] = {
     bool: "true or false",
     (int, float): "a number",
-    str: "a text",
+    str: "a string",
     (dict,): "an object",
     (list,): "a list",
 }
-"""What ccxt's attributes are, and how JSON calls them."""
+"""Types of ccxt's attributes, and their names in error messages."""
+
 _STRING_SETTINGS = re.compile(r"(?i)(key|secret|password|uid|token|proxy)$")
-"""What is nothing by default, and a text otherwise."""
+"""Settings that are strings, although their default is None."""
 
 _CLOSE_SECONDS = 2.0
 _UNLIMITED = 1_000_000_000
 
 
 class ExchangeFactory:
-    """Makes instances of one exchange, which share its rate limit and its list of markets."""
+    """Creates instances of one exchange, which share its rate limit and its list of markets."""
 
     def __init__(self, name: str, kind: Any, options: CcxtOptions) -> None:  # noqa: ANN401
-        """kind: ccxt's class of the exchange ``name``. Raises SourceError for its settings."""
+        """kind: ccxt's class of the exchange ``name``. Raises SourceError for invalid settings."""
         self.name = name
         self._exchange_class, self._options = strict_class(kind), options
         try:
@@ -60,20 +61,21 @@ class ExchangeFactory:
             self._prototype = self._exchange_class(self._config)
         except SourceError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever it makes of what it is told
-            # Its text might repeat what is secret.
+        except Exception as error:  # noqa: BLE001 - its constructors raise anything
+            # The message may repeat a secret.
+            why = type(error).__name__
             raise SourceError(
-                f"KRONOS_STREAM_CCXT__CONFIG: ccxt makes no {name} of it: {type(error).__name__}"
+                f"KRONOS_STREAM_CCXT__CONFIG: ccxt cannot create {name} with it: {why}"
             ) from None
         self.cooldown = Cooldown(name)
         self._redactor = Redactor(options.config_for(name))
         self.rest = ExchangeClient(self._prototype, name, self.cooldown, self._redactor)
-        """The one that is asked by REST."""
+        """Client for REST requests."""
 
     @classmethod
     def for_venue(cls, venue: str, options: CcxtOptions) -> Self:
-        """Of a venue's name. Raises SourceError where ccxt lacks it, or what is asked of it."""
-        logging.getLogger("ccxt").setLevel(logging.WARNING)  # requests, with keys
+        """Create the factory of a venue. Raises SourceError if ccxt lacks it or a feature."""
+        logging.getLogger("ccxt").setLevel(logging.WARNING)  # below, it logs requests with keys
         for setting, names in (
             ("SYMBOLS", (venue.removeprefix(PREFIX),)),
             ("CCXT__CONFIG", options.configured_exchanges()),
@@ -84,18 +86,22 @@ class ExchangeFactory:
                     raise SourceError(f"KRONOS_STREAM_{setting}: {_unknown_exchange(name)}")
         name = venue.removeprefix(PREFIX)
         modules = (import_module(module) for module in ("ccxt.pro", "ccxt.async_support"))
-        made = cls(name, next(getattr(one, name) for one in modules if hasattr(one, name)), options)
-        if made.rest.has("fetchOHLCV") is not True:
+        factory = cls(
+            name,
+            next(getattr(module, name) for module in modules if hasattr(module, name)),
+            options,
+        )
+        if factory.rest.has("fetchOHLCV") is not True:
             raise SourceError(f"KRONOS_STREAM_SYMBOLS: {name} has no history of candles in ccxt")
-        if options.mode == "watch" and not made.watch_enabled:
+        if options.mode == "watch" and not factory.watch_enabled:
             raise SourceError(
                 f"KRONOS_STREAM_CCXT__MODE=watch: ccxt cannot watch candles of {name}; set auto"
             )
-        return made
+        return factory
 
     @property
     def watch_enabled(self) -> bool:
-        """Whether candles are to be watched, and not polled."""
+        """Whether candles are watched, not polled."""
         return self._options.mode != "poll" and self.rest.has("watchOHLCV") is True
 
     @property
@@ -103,13 +109,13 @@ class ExchangeFactory:
         return self.name in self._options.fills_empty
 
     def create(self, hooks: Hooks) -> ExchangeClient:
-        """One more. It knows the markets that are known now."""
+        """Create another instance for watching candles."""
         exchange = self._exchange_class(self._config)
         exchange.hooks = hooks
         exchange.throttler = self._prototype.throttler
         exchange.ssl_context = self._prototype.ssl_context
-        # Pings so often that a silent exchange is a broken one. Whether it is, we judge by anything
-        # that comes; ccxt would by pongs alone, which not every exchange sends.
+        # Ping often enough that silence means a broken connection. The pool detects silence by any
+        # frame; ccxt would count pongs only, which some exchanges do not send.
         pings = round(self._options.stall_seconds * 1000 / 3)
         pings = min(exchange.streaming.get("keepAlive", pings), pings)
         exchange.streaming = {
@@ -121,7 +127,7 @@ class ExchangeFactory:
 
 
 class ExchangeClient:
-    """One instance of ccxt's exchange. What it is asked raises SourceError and its kinds only."""
+    """Instance of ccxt's exchange whose requests raise only SourceError and its subclasses."""
 
     def __init__(
         self,
@@ -133,9 +139,9 @@ class ExchangeClient:
         self._exchange, self._name, self._cooldown = exchange, name, cooldown
         self._redactor = redactor
 
-    def has(self, what: str) -> object:
-        """True, or why it is not so: None, False, "emulated"."""
-        return self._exchange.has.get(what)
+    def has(self, feature: str) -> object:
+        """ccxt's flag of a feature: True, or None, False, "emulated"."""
+        return self._exchange.has.get(feature)
 
     @property
     def timeframes(self) -> Collection[str]:
@@ -143,37 +149,37 @@ class ExchangeClient:
 
     @property
     def markets(self) -> Markets:
-        """Those loaded last; none before."""
+        """Markets loaded last; empty before."""
         return self._exchange.markets or {}
 
     async def load_markets(self) -> None:
-        """Load the markets anew."""
+        """Reload the markets. Raises SourceError, also if there are none."""
         await self._call(self._exchange.load_markets, True)  # noqa: FBT003 - reload
         if not self.markets:
             raise SourceError(f"{self._name}: its list of markets is empty")
 
     def copy_markets(self, other: ExchangeClient) -> None:
-        """Take over the markets that another instance has loaded."""
+        """Share the markets that another instance has loaded."""
         if other.markets and self._exchange.markets is not other._exchange.markets:
             self._exchange.set_markets_from_exchange(other._exchange)
 
     async def server_time(self) -> int:
         """UTC ms by the exchange's clock."""
-        said = await self._call(self._exchange.fetch_time)
-        if type(said) is not int:
-            raise SourceError(f"{self._name}: its time is none")
-        return said
+        time = await self._call(self._exchange.fetch_time)
+        if type(time) is not int:
+            raise SourceError(f"{self._name}: invalid server time")
+        return time
 
     def page_size(self, symbol: str) -> int:
-        """How many rows may be asked for at a time."""
+        """Most rows per request."""
         try:
-            most = self._exchange.feature_value(symbol, "fetchOHLCV", "limit", _DEFAULT_PAGE_SIZE)
-        except Exception as error:  # noqa: BLE001 - ccxt's own, or what its tables lead to
+            limit = self._exchange.feature_value(symbol, "fetchOHLCV", "limit", _DEFAULT_PAGE_SIZE)
+        except Exception as error:  # noqa: BLE001 - its tables may have gaps
             raise translate_error(error, self._name, self._redactor.redact) from None
-        return most if type(most) is int and most > 1 else _DEFAULT_PAGE_SIZE
+        return limit if type(limit) is int and limit > 1 else _DEFAULT_PAGE_SIZE
 
     async def fetch_ohlcv(self, series: Series, since: int, limit: int) -> Sequence[object]:
-        """Candles from ``since``, UTC ms, on; more or fewer, as the exchange likes."""
+        """Rows from ``since``, UTC ms, on; some exchanges return more, fewer or others."""
         fetch = self._exchange.fetch_ohlcv
         rows: Sequence[object] = await self._call(
             fetch, series.symbol, str(series.timeframe), since, limit
@@ -181,43 +187,43 @@ class ExchangeClient:
         return rows
 
     async def watch_ohlcv(self, series: Series) -> Sequence[object]:
-        """The newest candles, once something is pushed."""
+        """Wait for a push; returns the newest rows."""
         watching = self._exchange.watch_ohlcv(series.symbol, str(series.timeframe))
         try:
             return list(await watching)
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - as in _call
             raise self._translate_error(error) from None
 
     async def close(self) -> None:
-        """Let go of all sockets, within bounds."""
+        """Close all sockets, within a bounded time."""
         for close in (self._exchange.close_ws_clients, self._exchange.close):
-            # A socket that does not answer must not keep the session open.
+            # A socket that does not respond must not keep the session open.
             with suppress(Exception):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await close()
             self._exchange.clients = {}
 
-    async def _call(self, ask: Callable[..., Awaitable[_T]], *what: object) -> _T:
+    async def _call(self, method: Callable[..., Awaitable[_T]], *args: object) -> _T:
         self._cooldown.check(asyncio.get_running_loop().time())
         try:
-            return await ask(*what)
-        except Exception as error:  # noqa: BLE001 - ccxt falls over its own feet on odd answers
+            return await method(*args)
+        except Exception as error:  # noqa: BLE001 - unexpected responses make ccxt raise anything
             raise self._translate_error(error) from None
 
     def _translate_error(self, error: Exception) -> SourceError:
-        found = translate_error(error, self._name, self._redactor.redact)
-        self._cooldown.record(found, asyncio.get_running_loop().time())
-        return found
+        translated = translate_error(error, self._name, self._redactor.redact)
+        self._cooldown.record(translated, asyncio.get_running_loop().time())
+        return translated
 
 
 @cache
 def exchange_names() -> frozenset[str]:
-    """The exchanges that ccxt knows."""
+    """Names of the exchanges that ccxt supports."""
     return frozenset(import_module("ccxt").exchanges)
 
 
 def _build_config(options: CcxtOptions, name: str) -> dict[str, Any]:
-    """What the constructor of ``name`` is told; ours goes before the user's."""
+    """Arguments of the constructor of ``name``; ours override the user's."""
     given = options.config_for(name)
     return {
         **given,
@@ -233,7 +239,7 @@ def _build_config(options: CcxtOptions, name: str) -> dict[str, Any]:
 
 
 def _check_types(config: Mapping[str, Any], exchange: Any, name: str) -> None:  # noqa: ANN401
-    """Refuse what ccxt would take as it is and fail over later. Raises SourceError."""
+    """Raise SourceError for types that ccxt would accept and fail with later."""
     for key, value in config.items():
         default = "" if _STRING_SETTINGS.search(key) else getattr(exchange, key, None)
         for kind, expected in _TYPE_NAMES.items():
@@ -244,4 +250,4 @@ def _check_types(config: Mapping[str, Any], exchange: Any, name: str) -> None:  
 def _unknown_exchange(name: str) -> str:
     near = get_close_matches(name, sorted(exchange_names()), 1, 0.6)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"ccxt knows no exchange {name!r}{hint}"
+    return f"ccxt has no exchange {name!r}{hint}"

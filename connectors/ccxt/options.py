@@ -1,4 +1,4 @@
-"""How to use ccxt: ``KRONOS_STREAM_CCXT__*``."""
+"""Settings of ccxt: ``KRONOS_STREAM_CCXT__*``."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Mode = Literal["auto", "watch", "poll"]
 
 
 class CcxtOptions(BaseModel):
-    """Settings of all exchanges that ccxt serves. No key is needed where candles are public."""
+    """Settings of all exchanges that ccxt serves; where candles are public, no key is needed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     mode: Mode = "auto"
-    """watch: candles are pushed; poll: asked for at each close; auto: watched where ccxt can."""
+    """watch: candles are pushed; poll: requested at each close; auto: watch if ccxt can."""
     config: SecretStr = SecretStr("")
-    """What ccxt's constructors are told, by exchange, as JSON: {"kraken": {"apiKey": "..."}}."""
+    """Arguments of ccxt's constructors as JSON, by exchange: {"kraken": {"apiKey": "..."}}."""
     fills_empty: tuple[str, ...] = ("binance", "binancecoinm", "binanceus", "binanceusdm")
-    """Exchanges that have a flat bar where nothing was traded; the others have none there."""
+    """Exchanges that have a flat bar where nothing was traded; the others have no bar."""
     shard_size: int = Field(default=50, ge=1, le=200)
     """Series watched by one client of ccxt."""
     restart_hours: float = Field(default=6.0, gt=0, le=168)
     """A client is replaced at about this age, as ccxt has leaked memory before."""
     stall_seconds: float = Field(default=30.0, ge=5, le=600)
-    """A client that has heard nothing at all for so long, pings included, is replaced."""
+    """A client that receives nothing for this long, not even a pong, is replaced."""
     settle_seconds: float = Field(default=1.0, ge=0, le=30)
-    """How long after its close a bar is not asked for: answers may come from a cache."""
+    """Delay after its close before a bar is requested, as responses may come from a cache."""
     timeout_seconds: float = Field(default=20.0, ge=1, le=100)
-    """For an answer to be complete."""
+    """For a response to be complete."""
 
     @field_validator("config")
     @classmethod
@@ -44,17 +44,17 @@ class CcxtOptions(BaseModel):
         return value
 
     def config_for(self, exchange: str) -> dict[str, Any]:
-        """What the constructor of ``exchange`` is told."""
+        """Arguments of the constructor of ``exchange``."""
         return _parse_config(self.config).get(exchange, {})
 
     def configured_exchanges(self) -> Collection[str]:
-        """The exchanges that are told something."""
+        """Exchanges that have arguments."""
         return _parse_config(self.config)
 
 
 def _parse_config(config: SecretStr) -> dict[str, dict[str, Any]]:
     text = config.get_secret_value()
-    # What is wrong is said without what stands there: it may be a key.
+    # Errors do not quote the text: it may hold keys.
     try:
         given = orjson.loads(text) if text else {}
     except orjson.JSONDecodeError as error:
@@ -65,11 +65,11 @@ def _parse_config(config: SecretStr) -> dict[str, dict[str, Any]]:
 
 
 def build(venue: str, options: CcxtOptions, clock: Clock, random: Random) -> Source:
-    """The source of an exchange, by its name in ccxt, or by that behind ``ccxt.``.
+    """Create the source of an exchange: ``venue`` is its name in ccxt, or that after ``ccxt.``.
 
-    It connects when it runs. Raises SourceError where ccxt does not have what is asked for.
+    It connects when it runs. Raises SourceError if ccxt lacks the exchange or a feature.
     """
-    # Not above: help reads the options, and ccxt takes seconds to import.
+    # Imported here: --help reads the options, and ccxt takes seconds to import.
     from kronos_connectors.ccxt.exchange import ExchangeFactory
     from kronos_connectors.ccxt.source import CcxtSource
 
@@ -77,7 +77,7 @@ def build(venue: str, options: CcxtOptions, clock: Clock, random: Random) -> Sou
 
 
 def venues() -> Collection[str]:
-    """The exchanges that ccxt knows."""
+    """Names of the exchanges that ccxt supports."""
     from kronos_connectors.ccxt.exchange import exchange_names
 
     return exchange_names()

@@ -1,4 +1,4 @@
-"""Pauses that an exchange asks for, kept by all who ask it."""
+"""Pauses that an exchange asks for."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Callable
 
 import structlog
 
+from kronos_connectors._shared.http_status import check_pause
 from kronos_stream.interfaces.source import SourceError
 
 _log = structlog.get_logger()
 
 
 class Cooldown:
-    """When an exchange wants to be left alone by all who ask it. Times are the event loop's."""
+    """Pause of all requests to an exchange. Times are seconds of the event loop's clock."""
 
     def __init__(self, name: str) -> None:
         self.on_event: Callable[[str], None] = lambda _: None
-        """Told of what is worth counting."""
+        """Called with the events to count."""
         self._name, self._until = name, 0.0
 
     def check(self, now: float) -> None:
-        """Raises SourceError while nobody may ask."""
-        wait = self._until - now
-        if wait > 0:
-            raise SourceError(f"{self._name}: asked to wait for another {wait:.0f} s", wait)
+        """Raise SourceError during a pause."""
+        check_pause(self._until - now, f"{self._name}: ")
 
     def record(self, error: SourceError, now: float) -> None:
-        """Keep the pause that an answer asks for."""
+        """Start the pause that an error asks for, if any."""
         if error.retry_after:
             self._until = max(self._until, now + error.retry_after)
             self.on_event("rate limited")

@@ -1,4 +1,4 @@
-"""What of an exchange's words ccxt would take for silence, and is told as an error here."""
+"""Subclass of a ccxt exchange that raises errors for responses that ccxt silently ignores."""
 
 from __future__ import annotations
 
@@ -8,37 +8,35 @@ from typing import Any, NamedTuple
 
 from kronos_connectors.ccxt.errors import HttpStatusError
 from kronos_connectors.ccxt.ohlcv import RowError, read_row
-
-MAX_RAW_BYTES = 4_096
-"""Bytes of a frame that cannot be, for those who look into it."""
+from kronos_stream.interfaces.source import MAX_REJECTED_BYTES
 
 
 class Hooks(NamedTuple):
-    """What happens on the sockets of an instance."""
+    """Callbacks for the sockets of an instance."""
 
     on_activity: Callable[[], None]
-    """A frame came, if only a pong."""
+    """Any frame arrived, including pongs."""
     on_invalid_frame: Callable[[str, bytes], None]
-    """A frame came that ccxt cannot read: why, and what it was."""
+    """A frame arrived that ccxt cannot read: reason, raw bytes."""
 
 
 @cache
 def strict_class(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
-    """``kind``, but that a bad answer is an error, and a bad frame not the end of its socket."""
+    """Subclass of ``kind``: invalid responses raise, and invalid frames do not end their socket."""
 
-    class Guarded(kind):  # type: ignore[misc]
+    class Strict(kind):  # type: ignore[misc]
         hooks: Hooks | None = None
 
         def on_rest_response(
             self, code: int, reason: str, url: str, method: str, headers: Mapping[str, str],
             body: str, *rest: object,
         ) -> str:  # fmt: skip
-            # ccxt would pass on neither these as such nor how long to wait.
+            # ccxt would hide the status and drop Retry-After.
             if code in {418, 429, 451}:
                 waits = [value for name, value in headers.items() if name.lower() == "retry-after"]
                 raise HttpStatusError(code, body, waits[0] if waits else None)
-            said: str = super().on_rest_response(code, reason, url, method, headers, body, *rest)
-            return said
+            text: str = super().on_rest_response(code, reason, url, method, headers, body, *rest)
+            return text
 
         def handle_http_status_code(
             self, code: int, reason: str, url: str, method: str, body: str
@@ -49,14 +47,14 @@ def strict_class(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
 
         async def fetch(self, *request: object, **more: object) -> object:
             answer = await super().fetch(*request, **more)
-            # A page of some proxy's, or half an answer: ccxt would find no candles in it.
+            # An error page of a proxy, or a truncated response: ccxt would find no candles in it.
             if isinstance(answer, str) and answer.lstrip()[:1] in {"<", "{", "["}:
                 raise RowError(f"not JSON: {answer:.40}")
             return answer
 
         def parse_ohlcv(self, ohlcv: object, *more: object) -> list[Any]:
             row: list[Any] = super().parse_ohlcv(ohlcv, *more)
-            read_row(row)  # ccxt would leave out what it cannot read
+            read_row(row)  # ccxt would skip rows that it cannot read
             return row
 
         def client(self, url: str) -> Any:  # noqa: ANN401
@@ -66,21 +64,22 @@ def strict_class(kind: Any) -> type[Any]:  # noqa: ANN401 - a class of ccxt's
                 client.handle_message = _catch_errors(client.handle_message, self.hooks)
             return client
 
-    return Guarded
+    return Strict
 
 
 def _catch_errors(handle: Callable[[Any], None], hooks: Hooks) -> Callable[[Any], None]:
-    """``handle``, which would leave its socket unread if it failed."""
+    """Wrap ``handle``: an exception in it would stop the reading of its socket."""
 
-    def handle_carefully(message: Any) -> None:  # noqa: ANN401 - aiohttp's
+    def handle_safely(message: Any) -> None:  # noqa: ANN401 - aiohttp's
         hooks.on_activity()
         try:
             handle(message)
-        except Exception as error:  # noqa: BLE001 - whatever a frame makes of ccxt
+        except Exception as error:  # noqa: BLE001 - ccxt's parsers raise anything
             data = message.data if isinstance(message.data, (bytes, str)) else ""
             raw = data.encode() if isinstance(data, str) else data
             hooks.on_invalid_frame(
-                f"ccxt cannot read it: {type(error).__name__} {error!s:.80}", raw[:MAX_RAW_BYTES]
+                f"ccxt cannot read it: {type(error).__name__} {error!s:.80}",
+                raw[:MAX_REJECTED_BYTES],
             )
 
-    return handle_carefully
+    return handle_safely

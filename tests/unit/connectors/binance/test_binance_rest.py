@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from kronos_connectors._shared.http_status import parse_retry_after
 from kronos_connectors._shared.venue_clock import VenueClock
-from kronos_connectors.binance.http_status import parse_retry_after
 from kronos_connectors.binance.options import BinanceOptions
 from kronos_connectors.binance.rate_limit import WeightLimiter
 from kronos_connectors.binance.rest import FUTURES, SPOT, ApiError, Host, RestClient

@@ -234,7 +234,7 @@ MARKETS: dict[str, dict[str, Any]] = {
         ("BTCUSDT", "1m", "kraken does not list it; did you mean BTC/USDT or BTC/USDC?"),
         ("luna/usd", "1m", "kraken does not list it"),
         ("BTC/USDT", "7m", "kraken has no bars of 7m, only 1m, 5m"),
-        ("BTC/USD:BTC-251226", "1m", "it expires on 2025-12-26; only what does not end"),
+        ("BTC/USD:BTC-251226", "1m", "it expires on 2025-12-26; only markets without expiry"),
     ],
 )
 def test_what_cannot_be_followed_is_explained(symbol: str, timeframe: str, why: str | None) -> None:
@@ -251,16 +251,16 @@ def test_a_market_is_inactive_only_if_it_is_said_so() -> None:
     assert [symbol for symbol in said if said[symbol]] == ["LUNA/USDT"]
 
 
-NO = "KRONOS_STREAM_CCXT__CONFIG: ccxt makes no kraken of it: "
+NO = "KRONOS_STREAM_CCXT__CONFIG: ccxt cannot create kraken with it: "
 KIND = "KRONOS_STREAM_CCXT__CONFIG: kraken."
 
 
 @pytest.mark.parametrize(
     ("asked", "settings", "why"),
     [
-        ("ccxt.krakn", {}, "KRONOS_STREAM_SYMBOLS: ccxt knows no exchange 'krakn'; did you mean k"),
-        ("kraken", {"config": '{"krakn": {}}'}, "KRONOS_STREAM_CCXT__CONFIG: ccxt knows no"),
-        ("kraken", {"fills_empty": ("krakn",)}, "KRONOS_STREAM_CCXT__FILLS_EMPTY: ccxt knows no"),
+        ("ccxt.krakn", {}, "KRONOS_STREAM_SYMBOLS: ccxt has no exchange 'krakn'; did you mean k"),
+        ("kraken", {"config": '{"krakn": {}}'}, "KRONOS_STREAM_CCXT__CONFIG: ccxt has no"),
+        ("kraken", {"fills_empty": ("krakn",)}, "KRONOS_STREAM_CCXT__FILLS_EMPTY: ccxt has no"),
         *(
             ("kraken", {"config": f'{{"kraken": {{{wrong}}}}}'}, f"{KIND}{said}")
             for wrong, said in (
@@ -268,8 +268,8 @@ KIND = "KRONOS_STREAM_CCXT__CONFIG: kraken."
                 ('"options": []', "options: expected an object"),
                 ('"urls": "https://x.y"', "urls: expected an object"),
                 ('"rateLimit": "slow"', "rateLimit: expected a number"),
-                ('"apiKey": 5', "apiKey: expected a text"),
-                ('"httpsProxy": 5', "httpsProxy: expected a text"),
+                ('"apiKey": 5', "apiKey: expected a string"),
+                ('"httpsProxy": 5', "httpsProxy: expected a string"),
                 ('"aiohttp_trust_env": "yes"', "aiohttp_trust_env: expected true or false"),
             )
         ),

@@ -231,7 +231,7 @@ def test_months_close_when_the_calendar_says(tmp_path: Path) -> None:
 
 def test_it_ends_after_so_many_closes(write: Write) -> None:
     files = [write("A_B.csv"), write("C_D.csv")]
-    assert len(replayed(files, closes=4).updates) == 8
+    assert len(replayed(files, max_closes=4).updates) == 8
 
 
 def test_only_what_is_followed_is_pushed(write: Write) -> None:

@@ -1,4 +1,4 @@
-"""How fast kline frames are taken in: decoded, put on the tape, saved; by one core."""
+"""Throughput of the intake on one core: kline frames decoded, sequenced and saved."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _START_MS = 1_750_000_020_000
 
 @dataclass(frozen=True, slots=True)
 class IngestRates:
-    """Frames per second of processor time, of one-minute bars that are pushed every two seconds."""
+    """Frames per second of CPU time, for one-minute bars that are pushed every two seconds."""
 
     series: int
     frames: int
     decoded: float
-    """From bytes to candles."""
+    """Decoding from bytes to candles."""
     taken_in: float
-    """And checked by the tapes: all that the event loop does when a frame comes."""
+    """Decoding and sequencing: all that the event loop does per frame."""
     saved: float
-    """And closed bars in the state file and in their contexts."""
+    """As ``taken_in``, and closed bars saved to the state file and appended to their contexts."""
     floor: float
-    """JSON parsing alone."""
+    """JSON parsing only."""
 
 
 def run(*, as_json: bool) -> None:
@@ -55,17 +55,17 @@ def run(*, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(measured)))
         return
-    for what, rate in (
-        ("JSON parsed (the floor)", measured.floor),
+    for label, rate in (
+        ("JSON parsing only (the floor)", measured.floor),
         ("decoded", measured.decoded),
-        ("decoded and on the tape", measured.taken_in),
-        ("and closed bars saved, in their contexts and due", measured.saved),
+        ("decoded and sequenced", measured.taken_in),
+        ("decoded, sequenced, closed bars saved", measured.saved),
     ):
-        click.echo(f"{rate:10,.0f} kline frames a second and core: {what}")
+        click.echo(f"{rate:10,.0f} kline frames per second and core: {label}")
 
 
 def measure(seconds: float = 3.0) -> IngestRates:
-    """Take in frames for about ``seconds``; what it takes to make them is not counted."""
+    """Process frames for about ``seconds`` of CPU time, without that for generating them."""
     return asyncio.run(_measure(seconds))
 
 
@@ -77,7 +77,7 @@ async def _measure(seconds: float) -> IngestRates:
     with tempfile.TemporaryDirectory(prefix="kronos-bench-") as folder:
         state = await State.open(Path(folder) / "state.sqlite")
         metrics = Metrics()
-        desk = IntakePipeline(
+        pipeline = IntakePipeline(
             {"binance": _FlatSource()},
             SavedBars(state, clock, metrics, lookback=_LOOKBACK),
             lambda _: None,
@@ -87,11 +87,11 @@ async def _measure(seconds: float) -> IngestRates:
             catch_up="newest",
             dead_letter=lambda *what: None,  # noqa: ARG005
         )
-        await desk.follow(series.values())
-        running = asyncio.create_task(desk.run())
+        await pipeline.follow(series.values())
+        running = asyncio.create_task(pipeline.run())
         try:
-            await desk.drain()
-            return await _measure_intake(desk, clock, series, seconds)
+            await pipeline.drain()
+            return await _measure_intake(pipeline, clock, series, seconds)
         finally:
             running.cancel()
             await asyncio.wait((running,))
@@ -99,15 +99,15 @@ async def _measure(seconds: float) -> IngestRates:
 
 
 async def _measure_intake(
-    desk: IntakePipeline,
+    pipeline: IntakePipeline,
     clock: ManualClock,
     series: Mapping[tuple[str, str], Series],
     seconds: float,
 ) -> IngestRates:
-    fleet = ConnectionPool(Random(0), capacity=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
-    fleet.follow(series)
+    pool = ConnectionPool(Random(0), capacity=_SERIES, stall_seconds=10, lifetime_seconds=3_600)
+    pool.follow(series)
     connection = Connection(stall_seconds=10, lifetime_seconds=3_600)
-    intake = desk.callbacks("binance")
+    callbacks = pipeline.callbacks("binance")
     frames, parsed, decoded, taken_in, saved = 0, 0.0, 0.0, 0.0, 0.0
     opened = _START_MS
     while parsed + decoded + taken_in + saved < seconds:
@@ -119,11 +119,11 @@ async def _measure_intake(
                 orjson.loads(frame)
             times.append(process_time())
             for frame in batch:
-                fleet.receive(connection, frame, 0.0)
+                pool.receive(connection, frame, 0.0)
             times.append(process_time())
-            _receive(fleet, connection, intake, clock, batch)
+            _receive(pool, connection, callbacks, clock, batch)
             times.append(process_time())
-            await desk.drain()
+            await pipeline.drain()
             times.append(process_time())
             frames += len(batch)
             parsed += times[1] - times[0]
@@ -137,22 +137,22 @@ async def _measure_intake(
 
 
 def _receive(
-    fleet: ConnectionPool,
+    pool: ConnectionPool,
     connection: Connection,
-    intake: SourceCallbacks,
+    callbacks: SourceCallbacks,
     clock: ManualClock,
     frames: list[bytes],
 ) -> None:
-    """As the connector's socket loop does."""
-    receive, update, now = fleet.receive, intake.update, clock.now
+    """Pass frames on as the connector does."""
+    receive, update, now = pool.receive, callbacks.update, clock.now
     for frame in frames:
-        told = receive(connection, frame, 0.0)
-        if isinstance(told, Kline):
-            update(Update(told.series, told.candle, told.closed, now()))
+        decoded = receive(connection, frame, 0.0)
+        if isinstance(decoded, Kline):
+            update(Update(decoded.series, decoded.candle, decoded.closed, now()))
 
 
 def _frames(series: Mapping[tuple[str, str], Series], opened: int, event: int) -> Iterator[bytes]:
-    """What is pushed of the bar at ``event``, the last time with its close."""
+    """Frames of the bar that opened at ``opened``, pushed at ``event``; the last is closed."""
     closed = b"true" if event == opened + _MINUTE_MS else b"false"
     price = 43_000 + event % 977 / 100
     for symbol, interval in series:
@@ -169,7 +169,7 @@ def _frames(series: Mapping[tuple[str, str], Series], opened: int, event: int) -
 
 
 class _FlatSource:
-    """A venue where nothing ever happened, for the beginning."""
+    """A source whose history is flat, to fill the contexts."""
 
     venue = "binance"
     traits = Traits()

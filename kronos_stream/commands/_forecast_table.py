@@ -1,4 +1,4 @@
-"""What ``kronos-stream tail`` shows: the newest forecast of each series, as rows and as lines."""
+"""Forecasts as rows of a table and as lines, for ``kronos-stream tail``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from kronos_stream.commands._text import printable
 from kronos_stream.forecast.message import Forecast
 
 _MAX_SERIES = 10_000
-"""Remembered; of more, those go that were not heard of for longest."""
+"""Series kept; beyond that, the one without a new forecast for the longest time is removed."""
 
 _OVERHEAD_LINES = 6
-"""Lines of a table that are no rows."""
+"""Lines of the table besides its rows."""
 
 _PADDING = 3
-"""Of each column."""
+"""Characters per column besides its text."""
 _OPTIONAL_COLUMNS = (7, 8, 1, 9, 4, 2)
-"""Columns that are left out where there is no room, in this order: volatility, age, origin…"""
+"""Columns omitted if the terminal is too narrow, in this order: volatility, age, origin …"""
 
 
 class ForecastTable:
@@ -30,7 +30,7 @@ class ForecastTable:
         self._received = 0
 
     def add(self, forecast: Forecast) -> None:
-        """The newest of its series, by its origin and revision, stays."""
+        """Keep the newest forecast of a series, by origin and revision."""
         self._received += 1
         old = self._rows.pop(forecast.series, None)
         if old is not None and (old.origin, old.revision) > (forecast.origin, forecast.revision):
@@ -40,9 +40,9 @@ class ForecastTable:
             del self._rows[next(iter(self._rows))]
 
     def render(self, now: int, width: int, height: int) -> Table:
-        """As many rows as ``height`` lines have room for; expired ones are dim.
+        """A table that fits ``width`` and ``height``; expired forecasts are dim.
 
-        Columns that find no room in ``width`` are left out, the least telling ones first.
+        Rows beyond the height are counted, and columns beyond the width are omitted.
         """
         shown = self._sorted()[: max(1, height - _OVERHEAD_LINES)]
         names = {band_names(forecast) for forecast in shown}
@@ -63,26 +63,28 @@ class ForecastTable:
 
     def _sorted(self) -> Sequence[Forecast]:
         if self._newest_first:
-            return sorted(self._rows.values(), key=lambda one: one.created_at, reverse=True)
+            return sorted(
+                self._rows.values(), key=lambda forecast: forecast.created_at, reverse=True
+            )
         return [self._rows[name] for name in sorted(self._rows)]
 
 
 def _visible_columns(
     titles: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> Sequence[int]:
-    """Which columns are shown: those that find room, and have something in them."""
+    """Indices of the columns to show: those that are not empty and fit ``width``."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     columns = [at for at, needed in enumerate(widths) if needed]
-    for spare in _OPTIONAL_COLUMNS:
+    for optional in _OPTIONAL_COLUMNS:
         if sum(widths[at] + _PADDING for at in columns) + 1 <= width:
             break
-        if spare in columns:
-            columns.remove(spare)
+        if optional in columns:
+            columns.remove(optional)
     return columns
 
 
 def band_names(forecast: Forecast) -> tuple[str, str, str]:
-    """The bands that are shown: 5 %, median and 95 %, or the outermost and the middle there are."""
+    """Names of the lower, middle and upper band to show: q05, q50, q95, or the nearest to them."""
     names = sorted(name for name in forecast.close if name != "mean")
     low = "q05" if "q05" in names else names[0]
     high = "q95" if "q95" in names else names[-1]
@@ -90,7 +92,7 @@ def band_names(forecast: Forecast) -> tuple[str, str, str]:
 
 
 def format_line(forecast: Forecast) -> str:
-    """Final close: its median, its outer bands, and the chance that it is up."""
+    """One line with the final close: median, outer bands and the probability of a rise."""
     names = band_names(forecast)
     low, middle, high = (f"{forecast.close[name][-1]:.6g}" for name in names)
     return (
@@ -116,7 +118,7 @@ def _cells(forecast: Forecast, now: int) -> tuple[str, ...]:
 
 
 def _format_age(milliseconds: float) -> str:
-    """In the largest unit of which there are two at least."""
+    """An age in the largest unit of which it has at least two."""
     seconds = max(0, int(milliseconds / 1000))
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:

@@ -1,4 +1,4 @@
-"""``kronos-stream schema``: what is on the topics, for programs."""
+"""``kronos-stream schema``: machine-readable documents of messages, topics and HTTP endpoints."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import click
     default="forecast",
 )
 @click.option("--asyncapi", is_flag=True, help="Print AsyncAPI 3.0 of all topics and messages.")
-@click.option("--openapi", is_flag=True, help="Print OpenAPI 3.1 of the daemon's HTTP pages.")
+@click.option("--openapi", is_flag=True, help="Print OpenAPI 3.1 of the daemon's HTTP endpoints.")
 @click.option(
     "--write",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Write all of it into a folder: schemas/*.json, asyncapi.json, openapi.json.",
+    help="Write all documents to a folder: schemas/*.json, asyncapi.json, openapi.json.",
 )
 def schema(message: str, asyncapi: bool, openapi: bool, write: Path | None) -> None:  # noqa: FBT001
     """Print the JSON Schema of a message's value; by default, of a forecast.
 
-    Within a version, messages only gain optional fields: ignore what you do not know.
+    Within a version, messages only gain optional fields; readers should ignore unknown ones.
     """
     from kronos_stream.daemon.status import openapi as pages
     from kronos_stream.forecast import contract

@@ -1,4 +1,4 @@
-"""``kronos-stream topics``: create the Kafka topics, or say what is wrong with them."""
+"""``kronos-stream topics``: create and check the Kafka topics."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _PROBLEMS_EXIT_CODE = 2
 def topics() -> None:
     """Create and check the Kafka topics that the daemon writes to.
 
-    Where and as whom is set as for the daemon: KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS,
-    KRONOS_STREAM_KAFKA__TOPIC_PREFIX and so on.
+    Brokers, login and topic prefix are the daemon's settings:
+    KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS, KRONOS_STREAM_KAFKA__TOPIC_PREFIX and so on.
     """
 
 
@@ -32,32 +32,32 @@ _CANDLES = click.option(
     "timeframes",
     metavar="1m,5m,...",
     default="",
-    help="Also the topics of candles in these timeframes. Where KRONOS_STREAM_ROLE is ingest or "
-    "forecast, those that it needs, unless told.",
+    help="Include candle topics of these timeframes. By default, those that KRONOS_STREAM_ROLE "
+    "ingest or forecast needs.",
 )
 
 
 @topics.command()
 @_CANDLES
 def create(timeframes: str) -> None:
-    """Create the topics that are missing; leave the others as they are."""
+    """Create missing topics. Existing ones are not changed."""
     from kronos_connectors.kafka import admin
 
-    options, wanted = _required_topics(timeframes)
-    for line in _run(admin.create(options, wanted)):
+    options, topics = _required_topics(timeframes)
+    for line in _run(admin.create(options, topics)):
         click.echo(line)
-    _exit_on_problems(_run(admin.check(options, wanted)))
+    _exit_on_problems(_run(admin.check(options, topics)))
 
 
 @topics.command()
 @_CANDLES
 def check(timeframes: str) -> None:
-    """Check the topics; exit code 2 and a line for each that will not do."""
+    """Check the topics. Prints a line per problem; exit code 2 if there is one."""
     from kronos_connectors.kafka import admin
 
-    options, wanted = _required_topics(timeframes)
-    _exit_on_problems(_run(admin.check(options, wanted)))
-    click.echo(f"{len(wanted)} topics are as they should be")
+    options, topics = _required_topics(timeframes)
+    _exit_on_problems(_run(admin.check(options, topics)))
+    click.echo(f"{len(topics)} topics are as they should be")
 
 
 def _required_topics(timeframes: str) -> tuple[KafkaOptions, list[TopicSpec]]:
@@ -82,7 +82,7 @@ def _run(work: Coroutine[Any, Any, list[str]]) -> list[str]:
 
 
 def _exit_on_problems(problems: list[str]) -> None:
-    """Say what is wrong, if anything is, and leave."""
+    """Print problems to stderr and exit, if there are any."""
     for line in problems:
         click.echo(line, err=True)
     if problems:

@@ -1,4 +1,4 @@
-"""``kronos-stream train tokenizer|predictor``: its options are the fields of TrainSettings."""
+"""``kronos-stream train tokenizer|predictor``, with the fields of TrainSettings as options."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kronos_stream.training.settings import Stage, TrainSettings, read_recipe
 def train() -> None:
     """Train a tokenizer, then a predictor on its tokens; or fine-tune trained ones.
 
-    Stop a run at any time: the same command resumes it where its last checkpoint stands. Under
-    torchrun (torchrun --nproc-per-node 2 -m kronos_stream train ...) the processes share each
+    A run can be stopped at any time; the same command resumes it from its last checkpoint. Under
+    torchrun (torchrun --nproc-per-node 2 -m kronos_stream train ...) the processes divide each
     batch.
     """
 
@@ -56,27 +56,27 @@ def _options(stage: Stage) -> Callable[[Callable[..., None]], Callable[..., None
     return add
 
 
-def _command(stage: Stage, about: str) -> click.Command:
-    @click.command(stage, help=about)
+def _command(stage: Stage, summary: str) -> click.Command:
+    @click.command(stage, help=summary)
     @click.argument("data", nargs=-1)
     @click.option(
         "--out",
         type=click.Path(path_type=Path, file_okay=False),
         required=True,
-        help="Folder of the run: its state, metrics and, in the end, the checkpoint.",
+        help="Folder of the run: its state, metrics and, at the end, the checkpoint.",
     )
     @click.option(
         "--recipe",
         type=click.Path(path_type=Path),
         default=None,
-        help="TOML file with tables of settings; options win over it.",
+        help="TOML file with tables of settings; options take precedence.",
     )
-    @click.option("--table", default=stage, show_default=True, help="The recipe's table.")
+    @click.option("--table", default=stage, show_default=True, help="Table of the recipe to use.")
     @_options(stage)
-    def command(out: Path, recipe: Path | None, table: str, **given: Any) -> None:  # noqa: ANN401
+    def command(out: Path, recipe: Path | None, table: str, **options: Any) -> None:  # noqa: ANN401
         from kronos_stream.training.train import train as run
 
-        chosen = {k: v for k, v in given.items() if v not in (None, ())}
+        chosen = {k: v for k, v in options.items() if v not in (None, ())}
         if isinstance(chosen.get("timeframes"), str):
             chosen["timeframes"] = tuple(chosen["timeframes"].split(","))
         settings = TrainSettings.build(stage, read_recipe(recipe, table) if recipe else {}, chosen)
@@ -84,8 +84,8 @@ def _command(stage: Stage, about: str) -> click.Command:
             result = run(stage, settings, out, report)
         if result is None:
             click.echo(
-                "note: too few bars to hold any out: nothing was validated, and nothing could stop "
-                "the run early (see --valid-share)",
+                "note: too few bars for a held-out part, so there was no validation and no early "
+                "stopping (see --valid-share)",
                 err=True,
             )
         else:

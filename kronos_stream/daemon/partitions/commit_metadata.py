@@ -1,7 +1,7 @@
-"""What is noted of a part beside its offset, as text: a broker takes 4,096 bytes of it.
+"""Metadata committed beside the offset of a partition, as text of at most 4,096 bytes.
 
-``{"v":1,"start":1200,"bars":488,"done":"3-5,9"}``: to have contexts of 488 bars, read from 1200
-on; the third to fifth and the ninth record after the noted offset are done with.
+``{"v":1,"start":1200,"bars":488,"done":"3-5,9"}``: to rebuild contexts of 488 bars, read from
+offset 1200; the third to fifth and the ninth record after the committed offset are done.
 """
 
 from __future__ import annotations
@@ -18,46 +18,46 @@ _MAX_DONE = 1_000_000
 
 
 class CommitMetadata(NamedTuple):
-    """What a note says."""
+    """Progress of a partition beyond its committed offset."""
 
     rebuild_start: int
-    """Offset from which contexts can be built."""
+    """Offset from which contexts can be rebuilt."""
     lookback: int
-    """How long these are."""
+    """Bars of these contexts."""
     done_offsets: set[int]
-    """Offsets of records that are done with, beyond the noted one."""
+    """Offsets after the committed one of records that are done."""
 
 
 def encode_metadata(metadata: CommitMetadata, base: int) -> str:
-    """As text; what would make it too long is left out, and done again then.
+    """Encode as text. Done offsets beyond its maximum length are omitted, to be done again.
 
-    base: the noted offset.
+    base: the committed offset.
     """
-    pieces, length = [], 0
+    runs, length = [], 0
     for first, last in _runs(sorted(metadata.done_offsets)):
-        piece = f"{first - base}" if first == last else f"{first - base}-{last - base}"
-        length += len(piece) + 1
+        run = f"{first - base}" if first == last else f"{first - base}-{last - base}"
+        length += len(run) + 1
         if length > _MAX_LENGTH:
             break
-        pieces.append(piece)
-    text = {
+        runs.append(run)
+    fields = {
         "v": _VERSION,
         "start": metadata.rebuild_start,
         "bars": metadata.lookback,
-        "done": ",".join(pieces),
+        "done": ",".join(runs),
     }
-    return orjson.dumps(text).decode()
+    return orjson.dumps(fields).decode()
 
 
 def decode_metadata(text: str, base: int) -> CommitMetadata | None:
-    """What :func:`write` wrote; None for anything else."""
+    """Decode the text of :func:`encode_metadata`; None for any other text."""
     done: set[int] = set()
     try:
-        said = orjson.loads(text)
-        if said["v"] != _VERSION:
+        fields = orjson.loads(text)
+        if fields["v"] != _VERSION:
             return None
-        start, bars = int(said["start"]), int(said["bars"])
-        for run in filter(None, str(said["done"]).split(",")):
+        start, lookback = int(fields["start"]), int(fields["bars"])
+        for run in filter(None, str(fields["done"]).split(",")):
             first, _, last = run.partition("-")
             offsets = range(base + int(first), base + int(last or first) + 1)
             if len(offsets) + len(done) > _MAX_DONE:
@@ -67,7 +67,7 @@ def decode_metadata(text: str, base: int) -> CommitMetadata | None:
         return None
     if not 0 <= start <= base:
         return None
-    return CommitMetadata(start, bars, done)
+    return CommitMetadata(start, lookback, done)
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
@@ -75,8 +75,8 @@ def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     if not numbers:
         return
     first = numbers[0]
-    for one, other in pairwise(numbers):
-        if other != one + 1:
-            yield first, one
-            first = other
+    for current, following in pairwise(numbers):
+        if following != current + 1:
+            yield first, current
+            first = following
     yield first, numbers[-1]

@@ -1,7 +1,7 @@
-"""A part of a log that is ours: how far it is read and done, and what its series need.
+"""State of an assigned partition: how far it is read and done, and what its series need.
 
-What is noted of it names the first record that is not done with, those after it that are, and where
-to begin reading so that every context is whole again.
+The committed checkpoint names the first record that is not done, later ones that are, and the
+offset from which all contexts can be rebuilt.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from kronos_stream.market.series import Series
 _log = structlog.get_logger()
 
 _MAX_REREAD = 1_000_000
-"""Records of a part read back at most where nobody noted from where."""
+"""Records read back at most from a partition whose checkpoint has no usable metadata."""
 
 LATE_BARS = 16
-"""So late a word may come that makes a bar of the past one to forecast from."""
+"""Bars kept beyond the lookback, for late records that trigger a forecast of an older bar."""
 
 _STALE_LOOKBACKS = 4
-"""A series that is so many lookbacks behind others of its part holds no reading back up."""
+"""Lookbacks behind the newest series after which a series no longer delays ``rebuild_start``."""
 
 
 class RelayedSeriesView(NamedTuple):
-    """What can be told of a series whose tape is somebody else's."""
+    """Status of a series that another process assembles."""
 
     last: Bar
     next: int
@@ -47,33 +47,29 @@ class RelayedSeriesView(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SeriesProgress:
-    """A series of ours."""
+    """Progress of one series. Offsets are those of its bars' records."""
 
     series: Series
     newest: Bar
     history_opens: dict[int, None] = field(default_factory=dict)
-    """Opens of those of its newest bars that were told as history alone, ascending."""
+    """Opens of its newest bars that were only relayed as history, ascending."""
     offsets: deque[int] = field(default_factory=deque)
-    """Of its bars that contexts may still need, oldest first."""
-    next_close: int = 0
-    """Close of the bar that comes next, UTC ms."""
+    """Of bars that contexts may still need, oldest first."""
     pending_offsets: dict[int, None] = field(default_factory=dict)
-    """Offsets of its due bars that are not done, oldest first."""
+    """Of forecast requests that are not done, oldest first."""
 
     @property
     def sequencer(self) -> RelayedSeriesView:
-        """For whoever looks."""
         return RelayedSeriesView(self.newest, self.series.timeframe.after(self.newest.candle.time))
 
     def misalignment(self, time: int) -> str:
-        """Why a bar that opens then cannot be its, in words; empty if it can."""
+        """Reason why no bar of this series can open then; empty if one can."""
         step = self.series.timeframe.milliseconds
         if step is None or (time - self.newest.candle.time) % step == 0:
             return ""
-        return f"its open is {time} ms, which does not go with the bars before it"
+        return f"its open {time} ms is not aligned with the bars before it"
 
     def append(self, offset: int, bar: Bar, lookback: int, *, history: bool) -> None:
-        """Its next bar."""
         self.newest = bar
         self.offsets.append(offset)
         self.trim(lookback)
@@ -83,14 +79,14 @@ class SeriesProgress:
                 del self.history_opens[next(iter(self.history_opens))]
 
     def pop_history(self, time: int) -> bool:
-        """Whether a bar was told as history alone, and no more is.
+        """Return True if the bar was only relayed as history so far, and forget that.
 
-        One of two that pass the same on had just begun.
+        Of two ingesters that relay the same bars, one may just have started.
         """
         return self.history_opens.pop(time, 0) is None
 
     def trim(self, lookback: int) -> None:
-        """Forget offsets that no context needs any more, those of bars undone included."""
+        """Drop offsets that no context needs any more, counting bars of pending requests."""
         first, kept = next(iter(self.pending_offsets), None), lookback + LATE_BARS
         while len(self.offsets) > kept and (first is None or self.offsets[kept] <= first):
             self.offsets.popleft()
@@ -98,62 +94,66 @@ class SeriesProgress:
 
 @dataclass(slots=True, eq=False)
 class PartitionState:
-    """A part that is ours. Offsets are of records to be read next."""
+    """State of one partition. Offsets are those of the record to be read next."""
 
     next_offset: int
-    """Offset to be read next."""
     commit_offset: int
-    """Records before it are done with."""
+    """All records before it are done."""
     done_offsets: set[int]
-    """Records after it that are, too."""
+    """Done records after ``commit_offset``."""
     rebuild_end: int
-    """Contexts are whole from here on."""
+    """Offset at which all contexts are rebuilt."""
     started_at: int
     """UTC ms."""
     checkpoint: Checkpoint | None
-    """What is noted of it, for all we know."""
+    """Last one known to be committed."""
     series: dict[Series, SeriesProgress] = field(default_factory=dict)
     pending: dict[int, ForecastRequest | Series] = field(default_factory=dict)
-    """By offset: bars that are due, and series whose end is to be told."""
+    """By offset: forecast requests, and removed series, whose messages are not delivered."""
+
+    @property
+    def rebuilt(self) -> bool:
+        return self.next_offset >= self.rebuild_end
 
     def is_unprocessed(self, offset: int) -> bool:
-        """Whether the record there is not done with."""
+        """Return whether the record there is not done."""
         return offset >= self.commit_offset and offset not in self.done_offsets
 
     def add_pending(self, offset: int, request: ForecastRequest) -> None:
-        """A bar there is due."""
         self.pending[offset] = request
         self.series[request.series].pending_offsets[offset] = None
 
     def mark_done(self, offset: int, lookback: int) -> None:
-        """What was undone there is done."""
-        due = self.pending.pop(offset)
+        """Mark a pending record as done."""
+        item = self.pending.pop(offset)
         self.done_offsets.add(offset)
-        if isinstance(due, ForecastRequest) and (line := self.series.get(due.series)) is not None:
-            line.pending_offsets.pop(offset, None)
-            line.trim(lookback)
+        if isinstance(item, ForecastRequest) and (one := self.series.get(item.series)) is not None:
+            one.pending_offsets.pop(offset, None)
+            one.trim(lookback)
 
     def next_checkpoint(self, lookback: int) -> Checkpoint:
-        """What is to be noted; the base moves up to the first record that is not done with."""
-        if self.next_offset < self.rebuild_end and self.checkpoint is not None:
-            return self.checkpoint  # not all of what it says has been read again
+        """Move ``commit_offset`` to the first record that is not done, and return its checkpoint.
+
+        While contexts are rebuilt, that is the last committed one.
+        """
+        if not self.rebuilt and self.checkpoint is not None:
+            return self.checkpoint
         self.commit_offset = max(self.commit_offset, min(self.pending, default=self.next_offset))
         self.done_offsets = {offset for offset in self.done_offsets if offset > self.commit_offset}
-        kept = CommitMetadata(
-            min(self.commit_offset, self._rebuild_start(lookback)), lookback, self.done_offsets
-        )
-        return Checkpoint(self.commit_offset, encode_metadata(kept, self.commit_offset))
+        start = min(self.commit_offset, self._rebuild_start(lookback))
+        metadata = CommitMetadata(start, lookback, self.done_offsets)
+        return Checkpoint(self.commit_offset, encode_metadata(metadata, self.commit_offset))
 
     def _rebuild_start(self, lookback: int) -> int:
-        """Offset of the first bar that is still needed; series that have died need none."""
-        newest = max((line.newest.candle.time for line in self.series.values()), default=0)
-        dead = _STALE_LOOKBACKS * lookback
+        """Offset of the oldest bar that a context needs; series without new bars do not count."""
+        newest = max((one.newest.candle.time for one in self.series.values()), default=0)
+        stale = _STALE_LOOKBACKS * lookback
         return min(
             (
-                line.offsets[0]
-                for series, line in self.series.items()
-                if line.pending_offsets
-                or series.timeframe.after(line.newest.candle.time, dead) >= newest
+                one.offsets[0]
+                for series, one in self.series.items()
+                if one.pending_offsets
+                or series.timeframe.after(one.newest.candle.time, stale) >= newest
             ),
             default=self.commit_offset,
         )
@@ -162,29 +162,29 @@ class PartitionState:
 def initial_state(
     bounds: PartitionBounds, lookback: int, catch_up: Literal["newest", "all"], now: int
 ) -> PartitionState:
-    """A share that begins where what is noted says. now: UTC ms."""
-    first, end, since, note = bounds
+    """State from which to read a newly assigned partition. now: UTC ms."""
+    first, end, context_start, checkpoint = bounds
     done: set[int] = set()
-    if note is None:
+    if checkpoint is None:
         base = first if catch_up == "all" else end
-        start = since
+        start = context_start
     else:
-        if note.offset < first:
-            _log.error("records were gone before they were forecast", records=first - note.offset)
-        base = min(max(note.offset, first), end)
-        kept = decode_metadata(note.metadata, note.offset)
-        if note.offset > end:  # the log is not what it was
-            _log.error("the log ends before what is done", done=note.offset, end=end)
-            kept = None
-        done = set() if kept is None else kept.done_offsets
-        if kept is not None and kept.lookback != lookback:
+        if checkpoint.offset < first:
+            _log.error("records expired before their forecast", records=first - checkpoint.offset)
+        base = min(max(checkpoint.offset, first), end)
+        metadata = decode_metadata(checkpoint.metadata, checkpoint.offset)
+        if checkpoint.offset > end:  # the partition was recreated or truncated
+            _log.error("partition ends before its checkpoint", done=checkpoint.offset, end=end)
+            metadata = None
+        done = set() if metadata is None else metadata.done_offsets
+        if metadata is not None and metadata.lookback != lookback:
             _log.warning(
-                "somebody of this group has another LOOKBACK; its members must be set alike",
+                "another member of the group has a different LOOKBACK; set the same for all",
                 ours=lookback,
-                theirs=kept.lookback,
+                theirs=metadata.lookback,
             )
-        if kept is not None and kept.lookback >= lookback:
-            start = kept.rebuild_start
+        if metadata is not None and metadata.lookback >= lookback:
+            start = metadata.rebuild_start
         else:
-            start = since if since <= base else base - _MAX_REREAD
-    return PartitionState(max(first, min(start, base)), base, done, base, now, note)
+            start = context_start if context_start <= base else base - _MAX_REREAD
+    return PartitionState(max(first, min(start, base)), base, done, base, now, checkpoint)

@@ -1,18 +1,19 @@
-"""What a group has given this daemon: parts of the logs, their contexts, how far each is done.
+"""Assigned partitions of the candle topics: their contexts, requests and progress.
 
-A pure machine. A record that is due is so by its place in the log, and its window is taken when it
-is read: so whoever forecasts it, in whatever company and after whatever crash, starts from the same
-bars.
+The tracker does no I/O. Whether a record triggers a forecast depends only on its offset, and the
+window is captured when the record is read: every member of the group, also after a crash, forecasts
+it from the same bars.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 from kronos_stream.bars.contexts import ContextStore
 from kronos_stream.bars.window import Window
+from kronos_stream.daemon.expected_closes import ExpectedCloses
 from kronos_stream.daemon.partitions.partition_state import (
     LATE_BARS,
     PartitionState,
@@ -36,11 +37,11 @@ from kronos_stream.market.series import Series
 _WRONG_PARTITION = "bars of its series are in another partition"
 
 _MAX_PENDING = 2_000
-"""Bars whose forecasts are not delivered, after which no more is read for now."""
+"""Undelivered requests at which reading pauses."""
 
 
 class PartitionTracker:
-    """See the module. Offsets are of records to be read next; times are UTC ms."""
+    """Partition handler of the feed, and window source of the scheduler. Times are UTC ms."""
 
     def __init__(
         self,
@@ -55,299 +56,283 @@ class PartitionTracker:
         catch_up: Literal["newest", "all"],
         degraded: Literal["forecast", "skip"] = "forecast",
     ) -> None:
-        """due: told each bar to forecast from. retract: told each series that is given up.
+        """submit: called with each forecast request. retract: called with each removed series.
 
-        catch_up: where nothing is noted of a part, "all" begins with its first record, "newest"
-            with the next to come. degraded: as of a Desk. bury: told what cannot be.
-        finish: takes back what waits, finishes and delivers what is in hand; bounded.
+        drain_in_flight: cancels waiting requests, and delivers the current batch; bounded in time.
+        catch_up: start of a partition without checkpoint: "all" is its first record, "newest" the
+            next one to be written.
+        degraded: "skip" sets a skip reason while bars of the context are missing.
+        dead_letter: called with series (if known), reason and content of what is rejected.
         """
         self._drain_in_flight = drain_in_flight
         self._submit, self._retract, self._dead_letter = submit, retract, dead_letter
         self._clock, self._metrics = clock, metrics
-        self._lookback, self._catch_up, self._degraded = lookback, catch_up, degraded
+        self._lookback, self._catch_up, self._strict = lookback, catch_up, degraded == "skip"
         self._contexts = ContextStore(lookback + LATE_BARS)
         self._partitions: dict[Partition, PartitionState] = {}
         self._revoked: dict[Partition, PartitionState] = {}
-        """Taken from us, but all is still here, should we get them back."""
+        """Kept until the next assignment, which may return them."""
         self._locations: dict[ForecastRequest | Series, tuple[Partition, int]] = {}
         self._windows: dict[ForecastRequest | Series, Window] = {}
         self._published: set[ForecastRequest | Series] = set()
-        """What was handed over, but is not delivered yet."""
+        """In the outbox, but not delivered yet."""
         self._undelivered: deque[tuple[float, ForecastRequest | Series]] = deque()
-        self._expected_closes: Counter[int] = Counter()
-        self._series: dict[Series, SeriesProgress] = {}
+        self._expected_closes: ExpectedCloses[SeriesProgress] = ExpectedCloses()
+        self.series: dict[Series, SeriesProgress] = {}
+        """Read-only for others."""
         self._unstarted: set[Partition] = set()
         self._lag = 0
         self._joined = self._closed = False
 
-    # -- for the scheduler and the press --------------------------------------------------
+    # -- for the scheduler and the publisher -----------------------------------------------
 
     async def window(self, request: ForecastRequest) -> Window | None:
         """Window captured for a request; None if its partition is no longer assigned."""
         return self._windows.get(request)
 
     def outstanding_bars(self, close: int) -> int:
-        """Series whose bar that closes then has not been read yet."""
-        return self._expected_closes[close]
+        """Number of series whose bar that closes then was not read yet."""
+        return len(self._expected_closes.pending(close))
 
-    def owns(self, request: ForecastRequest | Series) -> bool:
-        """Whether it is ours, and not done."""
-        place = self._locations.get(request)
-        return place is not None and place[0] in self._partitions
+    def owns(self, item: ForecastRequest | Series) -> bool:
+        """Return whether a request or removal is of an assigned partition, and not done."""
+        location = self._locations.get(item)
+        return location is not None and location[0] in self._partitions
 
     def removal_pending(self, series: Series) -> bool:
-        """Whether readers are still to be told that it is given up."""
+        """Return whether the removal of a series must still be published."""
         return self.owns(series) and series not in self._published
 
-    def mark_published(self, request: ForecastRequest | Series, sequence: float) -> None:
-        """It is done once all before ``ticket`` is delivered; tickets grow."""
-        self._windows.pop(request, None)
-        self._published.add(request)
-        self._undelivered.append((sequence, request))
+    def mark_published(self, item: ForecastRequest | Series, sequence: float) -> None:
+        """The item is done once all records up to ``sequence`` are delivered. Sequences grow."""
+        self._windows.pop(item, None)
+        self._published.add(item)
+        self._undelivered.append((sequence, item))
 
     def mark_delivered(self, through: float) -> None:
-        """All up to this ticket is delivered."""
+        """Records up to this sequence are delivered."""
         while self._undelivered and self._undelivered[0][0] <= through:
             self._complete(self._undelivered.popleft()[1])
 
     @property
-    def series(self) -> Mapping[Series, SeriesProgress]:
-        """For whoever looks."""
-        return self._series
-
-    @property
     def unready_reason(self) -> str:
-        """Why there is nothing to forecast from yet, in words; empty if all is well."""
+        """Reason why nothing can be forecast yet; empty if there is none."""
         if not self._joined:
-            return "the group has given us nothing yet"
+            return "no partitions are assigned yet"
         if self._unstarted:
-            return f"{len(self._unstarted)} parts are not looked up yet"
-        behind = sum(
-            max(0, share.rebuild_end - share.next_offset) for share in self._partitions.values()
-        )
+            return f"{len(self._unstarted)} partitions are not looked up yet"
+        states = self._partitions.values()
+        behind = sum(max(0, one.rebuild_end - one.next_offset) for one in states)
         return f"{behind:,} records are still to be read back" if behind else ""
 
     @property
     def has_backlog(self) -> bool:
-        """Whether something is left to read, or to forecast."""
+        """Whether records are still to be read or requests to be done."""
         return bool(self._locations) or self._lag > 0
 
-    # -- for the feed ---------------------------------------------------------------------
+    # -- for the feed ----------------------------------------------------------------------
 
     def paused(self) -> Collection[Partition]:
-        """Parts of which no more should be read just now: first all contexts are to be whole."""
-        whole = [
-            part
-            for part, share in self._partitions.items()
-            if share.next_offset >= share.rebuild_end
-        ]
-        # A close of all series must find room, or it would be waited for in vain.
-        full = len(self._locations) >= max(_MAX_PENDING, 2 * len(self._series))
-        return whole if full or len(whole) < len(self._partitions) else ()
+        """Partitions not to be read now: all contexts are rebuilt first, and requests bounded."""
+        rebuilt = [partition for partition, one in self._partitions.items() if one.rebuilt]
+        # A batch of all series must fit, or it would wait for bars that are not read.
+        full = len(self._locations) >= max(_MAX_PENDING, 2 * len(self.series))
+        return rebuilt if full or len(rebuilt) < len(self._partitions) else ()
 
     async def drain(self) -> None:
-        """All parts are about to be taken: take in nothing more, finish what is in hand."""
+        """All partitions are about to be revoked: take in no more, finish the current batch."""
         self._closed = True
         await self._drain_in_flight()
 
     def on_lag(self, lags: Mapping[str, int]) -> None:
-        """By log: how many records of our parts are not read yet."""
+        """Records of assigned partitions that are not read yet, by topic."""
         self._lag = sum(lags.values())
         for log, lag in lags.items():
             self._metrics.candle_lag.labels(log).set(lag)
 
     def on_assigned(self, partitions: Collection[Partition]) -> None:
-        """Exactly these are ours; what is kept of others is let go."""
+        """Exactly these are assigned; the state of others is dropped."""
         self._metrics.rebalances.inc()
         self._joined, self._closed, self._unstarted = True, False, set(partitions)
-        for part in self._revoked.keys() - set(partitions):
-            self._drop(self._revoked.pop(part))
+        for partition in self._revoked.keys() - set(partitions):
+            self._drop(self._revoked.pop(partition))
 
     def start_partition(self, partition: Partition, bounds: PartitionBounds) -> int:
-        """Where to read ``part`` from: on from where we were, or back from what is noted."""
+        """Return the offset to read from: where reading stopped, or as the checkpoint says."""
         self._unstarted.discard(partition)
-        if partition in self._partitions:  # nobody said that it was taken
+        if partition in self._partitions:  # its revocation was not reported
             self._drop(self._partitions.pop(partition))
-        share = self._revoked.pop(partition, None)
-        if (
-            share is not None
-            and share.checkpoint is not None
-            and share.checkpoint == bounds.checkpoint
-        ):
-            self._resume(partition, share)
-            return share.next_offset
-        if share is not None:
-            self._drop(share)
-        share = initial_state(bounds, self._lookback, self._catch_up, self._clock.now())
-        self._partitions[partition] = share
-        return share.next_offset
+        state = self._revoked.pop(partition, None)
+        if state is not None:
+            if state.checkpoint is not None and state.checkpoint == bounds.checkpoint:
+                self._resume(partition, state)
+                return state.next_offset
+            self._drop(state)
+        state = initial_state(bounds, self._lookback, self._catch_up, self._clock.now())
+        self._partitions[partition] = state
+        return state.next_offset
 
     def on_records(
         self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], next_offset: int
     ) -> None:
-        """Take in records of a part."""
-        share = self._partitions.get(partition)
-        if share is None or self._closed:
-            return  # taken from us, or read before it was known from where
-        behind = share.next_offset < share.rebuild_end
-        for offset, told in records:
-            if offset >= share.next_offset:
-                share.next_offset = offset + 1
-                self._process(partition, share, offset, told)
-        share.next_offset = max(share.next_offset, next_offset)
-        if behind and share.next_offset >= share.rebuild_end:
-            self._metrics.rebuilds.observe((self._clock.now() - share.started_at) / 1000)
+        """Process records of a partition."""
+        state = self._partitions.get(partition)
+        if state is None or self._closed:
+            return  # revoked, or read before its start offset was known
+        rebuilding = not state.rebuilt
+        for offset, record in records:
+            if offset >= state.next_offset:
+                state.next_offset = offset + 1
+                self._process(partition, state, offset, record)
+        state.next_offset = max(state.next_offset, next_offset)
+        if rebuilding and state.rebuilt:
+            self._metrics.rebuilds.observe((self._clock.now() - state.started_at) / 1000)
 
     def on_revoked(self) -> None:
-        """Keep what was ours, should it come back."""
+        """No partition is assigned any more; their state is kept for the next assignment."""
         self._revoked |= self._partitions
         self._partitions.clear()
 
     def pending_checkpoints(self) -> Mapping[Partition, Checkpoint]:
-        """What is to be noted, where it has changed."""
-        notes = {
-            part: share.next_checkpoint(self._lookback) for part, share in self._partitions.items()
+        """Checkpoints to be committed, where they changed."""
+        checkpoints = {
+            partition: state.next_checkpoint(self._lookback)
+            for partition, state in self._partitions.items()
         }
         return {
-            part: note for part, note in notes.items() if note != self._partitions[part].checkpoint
+            partition: checkpoint
+            for partition, checkpoint in checkpoints.items()
+            if checkpoint != self._partitions[partition].checkpoint
         }
 
     def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:
-        """These are safe."""
-        for part, note in checkpoints.items():
-            if (share := self._partitions.get(part)) is not None:
-                share.checkpoint = note
+        """These are committed."""
+        for partition, checkpoint in checkpoints.items():
+            if (state := self._partitions.get(partition)) is not None:
+                state.checkpoint = checkpoint
 
-    # -- parts that come and go -----------------------------------------------------------
+    # -- state of partitions ---------------------------------------------------------------
 
-    def _resume(self, part: Partition, share: PartitionState) -> None:
-        self._partitions[part] = share
-        for due in [*share.pending.values()]:
-            if due in self._published:
+    def _resume(self, partition: Partition, state: PartitionState) -> None:
+        self._partitions[partition] = state
+        for item in [*state.pending.values()]:
+            if item in self._published:
                 continue
-            if isinstance(due, ForecastRequest):
-                self._submit(due)
+            if isinstance(item, ForecastRequest):
+                self._submit(item)
             else:
-                self._retract(due)
+                self._retract(item)
 
-    def _drop(self, share: PartitionState) -> None:
-        for due in share.pending.values():
-            self._locations.pop(due, None)
-            self._windows.pop(due, None)
-            self._published.discard(due)
-        for series in [*share.series]:
-            self._forget(share, series)
+    def _drop(self, state: PartitionState) -> None:
+        for item in state.pending.values():
+            self._forget_item(item)
+        for series in [*state.series]:
+            self._forget_series(state, series)
 
-    def _forget(self, share: PartitionState, series: Series) -> None:
-        if (line := share.series.pop(series, None)) is not None:
-            self._expect_close(line, 0)
+    def _forget_item(self, item: ForecastRequest | Series) -> tuple[Partition, int] | None:
+        """Forget a request or removal; return its location, if known."""
+        self._windows.pop(item, None)
+        self._published.discard(item)
+        return self._locations.pop(item, None)
+
+    def _forget_series(self, state: PartitionState, series: Series) -> None:
+        if (progress := state.series.pop(series, None)) is not None:
+            self._expected_closes.discard(progress)
             self._contexts.remove(series)
-            self._series.pop(series, None)
+            self.series.pop(series, None)
 
-    # -- records --------------------------------------------------------------------------
+    def _complete(self, item: ForecastRequest | Series) -> None:
+        location = self._forget_item(item)
+        if location is None:
+            return  # its partition was dropped meanwhile
+        partition, offset = location
+        state = self._partitions.get(partition) or self._revoked[partition]
+        state.mark_done(offset, self._lookback)
+
+    # -- records ---------------------------------------------------------------------------
 
     def _process(
-        self, part: Partition, share: PartitionState, offset: int, told: FeedRecord
+        self, partition: Partition, state: PartitionState, offset: int, record: FeedRecord
     ) -> None:
-        asked = share.is_unprocessed(offset)
-        if isinstance(told, RelayedBar):
-            if fault := self._reject_reason(share, told):
-                told = Unreadable(told.series, fault, encode_bar(*told[:2], history=told.history))
+        unprocessed = state.is_unprocessed(offset)
+        if isinstance(record, RelayedBar):
+            if reason := self._reject_reason(state, record):
+                raw = encode_bar(*record[:2], history=record.history)
+                record = Unreadable(record.series, reason, raw)
             else:
-                due = self._apply_bar(share, offset, told)
-                if due is not None and asked:
-                    self._request_forecast(part, share, offset, due)
-        elif isinstance(told, SeriesRemoved) and self._in_other_partition(share, told.series):
-            told = Unreadable(told.series, _WRONG_PARTITION, b"")
-        elif isinstance(told, SeriesRemoved):
-            self._remove_series(part, share, offset, told.series, asked=asked)
-        if isinstance(told, Unreadable) and asked:
-            venue = "" if told.series is None else told.series.venue
+                request = self._apply_bar(state, offset, record)
+                if request is not None and unprocessed:
+                    self._submit_request(partition, state, offset, request)
+        elif isinstance(record, SeriesRemoved):
+            if self._in_other_partition(state, record.series):
+                record = Unreadable(record.series, _WRONG_PARTITION, b"")
+            else:
+                self._remove_series(state, record.series)
+                if unprocessed and record.series not in self._locations:
+                    state.pending[offset] = record.series
+                    self._locations[record.series] = partition, offset
+                    self._retract(record.series)
+        if isinstance(record, Unreadable) and unprocessed:
+            venue = "" if record.series is None else record.series.venue
             self._metrics.rejected.labels(venue).inc()
-            self._dead_letter(*told)
+            self._dead_letter(*record)
 
-    def _remove_series(
-        self, part: Partition, share: PartitionState, offset: int, series: Series, *, asked: bool
-    ) -> None:
-        """A series is given up: what waits of it is done, and readers are told."""
-        self._forget(share, series)
-        for waiting in [*share.pending.values()]:
-            if isinstance(waiting, ForecastRequest) and waiting.series == series:
-                self._complete(waiting)
-        if asked and series not in self._locations:
-            share.pending[offset] = series
-            self._locations[series] = part, offset
-            self._retract(series)
+    def _remove_series(self, state: PartitionState, series: Series) -> None:
+        """Forget a series; its pending requests are done."""
+        self._forget_series(state, series)
+        for item in [*state.pending.values()]:
+            if isinstance(item, ForecastRequest) and item.series == series:
+                self._complete(item)
 
-    def _in_other_partition(self, share: PartitionState, series: Series) -> bool:
-        return series in self._series and series not in share.series
+    def _in_other_partition(self, state: PartitionState, series: Series) -> bool:
+        return series in self.series and series not in state.series
 
-    def _reject_reason(self, share: PartitionState, told: RelayedBar) -> str:
-        """Why a bar cannot be, in words; empty if it can."""
-        if self._in_other_partition(share, told.series):
+    def _reject_reason(self, state: PartitionState, record: RelayedBar) -> str:
+        """Reason why a bar is invalid; empty if it is valid."""
+        if self._in_other_partition(state, record.series):
             return _WRONG_PARTITION
-        line = share.series.get(told.series)
-        return "" if line is None else line.misalignment(told.bar.candle.time)
+        progress = state.series.get(record.series)
+        return "" if progress is None else progress.misalignment(record.bar.candle.time)
 
     def _apply_bar(
-        self, share: PartitionState, offset: int, relayed: RelayedBar
+        self, state: PartitionState, offset: int, record: RelayedBar
     ) -> ForecastRequest | None:
-        """Put a bar into its context; the bar as due if it is to be forecast from."""
-        series, bar, history = relayed
-        line, time = share.series.get(series), bar.candle.time
+        """Put a bar into its context; return the request that it triggers, if any."""
+        series, bar, history = record
+        progress, time = state.series.get(series), bar.candle.time
         after = series.timeframe.after
-        if line is None or time > line.newest.candle.time:
-            if line is None or after(line.newest.candle.time) != time:
-                # A hole, or the beginning: what came before is no context of this.
+        if progress is None or time > progress.newest.candle.time:
+            if progress is None or after(progress.newest.candle.time) != time:
+                # The first bar, or a gap: older bars do not belong to its context.
                 self._contexts.load(series, (), complete=True)
-            if line is None:
-                line = share.series[series] = self._series[series] = SeriesProgress(series, bar)
+            if progress is None:
+                progress = state.series[series] = self.series[series] = SeriesProgress(series, bar)
             self._contexts.append(series, bar)
-            line.append(offset, bar, self._lookback, history=history)
-            self._expect_close(line, after(time, 2))
+            progress.append(offset, bar, self._lookback, history=history)
+            self._expected_closes.expect(progress, after(time, 2))
         elif self._contexts.supersedes(series, bar):
             self._contexts.revise(series, bar)
-            if time < line.newest.candle.time or bar.revision == line.newest.revision:
+            if time < progress.newest.candle.time or bar.revision == progress.newest.revision:
                 return None
-            line.newest = bar
-            line.pop_history(time)
-        elif history or not line.pop_history(time):
+            progress.newest = bar
+            progress.pop_history(time)
+        elif history or not progress.pop_history(time):
             return None
         if history:
             return None
         close = after(time)
         received = max(close, bar.received or self._clock.now())
-        strict = self._degraded == "skip"
-        obstacle = self._contexts.skip_reason(series, self._lookback, strict=strict)
-        return ForecastRequest(series, time, bar.revision, close, received, obstacle)
+        skip_reason = self._contexts.skip_reason(series, self._lookback, strict=self._strict)
+        return ForecastRequest(series, time, bar.revision, close, received, skip_reason)
 
-    def _request_forecast(
-        self, part: Partition, share: PartitionState, offset: int, due: ForecastRequest
+    def _submit_request(
+        self, partition: Partition, state: PartitionState, offset: int, request: ForecastRequest
     ) -> None:
-        if due.skip_reason is None:
-            window = self._contexts.window(due.series, due.origin, self._lookback)
+        if request.skip_reason is None:
+            window = self._contexts.window(request.series, request.origin, self._lookback)
             if window is None:
-                return  # a late word on a bar from before the context began
-            self._windows[due] = window
-        share.add_pending(offset, due)
-        self._locations[due] = part, offset
-        self._submit(due)
-
-    def _expect_close(self, line: SeriesProgress, close: int) -> None:
-        for moment, change in ((line.next_close, -1), (close, 1)):
-            if moment:
-                self._expected_closes[moment] += change
-                if not self._expected_closes[moment]:
-                    del self._expected_closes[moment]
-        line.next_close = close
-
-    # -- what is done ---------------------------------------------------------------------
-
-    def _complete(self, due: ForecastRequest | Series) -> None:
-        place = self._locations.pop(due, None)
-        self._windows.pop(due, None)
-        self._published.discard(due)
-        if place is None:
-            return  # let go meanwhile
-        part, offset = place
-        (self._partitions.get(part) or self._revoked[part]).mark_done(offset, self._lookback)
+                return  # a late record of a bar that is older than the context
+            self._windows[request] = window
+        state.add_pending(offset, request)
+        self._locations[request] = partition, offset
+        self._submit(request)

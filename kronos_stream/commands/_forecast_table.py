@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from rich.table import Table
 
@@ -84,7 +85,7 @@ def _visible_columns(
 
 
 def band_names(forecast: Forecast) -> tuple[str, str, str]:
-    """Names of the lower, middle and upper band to show: q05, q50, q95, or the nearest to them."""
+    """Names of the bands to show: q05, q50, q95; without them, the outermost and the mean."""
     names = sorted(name for name in forecast.close if name != "mean")
     low = "q05" if "q05" in names else names[0]
     high = "q95" if "q95" in names else names[-1]

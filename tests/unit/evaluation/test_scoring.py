@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kronos_stream.commands._generated_cases import generated_cases
 from kronos_stream.evaluation.baselines import random_walk
 from kronos_stream.evaluation.cases import Case, History, file_cases
-from kronos_stream.evaluation.generated_cases import generated_cases
 from kronos_stream.evaluation.scoring import block_bootstrap, covered, fair_crps, path_volatility
 from kronos_stream.evaluation.walk_forward import evaluate
 

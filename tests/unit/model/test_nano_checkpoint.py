@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
-from kronos_stream.commands.evaluate import forecast_function
+from kronos_stream.commands._evaluate import forecast_function
+from kronos_stream.commands._generated_cases import generated_cases
 from kronos_stream.compat import Kronos
-from kronos_stream.evaluation.generated_cases import generated_cases
 from kronos_stream.evaluation.walk_forward import evaluate
 from kronos_stream.model import load_predictor, load_tokenizer
 from kronos_stream.model.checkpoint import BUNDLED_FOLDER, find_model

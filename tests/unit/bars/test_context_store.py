@@ -1,4 +1,4 @@
-"""Contexts: rolling buffers that give exactly the last bars, and say what is odd about them."""
+"""Context store: windows of the newest bars, and the reasons why they are degraded."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ MINUTE = 60_000
 
 
 def random_bars(count: int, *, scale: float = 100.0, amount: bool = True) -> list[Bar]:
-    dice = Random(count)
+    random = Random(count)
     bars = []
     price = scale
     for i in range(count):
-        close = price * dice.uniform(0.99, 1.01)
+        close = price * random.uniform(0.99, 1.01)
         high, low = max(price, close) * 1.001, min(price, close) * 0.999
-        volume = dice.uniform(1, 2)
+        volume = random.uniform(1, 2)
         turnover = volume * close if amount else None
         bars.append(Bar(Candle(i * MINUTE, price, high, low, close, volume, turnover), received=1))
         price = close
     return bars
 
 
-def filled(bars: list[Bar], capacity: int = 50) -> ContextStore:
+def make_store(bars: list[Bar], capacity: int = 50) -> ContextStore:
     contexts = ContextStore(capacity)
     contexts.load(SERIES, (), complete=True)
     for bar in bars:
@@ -40,9 +40,9 @@ def filled(bars: list[Bar], capacity: int = 50) -> ContextStore:
 
 
 @pytest.mark.parametrize("count", [1, 40, 49, 50, 51, 56, 57, 58, 300])
-def test_a_window_is_the_newest_bars_up_to_its_origin(count: int) -> None:
+def test_window_has_the_newest_bars_up_to_its_origin(count: int) -> None:
     bars = random_bars(count)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     for back in (0, 5, 9):
         if back >= count:
             break
@@ -53,13 +53,13 @@ def test_a_window_is_the_newest_bars_up_to_its_origin(count: int) -> None:
             window.values, np.array([bar.candle[1:] for bar in part], np.float32)
         )
         assert window.times.tolist() == [bar.candle.time for bar in part]
-        assert window.last == part[-1].candle  # to the last bit
+        assert window.last == part[-1].candle  # in full precision
         assert window.reasons == ()
 
 
-def test_a_window_is_a_copy() -> None:
+def test_window_is_a_copy() -> None:
     bars = random_bars(80)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     window = contexts.window(SERIES, bars[-1].candle.time, 40)
     assert window is not None
     before = window.values.copy()
@@ -68,13 +68,13 @@ def test_a_window_is_a_copy() -> None:
     np.testing.assert_array_equal(window.values, before)
 
 
-def test_what_does_not_lie_here_whole_is_not_given() -> None:
+def test_window_that_is_not_completely_stored_is_none() -> None:
     bars = random_bars(300)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     assert contexts.window(SERIES, bars[100].candle.time, 40) is None
     assert contexts.window(SERIES, bars[-1].candle.time + 1, 40) is None
     assert contexts.window(SERIES, bars[-1].candle.time + MINUTE, 40) is None
-    # The series has older bars than were loaded: not a window of what is left.
+    # The series has older bars than were loaded, so a shorter window would be wrong.
     contexts.load(SERIES, bars[-50:])
     assert contexts.window(SERIES, bars[-20].candle.time, 40) is None
     assert contexts.window(SERIES, bars[-1].candle.time, 40) is not None
@@ -82,12 +82,12 @@ def test_what_does_not_lie_here_whole_is_not_given() -> None:
     assert contexts.window(SERIES, bars[-1].candle.time, 40) is None
 
 
-def test_a_revision_replaces_its_bar() -> None:
+def test_revision_replaces_its_bar() -> None:
     bars = random_bars(60)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     changed = Bar(bars[-3].candle._replace(volume=9.0), revision=2, received=5)
     contexts.revise(SERIES, changed)
-    contexts.revise(SERIES, Bar(bars[0].candle, revision=7))  # long gone
+    contexts.revise(SERIES, Bar(bars[0].candle, revision=7))  # no longer stored
     window = contexts.window(SERIES, changed.candle.time, 40)
     assert window is not None
     assert window.revision == 2
@@ -98,10 +98,10 @@ def test_a_revision_replaces_its_bar() -> None:
     assert newest.revision == 0
 
 
-def test_one_bar_without_its_amount_leaves_out_the_column() -> None:
+def test_bar_without_amount_drops_the_column() -> None:
     bars = random_bars(60)
     bars[-10] = Bar(bars[-10].candle._replace(amount=None), received=1)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     window = contexts.window(SERIES, bars[-1].candle.time, 40)
     assert window is not None
     assert window.values.shape == (40, 5)
@@ -115,12 +115,12 @@ def test_one_bar_without_its_amount_leaves_out_the_column() -> None:
     assert before.values.shape == (5, 6)
 
 
-def test_synthetic_and_missing_bars_are_counted_and_said() -> None:
+def test_synthetic_and_missing_bars_are_counted_and_reported() -> None:
     bars = random_bars(60)
     for i in (-2, -5, -9):
         bars[i] = bars[i]._replace(synthetic=True)
     bars[-12] = bars[-12]._replace(synthetic=True, received=0)
-    contexts = filled(bars)
+    contexts = make_store(bars)
     window = contexts.window(SERIES, bars[-1].candle.time, 40)
     assert window is not None
     assert window.synthetic == 4
@@ -132,7 +132,7 @@ def test_synthetic_and_missing_bars_are_counted_and_said() -> None:
 
 @pytest.mark.parametrize("amount", [True, False])
 @pytest.mark.parametrize("column", [1, 2, 3, 4])
-def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> None:  # noqa: FBT001
+def test_clipping_is_reported_where_the_model_clips(column: int, amount: bool) -> None:  # noqa: FBT001
     seen = set()
     for factor in np.linspace(1, 8, 60):
         bars = random_bars(60, amount=amount)
@@ -141,7 +141,7 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
         last[column] = float(others.mean() + factor * others.std())
         bars[-1] = Bar(Candle(*last), received=1)  # type: ignore[arg-type]
         window = build_window(SERIES, bars)
-        # What the model sees, before it clips.
+        # Model input before clipping.
         z = normalise(fill_missing_channels(window.values), clip=np.inf)[2][-1]
         if np.abs(np.abs(z) - 5).min() > 1e-3:
             clipped = bool((np.abs(z) > 5).any())
@@ -150,15 +150,15 @@ def test_clipping_is_said_where_the_model_clips(column: int, amount: bool) -> No
     assert seen == {True, False}
 
 
-def test_a_tiny_price_is_judged_as_it_is_forecast() -> None:
-    """Prices that hardly move are forecast times a power of two: a jump is clipped there too."""
+def test_clipping_of_tiny_prices_is_checked_after_scaling() -> None:
+    """Prices that hardly move are scaled by a power of two before normalisation."""
     bars = random_bars(200, scale=1e-6)
     assert build_window(SERIES, bars).reasons == ()
     bars[-1] = Bar(bars[-1].candle._replace(high=1e-4), received=1)
     assert build_window(SERIES, bars).reasons == ("last bar clipped",)
 
 
-def test_a_thousand_series_stay_small() -> None:
+def test_buffer_of_a_series_is_small() -> None:
     contexts = ContextStore(552)
     contexts.load(SERIES, random_bars(600))
     (buffer,) = contexts._buffers.values()

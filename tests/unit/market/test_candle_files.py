@@ -1,4 +1,4 @@
-"""Candle files: what is understood, and what is refused with which words."""
+"""Candle files: formats, spellings of columns and times, and error messages."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _write(frame: pd.DataFrame, path: Path) -> Path:
     "name",
     ["a.csv", "a.CSV", "a.csv.gz", "a.csv.zst", "a.csv.bz2", "a.csv.zip", "a.parquet", "a.feather"],
 )
-def test_every_kind_of_file_gives_the_same_candles(tmp_path: Path, name: str) -> None:
+def test_all_formats_give_the_same_candles(tmp_path: Path, name: str) -> None:
     frame = _frame()
     table = read_candles(_write(frame, tmp_path / name))
     assert table.times.dtype == np.int64
@@ -73,7 +73,7 @@ def test_every_kind_of_file_gives_the_same_candles(tmp_path: Path, name: str) ->
         [" date", "o", "h", "l", "c", "v", "quote_asset_volume"],
     ],
 )
-def test_aliases(tmp_path: Path, names: list[str]) -> None:
+def test_column_aliases(tmp_path: Path, names: list[str]) -> None:
     frame = _frame()
     table = read_candles(_write(frame.set_axis(names, axis=1), tmp_path / "a.csv"))
     assert np.array_equal(table.values, frame.iloc[:, 1:].to_numpy())
@@ -99,7 +99,7 @@ _SPELLINGS: dict[str, Callable[[pd.Series], pd.Series]] = {
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("spelling", _SPELLINGS)
-def test_spellings_of_time(tmp_path: Path, spelling: str, suffix: str) -> None:
+def test_time_formats(tmp_path: Path, spelling: str, suffix: str) -> None:
     frame = _frame()
     expected = frame["timestamp"].to_numpy()
     frame["timestamp"] = _SPELLINGS[spelling](frame["timestamp"])
@@ -141,7 +141,7 @@ def test_missing_amount_is_derived(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [["volume"], ["volume", "amount"]])
-def test_without_volume_both_are_zero(tmp_path: Path, missing: list[str]) -> None:
+def test_without_volume_volume_and_amount_are_zero(tmp_path: Path, missing: list[str]) -> None:
     table = read_candles(_write(_frame().drop(columns=missing), tmp_path / "a.csv"))
     assert not np.any(table.values[:, 4:])  # noqa: PD011
     assert (table.has_volume, table.has_amount) == (False, False)
@@ -154,7 +154,7 @@ def test_gaps_are_listed_and_allowed(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.integers(0, 300), min_size=2), st.sampled_from(["1s", "5m", "1d", "1w", "1M"]))
-def test_gaps_and_bars_together_are_the_whole_span(kept: set[int], text: str) -> None:
+def test_gaps_and_bars_add_up_to_the_whole_span(kept: set[int], text: str) -> None:
     timeframe = Timeframe.parse(text)
     times = np.array([timeframe.after(_START, k) for k in sorted(kept)])
     missing = sum(bars for _, bars in find_gaps(times, timeframe))
@@ -163,7 +163,7 @@ def test_gaps_and_bars_together_are_the_whole_span(kept: set[int], text: str) ->
 
 @pytest.mark.parametrize("text", ["1s", "15s", "1m", "3m", "4h", "1d", "3d", "1w", "1M", "3M"])
 @pytest.mark.parametrize("start", ["2023-12-31T16:00", "2024-01-01", "2024-02-01"])
-def test_the_timeframe_is_seen(text: str, start: str) -> None:
+def test_timeframe_is_inferred(text: str, start: str) -> None:
     timeframe = Timeframe.parse(text)
     times = [timeframe.after(parse_time(start), k) for k in range(30)]
     assert infer_timeframe(np.array(times)) == timeframe
@@ -207,7 +207,7 @@ _FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
 
 
 @pytest.mark.parametrize("fault", _FAULTS)
-def test_faults_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
+def test_invalid_candles_are_rejected_in_one_line(tmp_path: Path, fault: str) -> None:
     change, message = _FAULTS[fault]
     path = _write(change(_frame()), tmp_path / "a.csv")
     with pytest.raises(CandleFileError, match=message) as caught:
@@ -227,7 +227,9 @@ def test_faults_are_refused_in_one_line(tmp_path: Path, fault: str) -> None:
         ("candles", b"", "unknown kind of file"),
     ],
 )
-def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_unreadable_files_are_rejected_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(CandleFileError, match=message) as caught:
@@ -235,12 +237,12 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
     assert "\n" not in str(caught.value)
 
 
-def test_no_such_file(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CandleFileError, match="no such file"):
         read_candles(tmp_path / "none.csv")
 
 
-def test_a_given_timeframe_holds_unless_bars_are_closer(tmp_path: Path) -> None:
+def test_given_timeframe_is_used_unless_bars_are_closer(tmp_path: Path) -> None:
     path = _write(_frame(), tmp_path / "a.csv")
     assert len(read_candles(path, Timeframe.parse("1m")).gaps) == 19
     with pytest.raises(CandleFileError, match="mostly 300 s apart, closer than 1h bars"):
@@ -249,11 +251,11 @@ def test_a_given_timeframe_holds_unless_bars_are_closer(tmp_path: Path) -> None:
 
 @settings(max_examples=200)
 @given(st.integers(-(10**12), 10**13))
-def test_times_survive_being_written(time_ms: int) -> None:
+def test_times_are_equal_after_formatting_and_parsing(time_ms: int) -> None:
     assert parse_time(rfc3339(time_ms)) == time_ms
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "1718709300000", "2024-13-01"])
-def test_what_is_no_time(text: str) -> None:
+def test_invalid_times_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected ISO 8601"):
         parse_time(text)

@@ -1,4 +1,4 @@
-"""Timeframes: what is read, what is refused, and where the next bar opens."""
+"""Timeframes: parsing, error messages, and the opens of later bars."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def ms(text: str) -> int:
         ("1M", None),
     ],
 )
-def test_parse(text: str, milliseconds: int | None) -> None:
-    """Every unit is read and written back; a month has no fixed length; m is not M."""
+def test_parse_and_format(text: str, milliseconds: int | None) -> None:
     timeframe = Timeframe.parse(text)
     assert timeframe.milliseconds == milliseconds
     assert str(timeframe) == text
@@ -40,8 +39,7 @@ def test_parse(text: str, milliseconds: int | None) -> None:
 @pytest.mark.parametrize(
     "text", ["", "m", "5", "0m", "05m", "-5m", "5 m", "5m ", "5min", "5y", "5H", "1.5h", "m5", "٣m"]
 )
-def test_parse_errors(text: str) -> None:
-    """Anything else is refused by an error that quotes it and shows the accepted form."""
+def test_invalid_text_is_quoted_in_the_error(text: str) -> None:
     with pytest.raises(ValueError, match="expected a count and a unit") as caught:
         Timeframe.parse(text)
     assert repr(text) in str(caught.value)
@@ -52,21 +50,18 @@ def test_parse_errors(text: str) -> None:
     ("step", "text"),
     [(1_000, "1s"), (90_000, "90s"), (300_000, "5m"), (3_600_000, "1h"), (7 * DAY_MS, "1w")],
 )
-def test_from_step(step: int, text: str) -> None:
-    """The distance of two bars names the timeframe in the largest unit that divides it."""
+def test_from_step_uses_the_largest_unit(step: int, text: str) -> None:
     assert str(Timeframe.from_step(step)) == text
 
 
 @pytest.mark.parametrize("step", [0, -60_000, 999, 1_500])
-def test_from_step_errors(step: int) -> None:
-    """A distance that is no positive whole number of seconds is refused, with the distance."""
+def test_step_without_a_timeframe_is_named_in_the_error(step: int) -> None:
     with pytest.raises(ValueError, match=f"{step} ms"):
         Timeframe.from_step(step)
 
 
 @pytest.mark.parametrize("text", ["1s", "5m", "4h", "1d", "1w"])
 def test_after_is_linear_for_fixed_units(text: str) -> None:
-    """Units of fixed length add up, over clock changes and leap days alike, back and forth."""
     timeframe, start = Timeframe.parse(text), ms("2024-02-28T23:59:59")
     length = timeframe.milliseconds
     assert length is not None
@@ -87,20 +82,21 @@ def test_after_is_linear_for_fixed_units(text: str) -> None:
         ("1M", "2025-01-01", -1, "2024-12-01"),
         ("3M", "2024-10-01", 1, "2025-01-01"),
         ("12M", "2024-02-01", 1, "2025-02-01"),
-        # Venues east of Greenwich: a month opens on the evening of its predecessor's last day.
+        # East of Greenwich a month opens on the evening of the last day of the month before.
         ("1M", "2024-12-31T16:00", 1, "2025-01-31T16:00"),
         ("1M", "2025-01-31T16:00", 1, "2025-02-28T16:00"),
         ("1M", "2024-01-31T16:00", 1, "2024-02-29T16:00"),
         ("1M", "2025-02-28T16:00", 1, "2025-03-31T16:00"),
         ("1M", "2025-04-30T16:00", 8, "2025-12-31T16:00"),
-        # A day in the middle stays, or becomes the last where the month lacks it.
+        # Other days stay, or become the last day if the month is shorter.
         ("1M", "2025-01-15T08:30", 1, "2025-02-15T08:30"),
         ("1M", "2025-01-30", 1, "2025-02-28"),
         ("1M", "1969-12-01", 1, "1970-01-01"),
     ],
 )
-def test_after_for_months(text: str, opened: str, bars: int, wanted: str) -> None:
-    """Months follow the calendar over year ends, short months and leap days."""
+def test_after_follows_the_calendar_for_months(
+    text: str, opened: str, bars: int, wanted: str
+) -> None:
     assert Timeframe.parse(text).after(ms(opened), bars) == ms(wanted)
 
 
@@ -109,8 +105,9 @@ def test_after_for_months(text: str, opened: str, bars: int, wanted: str) -> Non
     count=st.integers(1, 12),
     bars=st.integers(0, 60),
 )
-def test_months_move_forward(opened: int, count: int, bars: int) -> None:
-    """Whatever the open, each later month opens later, at the same time of day, to the ms."""
+def test_each_later_month_opens_later_at_the_same_time_of_day(
+    opened: int, count: int, bars: int
+) -> None:
     timeframe = Timeframe(count, "M")
     here, there = timeframe.after(opened, bars), timeframe.after(opened, bars + 1)
     assert timeframe.after(opened, 0) == opened

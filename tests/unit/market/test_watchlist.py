@@ -1,4 +1,4 @@
-"""The watchlist: what a line of it means, and what a pattern chooses from day to day."""
+"""Watchlist: parsing of lines, and selection of symbols by patterns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MINUTE, HOUR = Timeframe(1, "m"), Timeframe(1, "h")
         ("binance:*/USDT?top=2  1m, 1h", WatchlistEntry("binance", "*/USDT", 2, (MINUTE, HOUR))),
     ],
 )
-def test_what_a_line_means(line: str, entry: WatchlistEntry) -> None:
+def test_line_is_parsed(line: str, entry: WatchlistEntry) -> None:
     assert WatchlistEntry.parse(line) == entry
     assert line.startswith(str(entry))
 
@@ -50,12 +50,12 @@ def test_what_a_line_means(line: str, entry: WatchlistEntry) -> None:
         ("binance:BTC/USDT 1m,", "timeframe ''"),
     ],
 )
-def test_what_a_line_cannot_be(line: str, why: str) -> None:
+def test_invalid_line_is_rejected(line: str, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         WatchlistEntry.parse(line)
 
 
-def test_a_pattern_means_the_most_traded_that_are_called_so() -> None:
+def test_pattern_selects_the_most_traded_matching_symbols() -> None:
     ranked = ["A/USDT", "A/BTC", "B/USDT", "[C]/USDT", "D/USDT"]
     assert WatchlistEntry.parse("x:*/USDT?top=2").select(ranked, ()) == ["A/USDT", "B/USDT"]
     assert WatchlistEntry.parse("x:*/BTC?top=2").select(ranked, ()) == ["A/BTC"]
@@ -68,21 +68,21 @@ def test_a_pattern_means_the_most_traded_that_are_called_so() -> None:
     ]
 
 
-def test_who_was_chosen_stays_at_the_margin_and_goes_when_far_down() -> None:
+def test_selected_symbol_stays_near_the_limit_and_goes_when_far_below() -> None:
     ten = WatchlistEntry.parse("x:*?top=10")
     ranked = [f"S{i}" for i in range(30)]
-    chosen = ten.select(ranked, ())
-    assert chosen == ranked[:10]
-    # S9 falls behind S10 and S11, and stays; the number asked for is kept to.
+    selected = ten.select(ranked, ())
+    assert selected == ranked[:10]
+    # S9 falls behind S10 and S11 but stays, within the limit.
     ranked.remove("S9")
     ranked.insert(11, "S9")
-    assert set(ten.select(ranked, chosen)) == set(chosen)
+    assert set(ten.select(ranked, selected)) == set(selected)
     ranked.remove("S9")
     ranked.insert(12, "S9")
-    assert set(ten.select(ranked, chosen)) == {*chosen, "S10"} - {"S9"}
+    assert set(ten.select(ranked, selected)) == {*selected, "S10"} - {"S9"}
 
 
-def test_never_more_than_asked_for_even_if_more_were_held() -> None:
+def test_limit_holds_even_if_more_symbols_were_selected_before() -> None:
     ranked = [f"S{i}" for i in range(30)]
     assert WatchlistEntry.parse("x:*?top=5").select(ranked, ranked) == ranked[:5]
 
@@ -95,32 +95,32 @@ class _Ranking:
         return self._ranked
 
 
-async def _resolved(
-    lines: Sequence[str], sources: Mapping[str, Any], held: Collection[str] = ()
+async def _resolve_names(
+    lines: Sequence[str], sources: Mapping[str, Any], current: Collection[str] = ()
 ) -> set[str]:
     entries = [WatchlistEntry.parse(line)._replace(timeframes=(MINUTE,)) for line in lines]
-    known = [Series.parse(name) for name in held]
+    known = [Series.parse(name) for name in current]
     return {one.name for one in await resolve(entries, sources, known)}
 
 
-async def test_named_and_chosen_symbols_together() -> None:
+async def test_named_and_selected_symbols_together() -> None:
     sources = {"x": _Ranking("A/B", "C/B", "D/B"), "y": object()}
-    names = await _resolved(["x:*?top=2", "y:Q/B", "x:D/B", "x:A/B"], sources)
+    names = await _resolve_names(["x:*?top=2", "y:Q/B", "x:D/B", "x:A/B"], sources)
     assert names == {"x:A/B:1m", "x:C/B:1m", "x:D/B:1m", "y:Q/B:1m"}
 
 
-async def test_what_one_venue_held_does_not_count_for_another() -> None:
+async def test_current_symbols_of_one_venue_do_not_count_for_another() -> None:
     sources = {"x": _Ranking("A/B", "C/B"), "y": _Ranking("A/B", "C/B")}
-    names = await _resolved(["x:*?top=1", "y:*?top=1"], sources, ["x:C/B:1m"])
+    names = await _resolve_names(["x:*?top=1", "y:*?top=1"], sources, ["x:C/B:1m"])
     assert names == {"x:A/B:1m", "y:A/B:1m"}
 
 
-async def test_a_symbol_that_is_named_takes_no_place_among_the_chosen() -> None:
+async def test_named_symbol_does_not_count_for_the_limit_of_a_pattern() -> None:
     ranked = [f"S{i}/B" for i in range(20)]
     sources = {"x": _Ranking(*ranked)}
-    held = [f"x:{symbol}:1m" for symbol in [*ranked[:10], "S11/B"]]
-    names = await _resolved(["x:*?top=10", "x:S11/B"], sources, held)
-    assert names == set(held)
+    current = [f"x:{symbol}:1m" for symbol in [*ranked[:10], "S11/B"]]
+    names = await _resolve_names(["x:*?top=10", "x:S11/B"], sources, current)
+    assert names == set(current)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ async def test_a_symbol_that_is_named_takes_no_place_among_the_chosen() -> None:
         ("z:A/B", "z: not configured at the start; restart to add it"),
     ],
 )
-async def test_what_cannot_be_resolved_is_said(line: str, why: str) -> None:
+async def test_unresolvable_line_is_reported(line: str, why: str) -> None:
     with pytest.raises(SettingsError) as raised:
-        await _resolved([line], {"x": _Ranking("A/B"), "y": object()})
+        await _resolve_names([line], {"x": _Ranking("A/B"), "y": object()})
     assert raised.value.problems == (why,)

@@ -1,4 +1,4 @@
-"""What a model must beat: forecasts that know no more than how much the price moved."""
+"""Baseline forecasts that use only the volatility of the history."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from kronos_stream.channels import CLOSE
 from kronos_stream.evaluation.cases import ForecastFunction, History
 
 EWMA_DECAY = 0.94
-"""RiskMetrics' (J.P. Morgan 1996) daily decay, the customary one."""
+"""Daily decay of RiskMetrics (J.P. Morgan 1996)."""
 
 
 def random_walk(*, decay: float = 1.0, paths: int = 256, seed: int = 0) -> ForecastFunction:
     """A Gaussian random walk of the log close, with the history's volatility.
 
     ``decay`` below 1 weighs a return by decay^age, as RiskMetrics does. All four prices of a
-    bar are its close. It draws its own number of ``paths``: fair scores allow that.
+    bar equal its close. ``paths`` may differ from the model's: fair scores do not depend on it.
     """
 
     def forecast(
@@ -36,7 +36,7 @@ def random_walk(*, decay: float = 1.0, paths: int = 256, seed: int = 0) -> Forec
 def last_value(
     histories: Sequence[History], horizon: int, _paths: int
 ) -> list[NDArray[np.floating]]:
-    """Tomorrow is as today: every path stays at the last close."""
+    """A forecast whose paths all stay at the last close."""
     return [_paths_of(h, np.zeros((2, horizon)), 0.0) for h in histories]
 
 

@@ -1,4 +1,4 @@
-"""Walk-forward cases: what was known at an origin, and what came after it."""
+"""Walk-forward cases: the history up to an origin, and the bars that followed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kronos_stream.market.timeframe import Timeframe
 
 @dataclass(frozen=True, slots=True, eq=False)
 class History:
-    """All a forecast may know: ``values`` (L, 6) in price units, ``times`` (L,) UTC ms opens."""
+    """Input of a forecast: ``values`` (L, 6) in price units, ``times`` (L,) bar opens, UTC ms."""
 
     series: str
     timeframe: str
@@ -26,10 +26,10 @@ class History:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """A history with its future (H, 6), which no forecast is handed.
+    """A history and its ``future`` (H, 6), which is never passed to a forecast.
 
-    Cases of one ``block`` share their time and are resampled together. ``truth`` are paths
-    (m, H, 6) of the process itself, where it is known.
+    Cases of one ``block`` are of the same time and are resampled together. ``truth`` holds paths
+    (m, H, 6) of the generating process, if it is known.
     """
 
     history: History
@@ -39,7 +39,7 @@ class Case:
 
 
 class ForecastFunction(Protocol):
-    """Anything that draws futures."""
+    """A forecast under evaluation."""
 
     def __call__(
         self, histories: Sequence[History], horizon: int, paths: int, /
@@ -56,9 +56,9 @@ def file_cases(
     stride: int,
     timeframe: Timeframe | None = None,
 ) -> Iterator[Case]:
-    """Cases every ``stride`` bars of every file; none lies over a gap.
+    """Yield a case every ``stride`` bars of every file; no case contains a gap.
 
-    Raises CandleFileError for a bad file. Blocks are as long as a lookback with its horizon.
+    A block is as long as a lookback and its horizon. Raises CandleFileError for a bad file.
     """
     for path in paths:
         table = read_candles(path, timeframe)

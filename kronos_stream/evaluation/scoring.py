@@ -1,6 +1,6 @@
-"""Scores of sample paths against what came: CRPS, coverage, volatility, and their intervals.
+"""Scores of sample paths against outcomes: CRPS, coverage, volatility, and their intervals.
 
-Shapes: samples (m, ...), outcomes (...). Nothing here knows where the samples came from.
+Shapes: samples (m, ...), outcomes (...).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Floats = NDArray[np.float64]
 def fair_crps(samples: Floats, outcome: Floats) -> Floats:
     """Continuous ranked probability score of ``samples`` (m, ...) for ``outcome`` (...), m >= 2.
 
-    The fair estimator (Ferro 2014): its mean does not depend on the number of samples. The
-    plain one charges m samples for not being infinitely many, 3 % at 32. In the outcome's
-    units; lower is better; a NaN in either gives NaN.
+    The fair estimator (Ferro 2014): its mean does not depend on the number of samples, whereas
+    that of the plain estimator is too high, by 3 % with 32 samples. In units of the outcome;
+    lower is better; NaN in either gives NaN.
     """
     m = len(samples)
     if m < 2:
@@ -35,7 +35,7 @@ def fair_crps(samples: Floats, outcome: Floats) -> Floats:
 
 
 def covered(samples: Floats, outcome: Floats, level: float) -> NDArray[np.bool_]:
-    """Whether ``outcome`` lies in the central band of probability ``level``, (...)."""
+    """True where ``outcome`` (...) lies in the central band of probability ``level``."""
     tail = (1 - level) / 2
     low, high = weibull_quantiles(samples, [tail, 1 - tail])
     inside: NDArray[np.bool_] = (low <= outcome) & (outcome <= high)
@@ -43,9 +43,9 @@ def covered(samples: Floats, outcome: Floats, level: float) -> NDArray[np.bool_]
 
 
 def path_volatility(log_prices: Floats) -> Floats:
-    """Standard deviation (ddof 0) of one-bar log returns along the last axis, which starts at 0.
+    """Standard deviation (ddof 0) of one-bar log returns along the last axis.
 
-    ``log_prices`` (..., H) are logs of close over the origin's close.
+    ``log_prices`` (..., H) are logarithms of close / close of the origin bar.
     """
     first = np.zeros((*log_prices.shape[:-1], 1))
     result: Floats = np.diff(np.concatenate((first, log_prices), axis=-1), axis=-1).std(-1)
@@ -54,7 +54,7 @@ def path_volatility(log_prices: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure with its 95 % interval."""
+    """A figure and its 95 % interval."""
 
     value: float
     low: float
@@ -67,14 +67,14 @@ class Interval:
 def block_bootstrap(
     parts: Sequence[Floats], blocks: NDArray[np.int64], *, resamples: int = 1000, seed: int = 0
 ) -> list[Interval]:
-    """Intervals of ratios of sums: the first of ``parts`` over each of the others.
+    """Ratios of sums, the first of ``parts`` over each of the others, with 95 % intervals.
 
-    ``parts`` are arrays (n,) of one figure per forecast, ``blocks`` (n,) says which forecasts
-    belong together, such as all of a market's week: blocks are resampled whole, because
-    forecasts of one time share their luck. Percentile intervals of 95 %.
+    ``parts`` are arrays (n,) of one figure per forecast. ``blocks`` (n,) numbers groups of
+    forecasts, such as all of one market in one week. Whole blocks are resampled, because errors
+    of forecasts of the same time are correlated. Percentile intervals.
     """
-    _, which = np.unique(blocks, return_inverse=True)
-    sums = np.stack([np.bincount(which, weights=part) for part in parts])  # (parts, blocks)
+    _, index = np.unique(blocks, return_inverse=True)
+    sums = np.stack([np.bincount(index, weights=part) for part in parts])  # (parts, blocks)
     count = sums.shape[1]
     rng = np.random.default_rng([seed, 95])
     drawn = rng.multinomial(count, np.full(count, 1 / count), size=resamples)  # (resamples, blocks)

@@ -1,7 +1,7 @@
-"""Walk-forward evaluation of any forecast against baselines, with honest intervals.
+"""Walk-forward evaluation of a forecast against baselines, with intervals.
 
-Figures are of the log close over the origin's close, in units of the history's volatility, so
-that a calm and a wild market count alike.
+Figures are of log(close / close of the origin bar), in units of the history's volatility, so that
+calm and volatile markets have equal weight.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from kronos_stream.forecast.quantiles import required_paths
 
 LEVELS = (0.5, 0.8, 0.9)
 _BATCH = 256
-"""Cases handed to a forecast at once."""
+"""Cases per call of a forecast."""
 
 
 @dataclass(slots=True)
 class Scores:
-    """One forecast's figures by case: the raw material of every table."""
+    """Figures of one forecast, by case."""
 
     crps: list[NDArray[np.float64]] = field(default_factory=list)  # (H,) each
     inside: dict[float, list[NDArray[np.bool_]]] = field(default_factory=dict)  # (H,) each
     volatility_error: list[float] = field(default_factory=list)
 
     def add(self, paths: NDArray[np.floating], case: Case, sigma: float) -> None:
-        """Score ``paths`` (m, H, 6); ``sigma`` is the unit."""
+        """Score ``paths`` (m, H, 6) in units of ``sigma``."""
         last = case.history.values[-1, CLOSE]
-        drawn = np.log(np.maximum(paths[..., CLOSE].astype(np.float64), last * 1e-6) / last)
-        came = np.log(case.future[:, CLOSE] / last)
-        self.crps.append(fair_crps(drawn / sigma, came / sigma))
+        sampled = np.log(np.maximum(paths[..., CLOSE].astype(np.float64), last * 1e-6) / last)
+        actual = np.log(case.future[:, CLOSE] / last)
+        self.crps.append(fair_crps(sampled / sigma, actual / sigma))
         for level in LEVELS:
-            if len(drawn) >= required_paths((1 - level) / 2):
-                self.inside.setdefault(level, []).append(covered(drawn, came, level))
-        expected = float(np.median(path_volatility(drawn)))
-        self.volatility_error.append(abs(expected - float(path_volatility(came))) / sigma)
+            if len(sampled) >= required_paths((1 - level) / 2):
+                self.inside.setdefault(level, []).append(covered(sampled, actual, level))
+        expected = float(np.median(path_volatility(sampled)))
+        self.volatility_error.append(abs(expected - float(path_volatility(actual))) / sigma)
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an evaluation found; ``model`` is the name of the forecast under test."""
+    """Result of an evaluation; ``model`` is the name of the evaluated forecast."""
 
     model: str
     cases: int
@@ -62,16 +62,16 @@ class Report:
     crps: dict[str, float]
     """Mean fair CRPS over all steps, by forecast, in units of historical volatility."""
     crps_ratio: dict[str, Interval]
-    """The model's CRPS over each other's, pooled over steps: below 1 the model is better."""
+    """The model's CRPS over that of each other forecast, over all steps: below 1 it is better."""
     crps_ratio_by_step: dict[str, list[Interval]]
     coverage: dict[str, Interval]
-    """Share of outcomes inside the model's bands, by the band's probability."""
+    """Share of outcomes inside the model's bands, by probability of the band."""
     volatility_mae: dict[str, float]
-    """Mean error of the forecast standard deviation of one-bar log returns, same units."""
+    """Mean absolute error of the standard deviation of one-bar log returns, in the same units."""
     volatility_ratio: dict[str, Interval]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; intervals as [value, low, high]."""
+        """Figures for JSON; intervals as [value, low, high]."""
 
         def plain(value: Any) -> Any:  # noqa: ANN401
             if isinstance(value, Interval):
@@ -94,32 +94,34 @@ def evaluate(
 ) -> Report:
     """Score ``forecast`` and its baselines on ``cases``, which share one horizon.
 
-    Cases whose history never moved are left out: their unit would be 0. ``others`` are further
-    forecasts to compare with. Raises ValueError when no case is left.
+    Cases with a constant history are omitted, because their unit would be 0. ``others`` are
+    further forecasts for comparison. Raises ValueError if no case is left.
     """
-    rivals: dict[str, ForecastFunction] = {
+    forecasts: dict[str, ForecastFunction] = {
         model: forecast,
         "random walk": random_walk(seed=seed),
         "random walk, EWMA": random_walk(decay=EWMA_DECAY, seed=seed),
         "last value": last_value,
         **(others or {}),
     }
-    scores = {name: Scores() for name in rivals}
+    scores = {name: Scores() for name in forecasts}
     blocks: list[int] = []
     for batch in _batches(cases):
         horizon = len(batch[0].future)
         blocks.extend(case.block for case in batch)
         units = [volatility(case.history.values) for case in batch]
         histories = [case.history for case in batch]
-        for name, rival in rivals.items():
-            drawn = rival(histories, horizon, paths)
-            for case, sample, unit in zip(batch, drawn, units, strict=True):
+        for name, function in forecasts.items():
+            sampled = function(histories, horizon, paths)
+            for case, sample, unit in zip(batch, sampled, units, strict=True):
                 scores[name].add(sample, case, unit)
         for case, unit in zip(batch, units, strict=True):
             if case.truth is not None:
                 scores.setdefault("truth", Scores()).add(case.truth, case, unit)
     if not blocks:
-        raise ValueError("nothing to evaluate: no stretch of bars is as long as one window")
+        raise ValueError(
+            "nothing to evaluate: no stretch without gaps has enough bars for lookback and horizon"
+        )
     return _report(model, scores, np.array(blocks), seed)
 
 

@@ -1,7 +1,7 @@
-"""The contract with whoever reads the topics, as documents: JSON Schema and AsyncAPI 3.
+"""JSON Schema and AsyncAPI 3 documents of the messages on the topics.
 
-Both are generated from the models of :mod:`kronos_stream.forecast.message`; the files under
-``docs/`` are written by ``kronos-stream schema --write docs``, and a test holds them to the code.
+They are generated from the models of :mod:`kronos_stream.forecast.message`. The files under
+``docs/`` are written by ``kronos-stream schema --write docs``; a test compares them with the code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "deadletter": DeadLetter,
     "candle": CandleMessage,
 }
-"""By the name of their schema file."""
+"""Message models by the name of their schema file."""
 
 _NAMES = {"forecast": FORECAST, "removal": REMOVAL, "deadletter": DEAD_LETTER, "candle": CANDLE}
 
@@ -41,22 +41,22 @@ _CHANNELS = {
     "forecasts": (
         "{prefix}.forecasts.v1",
         ("forecast", "removal"),
-        "Every forecast, at least once; in order per series. Also which series are given up.",
+        "Every forecast, at least once, in order per series; and removals of series.",
     ),
     "latest": (
         "{prefix}.forecasts.latest.v1",
         ("forecast",),
-        "The same, compacted: of each series at least the newest; no value where it is given up.",
+        "As forecasts, compacted: at least the newest per series; no value after its removal.",
     ),
     "deadletter": (
         "{prefix}.deadletter.v1",
         ("deadletter",),
-        "What could not be taken in or delivered, and why.",
+        "Input that could not be processed and records that could not be delivered, and why.",
     ),
     "candles": (
         "{prefix}.candles.{timeframe}.v1",
         ("candle", "removal"),
-        "Closed bars to forecast from, in order per series; also which series are given up.",
+        "Closed bars, the input of forecasts, in order per series; and removals of series.",
     ),
 }
 
@@ -64,7 +64,7 @@ _KEYS = {
     "forecast": "The series, such as binance:BTC/USDT:5m.",
     "removal": "The series, such as binance:BTC/USDT:5m.",
     "deadletter": "The series, if known; else empty.",
-    "candle": "The series, such as kafka:BTC/USDT:5m; may be left out where the value says it.",
+    "candle": "The series, such as kafka:BTC/USDT:5m; optional if the value names it.",
 }
 
 
@@ -75,7 +75,7 @@ def json_schema(name: str) -> dict[str, Any]:
 
 
 def asyncapi() -> dict[str, Any]:
-    """All topics and what is on them, as AsyncAPI 3.0."""
+    """All topics and their messages as AsyncAPI 3.0."""
     _, schemas = models_json_schema(
         [(model, "validation") for model in MESSAGES.values()],
         ref_template="#/components/schemas/{model}",
@@ -86,8 +86,8 @@ def asyncapi() -> dict[str, Any]:
             "title": "kronos-stream",
             "version": "1",
             "description": "Probabilistic forecasts of market candles, made at every bar close. "
-            "Within a topic's version, messages only gain optional fields; ignore what you do not "
-            "know.",
+            "Within a topic's version, messages only gain optional fields; readers should ignore "
+            "unknown ones.",
             "license": {"name": "MIT"},
         },
         "defaultContentType": "application/json",
@@ -96,9 +96,9 @@ def asyncapi() -> dict[str, Any]:
             name: {
                 "action": "receive" if name == "candles" else "send",
                 "channel": {"$ref": f"#/channels/{name}"},
-                "messages": [{"$ref": f"#/channels/{name}/messages/{one}"} for one in messages],
+                "messages": [{"$ref": f"#/channels/{name}/messages/{kind}"} for kind in kinds],
             }
-            for name, (_, messages, _) in _CHANNELS.items()
+            for name, (_, kinds, _) in _CHANNELS.items()
         },
         "components": {
             "messages": {name: _message(name) for name in MESSAGES},
@@ -108,13 +108,13 @@ def asyncapi() -> dict[str, Any]:
 
 
 def documents() -> dict[str, str]:
-    """All of it as files: path → text."""
+    """All documents of messages: path → text."""
     schemas = {f"schemas/{name}.json": _text(json_schema(name)) for name in MESSAGES}
     return schemas | {"asyncapi.json": _text(asyncapi())}
 
 
 def write_documents(folder: Path, documents: Mapping[str, str]) -> list[Path]:
-    """Write ``documents``, path → text, into ``folder``; returns what was written."""
+    """Write ``documents``, path → text, to ``folder``; returns the paths written."""
     paths = []
     for name, text in documents.items():
         path = folder / name
@@ -125,22 +125,22 @@ def write_documents(folder: Path, documents: Mapping[str, str]) -> list[Path]:
     return paths
 
 
-def _channel(address: str, messages: Sequence[str], about: str) -> dict[str, Any]:
+def _channel(address: str, messages: Sequence[str], description: str) -> dict[str, Any]:
     parameters = {
         "prefix": {"default": "kronos", "description": "KRONOS_STREAM_KAFKA__TOPIC_PREFIX."},
         "timeframe": {"description": "Length of a bar, such as 5m."},
     }
     return {
         "address": address,
-        "description": about,
-        "messages": {one: {"$ref": f"#/components/messages/{one}"} for one in messages},
-        "parameters": {name: one for name, one in parameters.items() if f"{{{name}}}" in address},
+        "description": description,
+        "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in messages},
+        "parameters": {name: text for name, text in parameters.items() if f"{{{name}}}" in address},
     }
 
 
 def _message(name: str) -> dict[str, Any]:
     model = MESSAGES[name]
-    # Whoever sends candles need not know of CloudEvents.
+    # Senders of candles need not set CloudEvents headers.
     headers = {} if name == "candle" else {"headers": _headers(name)}
     return {
         "name": _NAMES[name],
@@ -154,7 +154,7 @@ def _message(name: str) -> dict[str, Any]:
 
 
 def _headers(name: str) -> dict[str, Any]:
-    """CloudEvents' attributes, binary mode."""
+    """CloudEvents attributes in binary mode."""
     attributes: dict[str, dict[str, Any]] = {
         "ce_specversion": {"const": "1.0"},
         "ce_id": {"description": "The message's id."},

@@ -1,8 +1,8 @@
-"""What a message says of the bars ahead: bands of five channels, and a summary.
+"""The forecast part of a message: quantile bands of five channels, and a summary.
 
-Numbers are those of float32, the precision of the paths, and are written with the fewest digits
-that name them: 62145.37, not 62145.37109375. So messages are small, and who draws the same paths
-again finds the same digits.
+Numbers are rounded to float32, the precision of the paths, and written with the fewest digits
+that identify the float32: 62145.37, not 62145.37109375. This keeps messages small, and the same
+paths always give the same digits.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ PUBLISHED_CHANNELS = CHANNELS[:5]
 """Channels of a candle that have bands in a message: all but the amount."""
 
 PublishedPaths = Literal["none", "close", "ohlcva"]
-"""What of the paths themselves is published."""
+"""Channels of the sample paths that are published."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """One series' forecast in plain numbers, price units."""
+    """Forecast of one series in price units."""
 
     times: list[int]
-    """Opens of the bars ahead, UTC ms."""
+    """Opens of the forecast bars, UTC ms."""
     channels: dict[str, dict[str, list[float]]]
-    """By channel: the mean and the quantiles by name (``q05``), one number per bar ahead."""
+    """By channel: the mean and the quantiles by name (``q05``), one number per bar."""
     summary: Summary
     repaired: int
-    """How many candles, of all steps of all paths, had to be made possible."""
+    """Number of candles, over all steps of all paths, that :func:`repair` changed."""
     paths: list[list[float]] | None = None
-    """Closes of every path, if asked for."""
+    """Closes of every path, if published."""
     other_paths: dict[str, list[list[float]]] | None = None
-    """Likewise opens, highs, lows, volumes and amounts, by channel."""
+    """Opens, highs, lows, volumes and amounts of every path, by channel, if published."""
 
 
 def build_outlook(
@@ -51,10 +51,10 @@ def build_outlook(
     *,
     publish: PublishedPaths = "none",
 ) -> Outlook:
-    """What ``paths`` (paths, horizon, 6) say, after :func:`repair`.
+    """Reduce ``paths`` (paths, horizon, 6), after :func:`repair`, to bands and a summary.
 
-    times: (horizon,) bar opens, UTC ms. last: close of the origin bar. probs: of the quantiles.
-    Raises ValueError where the paths are not all finite, or too few for ``probs``.
+    times: (horizon,) bar opens, UTC ms. last: close of the origin bar. probs: probabilities of the
+    quantiles. Raises ValueError if a path is not finite, or if the paths are too few for ``probs``.
     """
     if not np.isfinite(paths).all():
         raise ValueError("paths hold NaN or infinite values")
@@ -77,10 +77,10 @@ def build_outlook(
 
 
 def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
-    """Candles (paths, horizon, 5) that can be, and how many of them were changed for it.
+    """Make candles (paths, horizon, 5) consistent; returns them and the number of changed ones.
 
-    The model draws channels side by side: a high may come out below the close. High becomes at
-    least open and close, low at most, volume at least 0; open and close stay as drawn.
+    The model samples channels independently, so a high may be below the close. High is raised to
+    open and close, low is lowered to them, volume is at least 0; open and close do not change.
     """
     drawn = paths[..., : len(PUBLISHED_CHANNELS)]
     candles = drawn.copy()
@@ -94,7 +94,7 @@ def repair(paths: NDArray[np.float32]) -> tuple[NDArray[np.float32], int]:
 def _other_paths(
     candles: NDArray[np.float32], amounts: NDArray[np.float32]
 ) -> dict[str, list[list[float]]]:
-    """What there is of the paths beside the closes; an amount, like a volume, is at least 0."""
+    """All channels of the paths but the close; amounts, like volumes, are at least 0."""
     others = {
         channel: _shortest_floats(candles[..., column])
         for column, channel in enumerate(PUBLISHED_CHANNELS)
@@ -103,7 +103,7 @@ def _other_paths(
     return others | {"amount": _shortest_floats(np.maximum(amounts, 0))}
 
 
-def _shortest_floats(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists as deep as the array
-    """Nested lists of the nearest float32 of each, as the float of fewest digits that names it."""
+def _shortest_floats(numbers: NDArray[np.floating]) -> Any:  # noqa: ANN401 - lists nested as deep as the array
+    """Nested lists of floats, with the fewest digits that identify the float32 of each number."""
     exact = np.ascontiguousarray(numbers, np.float32)
     return orjson.loads(orjson.dumps(exact, option=orjson.OPT_SERIALIZE_NUMPY))

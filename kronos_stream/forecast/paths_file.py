@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kronos_stream.atomic import atomic_write
 
 METADATA_KEY = "kronos_stream"
-"""Key of the file's metadata under which the settings stand, as JSON."""
+"""Key of the settings, as JSON, in the file's metadata."""
 
 _TIME = pa.timestamp("ms", tz="UTC")
 _CANDLE = ("open", "high", "low", "close", "volume", "amount")
@@ -33,7 +33,7 @@ _SCHEMA = pa.schema(
 
 
 class PathsWriter:
-    """Appends blocks of paths, a row group each, so that memory holds one block at a time."""
+    """Appends blocks of paths, one row group each, so that memory holds one block at a time."""
 
     def __init__(
         self, writer: pq.ParquetWriter, series: str, origin: int, times: NDArray[np.int64]
@@ -45,7 +45,7 @@ class PathsWriter:
         self._paths = 0
 
     def write(self, paths: NDArray[np.float32]) -> None:
-        """Append ``paths`` (n, horizon, 6); they are numbered on from those written before."""
+        """Append ``paths`` (n, horizon, 6); their numbers continue those written before."""
         count, horizon, _ = paths.shape
         rows = count * horizon
         numbers = np.arange(self._paths, self._paths + count)
@@ -74,7 +74,7 @@ def paths_writer(
     times: NDArray[np.int64],
     settings: Mapping[str, Any],
 ) -> Iterator[PathsWriter]:
-    """Open ``path`` for sample paths; it appears, whole, when the block ends without an error.
+    """Open ``path`` for sample paths; the file appears, complete, when the block succeeds.
 
     Columns: series, origin, path (from 0), step (from 1), time, open, high, low, close, volume,
     amount. ``origin`` and ``times`` (horizon,) are bar opens, UTC ms, stored as typed timestamps;

@@ -36,10 +36,10 @@ _MAX_TICKS = 9
 
 
 def draw_fan(path: Path, table: CandleTable, fan: Fan, subtitle: str) -> None:
-    """Draw the bars of ``table`` up to the fan's origin, and the fan; write ``path`` whole.
+    """Draw the bars of ``table`` up to the fan's origin, and the fan; write ``path`` atomically.
 
-    Bars stand side by side, so that nights and weekends without trading take no room. The suffix
-    of ``path`` tells the format: png, svg or pdf.
+    Bars are equally spaced, so that nights and weekends without trading take no space. The suffix
+    of ``path`` gives the format: png, svg or pdf.
     """
     end = int(np.searchsorted(table.times, fan.origin)) + 1
     start = max(0, end - _BARS)
@@ -62,13 +62,13 @@ def draw_fan(path: Path, table: CandleTable, fan: Fan, subtitle: str) -> None:
     price.axvline(0, color=_FAINT, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
     _titles(price, fan, subtitle)
     with atomic_write(path) as part, warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; saying so helps nobody.
+        # Characters that the font lacks are drawn as boxes; a warning does not help.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(part, format=path.suffix[1:].lower())
 
 
 def _positions(count: int) -> NDArray[np.int64]:
-    """Bars count from the origin: it stands at 0, the bars before it at negative places."""
+    """Positions of the last ``count`` bars on the x axis: the origin is at 0."""
     return np.arange(count) - (count - 1)
 
 
@@ -83,7 +83,7 @@ def _candles(axes: Axes, candles: NDArray[np.float64]) -> None:
         ((i - half, a), (i - half, b), (i + half, b), (i + half, a))
         for i, a, b in zip(x, opened, close, strict=True)
     ]
-    # The edge keeps a bar that closed where it opened visible, as a dash.
+    # The edge keeps a bar with open = close visible, as a dash.
     axes.add_collection(
         PolyCollection(bodies, facecolors=colours, edgecolors=colours, linewidths=0.7, zorder=3)
     )
@@ -123,7 +123,7 @@ def _bands(axes: Axes, fan: Fan) -> None:
         )
     median = from_last(fan.quantiles((0.5,))[0])
     axes.plot(x, median, color=_FAN, linewidth=2.2, zorder=4, label="median")
-    if len(x) == 2:  # one step: a point says more than a stroke
+    if len(x) == 2:  # a single step is clearer as a point than as a line
         axes.plot(x[1:], median[1:], "o", color=_FAN, markersize=4, zorder=4)
 
 
@@ -142,7 +142,7 @@ def _price_axis(axes: Axes, candles: NDArray[np.float64], fan: Fan) -> None:
 
 
 def _tint(share: float) -> tuple[float, ...]:
-    """The fan's colour thinned with white, opaque, so that the legend shows what is drawn."""
+    """The fan's colour mixed with white; opaque, so that legend and plot look the same."""
     return tuple(1 - share * (1 - part) for part in to_rgb(_FAN))
 
 
@@ -155,13 +155,13 @@ def _time_axis(axes: Axes, times: NDArray[np.int64], known: int) -> None:
 
 
 def time_ticks(times: NDArray[np.int64]) -> tuple[list[int], list[str]]:
-    """Which of the bars that open at ``times`` (N,), UTC ms, to mark, and with what words.
+    """Indices and labels of the ticks, for bars that open at ``times`` (N,), UTC ms.
 
-    Marked is the first bar of every round stretch of time; the date stands where it changes.
+    The first bar of every round period has a tick; its label has the date where that changes.
     """
     for step in _TICK_STEPS:
-        stretch = times // step
-        ticks = (np.flatnonzero(np.diff(stretch)) + 1).tolist()
+        periods = times // step
+        ticks = (np.flatnonzero(np.diff(periods)) + 1).tolist()
         if len(ticks) <= _MAX_TICKS:
             break
     opens = [datetime.fromtimestamp(int(times[i]) / 1000, UTC) for i in ticks]
@@ -180,13 +180,13 @@ def _titles(axes: Axes, fan: Fan, subtitle: str) -> None:
     origin = datetime.fromtimestamp(fan.origin / 1000, UTC).strftime("%d %b %Y %H:%M UTC")
     summary = fan.summary()
     change = summary.expected_return
-    words = f"origin {origin}   P(up) {100 * summary.p_up:.0f} %" + (
+    details = f"origin {origin}   P(up) {100 * summary.p_up:.0f} %" + (
         "" if change is None else f"   expected return {100 * change:+.2f} %"
     )
     named = fan.series.endswith(str(fan.timeframe))
     title = fan.series if named else f"{fan.series}   {fan.timeframe}"
     _annotate(axes, title, above=38, size=15, colour=_INK, weight="bold")
-    _annotate(axes, words, above=22, size=10, colour=_INK)
+    _annotate(axes, details, above=22, size=10, colour=_INK)
     _annotate(axes, subtitle, above=8, size=9, colour=_FAINT)
 
 
@@ -202,7 +202,7 @@ def _annotate(
         fontsize=size,
         fontweight=weight,
         color=colour,
-        parse_math=False,  # a name may hold a dollar sign, which is no formula
+        parse_math=False,  # a dollar sign in a name does not start a formula
     )
 
 

@@ -1,8 +1,8 @@
 """Quantiles of sample paths by Weibull positions.
 
-With m paths the i-th smallest stands at probability i/(m+1), so an outcome drawn from the same
-distribution falls below it exactly that often. The usual sample quantiles are too narrow: their
-bands cover (m-1)/(m+1) of what they claim.
+Of m paths, the i-th smallest is the quantile of probability i/(m+1): an outcome from the same
+distribution is below it with exactly that probability. The usual sample quantiles are too narrow:
+the coverage of their bands is (m-1)/(m+1) of the nominal one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 def weibull_quantiles(
     samples: ArrayLike, probs: Sequence[float], axis: int = 0
 ) -> NDArray[np.float64]:
-    """Quantiles of ``samples`` along ``axis``: (len(probs), …the other axes), same units.
+    """Quantiles of ``samples`` along ``axis``: (len(probs), the other axes…), same units.
 
     Position p·(m+1) among the m sorted samples, linear between neighbours; NaN gives NaN.
     Raises ValueError for probabilities that m samples cannot support.
@@ -39,13 +39,16 @@ def check_supported(probs: Sequence[float], paths: int) -> None:
 
 
 def required_paths(p: float) -> int:
-    """The fewest samples whose Weibull positions reach ``p``; ValueError unless 0 < p < 1."""
+    """Smallest number of samples whose Weibull positions reach ``p``.
+
+    Raises ValueError unless 0 < p < 1.
+    """
     if not 0 < p < 1:
         raise ValueError(f"quantile {p:g} is not between 0 and 1")
     odds = max((1 - p) / p, p / (1 - p))
     if math.isinf(odds):
         raise ValueError(f"quantile {p:g} is too close to 0")
-    return max(1, math.ceil(odds * (1 - 1e-9)))  # 0.9 / (1 - 0.9) is a shade over 9
+    return max(1, math.ceil(odds * (1 - 1e-9)))  # 0.9 / (1 - 0.9) is slightly more than 9
 
 
 def quantile_name(p: float) -> str:

@@ -1,4 +1,4 @@
-"""What a set of sample paths says about the bars ahead, in a few numbers."""
+"""Summary of sample paths in a few numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DEVIATION_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The final close against the last known one, over all paths. Returns are close/last - 1.
+    """Final close relative to the last known one, over all paths. Returns are close/last - 1.
 
-    ``None`` stands where a number is undefined: every return if last ≤ 0, ``volatility`` if the
-    horizon is one bar or half of the paths touch a price ≤ 0, and quantiles (thus
-    ``value_at_risk_95``) that so few paths cannot support.
+    ``None`` means undefined: all returns if last ≤ 0, ``volatility`` if the horizon is one bar or
+    half of the paths reach a price ≤ 0, and quantiles (so also ``value_at_risk_95``) for which
+    there are too few paths.
     """
 
     p_up: float
@@ -41,12 +41,12 @@ class Summary:
 
 
 def summarise(paths: NDArray[np.floating], last: float, probs: Sequence[float]) -> Summary:
-    """Summarise ``paths`` (paths, horizon, 6); prices and ``last``, the origin's close, alike."""
+    """Summarise ``paths`` (paths, horizon, 6); ``last`` is the close of the origin bar."""
     return summarise_closes(paths[..., CLOSE], last, probs)
 
 
 def summarise_closes(closes: NDArray[np.floating], last: float, probs: Sequence[float]) -> Summary:
-    """As :func:`summarise`, of closes (paths, horizon). Raises ValueError unless all are finite."""
+    """Summarise closes (paths, horizon). Raises ValueError unless all are finite."""
     if not np.isfinite(closes).all():
         raise ValueError("paths hold NaN or infinite closes")
     final = closes[:, -1].astype(np.float64)
@@ -75,7 +75,7 @@ def _return_quantiles(
 def _volatility(closes: NDArray[np.floating], last: float) -> float | None:
     if last <= 0 or closes.shape[1] < _DEVIATION_STEPS:
         return None
-    # A path that touches zero has no log returns: it moved more than any that did not.
+    # A path that reaches zero has no log returns; it counts as more volatile than all others.
     deviations = np.full(len(closes), np.inf)
     positive = (closes > 0).all(axis=1)
     known = closes[positive].astype(np.float64)

@@ -1,4 +1,4 @@
-"""A forecast as a table for people, readable at 80 columns and in a pipe."""
+"""A forecast as a text table of 80 columns, on a terminal or in a pipe."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _MAX_WIDTH = 10_000
 
 
 def print_fan(fan: Fan, subtitle: str, file: IO[str] | None = None) -> None:
-    """Print the quantiles of the close per step, headed by ``about``, ended by the summary."""
+    """Print a heading with ``subtitle``, the quantiles of the close per step, and the summary."""
     decimals = price_decimals(fan.last)
     title = Text(fan.series, style="bold")
     title.append(f"  origin {rfc3339(fan.origin)}  last {fan.last:.{decimals}f}", style="not bold")
     table = _table(fan, decimals)
     console = Console(file=file)
     needed = Measurement.get(console, console.options.update(max_width=_MAX_WIDTH), table).maximum
-    console.width = max(console.width, needed)  # a long line is better than a cut number
+    console.width = max(console.width, needed)  # rather long lines than truncated numbers
     console.print(title, Text(subtitle, style="dim"), table, summary_text(fan), sep="\n")
 
 
 def price_decimals(price: float) -> int:
-    """Decimals that show a price of this size to six significant digits."""
+    """Decimals with which a price of this size has six significant digits."""
     if price == 0:
         return 2
     return min(max(_SIGNIFICANT - 1 - math.floor(math.log10(abs(price))), 0), 12)
 
 
 def time_format(timeframe: Timeframe) -> str:
-    """The strftime format that tells bars of ``timeframe`` apart; the year stands elsewhere."""
+    """The shortest strftime format that distinguishes bars of ``timeframe``."""
     step = timeframe.milliseconds
     if step is None or step % _DAY_MS == 0:
         return "%Y-%m-%d"
@@ -50,7 +50,7 @@ def time_format(timeframe: Timeframe) -> str:
 
 
 def summary_text(fan: Fan) -> Text:
-    """The summary in words, returns in percent."""
+    """The summary as text, with returns in percent."""
     summary = fan.summary()
     bars = "1 bar" if len(fan.times) == 1 else f"{len(fan.times)} bars"
     returns = [_percent(value) for value in summary.return_quantiles.values()]

@@ -298,7 +298,7 @@ def test_a_stuck_daemon_feeds_no_watchdog(
         wait_for("it starves", lambda: systemd.seconds_since_watchdog() > 2 * WATCHDOG_SECONDS)
         assert daemon.worker_pid() is not None
         if what := STUCK[fault]:
-            assert systemd.wait_for("STATUS", "stuck: ", within=f"{what}: nothing done for ")
+            assert systemd.wait_for("STATUS", "stuck: ", within=f"{what}: no progress for ")
             assert any(line["event"].startswith("stuck") for line in daemon.log_records())
         daemon.signal(signal.SIGABRT)  # what systemd does then
         assert daemon.wait() == -signal.SIGABRT
@@ -442,7 +442,7 @@ def test_what_waits_and_is_not_worked_off_is_overdue() -> None:
     waiting = 3
     assert progress.stalled(1001.0) == ""
     assert progress.stalled(1010.0) == ""
-    assert progress.stalled(1011.0) == "digging: nothing done for 11 s"
+    assert progress.stalled(1011.0) == "digging: no progress for 11 s"
     patience = 900.0
     assert progress.stalled(1012.0) == ""
     done, patience = 1, 10.0

@@ -216,7 +216,7 @@ class DaemonProcess(Closeable):
                 (
                     record["port"]
                     for record in self.log_records()
-                    if record["event"] == "metrics and health are served"
+                    if record["event"] == "HTTP server started"
                 ),
                 0,
             )

@@ -177,7 +177,7 @@ def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
         wait_for("it is told", lambda: daemon.readiness()[0] == 503)
         assert time.monotonic() - gone > 50  # a minute may pass without a word
         why = {name: said for name, said in daemon.readiness()[1].items() if said != "ok"}
-        assert why == {"source binance": "nothing is heard of any of its 3 series"}
+        assert why == {"source binance": "no data for any of its 3 series"}
         rows = json.loads(_get(daemon, "/series")[1])["series"]
         assert {row["state"] for row in rows} == {"late"}
         assert daemon.stop() == 0

@@ -1,8 +1,8 @@
-"""What the daemon tells over HTTP, page by page; no socket is known here.
+"""HTTP endpoints of the daemon: liveness, readiness, metrics, series and forecasts.
 
-Probes may ask for /healthz and /readyz without a token, whatever is set: who restarts a process
-that hangs should need no secret. All other pages need the token where there is one; where there is
-none, those that tell of series are for the loopback alone.
+/healthz and /readyz never need a token, so that a supervisor can restart a process that hangs
+without knowing a secret. If a token is set, all other endpoints need it; if none is set, /series
+and /forecasts are for clients on this machine only.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from hmac import compare_digest
-from typing import NamedTuple, TypeVar
-from urllib.parse import unquote
+from typing import Any
 
 import orjson
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from pydantic import SecretStr
 
@@ -26,131 +28,122 @@ from kronos_stream.market.clock import Clock
 from kronos_stream.market.utc import rfc3339
 from kronos_stream.redaction import redact
 
-_T = TypeVar("_T")
+_log = structlog.get_logger()
 
-JSON = "application/json"
+_JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
 
 _TOKENLESS_PATHS = frozenset({"/healthz", "/readyz"})
-_FORECASTS_PREFIX = "/forecasts/"
 
 _SERIES_TTL_SECONDS, _METRICS_TTL_SECONDS = 1.0, 0.1
-"""For so long a page is what it was."""
+"""How long rendered bodies are reused."""
 _ROWS_PER_SLICE = 32
-"""Rows made before other tasks have their turn: a millisecond's work."""
-
-
-class Response(NamedTuple):
-    """What is sent back."""
-
-    status: int
-    body: bytes
-    content_type: str = JSON
-    headers: tuple[tuple[str, str], ...] = ()
+"""Rows rendered before other tasks run, about a millisecond of work."""
 
 
 class Endpoints:
-    """The pages of one daemon."""
+    """Endpoints of one daemon, as the aiohttp application :attr:`app`."""
 
     def __init__(
         self,
         metrics: Metrics,
         checks: Callable[[], Mapping[str, str]],
-        board: SeriesStatusRegistry,
+        series_status: SeriesStatusRegistry,
         clock: Clock,
         *,
         stalled: Callable[[], str] = str,
         token: SecretStr | None = None,
     ) -> None:
-        """``checks``: what readiness hangs on → why it is not so, empty if it is.
+        """checks: returns the problem of each part that readiness depends on, empty if none.
 
-        overdue: what hangs, in words; empty if nothing does.
-
-        token: what must be shown for all pages but those for probes.
+        stalled: returns what has made no progress, empty if nothing.
+        token: required for all endpoints but those for probes.
         """
         self.loopback_only = True
-        """Whether nobody but this machine can ask."""
-        self._checks, self._series_status, self._clock, self._metrics = (
-            checks,
-            board,
-            clock,
-            metrics,
-        )
+        """True if only this machine can connect."""
+        self._checks, self._series_status, self._clock = checks, series_status, clock
+        self._metrics, self._stalled = metrics, stalled
         metrics.ready.set_function(lambda: not any(checks().values()))
-        self._stalled = stalled
         self._token = None if token is None else token.get_secret_value().encode()
         self._document = orjson.dumps(document())
-        metrics_page = _CachedBody(self._render_metrics, _METRICS_TTL_SECONDS)
-        self._series_body = _CachedBody(self._render_series, _SERIES_TTL_SECONDS)
-        self._routes: dict[str, Callable[[], Awaitable[Response]]] = {
-            "/healthz": self._liveness,
-            "/readyz": self._readiness,
-            "/metrics": metrics_page.handler(CONTENT_TYPE_LATEST),
-            "/series": self._series_body.handler(JSON),
-            "/openapi.json": lambda: _completed(Response(200, self._document)),
-        }
+        self._metrics_body = CachedBody(self._render_metrics, _METRICS_TTL_SECONDS)
+        self._series_body = CachedBody(self._render_series, _SERIES_TTL_SECONDS)
+        self.app = web.Application(middlewares=[_describe_errors, self._authenticate])
+        self.app.add_routes(
+            [
+                web.get("/healthz", self._liveness),
+                web.get("/readyz", self._readiness),
+                web.get("/metrics", self._get_metrics),
+                web.get("/series", self._get_series),
+                web.get("/openapi.json", self._get_document),
+                web.get("/forecasts/{series:.*}", self._get_forecast),
+            ]
+        )
 
-    async def handle(self, method: str, raw_path: str, authorization: str | None) -> Response:
-        """The page of a request. raw_path: as it came, percent-encoded, without the query."""
-        path = unquote(raw_path, errors="replace")
-        page, series = self._routes.get(path), path.removeprefix(_FORECASTS_PREFIX)
-        wants_forecast = series != path
-        if path not in _TOKENLESS_PATHS and not self._authorised(authorization):
-            return self._unauthorised()
-        if page is None and not wants_forecast:
-            there = ", ".join((*self._routes, "/forecasts/SERIES"))
-            return error_response(404, f"there is no such page; there are {there}")
-        if method not in {"GET", "HEAD"}:
-            return error_response(
-                405, "pages are only read: GET or HEAD", (("Allow", "GET, HEAD"),)
+    @web.middleware
+    async def _authenticate(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in _TOKENLESS_PATHS or self._token is None:
+            return await handler(request)
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+        # Encoded, because compare_digest accepts strings only if they are ASCII.
+        given = token.strip().encode("utf-8", "surrogateescape")
+        if not compare_digest(given, self._token) or scheme.lower() != "bearer":
+            raise web.HTTPUnauthorized(
+                text="this endpoint needs the header Authorization: Bearer, with "
+                f"{variable_name('http', 'token')}",
+                headers={"WWW-Authenticate": 'Bearer realm="kronos-stream"'},
             )
-        if (wants_forecast or path == "/series") and self._token is None and not self.loopback_only:
-            return error_response(403, _LOOPBACK_ONLY_ERROR)
-        return self._forecast(series) if page is None else await page()
+        return await handler(request)
 
-    def _forecast(self, series: str) -> Response:
-        try:
-            return Response(200, self._series_status.latest_forecast(series))
-        except LookupError as error:
-            return error_response(404, str(error.args[0]))
+    async def _liveness(self, _: web.Request) -> web.Response:
+        problem = self._stalled()
+        status = 503 if problem else 200
+        return _response(f"{problem or 'alive'}\n".encode(), _TEXT, status)
 
-    def _authorised(self, authorization: str | None) -> bool:
-        if self._token is None:
-            return True
-        scheme, _, shown = (authorization or "").partition(" ")
-        # Encoded, since only bytes of any kind are compared in constant time.
-        given = shown.strip().encode("utf-8", "surrogateescape")
-        return compare_digest(given, self._token) and scheme.lower() == "bearer"
-
-    @staticmethod
-    def _unauthorised() -> Response:
-        why = f"this page needs the header Authorization: Bearer, with {variable_name('http', 'token')}"
-        return error_response(401, why, (("WWW-Authenticate", 'Bearer realm="kronos-stream"'),))
-
-    async def _liveness(self) -> Response:
-        """To answer at all is half of it; the other half is that nothing hangs."""
-        why = self._stalled()
-        return Response(503 if why else 200, f"{why or 'alive'}\n".encode(), _TEXT)
-
-    async def _readiness(self) -> Response:
+    async def _readiness(self, _: web.Request) -> web.Response:
         checks = self._checks()
         ready = not any(checks.values())
-        told = {name: redact(why) or "ok" for name, why in checks.items()}
-        said = {"ready": ready, "checks": told}
-        return Response(200 if ready else 503, orjson.dumps(said))
+        shown = {name: redact(problem) or "ok" for name, problem in checks.items()}
+        return _json({"ready": ready, "checks": shown}, 200 if ready else 503)
+
+    async def _get_metrics(self, _: web.Request) -> web.Response:
+        return _response(await self._metrics_body.get(), CONTENT_TYPE_LATEST)
+
+    async def _get_document(self, _: web.Request) -> web.Response:
+        return _response(self._document, _JSON)
+
+    async def _get_series(self, _: web.Request) -> web.Response:
+        self._require_loopback_or_token()
+        return _response(await self._series_body.get(), _JSON)
+
+    async def _get_forecast(self, request: web.Request) -> web.Response:
+        self._require_loopback_or_token()
+        try:
+            message = self._series_status.latest_forecast(request.match_info["series"])
+        except LookupError as error:
+            raise web.HTTPNotFound(text=str(error.args[0])) from None
+        return _response(message, _JSON)
+
+    def _require_loopback_or_token(self) -> None:
+        if self._token is None and not self.loopback_only:
+            raise web.HTTPForbidden(
+                text="without a token this endpoint is available only if the daemon listens on "
+                f"127.0.0.1 alone: set {variable_name('http', 'token')}, or "
+                f"{variable_name('http', 'host')}=127.0.0.1"
+            )
 
     async def _render_metrics(self) -> bytes:
-        """With what the board knows of series, counted."""
+        """Render all metrics, including the number of series by state."""
         counts: Counter[tuple[str, str, str]] = Counter()
-        for number, standing in enumerate(self._series_status.statuses(), 1):
-            counts[standing] += 1
+        for number, status in enumerate(self._series_status.statuses(), 1):
+            counts[status] += 1
             if number % _ROWS_PER_SLICE == 0:
                 await asyncio.sleep(0)
         gauge = self._metrics.series
         gauge.clear()
         for venue, timeframe in {(venue, timeframe) for venue, timeframe, _ in counts}:
-            for standing in SERIES_STATUSES:  # also those that none is in
-                gauge.labels(venue, timeframe, standing).set(counts[venue, timeframe, standing])
+            for state in SERIES_STATUSES:  # also states without series
+                gauge.labels(venue, timeframe, state).set(counts[venue, timeframe, state])
         return self._metrics.render()
 
     async def _render_series(self) -> bytes:
@@ -163,39 +156,56 @@ class Endpoints:
         return head + b',"series":[' + b",".join(rows) + b"]}"
 
 
-class _CachedBody:
-    """A page's body, made anew when it is asked for and old; all who ask meanwhile share one."""
+class CachedBody:
+    """A response body that is rendered on request, at most once per time to live."""
 
-    def __init__(self, make: Callable[[], Awaitable[bytes]], seconds: float) -> None:
-        self._render, self._ttl = make, seconds
+    def __init__(self, render: Callable[[], Awaitable[bytes]], ttl_seconds: float) -> None:
+        self._render, self._ttl = render, ttl_seconds
         self._body, self._expires = b"", 0.0
         self._lock = asyncio.Lock()
 
-    def handler(self, content_type: str) -> Callable[[], Awaitable[Response]]:
-        async def answer() -> Response:
-            return Response(200, await self._get(), content_type)
-
-        return answer
-
-    async def _get(self) -> bytes:
-        uptime = asyncio.get_running_loop().time
+    async def get(self) -> bytes:
+        """Return the body; concurrent callers share one."""
+        loop = asyncio.get_running_loop()
         async with self._lock:
-            if not self._body or uptime() >= self._expires:
+            if not self._body or loop.time() >= self._expires:
                 self._body = await self._render()
-                self._expires = uptime() + self._ttl
+                self._expires = loop.time() + self._ttl
             return self._body
 
 
-def error_response(status: int, why: str, headers: tuple[tuple[str, str], ...] = ()) -> Response:
-    """An answer that says why there is none."""
-    return Response(status, orjson.dumps({"error": why}), JSON, headers)
+@web.middleware
+async def _describe_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer errors with a JSON object that describes them."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        text, headers = error.text, {k: v for k, v in error.headers.items() if k in _ERROR_HEADERS}
+        if error is request.match_info.http_exception:
+            text = _ROUTING_ERRORS[error.status]
+        return _json({"error": text}, error.status, headers)
+    except Exception:  # noqa: BLE001 - must not end the daemon
+        _log.exception("request failed", path=request.rel_url.raw_path[:200])
+        return _json({"error": "this request failed; see the daemon's log"}, 500)
 
 
-async def _completed(value: _T) -> _T:
-    return value
+_ERROR_HEADERS = ("Allow", "WWW-Authenticate")
+_ROUTING_ERRORS = {
+    404: "no such endpoint; there are /healthz, /readyz, /metrics, /series, /openapi.json and "
+    "/forecasts/SERIES",
+    405: "all endpoints are read-only: use GET or HEAD",
+}
 
 
-_LOOPBACK_ONLY_ERROR = (
-    "without a token this page is shown only where 127.0.0.1 is all that is listened on: set "
-    f"{variable_name('http', 'token')}, or listen on 127.0.0.1 ({variable_name('http', 'host')})"
-)
+def _json(
+    content: Mapping[str, Any], status: int, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return _response(orjson.dumps(content), _JSON, status, headers)
+
+
+def _response(
+    body: bytes, content_type: str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        body=body, status=status, headers={"Content-Type": content_type, **(headers or {})}
+    )

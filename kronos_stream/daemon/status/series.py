@@ -1,6 +1,6 @@
-"""What is known of each series, for whoever looks: how its tape stands, and what came of its bars.
+"""Status of each series: state of its bars, last outcome, latest forecast.
 
-Nothing here is durable: a restart begins with an empty board, filled by the next bar closes.
+Kept in memory only: after a restart, outcomes and forecasts appear with the next closed bars.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SeriesStatus = Literal["starting", "live", "held", "silent", "late"]
 SERIES_STATUSES = get_args(SeriesStatus)
 
 LATE_MS = 60_000
-"""A series that lacks its next bar for so long after its close is late, whoever is to blame."""
+"""A series is late if its next bar is missing for so long after the bar's close."""
 
 MAX_BYTES = 64 * 2**20
-"""Of newest forecasts in memory; those that were not renewed for longest are let go."""
+"""Limit for forecast messages in memory; beyond it, the least recently updated are removed."""
 
 
 class SequencerView(Protocol):
-    """How the bars of a series stand: a tape, or what is known of somebody else's."""
+    """State of a series' bars: a sequencer, or what a candle record tells about a remote one."""
 
     @property
     def last(self) -> Bar | None: ...
@@ -44,7 +44,7 @@ class SequencerView(Protocol):
 
 
 class TrackedSeries(Protocol):
-    """What is known of a series, as far as it is looked at."""
+    """A followed series."""
 
     @property
     def sequencer(self) -> SequencerView: ...
@@ -52,15 +52,13 @@ class TrackedSeries(Protocol):
 
 @dataclass(slots=True)
 class _LatestResult:
-    """What came of a series' bars lately."""
-
     outcome: Outcome
     forecast: Mapping[str, Any] | None = None
-    """Of the newest forecast, what the page tells."""
+    """Summary of the latest forecast."""
 
 
 class SeriesStatusRegistry:
-    """One daemon's series. Told by the press, asked by the pages; reads tapes, changes nothing."""
+    """Status of all series of a daemon: updated by the publisher, read by the endpoints."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -71,72 +69,70 @@ class SeriesStatusRegistry:
         self._bytes = 0
 
     def track(self, tracked: Callable[[], Mapping[Series, TrackedSeries]]) -> None:
-        """Tell of what is followed from now on."""
+        """Set the function that returns the followed series."""
         self._tracked, self._tracked_since = tracked, self._clock.now()
 
     def record(self, results: Sequence[ForecastResult], messages: Sequence[Envelope]) -> None:
-        """Take in what came of due bars, and the messages of those that were forecast."""
+        """Record results of forecast requests, and messages of the forecasts among them."""
         for result in results:
-            said = self._latest.setdefault(
-                result.request.series.name, _LatestResult(result.outcome)
-            )
-            said.outcome = result.outcome
+            name = result.request.series.name
+            latest = self._latest.setdefault(name, _LatestResult(result.outcome))
+            latest.outcome = result.outcome
             if result.outlook is not None:
-                said.forecast = _forecast_summary(result)
+                latest.forecast = _forecast_summary(result)
         for message in messages:
             self._store_message(message.key, message.value)
-        if len(self._latest) > len(followed := self._tracked()):
-            names = {series.name for series in followed}
-            for gone in self._latest.keys() - names:
-                del self._latest[gone]
-                self._bytes -= len(self._messages.pop(gone, b""))
+        if len(self._latest) > len(tracked := self._tracked()):
+            for name in self._latest.keys() - {series.name for series in tracked}:
+                del self._latest[name]
+                self._bytes -= len(self._messages.pop(name, b""))
 
     def latest_forecast(self, name: str) -> bytes:
-        """The newest forecast message of a series, as on the topic.
+        """Return the latest forecast message of a series, as on the topic.
 
-        Raises LookupError, which says in words why there is none.
+        Raises LookupError that explains why there is none.
         """
         if not self._is_tracked(name):
-            raise LookupError(f"no series {name[:200]} is followed; /series lists those that are")
-        message, said = self._messages.get(name), self._latest.get(name)
+            raise LookupError(f"{name[:200]} is not followed; /series lists all followed series")
+        message, latest = self._messages.get(name), self._latest.get(name)
         if message is not None:
             return message
-        if said is None:
-            raise LookupError(f"{name}: no bar has closed since this process began to follow it")
-        if said.forecast is not None:
-            raise LookupError(f"{name}: its newest forecast is not in memory any more; see a sink")
-        raise LookupError(f"{name}: its newest bar was not forecast ({said.outcome.reason})")
+        if latest is None:
+            raise LookupError(f"{name}: no bar has closed since this process started to follow it")
+        if latest.forecast is not None:
+            raise LookupError(f"{name}: its latest forecast is not in memory any more; see a sink")
+        raise LookupError(f"{name}: its latest bar was not forecast ({latest.outcome.reason})")
 
     def silent_venues(self, venues: Collection[str]) -> Mapping[str, str]:
-        """Of which of ``venues`` not one series is heard: why, in words."""
-        now, quiet = self._clock.now(), set(venues)
-        followed = self._tracked()
-        for series, one in followed.items():
-            if series.venue in quiet and self._is_active(series, one.sequencer, now):
-                quiet.discard(series.venue)
-            if not quiet:
+        """Return those of ``venues`` none of whose series is up to date, with a description."""
+        now, silent = self._clock.now(), set(venues)
+        tracked = self._tracked()
+        for series, state in tracked.items():
+            if series.venue in silent and self._is_active(series, state.sequencer, now):
+                silent.discard(series.venue)
+            if not silent:
                 break
-        counts = {venue: sum(one.venue == venue for one in followed) for venue in quiet}
+        counts = {venue: sum(series.venue == venue for series in tracked) for venue in silent}
         return {
-            venue: f"nothing is heard of any of its {count} series"
+            venue: f"no data for any of its {count} series"
             for venue, count in counts.items()
             if count
         }
 
     def statuses(self) -> Iterator[tuple[str, str, SeriesStatus]]:
-        """Of each series its venue, timeframe and standing; looked at as they are asked for."""
-        for series, one in list(self._tracked().items()):
-            standing = self._status(series, one.sequencer, self._clock.now())
-            yield series.venue, str(series.timeframe), standing
+        """Venue, timeframe and state of each series, computed lazily."""
+        for series, state in list(self._tracked().items()):
+            status = self._status(series, state.sequencer, self._clock.now())
+            yield series.venue, str(series.timeframe), status
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """A page's row per series, by name; the tapes are read as the rows are asked for."""
-        for series, one in sorted(self._tracked().items(), key=lambda item: item[0].name):
-            tape, said = one.sequencer, self._latest.get(series.name)
-            last, coming = tape.last, tape.next
+        """Rows of /series, sorted by name and computed lazily."""
+        for series, state in sorted(self._tracked().items(), key=lambda item: item[0].name):
+            sequencer, latest = state.sequencer, self._latest.get(series.name)
+            last, upcoming = sequencer.last, sequencer.next
             yield {
                 "series": series.name,
-                "state": self._status(series, tape, self._clock.now()),
+                "state": self._status(series, sequencer, self._clock.now()),
                 "last_bar": last
                 and {
                     "open_time": rfc3339(last.candle.time),
@@ -144,11 +140,11 @@ class SeriesStatusRegistry:
                     "revision": last.revision,
                     "synthetic": last.synthetic,
                 },
-                "next_due": None if coming is None else rfc3339(series.timeframe.after(coming)),
-                "held": tape.pending_count,
-                "owed": tape.placeholder_count,
-                "last_outcome": said and _outcome_summary(said.outcome),
-                "last_forecast": said and said.forecast,
+                "next_due": None if upcoming is None else rfc3339(series.timeframe.after(upcoming)),
+                "held": sequencer.pending_count,
+                "owed": sequencer.placeholder_count,
+                "last_outcome": latest and _outcome_summary(latest.outcome),
+                "last_forecast": latest and latest.forecast,
             }
 
     def _is_tracked(self, name: str) -> bool:
@@ -157,20 +153,20 @@ class SeriesStatusRegistry:
         except ValueError:
             return False
 
-    def _is_active(self, series: Series, tape: SequencerView, now: int) -> bool:
-        standing = self._status(series, tape, now)
-        if standing == "starting":
+    def _is_active(self, series: Series, sequencer: SequencerView, now: int) -> bool:
+        status = self._status(series, sequencer, now)
+        if status == "starting":
             return now - self._tracked_since <= LATE_MS
-        return standing not in {"silent", "late"}
+        return status not in {"silent", "late"}
 
-    def _status(self, series: Series, tape: SequencerView, now: int) -> SeriesStatus:
-        if tape.next is None:
+    def _status(self, series: Series, sequencer: SequencerView, now: int) -> SeriesStatus:
+        if sequencer.next is None:
             return "starting"
-        if tape.silent:
+        if sequencer.silent:
             return "silent"
-        if now > series.timeframe.after(tape.next) + LATE_MS:
+        if now > series.timeframe.after(sequencer.next) + LATE_MS:
             return "late"
-        return "held" if tape.has_gap else "live"
+        return "held" if sequencer.has_gap else "live"
 
     def _store_message(self, name: str, message: bytes) -> None:
         self._bytes += len(message) - len(self._messages.pop(name, b""))
@@ -190,15 +186,15 @@ def _outcome_summary(outcome: Outcome) -> Mapping[str, Any]:
 
 
 def _forecast_summary(result: ForecastResult) -> Mapping[str, Any]:
-    due, window = result.request, result.window
+    request, window = result.request, result.window
     reasons = () if window is None else window.reasons
     return {
-        "origin": rfc3339(due.origin),
-        "revision": due.revision,
+        "origin": rfc3339(request.origin),
+        "revision": request.revision,
         "degraded": bool(reasons),
         "reasons": reasons,
         "latency_ms": {
-            "close_to_received": due.received - due.close,
+            "close_to_received": request.received - request.close,
             "queued": result.queued_ms,
             "compute": result.compute_ms,
         },

@@ -1,8 +1,8 @@
-"""The pages' server: aiohttp, with few connections, each of which must get somewhere.
+"""HTTP server of the endpoints, with a limit on connections and on idle clients.
 
-Whoever sends slowly, reads slowly or sends what is no request takes up one connection of a few,
-for a while. When a new client comes and all are taken, the one that has got nowhere for longest
-has to go; so nobody can lock out a probe.
+A client that sends or reads slowly, or sends no valid request, occupies one of a few connections
+for a limited time. When all are taken and a client connects, the one that has been idle for longest
+is evicted, so no client can lock out a probe. aiohttp has no such limits.
 """
 
 from __future__ import annotations
@@ -12,41 +12,39 @@ import errno
 import logging
 from ipaddress import ip_address
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import structlog
 from aiohttp import web
 
 from kronos_stream.daemon.config.settings import HttpSettings, SettingsError, variable_name
-from kronos_stream.daemon.status.endpoints import Endpoints, Response, error_response
+from kronos_stream.daemon.status.endpoints import Endpoints
 
 _log = structlog.get_logger()
 
 MAX_CONNECTIONS = 64
 IDLE_SECONDS = 20.0
-"""A connection is ended when no request of it was answered, and the answer read, for so long."""
+"""A connection is closed if, for so long, none of its requests was answered and the answer read."""
 
-_LINE_BYTES = 4_096
-"""Of a request line, and of each header."""
+_MAX_LINE_BYTES = 4_096
+"""Limit for the request line and each header."""
 _STOP_SECONDS = 1.0
 
-# What aiohttp says of malformed requests is of no use to whoever runs the daemon, and any client
-# could fill the log with it. Failures of our own are logged here.
-_disabled_logger = logging.getLogger(f"{__name__}.silent")
+# aiohttp logs malformed requests, so any client could fill the log. Endpoints log their own errors.
+_disabled_logger = logging.getLogger(f"{__name__}.disabled")
 _disabled_logger.disabled = True
 
 
 class StatusServer:
-    """The pages, served while the ``async with`` block runs."""
+    """Serves the endpoints while the ``async with`` block runs."""
 
-    def __init__(self, settings: HttpSettings, pages: Endpoints) -> None:
+    def __init__(self, settings: HttpSettings, endpoints: Endpoints) -> None:
         self.port = settings.port
-        self._host, self._endpoints = settings.host, pages
-        self._limiter = _ConnectionLimiter(pages)
-        self._runner = web.ServerRunner(self._limiter, shutdown_timeout=_STOP_SECONDS)
+        self._host, self._endpoints = settings.host, endpoints
+        self._runner = _LimitedRunner(endpoints.app, shutdown_timeout=_STOP_SECONDS)
 
     async def __aenter__(self) -> Self:
-        """Listen. Raises SettingsError where that is impossible."""
+        """Listen. Raises SettingsError if the address cannot be used."""
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self.port).start()
@@ -58,7 +56,7 @@ class StatusServer:
         self._endpoints.loopback_only = all(
             ip_address(address[0]).is_loopback for address in addresses
         )
-        _log.info("metrics and health are served", host=self._host, port=self.port)
+        _log.info("HTTP server started", host=self._host, port=self.port)
         return self
 
     async def __aexit__(
@@ -67,33 +65,37 @@ class StatusServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        limiter = self._runner.server
         await self._runner.cleanup()
-        self._limiter.clear()
+        if isinstance(limiter, ConnectionLimiter):
+            limiter.evict_all()
 
 
-class _ConnectionLimiter(web.Server):
-    """Lets connections in, and shows those out that get nowhere."""
+class ConnectionLimiter(web.Server):
+    """Accepts connections and evicts idle ones, see the module."""
 
-    def __init__(self, pages: Endpoints) -> None:
+    def __init__(self, server: web.Server) -> None:
+        """server: handles the requests."""
         super().__init__(
-            self._handle,
+            self._send_response,
+            request_factory=server.request_factory,
             logger=_disabled_logger,
             access_log=None,
-            max_line_size=_LINE_BYTES,
-            max_field_size=_LINE_BYTES,
+            max_line_size=_MAX_LINE_BYTES,
+            max_field_size=_MAX_LINE_BYTES,
             keepalive_timeout=IDLE_SECONDS,
-            lingering_time=0,  # bodies are not waited for: no page takes any
+            lingering_time=0,  # do not wait for request bodies: no endpoint reads them
             auto_decompress=False,
         )
-        self._endpoints = pages
+        self._respond = server.request_handler
         self._active: dict[web.RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
-        """The one that got somewhere last stands last."""
+        """In the order of their last answers, oldest first."""
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if len(self._active) >= MAX_CONNECTIONS:
             self._evict(next(iter(self._active)))
-        self._active[handler] = transport, self._timer(handler)
+        self._active[handler] = transport, self._start_timer(handler)
 
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
@@ -102,43 +104,28 @@ class _ConnectionLimiter(web.Server):
             self._active.pop(handler)[1].cancel()
         super().connection_lost(handler, exc)
 
-    def clear(self) -> None:
-        """End what is left, unread answers included."""
+    def evict_all(self) -> None:
+        """Close all connections, even if answers are not read yet."""
         for handler in list(self._active):
             self._evict(handler)
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        answer = await self._respond(request)
-        response = web.Response(
-            body=answer.body,
-            status=answer.status,
-            headers={"Content-Type": answer.content_type, **dict(answer.headers)},
-        )
+    async def _send_response(self, request: Any) -> web.StreamResponse:  # noqa: ANN401 - of the factory's type
+        response = await self._respond(request)
         if request.body_exists:
             response.force_close()
         await response.prepare(request)
-        await response.write_eof()  # returns once the client has read, but for the last 64 KiB
+        await response.write_eof()  # returns when the client has read all but the last 64 KiB
         self._touch(request.protocol)
         return response
 
-    async def _respond(self, request: web.BaseRequest) -> Response:
-        headers = request.headers
-        try:
-            return await self._endpoints.handle(
-                request.method, request.rel_url.raw_path, headers.get("Authorization")
-            )
-        except Exception:  # noqa: BLE001 - a page is no reason to end the daemon
-            _log.exception("page failed", path=request.rel_url.raw_path[:200])
-            return error_response(500, "this page failed; the daemon's log says why")
-
-    def _timer(self, handler: web.RequestHandler) -> asyncio.TimerHandle:
+    def _start_timer(self, handler: web.RequestHandler) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(IDLE_SECONDS, self._evict, handler)
 
     def _touch(self, handler: web.RequestHandler) -> None:
         if handler in self._active:
             transport, timer = self._active.pop(handler)
             timer.cancel()
-            self._active[handler] = transport, self._timer(handler)
+            self._active[handler] = transport, self._start_timer(handler)
 
     def _evict(self, handler: web.RequestHandler) -> None:
         transport, timer = self._active.pop(handler)
@@ -146,14 +133,21 @@ class _ConnectionLimiter(web.Server):
         transport.abort()  # close() would wait for a client that does not read
 
 
+class _LimitedRunner(web.AppRunner):
+    async def _make_server(self) -> web.Server:
+        return ConnectionLimiter(await super()._make_server())
+
+
 def explain_bind_error(error: OSError, host: str, port: int) -> str:
-    """Why one cannot listen there, and what to do."""
+    """Name the cause of a failed bind, and the remedy."""
     if error.errno == errno.EADDRINUSE:
-        why = f"another program listens on {host} there; choose another, or 0 for any that is free"
-        return f"{variable_name('http', 'port')}={port}: {why}"
-    if error.errno == errno.EACCES:
         return (
-            f"{variable_name('http', 'port')}={port}: not ours to listen on; choose one above 1023"
+            f"{variable_name('http', 'port')}={port}: another program listens on {host} there; "
+            "choose another port, or 0 for any free one"
         )
-    why = "is no address of this machine; 127.0.0.1 is for itself alone, 0.0.0.0 for all"
-    return f"{variable_name('http', 'host')}={host}: {why}"
+    if error.errno == errno.EACCES:
+        return f"{variable_name('http', 'port')}={port}: no permission; choose a port above 1023"
+    return (
+        f"{variable_name('http', 'host')}={host}: not an address of this machine; 127.0.0.1 is "
+        "for local clients only, 0.0.0.0 for all interfaces"
+    )

@@ -1,4 +1,4 @@
-"""A closed bar that asks for a forecast, and what became of it."""
+"""Forecast requests, one per closed bar, and their results."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from kronos_stream.market.series import Series
 
 
 class ForecastRequest(NamedTuple):
-    """A closed bar, saved and in its context; exactly one outcome is recorded for it."""
+    """A closed bar to forecast from, saved and in its context; it gets exactly one outcome."""
 
     series: Series
     origin: int
     """Open of the bar, UTC ms."""
     revision: int
     close: int
-    """Close of the bar, UTC ms: open of the next."""
+    """Close of the bar, UTC ms; the open of the next one."""
     received: int
-    """UTC ms when the venue's last word on it arrived."""
+    """Arrival of the bar's last update, UTC ms."""
     skip_reason: str | None = None
-    """Why it cannot be forecast ("gap", "warming up"), if so."""
+    """Reason why it cannot be forecast: "gap" or "warming up"."""
 
 
 class Outcome(NamedTuple):
-    """What became of a due bar."""
+    """Result of a request as it is recorded and counted."""
 
     series: str
     origin: int
     revision: int
     result: Literal["forecast", "skipped"]
     reason: str = ""
-    """Why it was skipped: overrun, revised, gap, warming up, stale, failed, removed."""
+    """Of a skipped bar: overrun, revised, gap, warming up, stale, failed or removed."""
 
 
 class ForecastResult(NamedTuple):
-    """What became of a due bar, with the forecast if there is one."""
+    """Result of a request, with the forecast if there is one."""
 
     request: ForecastRequest
     window: Window | None = None
     outlook: Outlook | None = None
     reason: str = ""
-    """Why it was skipped; empty for a forecast."""
+    """As of :class:`Outcome`; empty for a forecast."""
     scale: float = 1.0
-    """What prices were multiplied with for the model."""
+    """Factor applied to prices for the model."""
     queued_ms: int = 0
-    """From the bar's arrival to the worker."""
+    """From the bar's arrival to the start of its batch."""
     compute_ms: int = 0
-    """What its batch took in the worker."""
-
-    @property
-    def as_removed(self) -> ForecastResult:
-        """The same for a series that is followed no more."""
-        return ForecastResult(self.request, reason="removed")
+    """Duration of its batch in the worker."""
 
     @property
     def outcome(self) -> Outcome:
-        due = self.request
-        kind: Literal["forecast", "skipped"] = "skipped" if self.outlook is None else "forecast"
-        return Outcome(due.series.name, due.origin, due.revision, kind, self.reason)
+        request = self.request
+        return Outcome(
+            request.series.name,
+            request.origin,
+            request.revision,
+            "skipped" if self.outlook is None else "forecast",
+            self.reason,
+        )

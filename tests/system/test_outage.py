@@ -21,7 +21,6 @@ from kronos_connectors.kafka.admin import create
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import deadletter_topic, forecast_topic, required_topics
 from kronos_stream.daemon.delivery.outbox import Outbox
-from kronos_stream.daemon.delivery.publisher import refusal_dead_letter
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.message import DeadLetter
@@ -222,7 +221,6 @@ def _outbox(state: State, sink: object, clock: Clock) -> Outbox:
         Random(0),
         Metrics(),
         max_age_seconds=86_400.0,
-        make_dead_letter=lambda sink, refusal: refusal_dead_letter(sink, refusal, clock.now()),
     )
 
 

@@ -1,9 +1,9 @@
-"""The outbox: messages are safe before anyone hears of them, and go out until they arrive."""
+"""The outbox: messages are durable before they are delivered, and retried until they arrive."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from math import inf, isinf
@@ -15,17 +15,17 @@ from kronos_stream.daemon.delivery.sink_queue import SinkQueue
 from kronos_stream.daemon.requests import Outcome
 from kronos_stream.daemon.storage.state import PublishedBar, State
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import Envelope, Refusal, Sink
+from kronos_stream.interfaces.sink import Envelope, Sink
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
 
 
 class Outbox:
-    """Between what was forecast and the sinks. ``publish`` at any time; ``run`` once.
+    """Durable queues of all sinks. Call :meth:`run` once, :meth:`publish` at any time.
 
-    Every sink has a row of its own for each message and a task of its own, so that a slow or dead
-    one holds up no other.
+    Each sink has its own row for each message and its own task, so that a slow or unavailable sink
+    does not delay the others.
     """
 
     def __init__(
@@ -37,17 +37,16 @@ class Outbox:
         metrics: Metrics,
         *,
         max_age_seconds: float,
-        make_dead_letter: Callable[[str, Refusal], Envelope],
         retry_login: bool = True,
     ) -> None:
-        """max_age_seconds: what waits longer is given up. bury: the dead letter, by sink.
+        """max_age_seconds: age at which undelivered records are dropped.
 
-        patient: whether a sink is tried again that does not let us in from the start.
+        retry_login: whether to retry if a sink refuses the first login.
         """
         self._state, self._wall = state, wall
         self._max_age = round(1000 * max_age_seconds)
         self._last_sequence = 0
-        order = self._lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._queues = {
             sink.name: SinkQueue(
                 sink,
@@ -56,8 +55,7 @@ class Outbox:
                 random,
                 metrics,
                 max_age=self._max_age,
-                make_dead_letter=make_dead_letter,
-                lock=order,
+                lock=self._lock,
                 retry_login=retry_login,
             )
             for sink in sinks
@@ -84,9 +82,9 @@ class Outbox:
                 records = await self._state.record(
                     outcomes, envelopes, bars, sinks=sinks, created=created
                 )
-            except BaseException:  # cancelled, they may be in the file nevertheless
-                for delivery in self._queues.values():
-                    delivery.reload()
+            except BaseException:  # after a cancellation the records may be in the file
+                for queue in self._queues.values():
+                    queue.reload()
                 raise
             arrivals = (time for time, _ in zip_longest(received, envelopes) for _ in sinks)
             for (sink, record), arrived in zip(records, arrivals, strict=True):
@@ -95,49 +93,49 @@ class Outbox:
 
     @property
     def last_sequence(self) -> int:
-        """Sequence of the last record that was put in."""
+        """Sequence of the newest record."""
         return self._last_sequence
 
     @property
     def delivered_sequence(self) -> float:
-        """Every sink has taken or refused all records up to this sequence; infinite if all."""
-        return min((one.first_sequence for one in self._queues.values()), default=inf) - 1
+        """Sequence up to which every sink has taken or refused all records; infinite if all."""
+        return min((queue.first_sequence for queue in self._queues.values()), default=inf) - 1
 
     async def run(self) -> None:
-        """Deliver until cancelled; the sinks are closed then. Raises StateError, SinkRefused."""
+        """Deliver until cancelled, then close the sinks. Raises StateError, SinkLoginRefused."""
         backlogs = await self._state.backlogs()
         async with asyncio.TaskGroup() as tasks:
-            for delivery in self._queues.values():
-                tasks.create_task(delivery.run())
+            for queue in self._queues.values():
+                tasks.create_task(queue.run())
             for sink in backlogs.keys() - self._queues.keys():
                 await self._warn_orphaned(sink, backlogs[sink].records)
 
     async def drain(self, seconds: float) -> int:
-        """Wait for delivery, no longer than that: how many records are still undelivered."""
+        """Wait up to ``seconds`` for delivery; return the number of undelivered records."""
         with suppress(TimeoutError):
             async with asyncio.timeout(None if isinf(seconds) else seconds):
-                for delivery in self._queues.values():
-                    await delivery.idle.wait()
-        return sum(delivery.waiting for delivery in self._queues.values())
+                for queue in self._queues.values():
+                    await queue.idle.wait()
+        return sum(queue.waiting for queue in self._queues.values())
 
     @property
     def queues(self) -> Mapping[str, SinkQueue]:
-        """By sink, for whoever looks."""
+        """Queues by sink name."""
         return self._queues
 
     def problems(self) -> dict[str, str]:
-        """By sink: why it does not deliver; empty if it does."""
+        """Problem by sink name; empty if it delivers."""
         return {name: one.problem or one.delay_problem() for name, one in self._queues.items()}
 
     async def _warn_orphaned(self, sink: str, records: int) -> None:
-        """Records of a sink that is not set up wait for its return, until they are too old."""
+        """Warn about records of a sink that is not configured, and drop the expired ones."""
         before = self._wall.now() - self._max_age
-        given_up = 0
+        expired = 0
         while (count := (await self._state.expire(sink, before))[0]) > 0:
-            given_up += count
+            expired += count
         _log.warning(
-            "records wait for a sink that is not set up",
+            "records wait for a sink that is not configured",
             sink=sink,
-            records=records - given_up,
-            given_up=given_up,
+            records=records - expired,
+            expired=expired,
         )

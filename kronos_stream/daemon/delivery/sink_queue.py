@@ -1,29 +1,24 @@
-"""The outbox's way to one sink: in order, at least once, for as long as it takes.
+"""Queue of one sink: records are delivered in order, at least once, until they arrive or expire.
 
-The records next in line are in memory, within bounds; those behind them are read back from the
-state file when their turn comes. A record leaves the file when the sink has taken it.
+A bounded number of records is in memory; the rest is read from the state file when needed. A
+record is deleted from the file when the sink has acknowledged it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import inf
 from random import Random
 
 import structlog
 
+from kronos_stream.backoff import Backoff
 from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.interfaces.sink import (
-    Envelope,
-    Record,
-    Refusal,
-    Sink,
-    SinkLoginRefused,
-    SinkUnavailable,
-)
+from kronos_stream.forecast.compose import dead_letter
+from kronos_stream.interfaces.sink import Record, Refusal, Sink, SinkLoginRefused, SinkUnavailable
 from kronos_stream.market.clock import Clock
 
 _log = structlog.get_logger()
@@ -31,15 +26,15 @@ _log = structlog.get_logger()
 BATCH_RECORDS, BATCH_BYTES = 500, 4 * 2**20
 MEMORY_RECORDS, MEMORY_BYTES = 2_000, 16 * 2**20
 DELIVER_TIMEOUT_SECONDS = 60.0
-"""Sinks have deadlines of their own; this one is for a sink that forgot."""
+"""Limit for sinks without a deadline of their own."""
 LATE_SECONDS = 120.0
-"""A record that waits longer is said to be late, even where no delivery fails."""
+"""Age of the oldest record that is reported as a problem, even if no delivery fails."""
 _CLOSE_TIMEOUT_SECONDS = 5.0
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.25, 10.0
 
 
 class SinkQueue:
-    """One sink's queue, and the task that empties it."""
+    """Undelivered records of one sink, and their delivery."""
 
     def __init__(
         self,
@@ -50,50 +45,44 @@ class SinkQueue:
         metrics: Metrics,
         *,
         max_age: int,
-        make_dead_letter: Callable[[str, Refusal], Envelope],
         lock: asyncio.Lock,
         retry_login: bool = True,
     ) -> None:
-        """max_age: ms. letter: the dead letter of a refusal, for a sink.
+        """max_age: ms.
 
-        order: held by whoever writes or reads the outbox's rows until memory has followed suit.
-        patient: whether the sink is tried again where it does not let us in from the start.
+        lock: held while rows of the outbox and the records in memory may differ.
+        retry_login: whether to retry if the sink refuses the first login.
         """
         self.problem = "not started yet"
-        """Why nothing is delivered, empty if all is well."""
+        """Reason why nothing is delivered; empty if there is none."""
         self.waiting = 0
-        """How many records are undelivered."""
+        """Number of undelivered records."""
         self.attempts = 0
-        """How often records were given to the sink, taken or not."""
+        """Number of delivery attempts, successful or not."""
         self.idle = asyncio.Event()
-        """Set while nothing waits."""
-        self._sink, self._state, self._wall, self._random = sink, state, wall, random
-        self._metrics, self._max_age, self._make_dead_letter, self._lock = (
-            metrics,
-            max_age,
-            make_dead_letter,
-            lock,
-        )
+        """Set while there are no undelivered records."""
+        self._sink, self._state, self._wall, self._metrics = sink, state, wall, metrics
+        self._max_age, self._lock = max_age, lock
         self._buffer: deque[tuple[Record, int | None]] = deque()
         self._buffered_bytes = 0
         self._has_more = True
-        """Whether there may be rows behind those in memory."""
+        """Whether the file may contain records after those in memory."""
         self._wakeup = asyncio.Event()
         self._started, self._retry_login = False, retry_login
-        self._failures = 0
+        self._backoff = Backoff(random, initial=_MIN_RETRY_SECONDS, maximum=_MAX_RETRY_SECONDS)
         metrics.initialise_labels(sinks=[sink.name])
         metrics.queue_depth.labels(f"outbox:{sink.name}").set_function(lambda: self.waiting)
         metrics.outbox_age.labels(sink.name).set_function(self._oldest_age_seconds)
 
     @property
     def first_sequence(self) -> float:
-        """Sequence of the oldest undelivered record, infinite if there is none; 0 if unknown."""
+        """Sequence of the oldest undelivered record; infinite if there is none, 0 if unknown."""
         if self._buffer:
             return self._buffer[0][0].sequence
         return 0 if self._has_more or self.waiting else inf
 
     def enqueue(self, record: Record, received: int | None) -> None:
-        """Take in a record just recorded, the newest. received: UTC ms, for the latency."""
+        """Add the newest record, already in the file. received: UTC ms, for the latency."""
         self.waiting += 1
         if (
             self._has_more
@@ -107,13 +96,13 @@ class SinkQueue:
         self._wakeup.set()
 
     def reload(self) -> None:
-        """Look for records in the state file."""
+        """Read further records from the state file."""
         self._has_more = True
         self.idle.clear()
         self._wakeup.set()
 
     def delay_problem(self) -> str:
-        """That records wait for long, in words; empty if they do not."""
+        """Return a message if the oldest record is late, else an empty string."""
         seconds = self._oldest_age_seconds()
         late = seconds > LATE_SECONDS
         return f"{self.waiting} records wait, the oldest for {seconds:.0f} s" if late else ""
@@ -121,7 +110,8 @@ class SinkQueue:
     async def run(self) -> None:
         """Deliver until cancelled.
 
-        Raises StateError, but nothing that the sink raises, unless it is SinkRefused at the start.
+        Raises StateError, and SinkLoginRefused at the first login. Other errors of the sink are
+        logged and retried.
         """
         async with self._lock:
             backlog = (await self._state.backlogs()).get(self._sink.name)
@@ -135,14 +125,14 @@ class SinkQueue:
                 refusals = await self._attempt(batch)
                 self.attempts += 1
                 if refusals is None:
-                    await asyncio.sleep(self._retry_delay())
+                    await asyncio.sleep(self._backoff.next_delay())
                 elif batch:
                     await self._commit_batch(batch, refusals)
         finally:
             await self._close_sink()
 
     async def _next_batch(self) -> list[Record]:
-        """The records to deliver next; empty if none wait."""
+        """Return the records to deliver next; empty if there are none."""
         self._wakeup.clear()
         while True:
             if not self._buffer and self._has_more:
@@ -174,7 +164,7 @@ class SinkQueue:
                 self._has_more, self.waiting = False, len(records)
 
     async def _expire(self, before: int) -> None:
-        """Drop the first records created before a time, UTC ms."""
+        """Drop records from the front that were created before a time, UTC ms."""
         async with self._lock:
             count, last = await self._state.expire(self._sink.name, before)
             while self._buffer and self._buffer[0][0].sequence <= last:
@@ -184,7 +174,7 @@ class SinkQueue:
         _log.error("records given up, too old to deliver", sink=self._sink.name, records=count)
 
     async def _attempt(self, batch: Sequence[Record]) -> Sequence[Refusal] | None:
-        """What the sink refused of ``batch``; None if it all has to be given again."""
+        """Deliver a batch and return what the sink refused; None if it has to be repeated."""
         try:
             async with asyncio.timeout(DELIVER_TIMEOUT_SECONDS):
                 if not self._started:
@@ -194,73 +184,68 @@ class SinkQueue:
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            self._on_failure("a task of its own was cancelled")
+            self._on_failure("the sink cancelled its own task")
         except (SinkUnavailable, TimeoutError) as error:
             if isinstance(error, SinkLoginRefused) and not (self._started or self._retry_login):
                 raise
             self._on_failure(str(error) or f"no answer in {DELIVER_TIMEOUT_SECONDS:g} s")
-        except Exception as error:  # noqa: BLE001 - whoever wrote it, it holds up its own only
+        except Exception as error:  # noqa: BLE001 - a faulty sink must not stop the others
             _log.error("sink failed unexpectedly", sink=self._sink.name, exc_info=error)
             self._on_failure(repr(error))
         else:
             self._on_success()
             return refusals
         if _is_cancelled():
-            raise asyncio.CancelledError  # the sink made something else of it
+            raise asyncio.CancelledError  # the sink replaced it by another error
         return None
 
     async def _commit_batch(self, batch: Sequence[Record], refusals: Sequence[Refusal]) -> None:
-        """Take a batch out of the file and of memory; what was refused becomes dead letters."""
+        """Delete a batch from the file and memory; refused records become dead letters."""
         name, now = self._sink.name, self._wall.now()
-        letters = [
-            self._make_dead_letter(name, refusal)
-            for refusal in refusals
-            if refusal.record.kind != "deadletter"  # it would go round for ever
-        ]
-        for (_, kind, key, *_), why in refusals:
-            _log.error("record refused", sink=name, kind=kind, key=key, why=why)
-        refused = {refusal.record.sequence for refusal in refusals}
+        letters = []
+        for record, why in refusals:
+            _log.error("record refused", sink=name, kind=record.kind, key=record.key, why=why)
+            if record.kind != "deadletter":  # a refused dead letter would repeat for ever
+                series = record.key or None
+                letters.append(
+                    dead_letter("record", why, record.value, at=now, series=series, sink=name)
+                )
+        refused = {record.sequence for record, _ in refusals}
         self._metrics.refused.labels(name).inc(len(refused))
-        kinds: Counter[str] = Counter()
+        delivered: Counter[str] = Counter()
         async with self._lock:
-            put = await self._state.mark_delivered(name, batch[-1].sequence, letters, created=now)
+            added = await self._state.mark_delivered(name, batch[-1].sequence, letters, created=now)
             for _ in batch:
                 record, received = self._pop()
                 if record.sequence not in refused:
-                    kinds[record.kind] += 1
+                    delivered[record.kind] += 1
                     if received is not None:
                         seconds = max(0, now - received) / 1000
                         self._metrics.received_to_published.labels(name).observe(seconds)
             self.waiting -= len(batch)
-            for record in put:
+            for record in added:
                 self.enqueue(record, None)
-        for delivered, count in kinds.items():
-            self._metrics.delivered.labels(name, delivered).inc(count)
+        for kind, count in delivered.items():
+            self._metrics.delivered.labels(name, kind).inc(count)
 
     def _on_failure(self, why: str) -> None:
-        self._failures += 1
         self._metrics.sink_failures.labels(self._sink.name).inc()
         if why != self.problem:
             _log.warning("sink does not deliver, trying again", sink=self._sink.name, why=why)
         self.problem = why
 
     def _on_success(self) -> None:
-        if self._failures:
-            tries = self._failures
+        if tries := self._backoff.attempts:
             _log.info("sink delivers", sink=self._sink.name, tries=tries, waiting=self.waiting)
-        self._failures, self.problem = 0, ""
-
-    def _retry_delay(self) -> float:
-        """Seconds until the next try: twice as long each time, up to a point, and never in step."""
-        longest = _MIN_RETRY_SECONDS * (1 << min(self._failures - 1, 10))
-        return min(longest, _MAX_RETRY_SECONDS) * self._random.uniform(0.5, 1)
+        self._backoff.reset()
+        self.problem = ""
 
     async def _close_sink(self) -> None:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                 await self._sink.close()
-        except Exception as error:  # noqa: BLE001 - it is of no use any more anyway
-            _log.warning("sink not closed in good order", sink=self._sink.name, why=repr(error))
+        except Exception as error:  # noqa: BLE001 - the sink is not used any more
+            _log.warning("sink not closed cleanly", sink=self._sink.name, why=repr(error))
 
     def _append(self, record: Record, received: int | None) -> None:
         self._buffer.append((record, received))
@@ -272,7 +257,6 @@ class SinkQueue:
         return first
 
     def _oldest_age_seconds(self) -> float:
-        """Of the oldest undelivered."""
         if not self._buffer:
             return 0.0
         return max(0, self._wall.now() - self._buffer[0][0].created) / 1000

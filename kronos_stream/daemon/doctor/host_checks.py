@@ -20,7 +20,7 @@ from kronos_stream.daemon.inference.protocol import ForecastConfig
 from kronos_stream.daemon.inference.supervisor import WorkerSupervisor
 from kronos_stream.daemon.status.server import explain_bind_error
 from kronos_stream.daemon.storage.database import APPLICATION_ID, lock_path
-from kronos_stream.daemon.storage.state import SCHEMA_VERSION
+from kronos_stream.daemon.storage.schema import SCHEMA_VERSION
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.diagnostics import Finding
 from kronos_stream.interfaces.probes import check_disk, run_in_thread
@@ -144,7 +144,7 @@ def _incompatibility(path: Path) -> str:
         return "not a state file"
     version, application = _HEADER.unpack(head)
     if application != APPLICATION_ID:
-        return "a database, but none of ours" if version or application else ""
+        return "a database of another program" if version or application else ""
     if version > SCHEMA_VERSION:
         return f"written by a newer version (schema {version}, ours is {SCHEMA_VERSION})"
     return ""

@@ -10,7 +10,8 @@ from typing import TypeAlias
 
 from kronos_stream.bars.effects import Append, Begin, Confirm, Revise
 from kronos_stream.daemon.intake.series_state import SeriesState
-from kronos_stream.daemon.storage.state import PublishedBar, State, StateError
+from kronos_stream.daemon.storage.database import StateError
+from kronos_stream.daemon.storage.state import PublishedBar, State
 
 Change: TypeAlias = Begin | Append | Revise | Confirm
 """Effects of a sequencer that are saved."""

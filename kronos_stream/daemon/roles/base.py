@@ -19,8 +19,8 @@ import structlog
 
 from kronos_stream import __version__
 from kronos_stream.daemon.config.settings import Settings
+from kronos_stream.daemon.delivery.dead_letters import DeadLetterQueue
 from kronos_stream.daemon.delivery.outbox import Outbox
-from kronos_stream.daemon.delivery.publisher import DeadLetterQueue, refusal_dead_letter
 from kronos_stream.daemon.roles import stall_checks
 from kronos_stream.daemon.roles.forecasting import Forecasting
 from kronos_stream.daemon.status.endpoints import Endpoints
@@ -118,9 +118,6 @@ class Role(ABC):
                 self._random,
                 self.metrics,
                 max_age_seconds=self._max_age_seconds,
-                make_dead_letter=lambda sink, refusal: refusal_dead_letter(
-                    sink, refusal, self._wall.now()
-                ),
                 retry_login=self.settings.login_refused == "retry",
             )
             self._dead_letters = DeadLetterQueue(self._outbox, self._wall)

@@ -1,7 +1,7 @@
-"""An SQLite file with one owner: locked, of a known schema, used by one thread of its own.
+"""SQLite file with one owner: locked, of a known schema, used by a thread of its own.
 
-Write-ahead logging without a sync per commit: a killed process loses nothing that was committed,
-a power cut may take the last moments, but never half a transaction.
+It uses write-ahead logging without a sync per commit: a killed process loses no committed data; a
+power cut may lose the last transactions, but never parts of one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _log = structlog.get_logger()
 _T = TypeVar("_T")
 
 APPLICATION_ID = 0x4B524F4E
-"""KRON: marks the file as ours."""
+"""KRON in ASCII: marks the file as ours."""
 _BUSY_TIMEOUT_SECONDS = 10.0
-"""How long somebody else, with a shell on the file, may hold it up."""
+"""Limit for locks of other programs, such as an SQLite shell."""
 _CACHE_KB = 32_768
-"""With SQLite's own 2 MB, a batch of forecasts takes twice as long."""
+"""With SQLite's default of 2 MB, saving a batch of forecasts takes twice as long."""
 
 _IN_MEMORY = Path(":memory:")
 """SQLite's name of a database without a file."""
@@ -34,44 +34,42 @@ _IN_MEMORY = Path(":memory:")
 _REMEDIES = {
     sqlite3.SQLITE_NOTADB: "not a state file; name another file, or move this one away",
     sqlite3.SQLITE_CORRUPT: (
-        "damaged; move it away with its -wal file and start again: bars come back from the venues, "
-        "messages that were not delivered are lost"
+        "damaged; move it away with its -wal file and start again: bars are fetched again, "
+        "undelivered messages are lost"
     ),
-    sqlite3.SQLITE_FULL: "the disk is full; make room and start again, nothing recorded is lost",
+    sqlite3.SQLITE_FULL: "the disk is full; free space and start again, nothing recorded is lost",
     sqlite3.SQLITE_IOERR: (
-        "the disk cannot be read or written; see to it and start again, nothing recorded is lost"
+        "the disk cannot be read or written; check it and start again, nothing recorded is lost"
     ),
-    sqlite3.SQLITE_READONLY: "cannot be written; see to its permissions, or name another file",
-    sqlite3.SQLITE_CANTOPEN: "cannot be opened; see to its permissions, or name another file",
-    sqlite3.SQLITE_BUSY: "held by another program; close it and start again",
+    sqlite3.SQLITE_READONLY: "cannot be written; check its permissions, or name another file",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened; check its permissions, or name another file",
+    sqlite3.SQLITE_BUSY: "locked by another program; close that and start again",
 }
 
 
 class StateError(Exception):
-    """The state file cannot be used; the message names the cause and the cure."""
+    """The state file cannot be used; the message names cause and cure."""
 
 
 class Database:
-    """An open file. Calls queue for its thread, so that the event loop never waits for a disk."""
+    """An open file, created by :meth:`open`. Calls run in its thread, not in the event loop."""
 
     connection: sqlite3.Connection
-    """For the functions given to :meth:`read` and :meth:`write` alone."""
+    """Only for functions that are passed to :meth:`read` and :meth:`write`."""
 
     def __init__(self, path: Path, lock: int | None) -> None:
-        """:meth:`open` makes one."""
         self.path = path
-        self.on_rollback: Callable[[], None] = _noop
-        """Called in the thread when a transaction did not happen, to drop what was made of it."""
+        self.on_rollback: Callable[[], None] = lambda: None
+        """Called in the thread after a rollback, to discard values derived from it."""
         self._lock = lock
         self._executor = ThreadPoolExecutor(1, "state")
 
     @classmethod
     async def open(cls, path: Path | None, schema: Sequence[str]) -> Self:
-        """Open or make the file, its folder too, and lock it. Raises StateError.
+        """Open or create the file and its folder, and lock it. Raises StateError.
 
-        path: None for a database in memory.
-
-        schema: one script per version, each leading from the version before; never changed later.
+        path: None for a database in memory. schema: one script per version, each upgrading from
+        the version before.
         """
         loop = asyncio.get_running_loop()
         lock = None if path is None else await loop.run_in_executor(None, _acquire_lock, path)
@@ -84,27 +82,27 @@ class Database:
         return database
 
     async def close(self) -> None:
-        """Fold the log into the file and let go of it."""
+        """Merge the write-ahead log into the file, close it and release the lock."""
         try:
             await self.read(self.connection.close)
         finally:
             self._release()
 
     async def read(self, work: Callable[[], _T]) -> _T:
-        """What ``work`` gives, in the database's thread. Raises StateError."""
+        """Return the result of ``work``, called in the database's thread. Raises StateError."""
 
-        def explained() -> _T:
+        def call() -> _T:
             try:
                 return work()
             except sqlite3.Error as error:
                 raise self._to_state_error(error) from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, explained)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     async def write(self, work: Callable[[], _T]) -> _T:
-        """As :meth:`read`, in one transaction: all of it has happened on return, or none.
+        """Call ``work`` in one transaction, committed on return. Raises StateError.
 
-        A caller that is cancelled does not know which.
+        If the caller is cancelled, the transaction may or may not be committed.
         """
 
         def transaction() -> _T:
@@ -142,7 +140,7 @@ class Database:
         version = self._scalar("PRAGMA user_version")
         tables = self._scalar("SELECT count(*) FROM sqlite_master")
         if tables and self._scalar("PRAGMA application_id") != APPLICATION_ID:
-            raise StateError(f"{self.path}: a database, but none of ours; name another file")
+            raise StateError(f"{self.path}: a database of another program; name another file")
         if version > newest:
             raise StateError(
                 f"{self.path}: written by a newer version (schema {version}, ours is {newest}); "
@@ -150,7 +148,7 @@ class Database:
             )
 
     def _set_pragmas(self) -> None:
-        self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded by a new file alone
+        self.connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # applies to new files only
         mode = self.connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if self.path != _IN_MEMORY and mode != ("wal",):
             raise StateError(f"{self.path}: not on a local disk; name a file on one")
@@ -158,10 +156,10 @@ class Database:
         self.connection.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
 
     def _migrate(self, schema: Sequence[str]) -> None:
-        had = self._scalar("PRAGMA user_version")
-        for version, script in enumerate(schema[had:], had + 1):
-            if had:
-                _log.info("state file brought up to date", path=str(self.path), schema=version)
+        current = self._scalar("PRAGMA user_version")
+        for version, script in enumerate(schema[current:], current + 1):
+            if current:
+                _log.info("state file upgraded", path=str(self.path), schema=version)
             self.connection.executescript(
                 f"BEGIN; {script}; PRAGMA application_id = {APPLICATION_ID}; "
                 f"PRAGMA user_version = {version}; COMMIT;"
@@ -173,21 +171,17 @@ class Database:
 
     def _to_state_error(self, error: sqlite3.Error) -> StateError:
         code = getattr(error, "sqlite_errorcode", None)
-        cure = None if code is None else _REMEDIES.get(code & 0xFF)
-        return StateError(f"{self.path}: {f'{cure} ({error})' if cure else error}")
-
-
-def _noop() -> None:
-    pass
+        remedy = None if code is None else _REMEDIES.get(code & 0xFF)
+        return StateError(f"{self.path}: {f'{remedy} ({error})' if remedy else error}")
 
 
 def lock_path(path: Path) -> Path:
-    """The file that whoever has ``path`` open holds locked; its process number is in there."""
+    """Path of the lock file; it contains the process id of the owner."""
     return path.with_name(path.name + ".lock")
 
 
 def _acquire_lock(path: Path) -> int:
-    """A descriptor that holds the lock beside ``path``; the kernel lets go when we end."""
+    """Lock the state file and return the descriptor; the kernel releases it when we exit."""
     name = lock_path(path)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -204,8 +198,8 @@ def _acquire_lock(path: Path) -> int:
         raise StateError(
             f"{path}: in use by process {owner or 'unknown'}; stop it, or name another file"
         ) from None
-    with suppress(OSError):  # SQLite says it better
-        # What it makes beside it has the same rights.
+    with suppress(OSError):  # SQLite reports it with the cause
+        # SQLite's other files get the permissions of this one.
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     os.ftruncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)

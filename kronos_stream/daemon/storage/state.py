@@ -1,8 +1,7 @@
-"""The daemon's memory: closed bars, outcomes and undelivered records in one SQLite file.
+"""State file: closed bars, outcomes and undelivered records in one SQLite database.
 
-Each call is one transaction. An outcome, the mark it moves and its records are in the same one:
-where a power cut takes the last of them, the bars are due again, and the venues' histories bring
-the bars back.
+Each call is one transaction. An outcome, the watermark it moves and its records are in the same
+one. If a power cut loses the last transactions, the bars are fetched and forecast again.
 """
 
 from __future__ import annotations
@@ -17,73 +16,44 @@ import orjson
 import structlog
 
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.database import Database, StateError
+from kronos_stream.daemon.storage.database import Database
+from kronos_stream.daemon.storage.schema import SCHEMA
 from kronos_stream.interfaces.sink import Envelope, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 
-__all__ = ["Backlog", "PublishedBar", "State", "StateError"]
-
 _log = structlog.get_logger()
-
-_SCHEMA = (
-    """
-CREATE TABLE series (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE,
-                     origin INTEGER, revision INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE bars (series INTEGER NOT NULL, time INTEGER NOT NULL,
-                   open REAL NOT NULL, high REAL NOT NULL, low REAL NOT NULL, close REAL NOT NULL,
-                   volume REAL NOT NULL, amount REAL, revision INTEGER NOT NULL,
-                   synthetic INTEGER NOT NULL, received INTEGER NOT NULL,
-                   PRIMARY KEY (series, time)) WITHOUT ROWID;
-CREATE TABLE outcomes (series INTEGER NOT NULL, origin INTEGER NOT NULL, revision INTEGER NOT NULL,
-                       result TEXT NOT NULL, reason TEXT NOT NULL,
-                       PRIMARY KEY (series, origin, revision)) WITHOUT ROWID;
-CREATE TABLE outbox (sequence INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL,
-                     created INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL,
-                     headers BLOB NOT NULL, value BLOB NOT NULL);
-CREATE INDEX outbox_by_sink ON outbox (sink, sequence, created);
-""",
-    """
-ALTER TABLE series ADD COLUMN followed INTEGER NOT NULL DEFAULT 0;
-""",
-    """
-ALTER TABLE series ADD COLUMN relayed INTEGER NOT NULL DEFAULT -1;
-""",
-)
-"""One script per version; a file is brought up to date by those it lacks."""
-SCHEMA_VERSION = len(_SCHEMA)
 
 _BAR_COLUMNS = "time, open, high, low, close, volume, amount, revision, synthetic, received"
 _PRUNE_BATCH = 2_000
-"""What is pruned at once: nobody waits longer for the file than that takes."""
+"""Rows deleted per transaction; other callers wait no longer than that takes."""
 _VACUUM_PAGES, _MAX_FREE_PAGES = 1_000, 4_000
 
 
 class PublishedBar(NamedTuple):
-    """A closed bar that is passed on to others, who forecast."""
+    """A closed bar that is published for forecasting elsewhere."""
 
     series: Series
     bar: Bar
     triggers_forecast: bool
-    """Whether they are to forecast from it."""
+    """False for a bar of history, which only fills contexts."""
 
 
 class Backlog(NamedTuple):
-    """What waits for a sink."""
+    """Undelivered records of a sink."""
 
     records: int
     oldest: int | None
-    """When the first of them was put into the outbox, UTC ms."""
+    """Creation of the first of them, UTC ms."""
 
 
 class State:
-    """An open state file. Every call returns when its transaction is committed.
+    """An open state file, created by :meth:`open`. Calls return after their commit.
 
-    Every call may raise StateError: then the daemon cannot go on, and nothing is half done.
+    Every call may raise StateError. Then its transaction was rolled back, and the daemon must end.
     """
 
     def __init__(self, database: Database) -> None:
-        """:meth:`open` makes one."""
         self._db = database
         self._ids: dict[str, int] = {}
         database.on_rollback = self._ids.clear
@@ -94,14 +64,11 @@ class State:
 
     @classmethod
     async def open(cls, path: Path | None) -> Self:
-        """Open or make the file and lock it. Raises StateError.
-
-        path: None for a state in memory, gone at the end.
-        """
-        return cls(await Database.open(path, _SCHEMA))
+        """Open or create the file and lock it; None opens a database in memory."""
+        return cls(await Database.open(path, SCHEMA))
 
     async def close(self) -> None:
-        """Write everything into the one file and let it go."""
+        """Merge the write-ahead log into the file and close it."""
         await self._db.close()
 
     async def load(self, series: Series, bars: int, until: int | None = None) -> list[Bar]:
@@ -115,47 +82,39 @@ class State:
         return [_bar(row) for row in reversed(rows)]
 
     async def save_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
-        """Insert or replace."""
+        """Insert or replace bars."""
         await self._db.write(lambda: self._upsert_bars(rows))
 
     async def init_watermark(self, series: Series, origin: int) -> None:
-        """Bars up to ``origin`` need no outcome; without effect if the series has a mark."""
-
-        def begin() -> None:
-            self._db.connection.execute(
-                "UPDATE series SET origin = ? WHERE id = ? AND origin IS NULL",
-                (origin, self._series_id(series.name)),
-            )
-
-        await self._db.write(begin)
+        """Set the watermark of a series that has none: bars up to ``origin`` need no outcome."""
+        statement = "UPDATE series SET origin = ? WHERE id = ? AND origin IS NULL"
+        await self._db.write(
+            lambda: self._db.connection.execute(statement, (origin, self._series_id(series.name)))
+        )
 
     async def watermark(self, series: Series) -> tuple[int, int] | None:
-        """Origin and revision of the newest bar with an outcome, or where the series began."""
+        """Origin and revision of the newest bar with an outcome, or the initial watermark."""
         query = "SELECT origin, revision FROM series WHERE name = ? AND origin IS NOT NULL"
         rows = await self._select(query, series.name)
         return (rows[0][0], rows[0][1]) if rows else None
 
     async def last_relayed(self, series: Series) -> int:
-        """Open of the newest bar of ``series`` that was passed on, UTC ms; -1 if none was."""
+        """Open of the newest published bar of a series, UTC ms; -1 if there is none."""
         rows = await self._select("SELECT relayed FROM series WHERE name = ?", series.name)
         return int(rows[0][0]) if rows else -1
 
     async def reset_relayed(self, names: Collection[str]) -> None:
-        """Forget that bars of these series were passed on."""
-
-        def forget() -> None:
-            self._db.connection.executemany(
-                "UPDATE series SET relayed = -1 WHERE name = ?", [(name,) for name in names]
-            )
-
-        await self._db.write(forget)
+        """Forget which bars of these series were published."""
+        statement = "UPDATE series SET relayed = -1 WHERE name = ?"
+        rows = [(name,) for name in names]
+        await self._db.write(lambda: self._db.connection.executemany(statement, rows))
 
     async def followed_series(self) -> set[str]:
-        """Names of the series that readers were not told to be gone."""
+        """Names of the followed series, as of the last :meth:`set_followed`."""
         return {name for (name,) in await self._select("SELECT name FROM series WHERE followed")}
 
     async def set_followed(self, names: Collection[str]) -> None:
-        """Keep that exactly these are followed."""
+        """Record which series are followed."""
 
         def follow() -> None:
             self._db.connection.execute("UPDATE series SET followed = 0")
@@ -187,7 +146,7 @@ class State:
         def record() -> list[tuple[str, Record]]:
             for outcome in outcomes:
                 self._insert_outcome(outcome)
-            self._upsert_bars([one[:2] for one in bars])
+            self._upsert_bars([(series, bar) for series, bar, _ in bars])
             for series, bar, triggers_forecast in bars:
                 self._mark_relayed(series, bar, triggers_forecast=triggers_forecast)
             return [
@@ -199,7 +158,7 @@ class State:
         return await self._db.write(record)
 
     async def outcomes(self, series: Series, since: int) -> list[Outcome]:
-        """What became of the bars from ``since`` on, UTC ms of their opens."""
+        """Outcomes of the bars that open at ``since``, UTC ms, or later."""
         query = (
             "SELECT name, outcomes.origin, outcomes.revision, result, reason FROM outcomes "
             "JOIN series ON series.id = outcomes.series "
@@ -208,7 +167,7 @@ class State:
         return [Outcome(*row) for row in await self._select(query, series.name, since)]
 
     async def undelivered(self, sink: str, limit: int, size: int = 2**62) -> list[Record]:
-        """A sink's first ``limit`` records; fewer if their values reach ``size`` bytes before."""
+        """First ``limit`` records of a sink; fewer if their values reach ``size`` bytes."""
         query = (
             "SELECT sequence, kind, key, value, headers, created FROM outbox "
             "WHERE sink = ? ORDER BY sequence LIMIT ?"
@@ -241,9 +200,9 @@ class State:
         return await self._db.write(replace)
 
     async def expire(self, sink: str, before: int, limit: int = _PRUNE_BATCH) -> tuple[int, int]:
-        """Take out a sink's first records that were created before a time, ``limit`` at most.
+        """Delete up to ``limit`` of a sink's first records that were created before a time.
 
-        before: UTC ms. Returns how many, and the sequence of the last.
+        before: UTC ms. Returns their number and the last sequence.
         """
         query = "SELECT sequence, created FROM outbox WHERE sink = ? ORDER BY sequence LIMIT ?"
 
@@ -258,16 +217,16 @@ class State:
         return await self._db.write(expire)
 
     async def backlogs(self) -> dict[str, Backlog]:
-        """What waits, by sink; those of which nothing waits are left out."""
-        # `created` grows with `sequence`, but for steps of the clock; the index has all of it.
+        """Backlog by sink, of sinks with undelivered records."""
+        # The index contains all columns of this query.
         query = "SELECT sink, count(*), min(created) FROM outbox GROUP BY sink"
         return {sink: Backlog(*rest) for sink, *rest in await self._select(query)}
 
     async def prune(self, keep: int, outcomes_before: int) -> None:
-        """Forget bars beyond each series' newest ``keep``, and outcomes of older origins.
+        """Delete all but the newest ``keep`` bars of each series, and old outcomes.
 
-        Bars that still wait for their outcome stay, and ``keep`` before them.
-        In small transactions, so that nobody waits long. outcomes_before: UTC ms.
+        Bars without an outcome stay, and ``keep`` bars before them. Small transactions keep the
+        file available to others. outcomes_before: origin, UTC ms.
         """
         bars = (
             "DELETE FROM bars WHERE series = ?1 AND time IN (SELECT time FROM bars "
@@ -280,43 +239,33 @@ class State:
             "revision FROM outcomes WHERE series = ?1 AND origin < ?2 ORDER BY origin LIMIT ?3)"
         )
         for (series,) in await self._select("SELECT id FROM series"):
-            for statement, most in ((bars, keep - 1), (outcomes, outcomes_before)):
-                await self._delete(statement, series, most)
-        # What an outage left free goes back to the disk; what comes and goes daily stays free.
+            for statement, bound in ((bars, keep - 1), (outcomes, outcomes_before)):
+                delete = partial(self._delete_batch, statement, series, bound)
+                while await self._db.write(delete) == _PRUNE_BATCH:
+                    pass
+        # Return to the disk what a long outage needed, but not what is reused daily.
         while (await self._select("PRAGMA freelist_count"))[0][0] > _MAX_FREE_PAGES:
             await self._select(f"PRAGMA incremental_vacuum({_VACUUM_PAGES})")
 
-    async def _delete(self, statement: str, series: int, most: int) -> None:
-        arguments = (series, most, _PRUNE_BATCH)
-        work = partial(self._db.connection.execute, statement, arguments)
-        while (await self._db.write(lambda: work().rowcount)) == _PRUNE_BATCH:
-            pass
+    def _delete_batch(self, statement: str, series: int, bound: int) -> int:
+        return self._db.connection.execute(statement, (series, bound, _PRUNE_BATCH)).rowcount
 
     async def _select(self, query: str, *arguments: str | int) -> list[Any]:
         return await self._db.read(lambda: self._db.connection.execute(query, arguments).fetchall())
 
     def _insert_outcome(self, outcome: Outcome) -> None:
         series, sql = self._series_id(outcome.series), self._db.connection
-        kept = sql.execute(
+        inserted = sql.execute(
             "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?, ?)", (series, *outcome[1:])
         )
-        if not kept.rowcount:
-            _log.error("a bar's second outcome is left out", **outcome._asdict())
+        if not inserted.rowcount:
+            _log.error("second outcome of a bar ignored", **outcome._asdict())
         self._advance_watermark(series, outcome.origin, outcome.revision)
 
     def _upsert_bars(self, rows: Sequence[tuple[Series, Bar]]) -> None:
         self._db.connection.executemany(
             "INSERT OR REPLACE INTO bars VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (
-                    self._series_id(series.name),
-                    *bar.candle,
-                    bar.revision,
-                    bar.synthetic,
-                    bar.received,
-                )
-                for series, bar in rows
-            ],
+            [(self._series_id(series.name), *bar.candle, *bar[1:]) for series, bar in rows],
         )
 
     def _mark_relayed(self, series: Series, bar: Bar, *, triggers_forecast: bool) -> None:
@@ -352,15 +301,11 @@ class State:
     def _series_id(self, name: str) -> int:
         known = self._ids.get(name)
         if known is None:
-            known = self._ids[name] = self._insert_series(name)
+            sql = self._db.connection
+            sql.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
+            row = sql.execute("SELECT id FROM series WHERE name = ?", (name,)).fetchone()
+            known = self._ids[name] = int(row[0])
         return known
-
-    def _insert_series(self, name: str) -> int:
-        self._db.connection.execute("INSERT OR IGNORE INTO series (name) VALUES (?)", (name,))
-        row = self._db.connection.execute(
-            "SELECT id FROM series WHERE name = ?", (name,)
-        ).fetchone()
-        return int(row[0])
 
 
 def _bar(row: tuple[Any, ...]) -> Bar:
@@ -368,6 +313,6 @@ def _bar(row: tuple[Any, ...]) -> Bar:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    sequence, kind, key, value, named, created = row
-    headers = tuple((name, text.encode()) for name, text in orjson.loads(named))
+    sequence, kind, key, value, encoded, created = row
+    headers = tuple((name, text.encode()) for name, text in orjson.loads(encoded))
     return Record(sequence, kind, key, value, headers, created)

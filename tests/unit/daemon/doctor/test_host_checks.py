@@ -14,7 +14,8 @@ import pytest
 
 from kronos_stream.daemon.config.settings import HttpSettings
 from kronos_stream.daemon.doctor import host_checks
-from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
+from kronos_stream.daemon.storage.schema import SCHEMA_VERSION
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.interfaces.diagnostics import Check, Finding, run_checks
 from kronos_stream.interfaces.probes import check_disk, compare_clocks
 from kronos_stream.market.clock import ManualClock
@@ -66,7 +67,7 @@ async def test_a_state_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as sql:
         sql.execute("PRAGMA user_version = 1")
     assert (await host_checks.check_state_file(path))[1].found.endswith(
-        "a database, but none of ours"
+        "a database of another program"
     )
 
 

@@ -16,7 +16,8 @@ from kronos_stream.daemon.intake import universe
 from kronos_stream.daemon.roles import venue as venue_intake
 from kronos_stream.daemon.roles.venue import VenueIntake
 from kronos_stream.daemon.status.series import SeriesStatusRegistry
-from kronos_stream.daemon.storage.state import State, StateError
+from kronos_stream.daemon.storage.database import StateError
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.database import Database
-from kronos_stream.daemon.storage.state import Backlog, State, StateError
+from kronos_stream.daemon.storage.database import Database, StateError
+from kronos_stream.daemon.storage.state import Backlog, State
 from kronos_stream.interfaces.sink import Envelope, Record
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
@@ -191,7 +191,8 @@ _VICTIM = """
 import asyncio, sys
 from pathlib import Path
 from kronos_stream.daemon.requests import Outcome
-from kronos_stream.daemon.storage.state import State, StateError
+from kronos_stream.daemon.storage.database import StateError
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
@@ -277,7 +278,7 @@ async def test_a_damaged_file_is_told_with_the_cure(tmp_path: Path) -> None:
         file.seek(8 * 4096)
         file.write(random.Random(1).randbytes(path.stat().st_size - 12 * 4096))
     state = await State.open(path)
-    with pytest.raises(StateError, match=r"damaged; move it away .* bars come back"):
+    with pytest.raises(StateError, match=r"damaged; move it away .* bars are fetched again"):
         await state.load(A, 5_000)
     await state.close()
 
@@ -309,7 +310,7 @@ async def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "other.sqlite"
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE theirs (x)")
-    with pytest.raises(StateError, match="none of ours"):
+    with pytest.raises(StateError, match="another program"):
         await State.open(path)
 
 

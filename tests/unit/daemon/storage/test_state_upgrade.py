@@ -13,7 +13,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from kronos_stream.daemon.storage.state import SCHEMA_VERSION, State
+from kronos_stream.daemon.storage.schema import SCHEMA_VERSION
+from kronos_stream.daemon.storage.state import State
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
 from tests.support.daemon_process import DaemonProcess
@@ -96,7 +97,7 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
             ]
             assert daemon.stop() == 0
             assert any(
-                one["event"] == "state file brought up to date" for one in daemon.log_records()
+                one["event"] == "state file upgraded" for one in daemon.log_records()
             )
             with closing(sqlite3.connect(daemon.state_file)) as file:
                 file.execute("PRAGMA user_version = 99")

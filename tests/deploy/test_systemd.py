@@ -46,13 +46,14 @@ SINK = """
 import asyncio, time
 from pathlib import Path
 from pydantic import BaseModel
-from kronos_stream.daemon import delivery, progress
+from kronos_stream.daemon.delivery import sink_queue
+from kronos_stream.daemon.roles import stall_checks
 from kronos_stream.daemon.storage.database import Database
 from kronos_stream.interfaces.sink import SinkConnector, SinkUnavailable
 
-progress.DELIVER_TIMEOUT_SECONDS = progress._MARGIN_SECONDS = 2.0
-delivery._MAX_RETRY_SECONDS = 1.0
-progress._SAVE_SECONDS = progress._WAKE_SECONDS = 4.0
+stall_checks.DELIVER_TIMEOUT_SECONDS = stall_checks._MARGIN_SECONDS = 2.0
+sink_queue._MAX_RETRY_SECONDS = 1.0
+stall_checks._SAVE_SECONDS = stall_checks._TIMER_SECONDS = 4.0
 
 class Options(BaseModel):
     orders: Path

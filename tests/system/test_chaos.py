@@ -1,16 +1,15 @@
-"""Whatever the exchange does, each closed bar ends up on the tape and is forecast once.
+"""Chaos runs: whatever the exchange does, each closed bar is stored and forecast once.
 
-A seed is a trial (:mod:`tests.support.chaos`). One that fails is played again by
+Each seed is a run (:mod:`tests.support.chaos`). To repeat one that failed:
 
     KRONOS_SEEDS=123 make test ARGS="tests/system/test_chaos.py -k test_seed"
 
-``KRONOS_SEEDS`` takes numbers and ranges, such as ``7,100-1099``; without it, ``make test`` plays
+``KRONOS_SEEDS`` takes numbers and ranges, such as ``7,100-1099``; without it, ``make test`` runs
 20 seeds and ``make soak`` 200.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,80 +20,62 @@ from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults
-from tests.support.chaos import RunLog, Scenario, run_chaos
-from tests.support.chaos_checks import find_violations
+from tests.support.chaos import run_chaos
+from tests.support.chaos_checks import check_seed, find_violations
+from tests.support.chaos_scenario import RunLog, Scenario, selected_seeds
 
 
-def seeds(default: range) -> list[int]:
-    """Those of KRONOS_SEEDS, or ``default``."""
-    chosen: list[int] = []
-    for part in os.environ.get("KRONOS_SEEDS", "").split(","):
-        first, _, last = part.strip().partition("-")
-        if first:
-            chosen += range(int(first), int(last or first) + 1)
-    return chosen or list(default)
-
-
-def run_seed(seed: int, folder: Path) -> None:
-    script = Scenario.from_seed(seed)
-    journal = run_chaos(script, folder)
-    found = find_violations(journal)
-    if found:
-        pytest.fail(
-            "\n".join([str(script), f"struck: {journal.fault_counts}", *found]), pytrace=False
-        )
-
-
-@pytest.mark.parametrize("seed", seeds(range(20)))
+@pytest.mark.parametrize("seed", selected_seeds(range(20)))
 def test_seed(seed: int, tmp_path: Path) -> None:
-    run_seed(seed, tmp_path)
+    check_seed(seed, tmp_path)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", seeds(range(1000, 1200)))
+@pytest.mark.parametrize("seed", selected_seeds(range(1000, 1200)))
 def test_soak_seed(seed: int, tmp_path: Path) -> None:
-    run_seed(seed, tmp_path)
+    check_seed(seed, tmp_path)
 
 
-def run_summary(journal: RunLog) -> object:
-    """What a run comes to.
+def run_summary(log: RunLog) -> object:
+    """Forecasts, outcomes and stored bars of a run.
 
-    Sockets that are ready at one moment are read in any order, so who is asked first may differ.
+    Sockets that become ready at the same time are read in any order, so the order of requests may
+    differ between two runs.
     """
     forecasts = [
         (window.series, window.last, window.revision, window.values.tobytes())
-        for window in (one.window for one in journal.forecasts)
+        for window in (call.window for call in log.forecasts)
     ]
-    tapes = {
-        series: [(bar.candle, bar.revision, bar.synthetic) for bar in bars]
-        for series, bars in journal.stored_bars.items()
+    bars = {
+        series: [(bar.candle, bar.revision, bar.synthetic) for bar in stored]
+        for series, stored in log.stored_bars.items()
     }
-    return sorted(forecasts), journal.outcomes, tapes
+    return sorted(forecasts), log.outcomes, bars
 
 
 @pytest.mark.parametrize("seed", [3, 5])
-def test_a_seed_plays_the_same_way_again(seed: int, tmp_path: Path) -> None:
-    script = replace(Scenario.from_seed(seed), seconds=60.0)
+def test_same_seed_gives_the_same_run(seed: int, tmp_path: Path) -> None:
+    scenario = replace(Scenario.from_seed(seed), seconds=60.0)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    assert run_summary(run_chaos(script, first)) == run_summary(run_chaos(script, second))
+    assert run_summary(run_chaos(scenario, first)) == run_summary(run_chaos(scenario, second))
 
 
 CALM = Scenario(seed=0, faults=Faults(), timeframes=("1s",), symbols=2, seconds=30.0)
 
 
-def test_without_faults_each_bar_is_forecast_within_a_second(tmp_path: Path) -> None:
-    journal = run_chaos(CALM, tmp_path)
-    assert find_violations(journal) == []
-    after = journal.series[0].timeframe.after
-    late = [one.time - after(one.window.last.time) for one in journal.forecasts]
+def test_without_faults_bars_are_forecast_within_a_virtual_second(tmp_path: Path) -> None:
+    log = run_chaos(CALM, tmp_path)
+    assert find_violations(log) == []
+    after = log.series[0].timeframe.after
+    late = [call.time - after(call.window.last.time) for call in log.forecasts]
     assert len(late) >= 2 * 29
     assert max(late) < 1000
 
 
 class TamperingSource:
-    """A source that lies as ``lie`` does."""
+    """A source whose pushes are changed by a function."""
 
     def __init__(self, source: Source, tamper: Callable[[Update], Sequence[Update]]) -> None:
         self._source, self._tamper = source, tamper
@@ -108,8 +89,8 @@ class TamperingSource:
 
     async def run(self, callbacks: SourceCallbacks) -> None:
         def update(update: Update) -> None:
-            for one in self._tamper(update):
-                callbacks.update(one)
+            for tampered in self._tamper(update):
+                callbacks.update(tampered)
 
         await self._source.run(SourceCallbacks(update, callbacks.reject, callbacks.count_event))
 
@@ -121,7 +102,7 @@ class TamperingSource:
 
 
 def raise_close(update: Update) -> list[Update]:
-    """Every seventh bar."""
+    """Raise the high of every seventh closed bar."""
     candle = update.candle
     if not update.closed or candle.time // 1000 % 7:
         return [update]
@@ -129,13 +110,14 @@ def raise_close(update: Update) -> list[Update]:
 
 
 def close_early(update: Update) -> list[Update]:
+    """Mark every push as final."""
     return [update._replace(closed=True)]
 
 
-@pytest.mark.parametrize("lie", [raise_close, close_early])
-def test_a_source_that_lies_is_found_out(
-    lie: Callable[[Update], Sequence[Update]], tmp_path: Path
+@pytest.mark.parametrize("tamper", [raise_close, close_early])
+def test_tampered_source_is_detected(
+    tamper: Callable[[Update], Sequence[Update]], tmp_path: Path
 ) -> None:
-    """So a trial can fail."""
-    journal = run_chaos(CALM, tmp_path, wrap_source=lambda source: TamperingSource(source, lie))
-    assert find_violations(journal) != []
+    """Chaos runs can fail."""
+    log = run_chaos(CALM, tmp_path, wrap_source=lambda source: TamperingSource(source, tamper))
+    assert find_violations(log) != []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,8 +32,9 @@ from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
 from kronos_stream.testing.exchange import Faults, PlannedFault, SimulatedExchange
 from kronos_stream.testing.virtual_time import run_virtual
-from tests.support.chaos import ConnectorSetup, Scenario, run_chaos
-from tests.support.chaos_checks import find_violations
+from tests.support.chaos import ConnectorSetup
+from tests.support.chaos_checks import check_seed
+from tests.support.chaos_scenario import selected_seeds
 
 START = 1_750_000_000_000
 MODES = ("watch", "poll")
@@ -71,42 +71,24 @@ def options(exchange: SimulatedExchange, **more: Any) -> CcxtOptions:
 # -- fault seeds ---------------------------------------------------------------------------
 
 
-def seeds(default: range) -> list[int]:
-    """Those of KRONOS_SEEDS, or ``default``."""
-    chosen: list[int] = []
-    for part in os.environ.get("KRONOS_SEEDS", "").split(","):
-        first, _, last = part.strip().partition("-")
-        if first:
-            chosen += range(int(first), int(last or first) + 1)
-    return chosen or list(default)
-
-
-def play(seed: int, mode: str, folder: Path) -> None:
-    # Of half the seeds clients are replaced every minute or so, as else every few hours.
+def check(seed: int, mode: str, folder: Path) -> None:
+    """Run a seed; with odd ones clients are replaced every minute or so, else every few hours."""
     hours = 0.02 if seed % 2 else 6.0
-    reach = partial(options, mode=mode, restart_hours=hours)
-    script = Scenario.from_seed(seed)
-    journal = run_chaos(
-        script, folder, connector=ConnectorSetup("ccxt.binance", reach, has_amounts=False)
-    )
-    found = find_violations(journal)
-    if found:
-        pytest.fail(
-            "\n".join([str(script), f"struck: {journal.fault_counts}", *found]), pytrace=False
-        )
+    connect = partial(options, mode=mode, restart_hours=hours)
+    check_seed(seed, folder, ConnectorSetup("ccxt.binance", connect, has_amounts=False))
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", seeds(range(3)))
+@pytest.mark.parametrize("seed", selected_seeds(range(3)))
 def test_seed(seed: int, mode: str, tmp_path: Path) -> None:
-    play(seed, mode, tmp_path)
+    check(seed, mode, tmp_path)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", seeds(range(2_000, 2_050)))
+@pytest.mark.parametrize("seed", selected_seeds(range(2_000, 2_050)))
 def test_soak_seed(seed: int, mode: str, tmp_path: Path) -> None:
-    play(seed, mode, tmp_path)
+    check(seed, mode, tmp_path)
 
 
 # -- the source by itself ------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""On a CPU in float32 a forecast is the same to the last bit, whatever else is in the call."""
+"""Batch independence: on a CPU in float32 forecasts are bit-identical in every batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATHS = 3
 
 
 class ContextSet(NamedTuple):
-    """Contexts of unequal lengths and horizons, and what each draws when alone."""
+    """Contexts of different lengths and horizons, and the paths of each one alone."""
 
     forecaster: Forecaster
     contexts: list[Context]
@@ -36,7 +36,7 @@ class ContextSet(NamedTuple):
     individual_results: list[SampledPaths]
 
     def check(self, members: Sequence[int]) -> None:
-        """Draw the members together; each must come out as it did alone."""
+        """Sample the members in one call; each result must equal the one alone."""
         draws = self.forecaster.draw(
             [self.contexts[i] for i in members], [self.horizons[i] for i in members], PATHS
         )
@@ -46,13 +46,13 @@ class ContextSet(NamedTuple):
 
 
 def assert_same(draw: SampledPaths, wanted: SampledPaths) -> None:
-    """Bit for bit."""
+    """Assert bit equality."""
     np.testing.assert_array_equal(draw.tokens, wanted.tokens)
     np.testing.assert_array_equal(draw.paths, wanted.paths)
 
 
 def random_models(width: int, ff_dim: int) -> tuple[Predictor, Tokenizer]:
-    """Untrained networks of few layers; the tokenizer's inner dimensions are wide too."""
+    """Untrained networks with few layers and wide inner dimensions, also in the tokenizer."""
     torch.manual_seed(width)
     heads = {64: 4, 512: 8, 832: 16}[width]
     code = TokenizerConfig(256, 4, 512, 2, 2, 6, 6)
@@ -64,7 +64,7 @@ def random_models(width: int, ff_dim: int) -> tuple[Predictor, Tokenizer]:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Undo a test's change of the number of threads."""
+    """Restore the number of threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -72,7 +72,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=list(WIDTHS))
 def context_set(request: pytest.FixtureRequest, make_contexts: Walks) -> ContextSet:
-    """301 contexts of 9 to 40 bars and horizons of 1 to 6; the first five drawn alone."""
+    """301 contexts of 9 to 40 bars and horizons of 1 to 6; the first five are sampled alone."""
     models = random_models(*WIDTHS[request.param])
     forecaster = Forecaster(*models, device="cpu", dtype="float32", max_context=64)
     random = np.random.default_rng(7)
@@ -83,14 +83,14 @@ def context_set(request: pytest.FixtureRequest, make_contexts: Walks) -> Context
     return ContextSet(forecaster, contexts, horizons, alone)
 
 
-def test_among_50_and_among_300(context_set: ContextSet) -> None:
-    """First, last or scattered among others."""
+def test_paths_are_equal_in_batches_of_50_and_300(context_set: ContextSet) -> None:
+    """At the start, at the end, or spread among other contexts."""
     context_set.check(range(50))
     context_set.check([*range(5, 301), *range(5)])
 
 
-def test_logits_too(context_set: ContextSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the logits differ, of one path or three: rounding there seldom shows in a token."""
+def test_logits_are_equal(context_set: ContextSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are equal for one path and three; small differences would rarely change a token."""
     seen: dict[int, list[torch.Tensor]] = {}
 
     def watched(
@@ -100,7 +100,7 @@ def test_logits_too(context_set: ContextSet, monkeypatch: pytest.MonkeyPatch) ->
         return draw_tokens(logits, uniform, sampling, step)
 
     def rows(members: range, paths: int) -> dict[int, set[bytes]]:
-        """The logits of the drawn paths at each step, as bytes."""
+        """Return the logits of the sampled paths at each step, as bytes."""
         seen.clear()
         contexts, horizons = (
             context_set.contexts[members.start : members.stop],
@@ -124,7 +124,9 @@ def test_logits_too(context_set: ContextSet, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_order_on_any_number_of_threads(context_set: ContextSet, threads: int) -> None:
+def test_paths_are_equal_in_any_order_and_on_any_number_of_threads(
+    context_set: ContextSet, threads: int
+) -> None:
     """Shuffled calls of 1 and 24 contexts."""
     torch.set_num_threads(threads)
     random = np.random.default_rng(threads)
@@ -134,10 +136,10 @@ def test_any_order_on_any_number_of_threads(context_set: ContextSet, threads: in
         context_set.check(random.permutation(members).tolist())
 
 
-def test_split_by_a_small_memory_budget(
+def test_paths_are_equal_when_a_small_budget_splits_the_call(
     tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks
 ) -> None:
-    """Chunks and path slices are cut the same for a context alone and in company."""
+    """Chunks and path slices of a context do not depend on the batch."""
     contexts = make_contexts([90, 17, 33, 64, 90, 88], seed=6)
     horizons = [12, 3, 12, 1, 12, 12]
     for budget, chunks, slices in ((600_000, 2, 2), (100_000, 6, 4)):
@@ -160,8 +162,10 @@ def test_split_by_a_small_memory_budget(
             assert_same(draw, wanted)
 
 
-def test_what_the_noise_hangs_on(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Another seed, series or origin draws other tokens; the same ones draw the same."""
+def test_noise_depends_on_seed_series_and_origin(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
+    """Different ones give different tokens; the same ones give the same tokens."""
     (context,) = make_contexts([60])
     later = replace(context, times=np.asarray(context.times) + 7 * 86_400_000)
     (wanted,) = tiny_forecaster.draw([context], 8, 16, seed=1)
@@ -178,7 +182,7 @@ def test_what_the_noise_hangs_on(tiny_forecaster: Forecaster, make_contexts: Wal
 def test_contexts_without_a_series_use_their_index(
     tiny_forecaster: Forecaster, make_contexts: Walks
 ) -> None:
-    """The second nameless context draws what a series named 1 draws."""
+    """The second context without a name gives the paths of a series named 1."""
     contexts = make_contexts([60, 60], named=False)
     draws = tiny_forecaster.draw(contexts, 4, 8)
     for i, draw in enumerate(draws):
@@ -188,7 +192,7 @@ def test_contexts_without_a_series_use_their_index(
 
 
 def test_blocks_of_paths_join(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Paths drawn in blocks, by ``first_path``, have the tokens of one call."""
+    """Paths sampled in blocks, by ``first_path``, have the tokens of one call."""
     contexts = make_contexts([60, 33], seed=8)
     whole = tiny_forecaster.draw(contexts, 6, 40)
     blocks = [
@@ -203,7 +207,7 @@ def test_blocks_of_paths_join(tiny_forecaster: Forecaster, make_contexts: Walks)
 
 
 def test_a_shorter_horizon_is_a_prefix(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Horizon 8 draws the first 8 bars of horizon 12."""
+    """Horizon 8 gives the first 8 bars of horizon 12."""
     contexts = make_contexts([60, 33], seed=9)
     for short, long in zip(
         tiny_forecaster.draw(contexts, 8, 20), tiny_forecaster.draw(contexts, 12, 20), strict=True

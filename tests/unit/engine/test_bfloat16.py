@@ -1,7 +1,7 @@
-"""bfloat16 moves a forecast less than another seed does; how many tokens it flips is known.
+"""bfloat16: forecasts differ less than between two seeds, and few tokens flip.
 
 The tiny checkpoint's weights are random and its logits large (standard deviation about 6), so its
-tokens hang on rounding more than a trained model's.
+tokens depend on rounding more than those of a trained model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DIFFERENT = 0.2
 
 
 class ForecastSample(NamedTuple):
-    """What one type and seed forecast for all contexts."""
+    """Forecasts of all contexts with one type and seed."""
 
     quantiles: Floats  # of the close, in standard deviations of the context's closes
     tokens: NDArray[np.int64]  # (contexts, paths, horizon, 2)
@@ -50,7 +50,7 @@ def bfloat16(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster
 def runs(
     tiny_forecaster: Forecaster, bfloat16: Forecaster, make_contexts: Walks
 ) -> dict[tuple[str, int], ForecastSample]:
-    """Forty contexts of 40 to 112 bars, in both types, each with two seeds."""
+    """Forecasts of forty contexts of 40 to 112 bars, in both types, with two seeds each."""
     lengths = np.random.default_rng(0).integers(40, 113, CONTEXTS).tolist()
     contexts = make_contexts(lengths, seed=50)
     spread = [np.std(np.asarray(context.values)[:, CLOSE]) for context in contexts]
@@ -76,7 +76,7 @@ def distance(one: ForecastSample, other: ForecastSample) -> float:
 def test_quantiles_agree_within_the_monte_carlo_error(
     runs: dict[tuple[str, int], ForecastSample],
 ) -> None:
-    """On the same noise the types are closer than two seeds; on other noise as far as these."""
+    """With the same noise the types differ less than two seeds; with different noise as much."""
     seeds = distance(runs["float32", 0], runs["float32", 1])
     same = distance(runs["float32", 0], runs["bfloat16", 0]) / seeds
     other = distance(runs["float32", 0], runs["bfloat16", 1]) / seeds
@@ -86,7 +86,7 @@ def test_quantiles_agree_within_the_monte_carlo_error(
 
 
 def test_token_flips(runs: dict[tuple[str, int], ForecastSample]) -> None:
-    """Few steps draw other tokens on the same noise after the same past; few tokens differ."""
+    """With the same noise and history few steps give different tokens; few tokens differ in all."""
     differs = runs["float32", 0].tokens != runs["bfloat16", 0].tokens
     step = differs.any(-1)
     same_past = step.cumsum(axis=2) - step == 0
@@ -94,12 +94,12 @@ def test_token_flips(runs: dict[tuple[str, int], ForecastSample]) -> None:
     print(f"bf16 flips {flips:.3f} of steps after the same past; {different:.3f} of tokens differ")  # noqa: T201
     assert flips < FLIPS
     assert different < DIFFERENT
-    # As it must be for the bounds to say anything, other noise draws mostly other tokens.
+    # For the bounds to be meaningful, different noise must give mostly different tokens.
     assert (runs["float32", 0].tokens != runs["float32", 1].tokens).mean() > 0.5
 
 
-def test_what_is_computed_in_which_type(bfloat16: Forecaster) -> None:
-    """The tokenizer's encoder, whose output is signs, stays in float32; the rest does not."""
+def test_only_the_tokenizers_encoder_stays_in_float32(bfloat16: Forecaster) -> None:
+    """The encoder's output is signs, so it is computed in float32; everything else is bfloat16."""
     tokenizer, predictor = bfloat16._runner._tokenizer, bfloat16._runner._predictor
     assert {block.qkv.dtype for block in tokenizer.encoder.blocks} == {torch.float32}
     assert tokenizer.code.dtype == torch.float32
@@ -107,10 +107,10 @@ def test_what_is_computed_in_which_type(bfloat16: Forecaster) -> None:
     assert {block.qkv.dtype for block in stacks} == {torch.bfloat16}
 
 
-def test_greedy_starts_alike(
+def test_greedy_first_bars_agree(
     tiny_forecaster: Forecaster, bfloat16: Forecaster, make_contexts: Walks
 ) -> None:
-    """Without noise, nine of ten contexts draw the same first bar."""
+    """Without noise, nine of ten contexts give the same first bar."""
     contexts = make_contexts([64] * CONTEXTS, seed=51)
     pairs = zip(
         tiny_forecaster.draw(contexts, 1, 1, top_k=1),

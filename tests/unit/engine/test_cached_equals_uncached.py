@@ -1,4 +1,4 @@
-"""The cached engine draws what a plain full recompute on the modules draws, token for token.
+"""The cached engine gives the same tokens as an uncached recompute on the modules.
 
 Both are float32 and round differently, and a uniform number can fall within that rounding of the
 boundary between two tokens. Where a path differs, its first difference must be proven to be such a
@@ -25,9 +25,9 @@ from kronos_stream.model import Predictor, Tokenizer
 from kronos_stream.model.inputs import denormalise
 
 TIE = 2e-4
-"""Share of probability within which rounding may decide."""
+"""Probability distance within which rounding may decide."""
 TIED_PATHS = 0.01
-"""Share of paths that may end in a tie: an order above what this checkpoint shows."""
+"""Permitted share of paths with a tie: ten times the share seen with this checkpoint."""
 RELATIVE = 1e-4
 
 TEMPERATURES = st.floats(0.5, 1.5) | st.lists(st.floats(0.5, 1.5), min_size=1, max_size=4)
@@ -63,7 +63,7 @@ def logits_after(
 
 
 def is_tie(logits: Tensor, uniform: float, pair: tuple[int, int], s: Sampling, step: int) -> bool:
-    """Whether rounding decides between two tokens: at the filter's edge or at a CDF boundary."""
+    """Return whether rounding decides between two tokens, at the filter or at a CDF boundary."""
     p = torch.softmax(logits.double() / s.temperature_at(step), -1).numpy()
     order = np.argsort(-p)
     top_k = min(s.top_k or len(p), len(p))
@@ -87,7 +87,7 @@ def check_paths(
     sampling: Sampling,
     seed: int,
 ) -> int:
-    """Compare one context's paths with the recompute; the number of paths that end in a tie."""
+    """Compare one context's paths with the recompute; return the number of paths with a tie."""
     count = len(draw.tokens)
     uniform = noise(item, count, seed)
     candles, tokens = recompute(models, item, uniform, sampling)
@@ -110,13 +110,13 @@ def check_paths(
     return ties
 
 
-def test_random_calls(
+def test_random_calls_give_equal_tokens(
     tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
     make_contexts: Callable[..., list[Context]],
 ) -> None:
-    """Any lengths, horizons, batch, paths, temperatures, top-k and top-p: the tokens are equal."""
+    """Tokens are equal for all lengths, horizons, batches, paths, temperatures, top-k and top-p."""
     models = tiny_predictor, tiny_tokenizer
     counted = {"paths": 0, "ties": 0}
     sizes = st.tuples(st.integers(2, 112), st.integers(1, 16))
@@ -157,7 +157,7 @@ def test_random_calls(
     assert counted["ties"] <= TIED_PATHS * counted["paths"], counted
 
 
-def test_a_full_window(
+def test_full_windows_give_equal_tokens(
     tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
@@ -171,15 +171,15 @@ def test_a_full_window(
         check_paths(models, prepare(context, i, horizons[i]), draw, Sampling(top_k=1), 0)
 
 
-def test_the_tie_rule_sees_a_wrong_token() -> None:
-    """The proof accepts a uniform number at a boundary, and nothing else."""
+def test_the_tie_rule_detects_a_wrong_token() -> None:
+    """The rule accepts only a uniform number at a boundary."""
     logits = torch.log(torch.tensor([0.2, 0.3, 0.1, 0.4]))
     plain = Sampling()
     assert is_tie(logits, 0.5, (1, 2), plain, 0)
     assert is_tie(logits, 0.5 + TIE / 2, (2, 1), plain, 0)
     assert not is_tie(logits, 0.5, (1, 3), plain, 0)
     assert not is_tie(logits, 0.5 + 2 * TIE, (1, 2), plain, 0)
-    # Of 0.4, 0.3, 0.2, 0.1 the first two hold 0.7: whether the third stays hangs on rounding.
+    # Of 0.4, 0.3, 0.2, 0.1 the first two sum to 0.7: rounding decides whether the third is kept.
     assert is_tie(logits, 0.9, (0, 3), Sampling(top_p=0.7), 0)
     assert not is_tie(logits, 0.9, (0, 3), Sampling(top_p=0.75), 0)
     assert is_tie(torch.zeros(4), 0.9, (0, 3), Sampling(top_k=2), 0)

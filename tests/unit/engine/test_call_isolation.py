@@ -1,4 +1,4 @@
-"""What surrounds a call must not change it: memory order, torch's defaults, earlier failures."""
+"""Call isolation: memory order, torch defaults and earlier failures do not change results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from kronos_stream.model import Predictor, Tokenizer
 Walks = Callable[..., list[Context]]
 
 
-def test_memory_order(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Sums over bars depend on how an array lies in memory; forecasts do not."""
+def test_memory_order_does_not_matter(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
+    """Sums over bars depend on the memory order of an array; forecasts do not."""
     contexts = make_contexts([90, 60, 33], seed=3)
     turned = [replace(c, values=np.asfortranarray(c.values)) for c in contexts]
     for one, other in zip(
@@ -31,14 +31,14 @@ def test_memory_order(tiny_forecaster: Forecaster, make_contexts: Walks) -> None
 
 
 @pytest.mark.parametrize("built", ["before", "inside"])
-def test_torch_defaults(
+def test_torch_defaults_do_not_matter(
     tiny_forecaster: Forecaster,
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
     make_contexts: Walks,
     built: str,
 ) -> None:
-    """A caller's default type, default device, autocast and gradients are no matter."""
+    """The caller's default type, default device, autocast and gradient mode have no effect."""
     contexts = make_contexts([50, 20], seed=4)
     want = tiny_forecaster.sample(contexts, 5, 3, anchor=True)
     torch.set_default_dtype(torch.float64)
@@ -59,8 +59,10 @@ def test_torch_defaults(
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_horizon_after_a_gap(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Without a timeframe the horizon steps as most bars do, not as the last two."""
+def test_the_horizon_after_a_gap_uses_the_usual_step(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
+    """Without a timeframe the horizon uses the most common step, not the last one."""
     (context,) = make_contexts([40], seed=5)
     times = np.asarray(context.times).copy()
     step = times[1] - times[0]
@@ -69,26 +71,28 @@ def test_horizon_after_a_gap(tiny_forecaster: Forecaster, make_contexts: Walks) 
     assert (draw.times - times[-1]).tolist() == [step, 2 * step, 3 * step]
 
 
-def test_times_in_seconds(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Times in another unit than ms are refused where the timeframe gives them away."""
+def test_times_in_seconds_are_rejected(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
+    """Times in a unit other than ms are rejected if they contradict the timeframe."""
     (context,) = make_contexts([40], seed=6)
     seconds = replace(context, times=np.asarray(context.times) // 1000, timeframe="5m")
     with pytest.raises(ContextError, match="must be ms UTC"):
         tiny_forecaster.sample([seconds], 3, 1)
 
 
-def test_a_huge_horizon_is_refused_at_once(
+def test_a_huge_horizon_is_rejected_before_allocation(
     tiny_forecaster: Forecaster, make_contexts: Walks
 ) -> None:
-    """The window is checked before anything of the horizon's size is made."""
+    """The window is checked before memory of the horizon's size is allocated."""
     start = monotonic()
     with pytest.raises(ContextError, match="shorten the horizon"):
         tiny_forecaster.sample(make_contexts([40], seed=7), 10**12, 1)
     assert monotonic() - start < 10
 
 
-def test_negative_prices_without_amount(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """A spread may be negative; the amount derived from it is no reason to refuse it."""
+def test_negative_prices_without_amount_are_accepted(
+    tiny_forecaster: Forecaster, make_contexts: Walks
+) -> None:
+    """A spread may be negative; the negative derived amount is not an error."""
     (context,) = make_contexts([40], seed=8)
     values = np.asarray(context.values)[:, :5].copy()
     values[:, :4] -= 2 * values[:, :4].max()
@@ -105,22 +109,22 @@ def test_negative_prices_without_amount(tiny_forecaster: Forecaster, make_contex
         ("timezone", 5, "text"),
     ],
 )
-def test_labels(
+def test_labels_must_be_encodable_text(
     tiny_forecaster: Forecaster, make_contexts: Walks, field: str, value: object, reason: str
 ) -> None:
-    """Labels are text that can be written down."""
+    """Labels must be text that can be encoded as UTF-8."""
     (context,) = make_contexts([40], seed=9)
     labels: dict[str, Any] = {field: value}
     with pytest.raises(ContextError, match=reason):
         tiny_forecaster.sample([replace(context, **labels)], 3, 1)
 
 
-def test_a_failed_call_leaves_nothing(
+def test_a_failed_call_does_not_affect_the_next_one(
     tiny_predictor: Predictor,
     tiny_tokenizer: Tokenizer,
     make_contexts: Walks,
 ) -> None:
-    """Buffers in use when a call fails are dropped, and the next call is as if it never was."""
+    """Buffers in use when a call fails are dropped; the next call is not affected."""
     forecaster = Forecaster(tiny_predictor, tiny_tokenizer, device="cpu", max_context=128)
     contexts = make_contexts([50, 20], seed=10)
     want = forecaster.sample(contexts, 5, 3)
@@ -142,7 +146,7 @@ def test_a_failed_call_leaves_nothing(
 
 @pytest.mark.parametrize(("count", "budget"), [(1000, 333), (1000, 334), (7, 2), (5, 5), (1, 0)])
 def test_chunks_are_even(count: int, budget: int) -> None:
-    """Like contexts make chunks of one size, but for the last, which lacks at most one a chunk."""
+    """Equal contexts form chunks of equal size, except for the last, which may be smaller."""
     spans = _split([1] * count, budget)
     sizes = [last - first for first, last in spans]
     assert sum(sizes) == count
@@ -152,23 +156,25 @@ def test_chunks_are_even(count: int, budget: int) -> None:
     assert sizes[0] - sizes[-1] < len(sizes)
 
 
-def test_a_cpu_without_stable_products_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where rows always depend on the batch, loading warns and takes the strictest limits."""
+def test_a_cpu_without_batch_invariant_products_causes_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """If rows always depend on the batch, loading warns and uses the strictest limits."""
     monkeypatch.setattr(dense, "_is_batch_invariant", lambda *_: False)
     with pytest.warns(UserWarning, match="depend on the batch"):
         assert dense.find_batch_invariant_limits([(8, 8)]).block == 64
 
 
-def test_nano_products_are_stable_here() -> None:
-    """The bundled model loads without that warning, whose forecasts others recompute."""
+def test_products_of_nano_are_batch_invariant_on_this_machine() -> None:
+    """The bundled model loads without that warning, because others recompute its forecasts."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Forecaster.from_pretrained("nano", device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("block", [None, 64])
-def test_packed_products_are_products(block: int | None) -> None:
-    """oneDNN's, whole and in inner blocks, written, added and of a strided input."""
+def test_packed_products_are_correct(block: int | None) -> None:
+    """oneDNN products, undivided and in inner blocks, written, added and with strided input."""
     if not dense.can_pack():
         pytest.skip("this torch has no oneDNN")
     weight, bias, x = torch.randn(6, 150), torch.randn(6), torch.randn(33, 300)[:, ::2]

@@ -1,4 +1,4 @@
-"""Contexts: what is refused and with which words, the time stamps, the continuation, the anchor."""
+"""Contexts: validation errors, time stamps, continuation by the timeframe, anchor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ms(*times: str) -> list[int]:
 
 
 def pandas_stamps(times: NDArray[np.int64], zone: str) -> NDArray[np.int64]:
-    """The five columns as the reference reads them from pandas."""
+    """Return the five columns as the reference reads them from pandas."""
     local = pd.DatetimeIndex(pd.to_datetime(times, unit="ms", utc=True)).tz_convert(zone)
     columns = (local.minute, local.hour, local.day_of_week, local.day, local.month)
     return np.stack([np.asarray(column) for column in columns], axis=-1).astype(np.int64)
@@ -47,7 +47,7 @@ CHANNELS = ["open", "high", "low", "close", "volume", "amount"]
 @pytest.mark.parametrize("column", range(6))
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
 def test_every_value_must_be_finite(make_contexts: Walks, column: int, value: float) -> None:
-    """NaN, infinity and what float32 cannot hold are refused by channel, bar and series."""
+    """NaN, infinity and float32 overflow are rejected, naming channel, bar and series."""
     (context,) = make_contexts([30])
     wanted = rf"^{NAME}: {CHANNELS[column]} of {BAR_7} is -?(nan|inf);"
     with pytest.raises(ContextError, match=wanted):
@@ -85,8 +85,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD)
-def test_refusals(make_contexts: Walks, change: dict[str, Any], message: str) -> None:
-    """Each bad context is refused in one line that starts with the series."""
+def test_invalid_contexts_are_rejected(
+    make_contexts: Walks, change: dict[str, Any], message: str
+) -> None:
+    """Each invalid context is rejected in one line that starts with the series."""
     (context,) = make_contexts([30])
     with pytest.raises(ContextError, match=message) as caught:
         prepare(replace(context, **change), 0, 4)
@@ -94,7 +96,7 @@ def test_refusals(make_contexts: Walks, change: dict[str, Any], message: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_impossible_candles(make_contexts: Walks) -> None:
+def test_impossible_candles_are_rejected(make_contexts: Walks) -> None:
     """High below low, negative volume and negative amount name the bar."""
     (context,) = make_contexts([30])
     for column, value, wanted in (
@@ -108,7 +110,7 @@ def test_impossible_candles(make_contexts: Walks) -> None:
 
 @pytest.mark.parametrize("swap", [(6, 7), (7, 7)])
 def test_times_must_increase(make_contexts: Walks, swap: tuple[int, int]) -> None:
-    """A repeated or earlier time is refused, with both bars' times."""
+    """A repeated or earlier time is rejected with both bars' times."""
     (context,) = make_contexts([30])
     times = np.array(context.times)
     times[6] = times[swap[1]]
@@ -119,7 +121,7 @@ def test_times_must_increase(make_contexts: Walks, swap: tuple[int, int]) -> Non
 def test_nameless_contexts_are_named_by_their_index(
     tiny_forecaster: Forecaster, make_contexts: Walks
 ) -> None:
-    """In every refusal, that of the window included."""
+    """In every error, including that of the window."""
     good, bad = make_contexts([30, 30], named=False)
     with pytest.raises(ContextError, match=r"^context 1: close of bar 7"):
         tiny_forecaster.sample([good, with_value(bad, 7, 3, np.nan)], 4, 1)
@@ -131,8 +133,8 @@ def test_nameless_contexts_are_named_by_their_index(
         tiny_forecaster.sample(make_contexts([120]), 9, 1)
 
 
-def test_a_constant_series_works(tiny_forecaster: Forecaster) -> None:
-    """No spread at all: forecasts stay within 1e-3 of the level, whatever the model draws."""
+def test_a_constant_series_can_be_forecast(tiny_forecaster: Forecaster) -> None:
+    """Without any spread forecasts stay within 1e-3 of the level."""
     context = Context(np.full((40, 4), 7.25), np.arange(40) * 60_000)
     (paths,) = tiny_forecaster.sample([context], 5, paths=4)
     np.testing.assert_allclose(paths[..., :4], 7.25, atol=1e-3)
@@ -140,7 +142,9 @@ def test_a_constant_series_works(tiny_forecaster: Forecaster) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-4, 1e5, 1e14])
-def test_magnitudes(tiny_forecaster: Forecaster, make_contexts: Walks, scale: float) -> None:
+def test_tiny_and_huge_units_stay_finite(
+    tiny_forecaster: Forecaster, make_contexts: Walks, scale: float
+) -> None:
     """Tiny and huge units stay finite, and huge ones scale the forecast."""
     (context,) = make_contexts([60])
     values = np.array(context.values)
@@ -151,8 +155,8 @@ def test_magnitudes(tiny_forecaster: Forecaster, make_contexts: Walks, scale: fl
         np.testing.assert_allclose(scaled / scale, plain, rtol=1e-3)
 
 
-def test_what_float32_cannot_square_is_refused(make_contexts: Walks) -> None:
-    """A spread whose square overflows would come out as infinity; the error says what to do."""
+def test_a_spread_whose_square_overflows_is_rejected(make_contexts: Walks) -> None:
+    """The forecast would be infinite; the error names the remedy."""
     (context,) = make_contexts([30])
     values = np.array(context.values)
     values[:, 4] *= 1e20
@@ -161,7 +165,7 @@ def test_what_float32_cannot_square_is_refused(make_contexts: Walks) -> None:
         prepare(replace(context, values=values), 0, 4)
 
 
-def test_missing_columns(make_contexts: Walks) -> None:
+def test_missing_columns_are_filled(make_contexts: Walks) -> None:
     """Five columns: amount is volume x mean price. Four: volume and amount are 0."""
     (context,) = make_contexts([30])
     values = np.array(context.values, np.float32)
@@ -175,7 +179,7 @@ def test_missing_columns(make_contexts: Walks) -> None:
     assert (fill_missing_channels(values[:, :4])[:, 4:] == 0).all()
 
 
-def test_normalisation_and_back(make_contexts: Walks) -> None:
+def test_normalisation_round_trip(make_contexts: Walks) -> None:
     """Over the whole window, ddof 0, clipped at 5; undone where nothing was clipped."""
     values = np.array(make_contexts([100])[0].values, np.float32)
     values[50, 4] = 1e6
@@ -191,8 +195,8 @@ def test_normalisation_and_back(make_contexts: Walks) -> None:
 @given(
     st.lists(st.integers(-(10**12), 4 * 10**12), min_size=1, max_size=50), st.sampled_from(ZONES)
 )
-def test_stamps_are_pandas(times: list[int], zone: str) -> None:
-    """Minute, hour, weekday, day and month from 1938 to 2096, in zones of unlike rules."""
+def test_time_stamps_equal_those_of_pandas(times: list[int], zone: str) -> None:
+    """Minute, hour, weekday, day and month from 1938 to 2096, in zones with different rules."""
     array = np.array(times, dtype=np.int64)
     np.testing.assert_array_equal(
         time_stamps(array + utc_offsets(array, zone)), pandas_stamps(array, zone)
@@ -200,7 +204,7 @@ def test_stamps_are_pandas(times: list[int], zone: str) -> None:
 
 
 @pytest.mark.parametrize("day", ["2026-03-08", "2026-11-01"])
-def test_stamps_across_a_clock_change(day: str) -> None:
+def test_time_stamps_across_clock_changes(day: str) -> None:
     """Both days on which New York's clocks change, minute by minute."""
     (start,) = ms(f"{day}T00:00Z")
     times = start + 60_000 * np.arange(1440)
@@ -211,7 +215,7 @@ def test_stamps_across_a_clock_change(day: str) -> None:
 
 
 def test_the_horizon_continues_by_the_timeframe(tiny_forecaster: Forecaster) -> None:
-    """Months by the calendar, in whatever length, also where the timeframe is inferred."""
+    """Calendar months of any length, also with an inferred timeframe."""
     values = np.arange(24.0)[:, None] + np.array([1, 2, 0, 1, 1, 1])
     months = pd.date_range("2023-01-01", periods=24, freq="MS", tz="UTC").as_unit("ms")
     context = Context(values, months.tz_localize(None).to_numpy(), timeframe="1M")
@@ -225,7 +229,7 @@ def test_the_horizon_continues_by_the_timeframe(tiny_forecaster: Forecaster) -> 
 
 
 def test_datetime64_times_are_ms(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Times of any unit of datetime64, past and future, are the same as their ms."""
+    """Times in any datetime64 unit, past and future, equal those in ms."""
     (context,) = make_contexts([30])
     past = np.array(context.times)
     future = past[-1] + 86_400_000 * np.arange(1, 5)
@@ -239,7 +243,7 @@ def test_datetime64_times_are_ms(tiny_forecaster: Forecaster, make_contexts: Wal
 def test_time_zones_and_future_times_reach_the_model(
     tiny_forecaster: Forecaster, make_contexts: Walks
 ) -> None:
-    """The stamps a context asks for change what is forecast."""
+    """The requested time stamps change the forecast."""
     (context,) = make_contexts([30])
     (plain,) = tiny_forecaster.sample([context], 4, 1, top_k=1)
     elsewhere = replace(context, timezone="Asia/Tokyo")
@@ -250,7 +254,7 @@ def test_time_zones_and_future_times_reach_the_model(
 
 
 def test_inputs_are_not_modified(tiny_forecaster: Forecaster, make_contexts: Walks) -> None:
-    """Read-only arrays are accepted, float32 ones too, which need no copy to be read."""
+    """Read-only arrays are accepted, also float32 arrays, which are read without a copy."""
     (context,) = make_contexts([30])
     values, times = np.array(context.values, np.float32), np.array(context.times)
     before = values.copy()
@@ -263,8 +267,10 @@ def test_inputs_are_not_modified(tiny_forecaster: Forecaster, make_contexts: Wal
     np.testing.assert_array_equal(paths[0], paths[1])
 
 
-def test_anchor(tiny_forecaster: Forecaster, parity_cases: dict[str, NDArray[Any]]) -> None:
-    """Prices are scaled by actual / decoded close of the origin; volume and amount are left."""
+def test_anchor_scales_prices_only(
+    tiny_forecaster: Forecaster, parity_cases: dict[str, NDArray[Any]]
+) -> None:
+    """Prices are scaled by actual / decoded close of the origin; volume and amount are not."""
     contexts = [
         Context(parity_cases[f"ohlcva_{i}"][:96], parity_cases[f"time_{i}"][:96] * 1000)
         for i in range(3)

@@ -1,4 +1,4 @@
-"""The decode loop can be captured: no host value of one batch is in what another one replays.
+"""Graph capture: a captured decode loop contains no host value of its batch.
 
 A CUDA graph records kernels and their addresses, and no Python. The same is done here on a CPU: the
 loop's operations are recorded once, the buffers refilled with other contexts, and the recorded
@@ -45,7 +45,7 @@ TO_THE_HOST = {
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every operation with its inputs and outputs; they stay alive, so identity holds."""
+    """Recorder of operations with their tensors, kept alive so that identities stay unique."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        """Run the operations again; what none of them made is a buffer and is used as it is."""
+        """Run the operations again; tensors that no operation made are used directly."""
         made: dict[int, Any] = {}
 
         def current(value: Any) -> Any:
@@ -70,7 +70,7 @@ class Recorder(TorchDispatchMode):
                     made[id(old)] = new
 
     def host_syncs(self) -> set[str]:
-        """Names of operations that a graph could not hold."""
+        """Return the names of operations that a graph could not contain."""
         names = {func.name() for func, *_ in self.operations}
         masks = {
             func.name()
@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def recorded(decoder: Decoder) -> Iterator[Recorder]:
-    """The decoder's loop, run once more and recorded."""
+    """Run the decoder's loop once more and record it."""
     with torch.inference_mode():
         with Recorder() as recorder:
             decoder._loop()
@@ -93,7 +93,7 @@ def recorded(decoder: Decoder) -> Iterator[Recorder]:
 
 @pytest.fixture
 def forecaster(tiny_predictor: Predictor, tiny_tokenizer: Tokenizer) -> Forecaster:
-    """With decoders of its own."""
+    """A forecaster with its own decoders."""
     return Forecaster(
         tiny_predictor, tiny_tokenizer, device="cpu", dtype="float32", max_context=128
     )
@@ -105,17 +105,17 @@ def draw(
     return forecaster.draw(walks(lengths, seed=seed), HORIZONS, PATHS, seed=seed)
 
 
-def test_replay_on_another_batch(
+def test_a_replay_on_another_batch_gives_its_tokens(
     tiny_forecaster: Forecaster, forecaster: Forecaster, make_contexts: Walks
 ) -> None:
-    """Recorded on one batch and run on another of the same shapes, it draws the other's tokens."""
+    """A loop recorded on one batch gives the tokens of another batch with the same shapes."""
     first = draw(forecaster, make_contexts, FIRST, seed=1)
     (decoder,) = forecaster._runner.decoders.values()
     with recorded(decoder) as recorder:
         assert len(recorder.operations) > 100
         draw(forecaster, make_contexts, SECOND, seed=2)
         assert list(forecaster._runner.decoders.values()) == [decoder]
-        # What the eager loop left behind must not help.
+        # Clear the results of the eager loop.
         decoder._tokens.fill_(-1)
         for group in decoder.groups:
             for cache in (group.trunk, group.s2):
@@ -134,7 +134,7 @@ def test_replay_on_another_batch(
     assert seen == len(wanted)
 
 
-def test_nothing_waits_for_the_host(forecaster: Forecaster, make_contexts: Walks) -> None:
+def test_the_loop_never_waits_for_the_device(forecaster: Forecaster, make_contexts: Walks) -> None:
     """Inside the loop no operation reads a value back or selects by a mask."""
     draw(forecaster, make_contexts, FIRST, seed=1)
     (decoder,) = forecaster._runner.decoders.values()
@@ -152,15 +152,15 @@ def test_nothing_waits_for_the_host(forecaster: Forecaster, make_contexts: Walks
         lambda x: x + torch.tensor([1.0, 2.0]),
     ],
 )
-def test_the_recorder_sees_a_host_sync(sync: Callable[[Tensor], object]) -> None:
-    """The test of the test: each way to wait is noticed."""
+def test_the_recorder_detects_a_host_synchronisation(sync: Callable[[Tensor], object]) -> None:
+    """Check of the recorder: each kind of wait is detected."""
     with Recorder() as recorder:
         sync(torch.ones(2))
     assert recorder.host_syncs()
 
 
-def test_the_recorder_sees_a_baked_in_value() -> None:
-    """The test of the test: a value read by Python stays the first one when replayed."""
+def test_the_recorder_detects_a_captured_host_value() -> None:
+    """Check of the recorder: a value read by Python keeps its first value in a replay."""
     source, baked, kept = torch.ones(1), torch.zeros(1), torch.zeros(1)
     with Recorder() as recorder:
         baked.copy_(source * float(source))
@@ -172,17 +172,17 @@ def test_the_recorder_sees_a_baked_in_value() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
-def test_cuda_graphs(
+def test_cuda_graphs_give_eager_results(
     tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks, top_p: float
 ) -> None:
-    """On a GPU the captured loop draws for new batches what an eager first run draws."""
+    """On a GPU the captured loop gives the same results for new batches as an eager run."""
 
     def fresh() -> Forecaster:
         return Forecaster(
             tiny_predictor, tiny_tokenizer, device="cuda", dtype="float32", max_context=128
         )
 
-    # Nine contexts of one shape get ten slots: padding is in the graph too.
+    # Nine contexts of one shape use ten slots, so the graph includes padding.
     graphed = fresh()
     for seed in range(4):
         lengths = [41 + seed, 43, 46 - seed, 20 + seed, *[30 + seed] * 9]
@@ -197,10 +197,10 @@ def test_cuda_graphs(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_models_that_lie_on_the_gpu(
+def test_models_on_the_gpu_are_folded(
     tiny_predictor: Predictor, tiny_tokenizer: Tokenizer, make_contexts: Walks
 ) -> None:
-    """Models on the GPU, where the reference's users put them, are folded like others."""
+    """Models on the GPU, where users of the reference keep them, are folded like others."""
     models = deepcopy(tiny_predictor).cuda(), deepcopy(tiny_tokenizer).cuda()
     moved = Forecaster(*models, device="cuda", dtype="float32", max_context=128)
     plain = Forecaster(

@@ -32,14 +32,14 @@ TOLERANCE = 1e-5
 
 
 def is_cached(name: str) -> bool:
-    """Whether both files of the pinned revision are on this machine."""
+    """Return whether both files of the pinned revision are cached."""
     files = ("config.json", "model.safetensors")
     found = [try_to_load_from_cache(name, f, revision=PINNED_REVISIONS[name]) for f in files]
     return all(isinstance(path, str) for path in found)
 
 
 def hub_answers() -> bool:
-    """Whether the hub says anything at all within seconds; its client would retry for long."""
+    """Return whether the hub answers within seconds; its client would retry for long."""
     try:
         urlopen(ENDPOINT, timeout=5).close()  # noqa: S310 - the user's own setting
     except HTTPError:
@@ -51,7 +51,7 @@ def hub_answers() -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights() -> None:
-    """Skip, with the reason, where the weights cannot be had."""
+    """Skip, with the reason, if the weights are unavailable."""
     names = (MODEL, TOKENIZER)
     if not all(map(is_cached, names)) and not hub_answers():
         pytest.skip("the published weights are not in the hub's cache and the hub does not answer")
@@ -73,7 +73,7 @@ def milliseconds(times: pd.Series[pd.Timestamp]) -> list[int]:
 
 
 @pytest.mark.parametrize("lookback", [256, 512])
-def test_compat(parity_folder: Path, lookback: int) -> None:
+def test_compat_gives_the_published_results(parity_folder: Path, lookback: int) -> None:
     """The reference's API gives its greedy forecasts, at 512 bars past the model's window."""
     from kronos_stream.compat import Kronos, KronosPredictor, KronosTokenizer
 
@@ -98,7 +98,7 @@ def test_compat(parity_folder: Path, lookback: int) -> None:
     np.testing.assert_allclose(result[CHANNELS], wanted[CHANNELS], rtol=TOLERANCE)
 
 
-def test_forecaster(parity_folder: Path) -> None:
+def test_forecaster_gives_the_published_results(parity_folder: Path) -> None:
     """The Forecaster's greedy path is the reference's, at the time stamps it was given."""
     history = candles(parity_folder, "input").head(256)
     wanted = candles(parity_folder, "output_256")

@@ -1,4 +1,4 @@
-"""The noise: Philox's published answers, and keys that never change silently."""
+"""Noise: published Philox vectors, and stable keys."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_philox_known_answers(counter: list[int], key: list[int], answer: str) -
 
 @given(WORDS)
 def test_philox_on_any_words(block: list[int]) -> None:
-    """int64 tensors multiply 32-bit words without losing a bit."""
+    """int64 tensors multiply 32-bit words without losing bits."""
     assert words(block[:4], block[4:]) == plain_philox(block[:4], block[4:])
 
 
@@ -76,7 +76,7 @@ def test_uniform_numbers_are_never_0_or_1(word: int) -> None:
     assert unit.item() == ((word >> 9) + 0.5) / 2**23
 
 
-def test_uniforms_fill_the_interval() -> None:
+def test_uniforms_are_evenly_distributed() -> None:
     """Over 160,000 numbers, each of 16 equal bins holds its share within 5 standard errors."""
     keys = torch.tensor([noise_key(0, "venue:A/B:1m", 1_700_000_000_000)])
     numbers = uniforms(keys, 0, 20_000, 4).flatten()
@@ -98,7 +98,7 @@ def test_uniforms_fill_the_interval() -> None:
         ),
     ],
 )
-def test_noise_keys_are_for_ever(seed: int, series: str, origin: int, key: tuple[int, ...]) -> None:
+def test_noise_keys_are_stable(seed: int, series: str, origin: int, key: tuple[int, ...]) -> None:
     """A published forecast can be recomputed by any later version, process or machine."""
     assert noise_key(seed, series, origin) == key
 
@@ -106,6 +106,6 @@ def test_noise_keys_are_for_ever(seed: int, series: str, origin: int, key: tuple
 @given(
     st.lists(st.tuples(st.integers(-9, 99), st.text(max_size=4), st.integers(-9, 99)), unique=True)
 )
-def test_other_forecasts_have_other_keys(identities: list[tuple[int, str, int]]) -> None:
-    """Neither seed, series nor origin can be shifted into one another."""
+def test_different_forecasts_have_different_keys(identities: list[tuple[int, str, int]]) -> None:
+    """Seed, series and origin cannot be confused by concatenation."""
     assert len({noise_key(*identity) for identity in identities}) == len(identities)

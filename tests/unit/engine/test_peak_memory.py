@@ -1,4 +1,4 @@
-"""What a call takes beside the weights, at the size its limit is promised for."""
+"""Peak memory of a call at the size for which a limit is documented."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def memory_mib(field: str) -> float:
 
 @pytest.mark.soak
 @pytest.mark.skipif(not STATUS.exists(), reason="reads memory from /proc")
-def test_small_8x32() -> None:
+def test_peak_memory_of_small_8x32() -> None:
     """Kronos-small, 8 contexts x 32 paths x 24 bars from 488: at most 1.2 GB over the weights."""
     torch.manual_seed(0)
     predictor = Predictor(PUBLISHED_PREDICTORS["small"]).eval()

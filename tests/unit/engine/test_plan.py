@@ -1,4 +1,4 @@
-"""Planning: every context in one chunk, chunks within the memory, nothing decided by company."""
+"""Planning: every context in one chunk, chunks within the budget, independent of the batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prepared(length: int, horizon: int) -> PreparedContext:
 
 
 def unpadded_cost(planner: Planner, chunk: Chunk) -> int:
-    """What the chunk's own contexts take."""
+    """Return the memory of the chunk's own contexts."""
     return planner.cost(
         [replace(s, contexts=len(m)) for s, m in zip(chunk.shapes, chunk.members, strict=True)]
     )
@@ -54,10 +54,10 @@ def unpadded_cost(planner: Planner, chunk: Chunk) -> int:
     bucket=st.sampled_from([1, 8, 64]),
     pad=st.booleans(),
 )
-def test_plan(
+def test_plans_cover_every_context_within_the_budget(
     sizes: list[tuple[int, int]], paths: int, budget: int, bucket: int, *, pad: bool
 ) -> None:
-    """Whatever the call: each context once, in a group of its shape, in chunks that fit."""
+    """Each context occurs once, in a group of its shape, in chunks within the budget."""
     planner = Planner(SIZES, bucket, budget, pad)
     items = [prepared(*size) for size in sizes]
     chunks = planner.chunks(items, paths)
@@ -129,7 +129,7 @@ def test_a_small_budget_gives_the_same_forecasts(
     tiny_tokenizer: Tokenizer,
     make_contexts: Callable[..., list[Context]],
 ) -> None:
-    """Memory decides about time, not about results: equal tokens, prices to rounding."""
+    """The budget changes the time, not the results: equal tokens, prices to rounding."""
     split = Forecaster(
         tiny_predictor,
         tiny_tokenizer,
@@ -161,7 +161,7 @@ def test_padding_contexts_are_harmless(
     make_contexts: Callable[..., list[Context]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Slots that no context fills neither fail nor touch the others, whatever memory held."""
+    """Unused slots neither fail nor change the others, with arbitrary memory contents."""
     contexts = make_contexts([30] * 9, seed=7)
     wanted = tiny_forecaster.draw(contexts, 4, 3)
     padded = Forecaster(
@@ -181,8 +181,8 @@ def test_padding_contexts_are_harmless(
         np.testing.assert_array_equal(one.paths, other.paths)
 
 
-def test_no_contexts_no_paths(tiny_forecaster: Forecaster) -> None:
-    """An empty call is an empty answer."""
+def test_an_empty_call_returns_no_paths(tiny_forecaster: Forecaster) -> None:
+    """An empty list of contexts gives an empty list of results."""
     assert tiny_forecaster.sample([], 4, 8) == []
 
 
@@ -191,7 +191,7 @@ def test_kept_buffers_stay_within_the_budget(
     tiny_tokenizer: Tokenizer,
     make_contexts: Callable[..., list[Context]],
 ) -> None:
-    """Buffers of past shapes are kept for their return, but few, and never beyond the budget."""
+    """Buffers of earlier shapes are kept for reuse, but only a few and within the budget."""
     budget = 1_500_000
     forecaster = Forecaster(
         tiny_predictor,

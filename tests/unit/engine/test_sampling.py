@@ -1,4 +1,4 @@
-"""Tokens are drawn from exactly the filtered distribution, and filtered as documented."""
+"""Sampling: tokens follow exactly the filtered distribution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 DRAWS = 60_000
 SURE = 1e-4
-"""A p-value below this would refuse a right sampler once in 10,000 seeds; the seed is fixed."""
+"""A correct sampler is below this p-value for one in 10,000 seeds; the seed is fixed."""
 SETTINGS = [(1.0, 0, 1.0), (1.5, 12, 1.0), (2.0, 0, 0.9), (2.0, 24, 0.85)]
 
 
@@ -44,7 +44,7 @@ def plain_filter(logits: Floats, temperature: float, top_k: int, top_p: float) -
 
 
 def near_the_edge(logits: Floats, temperature: float, top_k: int, top_p: float) -> bool:
-    """Whether float32 may keep another set of tokens: some mass ends almost at top_p."""
+    """Return whether float32 may keep a different set of tokens: a sum is very close to top_p."""
     p = np.exp((logits - logits.max()) / temperature)
     likeliest = np.sort(p)[::-1][: top_k or None]
     return bool(np.abs(likeliest.cumsum() / likeliest.sum() - top_p).min() < 1e-5)
@@ -66,8 +66,8 @@ def chi_square_p(counts: NDArray[np.int64], probabilities: Floats) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def test_chi_square() -> None:
-    """The test of the test: the textbook value, and a sampler that is 2 % off is seen."""
+def test_the_chi_square_check_detects_a_small_bias() -> None:
+    """Check of the check: a textbook value, and a sampler that is 2 % off is detected."""
     # Chi-square 3.841 with one degree of freedom has p = 0.05.
     off = round(50 + (3.841 * 25) ** 0.5)
     assert chi_square_p(np.array([off, 100 - off]), np.full(2, 0.5)) == pytest.approx(
@@ -90,7 +90,7 @@ class FirstStep(NamedTuple):
 
 @pytest.fixture(scope="module")
 def predictor(tiny_predictor: Predictor) -> Predictor:
-    """The tiny predictor, but s2 hangs on s1 strongly: the random weights hardly let it."""
+    """The tiny predictor with a strong dependency of s2 on s1, which random weights hardly have."""
     changed = deepcopy(tiny_predictor)
     with torch.no_grad():
         changed.dep_layer.cross_attn.q_proj.weight.mul_(20)
@@ -146,7 +146,7 @@ def test_s2_given_s1(first_step: FirstStep) -> None:
     given_s1 = first_step.s2[first_step.s1 == s1]
     assert len(given_s1) > DRAWS / 20
     assert chi_square_p(count(given_s1), first_step.p2[s1]) > SURE
-    # Not so the average over s1: the test would see a wrong condition.
+    # The average over s1 does not fit: the check would detect a wrong condition.
     others = first_step.p1 @ first_step.p2
     assert chi_square_p(count(given_s1), others / others.sum()) < SURE
 
@@ -157,8 +157,10 @@ def test_s2_given_s1(first_step: FirstStep) -> None:
     top_k=st.integers(0, 30),
     top_p=st.floats(0.01, 1.0),
 )
-def test_filter(logits: list[int], temperature: float, top_k: int, top_p: float) -> None:
-    """Temperature, top-k and top-p give what the plain implementation gives, ties included."""
+def test_filters_equal_the_plain_implementation(
+    logits: list[int], temperature: float, top_k: int, top_p: float
+) -> None:
+    """Temperature, top-k and top-p equal a plain implementation, including ties."""
     exact = np.array(logits) / 8
     assume(top_p == 1.0 or not near_the_edge(exact, temperature, top_k, top_p))
     got = filtered(torch.tensor([exact.tolist()]), Sampling(temperature, top_k, top_p), 0)[0]
@@ -175,8 +177,8 @@ def test_ties_stay_together() -> None:
 
 
 @given(st.integers(0, 2**31))
-def test_one_token_left_is_the_likeliest(seed: int) -> None:
-    """A tiny top_p, top_k=1 and a tiny temperature draw the maximum, whatever the noise."""
+def test_a_single_kept_token_is_the_likeliest(seed: int) -> None:
+    """A tiny top_p, top_k=1 and a tiny temperature give the maximum for any noise."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 50, generator=generator)
     top = logits.topk(2).values
@@ -189,7 +191,7 @@ def test_one_token_left_is_the_likeliest(seed: int) -> None:
 @pytest.mark.parametrize("temperature", [MIN_TEMPERATURE, 1e-2, 1e6, 1e30])
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_extreme_temperatures_are_finite(temperature: float, top_p: float) -> None:
-    """Neither overflow nor an empty distribution, even with huge logits; hot is uniform."""
+    """No overflow, no empty distribution with huge logits; a high temperature is uniform."""
     logits = torch.tensor([[300.0, -300.0, 299.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     p = filtered(logits, Sampling(temperature, top_p=top_p), 0)
     assert torch.isfinite(p).all()
@@ -202,8 +204,8 @@ def test_extreme_temperatures_are_finite(temperature: float, top_p: float) -> No
 
 
 @given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40), st.data())
-def test_no_filtered_token_is_drawn(logits: list[float], data: st.DataObject) -> None:
-    """Even the least and the greatest uniform number draw a token that was kept."""
+def test_filtered_tokens_are_never_sampled(logits: list[float], data: st.DataObject) -> None:
+    """The least and the greatest uniform number also give a kept token."""
     options = Sampling(1.0, data.draw(st.integers(0, 40)), data.draw(st.floats(0.01, 1)))
     row = torch.tensor([logits])
     p = filtered(row, options, 0)[0]
@@ -239,22 +241,22 @@ def test_a_temperature_per_step() -> None:
         ({"horizon": [1, 2]}, "2 horizons for 1 contexts"),
     ],
 )
-def test_bad_options(
+def test_invalid_options_are_rejected(
     tiny_forecaster: Forecaster,
     make_contexts: Callable[..., list[Context]],
     options: dict[str, float],
     message: str,
 ) -> None:
-    """Options out of range are refused by a message that quotes them."""
+    """Options out of range are rejected with a message that quotes them."""
     arguments = {"horizon": 2, "paths": 2} | options
     with pytest.raises(ValueError, match=message):
         tiny_forecaster.sample(make_contexts([9]), **arguments)  # type: ignore[arg-type]
 
 
-def test_counts_are_whole_numbers(
+def test_counts_must_be_whole_numbers(
     tiny_forecaster: Forecaster, make_contexts: Callable[..., list[Context]]
 ) -> None:
-    """numpy's are as good as Python's; a fraction is refused, never cut off."""
+    """numpy integers are accepted; a fraction is rejected, not truncated."""
     contexts = make_contexts([30])
     one: Any = np.int64(1)
     two: Any = np.int64(2)

@@ -1,4 +1,4 @@
-"""Checkpoints: sizes, the round trip through files, and what is said of bad ones."""
+"""Checkpoints: sizes, round trip through files, errors of unusable ones."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ both = pytest.mark.parametrize("kind", ["tokenizer", "predictor"])
 
 @pytest.fixture
 def checkpoint(parity_folder: Path, tmp_path: Path, kind: str) -> Path:
-    """A copy of one tiny checkpoint, to be spoilt."""
+    """A copy of a tiny checkpoint, to be damaged by tests."""
     return Path(shutil.copytree(parity_folder / "tiny" / kind, tmp_path / kind))
 
 
 def refusal(source: str | Path, kind: str) -> str:
-    """The message of the error that loading raises: one line, of readable length."""
+    """Return the message of the loading error, which must be one line of readable length."""
     with pytest.raises(CheckpointError) as caught:
         LOADERS[kind](source)
     message = str(caught.value)
@@ -54,7 +54,7 @@ def refusal(source: str | Path, kind: str) -> str:
     [("mini", 4_108_032), ("small", 24_741_376), ("base", 102_310_592), ("large", 499_246_976)],
 )
 def test_parameter_counts(size: str, parameters: int) -> None:
-    """Each size has exactly the reference's number of parameters."""
+    """Each size has exactly the number of parameters of the reference."""
     with torch.device("meta"):
         predictor = Predictor(PUBLISHED_PREDICTORS[size])
     assert sum(p.numel() for p in predictor.parameters()) == parameters
@@ -72,7 +72,7 @@ def test_published_state_dict_names(parity_folder: Path, kind: str) -> None:
 
 @both
 def test_round_trip_is_bit_equal(parity_folder: Path, tmp_path: Path, kind: str) -> None:
-    """Saving and loading changes no bit and no setting, and leaves just the two files."""
+    """Saving and loading changes no bit and no setting, and writes only the two files."""
     first = LOADERS[kind](parity_folder / "tiny" / kind)
     folder = save(first, tmp_path / "new" / "folder")
     second = LOADERS[kind](folder)
@@ -103,7 +103,7 @@ def test_saving_replaces(parity_folder: Path, tmp_path: Path, kind: str) -> None
 
 @both
 def test_half_precision_file_loads_as_fp32(checkpoint: Path, kind: str) -> None:
-    """Weights stored as fp16 are computed with in fp32, at the values stored; integers stay."""
+    """Weights stored as fp16 are loaded as fp32 with the stored values; integers are unchanged."""
     path = checkpoint / "model.safetensors"
     half = {n: t.half() if t.is_floating_point() else t for n, t in load_file(path).items()}
     save_file(half, path)
@@ -128,7 +128,7 @@ def test_loaded_for_inference(checkpoint: Path, kind: str) -> None:
 
 @both
 def test_unknown_settings_are_ignored(checkpoint: Path, kind: str) -> None:
-    """A config.json with more in it than the constructor's arguments loads all the same."""
+    """Unknown fields in config.json are ignored."""
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "k"}), "utf-8")
     assert LOADERS[kind](checkpoint).config.to_dict() == config
@@ -136,7 +136,7 @@ def test_unknown_settings_are_ignored(checkpoint: Path, kind: str) -> None:
 
 @both
 def test_missing_folder(tmp_path: Path, kind: str) -> None:
-    """The message names the folder and what may be given instead."""
+    """The message names the folder and the alternatives."""
     message = refusal(tmp_path / "nowhere", kind)
     assert str(tmp_path / "nowhere") in message
     assert "give an existing folder" in message
@@ -144,7 +144,7 @@ def test_missing_folder(tmp_path: Path, kind: str) -> None:
 
 @both
 def test_missing_config(checkpoint: Path, kind: str) -> None:
-    """The message names the folder, the missing file and what a checkpoint folder holds."""
+    """The message names the folder, the missing file and the contents of a checkpoint folder."""
     (checkpoint / "config.json").unlink()
     message = refusal(checkpoint, kind)
     assert f"{checkpoint}: no config.json" in message
@@ -153,7 +153,7 @@ def test_missing_config(checkpoint: Path, kind: str) -> None:
 
 @both
 def test_missing_weights(checkpoint: Path, kind: str) -> None:
-    """The message names the folder, the missing file and the cure."""
+    """The message names the folder, the missing file and the remedy."""
     (checkpoint / "model.safetensors").unlink()
     message = refusal(checkpoint, kind)
     assert f"{checkpoint}: no model.safetensors" in message

@@ -7,7 +7,7 @@ from typing import Literal
 
 import structlog
 
-from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.contexts import ContextBuffer
 from kronos_stream.bars.effects import NEVER, Append, Begin, Revise
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.expected_closes import ExpectedCloses
@@ -19,6 +19,7 @@ from kronos_stream.daemon.storage.state import State
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.market.candle import Bar
 from kronos_stream.market.clock import Clock
+from kronos_stream.market.series import Series
 
 _log = structlog.get_logger()
 
@@ -41,12 +42,13 @@ class SavedBars:
         """degraded: "skip" sets a skip reason while bars of the context are missing."""
         self.state, self.lookback, self.capacity = state, lookback, lookback + CONTEXT_MARGIN
         self._clock, self._metrics, self._strict = clock, metrics, degraded == "skip"
-        self._contexts = ContextStore(self.capacity)
+        self._contexts: dict[Series, ContextBuffer] = {}
         self._expected_closes: ExpectedCloses[SeriesState] = ExpectedCloses()
 
     async def window(self, request: ForecastRequest) -> Window | None:
         """Window to forecast a request from; None if its bars are no longer kept."""
-        window = self._contexts.window(request.series, request.origin, self.lookback)
+        context = self._contexts.get(request.series)
+        window = None if context is None else context.window(request.origin, self.lookback)
         return window or await load_window(self.state, request, self.lookback)
 
     def outstanding_bars(self, close: int) -> int:
@@ -67,7 +69,8 @@ class SavedBars:
         """
         series, watermark = one.series, one.watermark
         complete = len(bars) >= self.lookback
-        self._contexts.load(series, bars if complete or outdated else (), complete=not complete)
+        known = bars if complete or outdated else ()
+        self._contexts[series] = ContextBuffer(series, self.capacity, known, complete=not complete)
         if watermark is not None and (complete or outdated):
             for bar in await bars_without_outcome(self.state, series, bars, watermark):
                 if (request := self._request(one, bar)) is not None:
@@ -78,14 +81,14 @@ class SavedBars:
         if outdated:
             _log.info("absent for too long; old bars are not continued", series=series.name)
             one.watermark = None
-            self._contexts.load(series, (), complete=True)
+            self._contexts[series] = ContextBuffer(series, self.capacity)
         elif complete:
             self._expected_closes.expect(one, series.timeframe.after(bars[-1].candle.time, 2))
 
     def remove(self, one: SeriesState) -> None:
         """Drop a series that is no longer followed."""
         self._expected_closes.discard(one)
-        self._contexts.remove(one.series)
+        self._contexts.pop(one.series, None)
 
     def apply(self, one: SeriesState, change: Change) -> ForecastRequest | None:
         """Add a change that was saved; return the request that it triggers, if any."""
@@ -94,13 +97,13 @@ class SavedBars:
             return None
         series, bar = one.series, change.bar
         if isinstance(change, Append):
-            self._contexts.append(series, bar)
+            self._contexts[series].append(bar)
             one.closed_bars.inc()
             if bar.synthetic:
                 self._metrics.synthetic_bars.labels(series.venue).inc()
             self._expected_closes.expect(one, series.timeframe.after(bar.candle.time, 2))
             return self._request(one, bar)
-        self._contexts.revise(series, bar)
+        self._contexts[series].revise(bar)
         if not isinstance(change, Revise):
             return None
         age = "newest" if change.newest else "older"
@@ -117,5 +120,5 @@ class SavedBars:
         close = one.series.timeframe.after(bar.candle.time)
         # Bars can arrive before their close by our clock; placeholders have no arrival.
         received = max(close, bar.received or self._clock.now())
-        skip_reason = self._contexts.skip_reason(one.series, self.lookback, strict=self._strict)
+        skip_reason = self._contexts[one.series].skip_reason(self.lookback, strict=self._strict)
         return ForecastRequest(one.series, *place, close, received, skip_reason)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Literal
 
-from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.contexts import ContextBuffer
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.expected_closes import ExpectedCloses
 from kronos_stream.daemon.partitions.partition_state import (
@@ -68,7 +68,7 @@ class PartitionTracker:
         self._submit, self._retract, self._dead_letter = submit, retract, dead_letter
         self._clock, self._metrics = clock, metrics
         self._lookback, self._catch_up, self._strict = lookback, catch_up, degraded == "skip"
-        self._contexts = ContextStore(lookback + LATE_BARS)
+        self._contexts: dict[Series, ContextBuffer] = {}
         self._partitions: dict[Partition, PartitionState] = {}
         self._revoked: dict[Partition, PartitionState] = {}
         """Kept until the next assignment, which may return them."""
@@ -238,7 +238,7 @@ class PartitionTracker:
     def _forget_series(self, state: PartitionState, series: Series) -> None:
         if (progress := state.series.pop(series, None)) is not None:
             self._expected_closes.discard(progress)
-            self._contexts.remove(series)
+            self._contexts.pop(series, None)
             self.series.pop(series, None)
 
     def _complete(self, item: ForecastRequest | Series) -> None:
@@ -304,14 +304,14 @@ class PartitionTracker:
         if progress is None or time > progress.newest.candle.time:
             if progress is None or after(progress.newest.candle.time) != time:
                 # The first bar, or a gap: older bars do not belong to its context.
-                self._contexts.load(series, (), complete=True)
+                self._contexts[series] = ContextBuffer(series, self._lookback + LATE_BARS)
             if progress is None:
                 progress = state.series[series] = self.series[series] = SeriesProgress(series, bar)
-            self._contexts.append(series, bar)
+            self._contexts[series].append(bar)
             progress.append(offset, bar, self._lookback, history=history)
             self._expected_closes.expect(progress, after(time, 2))
-        elif self._contexts.supersedes(series, bar):
-            self._contexts.revise(series, bar)
+        elif self._contexts[series].supersedes(bar):
+            self._contexts[series].revise(bar)
             if time < progress.newest.candle.time or bar.revision == progress.newest.revision:
                 return None
             progress.newest = bar
@@ -322,14 +322,14 @@ class PartitionTracker:
             return None
         close = after(time)
         received = max(close, bar.received or self._clock.now())
-        skip_reason = self._contexts.skip_reason(series, self._lookback, strict=self._strict)
+        skip_reason = self._contexts[series].skip_reason(self._lookback, strict=self._strict)
         return ForecastRequest(series, time, bar.revision, close, received, skip_reason)
 
     def _submit_request(
         self, partition: Partition, state: PartitionState, offset: int, request: ForecastRequest
     ) -> None:
         if request.skip_reason is None:
-            window = self._contexts.window(request.series, request.origin, self._lookback)
+            window = self._contexts[request.series].window(request.origin, self._lookback)
             if window is None:
                 return  # a late record of a bar that is older than the context
             self._windows[request] = window

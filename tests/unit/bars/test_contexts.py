@@ -1,4 +1,4 @@
-"""Context store: windows of the newest bars, and the reasons why they are degraded."""
+"""Contexts: windows of the newest bars, and the reasons why they are degraded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from kronos_stream.bars.contexts import ContextStore
+from kronos_stream.bars.contexts import ContextBuffer
 from kronos_stream.bars.window import build_window
 from kronos_stream.market.candle import Bar, Candle
 from kronos_stream.market.series import Series
@@ -31,23 +31,22 @@ def random_bars(count: int, *, scale: float = 100.0, amount: bool = True) -> lis
     return bars
 
 
-def make_store(bars: list[Bar], capacity: int = 50) -> ContextStore:
-    contexts = ContextStore(capacity)
-    contexts.load(SERIES, (), complete=True)
+def make_context(bars: list[Bar]) -> ContextBuffer:
+    context = ContextBuffer(SERIES, 50)
     for bar in bars:
-        contexts.append(SERIES, bar)
-    return contexts
+        context.append(bar)
+    return context
 
 
 @pytest.mark.parametrize("count", [1, 40, 49, 50, 51, 56, 57, 58, 300])
 def test_window_has_the_newest_bars_up_to_its_origin(count: int) -> None:
     bars = random_bars(count)
-    contexts = make_store(bars)
+    context = make_context(bars)
     for back in (0, 5, 9):
         if back >= count:
             break
         part = bars[max(0, count - back - 40) : count - back]
-        window = contexts.window(SERIES, part[-1].candle.time, 40)
+        window = context.window(part[-1].candle.time, 40)
         assert window is not None
         np.testing.assert_array_equal(
             window.values, np.array([bar.candle[1:] for bar in part], np.float32)
@@ -59,40 +58,38 @@ def test_window_has_the_newest_bars_up_to_its_origin(count: int) -> None:
 
 def test_window_is_a_copy() -> None:
     bars = random_bars(80)
-    contexts = make_store(bars)
-    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    context = make_context(bars)
+    window = context.window(bars[-1].candle.time, 40)
     assert window is not None
     before = window.values.copy()
     for bar in random_bars(80):
-        contexts.append(SERIES, bar._replace(candle=bar.candle._replace(close=1.0)))
+        context.append(bar._replace(candle=bar.candle._replace(close=1.0)))
     np.testing.assert_array_equal(window.values, before)
 
 
 def test_window_that_is_not_completely_stored_is_none() -> None:
     bars = random_bars(300)
-    contexts = make_store(bars)
-    assert contexts.window(SERIES, bars[100].candle.time, 40) is None
-    assert contexts.window(SERIES, bars[-1].candle.time + 1, 40) is None
-    assert contexts.window(SERIES, bars[-1].candle.time + MINUTE, 40) is None
+    context = make_context(bars)
+    assert context.window(bars[100].candle.time, 40) is None
+    assert context.window(bars[-1].candle.time + 1, 40) is None
+    assert context.window(bars[-1].candle.time + MINUTE, 40) is None
     # The series has older bars than were loaded, so a shorter window would be wrong.
-    contexts.load(SERIES, bars[-50:])
-    assert contexts.window(SERIES, bars[-20].candle.time, 40) is None
-    assert contexts.window(SERIES, bars[-1].candle.time, 40) is not None
-    contexts.remove(SERIES)
-    assert contexts.window(SERIES, bars[-1].candle.time, 40) is None
+    context = ContextBuffer(SERIES, 50, bars[-50:], complete=False)
+    assert context.window(bars[-20].candle.time, 40) is None
+    assert context.window(bars[-1].candle.time, 40) is not None
 
 
 def test_revision_replaces_its_bar() -> None:
     bars = random_bars(60)
-    contexts = make_store(bars)
+    context = make_context(bars)
     changed = Bar(bars[-3].candle._replace(volume=9.0), revision=2, received=5)
-    contexts.revise(SERIES, changed)
-    contexts.revise(SERIES, Bar(bars[0].candle, revision=7))  # no longer stored
-    window = contexts.window(SERIES, changed.candle.time, 40)
+    context.revise(changed)
+    context.revise(Bar(bars[0].candle, revision=7))  # no longer stored
+    window = context.window(changed.candle.time, 40)
     assert window is not None
     assert window.revision == 2
     assert window.last.volume == 9.0
-    newest = contexts.window(SERIES, bars[-1].candle.time, 40)
+    newest = context.window(bars[-1].candle.time, 40)
     assert newest is not None
     assert newest.values[-3, 4] == 9.0
     assert newest.revision == 0
@@ -101,16 +98,16 @@ def test_revision_replaces_its_bar() -> None:
 def test_bar_without_amount_drops_the_column() -> None:
     bars = random_bars(60)
     bars[-10] = Bar(bars[-10].candle._replace(amount=None), received=1)
-    contexts = make_store(bars)
-    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    context = make_context(bars)
+    window = context.window(bars[-1].candle.time, 40)
     assert window is not None
     assert window.values.shape == (40, 5)
     assert window.values.flags.c_contiguous
     assert window.last.amount == bars[-1].candle.amount
-    without = contexts.window(SERIES, bars[-10].candle.time, 5)
+    without = context.window(bars[-10].candle.time, 5)
     assert without is not None
     assert without.last.amount is None
-    before = contexts.window(SERIES, bars[-11].candle.time, 5)
+    before = context.window(bars[-11].candle.time, 5)
     assert before is not None
     assert before.values.shape == (5, 6)
 
@@ -120,14 +117,14 @@ def test_synthetic_and_missing_bars_are_counted_and_reported() -> None:
     for i in (-2, -5, -9):
         bars[i] = bars[i]._replace(synthetic=True)
     bars[-12] = bars[-12]._replace(synthetic=True, received=0)
-    contexts = make_store(bars)
-    window = contexts.window(SERIES, bars[-1].candle.time, 40)
+    context = make_context(bars)
+    window = context.window(bars[-1].candle.time, 40)
     assert window is not None
     assert window.synthetic == 4
     assert window.reasons == ("3 synthetic bars", "1 missing bar")
-    assert contexts.skip_reason(SERIES, 40, strict=True) == "gap"
-    assert contexts.skip_reason(SERIES, 40, strict=False) is None
-    assert contexts.skip_reason(SERIES, 10, strict=True) is None
+    assert context.skip_reason(40, strict=True) == "gap"
+    assert context.skip_reason(40, strict=False) is None
+    assert context.skip_reason(10, strict=True) is None
 
 
 @pytest.mark.parametrize("amount", [True, False])
@@ -159,8 +156,6 @@ def test_clipping_of_tiny_prices_is_checked_after_scaling() -> None:
 
 
 def test_buffer_of_a_series_is_small() -> None:
-    contexts = ContextStore(552)
-    contexts.load(SERIES, random_bars(600))
-    (buffer,) = contexts._buffers.values()
+    buffer = ContextBuffer(SERIES, 552, random_bars(600))
     columns = (buffer._values, buffer._times, buffer._revisions, buffer._kinds)
     assert sum(column.nbytes for column in columns) < 45_000

@@ -73,7 +73,7 @@ class Universe:
             for task in attempts:
                 task.cancel()
             await asyncio.gather(*attempts, return_exceptions=True)
-        if problems := [line for task in done for line in task.result()]:
+        if problems := [problem for task in done for problem in task.result()]:
             raise SettingsError(problems)
         self.pending_venues = {attempts[task] for task in waiting}
         if self.pending_venues:

@@ -195,14 +195,10 @@ class PartitionTracker:
 
     def pending_checkpoints(self) -> Mapping[Partition, Checkpoint]:
         """Checkpoints to be committed, where they changed."""
-        checkpoints = {
-            partition: state.next_checkpoint(self._lookback)
-            for partition, state in self._partitions.items()
-        }
         return {
             partition: checkpoint
-            for partition, checkpoint in checkpoints.items()
-            if checkpoint != self._partitions[partition].checkpoint
+            for partition, state in self._partitions.items()
+            if (checkpoint := state.next_checkpoint(self._lookback)) != state.checkpoint
         }
 
     def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:

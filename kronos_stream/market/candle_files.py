@@ -7,6 +7,7 @@ are allowed; :attr:`CandleTable.gaps` lists them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -37,8 +38,12 @@ _BINANCE_DUMP = [
     "trades", "taker_base", "taker_quote", "ignore",
 ]  # fmt: skip
 
-_PARQUET_SUFFIXES = (".parquet", ".pq")
-_FEATHER_SUFFIXES = (".feather", ".arrow")
+_TABLE_READERS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    ".parquet": pd.read_parquet,
+    ".pq": pd.read_parquet,
+    ".feather": pd.read_feather,
+    ".arrow": pd.read_feather,
+}
 _TEXT_SUFFIXES = {".csv": ",", ".txt": ",", ".tsv": "\t"}
 
 # Units of epoch times by magnitude; the years 1973 to 5138 are unambiguous.
@@ -117,10 +122,8 @@ def _load(path: Path) -> pd.DataFrame:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     separator = next((_TEXT_SUFFIXES[s] for s in suffixes if s in _TEXT_SUFFIXES), None)
     try:
-        if path.suffix.lower() in _PARQUET_SUFFIXES:
-            return _index_as_column(pd.read_parquet(path))
-        if path.suffix.lower() in _FEATHER_SUFFIXES:
-            return _index_as_column(pd.read_feather(path))
+        if (read := _TABLE_READERS.get(path.suffix.lower())) is not None:
+            return _index_as_column(read(path))
         if separator is not None:
             return _load_text(path, separator)
     except FileNotFoundError:
@@ -136,7 +139,7 @@ def _load(path: Path) -> pd.DataFrame:
 
 def _load_text(path: Path, separator: str) -> pd.DataFrame:
     header = _read_csv(path, separator, rows=0).columns
-    if not all(_is_number(name) for name in header):
+    if pd.to_numeric(header.to_series(), errors="coerce").isna().any():
         return _read_csv(path, separator)
     if len(header) != len(_BINANCE_DUMP):
         _fail(path, "the first row holds numbers; add a header such as time,open,high,low,close")
@@ -160,14 +163,6 @@ def _read_csv(
         skipinitialspace=True,
         low_memory=False,
     )
-
-
-def _is_number(text: object) -> bool:
-    try:
-        float(str(text))
-    except ValueError:
-        return False
-    return True
 
 
 def _index_as_column(frame: pd.DataFrame) -> pd.DataFrame:

@@ -35,11 +35,5 @@ class Grid:
             return time % self.step == 0
         if anchor is None:
             return True
-        if self.step is not None:
-            return (time - anchor) % self.step == 0
         first, last = sorted((time, anchor))
-        # With the shortest month as divisor, the quotient is at least the number of bars between.
-        bars = (last - first) // self.timeframe.min_milliseconds
-        while bars and self.timeframe.after(first, bars) > last:
-            bars -= 1
-        return self.timeframe.after(first, bars) == last
+        return self.timeframe.after(first, self.timeframe.bars_between(first, last)) == last

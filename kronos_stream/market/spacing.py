@@ -15,7 +15,7 @@ def find_gaps(times: NDArray[np.int64], timeframe: Timeframe) -> list[tuple[int,
     gaps = []
     for i in np.flatnonzero(np.diff(times) > timeframe.min_milliseconds):
         before, after = int(times[i]), int(times[i + 1])
-        missing = _bars_between(before, after, timeframe)
+        missing = timeframe.bars_between(before, after - 1)
         if missing:
             gaps.append((before, missing))
     return gaps
@@ -42,14 +42,3 @@ def _months(times: NDArray[np.int64], step: int) -> Timeframe | None:
     opens = times.tolist()
     regular = sum(timeframe.after(a) == b for a, b in pairwise(opens))
     return timeframe if regular > len(months) / 2 else None
-
-
-def _bars_between(before: int, after: int, timeframe: Timeframe) -> int:
-    """Bars of ``timeframe`` that open strictly between two bar opens, UTC ms."""
-    step = timeframe.milliseconds
-    if step is not None:
-        return -((before - after) // step) - 1
-    bars = 0
-    while timeframe.after(before, bars + 1) < after:
-        bars += 1
-    return bars

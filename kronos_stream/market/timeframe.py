@@ -70,3 +70,11 @@ class Timeframe:
         at_end = opened.day == monthrange(opened.year, opened.month)[1]
         day = last if at_end else min(opened.day, last)
         return (date(year, month + 1, day) - _EPOCH).days * DAY_MS + time_of_day
+
+    def bars_between(self, open_ms: int, later_ms: int) -> int:
+        """Number of bars that open after ``open_ms``, an open, up to ``later_ms``."""
+        # With the shortest month as divisor, the quotient is never too small.
+        bars = (later_ms - open_ms) // self.min_milliseconds
+        while self.after(open_ms, bars) > later_ms:
+            bars -= 1
+        return bars

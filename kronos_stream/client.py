@@ -20,6 +20,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -83,8 +84,8 @@ async def forecasts(
     )
     selection = _Filter(
         clock or SystemClock(),
-        series=series,
-        symbols=symbols,
+        series=series and frozenset(series),
+        symbols=symbols and frozenset(symbols),
         duplicates=duplicates,
         superseded=superseded,
         expired=expired,
@@ -180,25 +181,18 @@ class _Reader:
             _log.warning("consumer not closed properly: %r", error)
 
 
+@dataclass
 class _Filter:
     """Selection of the forecasts to yield."""
 
-    def __init__(
-        self,
-        clock: Clock,
-        *,
-        series: Collection[str] | None = None,
-        symbols: Collection[str] | None = None,
-        duplicates: bool = False,
-        superseded: bool = False,
-        expired: bool = False,
-    ) -> None:
-        self._series = None if series is None else frozenset(series)
-        self._symbols = None if symbols is None else frozenset(symbols)
-        self._clock = clock
-        self._duplicates, self._superseded, self._expired = duplicates, superseded, expired
-        self._newest: OrderedDict[object, tuple[datetime, int]] = OrderedDict()
-        """Origin and revision of the newest forecast per stream; others are duplicates."""
+    clock: Clock
+    series: Collection[str] | None = None
+    symbols: Collection[str] | None = None
+    duplicates: bool = False
+    superseded: bool = False
+    expired: bool = False
+    newest: OrderedDict[object, tuple[datetime, int]] = field(default_factory=OrderedDict)
+    """Origin and revision of the newest forecast per stream; others are duplicates."""
 
     def select(
         self, records: Sequence[ConsumerRecord]
@@ -214,11 +208,11 @@ class _Filter:
             selected = (
                 forecast is not None
                 and (
-                    self._superseded
+                    self.superseded
                     or forecast.revision >= final[_stream(forecast), forecast.origin]
                 )
-                and (self._is_new(forecast) or self._duplicates)
-                and (self._expired or forecast.valid_until.timestamp() * 1000 > self._clock.now())
+                and (self._is_new(forecast) or self.duplicates)
+                and (self.expired or forecast.valid_until.timestamp() * 1000 > self.clock.now())
             )
             yield record, forecast if selected else None
 
@@ -227,9 +221,9 @@ class _Filter:
             return None
         try:
             series = Series.parse(record.key.decode())
-            if self._series is not None and series.name not in self._series:
+            if self.series is not None and series.name not in self.series:
                 return None
-            if self._symbols is not None and series.symbol not in self._symbols:
+            if self.symbols is not None and series.symbol not in self.symbols:
                 return None
             return Forecast.parse(record.value)
         except (AttributeError, ValueError) as error:  # no key, or not a valid message
@@ -239,13 +233,13 @@ class _Filter:
 
     def _is_new(self, forecast: Forecast) -> bool:
         stream, version = _stream(forecast), (forecast.origin, forecast.revision)
-        newest = self._newest.get(stream)
+        newest = self.newest.get(stream)
         if newest is not None and version <= newest:
             return False
-        self._newest[stream] = version
-        self._newest.move_to_end(stream)
-        if len(self._newest) > _MAX_STREAMS:
-            self._newest.popitem(last=False)
+        self.newest[stream] = version
+        self.newest.move_to_end(stream)
+        if len(self.newest) > _MAX_STREAMS:
+            self.newest.popitem(last=False)
         return True
 
 

@@ -200,7 +200,7 @@ def test_memory_of_streams_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     selection = _Filter(ManualClock(_START))
     for symbol in range(50):
         list(selection.select([_FakeRecord(_forecast(0, series=f"binance:S{symbol}/USDT:1m"))]))
-    assert len(selection._newest) == 10
+    assert len(selection.newest) == 10
 
 
 def test_client_imports_neither_torch_nor_pandas() -> None:

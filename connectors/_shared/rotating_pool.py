@@ -32,7 +32,26 @@ class Member(Protocol):
     """Connection of a shard."""
 
     live_since: float
-    """When it first delivered what it was opened for; NEVER before."""
+    """When it first delivered something; NEVER before."""
+
+    @property
+    def complete_since(self) -> float:
+        """When it had every subscription of its shard and was live; NEVER before."""
+
+    def requests(self, now: float) -> Iterable[Any]:
+        """Commands that update its subscriptions."""
+
+    def failure(self, now: float) -> str:
+        """Reason to close it; empty while it works."""
+
+    def candle_overdue(self, now: float) -> bool:
+        """Return whether it may have failed only because its markets are quiet."""
+
+    def expired(self, now: float) -> bool:
+        """Return whether it is to be replaced although it works."""
+
+    def next_wakeup(self, now: float) -> float:
+        """Time after ``now`` at which the other methods' results may next change by themselves."""
 
 
 MemberT = TypeVar("MemberT", bound=Member)
@@ -42,7 +61,7 @@ RequestT = TypeVar("RequestT")
 
 
 class Open(NamedTuple, Generic[MemberT]):
-    """Open a connection, and report if it is lost."""
+    """Open a connection; report :meth:`RotatingPool.on_lost` when it ends."""
 
     member: MemberT
 
@@ -52,36 +71,43 @@ class Close(NamedTuple, Generic[MemberT]):
 
     member: MemberT
     reason: str
-    """Why it failed; empty where it was replaced or has no subscriptions left."""
+    """Why it failed; empty if it was replaced or has no subscriptions left."""
 
 
 @dataclass(eq=False, slots=True)
 class Shard(Generic[MemberT, KeyT]):
     """Subscriptions that share a connection."""
 
-    group: Any
-    """What :meth:`RotatingPool._group` returns for all its subscriptions."""
+    group: object
     backoff: Backoff
     subscriptions: set[KeyT] = field(default_factory=set)
     members: list[MemberT] = field(default_factory=list)
     """Oldest first; the newest may still be opening."""
     retry_at: float = 0.0
-    candle_timeout_factor: float = 1.0
-    """Doubles with every member closed for lack of candles: the market may just be quiet."""
+    timeout_factor: float = 1.0
+    """Doubles with every member that was closed for lack of candles."""
+
+    def candle_timeout(self, timeframe: Timeframe, stall_seconds: float) -> float:
+        """Seconds without a candle after which a member fails."""
+        length = timeframe.milliseconds
+        bar = _LONGEST_MONTH_SECONDS * timeframe.count if length is None else length / 1000
+        return self.timeout_factor * (bar + 2 * stall_seconds)
 
 
 class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
-    """Keeps every subscription on a working connection; a subclass knows the connections.
+    """Keeps every subscription on a working connection.
 
     Call :meth:`poll` at :attr:`next_wakeup`, and after every event other than a candle.
     """
 
     open_interval_seconds: float
     """Between two attempts to open."""
+    overlap_seconds: float
+    """How long older members stay open beside a complete successor."""
     min_lifetime_factor: float
-    """Lower bound of the random factor of a member's lifetime, so that not all expire at once."""
+    """Lower bound of the random factor of lifetimes, so that not all members expire at once."""
     max_members: float = NEVER
-    """Members of a shard during a handover."""
+    """Most members of a shard."""
 
     def __init__(
         self, random: Random, *, capacity: int, stall_seconds: float, lifetime_seconds: float
@@ -92,6 +118,14 @@ class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
         self._stall, self._lifetime = stall_seconds, lifetime_seconds
         self._shards: list[Shard[MemberT, KeyT]] = []
         self._next_open_at = 0.0
+
+    @abstractmethod
+    def _create(self, shard: Shard[MemberT, KeyT], now: float, lifetime: float) -> MemberT:
+        """Create a member that is opened now and expires after ``lifetime`` seconds."""
+
+    def _group(self, key: KeyT) -> object:  # noqa: ARG002
+        """Subscriptions of different groups, hashable values, never share a member."""
+        return None
 
     def on_lost(self, member: MemberT, now: float, retry_after: float = 0.0) -> None:
         """Remove a member that ended or was never opened.
@@ -114,12 +148,10 @@ class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
             if self._needs_member(shard, now) and now >= self._open_at(shard):
                 commands.append(Open(self._open(shard, now)))
             for member in shard.members:
-                commands += self._requests(shard, member, now)
-        deadlines = (deadline for shard in self._shards for deadline in self._deadlines(shard, now))
+                commands += member.requests(now)
+        deadlines = (time for shard in self._shards for time in self._deadlines(shard, now))
         # Everything due has run; anything blocked waits for another event.
-        self.next_wakeup = min(
-            (deadline for deadline in deadlines if deadline > now), default=NEVER
-        )
+        self.next_wakeup = min((time for time in deadlines if time > now), default=NEVER)
         return commands
 
     def _distribute(self, wanted: AbstractSet[KeyT]) -> None:
@@ -130,44 +162,45 @@ class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
         for group in dict.fromkeys(map(self._group, new)):
             shards = [shard for shard in self._shards if shard.group == group]
             needed = -(-sum(self._group(key) == group for key in wanted) // self._capacity)
-            added = [self._new_shard(group) for _ in range(needed - len(shards))]
-            self._shards += added
+            while len(shards) < needed:
+                shards.append(Shard(group, self._backoff()))
+                self._shards.append(shards[-1])
             for key in new:
                 if self._group(key) == group:
-                    shard = min(shards + added, key=lambda shard: len(shard.subscriptions))
-                    shard.subscriptions.add(key)
+                    smallest = min(shards, key=lambda shard: len(shard.subscriptions))
+                    smallest.subscriptions.add(key)
 
-    def _new_shard(self, group: object) -> Shard[MemberT, KeyT]:
-        backoff = Backoff(self._random, initial=_MIN_BACKOFF_SECONDS, maximum=_MAX_BACKOFF_SECONDS)
-        return Shard(group, backoff)
+    def _backoff(self) -> Backoff:
+        return Backoff(self._random, initial=_MIN_BACKOFF_SECONDS, maximum=_MAX_BACKOFF_SECONDS)
 
     def _reap(self, shard: Shard[MemberT, KeyT], now: float) -> Iterator[Close[MemberT]]:
         """Close members that failed, were replaced, or have no subscriptions."""
         for member in list(shard.members):
-            if reason := self._failure(shard, member, now):
-                if self._candles_missing(shard, member, now):
-                    doubled = 2 * shard.candle_timeout_factor
-                    shard.candle_timeout_factor = min(doubled, _MAX_TIMEOUT_FACTOR)
+            if reason := member.failure(now):
+                if member.candle_overdue(now):
+                    shard.timeout_factor = min(2 * shard.timeout_factor, _MAX_TIMEOUT_FACTOR)
                 self._remove(shard, member, now)
                 yield Close(member, reason)
-        kept = shard.members[-1:] if shard.subscriptions else []
-        if kept and now < self._handover_at(shard, kept[0]):
+        if shard.subscriptions and now < self._handover_at(shard):
             return
-        closed = shard.members[: len(shard.members) - len(kept)]
-        shard.members = kept
-        for member in closed:
-            shard.candle_timeout_factor = 1.0
-            yield Close(member, "")
+        kept = 1 if shard.subscriptions else 0
+        while len(shard.members) > kept:
+            shard.timeout_factor = 1.0
+            yield Close(shard.members.pop(0), "")
+
+    def _handover_at(self, shard: Shard[MemberT, KeyT]) -> float:
+        return shard.members[-1].complete_since + self.overlap_seconds if shard.members else NEVER
 
     def _needs_member(self, shard: Shard[MemberT, KeyT], now: float) -> bool:
         if not shard.members:
             return True
         newest = shard.members[-1]
-        return (
-            len(shard.members) < self.max_members
-            and newest.live_since <= now
-            and self._expired(shard, newest, now)
-        )
+        may_add = len(shard.members) < self.max_members
+        return may_add and newest.live_since <= now and newest.expired(now)
+
+    def _open_at(self, shard: Shard[MemberT, KeyT]) -> float:
+        """Earliest time of the next attempt to open a member."""
+        return max(shard.retry_at, self._next_open_at)
 
     def _open(self, shard: Shard[MemberT, KeyT], now: float) -> MemberT:
         self._next_open_at = max(self._next_open_at, now + self.open_interval_seconds)
@@ -183,59 +216,9 @@ class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
             shard.backoff.reset()
         shard.retry_at = now + shard.backoff.next_delay()
 
-    def _open_at(self, shard: Shard[MemberT, KeyT]) -> float:
-        return max(shard.retry_at, self._next_open_at)
-
     def _deadlines(self, shard: Shard[MemberT, KeyT], now: float) -> Iterator[float]:
-        for member in shard.members:
-            yield from self._member_deadlines(shard, member, now)
+        yield from (member.next_wakeup(now) for member in shard.members)
         if self._needs_member(shard, now):
             yield self._open_at(shard)
         if len(shard.members) > 1:
-            yield self._handover_at(shard, shard.members[-1])
-
-    def _candle_timeout(self, shard: Shard[MemberT, KeyT], bar_seconds: float) -> float:
-        """Seconds without a candle after which a member is closed."""
-        return shard.candle_timeout_factor * (bar_seconds + 2 * self._stall)
-
-    def _group(self, key: KeyT) -> object:  # noqa: ARG002
-        """Subscriptions of different groups, hashable values, never share a member."""
-        return None
-
-    @abstractmethod
-    def _create(self, shard: Shard[MemberT, KeyT], now: float, lifetime: float) -> MemberT:
-        """Create a member to be opened now and replaced after ``lifetime`` seconds."""
-
-    @abstractmethod
-    def _requests(
-        self, shard: Shard[MemberT, KeyT], member: MemberT, now: float
-    ) -> Iterable[RequestT]:
-        """Commands that give the member the subscriptions of its shard."""
-
-    @abstractmethod
-    def _failure(self, shard: Shard[MemberT, KeyT], member: MemberT, now: float) -> str:
-        """Why the member must be closed; empty while it works."""
-
-    @abstractmethod
-    def _candles_missing(self, shard: Shard[MemberT, KeyT], member: MemberT, now: float) -> bool:
-        """Whether a failed member may have failed just because its markets are quiet."""
-
-    @abstractmethod
-    def _expired(self, shard: Shard[MemberT, KeyT], member: MemberT, now: float) -> bool:
-        """Whether a working member is to be replaced."""
-
-    @abstractmethod
-    def _handover_at(self, shard: Shard[MemberT, KeyT], successor: MemberT) -> float:
-        """When ``successor`` has served long enough for the older members to be closed."""
-
-    @abstractmethod
-    def _member_deadlines(
-        self, shard: Shard[MemberT, KeyT], member: MemberT, now: float
-    ) -> Iterable[float]:
-        """Times at which the member may fail, expire or have a request to send."""
-
-
-def longest_bar_seconds(timeframe: Timeframe) -> float:
-    """Length of a bar in seconds; months have 31 days."""
-    length = timeframe.milliseconds
-    return _LONGEST_MONTH_SECONDS * timeframe.count if length is None else length / 1000
+            yield self._handover_at(shard)

@@ -5,8 +5,9 @@ Times are seconds of any monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 import orjson
 
@@ -21,6 +22,13 @@ REQUEST_INTERVAL_SECONDS = 0.35
 
 RESPONSE_TIMEOUT_SECONDS = 5.0
 """Deadline of the response to a request."""
+
+
+class Send(NamedTuple):
+    """Send a text message."""
+
+    member: Connection
+    message: bytes
 
 
 class Connection:
@@ -71,7 +79,7 @@ class Connection:
         )
         if response.error:
             self._error = f"request refused: {response.error}"
-        elif known and self.live_since == NEVER and self.granted:
+        elif known and self.live_since == NEVER and self._confirmed:
             self.live_since = self._last_candle = now
 
     def on_shutdown(self) -> None:
@@ -81,9 +89,17 @@ class Connection:
     # -- out -------------------------------------------------------------------------------
 
     @property
-    def granted(self) -> bool:
-        """Whether all streams are subscribed and confirmed."""
+    def complete_since(self) -> float:
+        return self.live_since if self._confirmed else NEVER
+
+    @property
+    def _confirmed(self) -> bool:
         return not self._response_deadlines and self._requested == self._streams
+
+    def requests(self, now: float) -> Iterator[Send]:
+        message = self.next_request(now)
+        if message is not None:
+            yield Send(self, message)
 
     def next_request(self, now: float) -> bytes | None:
         """Message to send now, if any."""

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple, TypeAlias
 
-from kronos_connectors._shared.rotating_pool import (
-    NEVER,
-    Close,
-    Open,
-    RotatingPool,
-    Shard,
-    longest_bar_seconds,
-)
-from kronos_connectors.binance.connection import Connection
+from kronos_connectors._shared.rotating_pool import NEVER, Close, Open, RotatingPool, Shard
+from kronos_connectors.binance.connection import Connection, Send
 from kronos_connectors.binance.frames import (
     FrameError,
     IgnoredFrame,
@@ -26,6 +18,7 @@ from kronos_connectors.binance.frames import (
     decode,
 )
 from kronos_stream.market.series import Series
+from kronos_stream.market.timeframe import Timeframe
 
 OVERLAP_SECONDS = 2.0
 """An old connection stays open this long beside its successor, for updates already on their way."""
@@ -35,17 +28,8 @@ MAX_ATTEMPTS, ATTEMPT_WINDOW_SECONDS = 250, 300.0
 
 OPEN_INTERVAL_SECONDS = 0.1
 
-_Shard: TypeAlias = Shard[Connection, str]
-
-
-class Send(NamedTuple):
-    """Send a text message."""
-
-    member: Connection
-    message: bytes
-
-
 Command: TypeAlias = Open[Connection] | Send | Close[Connection]
+_Shard: TypeAlias = Shard[Connection, str]
 
 
 class InvalidFrame(NamedTuple):
@@ -56,13 +40,10 @@ class InvalidFrame(NamedTuple):
 
 
 class ConnectionPool(RotatingPool[Connection, str, Send]):
-    """Keeps every stream subscribed.
-
-    Report :meth:`on_opened` or :meth:`on_lost` for each :class:`Open`, and each frame to
-    :meth:`receive`.
-    """
+    """Keeps every stream subscribed; report each frame to :meth:`receive`."""
 
     open_interval_seconds = OPEN_INTERVAL_SECONDS
+    overlap_seconds = OVERLAP_SECONDS
     min_lifetime_factor = 0.9
 
     def __init__(
@@ -76,17 +57,17 @@ class ConnectionPool(RotatingPool[Connection, str, Send]):
             lifetime_seconds=lifetime_seconds,
         )
         self._streams: Streams = {}
-        self._bar_seconds: dict[str, float] = {}
+        self._timeframes: dict[str, Timeframe] = {}
         self._attempts: deque[float] = deque(maxlen=MAX_ATTEMPTS)
 
     def follow(self, streams: Streams) -> None:
         """Subscribe to exactly these streams; those kept stay on their connection."""
         self._streams = streams
-        self._bar_seconds = {
-            f"{symbol.lower()}@kline_{interval}": longest_bar_seconds(series.timeframe)
+        self._timeframes = {
+            f"{symbol.lower()}@kline_{interval}": series.timeframe
             for (symbol, interval), series in streams.items()
         }
-        self._distribute(self._bar_seconds.keys())
+        self._distribute(self._timeframes.keys())
         for shard in self._shards:
             for connection in shard.members:
                 self._assign(shard, connection)
@@ -98,7 +79,7 @@ class ConnectionPool(RotatingPool[Connection, str, Send]):
     def receive(
         self, connection: Connection, frame: bytes | str, now: float
     ) -> Kline | InvalidFrame | Response | ServerShutdown | IgnoredFrame:
-        """Decode a frame and record what it says about its connection."""
+        """Decode a frame and record what it means for its connection."""
         try:
             event = decode(frame, self._streams)
         except FrameError as error:
@@ -127,25 +108,6 @@ class ConnectionPool(RotatingPool[Connection, str, Send]):
         return connection
 
     def _assign(self, shard: _Shard, connection: Connection) -> None:
-        shortest = min((self._bar_seconds[key] for key in shard.subscriptions), default=NEVER)
-        connection.assign(shard.subscriptions, self._candle_timeout(shard, shortest))
-
-    def _requests(self, shard: _Shard, member: Connection, now: float) -> Iterator[Send]:  # noqa: ARG002
-        message = member.next_request(now)
-        if message is not None:
-            yield Send(member, message)
-
-    def _failure(self, shard: _Shard, member: Connection, now: float) -> str:  # noqa: ARG002
-        return member.failure(now)
-
-    def _candles_missing(self, shard: _Shard, member: Connection, now: float) -> bool:  # noqa: ARG002
-        return member.candle_overdue(now)
-
-    def _expired(self, shard: _Shard, member: Connection, now: float) -> bool:  # noqa: ARG002
-        return member.expired(now)
-
-    def _handover_at(self, shard: _Shard, successor: Connection) -> float:  # noqa: ARG002
-        return successor.live_since + OVERLAP_SECONDS if successor.granted else NEVER
-
-    def _member_deadlines(self, shard: _Shard, member: Connection, now: float) -> Iterator[float]:  # noqa: ARG002
-        yield member.next_wakeup(now)
+        timeframes = {self._timeframes[stream] for stream in shard.subscriptions}
+        timeouts = (shard.candle_timeout(timeframe, self._stall) for timeframe in timeframes)
+        connection.assign(shard.subscriptions, min(timeouts, default=NEVER))

@@ -16,9 +16,9 @@ from kronos_connectors._shared.http_status import (
     parse_retry_after,
 )
 from kronos_connectors._shared.pool_runner import PoolRunner, loop_time
-from kronos_connectors.binance.connection import Connection
+from kronos_connectors.binance.connection import Connection, Send
 from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown, Streams
-from kronos_connectors.binance.pool import ConnectionPool, InvalidFrame, Send
+from kronos_connectors.binance.pool import ConnectionPool, InvalidFrame
 from kronos_stream.interfaces.source import MAX_REJECTED_BYTES, SourceCallbacks, VenueRefused
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import Clock

@@ -12,11 +12,12 @@ from kronos_connectors._shared.http_status import (
     parse_retry_after,
 )
 from kronos_stream.interfaces.source import SourceError, VenueRefused
+from kronos_stream.redaction import redact_parameters, shorten
 
 _FORBIDDEN_SECONDS = 600.0
 """Pause after HTTP 403: exchanges use it for blocked addresses and for too many requests."""
 
-_MAX_ERROR_CHARACTERS = 200
+_MAX_ERROR_LENGTH = 200
 
 _PLACE = r"(countr|region|location|jurisdiction|territor)"
 _RESTRICTED = re.compile(
@@ -24,7 +25,6 @@ _RESTRICTED = re.compile(
     rf"|(not|un)\W?(available|supported|permitted|allowed) (in|from|for) (your|this) {_PLACE}",
     re.IGNORECASE,
 )
-_SECRETS = re.compile(r"(?i)\b(api[-_]?key|key|secret|sign(ature)?|token|password)=[^&\s]+")
 
 
 class HttpStatusError(Exception):
@@ -85,6 +85,5 @@ def _status_error(error: HttpStatusError, message: str) -> SourceError:
 
 def _describe(error: Exception, redact: Callable[[str], str]) -> str:
     """Short line without secrets."""
-    text = _SECRETS.sub(r"\1=***", redact(" ".join(str(error).split())))
-    short = text if len(text) <= _MAX_ERROR_CHARACTERS else f"{text[:_MAX_ERROR_CHARACTERS]}…"
-    return f"{type(error).__name__} {short}".strip()
+    text = redact_parameters(redact(" ".join(str(error).split())))
+    return f"{type(error).__name__} {shorten(text, _MAX_ERROR_LENGTH)}".strip()

@@ -16,10 +16,10 @@ from kronos_connectors.ccxt.errors import translate_error
 from kronos_connectors.ccxt.markets import Markets
 from kronos_connectors.ccxt.options import CcxtOptions
 from kronos_connectors.ccxt.rate_limit import Cooldown
-from kronos_connectors.ccxt.redaction import Redactor
 from kronos_connectors.ccxt.strict import Hooks, strict_class
 from kronos_stream.interfaces.source import SourceError
 from kronos_stream.market.series import Series
+from kronos_stream.redaction import Redactor, config_secrets
 
 _T = TypeVar("_T")
 
@@ -45,6 +45,9 @@ _STRING_SETTINGS = re.compile(r"(?i)(key|secret|password|uid|token|proxy)$")
 """Settings that are strings, although their default is None."""
 
 _CLOSE_SECONDS = 2.0
+_MIN_SECRET_LENGTH = 6
+"""Shorter values of the config would mask half of every error message."""
+
 _UNLIMITED = 1_000_000_000
 
 
@@ -68,7 +71,7 @@ class ExchangeFactory:
                 f"KRONOS_STREAM_CCXT__CONFIG: ccxt cannot create {name} with it: {why}"
             ) from None
         self.cooldown = Cooldown(name)
-        self._redactor = Redactor(options.config_for(name))
+        self._redactor = Redactor(config_secrets(options.config_for(name)), _MIN_SECRET_LENGTH)
         self.rest = ExchangeClient(self._prototype, name, self.cooldown, self._redactor)
         """Client for REST requests."""
 

@@ -11,10 +11,11 @@ import structlog
 
 from kronos_connectors._shared.pool_runner import PoolRunner, loop_time
 from kronos_connectors._shared.rotating_pool import NEVER
+from kronos_connectors.ccxt.client import Client, Unwatch, Watch
 from kronos_connectors.ccxt.errors import SeriesRefused
 from kronos_connectors.ccxt.exchange import ExchangeClient, ExchangeFactory
 from kronos_connectors.ccxt.ohlcv import PushDiff, RowError
-from kronos_connectors.ccxt.pool import Client, ClientPool, Unwatch, Watch
+from kronos_connectors.ccxt.pool import ClientPool
 from kronos_connectors.ccxt.strict import Hooks
 from kronos_stream.interfaces.source import (
     MAX_REJECTED_BYTES,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,11 +13,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from kronos_connectors.ccxt.redaction import Redactor
 from kronos_stream.daemon.config.environment import read_settings
+from kronos_stream.redaction import Redactor, config_secrets
 from tests.support.daemon_process import DaemonProcess
 from tests.support.mosquitto import Mosquitto
-from tests.support.processes import COMMAND, http_get, wait_for
+from tests.support.processes import COMMAND, http_get, settings_environment, wait_for
 
 MARKS = {
     name: f"{name}-Mark'\"\\5eCr3t" for name in ("sasl", "mqtt", "key", "ccxt", "phrase", "hub")
@@ -79,15 +78,10 @@ def secret_settings(unused_address: str, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def _environ(given: Mapping[str, str]) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
-    return clean | {f"KRONOS_STREAM_{k}": v for k, v in given.items()} | {"HF_TOKEN": MARKS["hub"]}
-
-
 def _run_output(given: Mapping[str, str], *arguments: str) -> str:
     ended = subprocess.run(
         [*COMMAND, *arguments],
-        env=_environ(given), capture_output=True, text=True, timeout=60, check=False,
+        env=settings_environment(given), capture_output=True, text=True, check=False,
     )  # fmt: skip
     return ended.stdout + ended.stderr
 
@@ -227,9 +221,7 @@ try:
 except KeyError:
     log.exception("failed again")
 """
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "login as me with ***" in ended.stderr
     assert "failed again" in ended.stderr
     _clean(ended.stderr)
@@ -243,7 +235,7 @@ def test_what_is_secret_of_an_exchange_is_taken_out_of_its_errors() -> None:
         "httpsProxy": "http://user:proxypass@proxy.example:3128",
         "urls": {"api": "https://{hostname}/pathsecret/v1?sig=querysecret", "www": "https://x.y"},
     }
-    hidden = Redactor(config)
+    hidden = Redactor(config_secrets(config))
     said = (
         "future https://x.y https://real.host/pathsecret/v1?sig=querysecret headervalue "
         "tokentoken proxypass at proxy.example " + "A" * 20

@@ -13,9 +13,9 @@ import pytest
 
 from kronos_connectors._shared.rotating_pool import NEVER, Open
 from kronos_connectors.binance import pool as fleets
-from kronos_connectors.binance.connection import RESPONSE_TIMEOUT_SECONDS, Connection
+from kronos_connectors.binance.connection import RESPONSE_TIMEOUT_SECONDS, Connection, Send
 from kronos_connectors.binance.frames import IgnoredFrame, Kline, Response, ServerShutdown
-from kronos_connectors.binance.pool import Command, ConnectionPool, InvalidFrame, Send
+from kronos_connectors.binance.pool import Command, ConnectionPool, InvalidFrame
 from kronos_stream.market.series import Series
 
 OPEN_MS = 1_750_000_020_000

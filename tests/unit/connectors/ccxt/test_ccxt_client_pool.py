@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from kronos_connectors._shared.rotating_pool import NEVER, Close, Open
-from kronos_connectors.ccxt.pool import OVERLAP_SECONDS, Client, ClientPool, Unwatch, Watch
+from kronos_connectors.ccxt.client import Client, Unwatch, Watch
+from kronos_connectors.ccxt.pool import OVERLAP_SECONDS, ClientPool
 from kronos_stream.market.series import Series
 
 STALL, LIFE, ROOM = 30.0, 3_600.0, 4

@@ -38,7 +38,7 @@ from kronos_stream.daemon.intake.timers import TimerQueue
 from kronos_stream.daemon.requests import ForecastRequest
 from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError, VenueRefused
-from kronos_stream.market.candle import Bar, Candle, Update
+from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 
@@ -155,7 +155,11 @@ class IntakePipeline:
             self._state, series, bars
         )
         complete = len(bars) >= saved.lookback
-        outdated = bool(bars) and self._is_outdated(series, bars[-1])
+        outdated = (
+            self._catch_up == "newest"
+            and bool(bars)
+            and series.timeframe.after(bars[-1].candle.time, saved.capacity) < self._clock.now()
+        )
         traits = self._sources[series.venue].traits
         sequencer = BarSequencer(
             series.timeframe,
@@ -169,16 +173,13 @@ class IntakePipeline:
         )
         counter = self._metrics.bars.labels(series.venue, str(series.timeframe))
         one = self.series_states[series] = SeriesState(series, sequencer, watermark, counter)
-        await saved.load(one, bars, self._submit, outdated=outdated)
+        for request in await saved.load(one, bars, outdated=outdated):
+            self._submit(request)
         if complete and not outdated and self._relay is not None:
             rows = await bars_not_relayed(self._state, series, bars, watermark)
             if rows:
                 await self._relay(rows)
         self._schedule_timer(one)
-
-    def _is_outdated(self, series: Series, newest: Bar) -> bool:
-        end = series.timeframe.after(newest.candle.time, self._saved_bars.capacity)
-        return self._catch_up == "newest" and end < self._clock.now()
 
     def _apply(self, one: SeriesState, effects: Sequence[Effect]) -> None:
         series = one.series

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import structlog
@@ -56,25 +56,19 @@ class SavedBars:
         return sum(one.sequencer.live for one in self._expected_closes.pending(close))
 
     async def load(
-        self,
-        one: SeriesState,
-        bars: Sequence[Bar],
-        submit: Callable[[ForecastRequest], None],
-        *,
-        outdated: bool,
-    ) -> None:
-        """Take over bars of the state file and submit those without an outcome.
+        self, one: SeriesState, bars: Sequence[Bar], *, outdated: bool
+    ) -> Sequence[ForecastRequest]:
+        """Take over bars of the state file; return requests for those without an outcome.
 
         outdated: the next bar to come does not continue them.
         """
-        series, watermark = one.series, one.watermark
+        series, watermark, requests = one.series, one.watermark, []
         complete = len(bars) >= self.lookback
         known = bars if complete or outdated else ()
         self._contexts[series] = ContextBuffer(series, self.capacity, known, complete=not complete)
         if watermark is not None and (complete or outdated):
-            for bar in await bars_without_outcome(self.state, series, bars, watermark):
-                if (request := self._request(one, bar)) is not None:
-                    submit(request)
+            undecided = await bars_without_outcome(self.state, series, bars, watermark)
+            requests = [request for bar in undecided if (request := self._request(one, bar))]
             one.watermark = bars[-1].candle.time, bars[-1].revision
         elif watermark is not None and bars and bars[-1].candle.time > watermark[0]:
             one.watermark = watermark[0], NEVER  # no revision of that bar is forecast any more
@@ -84,6 +78,7 @@ class SavedBars:
             self._contexts[series] = ContextBuffer(series, self.capacity)
         elif complete:
             self._expected_closes.expect(one, series.timeframe.after(bars[-1].candle.time, 2))
+        return requests
 
     def remove(self, one: SeriesState) -> None:
         """Drop a series that is no longer followed."""

@@ -74,14 +74,13 @@ class Role(ABC):
         clock: Clock,
         random: Random,
         wall: Clock | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
         """Open nothing yet.
 
         clock: time of the market. wall: time that records are stamped with.
         """
         self.settings = settings
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
         self.metrics.build_info.labels(__version__, settings.role).set(1)
         self.ready = asyncio.Event()
         """Set while candles are followed."""

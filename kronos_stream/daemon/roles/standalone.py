@@ -15,7 +15,6 @@ from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.daemon.roles.base import Role
 from kronos_stream.daemon.roles.forecasting import Forecasting
 from kronos_stream.daemon.roles.venue import VenueIntake
-from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.interfaces.sink import Envelope, Sink
 from kronos_stream.interfaces.source import Source
 from kronos_stream.market.clock import Clock
@@ -38,7 +37,6 @@ class StandaloneRole(Role):
         random: Random,
         series: Collection[Series] | None = None,
         wall: Clock | None = None,
-        metrics: Metrics | None = None,
         on_results: Callable[[Sequence[ForecastResult]], None] | None = None,
         worker_factory: WorkerFactory | None = None,
     ) -> None:
@@ -49,7 +47,7 @@ class StandaloneRole(Role):
         on_results: called with all results once they are durable.
         worker_factory: makes the worker of each device; None starts processes.
         """
-        super().__init__(settings, sinks, clock=clock, random=random, wall=wall, metrics=metrics)
+        super().__init__(settings, sinks, clock=clock, random=random, wall=wall)
         self._intake = VenueIntake(
             settings,
             sources,

@@ -8,7 +8,7 @@ from kronos_stream.bars.corrections import PendingCorrections, candles_match
 from kronos_stream.bars.effects import Append, Confirm, Effect, Fetch, Revise
 from kronos_stream.bars.missing import MissingBars
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.grid import Grid
+from kronos_stream.market.timeframe import Timeframe
 
 _RECENT_BARS = 96
 """Confirmed bars that are kept, to detect changes."""
@@ -20,7 +20,9 @@ _MAX_LOOKAHEAD_BARS = 1_000
 class BarLog:
     """Closed bars of one series. Times are UTC ms; changes are added to ``effects``."""
 
-    def __init__(self, grid: Grid, corrections: PendingCorrections, missing: MissingBars) -> None:
+    def __init__(
+        self, timeframe: Timeframe, corrections: PendingCorrections, missing: MissingBars
+    ) -> None:
         self.next: int | None = None
         """Open of the next bar to confirm; None until a first one is known."""
         self.recent: dict[int, Bar] = {}
@@ -30,7 +32,7 @@ class BarLog:
         self.trailing_flat_bars = 0
         """Number of synthetic bars at the end."""
         self.corrections, self.missing = corrections, missing
-        self._grid = grid
+        self._timeframe = timeframe
 
     @property
     def has_gap(self) -> bool:
@@ -44,7 +46,7 @@ class BarLog:
 
     def restore(self, bars: Sequence[Bar]) -> None:
         """Continue after ``bars``."""
-        self.next = self._grid.after(bars[-1].candle.time)
+        self.next = self._timeframe.after(bars[-1].candle.time)
         self.recent = {bar.candle.time: bar for bar in bars[-_RECENT_BARS:]}
         for bar in bars:
             if bar.synthetic and not bar.received:
@@ -64,7 +66,7 @@ class BarLog:
     def append_ready(self, now: int, effects: list[Effect]) -> None:
         """Confirm pending bars, up to the first gap and to those that have closed by ``now``."""
         while self.next is not None and self.next in self.pending:
-            close = self._grid.after(self.next)
+            close = self._timeframe.after(self.next)
             if close > now:
                 return
             self._append(self.pending.pop(self.next), close, effects)
@@ -117,7 +119,7 @@ class BarLog:
         """Opens of the next bars that close by ``end`` and are not pending."""
         time = self.next
         for _ in range(_MAX_LOOKAHEAD_BARS):
-            if time is None or (close := self._grid.after(time)) > end:
+            if time is None or (close := self._timeframe.after(time)) > end:
                 return
             if time not in self.pending:
                 yield time
@@ -145,7 +147,7 @@ class BarLog:
             self.recent[time] = bar
         self.missing.resolve(time)
         self.corrections.discard(time)
-        newest = self._grid.after(time) == self.next
+        newest = self._timeframe.after(time) == self.next
         if newest:
             self.trailing_flat_bars = 0
         effects.append(Revise(bar, newest))

@@ -27,7 +27,6 @@ from kronos_stream.bars.missing import MissingBars
 from kronos_stream.bars.push_timing import PushTiming
 from kronos_stream.bars.validation import CandleValidator
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.market.grid import Grid
 from kronos_stream.market.timeframe import Timeframe
 
 _EARLY_MS = 500
@@ -83,13 +82,13 @@ class BarSequencer:
         """Whether neither pushes nor the history have the bar that is due."""
         self.live = complete and bool(bars)
         """Whether the next bar is expected in time: no gap, and not silent."""
-        self._grid = Grid(timeframe)
-        self._validator = CandleValidator(self._grid)
+        self._timeframe = timeframe
+        self._validator = CandleValidator(timeframe)
         self._lag = _LAG_MS if history_lag_seconds is None else round(history_lag_seconds * 1000)
         answers, settle = (_REQUIRED_ANSWERS, _SETTLE_MS) if self._lag else (1, 0)
         self._corrections = PendingCorrections(settle, self._lag, answers)
         self._missing = MissingBars(answers, history_bars)
-        self._bar_log = BarLog(self._grid, self._corrections, self._missing)
+        self._bar_log = BarLog(timeframe, self._corrections, self._missing)
         self._pending = self._bar_log.pending
         self._timing = PushTiming(round(grace_seconds * 1000), settle)
         self._backfill = BackfillPolicy(timeframe.min_milliseconds, random)
@@ -163,7 +162,7 @@ class BarSequencer:
         if self._backfill.allowed(now):
             if not self._start_requested:
                 self._start_requested = True
-                effects.append(Begin(self._grid.before(now)))
+                effects.append(Begin(self._timeframe.after(now, -1)))
             request = self._backfill.pending = self._with_audit(now, self._next_request(now))
             if request is not None:
                 self._report_gap(request, effects)
@@ -220,7 +219,7 @@ class BarSequencer:
     ) -> None:
         """Process a push of a bar that is not confirmed."""
         time = candle.time
-        early = self._grid.after(time) - now
+        early = self._timeframe.after(time) - now
         if not closed:
             if early > 0 and time in self._pending:
                 self._corrections.discard(time)
@@ -249,7 +248,7 @@ class BarSequencer:
             if time >= request.start:
                 self._missing.record_absence(time)
         while log.next is not None and log.next not in self._pending:
-            time, close = log.next, self._grid.after(log.next)
+            time, close = log.next, self._timeframe.after(log.next)
             alive = bool(self._pending) or self._timing.newest > time or self._quiet_allowed
             if not alive or not self._missing.confirmed(time) or close + self._lag > now:
                 return
@@ -267,7 +266,7 @@ class BarSequencer:
         log = self._bar_log
         for _ in range(_MAX_PLACEHOLDERS):
             time = log.next
-            if time is None or not log.has_gap or (close := self._grid.after(time)) > now:
+            if time is None or not log.has_gap or (close := self._timeframe.after(time)) > now:
                 return
             log.append_flat(time, close, 0, effects)
             self._drain(now, effects)
@@ -278,12 +277,12 @@ class BarSequencer:
         """Range of all bars to request by now."""
         time = self._bar_log.next
         if time is None:
-            first = max(0, self._grid.before(now, self._history_bars))
+            first = max(0, self._timeframe.after(now, -self._history_bars))
             return None if self._start_known else Fetch(first, now)
         missing = list(self._bar_log.missing_opens(self._timing.closed_by(now)))
         times = [*self._corrections.ready(now, time), *missing[:1], *missing[-1:]]
         times = times or self._missing.oldest(_MAX_PLACEHOLDERS)
-        return Fetch(min(times), self._grid.after(max(times))) if times else None
+        return Fetch(min(times), self._timeframe.after(max(times))) if times else None
 
     def _with_audit(self, now: int, request: Fetch | None) -> Fetch | None:
         """Extend the request by the newest confirmed bars if an audit is due."""
@@ -306,7 +305,7 @@ class BarSequencer:
         time, timing = self._bar_log.next, self._timing
         if time is None or self._pending or timing.newest > time or self._quiet_allowed:
             return
-        if timing.last_push < self._grid.after(time) and self._missing.confirmed(time):
+        if timing.last_push < self._timeframe.after(time) and self._missing.confirmed(time):
             self._set_silent(effects, silent=True)
 
     def _set_silent(self, effects: list[Effect], *, silent: bool) -> None:
@@ -321,7 +320,7 @@ class BarSequencer:
         if time is None:
             self.next_wakeup = NEVER if self._start_known else backfill.earliest(0)
             return
-        close = self._grid.after(time)
+        close = self._timeframe.after(time)
         due = 0 if self._missing else min(backfill.next_audit, self._corrections.next_due(time))
         if time not in self._pending:
             due = min(due, self._timing.deadline(time, close))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kronos_stream.bars.effects import Effect, Fetch, Reject
 from kronos_stream.market.candle import Candle
-from kronos_stream.market.grid import Grid
+from kronos_stream.market.timeframe import Timeframe
 
 _SKEW_MS = 2_000
 """Tolerance between the venue's clock and ours. The sequencer holds a bar reported closed within
@@ -16,8 +16,8 @@ it until its close."""
 class CandleValidator:
     """Validator of one series. Times are UTC ms."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, timeframe: Timeframe) -> None:
+        self._timeframe = timeframe
         self._last_rejected = -1
 
     def invalid_reason(
@@ -30,11 +30,11 @@ class CandleValidator:
         time = candle.time
         if time > now + _SKEW_MS:
             return f"opens {(time - now) / 1000:g} s in the future"
-        if not self._grid.has(time, anchor):
-            return f"no bar of {self._grid.timeframe} opens at {time}"
+        if not self._timeframe.has_open(time, anchor):
+            return f"no bar of {self._timeframe} opens at {time}"
         if not closed:
             return None
-        early = self._grid.after(time) - now
+        early = self._timeframe.after(time) - now
         if early > _SKEW_MS:
             return f"reported closed {early / 1000:g} s before its close"
         return candle.invalid_reason()

@@ -78,3 +78,19 @@ class Timeframe:
         while self.after(open_ms, bars) > later_ms:
             bars -= 1
         return bars
+
+    def has_open(self, time: int, anchor: int | None) -> bool:
+        """Return whether a bar opens at ``time``, UTC ms; ``anchor``: any known open of a bar.
+
+        Bars up to an hour divide the UTC day. Longer ones follow the venue, whose day need not
+        begin at midnight UTC, nor its week on a Monday: without anchor any time is accepted.
+        """
+        step = self.milliseconds
+        if time < 0:
+            return False
+        if step is not None and step <= HOUR_MS and DAY_MS % step == 0:
+            return time % step == 0
+        if anchor is None:
+            return True
+        first, last = sorted((time, anchor))
+        return self.after(first, self.bars_between(first, last)) == last

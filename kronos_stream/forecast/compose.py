@@ -1,7 +1,6 @@
-"""Writing messages: straight to JSON, since there may be a thousand a second.
+"""Composition of messages, directly as JSON because there may be a thousand per second.
 
-What is written here is what :mod:`kronos_stream.forecast.message` reads, to the byte; a test
-holds the two together.
+A test checks that :mod:`kronos_stream.forecast.message` reads and writes the same bytes.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.utc import rfc3339
 
 SOURCE = "kronos-stream"
-"""The CloudEvents source of all messages."""
+"""CloudEvents source of all messages."""
 
 MAX_PAYLOAD = 64 * 1024
-"""Bytes of it that a dead letter quotes."""
+"""Bytes of the original data that a dead letter contains."""
 
 _MAX_REASON = 2_000
 _DIGEST_BYTES = 16
@@ -47,7 +46,7 @@ _NOT_INPUTS = {"id", *VOLATILE, *_BANDS, *_PATHS, "summary", "repaired"}
 
 
 class Composer:
-    """Writes the forecasts of one worker: one model, one engine, one way to sample."""
+    """Composes forecast messages of one model, engine and sampling."""
 
     def __init__(self, model: Model, engine: Engine, sampling: Sampling) -> None:
         self._provenance = {
@@ -65,13 +64,15 @@ class Composer:
         latency: Latency,
         scale: float = 1.0,
     ) -> Envelope:
-        """The message that says ``outlook`` of ``window``.
+        """Compose the message of the forecast ``outlook`` made from ``window``.
 
-        created: UTC ms. scale: what prices were multiplied with for the model.
+        created: UTC ms. scale: factor applied to prices for the model.
         """
-        series, origin, opens = window.series, window.last, window.times
+        series, origin, times = window.series, window.last, window.times
         _, opened, high, low, close, volume, _ = origin
-        given = {
+        message: dict[str, Any] = {
+            "schema": FORECAST,
+            "id": "",
             "series": series.name,
             "venue": series.venue,
             "symbol": series.symbol,
@@ -79,34 +80,31 @@ class Composer:
             "origin": rfc3339(origin.time),
             "revision": window.revision,
             "valid_until": rfc3339(series.timeframe.after(origin.time, 2)),
-        }
-        moment = rfc3339(created)
-        known = {
+            "created_at": rfc3339(created),
             "degraded": bool(window.reasons),
             "reasons": window.reasons,
             **self._provenance,
             "context": {
-                "bars": len(opens),
-                "first": rfc3339(int(opens[0])),
+                "bars": len(times),
+                "first": rfc3339(int(times[0])),
                 "synthetic": window.synthetic,
                 "amount": "reported" if window.values.shape[1] == 6 else "derived",
-                "digest": context_digest(window.values, opens, scale),
+                "digest": context_digest(window.values, times, scale),
                 "scale": scale,
             },
             "last": {"open": opened, "high": high, "low": low, "close": close, "volume": volume},
             "times": [rfc3339(time) for time in outlook.times],
+            **{name: outlook.channels[name] for name in _BANDS},
+            "summary": outlook.summary.to_dict(),
+            "repaired": outlook.repaired,
+            "latency_ms": latency.to_dict(),
         }
-        drawn: dict[str, Any] = {name: outlook.channels[name] for name in _BANDS}
-        drawn["summary"] = outlook.summary.to_dict()
-        drawn["repaired"] = outlook.repaired
-        drawn["latency_ms"] = latency.to_dict()
         if outlook.paths is not None:
-            drawn["paths"] = outlook.paths
+            message["paths"] = outlook.paths
         if outlook.other_paths is not None:
-            drawn["other_paths"] = outlook.other_paths
-        message = {"schema": FORECAST, "id": "", **given, "created_at": moment, **known, **drawn}
+            message["other_paths"] = outlook.other_paths
         message["id"] = forecast_id(message)
-        return _envelope("forecast", message, series.name, moment)
+        return _envelope("forecast", message, series.name, created)
 
 
 def dead_letter(
@@ -118,14 +116,12 @@ def dead_letter(
     series: str | None = None,
     sink: str | None = None,
 ) -> Envelope:
-    """The message that says why ``payload`` went no further. at: UTC ms."""
-    quoted = payload[:MAX_PAYLOAD]
-    encoding, text = _as_text(quoted)
-    moment = rfc3339(at)
+    """Compose the message of invalid or refused data. at: UTC ms."""
+    encoding, text = _as_text(payload[:MAX_PAYLOAD])
     message = {
         "schema": DEAD_LETTER,
         "id": "",
-        "at": moment,
+        "at": rfc3339(at),
         "what": what,
         "series": series,
         "reason": reason[:_MAX_REASON],
@@ -135,32 +131,31 @@ def dead_letter(
         "truncated": len(payload) > MAX_PAYLOAD,
     }
     message["id"] = _digest(orjson.dumps(message))
-    return _envelope("deadletter", message, series or "", moment)
+    return _envelope("deadletter", message, series or "", at)
 
 
 def candle(series: Series, bar: Bar, *, history: bool, at: int) -> Envelope:
-    """The message of a closed bar for those who forecast. at: UTC ms.
+    """Compose the message of a closed bar. at: UTC ms.
 
-    history: whether it only fills contexts.
+    history: whether the bar only fills contexts, without a forecast.
     """
     value = encode_bar(series, bar, history=history)
-    return _cloud_event("candle", _digest(value), CANDLE, series.name, value, rfc3339(at))
+    return _cloud_event("candle", _digest(value), CANDLE, series.name, value, at)
 
 
 def removal(series: str, *, at: int) -> Envelope:
-    """The message that says that a series is not forecast any more. at: UTC ms."""
-    moment = rfc3339(at)
-    message = {"schema": REMOVAL, "id": "", "at": moment, "series": series}
+    """Compose the message that a series is no longer forecast. at: UTC ms."""
+    message = {"schema": REMOVAL, "id": "", "at": rfc3339(at), "series": series}
     message["id"] = _digest(orjson.dumps(message))
-    return _envelope("removal", message, series, moment)
+    return _envelope("removal", message, series, at)
 
 
 def forecast_id(message: Mapping[str, Any]) -> str:
-    """The id of a forecast given as in JSON: a hash of all that its numbers follow from.
+    """Return the id of a forecast given as in JSON: a hash of all inputs of its numbers.
 
-    That is every field but ``id``, ``created_at``, ``latency_ms`` and what was drawn; of the
-    latter, which bands there are, and which paths. On a CPU in float32 the same
-    inputs give the same numbers; on a GPU they may differ in a token's worth.
+    These are all fields except ``id``, ``created_at``, ``latency_ms`` and the forecast itself, and
+    the names of its bands and paths. On a CPU in float32 the same inputs give the same numbers; on
+    a GPU single tokens may differ.
     """
     inputs = {name: value for name, value in message.items() if name not in _NOT_INPUTS}
     inputs["bands"] = list(message["close"])
@@ -171,20 +166,20 @@ def forecast_id(message: Mapping[str, Any]) -> str:
 def context_digest(
     values: NDArray[np.float32], times: NDArray[np.int64], scale: float = 1.0
 ) -> str:
-    """Hash of a context: values (L, 5 | 6) row by row, times (L,) and scale, little-endian."""
+    """Hash a context: values (L, 5 | 6) row by row, times (L,) and scale, little-endian."""
     digest = blake2b(np.ascontiguousarray(values, "<f4").data, digest_size=_DIGEST_BYTES)
     digest.update(np.ascontiguousarray(times, "<i8").data)
     digest.update(np.float64(scale).astype("<f8").tobytes())
     return digest.hexdigest()
 
 
-def _envelope(kind: RecordKind, message: Mapping[str, Any], key: str, moment: str) -> Envelope:
+def _envelope(kind: RecordKind, message: Mapping[str, Any], key: str, at: int) -> Envelope:
     value = orjson.dumps(message)
-    return _cloud_event(kind, message["id"], message["schema"], key, value, moment)
+    return _cloud_event(kind, message["id"], message["schema"], key, value, at)
 
 
 def _cloud_event(
-    kind: RecordKind, event_id: str, event_type: str, key: str, value: bytes, moment: str
+    kind: RecordKind, event_id: str, event_type: str, key: str, value: bytes, at: int
 ) -> Envelope:
     """Wrap a message in CloudEvents' binary mode: attributes are headers, the value is the data."""
     attributes = {
@@ -192,7 +187,7 @@ def _cloud_event(
         "ce_id": event_id,
         "ce_type": event_type,
         "ce_source": SOURCE,
-        "ce_time": moment,
+        "ce_time": rfc3339(at),
         "content-type": "application/json",
     }
     headers = tuple((name, text.encode()) for name, text in attributes.items())
@@ -200,7 +195,7 @@ def _cloud_event(
 
 
 def _as_text(payload: bytes) -> tuple[Literal["text", "base64"], str]:
-    """Bytes as JSON can hold them. A character cut in two at the end is left out."""
+    """Encode bytes for JSON; a character that is cut off at the end is left out."""
     try:
         return "text", payload.decode()
     except UnicodeDecodeError as error:

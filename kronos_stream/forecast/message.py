@@ -1,9 +1,9 @@
-"""The messages on the topics, for whoever reads them.
+"""Models of the messages on the topics, for consumers.
 
 These models are the contract: the JSON Schemas in ``docs/schemas`` and ``docs/asyncapi.json`` are
-generated from them, and what :mod:`kronos_stream.forecast.compose` writes is tested against them.
-Within a version they only gain optional fields, and readers ignore fields they do not know;
-anything else is a new version, and a new topic. Nothing here imports the engine.
+generated from them, and the output of :mod:`kronos_stream.forecast.compose` is tested against them.
+Within a version they only gain optional fields, and readers ignore unknown fields; any other
+change is a new version with a new topic. Nothing here imports the engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REMOVAL = "kronos.removal/1"
 DEAD_LETTER = "kronos.deadletter/1"
 
 VOLATILE = frozenset({"created_at", "latency_ms"})
-"""The fields of a forecast in which two records with one id may differ."""
+"""Fields of a forecast that may differ between two records with the same id."""
 
 Time = Annotated[
     AwareDatetime,
@@ -30,7 +30,7 @@ Time = Annotated[
 """RFC 3339 in UTC, to the millisecond."""
 
 Bands = dict[str, tuple[float, ...]]
-"""The mean (``mean``) and the quantiles (``q05``) of a channel, one number per step."""
+"""Mean (``mean``) and quantiles (such as ``q05``) of a channel, one number per step."""
 
 
 class _Base(BaseModel):
@@ -39,7 +39,7 @@ class _Base(BaseModel):
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values as in JSON; optional fields that were not given are left out."""
+        """Return plain values as in JSON, without optional fields that were not set."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
@@ -48,75 +48,75 @@ class _BaseMessage(_Base):
 
     @classmethod
     def parse(cls, value: bytes | str) -> Self:
-        """Read a record's value. Raises pydantic.ValidationError, a ValueError."""
+        """Parse the value of a record. Raises pydantic.ValidationError, a ValueError."""
         return cls.model_validate_json(value)
 
     def encode(self) -> bytes:
-        """The record's value: what was parsed, without the fields this version does not know."""
+        """Return the value of a record; unknown fields of a parsed one are left out."""
         return orjson.dumps(self.to_dict())
 
 
 class Model(_Base):
-    """What forecast."""
+    """Model that made the forecast."""
 
     name: str
     """Name on the model hub, folder, or name of a bundled model."""
     revision: str | None
-    """Commit on the hub; of a folder, the digest of its weights."""
+    """Commit on the hub; for a folder, the digest of its weights."""
     tokenizer: str
-    """Likewise, of the tokenizer."""
+    """Name or folder of the tokenizer."""
     tokenizer_revision: str | None = None
-    """Likewise, of the tokenizer."""
+    """Commit or digest of the tokenizer."""
 
 
 class Engine(_Base):
-    """What computed it."""
+    """Software and hardware that computed the forecast."""
 
     version: str
     """Version of kronos-stream."""
     device: str
-    """Its kind: cpu, cuda or mps."""
+    """Kind of device: cpu, cuda or mps."""
     dtype: str
     """float32 or bfloat16; in float32 on a CPU, the forecast can be recomputed exactly."""
 
 
 class Sampling(_Base):
-    """How the paths were drawn."""
+    """Parameters of the sampling of paths."""
 
     paths: int
     """Number of sample paths."""
     temperature: float
-    """Of the softmax; below 1 narrower bands, above 1 wider."""
+    """Temperature of the softmax; below 1 gives narrower bands, above 1 wider ones."""
     top_k: int
-    """Tokens that compete, 0: all."""
+    """Number of most probable tokens to sample from; 0 means all."""
     top_p: float
-    """Share of the probability that competes (nucleus)."""
+    """Probability mass to sample from (nucleus sampling)."""
     seed: int
-    """Fixes the noise, together with the series and the origin."""
+    """Seed of the noise, together with the series and the origin."""
     anchor: bool
-    """True where prices were scaled so that the model's own view of the origin bar closes at the
+    """True if prices were scaled so that the model's reconstruction of the origin bar has the
     actual close."""
 
 
 class Context(_Base):
-    """What was known: the closed bars that the forecast starts from."""
+    """Closed bars that the forecast was made from."""
 
     bars: int
     """Number of bars, the origin included."""
     first: Time
     """Open of the first bar."""
     synthetic: int
-    """Bars among them that the venue does not have: flat, without volume."""
+    """Number of bars that the venue does not have: flat, without volume."""
     amount: Literal["reported", "derived"]
-    """Whether the venue reports turnover in quote units, or it is volume x mean price."""
+    """Turnover in quote units: reported by the venue, or derived as volume x mean price."""
     digest: str
-    """BLAKE2b (128 bits, hex) of the bars' float32 values, opens, and the scale."""
+    """BLAKE2b (128 bits, hex) of the bars' float32 values, open times, and the scale."""
     scale: float = 1.0
-    """What prices were multiplied with for the model, a power of two; published prices are not."""
+    """Factor applied to prices for the model, a power of two; published prices are not scaled."""
 
 
 class Last(_Base):
-    """The origin bar, as the venue gave it: prices in quote units, volume in base units."""
+    """Origin bar as reported by the venue: prices in quote units, volume in base units."""
 
     open: float
     """Opening price."""
@@ -125,19 +125,19 @@ class Last(_Base):
     low: float
     """Lowest price."""
     close: float
-    """Closing price: what returns are measured against."""
+    """Closing price, the base of all returns."""
     volume: float
-    """What was traded."""
+    """Traded volume."""
 
 
 class Summary(_Base):
-    """The final step's close against the origin's, over all paths; null where undefined.
+    """Statistics of the last step's close relative to the origin's; null where undefined.
 
     Returns are close / last close - 1: 0.01 is one per cent.
     """
 
     p_up: float
-    """Share of paths whose final close is above the last."""
+    """Share of paths whose final close is above the last close."""
     expected_return: float | None
     """Mean of the final return."""
     return_quantiles: dict[str, float | None]
@@ -145,79 +145,80 @@ class Summary(_Base):
     volatility: float | None
     """Median over paths of the standard deviation of log returns, per bar."""
     value_at_risk_95: float | None
-    """Minus the 5 % quantile of the final return: positive is a loss."""
+    """Negative 5 % quantile of the final return; a positive number is a loss."""
 
 
 class Latency(_Base):
-    """Where the time went between the close of the origin bar and this message, milliseconds."""
+    """Parts of the time from the close of the origin bar to this message, in milliseconds."""
 
     close_to_received: float
-    """From the bar's close, by the venue's clock, to its last word on it."""
+    """From the close, by the venue's clock, to the arrival of the bar's last update."""
     queued: float
-    """From then until the computation began."""
+    """From the arrival to the start of the computation."""
     compute: float
-    """Computation of the batch it was part of."""
+    """Computation of the whole batch."""
 
 
 class Forecast(_BaseMessage):
-    """What may become of one series in the bars after its origin, drawn when that bar closed.
+    """Probabilistic forecast of one series for the bars after its origin bar.
 
     Columnar: ``close["q05"][0]`` is the 5 % quantile of the close of the bar that opens at
-    ``times[0]``. Quantiles stand at Weibull positions i/(m+1) of m paths. Prices are in quote
-    units, volumes in base units, numbers in float32's precision. Delivered at least once: records
-    with one ``id`` are equal in all but ``created_at`` and ``latency_ms``. Of records with one
-    ``origin`` the highest ``revision`` counts.
+    ``times[0]``. Quantiles use Weibull positions i/(m+1) of m paths. Prices are in quote units,
+    volumes in base units, numbers in float32's precision. Delivery is at least once: records with
+    the same ``id`` differ only in ``created_at`` and ``latency_ms``. Of records with the same
+    ``origin`` the one with the highest ``revision`` is valid.
     """
 
     schema_: Literal["kronos.forecast/1"] = Field(alias="schema")
     """Name and version of this schema."""
     id: str
-    """BLAKE2b (128 bits, hex) of all that the forecast follows from."""
+    """BLAKE2b (128 bits, hex) of all inputs of the forecast."""
     series: str
     """venue:symbol:timeframe, such as binance:BTC/USDT:5m."""
     venue: str
-    """Where the bars come from."""
+    """Source of the bars."""
     symbol: str
-    """In ccxt's unified notation."""
+    """Symbol in ccxt's unified notation."""
     timeframe: str
-    """Length of a bar: a count and s, m, h, d, w or M."""
+    """Length of a bar: a number and s, m, h, d, w or M."""
     origin: Time
     """Open of the last closed bar; the forecast begins with the bar after it."""
     revision: int
-    """How often the venue changed the origin bar after its close."""
+    """Number of corrections of the origin bar after its close."""
     valid_until: Time
     """Close of the next bar, when the next forecast is due."""
     created_at: Time
-    """When this record was made, by the daemon's clock."""
+    """Creation of this record, by the daemon's clock."""
     degraded: bool
-    """True where something in the context should not be trusted; see reasons."""
+    """True if the context has defects; see reasons."""
     reasons: tuple[str, ...] = ()
-    """Why it is degraded, for people."""
+    """Defects of the context, as text."""
     model: Model
     engine: Engine
     sampling: Sampling
     context: Context
     last: Last
     times: tuple[Time, ...]
-    """Opens of the bars ahead, one per step."""
+    """Open times of the forecast bars, one per step."""
     close: Bands
     """Mean and quantiles of the close by name (mean, q05, q50, …), one number per step."""
     open: Bands
-    """Likewise of the open."""
+    """Mean and quantiles of the open."""
     high: Bands
-    """Likewise of the high, per path at least open and close."""
+    """Mean and quantiles of the high; in each path it is at least open and close."""
     low: Bands
-    """Likewise of the low, per path at most open and close."""
+    """Mean and quantiles of the low; in each path it is at most open and close."""
     volume: Bands
-    """Likewise of the volume, base units, at least 0."""
+    """Mean and quantiles of the volume in base units, at least 0."""
     summary: Summary
     repaired: int
-    """Candles, of all paths and steps, whose high, low or volume had to be made possible."""
+    """Number of candles, over all paths and steps, whose high, low or volume was corrected to a
+    possible value."""
     latency_ms: Latency
     paths: tuple[tuple[float, ...], ...] | None = None
-    """Closes of every path, if asked for."""
+    """Closes of every path, if enabled."""
     other_paths: dict[str, tuple[tuple[float, ...], ...]] | None = None
-    """Likewise open, high, low, volume and amount of every path, by channel, if asked for."""
+    """Open, high, low, volume and amount of every path, by channel, if enabled."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -230,9 +231,9 @@ class Forecast(_BaseMessage):
 
 
 class Removal(_BaseMessage):
-    """A series is not forecast any more; what was said of it is out of date.
+    """A series is no longer forecast; its earlier forecasts are obsolete.
 
-    On the topic of all forecasts it comes after the series' last. It may be forecast again.
+    On the topic of all forecasts it follows the last forecast of the series, which may be resumed.
     """
 
     schema_: Literal["kronos.removal/1"] = Field(alias="schema")
@@ -240,43 +241,43 @@ class Removal(_BaseMessage):
     id: str
     """BLAKE2b (128 bits, hex) of all other fields."""
     at: Time
-    """When it was given up, by the daemon's clock."""
+    """Time of the removal, by the daemon's clock."""
     series: str
     """venue:symbol:timeframe, such as binance:BTC/USDT:5m."""
 
 
 class DeadLetter(_BaseMessage):
-    """Something that could not be processed or delivered, with the reason."""
+    """Data that could not be processed or delivered, with the reason."""
 
     schema_: Literal["kronos.deadletter/1"] = Field(alias="schema")
     """Name and version of this schema."""
     id: str
     """BLAKE2b (128 bits, hex) of all other fields."""
     at: Time
-    """When it was given up, by the daemon's clock."""
+    """Creation of this record, by the daemon's clock."""
     what: Literal["frame", "candle", "record"]
-    """A frame or a candle of a venue, or a record that a sink refused."""
+    """A frame or candle from a venue, or a record that a sink refused."""
     series: str | None
     """venue:symbol:timeframe, if known."""
     reason: str
-    """Why, for people."""
+    """Reason, as text."""
     sink: str | None
-    """Which sink refused it, of a record."""
+    """Sink that refused the record."""
     payload: str
-    """What came or was refused, its first 64 KiB."""
+    """First 64 KiB of the data."""
     encoding: Literal["text", "base64"]
-    """How payload is written: as it was, or in base64 where it was not UTF-8."""
+    """Encoding of payload: text, or base64 if the data is not UTF-8."""
     truncated: bool
-    """True where there was more of it."""
+    """True if the data was longer than payload."""
 
     def content(self) -> bytes:
-        """The payload's bytes."""
+        """Return the payload as bytes."""
         return (
             base64.b64decode(self.payload) if self.encoding == "base64" else self.payload.encode()
         )
 
 
 def same_forecast(one: Forecast, other: Forecast) -> bool:
-    """Whether two records say the same: equal in all but when and how fast they were made."""
+    """Return whether two records differ at most in creation time and latency."""
     ours, theirs = (m.model_dump(exclude=set(VOLATILE), exclude_unset=True) for m in (one, other))
     return ours == theirs

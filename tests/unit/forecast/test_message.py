@@ -1,4 +1,4 @@
-"""Messages: what is written is what the models read, and ids mean what they claim."""
+"""Composition and parsing of messages, and their ids."""
 
 from __future__ import annotations
 
@@ -56,57 +56,59 @@ def _window(**changes: Any) -> Window:
     return replace(Window(_SERIES, values, times, 0, 0, last, ()), **changes)
 
 
-def _outlook(*, horizon: int = 8, keep: PublishedPaths = "none") -> Outlook:
+def _outlook(*, horizon: int = 8, publish: PublishedPaths = "none") -> Outlook:
     random = np.random.default_rng(4)
     paths = (62_000 * np.exp(random.normal(0, 0.001, (20, horizon, 6)))).astype(np.float32)
     times = [_ORIGIN + _STEP * step for step in range(1, horizon + 1)]
-    return build_outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), publish=keep)
+    return build_outlook(paths, times, 62_000.0, (0.05, 0.5, 0.95), publish=publish)
 
 
 def _compose(
     window: Window | None = None,
-    said: Outlook | None = None,
+    outlook: Outlook | None = None,
     *,
-    by: Composer | None = None,
+    composer: Composer | None = None,
     created: int = _NOW,
     latency: Latency = _LATENCY,
     scale: float = 1.0,
 ) -> Envelope:
-    composer = by or Composer(_MODEL, _ENGINE, _SAMPLING)
+    composer = composer or Composer(_MODEL, _ENGINE, _SAMPLING)
     return composer.forecast(
-        window or _window(), said or _outlook(), created=created, latency=latency, scale=scale
+        window or _window(), outlook or _outlook(), created=created, latency=latency, scale=scale
     )
 
 
 @pytest.mark.parametrize(
-    "written",
+    "composed",
     [
         _compose(),
         _compose(_window(reasons=("3 synthetic bars", "last bar clipped"), synthetic=3)),
         _compose(_window(values=_window().values[:, :5])),
-        _compose(said=_outlook(horizon=24, keep="ohlcva"), scale=1024.0),
+        _compose(outlook=_outlook(horizon=24, publish="ohlcva"), scale=1024.0),
         _compose(created=_NOW // 1000 * 1000),
     ],
 )
-def test_what_is_written_is_what_the_model_reads_to_the_byte(written: Envelope) -> None:
-    read = Forecast.parse(written.value)
-    assert read.encode() == written.value
-    assert (read.id, read.series) == (written.id, written.key)
-    assert forecast_id(orjson.loads(written.value)) == written.id
+def test_composed_forecast_is_reproduced_byte_for_byte_by_the_model(composed: Envelope) -> None:
+    read = Forecast.parse(composed.value)
+    assert read.encode() == composed.value
+    assert (read.id, read.series) == (composed.id, composed.key)
+    assert forecast_id(orjson.loads(composed.value)) == composed.id
 
 
-def test_a_forecast_says_what_the_window_and_the_outlook_say() -> None:
-    said = _outlook()
-    read = Forecast.parse(_compose(_window(revision=2, reasons=("2 synthetic bars",)), said).value)
+def test_forecast_contains_the_values_of_window_and_outlook() -> None:
+    outlook = _outlook()
+    read = Forecast.parse(
+        _compose(_window(revision=2, reasons=("2 synthetic bars",)), outlook).value
+    )
     assert (read.venue, read.symbol, read.timeframe) == ("binance", "BTC/USDT:USDT", "5m")
     assert parse_time(read.origin.isoformat()) == _ORIGIN
     assert parse_time(read.valid_until.isoformat()) == _ORIGIN + 2 * _STEP
     assert parse_time(read.created_at.isoformat()) == _NOW
     assert (read.revision, read.degraded, read.reasons) == (2, True, ("2 synthetic bars",))
-    assert [parse_time(time.isoformat()) for time in read.times] == said.times
-    for name, bands in said.channels.items():
+    assert [parse_time(time.isoformat()) for time in read.times] == outlook.times
+    for name, bands in outlook.channels.items():
         assert getattr(read, name) == {band: tuple(row) for band, row in bands.items()}
-    assert read.summary.model_dump() == said.summary.to_dict()
+    assert read.summary.model_dump() == outlook.summary.to_dict()
     assert read.context.bars == 96
     assert read.context.amount == "reported"
     assert read.last.close == _window().last.close
@@ -115,10 +117,10 @@ def test_a_forecast_says_what_the_window_and_the_outlook_say() -> None:
 
 
 def test_headers_are_a_cloud_event_in_binary_mode() -> None:
-    written = _compose()
-    assert dict(written.headers) == {
+    composed = _compose()
+    assert dict(composed.headers) == {
         "ce_specversion": b"1.0",
-        "ce_id": written.id.encode(),
+        "ce_id": composed.id.encode(),
         "ce_type": b"kronos.forecast/1",
         "ce_source": b"kronos-stream",
         "ce_time": rfc3339(_NOW).encode(),
@@ -126,7 +128,7 @@ def test_headers_are_a_cloud_event_in_binary_mode() -> None:
     }
 
 
-def test_made_again_it_has_the_same_id_and_says_the_same() -> None:
+def test_repeated_forecast_has_the_same_id_and_content() -> None:
     first = _compose()
     later = _compose(
         created=_NOW + 60_000, latency=Latency(close_to_received=1, queued=2, compute=3)
@@ -148,27 +150,29 @@ _OTHER_VALUES = _window().values * np.float32(1.0000002)
         lambda: _compose(_window(times=_window().times - _STEP)),
         lambda: _compose(_window(synthetic=1)),
         lambda: _compose(_window(reasons=("stale",))),
-        lambda: _compose(said=_outlook(horizon=7)),
-        lambda: _compose(said=_outlook(keep="close")),
-        lambda: _compose(said=_outlook(keep="ohlcva")),
+        lambda: _compose(outlook=_outlook(horizon=7)),
+        lambda: _compose(outlook=_outlook(publish="close")),
+        lambda: _compose(outlook=_outlook(publish="ohlcva")),
         lambda: _compose(scale=2.0),
-        lambda: _compose(by=_composer(model=_MODEL.model_copy(update={"revision": "ffff"}))),
-        lambda: _compose(by=_composer(engine=_ENGINE.model_copy(update={"dtype": "bfloat16"}))),
-        lambda: _compose(by=_composer(sampling=_SAMPLING.model_copy(update={"seed": 1}))),
+        lambda: _compose(composer=_composer(model=_MODEL.model_copy(update={"revision": "ffff"}))),
+        lambda: _compose(
+            composer=_composer(engine=_ENGINE.model_copy(update={"dtype": "bfloat16"}))
+        ),
+        lambda: _compose(composer=_composer(sampling=_SAMPLING.model_copy(update={"seed": 1}))),
     ],
 )
-def test_whatever_a_forecast_follows_from_changes_its_id(other: Callable[[], Envelope]) -> None:
+def test_every_input_of_a_forecast_changes_its_id(other: Callable[[], Envelope]) -> None:
     assert other().id != _compose().id
 
 
-def test_same_sees_one_changed_number() -> None:
+def test_same_forecast_detects_one_changed_number() -> None:
     message = orjson.loads(_compose().value)
     one = Forecast.parse(orjson.dumps(message))
     message["low"]["q05"][3] += 0.01
     assert not same_forecast(one, Forecast.parse(orjson.dumps(message)))
 
 
-def test_the_digest_is_of_the_bytes_whatever_their_layout() -> None:
+def test_context_digest_does_not_depend_on_the_memory_layout() -> None:
     values, times = _window().values, _window().times
     digest = context_digest(values, times)
     assert context_digest(np.asfortranarray(values), times) == digest
@@ -177,7 +181,7 @@ def test_the_digest_is_of_the_bytes_whatever_their_layout() -> None:
     assert context_digest(values[:, :5], times) != digest
 
 
-def test_readers_ignore_what_they_do_not_know_and_refuse_what_cannot_be() -> None:
+def test_parsing_ignores_unknown_fields_and_refuses_invalid_messages() -> None:
     message = orjson.loads(_compose().value)
     assert same_forecast(
         Forecast.parse(orjson.dumps(message | {"mood": "calm"})),
@@ -193,7 +197,7 @@ def test_readers_ignore_what_they_do_not_know_and_refuse_what_cannot_be() -> Non
 
 
 @given(st.binary(max_size=200))
-def test_a_dead_letter_brings_back_the_payload(payload: bytes) -> None:
+def test_dead_letter_contains_the_payload(payload: bytes) -> None:
     letter = dead_letter("frame", "not JSON", payload, at=_NOW)
     read = DeadLetter.parse(letter.value)
     assert read.encode() == letter.value
@@ -211,7 +215,7 @@ def test_a_dead_letter_brings_back_the_payload(payload: bytes) -> None:
         (b"\xff" * (2 * MAX_PAYLOAD), MAX_PAYLOAD),
     ],
 )
-def test_a_long_payload_is_cut_between_characters(payload: bytes, kept: int) -> None:
+def test_long_payload_is_cut_between_characters(payload: bytes, kept: int) -> None:
     letter = dead_letter("record", "too large", payload, at=_NOW, series="x:A:1m", sink="kafka")
     read = DeadLetter.parse(letter.value)
     assert read.content() == payload[:kept]
@@ -220,7 +224,7 @@ def test_a_long_payload_is_cut_between_characters(payload: bytes, kept: int) -> 
     assert dict(letter.headers)["ce_type"] == b"kronos.deadletter/1"
 
 
-def test_reading_messages_needs_no_torch() -> None:
+def test_messages_import_no_torch() -> None:
     code = (
         "import sys, kronos_stream.forecast.message, kronos_stream.forecast.compose\n"
         "sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"

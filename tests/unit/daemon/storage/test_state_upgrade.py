@@ -1,6 +1,6 @@
-"""State files of older versions, as these wrote them: nothing in them is lost.
+"""Upgrades of state files of older versions.
 
-``data/state/v1.sql`` and so on are dumps of files that the version with that schema made.
+``data/state/v1.sql`` and so on are dumps of files written by the version with that schema.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ async def state(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     await opened.close()
 
 
-def test_there_is_a_file_of_each_version() -> None:
+def test_there_is_a_dump_of_each_older_version() -> None:
     assert [path.stem for path in DUMPS] == [f"v{n}" for n in range(1, SCHEMA_VERSION)]
 
 
-async def test_tape_marks_and_outcomes_are_kept(state: State) -> None:
+async def test_upgrade_keeps_bars_watermarks_and_outcomes(state: State) -> None:
     for series in (BTC, ETH):
         assert await state.load(series, 100) == [_bar(number) for number in range(20)]
         assert await state.watermark(series) == (FIRST + 17 * MINUTE, 0)
@@ -61,7 +61,7 @@ async def test_tape_marks_and_outcomes_are_kept(state: State) -> None:
         assert await state.last_relayed(series) == -1
 
 
-async def test_the_outbox_is_kept_in_order(state: State) -> None:
+async def test_upgrade_keeps_the_outbox_in_order(state: State) -> None:
     records = await state.undelivered("jsonl", 100)
     assert [orjson.loads(one.value)["payload"] for one in records] == [
         f"{series} {number}" for series in (BTC, ETH) for number in range(3)
@@ -70,14 +70,14 @@ async def test_the_outbox_is_kept_in_order(state: State) -> None:
 
 
 @pytest.mark.parametrize("dump", DUMPS, ids=lambda path: path.stem)
-def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None:
-    """What waited is delivered first, then forecasts; then an older version would be refused."""
-    said = tmp_path / "said"
+def test_daemon_continues_with_an_older_file(dump: Path, tmp_path: Path) -> None:
+    """It delivers the old records first, then forecasts; it refuses a newer schema."""
+    output = tmp_path / "forecasts"
     with ExchangeProcess("--symbols", "1", "--timeframe", "1s") as exchange:
         settings = {
             **exchange.settings(),
             "SINKS": "jsonl",
-            "JSONL__PATH": str(said),
+            "JSONL__PATH": str(output),
             "MODEL": "nano",
             "LOOKBACK": "32",
             "HORIZON": "2",
@@ -90,15 +90,13 @@ def test_a_daemon_goes_on_from_an_older_file(dump: Path, tmp_path: Path) -> None
             daemon.start()
             daemon.wait_until_ready()
 
-            wait_for("bars are forecast", said.exists)
-            letters = said.with_name("said.deadletter").read_bytes().splitlines()
+            wait_for("bars are forecast", output.exists)
+            letters = output.with_name("forecasts.deadletter").read_bytes().splitlines()
             assert [orjson.loads(line)["payload"] for line in letters] == [
                 f"{series} {number}" for series in (BTC, ETH) for number in range(3)
             ]
             assert daemon.stop() == 0
-            assert any(
-                one["event"] == "state file upgraded" for one in daemon.log_records()
-            )
+            assert any(one["event"] == "state file upgraded" for one in daemon.log_records())
             with closing(sqlite3.connect(daemon.state_file)) as file:
                 file.execute("PRAGMA user_version = 99")
             daemon.start()

@@ -13,7 +13,7 @@ from random import Random
 from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.requests import ForecastRequest
 from kronos_stream.daemon.roles.base import Role
-from kronos_stream.daemon.roles.venue import VenueIntake
+from kronos_stream.daemon.roles.venue_intake import VenueIntake
 from kronos_stream.daemon.storage.state import PublishedBar
 from kronos_stream.forecast.compose import candle, removal
 from kronos_stream.interfaces.sink import Sink

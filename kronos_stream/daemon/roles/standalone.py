@@ -14,7 +14,7 @@ from kronos_stream.daemon.inference.backend import WorkerFactory
 from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.daemon.roles.base import Role
 from kronos_stream.daemon.roles.forecasting import Forecasting
-from kronos_stream.daemon.roles.venue import VenueIntake
+from kronos_stream.daemon.roles.venue_intake import VenueIntake
 from kronos_stream.interfaces.sink import Envelope, Sink
 from kronos_stream.interfaces.source import Source
 from kronos_stream.market.clock import Clock

@@ -13,8 +13,8 @@ import pytest
 
 from kronos_stream.daemon.config.settings import HttpSettings, Settings, SettingsError
 from kronos_stream.daemon.intake import universe
-from kronos_stream.daemon.roles import venue as venue_intake
-from kronos_stream.daemon.roles.venue import VenueIntake
+from kronos_stream.daemon.roles import venue_intake
+from kronos_stream.daemon.roles.venue_intake import VenueIntake
 from kronos_stream.daemon.status.series import SeriesStatusRegistry
 from kronos_stream.daemon.storage.database import StateError
 from kronos_stream.daemon.storage.state import State

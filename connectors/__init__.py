@@ -1,4 +1,4 @@
-"""Everything that touches the outside: exchanges, brokers, files.
+"""Connectors to exchanges, brokers and files, imported as ``kronos_connectors``.
 
-Imported as ``kronos_connectors``. The core finds each by its entry point and knows none by name.
+The core loads them by their entry points and never imports them.
 """

@@ -1,4 +1,4 @@
-"""Forecasts into a file: one JSON object per line, appended, only whole lines."""
+"""Sink that appends forecasts to a file, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class JsonlOptions(BaseModel):
 
 
 class JsonlSink:
-    """A line is a record's value as it is; its key and its headers are in there, too."""
+    """Appends the values of records; they contain the key and headers, too."""
 
     name = "jsonl"
 
@@ -68,31 +68,31 @@ class JsonlSink:
         self._thread = ThreadPoolExecutor(1, "jsonl")
 
     def checks(self) -> Sequence[Check]:
-        async def look() -> Sequence[Finding]:
+        async def check() -> Sequence[Finding]:
             disk = partial(check_disk, self._paths["forecast"], "KRONOS_STREAM_JSONL__PATH")
             return [await run_in_thread(disk)]
 
-        return [Check("jsonl file", look)]
+        return [Check("jsonl file", check)]
 
     async def start(self) -> None:
-        """See that the files can be written, and mend what a crash left unfinished."""
+        """Check that the files can be written, and repair a last line left by a crash."""
         await self._run_in_thread(self._prepare)
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         lines: dict[Path, list[bytes]] = {}
         for record in records:
-            # Strings in JSON have no raw line breaks, so any is between tokens.
+            # JSON strings have no raw line breaks, so these are between tokens.
             line = record.value.replace(b"\n", b" ") + b"\n"
             lines.setdefault(self._paths[record.kind], []).append(line)
-        for path, some in lines.items():
-            await self._run_in_thread(partial(self._append, path, b"".join(some)))
+        for path, parts in lines.items():
+            await self._run_in_thread(partial(self._append, path, b"".join(parts)))
         return ()
 
     async def close(self) -> None:
         self._thread.shutdown(wait=False)
 
     async def _run_in_thread(self, work: Callable[[], None]) -> None:
-        """One thread, so that a write that nobody waits for any more is over before the next."""
+        """Run in the single thread: a cancelled write ends before the next one begins."""
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OSError as error:
@@ -103,7 +103,7 @@ class JsonlSink:
             _repair(path)
 
     def _append(self, path: Path, lines: bytes) -> None:
-        # Opened anew each time: log rotation may have taken the file away.
+        # Opened for each write: log rotation may have moved the file.
         with path.open("ab", buffering=0) as file:
             start = file.tell()
             try:
@@ -111,7 +111,7 @@ class JsonlSink:
                 while rest:
                     rest = rest[file.write(rest) :]
             except OSError as error:
-                os.ftruncate(file.fileno(), start)  # a full disk must not leave half a line behind
+                os.ftruncate(file.fileno(), start)  # a full disk must not leave an incomplete line
                 error.filename = str(path)
                 raise
             if self._sync:
@@ -121,10 +121,10 @@ class JsonlSink:
 
 
 def _repair(path: Path) -> None:
-    """Make the file, or mend its last line.
+    """Create the file, or repair its last line.
 
-    What a crash left of a record's line is cut off, for the record comes again; anything else
-    without an end, which may be somebody else's, is given one.
+    An incomplete record is cut off, as it will be delivered again. Any other unfinished line, which
+    may be of another program, gets a line break.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
@@ -137,14 +137,14 @@ def _repair(path: Path) -> None:
         if not line:
             return
         if line.startswith((b"{", b"\0")) and not _is_json(line):
-            _log.warning("unfinished line cut off", path=str(path), bytes=len(line))
+            _log.warning("incomplete line cut off", path=str(path), bytes=len(line))
             file.truncate(start)
         else:
             file.write(b"\n")
 
 
 def _last_line_start(file: BufferedRandom, end: int) -> int:
-    """Where what follows the last line break begins."""
+    """Offset after the last line break."""
     start = end
     while start:
         block = max(0, start - _BLOCK)
@@ -165,7 +165,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _fsync_directory(folder: Path) -> None:
-    """Make the name of a new file last."""
+    """Make the directory entry of a new file durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,7 +174,7 @@ def _fsync_directory(folder: Path) -> None:
 
 
 def build(options: JsonlOptions, _clock: Clock, _random: Random) -> JsonlSink:
-    """A sink; nothing is opened yet."""
+    """Create a sink; files are opened when it starts."""
     return JsonlSink(options)
 
 

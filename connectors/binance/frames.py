@@ -85,8 +85,9 @@ def _kline(event: dict[str, Any], streams: Streams) -> Kline | IgnoredFrame:
     symbol, interval = kline.get("s"), kline.get("i")
     if type(symbol) is not str or type(interval) is not str:
         raise FrameError("kline without symbol and interval")
-    series = streams.get((symbol, interval))
-    if series is None:
+    try:
+        series = streams[symbol, interval]
+    except KeyError:
         return IgnoredFrame()
     if event.get("s") != symbol:
         raise FrameError(f"kline of {symbol} as an event of {_short_repr(event.get('s'))}", series)

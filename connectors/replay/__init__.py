@@ -1,4 +1,4 @@
-"""Replay: candle files and recorded frames as a venue."""
+"""Recorded candles and websocket frames as a venue."""
 
 from __future__ import annotations
 

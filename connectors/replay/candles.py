@@ -1,4 +1,4 @@
-"""Candle files: each bar is known from its close on."""
+"""Candle files as recordings: each bar is available from its close on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kronos_stream.market.candle_files import CandleFileError, CandleTable, read
 from kronos_stream.market.series import Series
 
 _CHUNK = 4096
-"""Rows turned into candles at a time."""
+"""Rows converted to candles at a time."""
 
 _SUFFIXES = {
     *(".csv", ".txt", ".tsv", ".parquet", ".pq", ".feather", ".arrow"),
@@ -26,14 +26,14 @@ _SUFFIXES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandleFile:
-    """The bars of one series, a :class:`~kronos_connectors.replay.recordings.Track`."""
+    """Bars of one series, a :class:`~kronos_connectors.replay.recordings.RecordedFile`."""
 
     only_series: Series
     table: CandleTable
 
     @classmethod
     def read(cls, spec: FileSpec) -> Self:
-        """Raises CandleFileError, also where the series has no possible name."""
+        """Read a file. Raises CandleFileError, also if the name of its series is not valid."""
         table = read_candles(spec.path, spec.timeframe)
         symbol = spec.symbol or symbol_of(spec.path)
         try:
@@ -54,7 +54,7 @@ class CandleFile:
         return self.only_series.timeframe.after(int(self.table.times[-1]))
 
     def start(self, bars: int) -> int:
-        """Holes count as bars: they will be filled."""
+        """See the protocol; gaps count as bars, as they are filled."""
         return self.only_series.timeframe.after(int(self.table.times[0]), bars - 1)
 
     def count(self, start: int) -> int:
@@ -71,7 +71,7 @@ class CandleFile:
         return self._candles(int(first), min(int(last), self._closed_count(now)))
 
     def until(self, moment: int) -> Self | None:
-        """The same up to the bar that closes at ``moment``, UTC ms; None if that is nothing."""
+        """Bars that close by ``moment``, UTC ms; None if there are none."""
         bars = self._closed_count(moment)
         if not bars:
             return None
@@ -79,11 +79,11 @@ class CandleFile:
         return replace(self, table=table)
 
     def shifted(self, milliseconds: int) -> Self:
-        """The same bars so much later."""
+        """Bars moved to a later time."""
         return replace(self, table=replace(self.table, times=self.table.times + milliseconds))
 
     def _closed_count(self, now: int) -> int:
-        """How many bars have closed."""
+        """Number of bars closed by ``now``."""
         times, after = self.table.times, self.only_series.timeframe.after
         count = int(np.searchsorted(times, now))
         while count and after(int(times[count - 1])) > now:
@@ -98,7 +98,7 @@ class CandleFile:
 
 
 def symbol_of(path: Path) -> str:
-    """The symbol in a file's name: ``ETH_BTC-5m.csv.gz`` → ETH/BTC; else the name as it is."""
+    """Symbol in a file name: ``ETH_BTC-5m.csv.gz`` → ETH/BTC; otherwise its stem."""
     name = path.name
     while Path(name).suffix.lower() in _SUFFIXES:
         name = Path(name).stem

@@ -1,7 +1,7 @@
-"""Recorded websocket frames, decoded as live ones are.
+"""Recorded websocket frames, decoded like live ones.
 
 A capture is text, plain or gzipped: a first line ``wss://… <-> epoch`` that names the connection,
-then one frame per line, ``epoch: frame``, with the time in seconds at which it was received.
+then one frame per line, ``epoch: frame``, with the time of arrival in seconds.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import gzip
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import IO, NoReturn, Self
 from urllib.parse import urlsplit
 
 from kronos_connectors.binance.frames import FrameError, Kline, decode
-from kronos_connectors.replay.recordings import FileSpec, InvalidFrame
+from kronos_connectors.replay.recordings import FileSpec, InvalidFrame, received_at
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_files import CandleFileError
 from kronos_stream.market.series import Series
@@ -35,38 +34,36 @@ _QUOTES = (
     *("EUR", "TRY", "BRL", "JPY", "GBP", "AUD", "RUB", "UAH", "ZAR", "PLN", "RON", "ARS", "MXN"),
     *("CZK", "COP", "IDR", "NGN", "BIDR", "USD"),
 )
-"""What Binance quotes prices in: a frame says ETHBTC, the listing is not recorded with it."""
-
-_received = attrgetter("received")
+"""Quote currencies of Binance, to split symbols such as ETHBTC: listings are not recorded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptureFile:
-    """The klines in a capture, a :class:`~kronos_connectors.replay.recordings.Track`."""
+    """Klines of a capture, a :class:`~kronos_connectors.replay.recordings.RecordedFile`."""
 
     path: Path
     begin: int
     """UTC ms of the first frame."""
     end: int
-    """And of the last one."""
+    """UTC ms of the last frame."""
     closed_bars: dict[Series, list[Update]] = field(repr=False)
-    """The venue's last words, by series, in the order of arrival; empty where there is none."""
+    """Closed bars of each series in order of arrival; may be empty."""
 
     @classmethod
     def read(cls, spec: FileSpec) -> Self:
-        """Look through the whole file. Raises CandleFileError where it is no capture of klines."""
+        """Scan the whole file. Raises CandleFileError if it is not a capture of klines."""
         path = spec.path
         if spec.symbol:
             _raise_error(path, "its frames name the series; give the file alone")
         closed: dict[Series, list[Update]] = {}
         begin: int | None = None
         received = 0
-        for received, told in _frames(path):
+        for received, event in _frames(path):
             begin = received if begin is None else begin
-            if isinstance(told, Update):
-                words = closed.setdefault(told.series, [])
-                if told.closed:
-                    words.append(told)
+            if isinstance(event, Update):
+                updates = closed.setdefault(event.series, [])
+                if event.closed:
+                    updates.append(event)
         if begin is None or not closed:
             _raise_error(path, "no klines of Binance in it")
         return cls(path, begin, received, closed)
@@ -75,73 +72,62 @@ class CaptureFile:
     def series(self) -> frozenset[Series]:
         return frozenset(self.closed_bars)
 
-    def start(self, bars: int) -> int:  # noqa: ARG002 - it begins when it begins
+    def start(self, bars: int) -> int:  # noqa: ARG002 - a capture has no earlier bars
         return self.begin - 1
 
     def count(self, start: int) -> int:
         return sum(
-            len(words) - bisect_right(words, start, key=_received)
-            for words in self.closed_bars.values()
+            len(updates) - bisect_right(updates, start, key=received_at)
+            for updates in self.closed_bars.values()
         )
 
     def events(self, start: int) -> Iterator[Update | InvalidFrame]:
         frames = _frames(self.path)
-        return (told for received, told in frames if told is not None and received > start)
+        return (event for received, event in frames if event is not None and received > start)
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
         known = {
-            told.candle.time: told.candle
-            for told in self.closed_bars[series]
-            if told.received <= now and start <= told.candle.time < end
+            update.candle.time: update.candle
+            for update in self.closed_bars[series]
+            if update.received <= now and start <= update.candle.time < end
         }
         return [known[time] for time in sorted(known)]
 
 
 def is_capture(path: Path) -> bool:
-    """Whether the file begins as a capture does."""
+    """Return whether the file begins like a capture."""
     try:
         with _open_lines(path) as lines:
             return _HEAD.fullmatch(lines.readline(100_000)) is not None
-    except (OSError, EOFError):  # whoever reads it as something else will say so
+    except (OSError, EOFError):  # reported when it is read as a candle file
         return False
 
 
-class _SeriesLookup(Mapping[tuple[str, str], Series]):
-    """Series by Binance's symbol and interval, whatever symbol is asked for."""
+class _SeriesLookup(dict[tuple[str, str], Series]):
+    """Series by Binance's symbol and interval, created when first looked up."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._futures = parts.path.startswith("/market") or str(parts.hostname).startswith(
+        self._is_futures = parts.path.startswith("/market") or str(parts.hostname).startswith(
             "fstream"
         )
-        self._known: dict[tuple[str, str], Series | None] = {}
 
-    def __getitem__(self, key: tuple[str, str]) -> Series:
-        if key not in self._known:
-            self._known[key] = self._series(*key)
-        series = self._known[key]
-        if series is None:
-            raise KeyError(key)
-        return series
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return (key for key, series in self._known.items() if series is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _series(self, name: str, interval: str) -> Series | None:
+    def __missing__(self, key: tuple[str, str]) -> Series:
+        name, interval = key
         quote = next((quote for quote in _QUOTES if name.endswith(quote)), "")
         base = name.removesuffix(quote)
-        symbol = f"{base}/{quote}" + (f":{quote}" if self._futures else "")
+        if not (base and quote):
+            raise KeyError(key)
+        symbol = f"{base}/{quote}" + (f":{quote}" if self._is_futures else "")
         try:
-            return Series.of(_VENUE, symbol, Timeframe.parse(interval)) if base and quote else None
+            self[key] = Series.of(_VENUE, symbol, Timeframe.parse(interval))
         except ValueError:
-            return None
+            raise KeyError(key) from None
+        return self[key]
 
 
 def _frames(path: Path) -> Iterator[tuple[int, Update | InvalidFrame | None]]:
-    """Each frame's arrival, UTC ms, and what it tells; None where that is nothing of ours."""
+    """Yield each frame's time of arrival, UTC ms, and its content; None if it is no kline."""
     with _open_lines(path) as lines:
         try:
             head = _HEAD.fullmatch(lines.readline())
@@ -155,7 +141,7 @@ def _frames(path: Path) -> Iterator[tuple[int, Update | InvalidFrame | None]]:
                 match = _LINE.fullmatch(line.rstrip(b"\r\n"))
                 if match is None:
                     _raise_error(path, f"line {number}: expected 'epoch seconds: frame'")
-                # Recorders write down two sockets out of order, and clocks are set back.
+                # Frames of two sockets may be out of order, and clocks may be set back.
                 received = max(received, round(float(match[1]) * 1000))
                 yield received, _decode_frame(match[2], markets, received)
         except (EOFError, gzip.BadGzipFile) as error:
@@ -166,11 +152,11 @@ def _decode_frame(
     frame: bytes, markets: _SeriesLookup, received: int
 ) -> Update | InvalidFrame | None:
     try:
-        told = decode(frame, markets)
+        event = decode(frame, markets)
     except FrameError as error:
         return InvalidFrame(error.series, str(error), frame, received)
-    if isinstance(told, Kline):
-        return Update(told.series, told.candle, told.closed, received)
+    if isinstance(event, Kline):
+        return Update(event.series, event.candle, event.closed, received)
     return None
 
 

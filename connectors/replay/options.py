@@ -1,4 +1,4 @@
-"""Candle files as a venue of ``kronos-stream run``: ``KRONOS_STREAM_REPLAY__*``."""
+"""Settings of the venue replay of ``kronos-stream run``: ``KRONOS_STREAM_REPLAY__*``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from kronos_stream.market.clock import Clock
 
 
 class ReplayOptions(BaseModel):
-    """Candles that happen again, now and at their own speed."""
+    """Settings of recorded candles that are replayed from now on, at their original speed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     files: tuple[str, ...] = Field(min_length=1)
     """Candle files, each FILE or SERIES=FILE, such as replay:ETH/BTC=eth.csv.gz."""
     history: int = Field(488, ge=1)
-    """Bars of each file that are history; the next one closes first."""
+    """Bars of each file that are history at the start; the next bar closes first."""
 
 
 def build(_: str, options: ReplayOptions, clock: Clock, random: Random) -> Source:  # noqa: ARG001
-    """A source whose candles are moved to the present, by whole bars of the longest timeframe.
+    """Create a source with candles moved to the present, by whole bars of the longest timeframe.
 
     Raises CandleFileError.
     """
-    # Not above: help reads the options, and pandas takes a second to import.
+    # Imported here: --help reads the options, and pandas takes a second to import.
     from kronos_connectors.replay.candles import CandleFile
     from kronos_connectors.replay.recordings import FileSpec
     from kronos_connectors.replay.source import Recording, ReplaySource
     from kronos_stream.market.candle_files import CandleFileError
 
-    tracks = [CandleFile.read(FileSpec.parse(text)) for text in options.files]
-    start = Recording(tracks, []).start(options.history + 1)
-    for track in tracks:
-        if track.only_series.timeframe.milliseconds is None:
-            raise CandleFileError(f"{track.path}: months cannot be moved; use kronos-stream replay")
-    step = max(track.only_series.timeframe.min_milliseconds for track in tracks)
+    recorded = [CandleFile.read(FileSpec.parse(text)) for text in options.files]
+    start = Recording(recorded, []).start(options.history + 1)
+    for file in recorded:
+        if file.only_series.timeframe.milliseconds is None:
+            raise CandleFileError(f"{file.path}: months cannot be moved; use kronos-stream replay")
+    step = max(file.only_series.timeframe.min_milliseconds for file in recorded)
     moved = (clock.now() - start) // step * step
-    recording = Recording([track.shifted(moved) for track in tracks], [])
+    recording = Recording([file.shifted(moved) for file in recorded], [])
     return ReplaySource(recording, clock, start + moved)

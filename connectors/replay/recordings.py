@@ -1,9 +1,10 @@
-"""What a recording is made of, and how its files are named on a command line."""
+"""Files of a recording, and their notation on the command line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -12,11 +13,14 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 DEFAULT_VENUE = "replay"
-"""Of series that are not said to be another's."""
+"""Venue of series for which none is given."""
+
+received_at = attrgetter("received")
+"""Key to order updates and invalid frames by their time of arrival."""
 
 
 class InvalidFrame(NamedTuple):
-    """A recorded frame that cannot be."""
+    """A recorded frame that is not valid."""
 
     series: Series | None
     reason: str
@@ -26,7 +30,7 @@ class InvalidFrame(NamedTuple):
 
 
 class RecordedFile(Protocol):
-    """A file: what it tells, and when that was known. All times are UTC ms."""
+    """File of a recording. All times are UTC ms."""
 
     @property
     def path(self) -> Path: ...
@@ -36,23 +40,23 @@ class RecordedFile(Protocol):
 
     @property
     def end(self) -> int:
-        """After this nothing is told."""
+        """Time of the last event."""
 
     def start(self, bars: int) -> int:
-        """A moment after which there is a series that has ``bars`` bars at each close."""
+        """Time after which some series has ``bars`` bars at each close."""
 
     def count(self, start: int) -> int:
-        """How many bars close, as far as is told, after ``start``."""
+        """Number of bars that are received closed after ``start``."""
 
     def events(self, start: int) -> Iterator[Update | InvalidFrame]:
-        """What became known after ``start``, in that order."""
+        """Events received after ``start``, in order."""
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
-        """The bars with start <= open < end that were known to be closed at ``now``."""
+        """Bars with start <= open < end that were received closed by ``now``, ascending."""
 
 
 class FileSpec(NamedTuple):
-    """A file to replay, and what is said of its series; empty or None where nothing is."""
+    """File to replay and its series; empty or None where not given."""
 
     path: Path
     venue: str = ""
@@ -61,7 +65,7 @@ class FileSpec(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``FILE`` or ``SERIES=FILE``, SERIES being [venue:]symbol[:timeframe]."""
+        """Parse ``FILE`` or ``SERIES=FILE``, SERIES being [venue:]symbol[:timeframe]."""
         name, given, path = text.partition("=")
         if not given or Path(text).exists():
             return cls(Path(text))

@@ -1,4 +1,4 @@
-"""How time comes to pass in a replay: by a clock, or from event to event."""
+"""Time of a replay: by a clock, or from event to event."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from collections.abc import Awaitable, Callable
 from kronos_stream.market.clock import LoopClock, ManualClock
 
 AdvanceTo = Callable[[int], Awaitable[None]]
-"""Returns when the market's time is this, UTC ms."""
+"""Wait until the market's time is this, UTC ms."""
 
 WaitUntilIdle = Callable[[], Awaitable[None]]
-"""Returns when all that was taken in is dealt with, except what waits for time to pass."""
-
+"""Wait until all updates are processed, except for work that waits for a later time."""
 
 NextTimer = Callable[[], int | None]
-"""When the daemon has something to do even if nothing comes, UTC ms."""
+"""Time of the daemon's next timer, UTC ms."""
 
 
 class PacedClock:
-    """Stands still until :meth:`begin`; then it is the loop's time, ``speed`` times as fast."""
+    """Clock that stands still until :meth:`start`, then runs at ``speed`` times the loop's."""
 
     def __init__(self, start: int, speed: float = 1.0) -> None:
         self._start, self._speed = start, speed
@@ -31,7 +30,7 @@ class PacedClock:
         return self._running is not None
 
     def start(self) -> None:
-        """Let time pass, from the start on."""
+        """Start the clock."""
         self._running = LoopClock(self._start, self._speed)
         self._started.set()
 
@@ -51,27 +50,27 @@ class PacedClock:
 
 
 def paced_advance(clock: PacedClock, wait_until_idle: WaitUntilIdle) -> AdvanceTo:
-    """Time passes by ``clock``, once what precedes the first event has ``settled``."""
+    """Wait for ``clock``, which starts when the work before the first event is done."""
 
-    async def reach(moment: int) -> None:
+    async def advance_to(moment: int) -> None:
         if not clock.started:
             await wait_until_idle()
             clock.start()
         await clock.sleep_until(moment)
 
-    return reach
+    return advance_to
 
 
 def driven_advance(
     clock: ManualClock, wait_until_idle: WaitUntilIdle, next_timer: NextTimer
 ) -> AdvanceTo:
-    """Time leaps to whatever comes next, an event or an alarm, once all before has ``settled``."""
+    """Advance ``clock`` to the next event or timer once all earlier work is done."""
 
-    async def reach(moment: int) -> None:
+    async def advance_to(moment: int) -> None:
         await wait_until_idle()
-        while (wake := next_timer()) is not None and wake < moment:
-            clock.advance(wake)
+        while (timer := next_timer()) is not None and timer < moment:
+            clock.advance(timer)
             await wait_until_idle()
         clock.advance(moment)
 
-    return reach
+    return advance_to

@@ -1,16 +1,15 @@
-"""Recorded candles and frames as a live venue."""
+"""Source that replays recorded candles and frames."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import groupby
-from operator import attrgetter
 from typing import Self
 
 from kronos_connectors.replay.candles import CandleFile
 from kronos_connectors.replay.captures import CaptureFile, is_capture
-from kronos_connectors.replay.recordings import FileSpec, InvalidFrame, RecordedFile
+from kronos_connectors.replay.recordings import FileSpec, InvalidFrame, RecordedFile, received_at
 from kronos_connectors.replay.replay_clock import AdvanceTo
 from kronos_stream.interfaces.source import SourceCallbacks, SourceError, Traits
 from kronos_stream.market.candle import Candle, Update
@@ -20,47 +19,45 @@ from kronos_stream.market.series import Series
 
 _CANDLE_TRAITS = Traits(grace_seconds=0.0, history_lag_seconds=0.0)
 _CAPTURE_TRAITS = Traits(fills_empty=True)
-"""Of Binance."""
+"""Traits of Binance, whose frames captures hold."""
 
 _NEVER_RETRY_SECONDS = 1e9
-
-_received = attrgetter("received")
 
 
 class Recording:
     """Files of one venue. All times are UTC ms."""
 
     def __init__(self, candles: Sequence[CandleFile], captures: Sequence[CaptureFile]) -> None:
-        """Of a series in both, the candles count up to where the capture begins.
+        """For a series in both, candles are used up to the begin of the capture.
 
-        Raises CandleFileError where the files do not fit together.
+        Raises CandleFileError if the files do not fit together.
         """
         self.files: list[RecordedFile] = [*captures]
-        captured = {series: track.begin for track in captures for series in track.series}
-        for track in candles:
-            known = next((one for one in candles if one.only_series == track.only_series), track)
-            if known is not track:
+        captured = {series: file.begin for file in captures for series in file.series}
+        for file in candles:
+            first = next(other for other in candles if other.only_series == file.only_series)
+            if first is not file:
                 raise CandleFileError(
-                    f"{track.path}: its series is {track.only_series}, as is that of {known.path}; join "
-                    f"the files, or name it otherwise: SERIES={track.path}"
+                    f"{file.path}: {first.path} has the same series, {file.only_series}; join the "
+                    f"files, or give it another name: SERIES={file.path}"
                 )
-            begin = captured.get(track.only_series)
-            cut = track if begin is None else track.until(begin)
+            begin = captured.get(file.only_series)
+            cut = file if begin is None else file.until(begin)
             if cut is not None:
                 self.files.append(cut)
-        self.series = frozenset(series for track in self.files for series in track.series)
+        self.series = frozenset(series for file in self.files for series in file.series)
         venues = sorted({series.venue for series in self.series})
         if len(venues) != 1:
             raise CandleFileError(
-                f"{self.files[0].path}: one replay is of one venue, and these are of "
-                f"{', '.join(venues)}; name files: SERIES=FILE"
+                f"{self.files[0].path}: a replay has one venue, and these files have "
+                f"{', '.join(venues)}; name their series: SERIES=FILE"
             )
         (self.venue,) = venues
         self.traits = _CAPTURE_TRAITS if captures else _CANDLE_TRAITS
 
     @classmethod
     def read(cls, files: Sequence[str]) -> Self:
-        """Each of ``files`` is FILE or SERIES=FILE. Raises CandleFileError."""
+        """Read ``files``, each FILE or SERIES=FILE. Raises CandleFileError."""
         wanted = [FileSpec.parse(text) for text in files]
         captures = [one for one in wanted if is_capture(one.path)]
         return cls(
@@ -69,34 +66,34 @@ class Recording:
         )
 
     def end(self, series: Series) -> int:
-        """After this nothing is told of ``series``."""
-        return max(track.end for track in self.files if series in track.series)
+        """Time of the last event of ``series``."""
+        return max(file.end for file in self.files if series in file.series)
 
     def start(self, lookback: int) -> int:
-        """The moment after which the first close is one with ``lookback`` bars, if there is any."""
-        return min(track.start(lookback) for track in self.files)
+        """Time after which some series has ``lookback`` bars at each close."""
+        return min(file.start(lookback) for file in self.files)
 
     def count(self, start: int) -> int:
-        """How many bars close after ``start``."""
-        return sum(track.count(start) for track in self.files)
+        """Number of bars that close after ``start``."""
+        return sum(file.count(start) for file in self.files)
 
     def events(self, start: int) -> Iterator[Update | InvalidFrame]:
-        """What became known after ``start``, in the order of time."""
-        return merge(*(track.events(start) for track in self.files), key=_received)
+        """Events received after ``start``, in order."""
+        return merge(*(file.events(start) for file in self.files), key=received_at)
 
     def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
-        """The bars with start <= open < end that are known to be closed at ``now``, ascending."""
+        """Bars with start <= open < end that were received closed by ``now``, ascending."""
         bars = {
             candle.time: candle
-            for track in reversed(self.files)  # of two words on a bar the captured one counts
-            if series in track.series
-            for candle in track.history(series, start, end, now)
+            for file in reversed(self.files)  # captured bars override those of candle files
+            if series in file.series
+            for candle in file.history(series, start, end, now)
         }
         return [bars[time] for time in sorted(bars)]
 
 
 class ReplaySource:
-    """A venue that lives a recording. What the recording lacks, the venue does not have."""
+    """Venue whose candles and history are those of a recording."""
 
     def __init__(
         self,
@@ -107,17 +104,17 @@ class ReplaySource:
         advance_to: AdvanceTo | None = None,
         max_closes: int | None = None,
     ) -> None:
-        """What is known by ``start``, UTC ms, is history; what comes to be known later is pushed.
+        """Events received by ``start``, UTC ms, are history; later ones are pushed.
 
-        reach: how time comes to pass; left out, by waiting for the clock. closes: end after so
-        many moments at which bars closed.
+        advance_to: waits for a time; default: the clock's ``sleep_until``. max_closes: end after
+        this many times at which bars closed.
         """
         self.venue = recording.venue
         self.traits = recording.traits
         self._recording, self._clock, self._start = recording, clock, start
         self._advance_to = advance_to or clock.sleep_until
         self._max_closes = max_closes
-        self._followed: frozenset[Series] = frozenset()
+        self._subscribed: frozenset[Series] = frozenset()
 
     async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
         recorded = self._recording.series
@@ -125,33 +122,32 @@ class ReplaySource:
         return {one: f"not recorded; there are {has}" for one in series if one not in recorded}
 
     def subscribe(self, series: Collection[Series]) -> None:
-        self._followed = frozenset(series)
+        self._subscribed = frozenset(series)
 
     async def run(self, callbacks: SourceCallbacks) -> None:
-        left = self._max_closes
-        for moment, told in groupby(self._recording.events(self._start), _received):
-            if left == 0:
+        closes = 0
+        for moment, events in groupby(self._recording.events(self._start), received_at):
+            if closes == self._max_closes:
                 return
             await self._advance_to(moment)
-            closed = [self._push(callbacks, one) for one in told]
-            if left is not None:
-                left -= any(closed)
+            closed = [self._push(callbacks, event) for event in events]
+            closes += any(closed)
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         if start >= self._recording.end(series):
-            # What comes after is not known; to say that nothing does would make flat bars of it.
+            # An empty result would mean intervals without trades, which are filled with flat bars.
             raise SourceError("its recording has ended", _NEVER_RETRY_SECONDS)
         return self._recording.history(series, start, end, self._clock.now())
 
     async def close(self) -> None:
-        """There is nothing to let go of."""
+        """Do nothing: no resources are held."""
 
-    def _push(self, callbacks: SourceCallbacks, told: Update | InvalidFrame) -> bool:
-        """Whether it was the last word on a bar that is followed."""
-        if isinstance(told, InvalidFrame):
-            callbacks.reject(told.series, told.reason, told.raw)
+    def _push(self, callbacks: SourceCallbacks, event: Update | InvalidFrame) -> bool:
+        """Push an event; returns whether it closes a subscribed bar."""
+        if isinstance(event, InvalidFrame):
+            callbacks.reject(event.series, event.reason, event.raw)
             return False
-        if told.series not in self._followed:
+        if event.series not in self._subscribed:
             return False
-        callbacks.update(told)
-        return told.closed
+        callbacks.update(event)
+        return event.closed

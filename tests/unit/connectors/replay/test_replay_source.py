@@ -384,7 +384,7 @@ def test_files_that_do_not_fit_together_are_one_clear_line(write: Write, capture
     a, b = write("A_B.csv"), write("A_B-1m.csv")
     with pytest.raises(CandleFileError, match=r"A_B-1m.csv: its series is replay:A/B:1m, as is"):
         Recording.read([a, b])
-    with pytest.raises(CandleFileError, match=r"one replay is of one venue.*binance, replay"):
+    with pytest.raises(CandleFileError, match=r"a replay has one venue.*binance, replay"):
         Recording.read([a, f"binance:C/D={b}"])
     with pytest.raises(CandleFileError, match="no such file"):
         Recording.read(["nothing.csv"])

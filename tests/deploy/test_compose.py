@@ -253,6 +253,6 @@ def test_services_work_together(
 
 def _brokers(admin: AdminClient) -> int:
     try:
-        return len(admin.list_topics(timeout=2).brokers)
+        return len(admin.list_topics(timeout=10).brokers)
     except Exception:  # noqa: BLE001 - it is not there yet
         return 0

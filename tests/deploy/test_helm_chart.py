@@ -64,7 +64,7 @@ class Chart(NamedTuple):
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [TOOLS / "helm", *arguments], capture_output=True, text=True, check=False, timeout=60
+            [TOOLS / "helm", *arguments], capture_output=True, text=True, check=False
         )
 
     def text(self, values: str, *settings: str) -> str:
@@ -119,7 +119,7 @@ def conform(text: str, version: str) -> tuple[dict[str, int], str]:
     options = ["-strict", "-summary", "-output", "json", "-kubernetes-version", version]
     done = subprocess.run(
         [TOOLS / "kubeconform", *options, *locations, "-"],
-        input=text, capture_output=True, text=True, check=False, timeout=60,
+        input=text, capture_output=True, text=True, check=False,
     )  # fmt: skip
     answer = json.loads(done.stdout)
     assert (done.returncode == 0) == (not answer["resources"])
@@ -633,9 +633,7 @@ def test_job_creates_the_topics(
     )
     ((_, _, spec),) = (pod for pod in pods(objects) if pod[0] == "topics")
     environ = {**os.environ, **told(spec, objects, tmp_path)}
-    program = partial(
-        subprocess.run, env=environ, capture_output=True, text=True, check=False, timeout=60
-    )
+    program = partial(subprocess.run, env=environ, capture_output=True, text=True, check=False)
     command = [str(Path(sys.executable).parent / "kronos-stream")]
     arguments = spec["containers"][0]["args"]
     done = program([*command, *arguments])

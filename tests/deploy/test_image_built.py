@@ -50,7 +50,7 @@ print(json.dumps(found))
 
 pytestmark = [
     pytest.mark.skipif(not IMAGE, reason="no image is named; make image-check builds one"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1_800),
 ]
 
 
@@ -184,7 +184,7 @@ def test_the_demo_runs_with_the_least(config: dict[str, Any]) -> None:
 def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
     ended = subprocess.run(
         [ENGINE, "run", "--rm", *LEAST, "--env=KRONOS_STREAM_HORIZON=0", IMAGE],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 2
     assert "KRONOS_STREAM_HORIZON=0" in ended.stderr

@@ -75,7 +75,6 @@ def test_the_demo_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None
         env=environ,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert shown.returncode == 0, shown.stderr

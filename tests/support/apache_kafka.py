@@ -268,6 +268,6 @@ def _broker_count(port: int) -> int:
             return 0
     client = Producer({"bootstrap.servers": f"127.0.0.1:{port}", "log_level": 0})
     try:
-        return len(client.list_topics(timeout=1).brokers)
+        return len(client.list_topics(timeout=10).brokers)
     except KafkaException:
         return 0

@@ -11,8 +11,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 from kronos_stream.forecast.message import REMOVAL, Forecast, same_forecast
 from kronos_stream.market.series import Series
-
-_TIMEOUT = 30.0
+from tests.support.processes import WAIT_SECONDS
 
 ForecastKey = tuple[str, int, int]
 """Series, origin (UTC ms) and revision."""
@@ -27,15 +26,15 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
         {"bootstrap.servers": bootstrap, "group.id": "audit", "enable.auto.commit": False}
     )
     try:
-        places = consumer.list_topics(topic, timeout=_TIMEOUT).topics[topic].partitions
+        places = consumer.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
         records: list[tuple[str, bytes]] = []
         for partition in sorted(places):
             first, end = consumer.get_watermark_offsets(
-                TopicPartition(topic, partition), timeout=_TIMEOUT
+                TopicPartition(topic, partition), timeout=WAIT_SECONDS
             )
             consumer.assign([TopicPartition(topic, partition, first)])
             while first < end:
-                message = consumer.poll(_TIMEOUT)
+                message = consumer.poll(WAIT_SECONDS)
                 if message is None:
                     raise TimeoutError(f"{topic}: {end - first} records did not come")
                 if message.error():

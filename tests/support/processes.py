@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def find_program(name: str, package: str, *, more_folders: str = "") -> str:
     if not found:
         raise ProcessFailed(f"no {name} on PATH; Debian and Ubuntu have it in package {package}")
     return found
+
+
+def settings_environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """Our environment with these settings of the daemon, and no others.
+
+    settings: by name without ``KRONOS_STREAM_``.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
+    return inherited | {f"KRONOS_STREAM_{name}": str(value) for name, value in settings.items()}
 
 
 def http_get(url: str) -> tuple[int, bytes]:

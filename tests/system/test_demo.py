@@ -57,7 +57,7 @@ class DemoResult(NamedTuple):
 @pytest.mark.parametrize(
     "seconds",
     [
-        "6",
+        "10",
         pytest.param(
             SOAK_SECONDS, marks=[pytest.mark.soak, pytest.mark.timeout(300 + int(SOAK_SECONDS))]
         ),
@@ -82,7 +82,7 @@ def test_a_reader_counts_the_same_forecasts(seconds: str, tmp_path: Path) -> Non
 
 def test_it_shows_real_candles(tmp_path: Path) -> None:
     closes = _write_candles(tmp_path / "BTCUSDT-1s.csv")
-    shown = _demo(tmp_path, "--seconds", "3", "--candles", str(tmp_path / "BTCUSDT-1s.csv"))
+    shown = _demo(tmp_path, "--seconds", "8", "--candles", str(tmp_path / "BTCUSDT-1s.csv"))
     assert list(shown.figures["by_series"]) == ["binance:BTC/USDT:1s"]
     lasts = [record.forecast["last"]["close"] for record in shown.records]
     assert len(lasts) >= 2

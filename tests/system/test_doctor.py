@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,8 @@ from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import required_topics
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.exchange_process import ExchangeProcess
+from tests.support.ports import free_port
+from tests.support.processes import WAIT_SECONDS, settings_environment
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
 
@@ -72,20 +72,14 @@ def environ(exchange: ExchangeProcess, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def _environ(given: Mapping[str, str]) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
-    return clean | {f"KRONOS_STREAM_{name}": value for name, value in given.items()}
-
-
 def _doctor(given: Mapping[str, str], *skip: str) -> DoctorReport:
     arguments = [argument for area in skip for argument in ("--skip", area)]
     return DoctorReport(
         subprocess.run(
             [sys.executable, "-m", "kronos_stream", "doctor", "--json", *arguments],
-            env=_environ(given),
+            env=settings_environment(given),
             capture_output=True,
             text=True,
-            timeout=120,
             check=False,
         )
     )
@@ -112,7 +106,7 @@ def test_it_is_a_line_each_for_people(environ: dict[str, str]) -> None:
     environ["SYMBOLS"] = "binance:SIM00/USDT,binance:SIM0/USDT"
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--skip", "model"]
     ended = subprocess.run(
-        command, env=_environ(environ), capture_output=True, text=True, timeout=60, check=False
+        command, env=settings_environment(environ), capture_output=True, text=True, check=False
     )
     assert ended.returncode == 1
     lines = ended.stdout.splitlines()
@@ -135,7 +129,7 @@ def test_settings_that_cannot_be_read_are_all_it_says(environ: dict[str, str]) -
 
 
 def test_where_nothing_runs_it_says_what_is_missing(environ: dict[str, str]) -> None:
-    nobody = f"127.0.0.1:{_free_port()}"
+    nobody = f"127.0.0.1:{free_port()}"
     environ |= {"BINANCE__REST_URL": f"http://{nobody}", "BINANCE__WS_URL": f"ws://{nobody}"}
     environ |= {"SINKS": "kafka,jsonl", "KAFKA__BOOTSTRAP_SERVERS": nobody}
     found = _doctor(environ | {"MODEL": "/nowhere"})
@@ -231,7 +225,7 @@ def _grant_describe(bootstrap: str, user: str) -> None:
             operation, AclPermissionType.ALLOW,
         )  # fmt: skip
         for done in client.create_acls([rule]).values():
-            done.result(20)
+            done.result(WAIT_SECONDS)
 
 
 def _login(options: KafkaOptions, password: str = PASSWORD) -> dict[str, str]:
@@ -301,17 +295,16 @@ def test_ctrl_c_ends_it_at_once(environ: dict[str, str]) -> None:
         environ["BINANCE__REST_URL"] = f"http://127.0.0.1:{mute.getsockname()[1]}"
         process = subprocess.Popen(
             [sys.executable, "-m", "kronos_stream", "doctor"],
-            env=_environ(environ), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=settings_environment(environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout is not None
         seen = [process.stdout.readline() for _ in range(3)]
-        time.sleep(0.5)
+        connection, _ = mute.accept()  # the venue is being checked
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=5)
+        rest, err = process.communicate()
+        connection.close()
     assert all(line.startswith("ok") for line in seen)
-    assert (process.returncode, err.strip()) == (130, "")
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    assert (process.returncode, rest, err.strip()) == (130, "", "")

@@ -30,7 +30,7 @@ from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from tests.support.mosquitto import Mosquitto
 from tests.support.paths import ROOT
-from tests.support.processes import wait_for
+from tests.support.processes import WAIT_SECONDS, wait_for
 
 EXAMPLES = ROOT / "docs" / "examples"
 TOPIC = topic_of("kronos")
@@ -88,7 +88,7 @@ def _publish(bootstrap: str, *forecasts: Envelope) -> None:
     producer = Producer({"bootstrap.servers": bootstrap})
     for one in forecasts:
         producer.produce(TOPIC, one.value, one.key, partition=0, headers=list(one.headers))
-    assert producer.flush(10) == 0
+    assert producer.flush(WAIT_SECONDS) == 0
 
 
 def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) -> None:
@@ -130,7 +130,7 @@ async def test_the_subscriber_shows_what_is_latest(
 
         async def say(*messages: Envelope, kind: RecordKind = "forecast") -> None:
             records = [Record(0, kind, one.key, one.value, one.headers, 0) for one in messages]
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(WAIT_SECONDS):
                 while True:
                     try:
                         assert not await sink.deliver(records)

@@ -70,7 +70,7 @@ class KcatProducer:
 
     def produce(self, lines: Sequence[str]) -> None:
         """Produce them in this order; kcat waits for the end of its input, so it is run anew."""
-        subprocess.run(self._command, input="".join(lines), text=True, check=True, timeout=30)
+        subprocess.run(self._command, input="".join(lines), text=True, check=True)
 
     def _trade(self) -> None:
         """Every second its bar, sometimes twice, sometimes amid what is none of ours."""

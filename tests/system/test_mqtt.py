@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from urllib.parse import unquote
 
 import pytest
@@ -50,6 +50,7 @@ class CandlePublisher:
         self._client.connect("127.0.0.1", broker.port)
         self._client.loop_start()
         self._end = Event()
+        self._lock = Lock()
         self._thread = Thread(target=self._run)
 
     def start(self) -> None:
@@ -68,8 +69,15 @@ class CandlePublisher:
 
     def _run(self) -> None:
         while not self._end.wait(max(0.0, self._next + 1.02 - time.time())):
-            self._publish(self._next)
-            self._next += 1
+            with self._lock:
+                self._publish(self._next)
+                self._next += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Publish nothing during the block, and what was left out after it."""
+        with self._lock:
+            yield
 
     def _publish(self, second: int) -> None:
         for i, series in enumerate(SERIES):
@@ -114,9 +122,15 @@ def _wait_for_more(daemon: DaemonProcess) -> None:
     wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough)
 
 
-def _wait_until_idle() -> None:
-    """Between two closes, when nothing is under way; a broker saves what it has, and is killed."""
-    time.sleep(1.7 - time.time() % 1)
+def _wait_until_forecast(feed: CandlePublisher, subscriber: Subscriber) -> None:
+    """Wait until the forecasts of the newest bars have arrived; the feed must be paused."""
+    sent = {series.name: opens[-1] for series, opens in feed.sent.items()}
+
+    def newest() -> dict[str, int]:
+        forecasts = [(key, Forecast.parse(value)) for key, value in _forecasts(subscriber)]
+        return {key: round(1_000 * forecast.origin.timestamp()) for key, forecast in forecasts}
+
+    wait_for("forecasts of the newest bars", lambda: newest() == sent, interval=0.2)
 
 
 def _forecasts(subscriber: Subscriber) -> list[tuple[str, bytes]]:
@@ -155,8 +169,9 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
             publish(broker, _topic(SERIES[0]), b"no candle")
             before = daemon.resident_mib()
             for number in range(1, outages + 1):
-                _wait_until_idle()
-                broker.kill()
+                with feed.paused():  # a broker loses what it has not saved yet
+                    _wait_until_forecast(feed, subscriber)
+                    broker.kill()
                 wait_for("it notices", partial(_missing_forecasts, daemon, number))
                 time.sleep(outage)
                 broker.start()
@@ -164,7 +179,7 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
             grown = daemon.resident_mib() - before
             synthetic = daemon.metric("kronos_synthetic_bars_total")
             skipped = daemon.metric("kronos_outcomes_total", result="skipped")
-        _wait_for_more_or_all(daemon, feed)
+        _wait_until_forecast(feed, subscriber)
         assert daemon.stop() == 0
         kept = retained_messages(broker)
         decided = daemon.outcome_range(SERIES)
@@ -194,20 +209,7 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
 
 
 def _missing_forecasts(daemon: DaemonProcess, times: int) -> bool:
-    return daemon.metric("kronos_source_events_total", event="lost") == times
-
-
-def _wait_for_more_or_all(daemon: DaemonProcess, feed: CandlePublisher) -> None:
-    """Until the last bar that was sent has its forecast, delivered."""
-    number = sum(map(len, feed.sent.values()))
-    wait_for(
-        "the last bars",
-        lambda: (
-            daemon.metric("kronos_bars_total") >= number
-            and daemon.metric("kronos_queue_depth", queue="outbox:mqtt") == 0
-        ),
-    )
-    time.sleep(2.0)  # of the newest the batch may be under way
+    return daemon.metric("kronos_source_events_total", event="lost") >= times
 
 
 def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
@@ -221,10 +223,12 @@ def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
         daemon.wait_until_ready()
         with _feed(broker) as feed:
             _wait_for_more(daemon)
-            _wait_until_idle()
-            daemon.kill()
+            with feed.paused():
+                _wait_until_forecast(feed, subscriber)
+                daemon.kill()
+                sent = len(feed.sent[SERIES[0]])
             wait_for("the last will", lambda: _status(subscriber) == b"offline")
-            time.sleep(3.0)
+            wait_for("more bars", lambda: len(feed.sent[SERIES[0]]) >= sent + 3)
             daemon.start()
             daemon.wait_until_ready()
             assert _status(subscriber) == b"online"
@@ -252,8 +256,8 @@ def test_a_wrong_password_is_one_clear_line(make_mosquitto: BrokerOf, tmp_path: 
         last = daemon.log_file.read_text("utf-8").splitlines()[-1]
         assert last == (
             f"kronos-stream: error: mqtt://127.0.0.1:{broker.port}: not authorized; see "
-            "KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD, and what the broker "
-            "lets this user do"
+            "KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD, and the broker's "
+            "access rules for this user"
         )
         text = daemon.log_file.read_text("utf-8")
         assert "Traceback" not in text

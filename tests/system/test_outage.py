@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -31,7 +32,7 @@ from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
 from tests.support.exchange_process import ExchangeProcess
 from tests.support.forecast_audit import audit_forecasts, read_topic
-from tests.support.processes import wait_for
+from tests.support.processes import WAIT_SECONDS, wait_for
 
 SYMBOLS = 8
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))
@@ -68,9 +69,10 @@ def test_while_kafka_is_gone_forecasts_wait(
         made = daemon.metric("kronos_outcomes_total", result="forecast")
         time.sleep(seconds)
         during = daemon.resident_mib()
-        # It goes on forecasting meanwhile.
-        assert daemon.metric("kronos_outcomes_total", result="forecast") > made
-        assert daemon.metric("kronos_outbox_age_seconds") >= seconds / 2
+        forecast = partial(daemon.metric, "kronos_outcomes_total", result="forecast")
+        wait_for("more forecasts", lambda: forecast() > made)
+        age = partial(daemon.metric, "kronos_outbox_age_seconds")
+        wait_for("forecasts wait for Kafka", lambda: age() >= seconds / 2)
         kafka.start()
         wait_for("it delivers again", lambda: daemon.readiness()[0] == 200)
         _wait_for_more(daemon)
@@ -237,7 +239,7 @@ def _wait_for_more(daemon: DaemonProcess) -> None:
 
 def _leader_port(bootstrap: str, topic: str) -> int:
     """Of the topic's first partition."""
-    described = Producer({"bootstrap.servers": bootstrap}).list_topics(topic, timeout=10)
+    described = Producer({"bootstrap.servers": bootstrap}).list_topics(topic, timeout=WAIT_SECONDS)
     return int(described.brokers[described.topics[topic].partitions[0].leader].port)
 
 

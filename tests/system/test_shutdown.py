@@ -20,7 +20,7 @@ from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
 from tests.support.exchange_process import ExchangeProcess
 from tests.support.forecast_audit import audit_forecasts, is_removal, read_topic
-from tests.support.processes import wait_for
+from tests.support.processes import settings_environment, wait_for
 
 GOOD = {
     "SYMBOLS": "binance:SIM00/USDT",
@@ -45,10 +45,9 @@ def _run(
     given = {"STATE_FILE": str(folder / "state"), "HTTP__PORT": "0", "LOG__LEVEL": "error"}
     given |= {"JSONL__PATH": str(folder / "forecasts.jsonl")}
     given |= exchange.settings() | GOOD | settings
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_STREAM_")}
     return subprocess.run(
         [sys.executable, "-m", "kronos_stream", "run", *arguments],
-        env=environ | {f"KRONOS_STREAM_{name}": value for name, value in given.items()},
+        env=settings_environment(given),
         capture_output=True,
         text=True,
         check=False,

@@ -10,7 +10,7 @@ from kronos_stream.bars.effects import NEVER, Fetch
 _MIN_PAUSE_MS, _MAX_PAUSE_MS = 1_000, 60_000
 
 _MAX_HOLD_BARS, _MAX_HOLD_MS = 10, 600_000
-"""How long bars are held while the history cannot be reached: the shorter of the two."""
+"""Limits of holding bars while the history cannot be reached; the shorter one applies."""
 
 _AUDIT_BARS, _MIN_AUDIT_MS, _MAX_AUDIT_MS = 30, 60_000, 600_000
 """Interval of audits, in bars and its bounds: a correction may not have been pushed."""

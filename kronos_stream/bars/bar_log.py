@@ -36,7 +36,7 @@ class BarLog:
 
     @property
     def has_gap(self) -> bool:
-        """Whether bars wait because earlier ones are missing."""
+        """True if bars wait because earlier ones are missing."""
         return bool(self.pending) and self.next not in self.pending
 
     @property

@@ -36,8 +36,8 @@ _SETTLE_MS = 200
 """Pushes may overtake each other: a missing one may still arrive within this time."""
 
 _LAG_MS, _REQUIRED_ANSWERS = 5_000, 2
-"""How long the history may lag behind pushes (``Traits.history_lag_seconds`` takes precedence),
-and the answers required until a bar does not exist or has not changed."""
+"""Lag of the history behind pushes (``Traits.history_lag_seconds`` takes precedence), and answers
+required until a bar does not exist or has not changed."""
 
 _MAX_QUIET_BARS = 60
 """Synthetic bars in a row without a push after which a symbol counts as silent."""
@@ -79,9 +79,9 @@ class BarSequencer:
         self.next_wakeup = 0
         """Time of the next :meth:`tick`."""
         self.silent = False
-        """Whether neither pushes nor the history have the bar that is due."""
+        """True if neither pushes nor the history have the bar that is due."""
         self.live = complete and bool(bars)
-        """Whether the next bar is expected in time: no gap, and not silent."""
+        """True if the next bar is expected in time: no gap, and not silent."""
         self._timeframe = timeframe
         self._validator = CandleValidator(timeframe)
         self._lag = _LAG_MS if history_lag_seconds is None else round(history_lag_seconds * 1000)
@@ -95,7 +95,7 @@ class BarSequencer:
         self._fills_empty, self._history_bars = fills_empty, history_bars
         self._last_gap = -1
         self._start_known = self._start_requested = complete and bool(bars)
-        """Whether the first bar is known, or that there is none; whether it has been requested."""
+        """True once the first bar, or that there is none, is known; once it has been requested."""
         if self._start_known:
             self._bar_log.restore(bars)
         else:
@@ -108,7 +108,7 @@ class BarSequencer:
 
     @property
     def has_gap(self) -> bool:
-        """Whether bars wait because earlier ones are missing."""
+        """True if bars wait because earlier ones are missing."""
         return self._bar_log.has_gap
 
     @property

@@ -65,8 +65,7 @@ def file_cases(
         span = (lookback + horizon) * (
             table.timeframe.milliseconds or int(np.diff(table.times).max(initial=1))
         )
-        cuts = np.searchsorted(table.times, [before for before, _ in table.gaps]) + 1
-        for first, end in zip([0, *cuts], [*cuts, len(table)], strict=True):
+        for first, end in table.contiguous_ranges():
             for origin in range(first + lookback, end - horizon + 1, stride):
                 known = slice(origin - lookback, origin)
                 history = History(

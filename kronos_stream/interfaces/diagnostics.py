@@ -28,7 +28,7 @@ class Finding(NamedTuple):
     found: str
     """The observation, one clause."""
     remedy: str = ""
-    """How to repair it; empty if all is well."""
+    """Instruction to repair it; empty if all is well."""
 
 
 class Check(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -78,6 +79,11 @@ class CandleTable:
     def gaps(self) -> list[tuple[int, int]]:
         """Gaps as (open time of the bar before, UTC ms; number of missing bars)."""
         return find_gaps(self.times, self.timeframe)
+
+    def contiguous_ranges(self) -> list[tuple[int, int]]:
+        """Split the rows at the gaps, into (first, end) of each part."""
+        cuts = np.searchsorted(self.times, [before for before, _ in self.gaps]) + 1
+        return list(pairwise([0, *cuts.tolist(), len(self)]))
 
 
 def read_candles(path: str | Path, timeframe: Timeframe | None = None) -> CandleTable:

@@ -58,7 +58,7 @@ class RelayedBar(NamedTuple):
     series: Series
     bar: Bar
     history: bool
-    """Whether it only fills contexts and triggers no forecast."""
+    """True if it only fills contexts and triggers no forecast."""
 
 
 class CandleMessage(BaseModel):

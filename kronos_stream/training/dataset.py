@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -194,10 +193,7 @@ def _read(path: Path, timeframe: Timeframe | None) -> Iterator[ContiguousBars]:
         yield from read_qlib(path)
         return
     table = read_candles(path, timeframe)
-    # A gap is known by the bar before it.
-    cuts = np.searchsorted(table.times, [before for before, _missing in table.gaps]) + 1
-    edges = [0, *cuts.tolist(), len(table.times)]
-    for first, end in pairwise(edges):
+    for first, end in table.contiguous_ranges():
         times = table.times[first:end]
         step = table.timeframe.milliseconds or int(np.diff(times).max(initial=0))
         yield ContiguousBars(times, table.values[first:end], step)

@@ -38,7 +38,7 @@ class SimulatedVenue:
     """Seconds after START."""
     confirmed: dict[int, Bar] = field(default_factory=dict)
     mode: str = "answer"
-    """How the history answers: "answer", "fail" or "lag"."""
+    """Behaviour of the history: "answer", "fail" or "lag"."""
 
     def current(self, bar: int) -> Candle:
         changed = bar in self.revised and self.now >= 60 * (bar + 2)

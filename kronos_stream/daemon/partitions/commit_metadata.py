@@ -7,7 +7,7 @@ offset 1200; the third to fifth and the ninth record after the committed offset 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby
 from typing import NamedTuple
 
 import orjson
@@ -72,11 +72,6 @@ def decode_metadata(text: str, base: int) -> CommitMetadata | None:
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
     """First and last of each run of consecutive numbers."""
-    if not numbers:
-        return
-    first = numbers[0]
-    for current, following in pairwise(numbers):
-        if following != current + 1:
-            yield first, current
-            first = following
-    yield first, numbers[-1]
+    for _, group in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield run[0], run[-1]

@@ -113,3 +113,37 @@ def test_each_later_month_opens_later_at_the_same_time_of_day(
     assert timeframe.after(opened, 0) == opened
     assert 28 * DAY_MS * count <= there - here <= 31 * DAY_MS * count
     assert there % DAY_MS == opened % DAY_MS
+
+
+@given(
+    opened=st.integers(ms("1991-01-01"), ms("2090-01-01")),
+    text=st.sampled_from(["1m", "4h", "1d", "1w", "1M", "3M"]),
+    bars=st.integers(-60, 60),
+)
+def test_has_open_finds_every_bar_from_any_anchor(opened: int, text: str, bars: int) -> None:
+    timeframe = Timeframe.parse(text)
+    opened -= opened % 60_000
+    if timeframe.milliseconds is None:  # a month that lacks the day would shift later bars
+        opened = ms(f"{1991 + opened % 100}-{1 + opened // DAY_MS % 12:02}-01") + opened % DAY_MS
+    other = timeframe.after(opened, bars)
+    assert timeframe.has_open(other, opened)
+    assert not timeframe.has_open(other + 1, opened)
+    if bars > 0:
+        assert timeframe.bars_between(opened, other) == bars
+        assert timeframe.bars_between(opened, other - 1) == bars - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "time", "anchor", "expected"),
+    [
+        ("5m", ms("2024-01-01T00:05"), None, True),
+        ("5m", ms("2024-01-01T00:06"), None, False),
+        ("5m", -300_000, None, False),
+        ("1d", ms("2024-01-01T16:00"), None, True),
+        ("1d", ms("2024-01-01T16:00"), ms("2024-01-05"), False),
+        ("1M", ms("2024-02-01"), ms("2025-12-01"), True),
+        ("1M", ms("2024-02-02"), ms("2025-12-01"), False),
+    ],
+)
+def test_has_open(text: str, time: int, anchor: int | None, expected: bool) -> None:  # noqa: FBT001
+    assert Timeframe.parse(text).has_open(time, anchor) == expected

@@ -83,7 +83,7 @@ audit: $(SUPPLY)/complete ## Check the pinned versions for known vulnerabilities
 
 deploy-check: $(STAMP) ## Check the Helm chart and the compose file (the first time builds helm: minutes)
 	@PYTHON=$(BIN)/python deploy/kubernetes/tools.sh build/deploy
-	KRONOS_REQUIRE_HELM=1 $(BIN)/python -m pytest tests/deploy/test_helm_chart.py tests/deploy/test_compose.py $(ARGS)
+	KRONOS_REQUIRE_HELM=1 $(BIN)/python -m pytest tests/deploy/test_helm_*.py tests/deploy/test_compose.py $(ARGS)
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
-"""The pages as a document, OpenAPI 3.1: served as /openapi.json, and kept in ``docs/openapi.json``.
+"""OpenAPI 3.1 document of the endpoints, served as /openapi.json and kept in ``docs/openapi.json``.
 
-The models say what is on the pages; those are written without them, and tests hold both together.
+The models describe the responses but do not produce them; tests compare the two.
 """
 
 from __future__ import annotations
@@ -18,106 +18,106 @@ from kronos_stream.forecast.message import Forecast, Latency, Time
 _PATTERN = r"^[^:]+:.+:[1-9][0-9]*[smhdwM]$"
 
 
-class _Page(BaseModel):
+class _Response(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class Problem(_Page):
-    """Why there is no such page, or not for whoever asked."""
+class Problem(_Response):
+    """An error."""
 
     error: str
-    """For people."""
+    """Description, in English."""
 
 
-class Readiness(_Page):
-    """Whether forecasts are made and delivered."""
+class Readiness(_Response):
+    """Readiness of the daemon: forecasts are made and delivered."""
 
     ready: bool
-    """True where every check is ok."""
+    """True if all checks are ok."""
     checks: dict[str, str]
-    """What it hangs on, by name: ok, or why it is not so."""
+    """Checks by name: ok, or the problem."""
 
 
-class LastBar(_Page):
+class LastBar(_Response):
     """A closed bar."""
 
     open_time: Time
-    """When it opened."""
+    """Open time of the bar."""
     close: float
     """Closing price."""
     revision: int
-    """How often the venue changed it after its close."""
+    """Number of corrections by the venue after the close."""
     synthetic: bool
-    """True where the venue does not have it, or has not given it yet."""
+    """True if the venue has no such bar, or has not provided it yet."""
 
 
-class LastOutcome(_Page):
-    """What became of a bar that was due."""
+class LastOutcome(_Response):
+    """Outcome of a closed bar that was to be forecast."""
 
     origin: Time
-    """Open of the bar."""
+    """Open time of the bar."""
     revision: int
-    """Of the bar."""
+    """Revision of the bar."""
     result: Literal["forecast", "skipped"]
-    """What became of it."""
+    """Outcome."""
     reason: str | None
-    """Why it was skipped: overrun, stale, gap, warming up, revised, failed."""
+    """Reason of a skip: overrun, stale, gap, warming up, revised, failed."""
 
 
-class LastForecast(_Page):
-    """The newest forecast, in short."""
+class LastForecast(_Response):
+    """Summary of the latest forecast."""
 
     origin: Time
-    """Open of its origin bar."""
+    """Open time of the origin, the last bar that it is based on."""
     revision: int
-    """Of that bar."""
+    """Revision of the origin."""
     degraded: bool
-    """True where something in its context should not be trusted."""
+    """True if the bars that it is based on are incomplete or doubtful."""
     reasons: tuple[str, ...]
-    """Why it is degraded, for people."""
+    """Reasons why it is degraded, in English."""
     latency_ms: Latency
 
 
-class SeriesState(_Page):
-    """How one series stands."""
+class SeriesState(_Response):
+    """State of one series."""
 
     series: str
     """venue:symbol:timeframe."""
     state: SeriesStatus
-    """starting: no bar is known yet; live: its next bar is expected in time; held: bars wait for
-    missing ones; silent: neither pushes nor the history have its next bar; late: its next bar has
-    not come within a minute, and why is not known."""
+    """starting: no bar is known yet; live: up to date; held: bars wait for missing earlier ones;
+    silent: neither the stream nor the history of the venue has the next bar; late: the next bar has
+    not arrived within a minute after its close, for an unknown reason."""
     last_bar: LastBar | None
     next_due: Time | None
-    """When the next bar closes."""
+    """Close time of the next bar."""
     held: int
-    """Bars that wait for missing ones."""
+    """Number of bars that wait for missing earlier ones."""
     owed: int
-    """Bars made up for now, because the venue's history could not be had."""
+    """Number of placeholders for bars that could not be fetched from the venue yet."""
     last_outcome: LastOutcome | None
-    """Of the newest bar that was due since this process began."""
+    """Latest outcome since the start of this process."""
     last_forecast: LastForecast | None
-    """Of this process, too; whole it is at /forecasts/SERIES."""
+    """Latest forecast since the start of this process; /forecasts/SERIES has the whole message."""
 
 
-class AllSeries(_Page):
-    """Every series that is followed."""
+class AllSeries(_Response):
+    """All followed series."""
 
     at: Time
-    """When this was written; for a second it stays as it is."""
+    """Time of this response; it is reused for a second."""
     series: tuple[SeriesState, ...]
-    """By name."""
+    """Sorted by name."""
 
 
 _MODELS: tuple[type[BaseModel], ...] = (Problem, Readiness, AllSeries, Forecast)
 
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
 _UNAUTHORISED = "The token is missing or wrong."
-_LOOPBACK_ONLY = "No token is set, so only this machine may ask, and the daemon listens on more."
+_LOOPBACK_ONLY = "No token is set, and the daemon listens on other addresses than 127.0.0.1."
 
 
 def document() -> dict[str, Any]:
-    """The whole of it."""
+    """Build the document."""
     _, schemas = models_json_schema(
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
@@ -126,68 +126,20 @@ def document() -> dict[str, Any]:
         "info": {
             "title": "kronos-stream",
             "version": "1",
-            "description": "What a daemon that forecasts market candles tells of itself. Pages "
-            "only gain optional fields; ignore what you do not know.",
+            "description": "Status of a daemon that forecasts market candles. Responses only gain "
+            "optional fields; ignore fields that you do not know.",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
-        "servers": [
-            {"url": "http://127.0.0.1:8080", "description": "Where it listens by default."}
-        ],
+        "servers": [{"url": "http://127.0.0.1:8080", "description": "Default address."}],
         "security": [{"token": []}, {}],
-        "paths": {
-            "/healthz": _probe(
-                "alive",
-                "Whether the process answers, and nothing in it hangs. Who waits for an exchange, "
-                "for a broker or for a new worker does not hang.",
-                {
-                    "200": ("All is well.", _TEXT),
-                    "503": ("Something hangs; only a restart will mend that.", _TEXT),
-                },
-            ),
-            "/readyz": _probe(
-                "ready",
-                "Whether forecasts are made and delivered, and if not, why.",
-                {
-                    "200": ("They are.", _json(Readiness)),
-                    "503": ("They are not, for the reasons given.", _json(Readiness)),
-                },
-            ),
-            "/metrics": _page(
-                "metrics", "Counters and timings, for Prometheus.", {"200": ("Text.", _TEXT)}
-            ),
-            "/series": _page(
-                "series",
-                "How each series stands.",
-                {
-                    "200": ("All series.", _json(AllSeries)),
-                    "403": (_LOOPBACK_ONLY, _json(Problem)),
-                },
-            ),
-            "/forecasts/{series}": {
-                "parameters": [_SERIES],
-                **_page(
-                    "forecast",
-                    "The newest forecast of a series, as on the topic.",
-                    {
-                        "200": ("The message.", _json(Forecast)),
-                        "403": (_LOOPBACK_ONLY, _json(Problem)),
-                        "404": ("There is none, for the reason given.", _json(Problem)),
-                    },
-                ),
-            },
-            "/openapi.json": _page(
-                "openapi",
-                "This document.",
-                {"200": ("OpenAPI 3.1.", {"application/json": {"schema": {"type": "object"}}})},
-            ),
-        },
+        "paths": _paths(),
         "components": {
             "schemas": schemas["$defs"],
             "securitySchemes": {
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "KRONOS_STREAM_HTTP__TOKEN, where it is set.",
+                    "description": "KRONOS_STREAM_HTTP__TOKEN, if it is set.",
                 }
             },
         },
@@ -195,45 +147,90 @@ def document() -> dict[str, Any]:
 
 
 def documents() -> dict[str, str]:
-    """It as a file: path → text."""
+    """Return the document as a file: path → text."""
     return {"openapi.json": json.dumps(document(), indent=2, ensure_ascii=False) + "\n"}
+
+
+def _paths() -> dict[str, Any]:
+    forbidden = {"403": (_LOOPBACK_ONLY, _json(Problem))}
+    return {
+        "/healthz": _probe(
+            "alive",
+            "Liveness: the process answers, and no task is stalled. Waiting for an exchange, a "
+            "broker or a new worker is no stall.",
+            {
+                "200": ("No task is stalled.", _TEXT),
+                "503": ("A task is stalled; a restart is necessary.", _TEXT),
+            },
+        ),
+        "/readyz": _probe(
+            "ready",
+            "Readiness: forecasts are made and delivered; otherwise, the problems.",
+            {"200": ("Ready.", _json(Readiness)), "503": ("Not ready.", _json(Readiness))},
+        ),
+        "/metrics": _endpoint(
+            "metrics", "Metrics for Prometheus.", {"200": ("Text format of Prometheus.", _TEXT)}
+        ),
+        "/series": _endpoint(
+            "series",
+            "State of each series.",
+            {"200": ("All series.", _json(AllSeries))} | forbidden,
+        ),
+        "/forecasts/{series}": {
+            "parameters": [_SERIES],
+            **_endpoint(
+                "forecast",
+                "Latest forecast of a series, as on the topic.",
+                {
+                    "200": ("The message.", _json(Forecast)),
+                    "404": ("There is no forecast; the error tells why.", _json(Problem)),
+                }
+                | forbidden,
+            ),
+        },
+        "/openapi.json": _endpoint(
+            "openapi",
+            "This document.",
+            {"200": ("OpenAPI 3.1.", {"application/json": {"schema": {"type": "object"}}})},
+        ),
+    }
 
 
 _SERIES: Mapping[str, Any] = {
     "name": "series",
     "in": "path",
     "required": True,
-    "description": "venue:symbol:timeframe; slashes may be percent-encoded or not.",
+    "description": "venue:symbol:timeframe; slashes may be percent-encoded.",
     "schema": {"type": "string", "pattern": _PATTERN},
     "example": "binance:BTC/USDT:5m",
 }
 
 _Responses = Mapping[str, tuple[str, Mapping[str, Any]]]
-"""By status: what it means, and what comes with it."""
+"""Description and content by status code."""
 
 
-def _probe(name: str, about: str, answers: _Responses) -> dict[str, Any]:
-    """A page that never asks for the token."""
-    operation = _operation(name, f"{about} Never needs the token.", answers)
+def _probe(name: str, summary: str, responses: _Responses) -> dict[str, Any]:
+    """Endpoint that never needs the token."""
+    operation = _operation(name, f"{summary} Never needs the token.", responses)
     return {"get": {**operation, "security": []}}
 
 
-def _page(name: str, about: str, answers: _Responses) -> dict[str, Any]:
-    refusal = (_UNAUTHORISED, _json(Problem))
-    operation = _operation(name, about, {**answers, "401": refusal})
+def _endpoint(name: str, summary: str, responses: _Responses) -> dict[str, Any]:
+    unauthorised = (_UNAUTHORISED, _json(Problem))
+    operation = _operation(name, summary, {**responses, "401": unauthorised})
     operation["responses"]["401"]["headers"] = {
         "WWW-Authenticate": {"schema": {"type": "string"}, "description": "Bearer."}
     }
     return {"get": operation}
 
 
-def _operation(name: str, about: str, answers: _Responses) -> dict[str, Any]:
+def _operation(name: str, summary: str, responses: _Responses) -> dict[str, Any]:
     return {
         "operationId": name,
-        "summary": about,
+        "summary": summary,
         "responses": {
-            status: {"description": meaning, "content": content}
-            for status, (meaning, content) in sorted(answers.items())
+            status: {"description": description, "content": content}
+            for status, (description, content) in sorted(responses.items())
         },
     }
 

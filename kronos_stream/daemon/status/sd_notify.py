@@ -1,7 +1,7 @@
-"""What a service manager wants to hear, over the socket that it names: systemd's protocol.
+"""Client of systemd's notification protocol, see sd_notify(3) and systemd.service(5).
 
-See sd_notify(3) and systemd.service(5). Nothing is ever waited for: a message that the manager does
-not take just now is sent again with the next one, in order.
+It never blocks: a message that the service manager does not accept at once is sent again before the
+next one, so messages stay in order.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import structlog
 _log = structlog.get_logger()
 
 _MAX_PENDING = 50
-"""Messages kept for a manager that does not listen."""
+"""Messages kept while the service manager does not read."""
 _VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
 class Notifier:
-    """Speaks to the service manager; to nobody where there is none."""
+    """Sends notifications to the service manager; does nothing if there is none."""
 
     def __init__(self, address: str = "", watchdog_seconds: float = 0.0) -> None:
-        """address: a path, or an abstract name behind ``@``; empty: nobody listens.
+        """address: a path, or an abstract name after ``@``; empty if there is no manager.
 
-        watchdog: seconds within which the manager wants a sign of life; 0: none is wanted.
+        watchdog_seconds: interval within which the manager expects a ping; 0 if it expects none.
         """
         self.watchdog_seconds = watchdog_seconds if address else 0.0
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
@@ -38,21 +38,24 @@ class Notifier:
 
     @classmethod
     def from_environ(cls, environ: MutableMapping[str, str]) -> Self:
-        """The one that the environment names. Taken out of it: our children are none of theirs."""
-        address, wanted, pid = (environ.pop(name, "") for name in _VARIABLES)
+        """Create the notifier for the variables set by systemd.
+
+        The variables are removed, so that child processes do not use them.
+        """
+        address, interval, pid = (environ.pop(name, "") for name in _VARIABLES)
         if address and not address.startswith(("/", "@")):
-            _log.warning("service manager cannot be told: no such sockets here", socket=address)
+            _log.warning("service manager not notified: unsupported socket", socket=address)
             address = ""
         ours = not pid or pid == str(os.getpid())
-        return cls(address, int(wanted) / 1e6 if ours and wanted.isdecimal() else 0.0)
+        return cls(address, int(interval) / 1e6 if ours and interval.isdecimal() else 0.0)
 
     @property
     def enabled(self) -> bool:
-        """Whether anybody does."""
+        """True if there is a service manager to notify."""
         return self._socket is not None
 
     def notify(self, **assignments: object) -> None:
-        """Send assignments as one message, such as ``READY=1, STATUS="following 20 series"``."""
+        """Send assignments in one message, such as ``READY=1, STATUS="following 20 series"``."""
         if self._socket is None:
             return
         lines = (f"{name}={' '.join(str(value).split())}" for name, value in assignments.items())
@@ -68,9 +71,9 @@ class Notifier:
         while self._pending:
             try:
                 to.sendto(self._pending[0], self._address)
-            except BlockingIOError:  # it has more to read than it likes
+            except BlockingIOError:  # the manager's queue is full
                 return
             except OSError as error:
                 why = error.strerror or str(error)
-                _log.warning("service manager cannot be told", why=why)
+                _log.warning("service manager not notified", why=why)
             self._pending.popleft()

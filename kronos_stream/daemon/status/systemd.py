@@ -1,7 +1,8 @@
-"""Tells the service manager how the daemon stands: ready, at work, reloading, stopping, stuck.
+"""Reports to systemd: ready, reloading, stopping, status text, watchdog pings.
 
-Ready means that the settings are good and tasks are supervised. Whether candles come and forecasts
-go out is /readyz's to say, and is told in the status: no restart brings back a venue that is away.
+READY means that the settings are valid and all tasks are supervised. Whether candles arrive and
+forecasts are delivered is the subject of /readyz and of the status text: a restart would not help
+if a venue cannot be reached.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kronos_stream.daemon.config.settings import Settings
 from kronos_stream.daemon.status.sd_notify import Notifier
 from kronos_stream.daemon.status.watchdog import Watchdog
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.redaction import redact
+from kronos_stream.redaction import redact, shorten
 
 _log = structlog.get_logger()
 
@@ -26,11 +27,11 @@ _STATUS_SECONDS = 5.0
 _RATE_SECONDS = 60.0
 _MAX_STATUS_LENGTH = 400
 _CLOSE_SECONDS = 30.0
-"""Beyond the grace, for sinks, sources, worker and state file to be let go."""
+"""Time to close sinks, sources, worker and state file, after the stop's grace."""
 
 
 class MonitoredDaemon(Protocol):
-    """What of a daemon is told."""
+    """A daemon to report on."""
 
     settings: Settings
     metrics: Metrics
@@ -45,7 +46,7 @@ class MonitoredDaemon(Protocol):
 
 
 class StatusReporter:
-    """One daemon's reports, from its start to its end. Without a listener, it does nothing."""
+    """Reports on one daemon from its start to its end; does nothing without a service manager."""
 
     def __init__(self, daemon: MonitoredDaemon, notifier: Notifier) -> None:
         self._daemon, self._notifier = daemon, notifier
@@ -56,12 +57,12 @@ class StatusReporter:
         self._rate: int | None = None
 
     async def run(self) -> None:
-        """Report until cancelled. Where that fails, the watchdog hears nothing more of us."""
+        """Report until cancelled. After an error, systemd gets no more pings."""
         if self._notifier.enabled:
             try:
                 await self._report()
-            except* Exception:  # noqa: BLE001 - whatever it was
-                _log.exception("no more reports to the service manager")
+            except* Exception:  # noqa: BLE001 - must not end the daemon
+                _log.exception("reports to the service manager failed")
 
     async def _report(self) -> None:
         await self._daemon.running.wait()
@@ -74,43 +75,44 @@ class StatusReporter:
                 tasks.create_task(self._ping_watchdog(self._notifier.watchdog_seconds / 2))
 
     def reloading(self) -> None:
-        """Before settings are read again; to be followed by :meth:`reloaded`."""
+        """Report the start of a reload; :meth:`reloaded` must follow."""
         self._reloads += 1
         if self._daemon.running.is_set() and not self._stopping:
             now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
             self._notifier.notify(RELOADING=1, MONOTONIC_USEC=now)
 
     def reloaded(self) -> None:
+        """Report the end of a reload."""
         self._reloads -= 1
         if self._daemon.running.is_set() and not self._stopping and not self._reloads:
             self._notifier.notify(READY=1)
 
-    def stopping(self, why: str = "") -> None:
-        """Once it takes nothing in any more. why: what it failed of."""
+    def stopping(self, failure: str = "") -> None:
+        """Report that the daemon stops. failure: the error that ends it, if any."""
         if not self._stopping:
             grace = self._daemon.settings.stop_grace
             self._stopping = True
             self._notifier.notify(
                 STOPPING=1,
-                STATUS="stopping: what is in hand is finished and delivered",
+                STATUS="stopping: finishing the current batch and delivering messages",
                 EXTEND_TIMEOUT_USEC=round(1e6 * (grace + _CLOSE_SECONDS)),
             )
-        if why:
-            self._notifier.notify(STATUS=_status_line(f"failed: {why}"))
+        if failure:
+            self._notifier.notify(STATUS=_status_line(f"failed: {failure}"))
 
-    async def _ping_watchdog(self, seconds: float) -> None:
-        """Tell the watchdog that there is progress; once stopping, the stop has its own limit."""
+    async def _ping_watchdog(self, interval: float) -> None:
+        """Ping systemd's watchdog unless a task is stalled; during a stop, always."""
         while True:
             self._check_stalled()
             if not self._stalled:
                 self._notifier.notify(WATCHDOG=1)
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(interval)
 
     def _check_stalled(self) -> None:
-        stuck = "" if self._stopping else self._daemon.watchdog.stalled()
-        if stuck and not self._stalled:
-            _log.error("stuck: the watchdog is not fed any more", what=stuck)
-        self._stalled = stuck
+        stalled = "" if self._stopping else self._daemon.watchdog.stalled()
+        if stalled and not self._stalled:
+            _log.error("stalled; no more pings to the watchdog", tasks=stalled)
+        self._stalled = stalled
 
     async def _report_status(self) -> None:
         while True:
@@ -122,7 +124,7 @@ class StatusReporter:
                 self._notifier.notify(STATUS=status)
 
     async def _measure_rate(self) -> None:
-        """What was made, minute by minute."""
+        """Count forecasts, or bars in role ingest, per minute."""
         before = self._produced()
         while True:
             await asyncio.sleep(_RATE_SECONDS)
@@ -135,22 +137,22 @@ class StatusReporter:
     def _status_parts(self) -> Iterator[str]:
         daemon = self._daemon
         if self._stalled:
-            yield f"stuck: {self._stalled}"
-        amiss = {what: why for what, why in daemon.readiness().items() if why}
+            yield f"stalled: {self._stalled}"
+        problems = {name: problem for name, problem in daemon.readiness().items() if problem}
         if not daemon.ready.is_set():
             yield "starting"
-            amiss.pop("start", None)
-        elif amiss:
+            problems.pop("start", None)
+        elif problems:
             yield "not ready"
         if daemon.ready.is_set():
             yield f"following {daemon.series_count} series"
         if self._rate is not None:
-            what = "bars" if self._is_ingest else "forecasts"
-            yield f"{self._rate} {what} in the last minute"
-        if any(what.startswith("sink ") for what in amiss) and (waiting := self._undelivered()):
-            yield f"{waiting} records undelivered"
-        for what, why in amiss.items():
-            yield f"{what}: {why}"
+            unit = "bars" if self._is_ingest else "forecasts"
+            yield f"{self._rate} {unit} in the last minute"
+        if any(name.startswith("sink ") for name in problems) and (count := self._undelivered()):
+            yield f"{count} records undelivered"
+        for name, problem in problems.items():
+            yield f"{name}: {problem}"
 
     @property
     def _is_ingest(self) -> bool:
@@ -158,30 +160,26 @@ class StatusReporter:
 
     def _produced(self) -> int:
         metrics = self._daemon.metrics
-        return (
-            _metric_total(metrics.bars)
-            if self._is_ingest
-            else _metric_total(metrics.outcomes, result="forecast")
-        )
+        if self._is_ingest:
+            return _metric_total(metrics.bars)
+        return _metric_total(metrics.outcomes, result="forecast")
 
     def _undelivered(self) -> int:
         return _metric_total(self._daemon.metrics.queue_depth, queue="outbox:")
 
 
-def _metric_total(metric: MetricWrapperBase, **begin: str) -> int:
-    """The sum of its samples whose labels begin like that."""
+def _metric_total(metric: MetricWrapperBase, **prefixes: str) -> int:
+    """Sum the samples of a metric whose labels start with ``prefixes``."""
     return round(
         sum(
             sample.value
             for family in metric.collect()
             for sample in family.samples
             if not sample.name.endswith("_created")
-            and all(sample.labels.get(name, "").startswith(text) for name, text in begin.items())
+            and all(sample.labels.get(name, "").startswith(text) for name, text in prefixes.items())
         )
     )
 
 
 def _status_line(text: str) -> str:
-    """On a line that people read; they may see it who must not see passwords."""
-    line = redact(" ".join(text.split()))
-    return line if len(line) <= _MAX_STATUS_LENGTH else f"{line[: _MAX_STATUS_LENGTH - 1]}…"
+    return shorten(redact(" ".join(text.split())), _MAX_STATUS_LENGTH)

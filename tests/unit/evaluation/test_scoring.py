@@ -1,4 +1,4 @@
-"""Scores against formulas, and an evaluation that cannot see the future."""
+"""Scores compared with formulas, and walk-forward evaluation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronos_stream.evaluation.scoring import block_bootstrap, covered, fair_crps
 from kronos_stream.evaluation.walk_forward import evaluate
 
 
-def test_fair_crps_is_that_of_the_distribution_however_few_the_samples() -> None:
+def test_fair_crps_does_not_depend_on_the_number_of_samples() -> None:
     rng = np.random.default_rng(0)
     outcome = rng.standard_normal(200_000)
     # A standard normal's CRPS for its own outcomes averages 1/sqrt(pi).
@@ -32,7 +32,7 @@ def test_crps_of_one_point_is_its_error() -> None:
         fair_crps(np.zeros((1, 1)), np.zeros(1))
 
 
-def test_bands_cover_what_they_claim() -> None:
+def test_bands_have_their_nominal_coverage() -> None:
     rng = np.random.default_rng(1)
     inside = covered(rng.standard_normal((32, 50_000)), rng.standard_normal(50_000), 0.8)
     assert inside.mean() == pytest.approx(0.8, abs=0.01)
@@ -42,25 +42,26 @@ def test_path_volatility_counts_the_first_step() -> None:
     assert path_volatility(np.array([1.0, 1.0])) == pytest.approx(0.5)
 
 
-def test_block_bootstrap_is_wider_where_blocks_share_their_luck() -> None:
+def test_block_bootstrap_is_wider_for_correlated_blocks() -> None:
     rng = np.random.default_rng(2)
-    luck = np.repeat(rng.standard_normal(50), 20)
+    correlated = np.repeat(rng.standard_normal(50), 20)
     ones = np.ones(1_000)
-    joint = block_bootstrap([luck + 5, ones], np.repeat(np.arange(50), 20))[0]
-    apart = block_bootstrap([luck + 5, ones], np.arange(1_000))[0]
-    assert joint.value == pytest.approx(luck.mean() + 5)
+    joint = block_bootstrap([correlated + 5, ones], np.repeat(np.arange(50), 20))[0]
+    apart = block_bootstrap([correlated + 5, ones], np.arange(1_000))[0]
+    assert joint.value == pytest.approx(correlated.mean() + 5)
     assert joint.low < joint.value < joint.high
     assert joint.high - joint.low > 2 * (apart.high - apart.low)
 
 
-def walk(histories: Sequence[History], horizon: int, paths: int) -> list[NDArray[np.floating]]:
-    """A forecast under test: a random walk of its own seed."""
+def _random_walk(
+    histories: Sequence[History], horizon: int, paths: int
+) -> list[NDArray[np.floating]]:
     return random_walk(paths=paths, seed=3)(histories, horizon, paths)
 
 
-def test_a_random_walk_ties_with_a_random_walk() -> None:
+def test_random_walk_scores_like_the_random_walk_baseline() -> None:
     cases = generated_cases(["5m", "1h"], count=300, horizon=6, truth_paths=8)
-    report = evaluate(cases, walk, paths=64)
+    report = evaluate(cases, _random_walk, paths=64)
     assert report.cases >= 300
     assert report.crps_ratio["random walk"].value == pytest.approx(1, abs=0.03)
     assert report.crps_ratio["last value"].high < 0.9
@@ -70,25 +71,27 @@ def test_a_random_walk_ties_with_a_random_walk() -> None:
     assert report.to_dict()["coverage"]["80%"][0] == report.coverage["80%"].value
 
 
-def test_a_forecast_never_sees_what_comes() -> None:
-    """Poison after the origin changes no forecast, and nothing that is said of it alone."""
+def test_forecast_never_sees_the_future() -> None:
+    """NaN after the origin changes no input of a forecast, only its scores."""
     seen: list[NDArray[np.float64]] = []
 
-    def watch(histories: Sequence[History], horizon: int, paths: int) -> list[NDArray[np.floating]]:
+    def record(
+        histories: Sequence[History], horizon: int, paths: int
+    ) -> list[NDArray[np.floating]]:
         seen.extend(h.values.copy() for h in histories)
-        return walk(histories, horizon, paths)
+        return _random_walk(histories, horizon, paths)
 
     cases = list(generated_cases(["5m"], count=32, horizon=4))
-    evaluate(cases, watch)
+    evaluate(cases, record)
     clean, seen = seen, []
     poisoned = [replace(case, future=np.full_like(case.future, np.nan)) for case in cases]
-    report = evaluate(poisoned, watch)
+    report = evaluate(poisoned, record)
     for a, b in zip(clean, seen, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.isnan(report.crps["model"])  # where the future counts, the poison shows
+    assert np.isnan(report.crps["model"])
 
 
-def test_cases_of_a_file_stay_within_its_gaps(tmp_path: Path) -> None:
+def test_cases_of_a_file_contain_no_gap(tmp_path: Path) -> None:
     times = np.arange(60) * 60_000 + 1_700_000_040_000
     kept = np.delete(times, [20, 21])
     lines = [f"{t},1,1.1,0.9,{1 + i % 3 / 100},5" for i, t in enumerate(kept)]
@@ -99,6 +102,6 @@ def test_cases_of_a_file_stay_within_its_gaps(tmp_path: Path) -> None:
     assert all((np.diff(case.history.times) == 60_000).all() for case in cases)
 
 
-def test_nothing_to_evaluate_is_said() -> None:
+def test_no_cases_raise() -> None:
     with pytest.raises(ValueError, match="nothing to evaluate"):
-        evaluate([], walk)
+        evaluate([], _random_walk)

@@ -1,4 +1,4 @@
-"""The published schemas: as the code has them, true of what is written, and never narrowed."""
+"""Published schemas: equal to the code, valid for written messages, and backward compatible."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from tests.support.paths import DATA, ROOT
 
 _DOCS = ROOT / "docs"
 _PUBLISHED = DATA / "contract"
-"""The schemas of version 1 as first published. Never written again."""
+"""Schemas of version 1 as first published; never changed."""
 
 Json = dict[str, Any]
 
 
-def test_the_documents_are_up_to_date() -> None:
+def test_documents_are_up_to_date() -> None:
     for name, text in contract.documents().items():
         assert (_DOCS / name).read_text("utf-8") == text, "run: kronos-stream schema --write docs"
 
 
 @pytest.mark.parametrize("name", contract.MESSAGES)
-def test_since_it_was_published_only_optional_fields_came(name: str) -> None:
+def test_schema_is_compatible_with_the_first_published_one(name: str) -> None:
     published = json.loads((_PUBLISHED / f"{name}.json").read_text("utf-8"))
-    assert list(_breaks(published, contract.json_schema(name))) == []
+    assert list(_incompatibilities(published, contract.json_schema(name))) == []
 
 
-def test_a_change_that_breaks_readers_is_seen() -> None:
+def test_incompatible_changes_are_detected() -> None:
     schema = contract.json_schema("forecast")
 
     def broken(change: str) -> list[str]:
         other = copy.deepcopy(schema)
         exec(change, {"s": other, "d": other["$defs"]})  # noqa: S102 - our own lines
-        return list(_breaks(schema, other))
+        return list(_incompatibilities(schema, other))
 
     assert broken("s['properties']['mood'] = {'type': 'string'}") == []
     assert broken("d['Engine']['description'] = 'Other words.'") == []
@@ -61,25 +61,25 @@ def test_a_change_that_breaks_readers_is_seen() -> None:
     assert broken("s['properties']['schema']['const'] = 'kronos.forecast/2'")
 
 
-@pytest.mark.parametrize("keep", ["none", "close", "ohlcva"])
-def test_what_is_written_is_what_the_schema_says(keep: PublishedPaths) -> None:
-    _check_all("forecast", _forecast(keep=keep))
+@pytest.mark.parametrize("publish", ["none", "close", "ohlcva"])
+def test_forecast_is_valid(publish: PublishedPaths) -> None:
+    _check_all("forecast", _forecast(publish=publish))
 
 
 @pytest.mark.parametrize("payload", [b"{", b"\xff"])
-def test_a_dead_letter_is_what_the_schema_says(payload: bytes) -> None:
+def test_dead_letter_is_valid(payload: bytes) -> None:
     letter = dead_letter("frame", "not JSON", payload, at=1_718_709_300_000, series="x:A:1m")
     _check_all("deadletter", orjson.loads(letter.value))
 
 
-def test_asyncapi_names_the_topics_that_the_sink_writes_to() -> None:
+def test_asyncapi_has_the_topics_of_the_sink() -> None:
     document = contract.asyncapi()
     assert document["asyncapi"] == "3.0.0"
     written: dict[str, list[str]] = {}
     for kind in ("forecast", "removal", "deadletter", "candle"):
         for topic in topics.topics_for_record("kronos", kind, "binance:BTC/USDT:5m"):
             written.setdefault(topic, []).append(kind)
-    written[topics.latest_topic("kronos")].remove("removal")  # no message: a record without a value
+    written[topics.latest_topic("kronos")].remove("removal")  # a record without a value
     written[topics.candle_topic("kronos", Timeframe(5, "m"))].append("removal")
     named = {
         channel["address"].format(prefix="kronos", timeframe="5m"): list(channel["messages"])
@@ -88,7 +88,7 @@ def test_asyncapi_names_the_topics_that_the_sink_writes_to() -> None:
     assert named == written
 
 
-def test_every_reference_of_asyncapi_leads_somewhere() -> None:
+def test_references_in_asyncapi_have_targets() -> None:
     document = contract.asyncapi()
     found = list(_references(document))
     assert len(found) > 10
@@ -98,15 +98,15 @@ def test_every_reference_of_asyncapi_leads_somewhere() -> None:
     assert sent == {f"#/channels/{name}" for name in document["channels"]}
 
 
-def test_asyncapi_describes_the_headers_that_are_sent() -> None:
+def test_asyncapi_describes_the_headers() -> None:
     letter = dead_letter("frame", "not JSON", b"{", at=1_718_709_300_000)
     sent = {name: value.decode() for name, value in letter.headers}
     described = contract.asyncapi()["components"]["messages"]["deadletter"]["headers"]
-    assert _faults(described, sent) == []
+    assert _errors(described, sent) == []
     assert list(sent) == described["required"]
 
 
-def test_every_field_is_explained() -> None:
+def test_every_field_has_a_description() -> None:
     for name in contract.MESSAGES:
         schema = contract.json_schema(name)
         for owner in (schema, *schema.get("$defs", {}).values()):
@@ -115,7 +115,7 @@ def test_every_field_is_explained() -> None:
                     assert about.get("description", "").endswith("."), (owner["title"], field)
 
 
-def test_the_command_prints_and_writes_them(
+def test_command_prints_and_writes_documents(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*arguments: str) -> str:
@@ -132,14 +132,14 @@ def test_the_command_prints_and_writes_them(
     assert written == {*contract.documents(), "openapi.json"}
 
 
-def _forecast(*, keep: PublishedPaths) -> Json:
+def _forecast(*, publish: PublishedPaths) -> Json:
     random = np.random.default_rng(0)
     series = Series.parse("binance:BTC/USDT:5m")
     values = random.uniform(1, 2, (10, 6)).astype(np.float32)
     times = 300_000 * np.arange(10)
     last = Candle(2_700_000, *values[-1].tolist())
     paths = random.uniform(1, 2, (20, 3, 6)).astype(np.float32)
-    said = build_outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], publish=keep)
+    outlook = build_outlook(paths, [3_000_000, 3_300_000, 3_600_000], 0.0, [0.5], publish=publish)
     composer = Composer(
         Model(name="nano", revision=None, tokenizer="nano"),
         Engine(version="0", device="cpu", dtype="float32"),
@@ -147,7 +147,7 @@ def _forecast(*, keep: PublishedPaths) -> Json:
     )
     written = composer.forecast(
         Window(series, values, times, 1, 0, last, ("1 synthetic bar",)),
-        said,
+        outlook,
         created=3_000_123,
         latency=Latency(close_to_received=1, queued=2, compute=3),
     )
@@ -156,39 +156,39 @@ def _forecast(*, keep: PublishedPaths) -> Json:
 
 
 def _check_all(name: str, message: Json) -> None:
-    """Whole it fits; without any one field that must be there, or with nonsense in it, not."""
+    """Check that the message is valid, and is not with a field missing or of a wrong type."""
     schema = contract.json_schema(name)
-    assert _faults(schema, message) == []
+    assert _errors(schema, message) == []
     for field in message:
         bad = message | {field: {"nonsense": [[[]]]}}
-        assert _faults(schema, bad), field
+        assert _errors(schema, bad), field
     for field in schema["required"]:
         bad = {key: value for key, value in message.items() if key != field}
-        assert _faults(schema, bad), field
+        assert _errors(schema, bad), field
 
 
-def _faults(schema: Json, value: Any) -> list[str]:
-    """Why ``value`` does not fit."""
+def _errors(schema: Json, value: Any) -> list[str]:
+    """Errors of the validation of ``value``."""
     Draft202012Validator.check_schema(schema)
-    return [fault.message for fault in Draft202012Validator(schema).iter_errors(value)]
+    return [error.message for error in Draft202012Validator(schema).iter_errors(value)]
 
 
-def _breaks(old: Json, new: Json, where: str = "") -> Iterator[str]:
-    """What a reader of ``old`` could stumble over in ``new``."""
-    for word in (old.keys() | new.keys()) - {"title", "description", "default", "$schema"}:
-        mine, yours = old.get(word), new.get(word)
-        if word in {"properties", "$defs"}:
-            mine, yours = mine or {}, yours or {}
-            for name in mine:
-                if name in yours:
-                    yield from _breaks(mine[name], yours[name], f"{where}/{name}")
+def _incompatibilities(old: Json, new: Json, where: str = "") -> Iterator[str]:
+    """Changes from ``old`` to ``new`` that are incompatible with readers of ``old``."""
+    for key in (old.keys() | new.keys()) - {"title", "description", "default", "$schema"}:
+        before, after = old.get(key), new.get(key)
+        if key in {"properties", "$defs"}:
+            before, after = before or {}, after or {}
+            for name in before:
+                if name in after:
+                    yield from _incompatibilities(before[name], after[name], f"{where}/{name}")
                 else:
-                    yield f"{where}/{name} is gone"
-        elif word == "required":
-            if set(mine or ()) != set(yours or ()):
+                    yield f"{where}/{name} is missing"
+        elif key == "required":
+            if set(before or ()) != set(after or ()):
                 yield f"{where}: other fields are required"
-        elif mine != yours:
-            yield f"{where}: {word} was {mine}, is {yours}"
+        elif before != after:
+            yield f"{where}: {key} was {before}, is {after}"
 
 
 def _references(part: Any) -> Iterator[str]:

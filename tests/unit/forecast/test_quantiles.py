@@ -1,4 +1,4 @@
-"""Weibull quantiles and the summary, against their definitions."""
+"""Weibull quantiles and the summary, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SAMPLES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60)
 
 
 @given(_SAMPLES)
-def test_the_ith_of_m_samples_stands_at_i_over_m_plus_1(samples: list[float]) -> None:
+def test_ith_of_m_samples_is_the_quantile_of_i_over_m_plus_1(samples: list[float]) -> None:
     m = len(samples)
     probs = [i / (m + 1) for i in range(1, m + 1)]
     assert np.allclose(weibull_quantiles(samples, probs), sorted(samples), rtol=0, atol=1e-6)
 
 
 @given(_SAMPLES, st.floats(0, 1))
-def test_between_order_statistics_it_is_linear(samples: list[float], where: float) -> None:
+def test_quantiles_between_samples_are_linear(samples: list[float], where: float) -> None:
     m = len(samples)
     position = 1 + where * (m - 1)
     low = min(int(position), m)
@@ -39,7 +39,7 @@ def test_between_order_statistics_it_is_linear(samples: list[float], where: floa
 
 
 @given(st.floats(0.001, 0.999))
-def test_the_fewest_paths_just_reach(p: float) -> None:
+def test_required_paths_just_reach_the_quantile(p: float) -> None:
     m = required_paths(p)
     nearly = 1e-8
     assert 1 / (m + 1) <= p + nearly
@@ -50,7 +50,7 @@ def test_the_fewest_paths_just_reach(p: float) -> None:
 @pytest.mark.parametrize(
     ("p", "paths"), [(0.5, 1), (0.05, 19), (0.95, 19), (0.1, 9), (0.9, 9), (0.01, 99), (0.25, 3)]
 )
-def test_the_fewest_paths_of_usual_quantiles(p: float, paths: int) -> None:
+def test_required_paths_of_usual_quantiles(p: float, paths: int) -> None:
     assert required_paths(p) == paths
     check_supported([p], paths)
     if paths > 1:
@@ -59,12 +59,12 @@ def test_the_fewest_paths_of_usual_quantiles(p: float, paths: int) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1, 1.5, math.nan])
-def test_a_quantile_outside_0_and_1_is_refused(p: float) -> None:
+def test_probability_outside_0_and_1_raises(p: float) -> None:
     with pytest.raises(ValueError, match="not between 0 and 1"):
         weibull_quantiles([1.0, 2.0], [p])
 
 
-def test_other_axes_follow_the_quantiles() -> None:
+def test_other_axes_follow_that_of_the_quantiles() -> None:
     samples = np.arange(3 * 9 * 2, dtype=np.float32).reshape(3, 9, 2)
     got = weibull_quantiles(samples, [0.1, 0.5, 0.9], axis=1)
     assert got.shape == (3, 3, 2)
@@ -73,7 +73,7 @@ def test_other_axes_follow_the_quantiles() -> None:
         weibull_quantiles(samples, [0.1])
 
 
-def test_bands_of_few_samples_cover_what_they_claim() -> None:
+def test_bands_of_few_samples_have_their_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     samples, outcome = rng.normal(size=(9, 40_000)), rng.normal(size=40_000)
     low, high = weibull_quantiles(samples, [0.1, 0.9])
@@ -83,7 +83,7 @@ def test_bands_of_few_samples_cover_what_they_claim() -> None:
 @pytest.mark.parametrize(
     ("p", "name"), [(0.05, "q05"), (0.5, "q50"), (0.95, "q95"), (0.975, "q97.5"), (0.001, "q00.1")]
 )
-def test_names_of_quantiles(p: float, name: str) -> None:
+def test_quantile_names(p: float, name: str) -> None:
     assert quantile_name(p) == name
 
 
@@ -91,7 +91,7 @@ def _paths(closes: object) -> np.ndarray:
     return np.repeat(np.asarray(closes, np.float32)[..., None], 6, axis=-1)
 
 
-def test_the_summary_is_as_defined() -> None:
+def test_summary_follows_its_definition() -> None:
     rng = np.random.default_rng(1)
     closes = (100 * np.exp(rng.normal(0, 0.01, (39, 12)).cumsum(1))).astype(np.float32)
     got = summarise(_paths(closes), 100.0, [0.05, 0.5])
@@ -108,28 +108,28 @@ def test_the_summary_is_as_defined() -> None:
     assert got.to_dict()["p_up"] == got.p_up
 
 
-def test_standing_still_is_not_up() -> None:
+def test_unchanged_price_is_not_up() -> None:
     got = summarise(_paths(np.full((20, 3), 7.0)), 7.0, [0.5])
     assert got.p_up == 0
     assert got.volatility == 0
     assert got.value_at_risk_95 == 0
 
 
-def test_too_few_paths_leave_the_tail_open() -> None:
+def test_value_at_risk_of_too_few_paths_is_none() -> None:
     got = summarise(_paths(np.full((18, 3), 7.0)), 7.0, [0.05, 0.5])
     assert got.value_at_risk_95 is None
     assert got.return_quantiles == {"q05": None, "q50": 0.0}
 
 
 @pytest.mark.parametrize("last", [0.0, -37.63])
-def test_no_returns_from_a_price_that_is_not_positive(last: float) -> None:
+def test_returns_from_a_price_that_is_not_positive_are_none(last: float) -> None:
     got = summarise(_paths(np.full((20, 3), 1.0)), last, [0.5])
     assert got.p_up == 1
     assert (got.expected_return, got.volatility, got.value_at_risk_95) == (None, None, None)
     assert got.return_quantiles == {"q50": None}
 
 
-def test_paths_below_zero_count_as_the_wildest() -> None:
+def test_paths_below_zero_count_as_most_volatile() -> None:
     closes = np.full((20, 3), 2.0)
     closes[:9, 1] = -1.0
     assert summarise_closes(closes, 2.0, [0.5]).volatility == 0
@@ -137,10 +137,10 @@ def test_paths_below_zero_count_as_the_wildest() -> None:
     assert summarise_closes(closes, 2.0, [0.5]).volatility is None
 
 
-def test_one_bar_has_no_volatility() -> None:
+def test_volatility_of_one_bar_is_none() -> None:
     assert summarise_closes(np.full((20, 1), 2.0), 2.0, [0.5]).volatility is None
 
 
-def test_nan_paths_are_refused() -> None:
+def test_nan_paths_raise() -> None:
     with pytest.raises(ValueError, match="NaN"):
         summarise_closes(np.array([[1.0, np.nan]]), 1.0, [0.5])

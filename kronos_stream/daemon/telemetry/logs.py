@@ -1,7 +1,7 @@
-"""Logs on stderr: structlog's and the libraries', for people or as JSON.
+"""Logging to stderr of structlog and of libraries, as readable lines or JSON.
 
-Lines are rendered where they are logged and written by a thread: whoever reads the log may be slow
-or stuck, and the daemon must not be. What does not fit the queue is dropped, and counted.
+A thread writes the lines, so that a slow or blocked reader of stderr does not block the daemon.
+Lines that do not fit into the queue are dropped and counted.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _log = structlog.get_logger()
 _MAX_QUEUED_LINES = 10_000
 _FLUSH_SECONDS = 2.0
 
-# Their everyday life is of no interest; what matters of it, the connectors say.
+# Connectors log what matters of these.
 _QUIET_LOGGERS = ("aiohttp", "aiokafka", "asyncio", "websockets")
 
 
 def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Callable[[], None]:
-    """Log to ``stream``, stderr by default. Returns what ends that; so does the program's end."""
+    """Log to ``stream``, stderr by default. Returns a function that ends it, as does the exit."""
     out = stream or _stderr()
     number = logging.getLevelNamesMapping()[level.upper()]
     shared: list[Processor] = [
@@ -73,9 +73,9 @@ def configure(format_: Format, level: Level, stream: TextIO | None = None) -> Ca
 
 
 def _stderr() -> TextIO:
-    """What stderr writes to, without its buffer.
+    """Return an unbuffered writer to stderr.
 
-    A thread that is stuck in writing would keep the buffer's lock, and Python could not end.
+    A thread that blocks while it writes would hold the lock of a buffer, and Python could not exit.
     """
     raw = FileIO(os.dup(sys.stderr.fileno()), "w")
     return TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
@@ -83,7 +83,7 @@ def _stderr() -> TextIO:
 
 def _renderers(format_: Format, *, colours: bool) -> list[Processor]:
     if format_ == "console":
-        # The other traceback there is shows local variables, passwords among them.
+        # The default traceback shows local variables, which may be passwords.
         formatter = structlog.dev.plain_traceback
         return [
             structlog.dev.ConsoleRenderer(
@@ -101,14 +101,14 @@ def _to_json(event: dict[str, Any], **_: Any) -> str:  # noqa: ANN401 - what str
 
 
 class _RedactingFormatter(structlog.stdlib.ProcessorFormatter):
-    """Takes passwords out, wherever in a line they stand."""
+    """Masks secrets in whole lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 class _QueueHandler(logging.Handler):
-    """Hands lines to a thread; never waits for it, except, for a while, at the end."""
+    """Passes lines to a thread; waits for it only in :meth:`close`, and for a limited time."""
 
     def __init__(self, out: TextIO) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _QueueHandler(logging.Handler):
         except Full:
             self._dropped += 1
             return
-        except Exception:  # noqa: BLE001 - a value that cannot be shown must not stop the daemon
+        except Exception:  # noqa: BLE001 - a value without representation must not end the daemon
             self.handleError(record)
             return
         if self._dropped:
@@ -132,7 +132,7 @@ class _QueueHandler(logging.Handler):
             _log.warning("log lines dropped", lines=dropped)
 
     def close(self) -> None:
-        """Write what waits, within bounds; Python calls it when it ends."""
+        """Write the queued lines within a time limit. Python calls it on exit."""
         with suppress(Full):
             self._lines.put(None, timeout=_FLUSH_SECONDS)
         self._writer.join(_FLUSH_SECONDS)
@@ -140,6 +140,6 @@ class _QueueHandler(logging.Handler):
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
-            with suppress(OSError, ValueError):  # nobody is left to be told
+            with suppress(OSError, ValueError):  # nothing can be reported any more
                 self._out.write(line + "\n")
                 self._out.flush()

@@ -1,4 +1,4 @@
-"""Whether the daemon keeps up with itself: how late its event loop wakes, how many tasks it has."""
+"""Measurement of the event loop: its delay and the number of tasks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAG_WARNING_SECONDS = 1.0
 
 
 async def watch_loop_lag(metrics: Metrics) -> None:
-    """Measure how late the event loop wakes, and count its tasks, until cancelled."""
+    """Measure the event loop's delay and count its tasks, until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + _LAG_INTERVAL_SECONDS

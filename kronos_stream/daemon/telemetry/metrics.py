@@ -1,8 +1,8 @@
-"""What the daemon counts and times, for Prometheus."""
+"""Metrics of the daemon, for Prometheus."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,73 +14,71 @@ from prometheus_client import (
 )
 
 _LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BATCH_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 _SKIP_REASONS = ("overrun", "stale", "gap", "warming up", "revised", "failed", "removed")
 _RESTART_CAUSES = ("crash", "hang")
 
 
 class Metrics:
-    """One daemon's counters; a registry of its own, so that tests do not share them."""
+    """Metrics of one daemon, with a registry of their own."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
-        ProcessCollector(registry=registry)  # process_*: memory, processor time, start
+        ProcessCollector(registry=registry)  # process_*: memory, CPU time, start time
 
-        def counter(name: str, about: str, *labels: str) -> Counter:
-            return Counter(f"kronos_{name}", about, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"kronos_{name}", text, labels, registry=registry)
 
-        def gauge(name: str, about: str, *labels: str) -> Gauge:
-            return Gauge(f"kronos_{name}", about, labels, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"kronos_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, about: str, *labels: str) -> Histogram:
-            return Histogram(
-                f"kronos_{name}", about, labels, buckets=_LATENCY_BUCKETS, registry=registry
-            )
+        def histogram(
+            name: str, text: str, *labels: str, buckets: Sequence[float] = _LATENCY_BUCKETS
+        ) -> Histogram:
+            return Histogram(f"kronos_{name}", text, labels, buckets=buckets, registry=registry)
 
-        self.build_info = gauge("build_info", "What runs; always 1", "version", "role")
-        self.ready = gauge("ready", "1 while /readyz says so, else 0")
-        self.series = gauge("series", "Series followed", "venue", "timeframe", "state")
+        self.build_info = gauge("build_info", "Version and role; always 1", "version", "role")
+        self.ready = gauge("ready", "1 if /readyz reports ready, else 0")
+        self.series = gauge("series", "Followed series", "venue", "timeframe", "state")
         self.updates = counter("updates", "Candle updates received", "venue")
-        self.rejected = counter("rejected", "Frames and candles that cannot be", "venue")
-        self.source_events = counter("source_events", "What sources note", "venue", "event")
-        self.bars = counter("bars", "Closed bars put on the tape", "venue", "timeframe")
-        self.revisions = counter("revisions", "Closed bars changed by the venue", "venue", "age")
-        self.gaps = counter("gaps", "Holes seen in what a venue pushed", "venue")
+        self.rejected = counter("rejected", "Invalid frames and candles", "venue")
+        self.source_events = counter("source_events", "Events of sources", "venue", "event")
+        self.bars = counter("bars", "Closed bars confirmed", "venue", "timeframe")
+        self.revisions = counter("revisions", "Closed bars corrected by the venue", "venue", "age")
+        self.gaps = counter("gaps", "Gaps in the bars that a venue pushed", "venue")
         self.backfills = counter("backfills", "Requests for missing bars", "venue", "result")
-        self.synthetic_bars = counter("synthetic_bars", "Bars the venue does not have", "venue")
-        self.silent_series = gauge("silent_series", "Series of which nothing is heard", "venue")
+        self.synthetic_bars = counter("synthetic_bars", "Bars missing at the venue", "venue")
+        self.silent_series = gauge("silent_series", "Series without data", "venue")
         self.held_series = gauge("held_series", "Series waiting for missing bars", "venue")
-        self.outcomes = counter("outcomes", "What became of due bars", "result", "reason")
-        self.batch_series = Histogram(
-            "kronos_batch_series",
-            "Series per batch",
-            buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
-            registry=registry,
-        )
+        self.outcomes = counter("outcomes", "Outcomes of closed bars", "result", "reason")
+        self.batch_series = histogram("batch_series", "Series per batch", buckets=_BATCH_BUCKETS)
         self.close_to_received = histogram(
-            "close_to_received_seconds", "Bar close to its last word"
+            "close_to_received_seconds", "Close of a bar to its last update"
         )
         self.received_to_batched = histogram(
-            "received_to_batched_seconds", "Last word to the worker"
+            "received_to_batched_seconds", "Last update to start of the batch"
         )
-        self.compute_seconds = histogram("compute_seconds", "A batch in the worker")
+        self.compute_seconds = histogram("compute_seconds", "Inference of a batch")
         self.received_to_published = histogram(
-            "received_to_published_seconds", "Last word to delivery", "sink"
+            "received_to_published_seconds", "Last update to delivery", "sink"
         )
-        self.queue_depth = gauge("queue_depth", "Items waiting", "queue")
-        self.outbox_age = gauge("outbox_age_seconds", "Age of the oldest undelivered", "sink")
+        self.queue_depth = gauge("queue_depth", "Items in a queue", "queue")
+        self.outbox_age = gauge("outbox_age_seconds", "Age of the oldest pending record", "sink")
         self.delivered = counter("delivered", "Records acknowledged", "sink", "kind")
-        self.refused = counter("refused", "Records a sink will never take", "sink")
-        self.expired = counter("expired", "Records too old to deliver, dropped", "sink")
-        self.sink_failures = counter("sink_failures", "Deliveries to try again", "sink")
+        self.refused = counter("refused", "Records rejected by a sink for good", "sink")
+        self.expired = counter("expired", "Records dropped as too old to deliver", "sink")
+        self.sink_failures = counter("sink_failures", "Failed deliveries, to be retried", "sink")
         self.worker_restarts = counter("worker_restarts", "Workers replaced", "cause")
-        self.candle_lag = gauge("candle_lag", "Candle records of ours not read yet", "topic")
-        self.rebuilds = histogram("rebuild_seconds", "Until a partition's contexts are whole")
-        self.rebalances = counter("rebalances", "Times that the group shared out anew")
-        self.loop_lag = histogram("event_loop_lag_seconds", "How late the event loop wakes")
+        self.candle_lag = gauge("candle_lag", "Candle records not read yet", "topic")
+        self.rebuilds = histogram("rebuild_seconds", "Assignment of a partition to full contexts")
+        self.rebalances = counter("rebalances", "Rebalances of the consumer group")
+        self.loop_lag = histogram("event_loop_lag_seconds", "Delay of the event loop")
         self.tasks = gauge("tasks", "Tasks of the event loop")
+        self._initialise_outcomes()
 
-        # What has not happened yet is told as 0: nobody sees a counter rise that begins at 1.
+    def _initialise_outcomes(self) -> None:
+        """Start counters at 0: Prometheus sees no increase if one appears with 1."""
         self.outcomes.labels("forecast", "")
         for reason in _SKIP_REASONS:
             self.outcomes.labels("skipped", reason)
@@ -88,7 +86,7 @@ class Metrics:
             self.worker_restarts.labels(cause)
 
     def initialise_labels(self, *, venues: Iterable[str] = (), sinks: Iterable[str] = ()) -> None:
-        """Tell of these venues and sinks from now on, though nothing has happened to them yet."""
+        """Export counters of these venues and sinks with 0."""
         for venue in venues:
             for counter in (self.updates, self.rejected, self.gaps, self.synthetic_bars):
                 counter.labels(venue)
@@ -100,5 +98,5 @@ class Metrics:
                 counter.labels(sink)
 
     def render(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Render all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

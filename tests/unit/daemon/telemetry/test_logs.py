@@ -1,4 +1,4 @@
-"""Logs: one line each, in order, without passwords, and never in the way."""
+"""Logging: one line per event, in order, without secrets, without blocking."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from kronos_stream.daemon.telemetry.logs import Format, Level, configure
 
 _log = structlog.get_logger()
 
-Start = Callable[[Format, Level], "_Lines"]
+Start = Callable[[Format, Level], "_LogLines"]
 
 
-class _Lines:
+class _LogLines:
+    """Log to memory; calling it ends the logging and returns the lines."""
+
     def __init__(self, format_: Format, level: Level) -> None:
         self._stream = io.StringIO()
         self.end = configure(format_, level, self._stream)
@@ -41,15 +43,15 @@ class _Lines:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    root, begun = logging.getLogger(), []
+    root, started = logging.getLogger(), []
     level = root.level
 
-    def begin(format_: Format, level: Level) -> _Lines:
-        begun.append(_Lines(format_, level))
-        return begun[-1]
+    def start_logging(format_: Format, level: Level) -> _LogLines:
+        started.append(_LogLines(format_, level))
+        return started[-1]
 
-    yield begin
-    for lines in begun:
+    yield start_logging
+    for lines in started:
         lines.end()
     root.setLevel(level)
     logging.captureWarnings(capture=False)
@@ -57,11 +59,11 @@ def start() -> Iterator[Start]:
     structlog.contextvars.clear_contextvars()
 
 
-def test_json_is_an_object_per_line_with_what_is_bound(start: Start) -> None:
+def test_json_has_one_object_per_line_with_bound_values(start: Start) -> None:
     lines = start("json", "info")
     with structlog.contextvars.bound_contextvars(series="binance:BTC/USDT:5m", batch=7):
         _log.info("batch computed", seconds=0.25)
-    _log.debug("not asked for")
+    _log.debug("below the level")
     _log.warning("two\nlines", why=ValueError("odd"), password=SecretStr("hunter2"))
     first, second = lines.parsed()
     assert first.pop("time")
@@ -76,44 +78,44 @@ def test_json_is_an_object_per_line_with_what_is_bound(start: Start) -> None:
     assert second["password"] == "**********"  # noqa: S105 - stars
 
 
-def test_console_is_for_people(start: Start) -> None:
+def test_console_lines_are_readable(start: Start) -> None:
     lines = start("console", "debug")
     _log.debug("connected", venue="binance")
     (line,) = lines()
     assert "connected" in line
     assert "venue=binance" in line
-    assert "\x1b" not in line  # no terminal, no colours
+    assert "\x1b" not in line  # no colours, as it is no terminal
 
 
 @pytest.mark.parametrize("format_", ["console", "json"])
-def test_failures_show_where_they_came_from(start: Start, format_: Format) -> None:
+def test_exceptions_are_logged_with_traceback(start: Start, format_: Format) -> None:
     lines = start(format_, "info")
     try:
         raise ZeroDivisionError("by nothing")  # noqa: TRY301
     except ZeroDivisionError:
-        _log.exception("task failed", task="desk")
+        _log.exception("task failed", task="intake")
     text = "\n".join(lines())
     assert "task failed" in text
     assert "ZeroDivisionError: by nothing" in text
-    assert "test_failures_show_where" in text
+    assert "test_exceptions_are_logged" in text
 
 
-def test_libraries_speak_in_the_same_form_but_only_when_it_matters(start: Start) -> None:
+def test_libraries_are_logged_in_the_same_format_but_from_warning(start: Start) -> None:
     lines = start("json", "debug")
-    logging.getLogger("websockets.client").info("everyday %s", "life")
+    logging.getLogger("websockets.client").info("connected to %s", "broker")
     logging.getLogger("websockets.client").error("broker %d is gone", 3)
     logging.getLogger("somebody").info("hello")
     warnings.warn("old ways", stacklevel=1)
-    said = [(line["event"], line.get("logger"), line["level"]) for line in lines.parsed()]
-    assert said[:2] == [
+    logged = [(line["event"], line.get("logger"), line["level"]) for line in lines.parsed()]
+    assert logged[:2] == [
         ("broker 3 is gone", "websockets.client", "error"),
         ("hello", "somebody", "info"),
     ]
-    assert "old ways" in str(said[2][0])
+    assert "old ways" in str(logged[2][0])
 
 
 @pytest.mark.parametrize("format_", ["console", "json"])
-def test_passwords_in_urls_are_taken_out(start: Start, format_: Format) -> None:
+def test_passwords_in_urls_are_masked(start: Start, format_: Format) -> None:
     lines = start(format_, "info")
     _log.info("connecting", url="mqtt://me:h3r-m4j3sty@broker:1883/x")
     _log.info("see mqtt://me:h3r-m4j3sty@broker")
@@ -127,17 +129,17 @@ def test_passwords_in_urls_are_taken_out(start: Start, format_: Format) -> None:
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[TextIO, TextIO]]:
-    """A pipe's ends, to read and to write; nobody reads unless asked."""
+    """Reading and writing end of a pipe."""
     read, write = os.pipe()
     reader, writer = os.fdopen(read), os.fdopen(write, "w")
     yield reader, writer
-    reader.close()  # first, so that whoever is stuck in writing is not
+    reader.close()  # first, which unblocks a writer
     with suppress(BrokenPipeError):
         writer.close()
 
 
-@pytest.mark.usefixtures("start")  # which puts things back
-def test_a_reader_that_is_slow_holds_up_nobody_and_hears_what_it_missed(
+@pytest.mark.usefixtures("start")  # restores the logging
+def test_slow_reader_does_not_block_and_learns_how_many_lines_were_dropped(
     pipe: tuple[TextIO, TextIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "_MAX_QUEUED_LINES", 50)
@@ -145,25 +147,25 @@ def test_a_reader_that_is_slow_holds_up_nobody_and_hears_what_it_missed(
     end = configure("json", "info", writer)
     for number in range(1000):
         _log.info("x" * 1000, number=number)
-    heard: list[int] = []
+    received: list[int] = []
     dropped = 0
-    while len(heard) + dropped <= 1000:
+    while len(received) + dropped <= 1000:
         line = json.loads(reader.readline())
         if "number" in line:
-            heard.append(line["number"])
+            received.append(line["number"])
         else:
             assert line["event"] == "log lines dropped"
             dropped += line["lines"]
-        if len(heard) == 40 and heard[-1] == line.get("number"):
-            time.sleep(0.2)  # there is room again
+        if len(received) == 40 and received[-1] == line.get("number"):
+            time.sleep(0.2)  # until there is room again
             _log.info("", number=1000)
-    assert heard == sorted(set(heard))
-    assert heard[-1] == 1000
+    assert received == sorted(set(received))
+    assert received[-1] == 1000
     assert dropped > 500
     end()
 
 
-def test_a_reader_that_is_stuck_does_not_hold_up_the_end() -> None:
+def test_blocked_reader_does_not_prevent_the_exit() -> None:
     code = (
         "import structlog; from kronos_stream.daemon.telemetry.logs import configure\n"
         "configure('json', 'info')\n"
@@ -178,7 +180,7 @@ def test_a_reader_that_is_stuck_does_not_hold_up_the_end() -> None:
         assert process.wait(300) == 0
 
 
-def test_the_last_line_before_the_end_is_written() -> None:
+def test_last_line_before_the_exit_is_written() -> None:
     code = (
         "import structlog; from kronos_stream.daemon.telemetry.logs import configure\n"
         "configure('json', 'info'); structlog.get_logger().info('stopped')"

@@ -1,4 +1,4 @@
-"""How late the event loop wakes."""
+"""Measurement of the event loop's delay."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.testing.virtual_time import run_virtual
 
 
-async def test_a_blocked_event_loop_is_measured() -> None:
+async def test_blocked_event_loop_is_measured() -> None:
     metrics = Metrics()
     watch = asyncio.create_task(watch_loop_lag(metrics))
     await asyncio.sleep(0.05)
-    time.sleep(0.5)  # noqa: ASYNC251 - what must never happen
+    time.sleep(0.5)  # noqa: ASYNC251 - blocks on purpose
     await asyncio.sleep(0.05)
     watch.cancel()
-    assert _above(metrics, 0.1) == 1
+    assert _above(metrics, 0.1) >= 1
 
 
-def test_an_idle_event_loop_has_no_lag() -> None:
+def test_idle_event_loop_has_no_lag() -> None:
     async def main() -> Metrics:
         metrics = Metrics()
         watch = asyncio.create_task(watch_loop_lag(metrics))

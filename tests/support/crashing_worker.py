@@ -19,11 +19,15 @@ from kronos_stream.daemon.inference.protocol import (
     encode_frame,
     read_frames,
 )
+from kronos_stream.forecast.message import Engine, Model
 
 RESULT: InferenceResult | InferenceFailure = InferenceFailure("answered")
 """Result of every request that is answered."""
 
-_IDENTITY = ModelIdentity("none", None, "none", None, "cpu", "float32", 256, "0")
+_IDENTITY = ModelIdentity(
+    Model(name="none", revision=None, tokenizer="none"),
+    Engine(version="0", device="cpu", dtype="float32"),
+)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from kronos_stream.bars.window import Window
 from kronos_stream.daemon.inference.backend import BatchResult
 from kronos_stream.daemon.inference.protocol import InferenceResult, ModelIdentity
+from kronos_stream.forecast.message import Engine, Model
 from kronos_stream.forecast.outlook import PUBLISHED_CHANNELS, Outlook
 from kronos_stream.forecast.summary import Summary
 
@@ -34,7 +35,10 @@ class FakeWorker:
 
     async def start(self) -> ModelIdentity:
         await asyncio.sleep(self._seconds_per_forecast)
-        return ModelIdentity("none", None, "none", None, "cpu", "float32", 512, "stand-in")
+        return ModelIdentity(
+            Model(name="none", revision=None, tokenizer="none", tokenizer_revision=None),
+            Engine(version="stand-in", device="cpu", dtype="float32"),
+        )
 
     async def run(self) -> None:
         await asyncio.Event().wait()

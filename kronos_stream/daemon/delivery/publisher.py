@@ -9,7 +9,7 @@ from kronos_stream.daemon.delivery.outbox import Outbox
 from kronos_stream.daemon.inference.protocol import ForecastConfig, ModelIdentity
 from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.forecast.compose import Composer, removal
-from kronos_stream.forecast.message import Engine, Latency, Model, Sampling
+from kronos_stream.forecast.message import Latency, Sampling
 from kronos_stream.interfaces.sink import Envelope
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
@@ -21,13 +21,8 @@ _YIELD_EVERY = 32
 def build_composer(config: ForecastConfig, identity: ModelIdentity) -> Composer:
     """Create the composer for messages of a worker."""
     return Composer(
-        Model(
-            name=identity.model,
-            revision=identity.revision,
-            tokenizer=identity.tokenizer,
-            tokenizer_revision=identity.tokenizer_revision,
-        ),
-        Engine(version=identity.engine, device=identity.device, dtype=identity.dtype),
+        identity.model,
+        identity.engine,
         Sampling(
             paths=config.paths,
             temperature=config.temperature,

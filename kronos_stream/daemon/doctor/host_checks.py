@@ -85,9 +85,8 @@ async def check_model(plan: ForecastConfig, series: Collection[Series]) -> Seque
     finally:
         await worker.close()
     one = worker.estimate_seconds(1)
-    found = (
-        f"{identity.model} on {identity.device} in {identity.dtype}: {1000 * one:.3g} ms a series"
-    )
+    model, engine = identity
+    found = f"{model.name} on {engine.device} in {engine.dtype}: {1000 * one:.3g} ms a series"
     return [Finding("ok", found), check_throughput(one, series)]
 
 

@@ -62,7 +62,8 @@ class WorkerPool:
             if other != first:
                 raise WorkerError(
                     "the devices do not forecast alike: "
-                    f"{first.device} in {first.dtype} and {other.device} in {other.dtype}; "
+                    f"{first.engine.device} in {first.engine.dtype} and "
+                    f"{other.engine.device} in {other.engine.dtype}; "
                     "set KRONOS_STREAM_DEVICE to devices of one kind"
                 )
         return first

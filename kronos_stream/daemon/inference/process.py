@@ -6,9 +6,9 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
-from contextlib import suppress
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Literal, Self
 
 import structlog
 
@@ -23,13 +23,10 @@ from kronos_stream.daemon.inference.protocol import (
     LoadModel,
     ModelLoaded,
     RequestChunk,
-    ResultChunk,
     decode_frame,
     encode_frame,
     split_chunks,
 )
-
-_T = TypeVar("_T")
 
 _log = structlog.get_logger()
 
@@ -102,7 +99,10 @@ class WorkerProcess:
 
     async def load(self, config: ForecastConfig, seconds: float, *, measure: bool) -> ModelLoaded:
         """Load the model. Raises WorkerError for bad settings, and WorkerCrashed."""
-        answer = await self._with_timeout(self._load(LoadModel(config, measure)), seconds)
+        answer: ModelLoaded | LoadFailed
+        async with self._killed_on_failure(seconds):
+            self._writer.write(encode_frame(LoadModel(config, measure)))
+            answer = await self._receive()
         if isinstance(answer, LoadFailed):
             await self.kill()
             raise WorkerError(answer.reason)
@@ -110,7 +110,17 @@ class WorkerProcess:
 
     async def infer(self, requests: Sequence[InferenceRequest], seconds: float) -> BatchResult:
         """Run a batch. Raises WorkerCrashed."""
-        return await self._with_timeout(self._infer(requests), seconds)
+        results: list[InferenceResult | InferenceFailure] = []
+        async with self._killed_on_failure(seconds):
+            for chunk, is_last in split_chunks(requests):
+                self._writer.write(encode_frame(RequestChunk(chunk, is_last)))
+                await self._writer.drain()
+                await asyncio.sleep(0)  # let other tasks run
+            is_last = False
+            while not is_last:
+                part, is_last, duration = await self._receive()
+                results += part
+        return BatchResult(results, duration)
 
     async def close(self) -> None:
         """Ask the process to exit, and kill it if it does not; bounded in time."""
@@ -136,12 +146,13 @@ class WorkerProcess:
             # Blocked in the kernel, most likely in a driver; it exits when that call returns.
             _log.error("worker does not exit after SIGKILL", pid=self.pid)
 
-    async def _with_timeout(self, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
-        """Await ``work``; kill the process on a time-out, an error or cancellation."""
+    @asynccontextmanager
+    async def _killed_on_failure(self, seconds: float) -> AsyncIterator[None]:
+        """Kill the process on a time-out, an error or cancellation. Raises WorkerCrashed."""
         cause: Literal["hang", "crash"]
         try:
             async with asyncio.timeout(seconds):
-                return await work
+                yield
         except TimeoutError:
             cause = "hang"
         except (OSError, EOFError):
@@ -150,25 +161,10 @@ class WorkerProcess:
             # Its answer would be taken for that of the next batch.
             await self.kill()
             raise
+        else:
+            return
         await self.kill()
         raise WorkerCrashed(cause)
-
-    async def _load(self, load: LoadModel) -> ModelLoaded | LoadFailed:
-        self._writer.write(encode_frame(load))
-        answer: ModelLoaded | LoadFailed = await self._receive()
-        return answer
-
-    async def _infer(self, requests: Sequence[InferenceRequest]) -> BatchResult:
-        for chunk, is_last in split_chunks(requests):
-            self._writer.write(encode_frame(RequestChunk(chunk, is_last)))
-            await self._writer.drain()
-            await asyncio.sleep(0)  # let other tasks run
-        results: list[InferenceResult | InferenceFailure] = []
-        while True:
-            answer: ResultChunk = await self._receive()
-            results += answer.results
-            if answer.is_last:
-                return BatchResult(results, answer.seconds)
 
     async def _receive(self) -> Any:  # noqa: ANN401 - the caller knows which message comes
         (length,) = FRAME_LENGTH.unpack(await self._reader.readexactly(FRAME_LENGTH.size))

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kronos_stream.forecast.message import Engine, Model
 from kronos_stream.forecast.outlook import Outlook, PublishedPaths
 
 _T = TypeVar("_T")
@@ -50,20 +51,11 @@ class ForecastConfig:
     include_paths: PublishedPaths = "none"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelIdentity:
-    """The loaded model and its device, as they appear in messages."""
+class ModelIdentity(NamedTuple):
+    """The loaded model and the engine, as they appear in messages."""
 
-    model: str
-    revision: str | None
-    """Commit on the hub; for a folder, the digest of its weights."""
-    tokenizer: str
-    tokenizer_revision: str | None
-    device: str
-    dtype: str
-    max_context: int
-    engine: str
-    """Version of this program."""
+    model: Model
+    engine: Engine
 
 
 class InferenceRequest(NamedTuple):

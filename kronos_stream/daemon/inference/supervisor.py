@@ -113,9 +113,9 @@ class WorkerSupervisor:
         self._record_speed(loaded.measured_series, loaded.measured_seconds)
         _log.info(
             "worker ready",
-            model=loaded.identity.model,
-            device=loaded.identity.device,
-            dtype=loaded.identity.dtype,
+            model=loaded.identity.model.name,
+            device=loaded.identity.engine.device,
+            dtype=loaded.identity.engine.dtype,
             threads=self._config.threads,
             milliseconds_per_series=round(1000 * self.estimate_seconds(1), 2),
         )

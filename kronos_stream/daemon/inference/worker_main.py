@@ -41,6 +41,7 @@ from kronos_stream.daemon.inference.protocol import (
 )
 from kronos_stream.engine import Context, ContextError, Forecaster, SampledPaths
 from kronos_stream.engine.sampling import Sampling
+from kronos_stream.forecast.message import Engine, Model
 from kronos_stream.forecast.outlook import build_outlook
 from kronos_stream.forecast.quantiles import check_supported
 from kronos_stream.model.checkpoint import WEIGHTS_FILE, CheckpointError, CheckpointLocation
@@ -86,17 +87,19 @@ class ModelHost:
         assert checkpoint is not None  # noqa: S101 - from_pretrained sets it
         tokenizer = self.config.tokenizer or checkpoint.tokenizer.name
         bundled = self.config.tokenizer is None and Path(tokenizer).is_dir()
-        return ModelIdentity(
-            model=self.config.model,
+        model = Model(
+            name=self.config.model,
             revision=_revision(checkpoint.predictor),
             # A folder with both the predictor and the tokenizer has one name.
             tokenizer=self.config.model if bundled else tokenizer,
             tokenizer_revision=_revision(checkpoint.tokenizer),
+        )
+        engine = Engine(
+            version=__version__,
             device=self._forecaster.device.type,  # without its index, which must not change ids
             dtype=str(self._forecaster.dtype).removeprefix("torch."),
-            max_context=self._forecaster.max_context,
-            engine=__version__,
         )
+        return ModelIdentity(model, engine)
 
     def infer(
         self, requests: Sequence[InferenceRequest]

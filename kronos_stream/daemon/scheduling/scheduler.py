@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
@@ -177,10 +177,10 @@ class Scheduler:
 
     async def _wait_for_batch(self) -> None:
         """Return after a new request, or at the deadline of the next incomplete close."""
-        waits = [asyncio.ensure_future(self._wakeup.wait())]
+        waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(self._wakeup.wait())]
         end = self._batcher.next_deadline()
         if end is not None:
-            waits.append(asyncio.ensure_future(self._sleep_until(end)))
+            waits.append(asyncio.ensure_future(self._clock.sleep_until(end)))
         try:
             done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for wait in done:
@@ -188,10 +188,6 @@ class Scheduler:
         finally:
             for wait in waits:
                 wait.cancel()
-
-    async def _sleep_until(self, moment: int) -> Literal[True]:
-        await self._clock.sleep_until(moment)
-        return True
 
     def _next_batch(self) -> tuple[list[Pending], float]:
         """Return the next batch and its deadline in seconds."""

@@ -23,15 +23,16 @@ from tests.support.workers import BATCH_SECONDS, NANO_CONFIG, restart_counts
 
 
 class _RecordingWorker(FakeWorker):
-    """Records the sizes of its batches; ``identity`` replaces fields of the model's identity."""
+    """Records the sizes of its batches; ``engine`` replaces fields of its engine."""
 
-    def __init__(self, seconds_per_forecast: float, **identity: str) -> None:
+    def __init__(self, seconds_per_forecast: float, **engine: str) -> None:
         super().__init__(seconds_per_forecast)
         self.sizes: list[int] = []
-        self._identity = identity
+        self._engine = engine
 
     async def start(self) -> ModelIdentity:
-        return replace(await super().start(), **self._identity)  # type: ignore[arg-type]
+        identity = await super().start()
+        return identity._replace(engine=identity.engine.model_copy(update=self._engine))
 
     async def forecast(self, windows: Sequence[Window], deadline: float) -> BatchResult:
         self.sizes.append(len(windows))
@@ -55,7 +56,7 @@ async def test_batch_is_divided_by_speed_and_returned_in_order() -> None:
 
 async def test_pool_has_one_identity_and_refuses_devices_of_different_kinds() -> None:
     gpus = WorkerPool([_RecordingWorker(0.0, device="cuda"), _RecordingWorker(0.0, device="cuda")])
-    assert (await gpus.start()).device == "cuda"
+    assert (await gpus.start()).engine.device == "cuda"
     mixed = WorkerPool(
         [_RecordingWorker(0.0), _RecordingWorker(0.0, device="cuda", dtype="bfloat16")]
     )

@@ -61,8 +61,9 @@ async def test_forecasts_do_not_depend_on_their_batch(nano: Forecaster) -> None:
     worker = WorkerSupervisor(NANO_CONFIG, Metrics())
     identity = await worker.start()
     try:
-        assert (identity.model, identity.tokenizer, identity.dtype) == ("nano", "nano", "float32")
-        assert identity.revision is not None
+        assert (identity.model.name, identity.model.tokenizer) == ("nano", "nano")
+        assert identity.model.revision is not None
+        assert identity.engine.dtype == "float32"
         assert worker.estimate_seconds(1) > 0
         random = np.random.default_rng(0)
         for size in (len(windows), 17, 1):

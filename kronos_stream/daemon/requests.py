@@ -32,7 +32,7 @@ class Outcome(NamedTuple):
     revision: int
     result: Literal["forecast", "skipped"]
     reason: str = ""
-    """Of a skipped bar: overrun, revised, gap, warming up, stale, failed or removed."""
+    """Reason of a skip: overrun, revised, gap, warming up, stale, failed or removed."""
 
 
 class ForecastResult(NamedTuple):

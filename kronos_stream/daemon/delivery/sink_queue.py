@@ -66,7 +66,7 @@ class SinkQueue:
         self._buffer: deque[tuple[Record, int | None]] = deque()
         self._buffered_bytes = 0
         self._has_more = True
-        """Whether the file may contain records after those in memory."""
+        """True if the file may contain records after those in memory."""
         self._wakeup = asyncio.Event()
         self._started, self._retry_login = False, retry_login
         self._backoff = Backoff(random, initial=_MIN_RETRY_SECONDS, maximum=_MAX_RETRY_SECONDS)

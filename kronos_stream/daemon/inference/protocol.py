@@ -74,7 +74,7 @@ class LoadModel(NamedTuple):
 
     config: ForecastConfig
     measure: bool
-    """Whether to time a forecast, for the size of batches."""
+    """True to time a forecast, which determines the size of batches."""
 
 
 class RequestChunk(NamedTuple):

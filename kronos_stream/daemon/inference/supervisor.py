@@ -221,7 +221,7 @@ class WorkerSupervisor:
         now = asyncio.get_running_loop().time()
         self._quarantine = {name: end for name, end in self._quarantine.items() if end > now}
         return {
-            i: InferenceFailure("the worker did not survive its last one")
+            i: InferenceFailure("not tried, because the worker did not survive it before")
             for i, request in enumerate(requests)
             if request.series in self._quarantine
         }

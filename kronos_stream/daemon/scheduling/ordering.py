@@ -19,10 +19,10 @@ class Pending:
     arrived: int
     """UTC ms."""
     in_batch: bool = False
-    """Whether a batch has taken it."""
+    """True once a batch has taken it."""
     result: ForecastResult | None = None
     cancelled: bool = False
-    """Whether its result is to be discarded."""
+    """True if its result is to be discarded."""
 
     @property
     def waiting(self) -> bool:

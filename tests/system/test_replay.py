@@ -228,7 +228,7 @@ def test_ctrl_c_ends_a_replay_in_order(tmp_path: Path, speed: str) -> None:
         (["AA", "--from", "soon"], "time 'soon': expected ISO 8601"),
         (["AA", "--lookback", "61"], "no bar closes after 2024-01-01T05:00:00Z"),
         (["AA", "--out", "a", "--kafka", "b"], "--out and --kafka exclude each other"),
-        (["AA", "AA"], "its series is replay:AA/USD:5m, as is that of"),
+        (["AA", "AA"], "has the same series, replay:AA/USD:5m"),
         (["AA", "--model", "no/such", "--lookback", "36"], "no/such"),
     ],
 )

@@ -1,17 +1,19 @@
-"""TLS as a client of a broker: certificates read, and what goes wrong told with its cure."""
+"""TLS for clients of brokers: certificate files, and explanations of failures with remedies."""
 
 from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from kronos_stream.interfaces.diagnostics import Finding
 
 _EXPIRED, _NOT_YET_VALID = 10, 9
 _UNTRUSTED = frozenset({2, 18, 19, 20, 21})
 _HOSTNAME_MISMATCH = frozenset({62, 64})
-"""OpenSSL's numbers of what is wrong with a certificate (``openssl verify``)."""
+"""Verification results of OpenSSL (``openssl verify``)."""
 
 _CLIENT_CERTIFICATE_MISSING = re.compile(
     r"ALERT_(BAD_CERTIFICATE|CERTIFICATE_REQUIRED|HANDSHAKE_FAILURE)$"
@@ -24,136 +26,154 @@ _NO_COMMON_PROTOCOL = re.compile(r"UNSUPPORTED_PROTOCOL|PROTOCOL_VERSION|NO_SHAR
 
 
 class SettingNames(NamedTuple):
-    """What the settings are called that a cure is about."""
+    """Names of the settings that remedies refer to."""
 
     address: str
     encryption: str
-    """By which it is chosen whether to encrypt."""
+    """The setting that enables TLS."""
     cafile: str
     certfile: str
     key_password: str
 
 
 class ConnectionProblem(NamedTuple):
-    """What keeps us and a broker from each other."""
+    """Why a broker cannot be used, and the remedy."""
 
     message: str
     remedy: str
     permanent: bool = False
-    """Whether it is the same next time, unless somebody changes something."""
+    """True if retries fail until somebody changes something."""
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
 class CertificateError(OSError):
-    """A file that TLS needs cannot be used; one clause for people."""
+    """A certificate or key file cannot be used."""
 
 
-def any_remote(*hosts: str) -> bool:
-    """Whether what is sent to any of these without TLS can be read on its way."""
-    return not all(host in {"localhost", "::1"} or host.startswith("127.") for host in hosts)
+class TlsFiles(NamedTuple):
+    """Certificate files of a client, PEM."""
+
+    cafile: Path | None
+    """Authorities that sign the broker's certificate; None: the system's."""
+    certfile: Path | None
+    """Our certificate, if brokers require one."""
+    keyfile: Path | None
+    """Its key; None if ``certfile`` contains it."""
+    key_password: str
+    names: SettingNames
+
+    def validate(self, plaintext: str) -> None:
+        """Raise ValueError if a file cannot be used, or has no effect.
+
+        plaintext: why the connection is not encrypted; empty if it is.
+        """
+        paths = [path for path in self[:3] if path is not None]
+        if plaintext:
+            if paths:
+                raise ValueError(f"a certificate is set, but {plaintext}")
+            return
+        if self.keyfile and not self.certfile:
+            field = self.names.certfile.rpartition("__")[2].lower()
+            raise ValueError(f"{field.replace('cert', 'key')} is set, but {field} is not")
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
+        try:
+            self.create_context()
+        except CertificateError as error:
+            raise ValueError(str(error)) from None
+
+    def create_context(self) -> ssl.SSLContext:
+        """Read the files. The context verifies the broker's certificate and host name.
+
+        Raises CertificateError.
+        """
+        try:
+            context = ssl.create_default_context(cafile=self.cafile)
+        except OSError as error:
+            reason = _file_error(error, "no certificate in it")
+            raise CertificateError(f"{self.cafile}: {reason}") from None
+        if self.certfile is None:
+            return context
+        try:
+            # Without a password argument, OpenSSL would ask at the terminal.
+            context.load_cert_chain(self.certfile, self.keyfile, password=self.key_password)
+        except OSError as error:
+            wrong_password = f"it is not PEM, or {self.names.key_password} is not its password"
+            reason = _file_error(error, wrong_password)
+            if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+                reason = f"it is not the key of {self.certfile}"
+            raise CertificateError(f"{self.keyfile or self.certfile}: {reason}") from None
+        return context
+
+    def explain(self, error: BaseException) -> ConnectionProblem | None:
+        """Explain ``error`` by the TLS failure that caused it; None if there is none."""
+        for cause in exception_chain(error):
+            if isinstance(cause, CertificateError):
+                message = f"certificate or key cannot be used: {cause}"
+                return ConnectionProblem(message, "", permanent=True)
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return self._explain_broker_certificate(cause)
+            if isinstance(cause, ssl.SSLError):
+                return self._explain_handshake(cause)
+        return None
+
+    def _explain_broker_certificate(self, error: ssl.SSLCertVerificationError) -> ConnectionProblem:
+        names, number = self.names, error.verify_code
+        if number in {_EXPIRED, _NOT_YET_VALID}:
+            reason = "has expired" if number == _EXPIRED else "is not valid yet"
+            remedy = "the broker needs a new one, unless this machine's clock is wrong"
+        elif number in _HOSTNAME_MISMATCH:
+            detail = error.verify_message.rstrip(".") if error.verify_message else ""
+            reason = "is for another host name" + (f": {detail}" if detail else "")
+            remedy = f"use a name of the certificate in {names.address}, or replace the certificate"
+        elif number in _UNTRUSTED:
+            trusted = str(self.cafile) if self.cafile else "the system's authorities"
+            reason = f"is not signed by a trusted authority ({trusted})"
+            remedy = f"set {names.cafile} to the certificate of the authority that signed it"
+        else:
+            reason, remedy = f"is invalid: {error.verify_message}", f"see {names.cafile}"
+        return ConnectionProblem(f"the broker's certificate {reason}", remedy, permanent=True)
+
+    def _explain_handshake(self, error: ssl.SSLError) -> ConnectionProblem:
+        names, reason = self.names, error.reason or ""
+        words = reason.replace("_", " ").lower()
+        missing = bool(_CLIENT_CERTIFICATE_MISSING.search(reason))
+        if missing and self.certfile is None:
+            message = "the broker requires a client certificate"
+            remedy = f"set {names.certfile} to one that it trusts"
+        elif missing or _CLIENT_CERTIFICATE_REJECTED.search(reason):
+            message = f"the broker rejects our certificate ({words.rpartition('alert ')[2]})"
+            remedy = f"check that {self.certfile} is valid and that the broker trusts its authority"
+        elif _NOT_TLS.search(reason):
+            message = "the broker does not use TLS on this port"
+            remedy = f"see {names.address} and {names.encryption}"
+        elif _NO_COMMON_PROTOCOL.search(reason):
+            message = f"no common TLS version or cipher ({words})"
+            remedy = "enable TLS 1.2 or 1.3 at the broker"
+        else:
+            remedy = f"see {names.encryption} and {names.cafile}"
+            return ConnectionProblem(f"TLS failed: {words or error}", remedy)
+        return ConnectionProblem(message, remedy, permanent=True)
 
 
-def create_context(
-    cafile: Path | None,
-    certfile: Path | None,
-    keyfile: Path | None,
-    key_password: str,
-    names: SettingNames,
-) -> ssl.SSLContext:
-    """What encrypts, and checks who answers: always its authority and its name.
-
-    cafile: who vouches for the broker; None: the system's authorities. certfile, keyfile: ours, if
-    any; without keyfile the key is in certfile. Reads the files. Raises CertificateError.
-    """
-    try:
-        made = ssl.create_default_context(cafile=cafile)
-    except OSError as error:
-        raise CertificateError(f"{cafile}: {_file_error(error, 'no certificate in it')}") from None
-    if certfile is None:
-        return made
-    try:
-        # Never without a password, or OpenSSL asks for one at the terminal.
-        made.load_cert_chain(certfile, keyfile, password=key_password)
-    except OSError as error:
-        why = _file_error(error, f"it is not PEM, or {names.key_password} is not its password")
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            why = f"it is not the key of {certfile}"
-        raise CertificateError(f"{keyfile or certfile}: {why}") from None
-    return made
-
-
-def explain(
-    error: BaseException, names: SettingNames, cafile: Path | None, certfile: Path | None
-) -> ConnectionProblem | None:
-    """What ``error``, or what it came from, means; None if it has nothing to do with TLS."""
-    for one in exception_chain(error):
-        if isinstance(one, CertificateError):
-            return ConnectionProblem(
-                f"certificate or key cannot be used: {one}", "", permanent=True
-            )
-        if isinstance(one, ssl.SSLCertVerificationError):
-            return _explain_broker_certificate(one, names, cafile)
-        if isinstance(one, ssl.SSLError):
-            return _explain_handshake(one, names, certfile)
-    return None
-
-
-def _explain_broker_certificate(
-    error: ssl.SSLCertVerificationError, names: SettingNames, cafile: Path | None
-) -> ConnectionProblem:
-    """Their certificate, as we see it."""
-    number = error.verify_code
-    if number in {_EXPIRED, _NOT_YET_VALID}:
-        what = "has expired" if number == _EXPIRED else "is not valid yet"
-        cure = "the broker needs a new one, if this machine's clock is right"
-    elif number in _HOSTNAME_MISMATCH:
-        message = error.verify_message
-        what = "is for another name" + (f": {message.rstrip('.')}" if message else "")
-        cure = f"use a name that it holds in {names.address}, or have one made that holds ours"
-    elif number in _UNTRUSTED:
-        ours = str(cafile) if cafile else "the system's authorities"
-        what = f"is signed by nobody that we trust ({ours})"
-        cure = f"set {names.cafile} to the certificate of the authority that signed it"
-    else:
-        what, cure = f"does not hold: {error.verify_message}", f"see {names.cafile}"
-    return ConnectionProblem(f"the broker's certificate {what}", cure, permanent=True)
-
-
-def _explain_handshake(
-    error: ssl.SSLError, names: SettingNames, certfile: Path | None
-) -> ConnectionProblem:
-    reason = error.reason or ""
-    if certfile is None and _CLIENT_CERTIFICATE_MISSING.search(reason):
-        cure = f"set {names.certfile} to one that it trusts"
-        return ConnectionProblem("the broker asks for a certificate of ours", cure, permanent=True)
-    if _CLIENT_CERTIFICATE_MISSING.search(reason) or _CLIENT_CERTIFICATE_REJECTED.search(reason):
-        cure = f"see whether {certfile} is still valid, and signed by whom the broker trusts"
-        said = reason.rpartition("ALERT_")[2].replace("_", " ").lower()
-        return ConnectionProblem(
-            f"the broker turns our certificate down ({said})", cure, permanent=True
-        )
-    if _NOT_TLS.search(reason):
-        cure = f"see {names.address} and {names.encryption}"
-        return ConnectionProblem("no TLS is spoken there", cure, permanent=True)
-    if _NO_COMMON_PROTOCOL.search(reason):
-        cure = "let the broker speak TLS 1.2 or 1.3"
-        return ConnectionProblem(
-            f"no TLS in common ({reason.replace('_', ' ').lower()})", cure, permanent=True
-        )
-    said = reason.replace("_", " ").lower() or str(error)
-    return ConnectionProblem(f"TLS failed: {said}", f"see {names.encryption} and {names.cafile}")
-
-
-def _file_error(error: OSError, default: str) -> str:
-    return default if isinstance(error, ssl.SSLError) else error.strerror or str(error)
+def warn_plaintext_password(hosts: Sequence[str], remedy: str) -> list[Finding]:
+    """A warning if a password that is sent without TLS leaves this machine."""
+    if all(host in {"localhost", "::1"} or host.startswith("127.") for host in hosts):
+        return []
+    return [Finding("warn", "the password is sent unencrypted", remedy)]
 
 
 def exception_chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and what it came from."""
+    """An error and its causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _file_error(error: OSError, default: str) -> str:
+    return default if isinstance(error, ssl.SSLError) else error.strerror or str(error)

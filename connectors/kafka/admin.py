@@ -1,4 +1,4 @@
-"""Create the topics and check them: ``kronos-stream topics``."""
+"""Creation and checks of the topics: ``kronos-stream topics``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,16 @@ from aiokafka.errors import (
 from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka.errors import explain
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topics import TopicSpec, timeframe_of
+from kronos_connectors.kafka.topics import TopicSpec, create_remedy
 
-CONFIG_HIDDEN = "its settings are hidden from us"
-"""Of a topic that we may use all the same."""
+CONFIG_HIDDEN = "no right to see its settings"
+"""Not an error: the topic can be used without that right."""
 
 _TIMEOUT_SECONDS = 30.0
 
 
 class TopicsError(Exception):
-    """The brokers did not answer, or refused; one line for people.
-
-    cure: what to do about it.
-    """
+    """The brokers did not answer, or refused a request."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason}; {remedy}" if remedy else reason)
@@ -40,14 +37,14 @@ class TopicsError(Exception):
 
 
 async def create(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]:
-    """Create what is missing; one line per topic. What exists is left as it is."""
+    """Create missing topics, and leave others unchanged; returns one line per topic."""
     async with _admin(options) as admin:
         cluster = await admin.describe_cluster()
         brokers = len(cluster["brokers"])
         if cluster["controller_id"] not in {broker["node_id"] for broker in cluster["brokers"]}:
             raise IncompatibleBrokerVersion("it has no controller")
         copies = options.replication or min(3, brokers)
-        # One copy may be lost and writing goes on; never with one copy left of several.
+        # Writes go on after the loss of one replica, but never with a single replica left.
         safety = {"min.insync.replicas": str(max(1, copies - 1))}
         answer = await admin.create_topics(
             [
@@ -64,16 +61,16 @@ async def create(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str
                 lines.append(f"{name}: exists")
             else:
                 raise TopicsError(f"{name}: {message or error.description}")
-        # Every broker is told, but not before we are answered.
+        # Brokers answer before all of them know the new topics.
         while {topic.name for topic in topics} - set(await admin.list_topics()):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
     return lines
 
 
 async def check(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]:
-    """What is wrong with the topics, and the cure: one line each."""
+    """Problems of the topics, each a line with its remedy."""
     async with _admin(options) as admin:
-        # All topics, since a broker may create what it is asked about by name.
+        # All topics: a broker may create a topic that is requested by name.
         described = {topic["topic"]: topic["partitions"] for topic in await admin.describe_topics()}
         there = [topic for topic in topics if topic.name in described]
         configs = await _configs(admin, [topic.name for topic in there])
@@ -81,22 +78,19 @@ async def check(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]
     problems = []
     for topic in topics:
         if topic.name not in described:
-            timeframe = timeframe_of(topic.name)
-            problems.append(
-                f"{topic.name}: missing, or not ours to see; to create it: "
-                f"kronos-stream topics create{f' --candles {timeframe}' if timeframe else ''}"
-            )
+            remedy = create_remedy([topic.name])
+            problems.append(f"{topic.name}: missing, or no right to see it; {remedy}")
             continue
         partitions = described[topic.name]
         if len(partitions) != topic.partitions:
             problems.append(
-                f"{topic.name}: {len(partitions)} partitions, not {topic.partitions}; keys would "
-                f"move: set KRONOS_STREAM_KAFKA__PARTITIONS={len(partitions)}, or delete the topic "
-                "and create it anew"
+                f"{topic.name}: {len(partitions)} partitions, not {topic.partitions}; set "
+                f"KRONOS_STREAM_KAFKA__PARTITIONS={len(partitions)}, or delete the topic and "
+                "create it again, because keys change their partition"
             )
         if (has := configs.get(topic.name)) is None:
             problems.append(
-                f"{topic.name}: {CONFIG_HIDDEN}; to have them checked: kafka-acls.sh --add "
+                f"{topic.name}: {CONFIG_HIDDEN}; to grant it: kafka-acls.sh --add "
                 f"--allow-principal User:{options.sasl_username or 'NAME'} "
                 f"--operation DescribeConfigs --topic {topic.name}"
             )
@@ -116,7 +110,7 @@ async def check(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str]
 def _config_mismatches(
     wanted: Mapping[str, str], actual: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """The configs that matter to readers and are not as they should be."""
+    """Wrong settings of a topic and their right values."""
     policy = wanted["cleanup.policy"]
     if actual["cleanup.policy"] != policy:
         yield "cleanup.policy", policy
@@ -130,7 +124,7 @@ def _retention_ms(milliseconds: str) -> float:
 
 
 async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """By topic; those are left out that we have no right to see."""
+    """Settings by topic, without the topics whose settings we have no right to see."""
     if not names:
         return {}
     answers = await admin.describe_configs(
@@ -149,8 +143,8 @@ async def _configs(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str
 
 @asynccontextmanager
 async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
-    chatter = capture_aiokafka_errors()
-    chatter.clear()
+    captured = capture_aiokafka_errors()
+    captured.clear()
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
             admin = AIOKafkaAdminClient(**options.client_arguments())
@@ -161,12 +155,12 @@ async def _admin(options: KafkaOptions) -> AsyncIterator[AIOKafkaAdminClient]:
                 await admin.close()
     except IncompatibleBrokerVersion as error:
         raise TopicsError(
-            f"{options.bootstrap_servers}: this broker does not know the requests that create and "
-            f"describe topics ({error.args[0]}); an embedded one has its topics from the start"
+            f"{options.bootstrap_servers}: this broker does not support creating and describing "
+            f"topics ({error.args[0]}); an embedded broker has all topics from the start"
         ) from error
     except (KafkaError, OSError) as error:
         found = explain(
-            error, chatter, options, timeout_message=f"no answer in {_TIMEOUT_SECONDS:g} s"
+            error, captured, options, timeout_message=f"no answer in {_TIMEOUT_SECONDS:g} s"
         )
-        where = "" if chatter.errors else f"{options.bootstrap_servers}: "
+        where = "" if captured.errors else f"{options.bootstrap_servers}: "
         raise TopicsError(f"{where}{found.message}", found.remedy) from error

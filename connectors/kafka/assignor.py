@@ -1,7 +1,7 @@
-"""How a group shares partitions out: evenly topic by topic, and with as few moves as that takes.
+"""Sticky assignment of partitions: even for each topic, with as few moves as possible.
 
-All bars of a timeframe close at once, so each member is to have its share of every topic; and a
-partition that moves costs its contexts, so members keep what they can.
+All bars of a timeframe close at once, so each member needs its share of every topic. A partition
+that moves loses its contexts, so members keep what they can.
 """
 
 from __future__ import annotations
@@ -23,39 +23,41 @@ OwnedPartitions = Mapping[str, Iterable[int]]
 def assign_partitions(
     topics: Mapping[str, Iterable[int]], members: Mapping[str, OwnedPartitions]
 ) -> dict[str, dict[str, list[int]]]:
-    """Whose is what: by member and topic.
+    """Partitions by member and topic.
 
-    topics: their partitions. members: at least one, with what each has had.
+    topics: all partitions. members: at least one, with the partitions that each has had.
     """
-    shares: dict[str, dict[str, list[int]]] = {one: {} for one in members}
+    shares: dict[str, dict[str, list[int]]] = {member: {} for member in members}
     total = dict.fromkeys(members, 0)
     for topic, partitions in sorted(topics.items()):
-        left = set(partitions)
-        least, over = divmod(len(left), len(members))
+        free = set(partitions)
+        minimum, extra = divmod(len(free), len(members))
         kept: dict[str, list[int]] = {}
-        for one in sorted(members):
-            kept[one] = sorted(left & set(members[one].get(topic, ())))
-            left -= set(kept[one])
-        # One more than the least is for those who have it anyway, and then for who has least.
-        order = sorted(members, key=lambda one: (-min(len(kept[one]), least + 1), total[one], one))
-        for place, one in enumerate(order):
-            quota = least + (place < over)
-            left |= set(kept[one][quota:])
-            kept[one] = kept[one][:quota]
-        rest = sorted(left)
-        for place, one in enumerate(order):
-            lacks = least + (place < over) - len(kept[one])
-            shares[one][topic] = sorted(kept[one] + rest[:lacks])
-            rest = rest[lacks:]
-            total[one] += len(shares[one][topic])
+        for member in sorted(members):
+            kept[member] = sorted(free & set(members[member].get(topic, ())))
+            free -= set(kept[member])
+        # One above the minimum goes to members that have it already, then to the least loaded.
+        order = sorted(
+            members, key=lambda one: (-min(len(kept[one]), minimum + 1), total[one], one)
+        )
+        for place, member in enumerate(order):
+            quota = minimum + (place < extra)
+            free |= set(kept[member][quota:])
+            kept[member] = kept[member][:quota]
+        rest = sorted(free)
+        for place, member in enumerate(order):
+            lacking = minimum + (place < extra) - len(kept[member])
+            shares[member][topic] = sorted(kept[member] + rest[:lacking])
+            rest = rest[lacking:]
+            total[member] += len(shares[member][topic])
     return shares
 
 
 def create_sticky_assignor() -> type[AbstractPartitionAssignor]:
-    """For one consumer: aiokafka's assignors keep what they remember with their class."""
+    """A new class for one consumer: aiokafka's assignors keep their state in the class."""
 
     class StickyAssignor(AbstractPartitionAssignor):  # type: ignore[misc]
-        """Every member tells what it has; the group's leader shares out."""
+        """Members report their partitions; the leader of the group assigns them."""
 
         name = "kronos"
         _owned: dict[str, list[int]] = {}  # noqa: RUF012 - replaced, never changed
@@ -84,7 +86,7 @@ def create_sticky_assignor() -> type[AbstractPartitionAssignor]:
 
 
 def _decode_owned(user_data: bytes) -> dict[str, list[int]]:
-    """What a member has had; nothing if that cannot be read."""
+    """Partitions that a member has had; none if the data are invalid."""
     try:
         owned = orjson.loads(user_data)
         return {str(topic): [int(one) for one in parts] for topic, parts in owned.items()}

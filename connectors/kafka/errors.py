@@ -1,4 +1,4 @@
-"""What keeps us from the brokers, in words: why, and what to do about it."""
+"""Explanations of failures of aiokafka's clients, with remedies."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from aiokafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
-from kronos_connectors._shared import tls
 from kronos_connectors._shared.client_errors import ErrorCapture
 from kronos_connectors._shared.tls import ConnectionProblem
-from kronos_connectors.kafka.options import SETTING_NAMES, KafkaOptions
+from kronos_connectors.kafka.options import KafkaOptions
 
 _PREFIX = "KRONOS_STREAM_KAFKA__"
 _LOGIN_REMEDY = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"
 _TLS_ALERT = 0x1503
-"""How an alert of TLS begins; to Kafka it is half the length of an answer."""
+"""First two bytes of a TLS alert, which Kafka takes for the upper half of a length."""
 _DENIED = (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
     TopicAuthorizationFailedError,
 )
 _UNREACHABLE: dict[type[Exception], str] = {
-    ConnectionRefusedError: "nobody listens there (connection refused)",
+    ConnectionRefusedError: "connection refused",
     socket.gaierror: "no such host",
     TimeoutError: "no answer",
 }
@@ -45,38 +44,35 @@ def explain(
     *,
     timeout_message: str = "",
 ) -> ConnectionProblem:
-    """Why ``error``, which a client of aiokafka raised.
+    """Explain an error of a client of aiokafka by the errors that it has logged meanwhile.
 
-    chatter: what it has said meanwhile. silence: what it means that time was up.
+    timeout_message: explains a TimeoutError.
     """
-    told = explain_captured(captured, options)
-    # Where no broker can be had it raises no more than that, or waits until time is up.
-    if told is not None and (told.permanent or isinstance(error, KafkaConnectionError)):
-        return told
+    found = explain_captured(captured, options)
+    # Without a broker, aiokafka raises only a connection error, or waits until the time-out.
+    if found is not None and (found.permanent or isinstance(error, KafkaConnectionError)):
+        return found
     if isinstance(error, TimeoutError) and timeout_message:
-        return (
-            told._replace(message=f"{timeout_message} ({told.message})")
-            if told
-            else ConnectionProblem(timeout_message, "")
-        )
+        if found is None:
+            return ConnectionProblem(timeout_message, "")
+        return found._replace(message=f"{timeout_message} ({found.message})")
     return _explain_error(error, options)
 
 
 def explain_captured(captured: ErrorCapture, options: KafkaOptions) -> ConnectionProblem | None:
-    """What was said of brokers: that one refuses us before all else, or what was said last."""
-    faults = []
-    for where, error in captured.errors.items():
-        told = _explain_error(error, options)
-        # A login is not one broker's business; nor is it to be told of each in turn.
-        place = options.bootstrap_servers if _explain_login(error, options) else where
-        faults.append(told._replace(message=f"{place}: {told.message}") if place else told)
-    return next((one for one in faults if one.permanent), faults[-1] if faults else None)
+    """The first permanent problem of a broker, otherwise the newest problem."""
+    problems = []
+    for broker, error in captured.errors.items():
+        found = _explain_error(error, options)
+        # All brokers share one login: report it once.
+        place = options.bootstrap_servers if _explain_login(error, options) else broker
+        problems.append(found._replace(message=f"{place}: {found.message}") if place else found)
+    return next((one for one in problems if one.permanent), problems[-1] if problems else None)
 
 
 def _explain_error(error: BaseException, options: KafkaOptions) -> ConnectionProblem:
-    """What ``error`` means by itself."""
     return (
-        tls.explain(error, SETTING_NAMES, options.ssl_cafile, options.ssl_certfile)
+        options.tls_files.explain(error)
         or _explain_login(error, options)
         or _explain_connection(error, options)
         or ConnectionProblem(str(error) or type(error).__name__, "")
@@ -85,39 +81,38 @@ def _explain_error(error: BaseException, options: KafkaOptions) -> ConnectionPro
 
 def _explain_login(error: BaseException, options: KafkaOptions) -> ConnectionProblem | None:
     if isinstance(error, SaslAuthenticationFailed):
-        told = ", ".join(map(str, error.args))
-        return ConnectionProblem(
-            f"login as {options.sasl_username} refused ({told})", _LOGIN_REMEDY, permanent=True
-        )
+        detail = ", ".join(map(str, error.args))
+        message = f"login as {options.sasl_username} refused ({detail})"
+        return ConnectionProblem(message, _LOGIN_REMEDY, permanent=True)
     if isinstance(error, UnsupportedSaslMechanismError):
-        what = f"no login by {options.sasl_mechanism} there"
-        return ConnectionProblem(what, f"see {_PREFIX}SASL_MECHANISM", permanent=True)
+        message = f"the broker does not support login by {options.sasl_mechanism} on this port"
+        return ConnectionProblem(message, f"see {_PREFIX}SASL_MECHANISM", permanent=True)
     if isinstance(error, IllegalSaslStateError):
-        return ConnectionProblem(
-            "it takes no login there", f"see {_PREFIX}SECURITY_PROTOCOL", permanent=True
-        )
+        message = "the broker does not support logins on this port"
+        return ConnectionProblem(message, f"see {_PREFIX}SECURITY_PROTOCOL", permanent=True)
     if isinstance(error, _DENIED):
         kind = type(error).__name__.partition("Auth")[0].lower()
-        what = f"no right to the {kind} {', '.join(map(str, error.args))}".rstrip()
-        if isinstance(error, ClusterAuthorizationFailedError):  # what idempotence asks for
-            what = "no right to write to any topic"
-        return ConnectionProblem(what, "let an administrator allow it, by kafka-acls.sh")
+        message = f"no right to the {kind} {', '.join(map(str, error.args))}".rstrip()
+        if isinstance(error, ClusterAuthorizationFailedError):  # required for idempotence
+            message = "no right to write to any topic"
+        return ConnectionProblem(message, "an administrator can grant it by kafka-acls.sh")
     return None
 
 
 def _explain_connection(error: BaseException, options: KafkaOptions) -> ConnectionProblem | None:
-    cause, security = error.__cause__ or error, f"see {_PREFIX}SECURITY_PROTOCOL"
+    cause, remedy = error.__cause__ or error, f"see {_PREFIX}SECURITY_PROTOCOL"
     if isinstance(cause, asyncio.IncompleteReadError) and (cause.expected or 0) >> 16 == _TLS_ALERT:
-        return ConnectionProblem("it speaks TLS there", security, permanent=True)
+        return ConnectionProblem("the broker requires TLS on this port", remedy, permanent=True)
     if isinstance(cause, (asyncio.IncompleteReadError, ConnectionResetError)):
-        what = f"it hung up at once, as if {options.security_protocol} were not what it speaks"
-        return ConnectionProblem(what, security)
+        protocol = options.security_protocol
+        message = f"the broker closed the connection at once, maybe it does not expect {protocol}"
+        return ConnectionProblem(message, remedy)
     if isinstance(error, InconsistentGroupProtocolError):
-        what = "others of the consumer group share out in another way, so they are none of ours"
-        return ConnectionProblem(what, f"set {_PREFIX}GROUP to a name that nobody else uses")
+        message = "other members of the consumer group are no kronos-stream daemons of this role"
+        return ConnectionProblem(message, f"set {_PREFIX}GROUP to an unused name")
     if isinstance(error, UnsupportedCodecError):
-        return ConnectionProblem(str(error), "to have them all: pip install 'aiokafka[all]'")
-    for kind, what in _UNREACHABLE.items():
+        return ConnectionProblem(str(error), "to support all: pip install 'aiokafka[all]'")
+    for kind, message in _UNREACHABLE.items():
         if isinstance(error, kind):
-            return ConnectionProblem(what, f"see {_PREFIX}BOOTSTRAP_SERVERS")
+            return ConnectionProblem(message, f"see {_PREFIX}BOOTSTRAP_SERVERS")
     return None

@@ -1,121 +1,89 @@
-"""A member of a consumer group, as aiokafka has it: made, watched over, and ended for good."""
+"""Consumers of a group: creation, liveness check, and an end that leaves nothing behind."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-from collections.abc import Iterable
+from typing import Any
 
-import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
 from kronos_connectors.kafka.assignor import create_sticky_assignor
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_connectors.kafka.topic_state import Partition, TopicState
-
-_log = structlog.get_logger()
 
 REQUEST_TIMEOUT_SECONDS = 10.0
-"""A broker that takes longer to answer is taken for gone."""
+"""A broker that takes longer to answer is considered down."""
 
 _FETCH_TIMEOUT_SECONDS = 10.0
-"""Brokers answer twice a second, with or without records."""
-_JOIN_TIMEOUT_SECONDS = 60.0
-"""Until the group gives us partitions: it waits for members that have gone."""
+"""Brokers answer fetches twice a second, with or without records."""
 _SESSION_TIMEOUT_MS, _HEARTBEAT_MS = 6_000, 2_000
-"""How soon a member that was killed is given up: its successor waits for that."""
+"""How soon the group drops a member that was killed; its successor waits for that."""
 _STICKY_HEARTBEAT_MS = 1_000
 _REBALANCE_TIMEOUT_MS = 30_000
 """How long the group waits for a member to hand over."""
 _MAX_POLL_INTERVAL_MS = 86_400_000
-"""Reading pauses while forecasts cannot be delivered: no reason to leave."""
+"""Reading pauses while forecasts cannot be delivered, which is no reason to leave the group."""
 _CLOSE_TIMEOUT_SECONDS = 2.0
-_CLIENT_ID = {"client_id": f"kronos-stream-{socket.gethostname()}-{os.getpid()}"}
-"""By which those who list the group can tell its members apart."""
 
 
-def create_consumer(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
-    """A consumer that is not started, and that follows nothing."""
-    return AIOKafkaConsumer(
-        **options.client_arguments() | _CLIENT_ID,
-        group_id=group,
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",  # where the records that come next are gone already
-        isolation_level="read_committed",
-        session_timeout_ms=_SESSION_TIMEOUT_MS,
-        heartbeat_interval_ms=_HEARTBEAT_MS,
-        request_timeout_ms=round(REQUEST_TIMEOUT_SECONDS * 1000),
-    )
+def create_consumer(options: KafkaOptions, group: str, *, sticky: bool) -> AIOKafkaConsumer:
+    """A consumer, not started, without a subscription.
 
-
-def create_sticky_consumer(options: KafkaOptions, group: str) -> AIOKafkaConsumer:
-    """The same for members that hand work over to each other, and keep what they can."""
-    return AIOKafkaConsumer(
-        **options.client_arguments() | _CLIENT_ID,
-        group_id=group,
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        partition_assignment_strategy=(create_sticky_assignor(),),
-        session_timeout_ms=_SESSION_TIMEOUT_MS,
-        heartbeat_interval_ms=_STICKY_HEARTBEAT_MS,
-        rebalance_timeout_ms=_REBALANCE_TIMEOUT_MS,
-        # An answer of the group may take as long as it waits for a member.
-        request_timeout_ms=_REBALANCE_TIMEOUT_MS + round(REQUEST_TIMEOUT_SECONDS * 1000),
-        max_poll_interval_ms=_MAX_POLL_INTERVAL_MS,
-    )
-
-
-class RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Tells the reading what the group gives and takes."""
-
-    def __init__(self, topic_state: TopicState, consumer: AIOKafkaConsumer) -> None:
-        self._topic_state, self._consumer = topic_state, consumer
-
-    def on_partitions_revoked(self, revoked: Iterable[Partition]) -> None:
-        self._topic_state.on_revoked(revoked)
-
-    def on_partitions_assigned(self, assigned: Iterable[Partition]) -> None:
-        counts = {
-            topic: len(self._consumer.partitions_for_topic(topic) or ())
-            for topic in self._topic_state.topics
+    sticky: members keep as many partitions as they can, and hand over the others.
+    """
+    heartbeat_ms, request_timeout_ms = _HEARTBEAT_MS, round(REQUEST_TIMEOUT_SECONDS * 1000)
+    more: dict[str, Any] = {}
+    if sticky:
+        heartbeat_ms = _STICKY_HEARTBEAT_MS
+        # The group may answer only after its slowest member has handed over.
+        request_timeout_ms += _REBALANCE_TIMEOUT_MS
+        more = {
+            "partition_assignment_strategy": (create_sticky_assignor(),),
+            "rebalance_timeout_ms": _REBALANCE_TIMEOUT_MS,
+            "max_poll_interval_ms": _MAX_POLL_INTERVAL_MS,
         }
-        self._topic_state.on_assigned(assigned, counts)
+    # The client id distinguishes the members in lists of the group.
+    client_id = f"kronos-stream-{socket.gethostname()}-{os.getpid()}"
+    return AIOKafkaConsumer(
+        **options.client_arguments() | {"client_id": client_id} | more,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",  # if the next records are deleted already
+        isolation_level="read_committed",
+        session_timeout_ms=_SESSION_TIMEOUT_MS,
+        heartbeat_interval_ms=heartbeat_ms,
+        request_timeout_ms=request_timeout_ms,
+    )
 
 
 class LivenessCheck:
-    """Notices that no broker answers any more: the consumer itself says nothing of it.
-
-    Times are seconds.
-    """
+    """Detects that no broker answers fetches any more, which a consumer does not report."""
 
     def __init__(self, now: float) -> None:
+        """now: seconds of any steady clock."""
         self._last_activity, self._last_poll = now, 0
 
     def check(self, consumer: AIOKafkaConsumer, now: float) -> None:
-        """Raises KafkaError after a while without any answer to a fetch."""
-        ours = consumer.assignment()
-        last = max((consumer.last_poll_timestamp(place) or 0 for place in ours), default=0)
-        if last != self._last_poll:
+        """Raise KafkaError once a fetch is overdue."""
+        polls = (consumer.last_poll_timestamp(place) or 0 for place in consumer.assignment())
+        if (last := max(polls, default=0)) != self._last_poll:
             self._last_activity, self._last_poll = now, last
-        patience = _FETCH_TIMEOUT_SECONDS if ours else _JOIN_TIMEOUT_SECONDS
-        if now - self._last_activity > patience:
-            raise KafkaError(f"no answer from any broker in {patience:g} s")
+        if now - self._last_activity > _FETCH_TIMEOUT_SECONDS:
+            raise KafkaError(f"no answer from any broker in {_FETCH_TIMEOUT_SECONDS:g} s")
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:
-    """Leave the group, in bounded time, and leave nothing behind.
+    """Leave the group in bounded time, and end all tasks of the consumer.
 
-    aiokafka's own stop() waits for brokers that hang, and ends as if it were cancelled when it
-    meets a request under way. So it is a task of its own, and what it left is ended by hand.
+    aiokafka's own stop() waits for brokers that hang, and raises CancelledError when a request is
+    pending. So it runs in a task of its own, and what it leaves behind is ended here.
     """
-    await _wait_or_cancel(asyncio.ensure_future(consumer.stop()), timeout=_CLOSE_TIMEOUT_SECONDS)
-    # Without connections nothing has an answer to wait for.
-    await _wait_or_cancel(
-        asyncio.ensure_future(consumer._client.close()), timeout=_CLOSE_TIMEOUT_SECONDS
-    )
+    await _wait_or_cancel(asyncio.ensure_future(consumer.stop()), seconds=_CLOSE_TIMEOUT_SECONDS)
+    # Without connections, no task has an answer to wait for.
+    closing = asyncio.ensure_future(consumer._client.close())  # noqa: SLF001
+    await _wait_or_cancel(closing, seconds=_CLOSE_TIMEOUT_SECONDS)
     coordinator, fetcher = consumer._coordinator, consumer._fetcher  # noqa: SLF001
     left: list[asyncio.Future[None] | None] = []
     if coordinator is not None:
@@ -123,14 +91,14 @@ async def close_consumer(consumer: AIOKafkaConsumer) -> None:
         left += [coordinator._commit_refresh_task]  # noqa: SLF001
     if fetcher is not None:
         left += [fetcher._fetch_task, *fetcher._pending_tasks]  # noqa: SLF001
-    await _wait_or_cancel(*(task for task in left if task is not None), timeout=0)
+    await _wait_or_cancel(*(task for task in left if task is not None), seconds=0)
 
 
-async def _wait_or_cancel(*tasks: asyncio.Future[None], timeout: float) -> None:
-    """Wait for tasks that end, in seconds, and cancel those that do not."""
+async def _wait_or_cancel(*tasks: asyncio.Future[None], seconds: float) -> None:
+    """Wait for tasks, and cancel those that do not end within ``seconds``."""
     if not tasks:
         return
-    _, late = await asyncio.wait(tasks, timeout=timeout)
+    _, late = await asyncio.wait(tasks, timeout=seconds)
     for task in late:
         task.cancel()
     if late:

@@ -1,354 +1,343 @@
-"""A seat in a consumer group: one consumer, from joining to leaving, and what it is given.
+"""Membership in a consumer group: join, poll, rebalance, commit, reconnect.
 
-While the group shares out anew, records are held back, and that may take as long as the slowest
-member needs to hand over; else a broker that answers nothing for a while is taken for gone.
+While the group rebalances, no records arrive; that may take as long as the slowest member needs to
+hand over. At any other time, brokers that do not answer fetches are considered down. A consumer of
+aiokafka survives most outages but does not report them, so it is replaced after each failure.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from random import Random
 from typing import Any
 
 import structlog
-from aiokafka import ConsumerRebalanceListener, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
-from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
+from aiokafka.structs import OffsetAndMetadata
 
+from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka import group_consumer
+from kronos_connectors.kafka.errors import explain
 from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
+from kronos_connectors.kafka.group_handler import GroupHandler, GroupOptions
 from kronos_connectors.kafka.options import KafkaOptions
-from kronos_stream.forecast.message import REMOVAL
-from kronos_stream.interfaces.feed import (
-    Checkpoint,
-    FeedNeeds,
-    FeedRecord,
-    Partition,
-    PartitionBounds,
-    PartitionHandler,
-    SeriesRemoved,
-    Unreadable,
-)
-from kronos_stream.market.candle_message import CandleMessageError, RelayedBar, decode_bar
+from kronos_connectors.kafka.records import CandleRecord, oldest_timestamp
+from kronos_connectors.kafka.topics import missing_topics_message
+from kronos_stream.backoff import Backoff
+from kronos_stream.interfaces.feed import Checkpoint, Partition, PartitionBounds
 from kronos_stream.market.clock import Clock
-from kronos_stream.market.series import Series
-from kronos_stream.market.timeframe import Timeframe
 
 _log = structlog.get_logger()
 
 _POLL_MS, _POLL_RECORDS = 200, 500
-_COMMIT_INTERVAL_SECONDS, _COMMIT_TIMEOUT_SECONDS = 0.5, 5.0
 _COMMIT_FAILURES_BEFORE_WARNING = 3
-"""So often noting may fail in a row before it is said."""
 _REBALANCE_DEADLINE_SECONDS = 120.0
-"""The group may take so long to share out anew."""
 _TOPIC_CHECK_SECONDS = 60.0
-"""How often it is looked whether the topics are still there."""
+"""Interval of the check that all topics exist."""
 _CLOSE_TIMEOUT_SECONDS = 2.0
-_MAX_CLOCK_SKEW_MS = 60_000
-"""So far apart clocks may be."""
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
+"""A connection that held longer than the last of these resets the retry delay."""
 
 
 class TopicNotFound(Exception):  # noqa: N818
-    """A topic is not there."""
+    """A topic does not exist, or is hidden from us."""
 
 
-class GroupSession:
-    """See the module; :meth:`turns` once, then :meth:`leave` or :meth:`close`."""
+class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
+    """One membership in a group, by one consumer after the other."""
 
     def __init__(
         self,
-        options: KafkaOptions,
-        group: str,
-        topics: Mapping[str, Timeframe],
-        needs: FeedNeeds,
+        kafka: KafkaOptions,
+        options: GroupOptions,
+        handler: GroupHandler,
         clock: Clock,
-        handler: PartitionHandler,
+        random: Random,
     ) -> None:
-        """topics: to read, and whose bars are in them."""
-        self.ready = False
-        """Whether the group has given us what is ours, and it is known where that begins."""
-        self.commit_error: BaseException | None = None
-        """Why what is done cannot be noted, for a while already."""
-        self._options, self._group, self._topics = options, group, topics
-        self._needs, self._clock, self._handler = needs, clock, handler
-        self._consumer = group_consumer.create_sticky_consumer(options, group)
-        self._series_by_key: dict[bytes, Series | None] = {}
-        """By key: what it is the name of."""
-        self._pending: set[Partition] = set()
+        self.iterations = 0
+        """Polls and connection attempts so far."""
+        self.failure = ""
+        """Cause of the current outage, and its remedy; empty while partitions are read."""
+        self._kafka, self._options, self._handler = kafka, options, handler
+        self._clock = clock
+        self._backoff = Backoff(random, initial=_MIN_RETRY_SECONDS, maximum=_MAX_RETRY_SECONDS)
+        self._client_errors = capture_aiokafka_errors()
+        self._consumer: AIOKafkaConsumer | None = None
+        self._assigned = False
         self._positions: dict[Partition, int] = {}
         self._end_offsets: dict[Partition, int] = {}
         self._commit_lock, self._commit_failures = asyncio.Lock(), 0
+        self._commit_error = ""
 
-    async def poll(self) -> AsyncIterator[None]:
-        """Read for ever; a turn is over now and then.
+    @property
+    def problem(self) -> str:
+        """Why records are not read or offsets not committed; empty if all is well."""
+        if self._assigned and not self._handler.pending:
+            return self._commit_error
+        return self.failure or "waiting for kafka to assign partitions"
 
-        Raises NoTopic, KafkaError or OSError.
+    async def run(self, on_event: Callable[[str], None]) -> None:
+        """Read until the handler has no more topics; reconnect after failures.
+
+        on_event: called with "connected" and "lost".
         """
-        consumer = self._consumer
-        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
-            await consumer.start()
-        await self._check_topics()
-        consumer.subscribe(sorted(self._topics), listener=_RebalanceListener(self, self._handler))
-        pulse, now = group_consumer.LivenessCheck(self._now()), self._now()
-        note_at, look_at, shared_at = now, now + _TOPIC_CHECK_SECONDS, now
-        while True:
-            if now >= look_at:
-                await self._check_topics()
-                look_at = now + _TOPIC_CHECK_SECONDS
-            if self._pending:
-                await self._seek_to_start()
-            wanted = self._apply_pauses()
-            given, now = await self._poll_records(), self._now()
-            if given:
-                shared_at = now
-            elif now - shared_at > _REBALANCE_DEADLINE_SECONDS:
-                raise KafkaError(
-                    f"the group has not shared out anew in {_REBALANCE_DEADLINE_SECONDS:g} s"
-                )
-            if given and wanted:
-                pulse.check(consumer, now)
-            else:  # no broker is asked for records
-                pulse = group_consumer.LivenessCheck(now)
-            if now >= note_at:
-                self._report_lags()
-                note_at = now + (1 if await self.commit() else 10) * _COMMIT_INTERVAL_SECONDS
-            yield
-            await asyncio.sleep(0)  # records that wait already must not starve the others
-
-    async def drain_and_close(self) -> None:
-        """Finish what is in hand, note it, and leave; bounded."""
-        await self._handler.drain()
-        await self.commit()
-        self.on_revoked()
-        await group_consumer.close_consumer(self._consumer)
+        while self._handler.timeframes:
+            began = self._now()
+            self._client_errors.clear()
+            try:
+                await self._read(on_event)
+            except Exception as error:  # noqa: BLE001 - a new consumer replaces one that failed
+                self._report_failure(error)
+                on_event("lost")
+            await self._leave()
+            if self._now() - began > _HEALTHY_SECONDS:
+                self._backoff.reset()
+            await self._clock.sleep(self._backoff.next_delay())
+            self.iterations += 1
 
     async def close(self) -> None:
-        """Note what is done, and leave; bounded."""
-        await self.commit()
+        """Commit and leave the group, so that other members take over at once; bounded."""
+        if self._consumer is not None:
+            await self._commit(self._consumer)
+            await group_consumer.close_consumer(self._consumer)
+            self._consumer = None
+
+    # -- one consumer ----------------------------------------------------------------------
+
+    async def _read(self, on_event: Callable[[str], None]) -> None:
+        """Read by a new consumer. Raises TopicNotFound, KafkaError or OSError."""
+        consumer = self._consumer = group_consumer.create_consumer(
+            self._kafka, self._options.group, sticky=self._options.sticky
+        )
+        self._commit_failures, self._commit_error = 0, ""
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+            await consumer.start()
+        on_event("connected")
+        subscribed = frozenset[str]()
+        now = commit_at = check_at = polled_at = self._now()
+        liveness = group_consumer.LivenessCheck(now)
+        while topics := frozenset(self._handler.timeframes):
+            if self._options.check_topics and now >= check_at:
+                await self._check_topics(consumer, topics)
+                check_at = now + _TOPIC_CHECK_SECONDS
+            if topics != subscribed:
+                consumer.subscribe(sorted(topics), listener=self)
+                subscribed = topics
+            await self._start_partitions(consumer)
+            fetching = self._apply_pauses(consumer)
+            polled, now = await self._poll(consumer), self._now()
+            if polled:
+                polled_at = now
+            elif now - polled_at > _REBALANCE_DEADLINE_SECONDS:
+                raise KafkaError(
+                    f"the group did not rebalance in {_REBALANCE_DEADLINE_SECONDS:g} s"
+                )
+            if polled and fetching:
+                liveness.check(consumer, now)
+            else:
+                liveness = group_consumer.LivenessCheck(now)
+            if now >= commit_at:
+                self._report_lag(consumer)
+                committed = await self._commit(consumer)
+                commit_at = now + (1 if committed else 10) * self._options.commit_interval
+            self.iterations += 1
+            await asyncio.sleep(0)  # a long backlog must not block other tasks
+
+    async def _leave(self) -> None:
+        """Finish pending work, commit and leave the group; bounded."""
+        if self._consumer is None:
+            return
+        await self._handler.drain()
+        await self._commit(self._consumer)
+        self._on_revoked()
         await group_consumer.close_consumer(self._consumer)
+        self._consumer = None
 
-    # -- what is ours ----------------------------------------------------------------------
+    def _report_failure(self, error: Exception) -> None:
+        """Log each outage once."""
+        if not isinstance(error, (TopicNotFound, KafkaError, OSError)):
+            _log.exception("unexpected failure of the kafka consumer")
+        failure = self._explain(error)
+        if failure != self.failure:
+            _log.warning("candles cannot be read from kafka", why=failure)
+        self.failure = failure
 
-    def on_assigned(self, partitions: Sequence[Partition]) -> None:
-        """The group has given us these, and no others; maybe none."""
-        self._pending = set(partitions)
-        self.ready = not partitions
-        self._handler.on_assigned(partitions)
+    def _explain(self, error: BaseException) -> str:
+        timeout_message = f"no answer in {REQUEST_TIMEOUT_SECONDS:g} s"
+        return str(
+            explain(error, self._client_errors, self._kafka, timeout_message=timeout_message)
+        )
 
-    def on_revoked(self) -> None:
-        """Nothing is ours any more."""
-        self.ready = False
-        self._pending.clear()
+    async def _check_topics(self, consumer: AIOKafkaConsumer, topics: frozenset[str]) -> None:
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+            existing = await consumer.topics()
+        if missing := topics - existing:
+            raise TopicNotFound(missing_topics_message(missing))
+
+    # -- assigned partitions ---------------------------------------------------------------
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Hand over; the group waits meanwhile. Called by aiokafka."""
+        try:
+            if self._consumer is not None and any(True for _ in revoked):
+                await self._handler.drain()
+                await self._commit(self._consumer)
+        except Exception:  # noqa: BLE001 - aiokafka would not report it
+            _log.exception("partitions not handed over completely")
+        finally:
+            self._on_revoked()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Take over exactly these partitions, or none. Called by aiokafka."""
+        if self._consumer is None:
+            return
+        partitions = [Partition(*place) for place in assigned]
+        counts = {
+            topic: len(self._consumer.partitions_for_topic(topic) or ())
+            for topic in self._handler.timeframes
+        }
+        self._handler.on_assigned(partitions, counts)
+        self._assigned = True
+        if not partitions:
+            self.failure = ""
+
+    def _on_revoked(self) -> None:
+        self._assigned = False
         self._positions.clear()
         self._handler.on_revoked()
 
-    async def _check_topics(self) -> None:
-        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
-            there = await self._consumer.topics()
-        if missing := sorted(self._topics.keys() - there):
-            lacking = ",".join(str(self._topics[name]) for name in missing)
-            raise TopicNotFound(
-                f"no topic {', '.join(missing)}, or no right to see it; to create it: "
-                f"kronos-stream topics create --candles {lacking}"
-            )
-
-    async def _seek_to_start(self) -> None:
-        """Look up where parts begin that are ours since just now."""
-        consumer = self._consumer
-        places = [TopicPartition(*part) for part in sorted(self._pending)]
+    async def _start_partitions(self, consumer: AIOKafkaConsumer) -> None:
+        """Look up the bounds of newly assigned partitions, and seek to their start offsets."""
+        handler = self._handler
+        places = [TopicPartition(*partition) for partition in handler.pending]
+        if not places:
+            return
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             firsts = await consumer.beginning_offsets(places)
             ends = await consumer.end_offsets(places)
-            since = await consumer.offsets_for_times(
-                {one: self._oldest_timestamp(one) for one in places}
-            )
-            notes = await self._fetch_committed(places)
-        back = 0
+            times = {place: self._oldest(place.topic) for place in places}
+            oldest = await consumer.offsets_for_times(times)
+            committed = await self._fetch_committed(places)
+        records_behind = 0
         for place in places:
-            part = Partition(*place)
-            if part not in self._pending or place not in consumer.assignment():
-                continue  # taken from us meanwhile
-            young, note = since.get(place), notes[place]
-            extent = PartitionBounds(
-                firsts[place],
-                ends[place],
-                ends[place] if young is None else young.offset,
-                None if note.offset < 0 else Checkpoint(note.offset, note.metadata),
+            partition = Partition(*place)
+            if partition not in handler.pending or place not in consumer.assignment():
+                continue  # revoked meanwhile
+            found, note, end = oldest.get(place), committed[place], ends[place]
+            checkpoint = None if note.offset < 0 else Checkpoint(note.offset, note.metadata or "")
+            bounds = PartitionBounds(
+                firsts[place], end, end if found is None else found.offset, checkpoint
             )
-            start = self._positions[part] = self._handler.start_partition(part, extent)
-            self._end_offsets[part] = extent.end
+            start = self._positions[partition] = handler.start_partition(partition, bounds)
+            self._end_offsets[partition] = end
             consumer.seek(place, start)
-            self._pending.discard(part)
-            back += extent.end - start
-        self.ready = not self._pending
-        _log.info("reads candle topics", partitions=len(places), records_back=back)
+            records_behind += end - start
+        self.failure = ""
+        self._client_errors.clear()
+        _log.info("reading candle topics", partitions=len(places), records_behind=records_behind)
+
+    def _oldest(self, topic: str) -> int:
+        timeframe = self._handler.timeframes[topic]
+        return oldest_timestamp(timeframe, self._options.context_bars, self._clock.now())
 
     async def _fetch_committed(
-        self, partitions: Sequence[TopicPartition]
+        self, places: Sequence[TopicPartition]
     ) -> dict[Any, OffsetAndMetadata]:
-        admin = AIOKafkaAdminClient(**self._options.client_arguments())
+        """Committed offsets and their metadata; a consumer returns offsets only."""
+        admin = AIOKafkaAdminClient(**self._kafka.client_arguments())
+        group = self._options.group
         try:
             await admin.start()
-            notes = await admin.list_consumer_group_offsets(
-                self._group, partitions=list(partitions)
-            )
+            committed = await admin.list_consumer_group_offsets(group, partitions=list(places))
         finally:
             with suppress(KafkaError, OSError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
                     await admin.close()
-        # Whoever was asked is not in charge any more, or not yet; aiokafka does not tell.
-        if set(partitions) - notes.keys():
-            raise KafkaError(f"what the group {self._group} has done was not told")
-        return dict(notes)
-
-    def _oldest_timestamp(self, partition: TopicPartition) -> int:
-        """How young a record must be at least for a context that begins now, UTC ms.
-
-        A record is made when its bar closes, or later, so none that is wanted is older; and whoever
-        makes them may be behind.
-        """
-        timeframe = self._topics[partition.topic]
-        return max(0, timeframe.after(self._clock.now(), -2 * self._needs.lookback))
+        # aiokafka reports no error if the broker is not, or not yet, the coordinator of the group.
+        if set(places) - committed.keys():
+            raise KafkaError(f"committed offsets of group {group} are not available yet")
+        return dict(committed)
 
     # -- records ---------------------------------------------------------------------------
 
-    def _apply_pauses(self) -> bool:
-        """Have only those parts read of which more is wanted; whether there is any."""
-        consumer = self._consumer
-        ours = consumer.assignment()
-        enough = {TopicPartition(*part) for part in self._handler.paused()}
-        paused = consumer.paused()
-        if more := (paused - enough) & ours:
-            consumer.resume(*more)
-        if less := (enough - paused) & ours:
-            consumer.pause(*less)
-        return bool(ours - enough)
+    def _apply_pauses(self, consumer: AIOKafkaConsumer) -> bool:
+        """Pause and resume partitions as the handler asks. Returns whether any is fetched."""
+        assigned, paused = consumer.assignment(), consumer.paused()
+        to_pause = {TopicPartition(*partition) for partition in self._handler.paused()}
+        if resumed := (paused - to_pause) & assigned:
+            consumer.resume(*resumed)
+        if new := (to_pause - paused) & assigned:
+            consumer.pause(*new)
+        return bool(assigned - to_pause)
 
-    async def _poll_records(self) -> bool:
-        """Wait a moment for records, and pass them on; False while the group shares out anew."""
-        consumer = self._consumer
+    async def _poll(self, consumer: AIOKafkaConsumer) -> bool:
+        """Wait briefly for records, and pass them on. Returns False during a rebalance."""
         try:
-            # While the group shares out anew, aiokafka waits for that without end.
+            # aiokafka waits for the end of a rebalance without limit.
             async with asyncio.timeout(2 * _POLL_MS / 1000):
                 batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
         except TimeoutError:
             return False
         for place, records in batches.items():
-            timeframe = self._topics[place.topic]
-            told = [(one.offset, self._decode(timeframe, one)) for one in records]
-            self._dispatch(Partition(*place), told, records[-1].offset + 1)
-        for part in [*self._positions]:
-            place = TopicPartition(*part)
+            self._dispatch(Partition(*place), records, records[-1].offset + 1)
+        for partition in [*self._positions]:
+            place = TopicPartition(*partition)
             if place not in batches and place in consumer.assignment():
-                # Marks of transactions are no records, and are passed over.
+                # Offsets of transaction markers hold no records.
                 async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
-                    self._dispatch(part, (), await consumer.position(place))
+                    self._dispatch(partition, (), await consumer.position(place))
         return True
 
     def _dispatch(
-        self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], position: int
+        self, partition: Partition, records: Sequence[CandleRecord], next_offset: int
     ) -> None:
-        if position > self._positions.get(partition, position):
-            self._positions[partition] = position
-            self._handler.on_records(partition, records, position)
+        if next_offset > self._positions.get(partition, next_offset):
+            self._positions[partition] = next_offset
+            self._handler.on_records(partition, records, next_offset)
 
-    def _decode(self, timeframe: Timeframe, record: ConsumerRecord[bytes, bytes]) -> FeedRecord:
-        """What a record says."""
-        series = self._parse_series(record.key or b"")
-        value = record.value or b""
-        try:
-            gone = ("ce_type", REMOVAL.encode()) in record.headers and series is not None
-            told = SeriesRemoved(series) if gone and series else decode_bar(value, series)
-            if told is not None:
-                _validate(told, timeframe, record.timestamp)
-        except CandleMessageError as error:
-            where = f"{record.topic}[{record.partition}]@{record.offset}"
-            return Unreadable(error.series, f"{where}: {error}", value)
-        return told
-
-    def _parse_series(self, key: bytes) -> Series | None:
-        if key not in self._series_by_key:
-            try:
-                self._series_by_key[key] = Series.parse(key.decode())
-            except ValueError:
-                return None
-        return self._series_by_key[key]
-
-    # -- what is done ----------------------------------------------------------------------
-
-    def _report_lags(self) -> None:
-        if not self.ready:
+    def _report_lag(self, consumer: AIOKafkaConsumer) -> None:
+        if not self._assigned or self._handler.pending:
             return
-        lags = dict.fromkeys(self._topics, 0)
-        for part, reached in self._positions.items():
-            with suppress(KafkaError, AssertionError):  # no longer ours
-                end = self._consumer.highwater(TopicPartition(*part)) or 0
-                lags[part.log] += max(0, max(end, self._end_offsets[part]) - reached)
+        lags = dict.fromkeys(self._handler.timeframes, 0)
+        for partition, position in self._positions.items():
+            with suppress(KafkaError, AssertionError):  # not assigned any more
+                end = consumer.highwater(TopicPartition(*partition)) or 0
+                lag = max(end, self._end_offsets[partition]) - position
+                lags[partition.log] += max(0, lag)
         self._handler.on_lag(lags)
 
-    async def commit(self) -> bool:
-        """Commit what is done; False if that was not possible. Bounded."""
+    # -- offsets ---------------------------------------------------------------------------
+
+    async def _commit(self, consumer: AIOKafkaConsumer) -> bool:
+        """Commit the handler's checkpoints. Returns False on failure; bounded."""
         async with self._commit_lock:
-            ours = self._consumer.assignment()
-            notes = {
-                part: note
-                for part, note in self._handler.pending_checkpoints().items()
-                if part in ours
+            assigned = consumer.assignment()
+            checkpoints = {
+                partition: checkpoint
+                for partition, checkpoint in self._handler.pending_checkpoints().items()
+                if partition in assigned
             }
-            if not notes:
+            if not checkpoints:
                 return True
-            offsets = {TopicPartition(*part): (*note,) for part, note in notes.items()}
+            offsets = {TopicPartition(*part): (*note,) for part, note in checkpoints.items()}
             try:
-                async with asyncio.timeout(_COMMIT_TIMEOUT_SECONDS):
-                    await self._consumer.commit(offsets)
+                async with asyncio.timeout(self._options.commit_timeout):
+                    await consumer.commit(offsets)
             except (KafkaError, OSError) as error:
                 self._commit_failures += 1
+                if self._commit_failures >= _COMMIT_FAILURES_BEFORE_WARNING:
+                    self._commit_error = f"offsets cannot be committed: {self._explain(error)}"
                 if self._commit_failures == _COMMIT_FAILURES_BEFORE_WARNING:
                     _log.warning("offsets cannot be committed", why=repr(error))
-                self.commit_error = (
-                    error if self._commit_failures >= _COMMIT_FAILURES_BEFORE_WARNING else None
-                )
                 return False
-            self._commit_failures, self.commit_error = 0, None
-            self._handler.on_checkpointed(notes)
+            self._commit_failures, self._commit_error = 0, ""
+            self._handler.on_checkpointed(checkpoints)
             return True
 
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
-
-
-def _validate(record: RelayedBar | SeriesRemoved, timeframe: Timeframe, written_at: int) -> None:
-    """Raises WireError. written: when the record was, UTC ms."""
-    series = record.series
-    if series.timeframe != timeframe:
-        raise CandleMessageError(f"{series} among the series of {timeframe}", series)
-    if isinstance(record, RelayedBar):
-        ahead = timeframe.after(record.bar.candle.time) - written_at
-        if ahead > _MAX_CLOCK_SKEW_MS:
-            raise CandleMessageError(
-                f"a bar that closes {ahead / 1000:.0f} s after it was written", series
-            )
-
-
-class _RebalanceListener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Tells what the group gives and takes; the group waits while what is in hand is finished."""
-
-    def __init__(self, session: GroupSession, handler: PartitionHandler) -> None:
-        self._session, self._handler = session, handler
-
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        try:
-            if any(True for _ in revoked):
-                await self._handler.drain()
-                await self._session.commit()
-        except Exception:  # noqa: BLE001 - aiokafka would say nothing of it, and go on
-            _log.exception("not handed over in good order")
-        finally:
-            self._session.on_revoked()
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._session.on_assigned([Partition(*place) for place in assigned])

@@ -1,16 +1,15 @@
-"""How to reach the brokers, and which topics: ``KRONOS_STREAM_KAFKA__*``."""
+"""Settings of connections and topics: ``KRONOS_STREAM_KAFKA__*``."""
 
 from __future__ import annotations
 
-import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from kronos_connectors._shared import tls
+from kronos_connectors._shared.tls import SettingNames, TlsFiles
 
-SETTING_NAMES = tls.SettingNames(
+SETTING_NAMES = SettingNames(
     address="KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS",
     encryption="KRONOS_STREAM_KAFKA__SECURITY_PROTOCOL",
     cafile="KRONOS_STREAM_KAFKA__SSL_CAFILE",
@@ -26,56 +25,56 @@ def _validate_servers(text: str) -> str:
     for server in text.split(","):
         host, _, port = server.strip().rpartition(":")
         if "@" in server or not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-            raise ValueError("expected host:port, more than one with commas, and no login in it")
+            raise ValueError("expected host:port, several separated by commas, without a login")
     return text
 
 
 class KafkaOptions(BaseModel):
-    """Settings of Kafka as a sink, as a source, and of ``kronos-stream topics``."""
+    """Settings of the Kafka source, feed and sink, and of ``kronos-stream topics``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     bootstrap_servers: Annotated[str, AfterValidator(_validate_servers)]
-    """Brokers as host:port, more than one with commas."""
+    """Brokers as host:port, several separated by commas."""
     topic_prefix: str = Field(default="kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
-    """How the topics' names begin: PREFIX.forecasts.v1 and so on."""
+    """Prefix of topic names: PREFIX.forecasts.v1 and so on."""
 
     security_protocol: SecurityProtocol = "PLAINTEXT"
-    """Whether to encrypt (SSL) and to log in (SASL)."""
+    """Encryption (SSL) and login (SASL)."""
     sasl_mechanism: SaslMechanism = "PLAIN"
-    """How to log in."""
+    """SASL mechanism."""
     sasl_username: str = ""
-    """As whom."""
+    """SASL username."""
     sasl_password: SecretStr = SecretStr("")
-    """With which password."""
+    """SASL password."""
     ssl_cafile: Path | None = None
-    """Who vouches for the brokers, PEM; else the system's authorities."""
+    """Authorities that sign the brokers' certificates, PEM; by default the system's."""
     ssl_certfile: Path | None = None
-    """Our certificate, PEM, where brokers ask for one."""
+    """Client certificate, PEM, if the brokers require one."""
     ssl_keyfile: Path | None = None
-    """Its key, PEM, if not in the same file."""
+    """Key of the client certificate, PEM, if it is in another file."""
     ssl_key_password: SecretStr = SecretStr("")
-    """Of that key, where it is encrypted."""
+    """Password of that key, if it is encrypted."""
 
     group: str = Field(default="", max_length=200)
-    """Consumer group that candles are read as; else PREFIX-forecast in that role, and PREFIX-ingest
-    for venue kafka. Its members share the partitions of a topic, so a daemon that has series of its
-    own needs a group of its own."""
+    """Consumer group that reads candles; by default PREFIX-forecast in role forecast, and
+    PREFIX-ingest for venue kafka. Members of a group share the partitions of a topic, so a daemon
+    with its own series needs its own group."""
     history_bars: int = Field(default=2_112, ge=100, le=100_000)
     """Bars of each series that are read back at the start and kept in memory: at least LOOKBACK and
-    64. The default will do for any model."""
+    64. The default suffices for any model."""
 
     max_record_bytes: int = Field(default=1_000_000, ge=1_000)
-    """Larger records are refused unsent; brokers take 1,048,588 bytes unless told otherwise."""
+    """Size limit of records, which are not sent if larger; brokers accept 1,048,588 by default."""
     delivery_seconds: float = Field(default=15.0, gt=0)
-    """How long a delivery may take before it is given up and tried anew."""
+    """Time limit of a delivery, which is then repeated."""
 
     partitions: int = Field(default=32, ge=1, le=10_000)
-    """Partitions of new topics; fixed for life, since keys move when it changes."""
+    """Partitions of new topics. Do not change it later: keys would change their partition."""
     replication: int | None = Field(default=None, ge=1, le=10)
-    """Copies of each partition of new topics; else three, or as many as there are brokers."""
+    """Replicas of each partition of new topics; by default three, or one per broker if fewer."""
     retention_days: float = Field(default=7.0, gt=0)
-    """How long new topics keep forecasts."""
+    """Retention of forecasts in new topics."""
 
     @model_validator(mode="after")
     def _validate(self) -> Self:
@@ -83,48 +82,34 @@ class KafkaOptions(BaseModel):
             if not self.sasl_username or not self.sasl_password.get_secret_value():
                 raise ValueError(f"{self.security_protocol} needs sasl_username and sasl_password")
         elif self.sasl_username or self.sasl_password.get_secret_value():
-            given = "sasl_username" if self.sasl_username else "sasl_password"
+            field = "sasl_username" if self.sasl_username else "sasl_password"
             raise ValueError(
-                f"{given} is set, but security_protocol {self.security_protocol} has no "
+                f"{field} is set, but security_protocol {self.security_protocol} has no "
                 "login: expected SASL_SSL or SASL_PLAINTEXT"
             )
-        self._check_certificates()
+        self.tls_files.validate(
+            ""
+            if self.encrypted
+            else f"security_protocol {self.security_protocol} does not encrypt: "
+            "expected SSL or SASL_SSL"
+        )
         return self
-
-    def _check_certificates(self) -> None:
-        paths = (self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile)
-        if not self.encrypted and any(paths):
-            raise ValueError(
-                f"a certificate is set, but security_protocol {self.security_protocol} does not "
-                "encrypt: expected SSL or SASL_SSL"
-            )
-        if self.ssl_keyfile and not self.ssl_certfile:
-            raise ValueError("ssl_keyfile is set, but ssl_certfile is not")
-        for path in paths:
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file")
-        try:
-            self.ssl_context()
-        except tls.CertificateError as error:
-            raise ValueError(str(error)) from None
 
     @property
     def encrypted(self) -> bool:
         return self.security_protocol.endswith("SSL")
 
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
-        if not self.encrypted:
-            return None
+    @property
+    def tls_files(self) -> TlsFiles:
         password = self.ssl_key_password.get_secret_value()
-        return tls.create_context(
+        return TlsFiles(
             self.ssl_cafile, self.ssl_certfile, self.ssl_keyfile, password, SETTING_NAMES
         )
 
     def client_arguments(self) -> dict[str, Any]:
-        """Arguments for any client of aiokafka; reads the certificates.
+        """Arguments for any client of aiokafka, with the certificates as they are now.
 
-        Raises CertificateError, an OSError: they may have been changed since the start.
+        Raises CertificateError, an OSError.
         """
         arguments: dict[str, Any] = {
             "bootstrap_servers": self.bootstrap_servers,
@@ -137,6 +122,6 @@ class KafkaOptions(BaseModel):
                 "sasl_plain_username": self.sasl_username,
                 "sasl_plain_password": self.sasl_password.get_secret_value(),
             }
-        if (context := self.ssl_context()) is not None:
-            arguments["ssl_context"] = context
+        if self.encrypted:
+            arguments["ssl_context"] = self.tls_files.create_context()
         return arguments

@@ -1,128 +1,105 @@
-"""What has been read of the candle topics, and what it means: a pure machine.
+"""State of the candle topics that the source reads.
 
-Each partition is read twice over, so to speak. What it holds when it is handed to us is history: a
-bounded stretch of it is read back and put on the shelf, where questions about the past are
-answered from. What comes after that is news, and passed on. A partition that is handed to us again
-goes on where we were, if what came meanwhile is no longer than such a stretch.
+Each assigned partition has two stretches. Its records at assignment are history: a bounded number
+of bars is read back into memory, from where requests for history are answered. Later records are
+live and passed on. A partition that is assigned again continues where it stopped, unless it has
+grown by more than the bounded history meanwhile.
 
-So nothing hangs on the group's committed offsets, and a crash at any moment loses nothing: after
-it the past is read back, and whoever follows a series asks for the bars that it lacks. What is
-committed tells of lag, and which records have been judged already.
+Recovery does not depend on committed offsets: after a crash, history is read back, and the daemon
+requests the bars that it lacks. Commits show the lag, and which records have been rejected already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
+
+import structlog
 
 from kronos_connectors._shared.bar_cache import RecentBars
+from kronos_connectors.kafka.records import (
+    CandleRecord,
+    check_timeframe,
+    series_of_key,
+    unreadable,
+)
 from kronos_connectors.kafka.topics import candle_topic
+from kronos_stream.interfaces.feed import Checkpoint, Partition, PartitionBounds, Unreadable
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_message import CandleMessageError, decode_update
+from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
+_log = structlog.get_logger()
+
 _MAX_RECORDS_READ_BACK = 1_000_000
-"""Of a partition, read back at most, however long the time that is wanted of it."""
+"""Limit per partition, whatever the age of the records."""
 
-
-class Partition(NamedTuple):
-    """A partition."""
-
-    topic: str
-    partition: int
-
-
-class PartitionBounds(NamedTuple):
-    """Offsets of a partition, as the brokers know them."""
-
-    first: int
-    end: int
-    """Of the record that comes next."""
-    since: int | None
-    """Of the first record that is as young as :meth:`Reading.since` wants; None if none is."""
-    committed: int | None
-    """Where the group was, None if it never was there."""
-
-
-class ConsumedRecord(Protocol):
-    """A record as a consumer gives it."""
-
-    @property
-    def offset(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
-
-
-class InvalidRecord(NamedTuple):
-    """A record that cannot be: its series if known, why, and its value."""
-
-    series: Series | None
-    reason: str
-    raw: bytes
-
-
-DecodedRecord: TypeAlias = Update | InvalidRecord
+DecodedRecord: TypeAlias = Update | Unreadable
 
 
 @dataclass(slots=True)
 class _Topic:
     timeframe: Timeframe
     followed: dict[bytes, Series] = field(default_factory=dict)
-    """By their name, which is the records' key."""
+    """By name, which is the key of the records."""
 
 
 @dataclass(slots=True)
 class _PartitionProgress:
     next_offset: int
-    """Offset of the first record that has not been read."""
+    """Offset of the next record to read."""
     history_end: int
-    """History is known from here on."""
+    """Offset at which the history is complete."""
     live_from: int
     """First offset to pass on."""
     reject_from: int
     """First offset to reject."""
     committed: int
 
+    @property
+    def remaining(self) -> int:
+        """Records of the history that are not read yet, at most."""
+        return max(0, self.history_end - self.next_offset)
+
 
 class _SavedProgress(NamedTuple):
-    """Where we were when a partition was taken from us."""
+    """Progress at the moment when a partition was revoked."""
 
     next_offset: int
     live_from: int
     reject_from: int
     reread: bool = False
-    """Whether what came before is to be read back, for the sake of series that are new."""
+    """Read the history again, for new series."""
 
 
 class TopicState:
-    """All times are UTC ms, all offsets of records to be read next."""
+    """Topics, partitions and recent bars of the followed series. Times are UTC ms."""
 
-    def __init__(self, prefix: str, bars: int) -> None:
-        """prefix: of the topics' names. bars: of each series, to be read back and kept."""
-        self._prefix, self._bars = prefix, bars
+    def __init__(
+        self, prefix: str, bars: int, clock: Clock, emit: Callable[[DecodedRecord], None]
+    ) -> None:
+        """bars: kept of each series. emit: receives new updates and invalid records."""
+        self._prefix, self._bars, self._clock, self._emit = prefix, bars, clock, emit
         self._recent_bars = RecentBars(bars)
         self._topics: dict[str, _Topic] = {}
         self._partition_counts: dict[str, int] = {}
-        """How many each topic has."""
         self._pending: set[Partition] = set()
         self._active: dict[Partition, _PartitionProgress] = {}
         self._saved: dict[Partition, _SavedProgress] = {}
         self._last_partition: dict[Series, Partition] = {}
-        """Where a record of each series was read last."""
+        """Partition of the last record of each series."""
 
-    # -- what is wanted --------------------------------------------------------------------
+    # -- followed series -------------------------------------------------------------------
 
     @property
-    def topics(self) -> frozenset[str]:
-        """The topics to read."""
-        return frozenset(self._topics)
+    def timeframes(self) -> Mapping[str, Timeframe]:
+        return {name: topic.timeframe for name, topic in self._topics.items()}
 
     def follow(self, series: Collection[Series]) -> None:
-        """Follow exactly these. Where one is new, the past of its topic is read back once more."""
+        """Follow exactly these series. Topics with a new one are read back again."""
         topics: dict[str, _Topic] = {}
         for one in series:
             name = candle_topic(self._prefix, one.timeframe)
@@ -133,191 +110,167 @@ class TopicState:
                 self._reread(name)
         self._topics = topics
         self._recent_bars.retain(series)
+        kept = set(series)
         self._last_partition = {
-            one: place for one, place in self._last_partition.items() if one in set(series)
+            one: partition for one, partition in self._last_partition.items() if one in kept
         }
 
     def _reread(self, topic: str) -> None:
-        again = {place for place in self._active if place.topic == topic}
-        self.on_revoked(again)
+        again = {partition for partition in self._active if partition.log == topic}
+        for partition in again:
+            self._save(partition)
         self._pending |= again
-        for place, left in self._saved.items():
-            if place.topic == topic:
-                self._saved[place] = left._replace(reread=True)
+        for partition, saved in self._saved.items():
+            if partition.log == topic:
+                self._saved[partition] = saved._replace(reread=True)
 
-    # -- which partitions are ours, and where they begin -----------------------------------
+    # -- assigned partitions ---------------------------------------------------------------
 
     @property
     def pending(self) -> Collection[Partition]:
-        """Partitions that are ours; :meth:`begin` is to be told about them."""
-        return frozenset(self._pending)
+        return {partition for partition in self._pending if partition.log in self._topics}
 
-    def on_assigned(self, partitions: Iterable[Partition], counts: Mapping[str, int]) -> None:
-        """These are ours. partitions: how many each topic has."""
+    def on_assigned(self, partitions: Collection[Partition], counts: Mapping[str, int]) -> None:
         self._partition_counts = dict(counts)
         self._pending |= set(partitions) - self._active.keys()
+        if shared := self.shared_topics:
+            _log.warning(
+                "other members of the consumer group read these topics, too; if that is not "
+                "intended, set KRONOS_STREAM_KAFKA__GROUP to a group of its own",
+                topics=shared,
+            )
 
-    def on_revoked(self, partitions: Iterable[Partition]) -> None:
-        """These are no longer ours, or nobody knows."""
-        for place in partitions:
-            self._pending.discard(place)
-            if (at := self._active.pop(place, None)) is not None:
-                news, judged = (
-                    max(at.next_offset, at.live_from),
-                    max(at.next_offset, at.reject_from),
-                )
-                self._saved[place] = _SavedProgress(at.next_offset, news, judged)
+    def on_revoked(self) -> None:
+        self._pending.clear()
+        for partition in [*self._active]:
+            self._save(partition)
 
-    def on_lost(self) -> None:
-        """The brokers are gone, and with them every partition."""
-        self.on_revoked([*self._pending, *self._active])
+    def paused(self) -> Collection[Partition]:
+        return ()
 
-    def oldest_timestamp(self, partition: Partition, now: int) -> int:
-        """How young a record must be at least to be read back.
+    async def drain(self) -> None:
+        """Nothing to do: records are passed on as they are read."""
 
-        A record is made when its bar closes, or later, so none that is wanted is older.
-        """
-        return max(0, self._topics[partition.topic].timeframe.after(now, -self._bars))
+    def on_lag(self, lags: Mapping[str, int]) -> None:
+        """Nothing to do: the lag of the source shows in the committed offsets."""
 
-    def begin(self, partition: Partition, bounds: PartitionBounds) -> int:
-        """The offset to begin at."""
-        first, end, since, committed = bounds
-        start = max(first, end - _MAX_RECORDS_READ_BACK, first if since is None else since)
-        left = self._saved.pop(partition, None)
-        known = committed if committed is not None and first <= committed <= end else None
-        news, judged = end, first if known is None else known
-        if left is not None and start <= left.next_offset <= end:
-            news, judged = left.live_from, left.reject_from
-            start = start if left.reread else left.next_offset
+    def _save(self, partition: Partition) -> None:
+        at = self._active.pop(partition)
+        live_from = max(at.next_offset, at.live_from)
+        reject_from = max(at.next_offset, at.reject_from)
+        self._saved[partition] = _SavedProgress(at.next_offset, live_from, reject_from)
+
+    def start_partition(self, partition: Partition, bounds: PartitionBounds) -> int:
+        first, end, start, checkpoint = bounds
+        if start >= end:  # all records are older, or the broker does not search by time
+            start = first
+        start = max(first, end - _MAX_RECORDS_READ_BACK, start)
+        committed = checkpoint.offset if checkpoint is not None else 0
+        known = first <= committed <= end
+        live_from, reject_from = end, committed if known else first
+        saved = self._saved.pop(partition, None)
+        if saved is not None and start <= saved.next_offset <= end:
+            live_from, reject_from = saved.live_from, saved.reject_from
+            start = start if saved.reread else saved.next_offset
         self._pending.discard(partition)
-        self._active[partition] = _PartitionProgress(start, end, news, judged, known or 0)
+        self._active[partition] = _PartitionProgress(
+            start, end, live_from, reject_from, committed if known else 0
+        )
         return start
+
+    @property
+    def shared_topics(self) -> Sequence[str]:
+        """Topics of which other members of the group have partitions."""
+        ours = [partition.log for partition in {*self._active, *self._pending}]
+        return sorted(
+            name for name in {*ours} if ours.count(name) < self._partition_counts.get(name, 0)
+        )
 
     # -- records ---------------------------------------------------------------------------
 
-    def read(
-        self, partition: Partition, records: Iterable[ConsumedRecord], received_at: int
-    ) -> list[DecodedRecord]:
-        """What records of a partition, in order, tell that is new."""
-        at, topic = self._active.get(partition), self._topics.get(partition.topic)
+    def on_records(
+        self, partition: Partition, records: Sequence[CandleRecord], next_offset: int
+    ) -> None:
+        at, topic = self._active.get(partition), self._topics.get(partition.log)
         if at is None or topic is None:
-            return []  # fetched before it was known where to begin
-        told: list[DecodedRecord] = []
+            return  # fetched before the start offset was known
+        received = self._clock.now()
         for record in records:
             offset = record.offset
             if offset < at.next_offset:
                 continue
             at.next_offset = offset + 1
             try:
-                update = self._decode(topic, record, received_at)
+                update = self._decode(topic, record, received)
             except CandleMessageError as error:
                 if offset >= at.reject_from:
-                    reason = f"{partition.topic}[{partition.partition}]@{offset}: {error}"
-                    told.append(InvalidRecord(error.series, reason, record.value or b""))
+                    self._emit(unreadable(partition, record, error))
                 continue
             if update is not None:
                 self._last_partition[update.series] = partition
                 if offset >= at.live_from:
-                    told.append(update)
-        return told
+                    self._emit(update)
+        at.next_offset = max(at.next_offset, next_offset)
 
-    def advance(self, partition: Partition, position: int) -> None:
-        """The consumer is there: what it gave no records for is nothing to wait for."""
-        if (at := self._active.get(partition)) is not None:
-            at.next_offset = max(at.next_offset, position)
+    def _decode(self, topic: _Topic, record: CandleRecord, received: int) -> Update | None:
+        """Decode a record and remember a closed bar; None if its series is not followed.
 
-    def _decode(self, topic: _Topic, record: ConsumedRecord, received: int) -> Update | None:
-        """What a record says, and on the shelf with it; None if it is of none of ours.
-
-        Raises WireError.
+        Raises CandleMessageError.
         """
         series = None
         if record.key:
             series = topic.followed.get(record.key)
-            if series is None and (other := _parse_series(record.key)) is not None:
-                _check_timeframe(other, topic)
+            if series is None and (other := series_of_key(record.key)) is not None:
+                check_timeframe(other, topic.timeframe)
                 return None
         if record.value is None:
             raise CandleMessageError("a record without a value", series)
         update = decode_update(record.value, series, received)
         if update.series.name.encode() not in topic.followed:
-            _check_timeframe(update.series, topic)
+            check_timeframe(update.series, topic.timeframe)
             return None
         candle = update.candle
         if update.closed:
             if (fault := candle.invalid_reason()) is not None:
                 raise CandleMessageError(fault, update.series)
-            if candle.time <= received:  # what opens only then would crowd out what is real
+            if candle.time <= received:  # bars of the future would displace real ones
                 self._recent_bars.add(update.series, candle)
         return update
 
     # -- history ---------------------------------------------------------------------------
 
-    @property
-    def catching_up(self) -> Collection[Partition]:
-        """Partitions whose history has not been read to its end."""
-        return [place for place, at in self._active.items() if _remaining(at)]
-
     def unavailable_reason(self, series: Series, group: str) -> str:
-        """Why the history of ``series`` cannot be told now: a clause for people, or nothing."""
+        """Why the history of ``series`` is not available yet; empty if it is."""
         topic = candle_topic(self._prefix, series.timeframe)
-        ours = {place: at for place, at in self._active.items() if place.topic == topic}
-        if not ours or any(place.topic == topic for place in self._pending):
-            return f"{topic}: its partitions are not ours yet, in the group {group}"
-        if missing := sum(map(_remaining, ours.values())):
-            return f"{topic}: {missing:,} records are still to be read back"
-        if (
-            len(ours) < self._partition_counts.get(topic, 0)
-            and self._last_partition.get(series) not in ours
-        ):
+        ours = {one: at for one, at in self._active.items() if one.log == topic}
+        if not ours or any(partition.log == topic for partition in self._pending):
+            return f"{topic}: no partitions assigned yet in consumer group {group}"
+        if remaining := sum(at.remaining for at in ours.values()):
+            return f"{topic}: {remaining:,} records are still to be read back"
+        total = self._partition_counts.get(topic, 0)
+        if len(ours) < total and self._last_partition.get(series) not in ours:
             return (
-                f"{topic}: {len(ours)} of its {self._partition_counts[topic]} partitions are ours, and "
-                f"{series} is in none of them; other members of the group {group} have the rest"
+                f"{topic}: {len(ours)} of its {total} partitions are assigned to us, and {series} "
+                f"is in none of them; other members of consumer group {group} have the rest"
             )
         return ""
 
-    def history(self, series: Series, start: int, end: int, now: int) -> Sequence[Candle]:
+    def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         """The bars with start <= open < end that have closed, ascending."""
+        now, after = self._clock.now(), series.timeframe.after
         bars = self._recent_bars.between(series, start, end)
-        return [candle for candle in bars if series.timeframe.after(candle.time) <= now]
+        return [candle for candle in bars if after(candle.time) <= now]
 
-    # -- the group -------------------------------------------------------------------------
+    # -- committed offsets -----------------------------------------------------------------
 
-    @property
-    def shared_topics(self) -> Collection[str]:
-        """Topics that others in the group read with us."""
-        ours = [place.topic for place in {*self._active, *self._pending}]
-        return sorted(
-            name for name in {*ours} if ours.count(name) < self._partition_counts.get(name, 0)
-        )
-
-    def offsets_to_commit(self) -> dict[Partition, int]:
-        """What is to be committed: how far we are beyond what was."""
+    def pending_checkpoints(self) -> dict[Partition, Checkpoint]:
         return {
-            place: at.next_offset
-            for place, at in self._active.items()
+            partition: Checkpoint(at.next_offset, "")
+            for partition, at in self._active.items()
             if at.next_offset > at.committed
         }
 
-    def on_committed(self, offsets: Mapping[Partition, int]) -> None:
-        """The brokers know of these."""
-        for place, offset in offsets.items():
-            if (at := self._active.get(place)) is not None:
-                at.committed = offset
-
-
-def _remaining(at: _PartitionProgress) -> int:
-    return max(0, at.history_end - at.next_offset)
-
-
-def _parse_series(key: bytes) -> Series | None:
-    """The series that a key is the name of, if it is one's."""
-    try:
-        return Series.parse(key.decode())
-    except ValueError:
-        return None
-
-
-def _check_timeframe(series: Series, topic: _Topic) -> None:
-    if series.timeframe != topic.timeframe:
-        raise CandleMessageError(f"a bar of {series} among those of {topic.timeframe}", series)
+    def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:
+        for partition, checkpoint in checkpoints.items():
+            if (at := self._active.get(partition)) is not None:
+                at.committed = checkpoint.offset

@@ -1,8 +1,8 @@
-"""The topics: their names and what they must be like."""
+"""Names and configuration of the topics."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from kronos_connectors.kafka.options import KafkaOptions
@@ -12,12 +12,12 @@ from kronos_stream.market.timeframe import Timeframe
 
 _DAY_MS = 86_400_000
 _MIN_CANDLE_BARS = 2 * 2_048
-"""Bars of a candle topic that must be there: twice the longest context of any model."""
+"""Bars that candle topics retain: twice the longest context of any model."""
 
 
 @dataclass(frozen=True, slots=True)
 class TopicSpec:
-    """A topic as it should be."""
+    """Required configuration of a topic."""
 
     name: str
     partitions: int
@@ -25,33 +25,46 @@ class TopicSpec:
 
 
 def forecast_topic(prefix: str) -> str:
-    """Every forecast."""
+    """Topic of all forecasts."""
     return f"{prefix}.forecasts.v1"
 
 
 def latest_topic(prefix: str) -> str:
-    """The newest forecast of each series: compacted."""
+    """Compacted topic of the newest forecast of each series."""
     return f"{prefix}.forecasts.latest.v1"
 
 
 def deadletter_topic(prefix: str) -> str:
-    """What could not be taken in or sent out, and why."""
+    """Topic of invalid input and refused records, with the reasons."""
     return f"{prefix}.deadletter.v1"
 
 
 def candle_topic(prefix: str, timeframe: Timeframe) -> str:
-    """Closed bars of one timeframe."""
+    """Topic of the closed bars of a timeframe."""
     return f"{prefix}.candles.{timeframe}.v1"
 
 
 def timeframe_of(topic: str) -> str:
-    """The timeframe whose candles a topic is for; empty if it is none of candles."""
+    """Timeframe of a candle topic; empty for any other topic."""
     *_, kind, timeframe, version = ["", "", *topic.split(".")]
     return timeframe if (kind, version) == ("candles", "v1") else ""
 
 
+def missing_topics_message(topics: Collection[str]) -> str:
+    """Error text for missing topics."""
+    names = sorted(topics)
+    return f"no topic {', '.join(names)}, or no right to see it; {create_remedy(names)}"
+
+
+def create_remedy(topics: Sequence[str]) -> str:
+    """The command that creates missing topics, as a remedy."""
+    timeframes = ",".join(filter(None, map(timeframe_of, topics)))
+    option = f" --candles {timeframes}" if timeframes else ""
+    return f"to create it: kronos-stream topics create{option}"
+
+
 def topics_for_record(prefix: str, kind: RecordKind, key: str) -> tuple[str, ...]:
-    """To which topics a record goes. key: its series, empty for a dead letter without one."""
+    """Topics of a record. key: its series; may be empty for dead letters."""
     if kind == "deadletter":
         return (deadletter_topic(prefix),)
     if kind == "candle":
@@ -60,16 +73,16 @@ def topics_for_record(prefix: str, kind: RecordKind, key: str) -> tuple[str, ...
 
 
 def required_topics(options: KafkaOptions, timeframes: Sequence[Timeframe] = ()) -> list[TopicSpec]:
-    """The topics that a daemon with these options writes to.
+    """Topics of a daemon with these options, and candle topics of ``timeframes``.
 
     Compression is left to the cluster: gzip by the broker adds 8 ms to 20 forecasts of 6 KB, lz4
-    and zstd add 1 to 3 ms, but their readers in Python need a further package.
+    and zstd add 1 to 3 ms, but readers in Python then need another package.
     """
     prefix, partitions = options.topic_prefix, options.partitions
     kept = round(options.retention_days * _DAY_MS)
     compacted = {
         "cleanup.policy": "compact",
-        # Only closed segments are compacted; a reader of the topic should not wait for a week's.
+        # Only closed segments are compacted; a segment of a week would delay readers.
         "segment.ms": "3600000",
         "min.cleanable.dirty.ratio": "0.1",
     }

@@ -1,4 +1,4 @@
-"""What ``kronos-stream doctor`` asks the broker."""
+"""Checks of the broker by ``kronos-stream doctor``."""
 
 from __future__ import annotations
 
@@ -11,50 +11,41 @@ from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_stream.interfaces.diagnostics import Check, Finding
 
-NOT_RETAINED = "it retains no messages, so nobody could have the latest forecasts"
-
 _CLOSE_TIMEOUT_SECONDS = 5.0
-"""Than connecting may take: for hanging up."""
 
 _UNREACHABLE_REMEDY = (
-    "see KRONOS_STREAM_MQTT__URL, whether a broker listens there, and whether it is encrypted"
+    "check that a broker listens at KRONOS_STREAM_MQTT__URL, and whether it expects TLS"
 )
 
 
 def checks(options: MqttOptions) -> Sequence[Check]:
-    """Whether the broker lets us in, what it takes, and whether it retains it."""
-    return [
-        Check(
-            "mqtt",
-            partial(_check_broker, options),
-            options.connect_seconds + _CLOSE_TIMEOUT_SECONDS,
-        )
-    ]
+    """Check of the login, of the broker's limits, and that it retains messages."""
+    seconds = options.connect_seconds + _CLOSE_TIMEOUT_SECONDS
+    return [Check("mqtt", partial(_check_broker, options), seconds)]
 
 
 async def _check_broker(options: MqttOptions) -> Sequence[Finding]:
-    # Under a name of its own: of two clients with one name a broker throws out the first.
-    link = Connection(options, f"{options.client_id}-doctor-{uuid4().hex[:8]}")
+    # With its own client id: a broker disconnects the first of two clients with the same id.
+    connection = Connection(options, f"{options.client_id}-doctor-{uuid4().hex[:8]}")
     try:
-        await link.open()
+        await connection.open()
     except MqttConnectionError as error:
-        said = f"{options.address}: {error}"
-        return [
-            Finding(
-                "fail",
-                said,
-                "" if error.permanent or error.response.failed else _UNREACHABLE_REMEDY,
-            )
-        ]
+        explained = error.permanent or error.response.failed
+        remedy = "" if explained else _UNREACHABLE_REMEDY
+        return [Finding("fail", f"{options.address}: {error}", remedy)]
     finally:
-        await link.close()
-    if not link.retain_available:
-        return [Finding("fail", f"{options.address}: {NOT_RETAINED}", "have it retain messages")]
-    found = f"{link.max_packet_size:,} bytes a message, {link.max_inflight} messages at once"
-    findings = [Finding("ok", f"{options.address} lets us in; {found}")]
-    if options.username and not options.encrypted and tls.any_remote(options.host):
-        cure = "use mqtts:// in KRONOS_STREAM_MQTT__URL"
-        findings.append(
-            Finding("warn", "the password is sent as it is, to be read on its way", cure)
+        await connection.close()
+    if not connection.retain_available:
+        message = (
+            f"{options.address}: it retains no messages, so subscribers miss the latest forecasts"
         )
+        return [Finding("fail", message, "enable retained messages at the broker")]
+    limits = (
+        f"{connection.max_packet_size:,} bytes a message, "
+        f"{connection.max_inflight} messages at once"
+    )
+    findings = [Finding("ok", f"{options.address} accepts the login; {limits}")]
+    if options.username and not options.encrypted:
+        remedy = "use mqtts:// in KRONOS_STREAM_MQTT__URL"
+        findings += tls.warn_plaintext_password([options.host], remedy)
     return findings

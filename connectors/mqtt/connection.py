@@ -1,10 +1,10 @@
-"""One connection to the broker: aiomqtt, and what it leaves out.
+"""One connection to the broker, by aiomqtt with corrections.
 
-aiomqtt takes a refused publish for a delivered one, has those who wait for an answer go on waiting
-when the connection is lost, drops messages that do not fit its queue after it has acknowledged
-them, and may leave a socket behind where connecting fails. So what the broker answers is heard
-here, messages are taken in before they are acknowledged, without a queue, and a socket is let go
-whatever happens. Hence the look inside: this module alone knows aiomqtt and paho from within.
+aiomqtt treats a refused publish as delivered, does not wake tasks that wait for a response when the
+connection is lost, drops messages that do not fit its queue after acknowledging them, and may leave
+a socket open if connecting fails. This module reads the broker's responses, passes messages on
+before they are acknowledged, without a queue, and always closes the socket. It is the only one that
+uses private attributes of aiomqtt and paho.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from kronos_connectors.mqtt.client_errors import CONNECTION_CLOSED, PahoErrorCapture
+from kronos_connectors._shared.client_errors import capture_paho_errors
+from kronos_connectors.mqtt.errors import CONNECTION_CLOSED, explain
 from kronos_connectors.mqtt.options import MqttOptions
 from kronos_connectors.mqtt.reason_codes import NO_RESPONSE, BrokerResponse
 
@@ -31,16 +32,16 @@ _T = TypeVar("_T")
 
 _CLOSE_TIMEOUT_SECONDS = 1.0
 _UNSPECIFIED_ERROR = 128
-"""What paho calls an end without a word."""
+"""Reason code of paho for a disconnect without one."""
 
 _LIVE_QOS1 = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
 
 
 class MqttConnectionError(Exception):
-    """There is no connection, or no more, or no answer; one clause for people.
+    """No connection, a lost connection, or no response.
 
-    answer: what the broker said, SILENCE if nothing. refused: whether it is the same next time,
-    unless somebody changes something.
+    response: of the broker, NO_RESPONSE if there is none. permanent: retries fail until somebody
+    changes something.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class MqttConnectionError(Exception):
 
 
 class Connection(aiomqtt.Client):
-    """From :meth:`open` to :meth:`close`; opened once."""
+    """A connection from :meth:`open` to :meth:`close`; it is opened once."""
 
     def __init__(
         self,
@@ -62,46 +63,46 @@ class Connection(aiomqtt.Client):
         will: aiomqtt.Will | None = None,
         on_message: Callable[[str, bytes], None] | None = None,
     ) -> None:
-        """session_seconds: how long the broker keeps the session once we are gone; 0 begins anew.
+        """session_seconds: how long the broker keeps the session after a disconnect; 0: no session.
 
-        will: what the broker publishes when we are gone without a word. take: told topic and
-        payload of what arrives, which counts as delivered when it returns.
+        will: published by the broker if the connection is lost. on_message: receives topic and
+        payload of a message, which is acknowledged when it returns.
         """
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.SessionExpiryInterval = session_seconds
         properties.MaximumPacketSize = options.max_record_bytes
-        self._error_capture = PahoErrorCapture()
+        logger, self._captured = capture_paho_errors()
         super().__init__(
             options.host,
             options.port,
             username=options.username or None,
             password=options.password.get_secret_value() or None,
-            logger=self._error_capture.logger,
+            logger=logger,
             identifier=identifier,
             protocol=aiomqtt.ProtocolVersion.V5,
             will=will,
             timeout=options.connect_seconds,
             keepalive=options.keepalive,
             clean_start=not session_seconds,
-            max_queued_incoming_messages=1,  # not used, see _on_message
+            max_queued_incoming_messages=1,  # unused, see _on_message
             max_queued_outgoing_messages=options.inflight,
             max_inflight_messages=options.inflight,
             properties=properties,
-            # Or the last of what is sent waits, some 40 ms, for the broker to acknowledge the rest.
+            # Otherwise the last packet waits about 40 ms for the acknowledgement of the others.
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         self._client.connect_timeout = options.connect_seconds
         self.lost: asyncio.Future[MqttConnectionError] = self._loop.create_future()
-        """Done once the connection has ended: why. Not to be awaited, but waited for: whoever is
-        cancelled while awaiting it would cancel it."""
+        """The reason, once the connection has ended. Use asyncio.wait: a cancelled await of the
+        future would cancel it."""
         self.resumed = False
-        """Whether the broker still had our session."""
+        """True if the broker still had our session."""
         self.max_inflight = options.inflight
-        """How many publishes may be unanswered."""
+        """Limit of unacknowledged publishes."""
         self.max_packet_size = options.max_record_bytes
-        """The largest message that the broker takes."""
+        """Largest message that the broker accepts, bytes."""
         self.retain_available = True
-        """Whether the broker retains messages."""
+        """True if the broker retains messages."""
         self._options, self._message_handler = options, on_message
         self._pending_acks: dict[int, asyncio.Future[BrokerResponse | None]] = {}
         self._connecting = self._socket_released = False
@@ -110,20 +111,20 @@ class Connection(aiomqtt.Client):
     # -- from open to close ------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect and log in. Raises LinkError; bounded by ``connect_seconds``."""
+        """Connect and log in, within ``connect_seconds``. Raises MqttConnectionError."""
         seconds = self.timeout
         try:
-            # Read each time: certificates are renewed while a daemon runs.
-            if (context := self._options.ssl_context()) is not None:
-                self._client.tls_set_context(context)
+            # The files are read each time, since certificates may be renewed.
+            if self._options.encrypted:
+                self._client.tls_set_context(self._options.tls_files.create_context())
             await _wait_within(seconds, self.__aenter__())
         except TimeoutError:
             self._release_socket()
             raise MqttConnectionError(f"no answer in {seconds:g} s") from None
-        # Also a name that no host can have, or a lost certificate.
+        # ValueError: an invalid host name. OSError: also an unusable certificate.
         except (aiomqtt.MqttError, OSError, ValueError) as error:
             self._release_socket()
-            if found := self._error_capture.explain(error, self._options):
+            if found := explain(error, self._captured, self._options):
                 raise MqttConnectionError(found, permanent=found.permanent) from None
             raise _to_connection_error(error) from None
         except BaseException:
@@ -131,14 +132,14 @@ class Connection(aiomqtt.Client):
             raise
 
     def abort(self, reason: str) -> None:
-        """Count it as lost."""
+        """Treat the connection as lost."""
         self._mark_lost(MqttConnectionError(reason))
         self._release_socket()
 
     async def close(self) -> None:
-        """Say goodbye if anyone hears it, within a second; the socket is let go in any case.
+        """Disconnect within a second, and close the socket in any case.
 
-        What still arrives meanwhile is not acknowledged, and so comes again in the next session.
+        Messages that arrive meanwhile are not acknowledged, so the next session receives them.
         """
         self._message_handler = None
         self._client.manual_ack_set(on=True)
@@ -149,7 +150,7 @@ class Connection(aiomqtt.Client):
         if self._misc_task is not None:
             await asyncio.wait((self._misc_task,), timeout=_CLOSE_TIMEOUT_SECONDS)
 
-    # -- what goes through it ----------------------------------------------------------------
+    # -- publish and subscribe ---------------------------------------------------------------
 
     def publish_nowait(
         self,
@@ -160,14 +161,14 @@ class Connection(aiomqtt.Client):
         content_type: str = "text/plain",
         user_properties: Sequence[tuple[str, str]] = (),
     ) -> asyncio.Future[BrokerResponse | None]:
-        """Publish at once, QoS 1: the future is the broker's answer, None once the link is lost.
+        """Publish with QoS 1; the future is the response, None if the connection is lost.
 
-        No more than :attr:`window` may wait for one. attributes: user properties.
+        At most :attr:`max_inflight` responses may be pending.
         """
-        answer: asyncio.Future[BrokerResponse | None] = self._loop.create_future()
+        response: asyncio.Future[BrokerResponse | None] = self._loop.create_future()
         if self.lost.done():
-            answer.set_result(None)
-            return answer
+            response.set_result(None)
+            return response
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ContentType = content_type
         if user_properties:
@@ -175,15 +176,18 @@ class Connection(aiomqtt.Client):
         info = self._client.publish(topic, payload, 1, retain, properties)
         if info.rc != paho.MQTT_ERR_SUCCESS:
             self.abort(paho.error_string(info.rc))
-            answer.set_result(None)
+            response.set_result(None)
         else:
-            self._pending_acks[info.mid] = answer
-        return answer
+            self._pending_acks[info.mid] = response
+        return response
 
     async def subscribe_topics(self, topics: Sequence[str]) -> dict[str, str]:
-        """Subscribe, QoS 1, without what is retained: why which are refused. Raises LinkError."""
-        asked = [(topic, _LIVE_QOS1) for topic in topics]
-        codes = await self._wait_for_response(self.subscribe(asked))
+        """Subscribe with QoS 1, without retained messages. Raises MqttConnectionError.
+
+        Returns the refused topics with the reasons.
+        """
+        requested = [(topic, _LIVE_QOS1) for topic in topics]
+        codes = await self._wait_for_response(self.subscribe(requested))
         return {
             topic: str(_to_response(code))
             for topic, code in zip(topics, codes, strict=False)
@@ -191,11 +195,11 @@ class Connection(aiomqtt.Client):
         }
 
     async def unsubscribe_topics(self, topics: Sequence[str]) -> None:
-        """Unsubscribe. Raises LinkError."""
+        """Unsubscribe. Raises MqttConnectionError."""
         await self._wait_for_response(self.unsubscribe(list(topics)))
 
     async def _wait_for_response(self, request: Awaitable[_T]) -> _T:
-        """The answer, or LinkError as soon as the link is lost."""
+        """The response; raises MqttConnectionError as soon as the connection is lost."""
         task = asyncio.ensure_future(request)
         try:
             await asyncio.wait((task, self.lost), return_when=asyncio.FIRST_COMPLETED)
@@ -208,21 +212,21 @@ class Connection(aiomqtt.Client):
         finally:
             task.cancel()
 
-    # -- what aiomqtt does otherwise ---------------------------------------------------------
+    # -- overridden methods of aiomqtt -------------------------------------------------------
 
     def _client_connect(self) -> None:
-        """Runs in a thread, which goes on where whoever waited for it does not."""
+        """Connect, in a thread that goes on after the caller is cancelled."""
         self._connecting = True
         try:
             super()._client_connect()
         finally:
             self._connecting = False
             if self._socket_released:
-                with suppress(RuntimeError):  # nor is there a loop any more
+                with suppress(RuntimeError):  # the event loop is closed, too
                     self._loop.call_soon_threadsafe(self._client._sock_close)  # noqa: SLF001
 
     def _release_socket(self) -> None:
-        """Let go of the socket, behind whatever the loop was asked to do with it."""
+        """Close the socket, after callbacks that the event loop has scheduled for it."""
         self._socket_released = True
         if not self._connecting:
             self._loop.call_soon(self._client._sock_close)  # noqa: SLF001
@@ -266,9 +270,9 @@ class Connection(aiomqtt.Client):
         reason_code: ReasonCode,
         properties: Properties,  # noqa: ARG002
     ) -> None:
-        answer = self._pending_acks.pop(mid, None)
-        if answer is not None and not answer.done():
-            answer.set_result(_to_response(reason_code))
+        response = self._pending_acks.pop(mid, None)
+        if response is not None and not response.done():
+            response.set_result(_to_response(reason_code))
 
     def _on_message(
         self,
@@ -276,7 +280,7 @@ class Connection(aiomqtt.Client):
         userdata: Any,  # noqa: ANN401, ARG002
         message: paho.MQTTMessage,
     ) -> None:
-        # paho acknowledges once this returns.
+        # paho acknowledges the message when this returns.
         if self._message_handler is not None:
             self._message_handler(message.topic, bytes(message.payload))
 
@@ -289,17 +293,17 @@ class Connection(aiomqtt.Client):
     def _mark_lost(self, error: MqttConnectionError) -> None:
         if not self.lost.done():
             self.lost.set_result(error)
-        answers, self._pending_acks = self._pending_acks, {}
-        for answer in answers.values():
-            if not answer.done():
-                answer.set_result(None)
+        pending, self._pending_acks = self._pending_acks, {}
+        for response in pending.values():
+            if not response.done():
+                response.set_result(None)
 
 
 async def _wait_within(seconds: float, work: Awaitable[object]) -> None:
-    """Wait for what aiomqtt does, or TimeoutError.
+    """Await a call of aiomqtt; raises TimeoutError.
 
-    It has a task of its own: aiomqtt waits by asyncio.wait_for, which up to Python 3.11 forgets
-    that it was cancelled if at the same moment what it waits for happens.
+    The call gets its own task: aiomqtt uses asyncio.wait_for, which in Python 3.11 loses a
+    cancellation that coincides with the awaited result.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -317,6 +321,7 @@ def _to_response(code: ReasonCode) -> BrokerResponse:
 
 def _to_connection_error(error: BaseException) -> MqttConnectionError:
     if isinstance(error, MqttCodeError) and isinstance(error.rc, ReasonCode):
-        answer = NO_RESPONSE if error.rc.value == _UNSPECIFIED_ERROR else _to_response(error.rc)
-        return MqttConnectionError(answer, answer)
+        unspecified = error.rc.value == _UNSPECIFIED_ERROR
+        response = NO_RESPONSE if unspecified else _to_response(error.rc)
+        return MqttConnectionError(response, response)
     return MqttConnectionError(str(error) or type(error).__name__)

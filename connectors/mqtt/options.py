@@ -1,10 +1,9 @@
-"""How to reach the broker, and which topics: ``KRONOS_STREAM_MQTT__*``."""
+"""Settings of the connection and the topics: ``KRONOS_STREAM_MQTT__*``."""
 
 from __future__ import annotations
 
 import re
 import socket
-import ssl
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Self
@@ -12,12 +11,12 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from kronos_connectors._shared import tls
+from kronos_connectors._shared.tls import SettingNames, TlsFiles
 from kronos_connectors.mqtt.topics import SERIES_FIELDS, TopicTemplate
 
-SETTING_NAMES = tls.SettingNames(
+SETTING_NAMES = SettingNames(
     address="KRONOS_STREAM_MQTT__URL",
-    encryption="whether it is to begin with mqtts:// or mqtt://",
+    encryption="its scheme, mqtts:// or mqtt://",
     cafile="KRONOS_STREAM_MQTT__TLS_CAFILE",
     certfile="KRONOS_STREAM_MQTT__TLS_CERTFILE",
     key_password="KRONOS_STREAM_MQTT__TLS_KEY_PASSWORD",  # noqa: S106 - its name
@@ -27,7 +26,7 @@ _DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
 
 
 def _validate_url(text: str) -> str:
-    # The text is not repeated: it may hold a password.
+    # Messages do not contain the text, which may contain a password.
     expected = "expected mqtt://host:1883, or mqtts://host:8883 for an encrypted connection"
     try:
         parts = urlsplit(text)
@@ -36,7 +35,7 @@ def _validate_url(text: str) -> str:
         raise ValueError(expected) from None
     if parts.username is not None or parts.password is not None:
         raise ValueError(
-            "no user name or password belongs into it: set KRONOS_STREAM_MQTT__USERNAME and "
+            "it must not contain a user name or password: set KRONOS_STREAM_MQTT__USERNAME and "
             "KRONOS_STREAM_MQTT__PASSWORD"
         )
     rest = parts.path.strip("/") or parts.query or parts.fragment
@@ -54,12 +53,12 @@ def _validate_topic(required: Collection[str], allowed: Collection[str]) -> Afte
 
 
 def _default_client_id() -> str:
-    """Of this machine, for a session is only found again under the same name."""
+    """The host name: it must be constant, since a session belongs to its client id."""
     return "kronos-stream-" + (re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:100] or "0")
 
 
 class MqttOptions(BaseModel):
-    """Settings of the MQTT source and sink, which speak MQTT 5."""
+    """Settings of the MQTT source and sink, which use MQTT 5."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -68,69 +67,58 @@ class MqttOptions(BaseModel):
     url: Annotated[str, AfterValidator(_validate_url)]
     """The broker: mqtt://host:1883, or encrypted mqtts://host:8883."""
     username: str = ""
-    """As whom to log in."""
+    """User name of the login."""
     password: SecretStr = SecretStr("")
-    """With which password."""
+    """Password of the login."""
     tls_cafile: Path | None = None
-    """Who vouches for the broker, PEM; else the system's authorities."""
+    """Authorities that sign the broker's certificate, PEM; by default the system's."""
     tls_certfile: Path | None = None
-    """Our certificate, PEM, where the broker asks for one."""
+    """Client certificate, PEM, if the broker requires one."""
     tls_keyfile: Path | None = None
-    """Its key, PEM, if not in the same file."""
+    """Key of the client certificate, PEM, if it is in another file."""
     tls_key_password: SecretStr = SecretStr("")
-    """Of that key, where it is encrypted."""
+    """Password of that key, if it is encrypted."""
     client_id: str = Field(default_factory=_default_client_id, pattern=r"^[A-Za-z0-9._-]{1,200}$")
-    """How our names at the broker begin. Always the same for one daemon, and different for each:
-    brokers let only one client of a name in."""
+    """Prefix of the client ids. Constant for one daemon, and different for each: brokers accept
+    only one client with the same id."""
 
     candle_topic: Annotated[str, _validate_topic({"symbol", "timeframe"}, SERIES_FIELDS)] = (
         "kronos/candles/{venue}/{symbol}/{timeframe}"
     )
-    """Where a series' candles come from."""
+    """Topic of the candles of a series."""
     forecast_topic: Annotated[str, _validate_topic(SERIES_FIELDS, SERIES_FIELDS)] = (
         "kronos/forecasts/{venue}/{symbol}/{timeframe}"
     )
-    """Where its forecasts go; the broker retains the latest."""
+    """Topic of the forecasts of a series; the broker retains the latest."""
     deadletter_topic: Annotated[str, _validate_topic((), ())] = "kronos/deadletter"
-    """Where what went no further goes, and why."""
+    """Topic of invalid input and refused records, with the reasons."""
     status_topic: Annotated[str, _validate_topic((), {"client_id"})] = "kronos/status/{client_id}"
-    """Where online or offline stands, retained."""
+    """Topic of the status, online or offline, retained."""
 
     keepalive: int = Field(default=20, ge=2, le=65_535)
-    """Seconds of silence after which the broker is asked whether it is there, and we by it."""
+    """Keep-alive interval of the connection."""
     session_seconds: int = Field(default=3_600, ge=0, lt=2**32 - 1)
-    """How long the broker is to keep candles for us while we are away."""
+    """How long the broker keeps candles while the daemon is disconnected."""
     connect_seconds: float = Field(default=5.0, gt=0, le=300)
-    """How long connecting and logging in may take."""
+    """Time limit of connecting and logging in."""
     delivery_seconds: float = Field(default=15.0, gt=0, le=50)
-    """How long a delivery may take before it is given up and tried anew."""
+    """Time limit of a delivery, which is then repeated."""
     inflight: int = Field(default=100, ge=1, le=65_535)
-    """Records on their way at once; fewer if the broker says so."""
+    """Limit of unacknowledged records; the broker may lower it."""
     max_record_bytes: int = Field(default=1_000_000, ge=1_000, le=268_435_455)
-    """Larger records are refused unsent, and larger messages not taken in."""
+    """Size limit of records, which are not sent if larger, and of received messages."""
     history_bars: int = Field(default=256, ge=100, le=100_000)
-    """Closed bars per series that are kept in memory: MQTT has no other history."""
+    """Closed bars of each series that are kept in memory: MQTT has no other history."""
 
     @model_validator(mode="after")
     def _validate(self) -> Self:
         if self.password.get_secret_value() and not self.username:
             raise ValueError("password is set, but username is not")
         if self.candle_topic == self.forecast_topic:
-            raise ValueError("candle_topic is forecast_topic: forecasts would come in as candles")
-        paths = (self.tls_cafile, self.tls_certfile, self.tls_keyfile)
-        if any(paths) and not self.encrypted:
-            raise ValueError(
-                "a certificate is set, but the url is not encrypted: expected mqtts://"
-            )
-        if self.tls_keyfile and not self.tls_certfile:
-            raise ValueError("tls_keyfile is set, but tls_certfile is not")
-        for path in paths:
-            if path is not None and not path.is_file():
-                raise ValueError(f"{path}: no such file")
-        try:
-            self.ssl_context()
-        except tls.CertificateError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError("candle_topic is forecast_topic: forecasts would be read as candles")
+        self.tls_files.validate(
+            "" if self.encrypted else "the url is not encrypted: expected mqtts://"
+        )
         return self
 
     @property
@@ -147,16 +135,14 @@ class MqttOptions(BaseModel):
 
     @property
     def address(self) -> str:
-        """For people."""
+        """Scheme, host and port, for messages."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self._parts.scheme}://{host}:{self.port}"
 
-    def ssl_context(self) -> ssl.SSLContext | None:
-        """What encrypts, if anything does; reads the certificates. Raises CertificateError."""
-        if not self.encrypted:
-            return None
+    @property
+    def tls_files(self) -> TlsFiles:
         password = self.tls_key_password.get_secret_value()
-        return tls.create_context(
+        return TlsFiles(
             self.tls_cafile, self.tls_certfile, self.tls_keyfile, password, SETTING_NAMES
         )
 
@@ -169,7 +155,6 @@ class MqttOptions(BaseModel):
         return TopicTemplate(self.forecast_topic, required=SERIES_FIELDS, allowed=SERIES_FIELDS)
 
     def status(self) -> str:
-        """The status topic."""
         return TopicTemplate(self.status_topic, allowed={"client_id"}).render(
             client_id=self.client_id
         )

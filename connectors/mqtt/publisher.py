@@ -1,4 +1,4 @@
-"""Records on their way through one connection: many at once, each answered for itself."""
+"""Delivery of records over one connection, several at once, each acknowledged by itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kronos_connectors.mqtt.reason_codes import BrokerResponse
 from kronos_stream.interfaces.sink import Record, Refusal
 
 _OVERHEAD, _PROPERTY_OVERHEAD = 32, 5
-"""Bytes of a packet, and of a property in it, beyond their texts; at most."""
+"""Maximum bytes of a packet, and of a property, beside their content."""
 
 
 class Publication(NamedTuple):
-    """What of a record goes to a topic."""
+    """A message to publish for a record."""
 
     record: Record
     topic: str
@@ -25,7 +25,7 @@ class Publication(NamedTuple):
     retain: bool
 
     def size(self) -> int:
-        """Bytes of the packet, at most."""
+        """Maximum bytes of the packet."""
         headers = self.record.headers
         texts = [self.topic.encode(), self.payload, *(value for _, value in headers)]
         names = sum(_PROPERTY_OVERHEAD + len(name) for name, _ in headers)
@@ -33,7 +33,7 @@ class Publication(NamedTuple):
 
 
 class Publisher:
-    """One delivery. An answer that is not yes stops it, and those under way are waited for."""
+    """One delivery. It stops at the first message to be retried, and waits for pending ones."""
 
     def __init__(
         self,
@@ -41,56 +41,57 @@ class Publisher:
         poison: PoisonTracker,
         on_accepted: Callable[[Publication], None],
     ) -> None:
-        """taken: told each that the broker has accepted."""
+        """on_accepted: called for each message that the broker has accepted."""
         self.refusals: list[Refusal] = []
-        """What the broker will never take."""
+        """Records that the broker will never accept."""
         self.retry_reason = ""
-        """Why it did not take something that it may take another time; empty if there was none."""
+        """Why a message must be sent again later; empty if none."""
         self._connection, self._poison, self._on_accepted = connection, poison, on_accepted
         self._inflight: deque[tuple[Publication, asyncio.Future[BrokerResponse | None]]] = deque()
 
     async def run(self, publications: Sequence[Publication]) -> None:
-        """Send and hear of each. Raises LinkError where the link is lost."""
-        for one in publications:
-            alone = self._poison.is_suspect(one.record.sequence)
+        """Publish all, and wait for the responses. Raises MqttConnectionError."""
+        for publication in publications:
+            alone = self._poison.is_suspect(publication.record.sequence)
             await self._wait_until_inflight(0 if alone else self._connection.max_inflight - 1)
             if self.retry_reason:
                 break
-            self._inflight.append((one, self._send(one)))
+            self._inflight.append((publication, self._send(publication)))
             if alone:
                 await self._wait_until_inflight(0)
         await self._wait_until_inflight(0)
 
     async def _wait_until_inflight(self, most: int) -> None:
-        """Hear answers until no more than ``most`` are awaited."""
+        """Wait until at most ``most`` messages are unacknowledged."""
         while len(self._inflight) > most:
-            one, answer = self._inflight[0]
-            said = await answer
-            if said is None:
+            publication, acknowledged = self._inflight[0]
+            response = await acknowledged
+            if response is None:
                 error = self._connection.lost.result()
                 if error.response.caused_by_message:
-                    under_way = [sent.record.sequence for sent, _ in self._inflight]
-                    self._poison.on_disconnected(under_way, f"the broker hung up over it: {error}")
+                    pending = [sent.record.sequence for sent, _ in self._inflight]
+                    reason = f"the broker closed the connection because of it: {error}"
+                    self._poison.on_disconnected(pending, reason)
                 raise error
             self._inflight.popleft()
-            self._handle_response(one, said)
+            self._handle_response(publication, response)
 
-    def _send(self, one: Publication) -> asyncio.Future[BrokerResponse | None]:
-        """CloudEvents' attributes go as MQTT 5 has them: without prefix, the content type apart."""
-        headers = {name: value.decode() for name, value in one.record.headers}
+    def _send(self, publication: Publication) -> asyncio.Future[BrokerResponse | None]:
+        """Publish with the binding of CloudEvents to MQTT 5: attributes without a prefix."""
+        headers = {name: value.decode() for name, value in publication.record.headers}
         content_type = headers.pop("content-type", "application/json")
         return self._connection.publish_nowait(
-            one.topic,
-            one.payload,
-            retain=one.retain,
+            publication.topic,
+            publication.payload,
+            retain=publication.retain,
             content_type=content_type,
             user_properties=[(name.removeprefix("ce_"), value) for name, value in headers.items()],
         )
 
-    def _handle_response(self, one: Publication, response: BrokerResponse) -> None:
-        if response.publish_outcome == "taken":
-            self._on_accepted(one)
-        elif response.publish_outcome == "refused":
-            self.refusals.append(Refusal(one.record, f"refused by the broker: {response}"))
+    def _handle_response(self, publication: Publication, response: BrokerResponse) -> None:
+        if response.publish_outcome == "accepted":
+            self._on_accepted(publication)
+        elif response.publish_outcome == "rejected":
+            self.refusals.append(Refusal(publication.record, f"refused by the broker: {response}"))
         else:
-            self.retry_reason = self.retry_reason or f"{one.topic}: {response}"
+            self.retry_reason = self.retry_reason or f"{publication.topic}: {response}"

@@ -1,4 +1,4 @@
-"""What a broker means: MQTT 5's reason codes, and what follows from each."""
+"""Reason codes of MQTT 5: their remedies, and their consequences."""
 
 from __future__ import annotations
 
@@ -6,36 +6,35 @@ from typing import Literal, NamedTuple
 
 _LOGIN_REMEDY = "see KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD"
 _REMEDIES = {
-    132: "it does not speak MQTT 5",
-    133: "it does not take this client id: set KRONOS_STREAM_MQTT__CLIENT_ID",
+    132: "the broker does not support MQTT 5",
+    133: "the broker does not accept this client id: set KRONOS_STREAM_MQTT__CLIENT_ID",
     134: _LOGIN_REMEDY,
-    135: f"{_LOGIN_REMEDY}, and what the broker lets this user do",
-    138: "the broker has banned us",
-    140: "it asks for another way of logging in than a password",
-    142: "another client has the same name: give each daemon its own KRONOS_STREAM_MQTT__CLIENT_ID",
-    154: "nobody could have the latest forecasts: allow it in the broker's settings",
-    155: "only QoS 1 is of use here: allow it in the broker's settings",
+    135: f"{_LOGIN_REMEDY}, and the broker's access rules for this user",
+    138: "the broker has banned this client",
+    140: "the broker does not accept logins by password",
+    142: "another client has the same id: give each daemon its own KRONOS_STREAM_MQTT__CLIENT_ID",
+    154: "enable retained messages at the broker, for the latest forecasts",
+    155: "enable QoS 1 at the broker",
 }
 
 _PERMANENT_LOGIN_CODES = frozenset({132, 133, 134, 135, 138, 140})
-"""Answers to a login that are the same next time, unless somebody changes something."""
+"""Responses to a login that do not change until somebody changes something."""
 
 _MESSAGE_CODES = frozenset({129, 130, 144, 149, 153})
-"""Ends of a connection that a message may have brought about: its form, topic, size or payload."""
+"""Disconnects that a message may have caused by its form, topic, size or payload."""
 
 _PERMANENT_PUBLISH_CODES = frozenset({144, 149, 153})
-"""Answers to a publish that are the same next time: its topic, size or payload."""
+"""Responses to a publish that do not change: wrong topic, size or payload."""
 
 _FIRST_FAILURE_CODE = 128
-"""Codes from here on are refusals."""
 
 
 class BrokerResponse(NamedTuple):
-    """What a broker says to a login, a subscription or a publish, or when it hangs up."""
+    """Response to a login, a subscription or a publish, or the reason of a disconnect."""
 
     code: int
     name: str
-    """As the protocol has it."""
+    """Its name in the protocol."""
 
     @property
     def failed(self) -> bool:
@@ -43,29 +42,28 @@ class BrokerResponse(NamedTuple):
 
     @property
     def permanent(self) -> bool:
-        """Of a login: whether it is of no use again, as things are."""
+        """True if the same login will be refused again."""
         return self.code in _PERMANENT_LOGIN_CODES
 
     @property
     def caused_by_message(self) -> bool:
-        """Of the end of a connection: whether it may have ended over what was sent last."""
+        """True if a message may be the reason of the disconnect."""
         return self.code in _MESSAGE_CODES
 
     @property
-    def publish_outcome(self) -> Literal["taken", "refused", "later"]:
-        """Of a publish: what becomes of the record.
+    def publish_outcome(self) -> Literal["accepted", "rejected", "retry"]:
+        """Outcome of a publish.
 
-        A right that is missing can be granted, a quota freed: such records wait, as for a broker
-        that is away, and readiness says why.
+        Records wait while a right or a quota is missing, since both can be granted later.
         """
         if not self.failed:
-            return "taken"
-        return "refused" if self.code in _PERMANENT_PUBLISH_CODES else "later"
+            return "accepted"
+        return "rejected" if self.code in _PERMANENT_PUBLISH_CODES else "retry"
 
     def __str__(self) -> str:
-        cure = _REMEDIES.get(self.code)
-        return f"{self.name.lower()}; {cure}" if cure else self.name.lower()
+        remedy = _REMEDIES.get(self.code)
+        return f"{self.name.lower()}; {remedy}" if remedy else self.name.lower()
 
 
 NO_RESPONSE = BrokerResponse(0, "connection lost")
-"""What is said where nothing is."""
+"""Stands for a missing response."""

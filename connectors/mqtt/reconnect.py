@@ -1,4 +1,4 @@
-"""Keeps a connection: opens one, and another when it is lost."""
+"""Reconnection: opens a connection, and another one when it is lost."""
 
 from __future__ import annotations
 
@@ -8,69 +8,84 @@ from random import Random
 
 import structlog
 
-from kronos_connectors._shared.backoff import Backoff
 from kronos_connectors.mqtt.connection import Connection, MqttConnectionError
 from kronos_connectors.mqtt.reason_codes import NO_RESPONSE
+from kronos_stream.backoff import Backoff
 
 _log = structlog.get_logger()
 
+_MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS = 0.25, 10.0
 _SHORT_LIVED_LIMIT = 3
 _DUPLICATE_CLIENT_ID_HINT = "does another client have the same KRONOS_STREAM_MQTT__CLIENT_ID?"
-"""Some brokers hang up on the elder of two without a word, and both come back for ever."""
+"""Some brokers disconnect the older of two such clients without a reason, and both reconnect."""
 
 
 class Reconnector:
-    """One link at a time, for as long as it runs."""
+    """One connection at a time, while :meth:`run` runs."""
 
     def __init__(
         self, create_connection: Callable[[], Connection], address: str, random: Random
     ) -> None:
-        """make: a new link. address: of the broker, for people."""
+        """address: of the broker, for messages."""
         self.problem = "not connected yet"
-        """Why there is no connection that works; empty while there is."""
+        """Why no connection can be used; empty while one can."""
         self.permanent = False
-        """Whether that is so until somebody changes something."""
+        """True if retries fail until somebody changes something."""
         self.failing = asyncio.Event()
-        """Set while tries fail."""
-        self._create_connection, self._address, self._random = create_connection, address, random
+        """Set while attempts fail."""
+        self._create_connection, self._address = create_connection, address
+        self._backoff = Backoff(random, initial=_MIN_RETRY_SECONDS, maximum=_MAX_RETRY_SECONDS)
+        self._short_lived = 0
+        """Number of consecutive connections that were made and soon lost."""
 
     async def run(
         self, serve: Callable[[Connection], Awaitable[None]], on_event: Callable[[str], None]
     ) -> None:
-        """Until cancelled.
+        """Run until cancelled.
 
-        serve: makes use of a link, says :meth:`works` once it can, and raises LinkError when it is
-        lost. note: told "connected", "not connected" and "lost".
+        serve: uses a connection, calls :meth:`mark_ready` once it can be used, and raises
+        MqttConnectionError when it is lost. on_event: called with "connected", "not connected" and
+        "lost".
         """
-        backoff, time = Backoff(self._random), asyncio.get_running_loop().time
+        time = asyncio.get_running_loop().time
         while True:
-            link = self._create_connection()
+            connection = self._create_connection()
             opened: float | None = None
             try:
-                await link.open()
+                await connection.open()
                 opened = time()
                 on_event("connected")
-                await serve(link)
+                await serve(connection)
             except MqttConnectionError as error:
-                backoff.connection_ended(None if opened is None else time() - opened)
+                self._on_ended(None if opened is None else time() - opened)
                 on_event("not connected" if opened is None else "lost")
-                twins = error.response is NO_RESPONSE and backoff.short_lived >= _SHORT_LIVED_LIMIT
-                self.permanent = error.permanent
-                self._record_failure(
-                    f"{error}; {_DUPLICATE_CLIENT_ID_HINT}" if twins else str(error)
-                )
+                self._record_failure(error)
             finally:
-                await link.close()
-            await asyncio.sleep(backoff.next_delay())
+                await connection.close()
+            await asyncio.sleep(self._backoff.next_delay())
 
     def mark_ready(self) -> None:
-        """The connection can be used."""
+        """Record that the connection can be used."""
         self.problem, self.permanent = "", False
         self.failing.clear()
         _log.info("connected to mqtt broker", url=self._address)
 
-    def _record_failure(self, problem: str) -> None:
+    def _on_ended(self, uptime: float | None) -> None:
+        """Reset the retry delay after a connection that held.
+
+        uptime: seconds; None if it could not be made. A short connection is no better than none.
+        """
+        self._short_lived = 0 if uptime is None else self._short_lived + 1
+        if uptime is not None and uptime > _MAX_RETRY_SECONDS:
+            self._short_lived = 0
+            self._backoff.reset()
+
+    def _record_failure(self, error: MqttConnectionError) -> None:
+        """Log each outage once."""
+        problem = str(error)
+        if error.response is NO_RESPONSE and self._short_lived >= _SHORT_LIVED_LIMIT:
+            problem = f"{problem}; {_DUPLICATE_CLIENT_ID_HINT}"
         if problem != self.problem:
             _log.warning("no mqtt broker, trying again", url=self._address, why=problem)
-        self.problem = problem
+        self.problem, self.permanent = problem, error.permanent
         self.failing.set()

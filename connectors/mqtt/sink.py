@@ -1,8 +1,8 @@
 """Forecasts to MQTT: acknowledged by the broker, in order per series, the latest retained.
 
-The connection is kept between deliveries, too, so that the status topic tells the truth. On each
-new one the latest forecast of every series goes out again: a broker that was killed may have
-forgotten it, or remember an older one.
+The connection stays open between deliveries, so that the status topic is right. On each new one the
+latest forecast of every series is published again: a broker that was killed may have lost it, or
+retain an older one.
 """
 
 from __future__ import annotations
@@ -29,39 +29,37 @@ from kronos_stream.market.series import Series
 _ONLINE, _OFFLINE = b"online", b"offline"
 
 _REPUBLISH_BATCH = 500
-"""Forecasts sent again within one deadline."""
+"""Number of latest forecasts to publish within one deadline."""
 
 _CLOSE_TIMEOUT_SECONDS = 1.0
 
 
 class MqttSink:
-    """One connection at a time, replaced whenever there is doubt about it."""
+    """Sink with one connection at a time, which is replaced after any failure."""
 
     name = "mqtt"
 
     def __init__(self, options: MqttOptions, random: Random) -> None:
         self._options = options
-        self._topic_for, self._status_topic = (
-            options.forecast_template().for_series,
-            options.status(),
-        )
+        self._topic_for = options.forecast_template().for_series
+        self._status_topic = options.status()
         self._reconnector = Reconnector(self._create_connection, options.address, random)
         self._reconnect_task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
-        """The connection, once all is said on it that comes first."""
+        """The connection, once the status and the latest forecasts are published."""
         self._ready = asyncio.Event()
         self._latest: dict[str, Publication] = {}
-        """By topic: what the broker was given last to retain, and has taken."""
+        """The last acknowledged retained message by topic."""
         self._poison = PoisonTracker()
 
     def checks(self) -> Sequence[Check]:
         return checks(self._options)
 
     async def start(self) -> None:
-        """Connect; where that fails, it is tried on."""
+        """Connect; after a failure, attempts go on in the background."""
         if self._reconnect_task is None:
             self._reconnect_task = asyncio.create_task(
-                self._reconnector.run(self._serve, _ignore_event)
+                self._reconnector.run(self._serve, lambda _: None)
             )
         options = self._options
         waits = [
@@ -79,35 +77,35 @@ class MqttSink:
         self._get_connection()
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
-        if self._reconnect_task is None:  # it ended by a mistake of ours, which was told
+        if self._reconnect_task is None:  # it failed unexpectedly, which was reported
             await self.start()
-        link = self._get_connection()
-        fit: list[Publication] = []
+        connection = self._get_connection()
+        accepted: list[Publication] = []
         refusals: list[Refusal] = []
         for record in records:
             found = self._publications(record)
             if isinstance(found, Refusal):
                 refusals.append(found)
-            elif (size := max(one.size() for one in found)) > link.max_packet_size:
-                why = f"{size:,} bytes, over the limit of {link.max_packet_size:,}"
-                refusals.append(Refusal(record, why))
+            elif (size := max(one.size() for one in found)) > connection.max_packet_size:
+                reason = f"{size:,} bytes, over the limit of {connection.max_packet_size:,}"
+                refusals.append(Refusal(record, reason))
             else:
-                fit += found
-        refusals += await self._publish_with_deadline(link, fit)
+                accepted += found
+        refusals += await self._publish_with_deadline(connection, accepted)
         self._poison.discard([record.sequence for record in records])
         return sorted(refusals, key=lambda refusal: refusal.record.sequence)
 
     async def close(self) -> None:
-        """Say that we are offline, if anyone hears it, and hang up."""
-        link, keeping = self._connection, self._reconnect_task
+        """Publish the status "offline" if connected, and disconnect."""
+        connection, task = self._connection, self._reconnect_task
         self._connection = self._reconnect_task = None
-        if link is not None:
+        if connection is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
-                    await link.publish_nowait(self._status_topic, _OFFLINE, retain=True)
-        if keeping is not None:
-            keeping.cancel()
-            await asyncio.wait((keeping,), timeout=2 * _CLOSE_TIMEOUT_SECONDS)
+                    await connection.publish_nowait(self._status_topic, _OFFLINE, retain=True)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait((task,), timeout=2 * _CLOSE_TIMEOUT_SECONDS)
 
     # -- the connection ----------------------------------------------------------------------
 
@@ -119,7 +117,7 @@ class MqttSink:
         )
 
     async def _serve(self, connection: Connection) -> None:
-        """Say what comes first, and let the link be used until it is lost."""
+        """Publish the status and the latest forecasts, then serve deliveries until it is lost."""
         seconds = self._options.delivery_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -127,7 +125,7 @@ class MqttSink:
             latest = list(self._latest.values())
             for first in range(0, len(latest), _REPUBLISH_BATCH):
                 async with asyncio.timeout(seconds):
-                    # One that is refused now will be again, with the next record of its series.
+                    # A refused one will be reported with the next record of its series.
                     await self._create_publisher(connection).run(
                         latest[first : first + _REPUBLISH_BATCH]
                     )
@@ -144,60 +142,60 @@ class MqttSink:
             self._ready.clear()
 
     async def _publish_online(self, connection: Connection) -> None:
-        answer = await connection.publish_nowait(self._status_topic, _ONLINE, retain=True)
-        if answer is None:
+        response = await connection.publish_nowait(self._status_topic, _ONLINE, retain=True)
+        if response is None:
             raise connection.lost.result()
-        if answer.failed:
-            raise MqttConnectionError(f"{self._status_topic}: {answer}", answer)
+        if response.failed:
+            raise MqttConnectionError(f"{self._status_topic}: {response}", response)
 
     def _get_connection(self) -> Connection:
-        """The connection, or SinkUnavailable."""
+        """The connection; raises SinkUnavailable if there is none."""
         if self._reconnect_task is not None and self._reconnect_task.done():
-            keeping, self._reconnect_task = self._reconnect_task, None
-            keeping.result()  # it ends by a mistake of ours alone, to be seen in full
+            task, self._reconnect_task = self._reconnect_task, None
+            task.result()  # raises the unexpected error that ended it
         if self._connection is None or self._connection.lost.done():
-            why = self._unavailable(self._reconnector.problem or "connection lost")
-            raise SinkLoginRefused(str(why)) if self._reconnector.permanent else why
+            error = self._unavailable(self._reconnector.problem or "connection lost")
+            raise SinkLoginRefused(str(error)) if self._reconnector.permanent else error
         return self._connection
 
-    def _unavailable(self, why: object) -> SinkUnavailable:
-        return SinkUnavailable(f"{self._options.address}: {why}")
+    def _unavailable(self, reason: object) -> SinkUnavailable:
+        return SinkUnavailable(f"{self._options.address}: {reason}")
 
     # -- records -----------------------------------------------------------------------------
 
     async def _publish_with_deadline(
         self, connection: Connection, publications: Sequence[Publication]
     ) -> Sequence[Refusal]:
-        """Send within the deadline; if that fails or is cancelled, the link goes with it."""
+        """Publish within the deadline; close the connection if that fails or is cancelled."""
         seconds = self._options.delivery_seconds
-        sending = self._create_publisher(connection)
+        publisher = self._create_publisher(connection)
         try:
             async with asyncio.timeout(seconds):
-                await sending.run(publications)
+                await publisher.run(publications)
         except MqttConnectionError as error:
             raise self._unavailable(error) from None
         except TimeoutError:
-            why = f"no acknowledgement in {seconds:g} s"
-            connection.abort(why)
-            raise self._unavailable(why) from None
+            reason = f"no acknowledgement in {seconds:g} s"
+            connection.abort(reason)
+            raise self._unavailable(reason) from None
         except BaseException:
-            connection.abort("a delivery was cut short")
+            connection.abort("delivery cancelled")
             raise
-        if sending.retry_reason:
-            raise self._unavailable(sending.retry_reason)
-        return sending.refusals
+        if publisher.retry_reason:
+            raise self._unavailable(publisher.retry_reason)
+        return publisher.refusals
 
     def _create_publisher(self, connection: Connection) -> Publisher:
         return Publisher(connection, self._poison, self._remember_latest)
 
-    def _remember_latest(self, one: Publication) -> None:
-        if one.retain:
-            self._latest[one.topic] = one
+    def _remember_latest(self, publication: Publication) -> None:
+        if publication.retain:
+            self._latest[publication.topic] = publication
 
     def _publications(self, record: Record) -> list[Publication] | Refusal:
-        """What to publish of a record, or why no broker would ever take it."""
-        if why := self._poison.poison_reason(record.sequence):
-            return Refusal(record, why)
+        """Messages of a record, or the reason why no broker would accept them."""
+        if reason := self._poison.poison_reason(record.sequence):
+            return Refusal(record, reason)
         if record.kind == "deadletter":
             topic = self._options.deadletter_topic
             return [Publication(record, topic, record.value, retain=False)]
@@ -205,19 +203,15 @@ class MqttSink:
             topic = self._topic_for(Series.parse(record.key))
         except ValueError as error:
             return Refusal(record, str(error))
-        if why := invalid_reason(topic):
-            return Refusal(record, why)
+        if reason := invalid_reason(topic):
+            return Refusal(record, reason)
         if record.kind == "forecast":
             return [Publication(record, topic, record.value, retain=True)]
-        # An empty message takes away what is retained.
+        # An empty message deletes the retained one.
         return [
             Publication(record, topic, record.value, retain=False),
             Publication(record, topic, b"", retain=True),
         ]
-
-
-def _ignore_event(_: str) -> None:
-    """What happens to a sink's connection is in its deliveries' metrics."""
 
 
 def build_sink(options: MqttOptions, _clock: Clock, random: Random) -> MqttSink:

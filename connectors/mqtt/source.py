@@ -1,7 +1,7 @@
 """Candles from MQTT: one topic per series, QoS 1, in a session that outlives the connection.
 
-What arrives is acknowledged once the daemon has it, so what a broker holds for us while we are
-away comes when we are back. There is no other history than what has been brought lately.
+Messages are acknowledged once the daemon has them, and the broker keeps those that arrive while the
+daemon is disconnected. The history consists of the bars received so far.
 """
 
 from __future__ import annotations
@@ -33,14 +33,13 @@ from kronos_stream.market.series import Series
 _log = structlog.get_logger()
 
 _RESUBSCRIBE_SECONDS = 60.0
-"""Until a subscription is asked for again that was refused."""
+"""Delay until a refused subscription is requested again."""
 
 
 class MqttSource:
-    """A venue whose bars others publish, closed ones and, if they like, those still open."""
+    """A venue whose bars are published by others: closed bars, and optionally open ones."""
 
-    # Silence says nothing about a market here: who publishes may be away. So no bar is made up
-    # for it, unless later ones show that it will not come.
+    # Silence means that the publisher is down, not that nothing trades.
     traits = Traits(fills_empty=True)
 
     def __init__(self, venue: str, options: MqttOptions, clock: Clock, random: Random) -> None:
@@ -55,7 +54,7 @@ class MqttSource:
         self._changed = asyncio.Event()
 
     async def unsupported(self, series: Collection[Series]) -> Mapping[Series, str]:
-        """Those that cannot be topics and, before the start, those that we may not subscribe to."""
+        """Series without a valid topic and, before the start, with a refused subscription."""
         topics = {self._topic_for(one): one for one in series}
         found = {
             one: why for topic, one in topics.items() if (why := invalid_reason(topic)) is not None
@@ -72,7 +71,6 @@ class MqttSource:
         self._changed.set()
 
     async def run(self, callbacks: SourceCallbacks) -> None:
-        """Until cancelled. A login that is refused by now may be granted again: it goes on."""
         self._callbacks = callbacks
         try:
             await self._reconnector.run(self._serve, callbacks.count_event)
@@ -81,7 +79,7 @@ class MqttSource:
 
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         if self._reconnector.problem:
-            # What is missing may wait for us there.
+            # The session at the broker may have more bars.
             raise SourceError(f"{self._options.address}: {self._reconnector.problem}")
         now, after = self._clock.now(), series.timeframe.after
         return [
@@ -89,22 +87,22 @@ class MqttSource:
         ]
 
     async def close(self) -> None:
-        """Whoever ends ``run`` has ended the connection."""
+        """Nothing to do: the end of :meth:`run` has closed the connection."""
 
     async def _probe(self, topics: Iterable[str]) -> Mapping[str, str]:
-        """Log in and subscribe, under a name of its own: which topics are refused, and why."""
-        options, trial = self._options, Subscriptions()
-        trial.set_wanted(list(topics))
-        link = Connection(options, f"{options.client_id}-{self.venue}-probe")
+        """Log in and subscribe with another client id; returns refused topics and reasons."""
+        options, subscriptions = self._options, Subscriptions()
+        subscriptions.set_wanted(list(topics))
+        connection = Connection(options, f"{options.client_id}-{self.venue}-probe")
         try:
-            await link.open()
-            await _sync_subscriptions(link, trial)
+            await connection.open()
+            await _sync_subscriptions(connection, subscriptions)
         except MqttConnectionError as error:
             kind = LoginRefused if error.permanent else SourceError
             raise kind(f"{options.address}: {error}") from None
         finally:
-            await link.close()
-        return trial.refused
+            await connection.close()
+        return subscriptions.refused
 
     def _create_connection(self) -> Connection:
         options = self._options
@@ -116,7 +114,7 @@ class MqttSource:
         )
 
     async def _serve(self, connection: Connection) -> None:
-        """Keep the subscriptions as they should be until the link is lost."""
+        """Update the subscriptions until the connection is lost."""
         if self._options.session_seconds and not connection.resumed:
             _log.info("no earlier session at mqtt broker", venue=self.venue)
         self._subscriptions.on_connected()
@@ -129,45 +127,45 @@ class MqttSource:
         raise connection.lost.result()
 
     async def _wait_for_change(self, connection: Connection) -> None:
-        """Until there is something to adjust, or the link is lost."""
-        news = asyncio.ensure_future(self._changed.wait())
+        """Wait until subscriptions have to be changed, or the connection is lost."""
+        changed = asyncio.ensure_future(self._changed.wait())
         try:
             seconds = _RESUBSCRIBE_SECONDS if self._subscriptions.refused else None
             done, _ = await asyncio.wait(
-                (news, connection.lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                (changed, connection.lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
-            news.cancel()
+            changed.cancel()
         if not done:
             self._subscriptions.retry_refused()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
-        """Take in a message; it is acknowledged when this returns."""
-        intake, series = self._callbacks, self._series_by_topic.get(topic)
-        if intake is None:
+        """Process a message; it is acknowledged when this returns."""
+        callbacks, series = self._callbacks, self._series_by_topic.get(topic)
+        if callbacks is None:
             return
         if series is None:
             self._subscriptions.on_message(topic)
             self._changed.set()
-            intake.count_event("not followed")
+            callbacks.count_event("not followed")
             return
         try:
             update = decode_update(payload, series, self._clock.now())
         except CandleMessageError as error:
-            intake.reject(series, str(error), payload[:MAX_REJECTED_BYTES])
+            callbacks.reject(series, str(error), payload[:MAX_REJECTED_BYTES])
             return
-        # What opens only later would crowd out what is real.
+        # Invalid bars and bars of the future would displace real ones.
         if (
             update.closed
             and update.candle.invalid_reason() is None
             and update.candle.time <= update.received
         ):
             self._recent_bars.add(series, update.candle)
-        intake.update(update)
+        callbacks.update(update)
 
 
 async def _sync_subscriptions(connection: Connection, subscriptions: Subscriptions) -> None:
-    """Ask the broker for what is wanted until it is so. Raises LinkError."""
+    """Subscribe and unsubscribe until nothing is left to do. Raises MqttConnectionError."""
     while request := subscriptions.next_request():
         topics = request.topics
         if not isinstance(request, Subscribe):
@@ -182,5 +180,5 @@ async def _sync_subscriptions(connection: Connection, subscriptions: Subscriptio
 
 
 def build_source(venue: str, options: MqttOptions, clock: Clock, random: Random) -> MqttSource:
-    """A source; it connects when it is asked what is unknown, and when it runs."""
+    """A source; it connects in ``unsupported`` and ``run``."""
     return MqttSource(venue, options, clock, random)

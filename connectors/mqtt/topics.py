@@ -1,7 +1,7 @@
-"""Topics out of templates: ``kronos/candles/{venue}/{symbol}/{timeframe}``.
+"""Topics from templates such as ``kronos/candles/{venue}/{symbol}/{timeframe}``.
 
-What a topic gives a meaning (``/``, ``+``, ``#``) stands percent-encoded in a part of it, and so
-does the percent sign itself: BTC/USDT is ``BTC%2FUSDT``.
+Special characters in a field (``/``, ``+``, ``#``, ``%``) are percent-encoded: BTC/USDT becomes
+``BTC%2FUSDT``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from string import Formatter
 from kronos_stream.market.series import Series
 
 SERIES_FIELDS = frozenset({"venue", "symbol", "timeframe"})
-"""The fields that a series fills."""
+"""Template fields of a series."""
 
 _SPECIAL = re.compile("[%/+#]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -21,58 +21,56 @@ _MAX_BYTES = 65_535
 
 
 class TopicTemplate:
-    """A checked template. Raises ValueError, for people."""
+    """A valid template."""
 
     def __init__(
         self, text: str, *, required: Collection[str] = (), allowed: Collection[str] = ()
     ) -> None:
-        """needed: fields without which two topics would be one. known: what may stand there."""
+        """Raise ValueError if a required field is missing, or a field is not allowed."""
         self._parts: list[tuple[str, str | None]] = []
         for literal, field, spec, conversion in _parse(text):
             if spec or conversion or (field is not None and field not in allowed):
                 raise ValueError(f"{text!r}: {_describe_fields(allowed)}")
             if bad := set(literal) & {"+", "#"}:
-                raise ValueError(f"{text!r}: {bad.pop()} is a wildcard; name one topic")
+                raise ValueError(f"{text!r}: {bad.pop()} is a wildcard, but one topic is needed")
             self._parts.append((literal, field))
         if missing := sorted(set(required) - {field for _, field in self._parts}):
             lacking = " and ".join(f"{{{field}}}" for field in missing)
             raise ValueError(f"{text!r} lacks {lacking}: different series would share a topic")
         if not text or text.startswith("$"):
             raise ValueError(
-                f"{text!r}: a topic has a name, and what begins with $ is the broker's"
+                f"{text!r}: a topic must not be empty or begin with $, which is for the broker"
             )
         if reason := invalid_reason(text):
             raise ValueError(f"{text!r}: {reason}")
 
     def render(self, **fields: str) -> str:
-        """The topic."""
         return "".join(
             literal + ("" if field is None else encode_level(fields[field]))
             for literal, field in self._parts
         )
 
     def for_series(self, series: Series) -> str:
-        """The topic of a series."""
         return self.render(
             venue=series.venue, symbol=series.symbol, timeframe=str(series.timeframe)
         )
 
 
 def encode_level(text: str) -> str:
-    """``text`` as one level of a topic."""
+    """Encode ``text`` as one level of a topic."""
     return _SPECIAL.sub(lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def invalid_reason(topic: str) -> str | None:
-    """Why no broker would take this topic: one clause for people, or None."""
+    """Why a topic is invalid, or None."""
     if found := _UNPRINTABLE.search(topic):
-        return f"a topic cannot hold the control character U+{ord(found[0]):04X}"
+        return f"a topic cannot contain the control character U+{ord(found[0]):04X}"
     try:
         size = len(topic.encode())
     except UnicodeEncodeError:
-        return "a topic cannot hold half of a surrogate pair"
+        return "a topic cannot contain half of a surrogate pair"
     if size > _MAX_BYTES:
-        return f"as a topic it would have {size:,} bytes, and {_MAX_BYTES:,} is the limit"
+        return f"a topic of {size:,} bytes is over the limit of {_MAX_BYTES:,}"
     return None
 
 

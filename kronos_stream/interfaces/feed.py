@@ -99,8 +99,9 @@ class PartitionHandler(Protocol):
 class Feed(Protocol):
     """A member of a group that reads logs."""
 
-    iterations: int
-    """Increases while the feed works, even without records."""
+    @property
+    def iterations(self) -> int:
+        """Increases while the feed works, even without records."""
 
     @property
     def problem(self) -> str:

@@ -208,13 +208,13 @@ def test_a_right_that_lacks_is_named(
     skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
     given = {**_all(secured_kafka, exchange), **secured_kafka.settings("bot")}
     said = _command(given, "doctor", *skip, status=1).stdout
-    assert "warn  kafka: kronos.forecasts.v1: its settings are hidden from us; to have" in said
-    assert "fail  kafka: kronos.forecasts.v1: not ours to write to" in said
+    assert "warn  kafka: kronos.forecasts.v1: no right to see its settings; to grant" in said
+    assert "fail  kafka: kronos.forecasts.v1: no right to write to it" in said
     assert "--allow-principal User:bot --operation Write --operation Describe" in said
     given = {**secured_kafka.settings("ingest"), "ROLE": "forecast", "SINKS": "jsonl"}
     given |= {"TIMEFRAMES": "1s", "JSONL__PATH": "/dev/null"}
     said = _command(given, "doctor", "--skip", "model", "--skip", "sinks", status=1).stdout
-    assert "kafka candles: kronos.candles.1s.v1: not ours to read" in said
+    assert "kafka candles: kronos.candles.1s.v1: no right to read it" in said
     assert "--allow-principal User:ingest --operation Read" in said
 
 

@@ -136,7 +136,7 @@ def test_where_nothing_runs_it_says_what_is_missing(environ: dict[str, str]) -> 
     assert found.status == 1
     for name in ("binance spot clock", "binance spot websocket", "binance symbols"):
         assert nobody in found.of(name, "fail")
-        assert "see whether this machine reaches it" in found.of(name, "fail")
+        assert "check that this machine reaches it" in found.of(name, "fail")
     assert "see KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS" in found.of("kafka", "fail")
     assert "/nowhere" in found.of("model", "fail")
     assert "can be written" in found.of("jsonl", "ok")  # the others are looked at all the same
@@ -183,7 +183,7 @@ def test_topics_are_looked_at(
     found = _doctor(environ, *skip)
     assert found.status == 0, found.text
     assert "3 topics are as they should be" in found.of("kafka", "ok")
-    assert "3 topics are ours to write to" in found.of("kafka", "ok")
+    assert "right to write to 3 topics" in found.of("kafka", "ok")
     assert "3 partitions, not 4" in _doctor(environ | {"KAFKA__PARTITIONS": "4"}, *skip).text
 
 
@@ -257,7 +257,7 @@ def test_a_wrong_password_and_missing_rights_are_told_apart(
     assert found.status == 1
     assert "3 topics are as they should be" in found.text
     said = found.text
-    assert "kronos.forecasts.v1: not ours to write to" in said
+    assert "kronos.forecasts.v1: no right to write to it" in said
     assert "kafka-acls.sh --add --allow-principal User:guest --operation Write" in said
 
 

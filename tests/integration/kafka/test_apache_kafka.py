@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 from tests.support.processes import ProcessFailed, wait_for
 
 
-def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None:
+def test_nodes_end_with_their_test_run(kafka_jars: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
         "from tests.support.apache_kafka import ApacheKafka\n"
@@ -33,14 +33,14 @@ def test_no_node_outlives_its_test_run(kafka_jars: Path, tmp_path: Path) -> None
 
 
 def _is_zombie(pid: int) -> bool:
-    """Ended, but not yet waited for: where process 1 of a container does not."""
+    """True if ``pid`` has ended, but process 1 of the container has not waited for it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
 
 
-def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_programs_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ProcessFailed, match="no kafka_2"):
         ApacheKafka(tmp_path, tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))

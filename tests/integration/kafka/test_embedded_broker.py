@@ -1,4 +1,4 @@
-"""The embedded broker, and that clients of three makes can use it."""
+"""The embedded broker with three client libraries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def _fill(bootstrap: str) -> None:
     await producer.stop()
 
 
-async def test_aiokafka_consumers_alone_and_in_a_group_see_all_in_order() -> None:
+async def test_aiokafka_reads_all_records_in_order_with_and_without_a_group() -> None:
     with EmbeddedBroker(brokers=2) as broker:
         assert len(broker.bootstrap.split(",")) == 2
         await _fill(broker.bootstrap)
@@ -52,7 +52,7 @@ async def test_aiokafka_consumers_alone_and_in_a_group_see_all_in_order() -> Non
             assert all(numbers == sorted(numbers) for numbers in seen.values())
 
 
-async def test_confluent_and_kcat_see_all() -> None:
+async def test_confluent_kafka_and_kcat_read_all_records() -> None:
     with EmbeddedBroker() as broker:
         await _fill(broker.bootstrap)
 
@@ -71,7 +71,7 @@ async def test_confluent_and_kcat_see_all() -> None:
         consumer.close()
 
         if shutil.which("kcat") is None:
-            pytest.skip("no kcat on this machine: read by aiokafka and confluent-kafka alone")
+            pytest.skip("no kcat on PATH: tested with aiokafka and confluent-kafka only")
         command = ("kcat", "-C", "-b", broker.bootstrap, "-t", "t", "-e", "-q", "-o", "beginning")
         kcat = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         printed, _ = await asyncio.wait_for(kcat.communicate(), 300)
@@ -79,18 +79,18 @@ async def test_confluent_and_kcat_see_all() -> None:
 
 
 @pytest.mark.parametrize("command", ["create", "check"])
-def test_topics_are_none_of_its_business_and_that_is_said(
+def test_topics_command_reports_an_unsupported_broker(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with EmbeddedBroker(["kronos.forecasts.v1"]) as broker:
         monkeypatch.setenv("KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS", broker.bootstrap)
         ended = CliRunner().invoke(topics, [command])
     assert ended.exit_code == 1
-    assert "does not know the requests" in ended.stderr
+    assert "does not support creating and describing topics" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_it_is_gone_once_closed() -> None:
+def test_close_ends_the_broker() -> None:
     with EmbeddedBroker() as broker:
         host, port = broker.bootstrap.split(":")
         socket.create_connection((host, int(port)), timeout=60).close()

@@ -1,12 +1,12 @@
-"""Members of a group on Apache Kafka, with a reader that only keeps what it is told."""
+"""The Kafka feed on Apache Kafka: assignments, checkpoints, rebalances, invalid records."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
+from itertools import count
 from random import Random
 from typing import Any
 
@@ -38,15 +38,15 @@ SERIES = Series.of("binance", "BTC/USDT", SECOND)
 
 
 class RecordingHandler:
-    """A reader: what it was given, where it began, what it has read; and it notes all of it."""
+    """A partition handler that records its calls and commits every position."""
 
-    def __init__(self, *, hand_over: float = 0.0, text: str = "") -> None:
-        """hand_over: seconds that it takes to give up. text: what it notes beside offsets."""
+    def __init__(self, *, drain_seconds: float = 0.0, metadata: str = "") -> None:
+        """metadata: of its checkpoints."""
         self.assignments: list[Collection[Partition]] = []
         self.start_positions: dict[Partition, PartitionBounds] = {}
         self.records: list[FeedRecord] = []
         self.positions: dict[Partition, int] = {}
-        self._hand_over, self._text = hand_over, text
+        self._drain_seconds, self._metadata = drain_seconds, metadata
         self._committed: dict[Partition, Checkpoint] = {}
 
     def paused(self) -> Collection[Partition]:
@@ -66,18 +66,25 @@ class RecordingHandler:
         self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], next_offset: int
     ) -> None:
         if partition in self.positions:
-            self.records += [told for _, told in records]
+            self.records += [record for _, record in records]
             self.positions[partition] = next_offset
 
     async def drain(self) -> None:
-        await asyncio.sleep(self._hand_over)
+        await asyncio.sleep(self._drain_seconds)
 
     def on_revoked(self) -> None:
         self.positions.clear()
 
     def pending_checkpoints(self) -> Mapping[Partition, Checkpoint]:
-        notes = {part: Checkpoint(offset, self._text) for part, offset in self.positions.items()}
-        return {part: note for part, note in notes.items() if self._committed.get(part) != note}
+        checkpoints = {
+            partition: Checkpoint(offset, self._metadata)
+            for partition, offset in self.positions.items()
+        }
+        return {
+            partition: checkpoint
+            for partition, checkpoint in checkpoints.items()
+            if self._committed.get(partition) != checkpoint
+        }
 
     def on_checkpointed(self, checkpoints: Mapping[Partition, Checkpoint]) -> None:
         self._committed |= checkpoints
@@ -87,11 +94,11 @@ class RecordingHandler:
 
     @property
     def bars(self) -> int:
-        return sum(isinstance(told, RelayedBar) for told in self.records)
+        return sum(isinstance(record, RelayedBar) for record in self.records)
 
 
 class CandleTopic:
-    """A topic of candles, and whoever reads it."""
+    """A candle topic, with writers and feeds."""
 
     def __init__(self, kafka: ApacheKafka, prefix: str) -> None:
         self.options = KafkaOptions(bootstrap_servers=kafka.bootstrap, topic_prefix=prefix)
@@ -124,16 +131,15 @@ class CandleTopic:
         assert producer.flush(30) == 0
 
     def write_raw(self, key: str, value: bytes) -> None:
-        """A record as it is."""
         producer = Producer({"bootstrap.servers": self._bootstrap})
         producer.produce(self.topic, value, key, partition=0)
         assert producer.flush(30) == 0
 
     @asynccontextmanager
-    async def start_feed(self, keeper: RecordingHandler) -> AsyncIterator[KafkaFeed]:
+    async def start_feed(self, handler: RecordingHandler) -> AsyncIterator[KafkaFeed]:
         needs = FeedNeeds([SECOND], 32)
         feed = KafkaFeed(self.options, needs, SystemClock(), Random(1))
-        task = asyncio.create_task(feed.run(keeper))
+        task = asyncio.create_task(feed.run(handler))
         try:
             yield feed
         finally:
@@ -152,81 +158,81 @@ class CandleTopic:
 
 
 @pytest.fixture
-def house(kafka: ApacheKafka, topic_prefix: str) -> CandleTopic:
+def candles(kafka: ApacheKafka, topic_prefix: str) -> CandleTopic:
     return CandleTopic(kafka, topic_prefix)
 
 
-async def wait_until(happened: Callable[[], object], seconds: float = 300) -> None:
+async def wait_until(condition: Callable[[], object], seconds: float = 300) -> None:
     async with asyncio.timeout(seconds):
-        while not happened():  # noqa: ASYNC110 - what is waited for sets no event
+        while not condition():  # noqa: ASYNC110 - no event is set for it
             await asyncio.sleep(0.05)
 
 
-async def test_who_goes_on_begins_where_the_one_before_noted(house: CandleTopic) -> None:
-    await house.create()
-    house.write(7)
-    first, second = RecordingHandler(text="seven"), RecordingHandler()
-    async with house.start_feed(first) as feed:
+async def test_next_member_continues_at_the_checkpoint(candles: CandleTopic) -> None:
+    await candles.create()
+    candles.write(7)
+    first, second = RecordingHandler(metadata="seven"), RecordingHandler()
+    async with candles.start_feed(first) as feed:
         await wait_until(lambda: first.bars == 7)
         assert feed.problem == ""
-        assert first.start_positions[Partition(house.topic, 0)] == PartitionBounds(0, 7, 0, None)
-    house.write(3)
-    async with house.start_feed(second):
+        assert first.start_positions[Partition(candles.topic, 0)] == PartitionBounds(0, 7, 0, None)
+    candles.write(3)
+    async with candles.start_feed(second):
         await wait_until(lambda: second.bars == 3)
-        assert second.start_positions[Partition(house.topic, 0)].checkpoint == Checkpoint(
+        assert second.start_positions[Partition(candles.topic, 0)].checkpoint == Checkpoint(
             7, "seven"
         )
         await wait_until(lambda: second.lag == 0)
 
 
-async def test_a_member_without_a_share_is_fine(house: CandleTopic) -> None:
-    await house.create(1)
+async def test_member_without_partitions_has_no_problem(candles: CandleTopic) -> None:
+    await candles.create(1)
     one, other = RecordingHandler(), RecordingHandler()
-    async with house.start_feed(one) as first:
+    async with candles.start_feed(one) as first:
         await wait_until(lambda: one.start_positions)
-        async with house.start_feed(other) as second:
+        async with candles.start_feed(other) as second:
             await wait_until(lambda: [] in (*one.assignments, *other.assignments))
             await wait_until(lambda: first.problem == second.problem == "")
 
 
-async def test_a_slow_hand_over_is_no_dead_broker(
-    house: CandleTopic, monkeypatch: pytest.MonkeyPatch
+async def test_slow_drain_is_not_taken_for_an_outage(
+    candles: CandleTopic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_consumer, "_FETCH_TIMEOUT_SECONDS", 2.0)
-    await house.create(4)
-    slow, new = RecordingHandler(hand_over=6.0), RecordingHandler()
+    await candles.create(4)
+    slow, new = RecordingHandler(drain_seconds=6.0), RecordingHandler()
 
     async def trade() -> None:
         while True:
             for partition in range(4):
-                await asyncio.to_thread(house.write, 1, partition)
+                await asyncio.to_thread(candles.write, 1, partition)
             await asyncio.sleep(0.1)
 
     trading = asyncio.create_task(trade())
     try:
-        async with house.start_feed(slow):
+        async with candles.start_feed(slow):
             await wait_until(lambda: slow.bars)
-            async with house.start_feed(new):
+            async with candles.start_feed(new):
                 await wait_until(lambda: new.bars)
                 await asyncio.sleep(3)
-                assert len(slow.assignments) == 2, "once alone, and once shared out"
+                assert len(slow.assignments) == 2, "one before and one after the rebalance"
                 assert len(new.assignments) == 1
     finally:
         trading.cancel()
         await asyncio.wait([trading])
 
 
-async def test_marks_of_transactions_are_passed_over(house: CandleTopic) -> None:
-    await house.create()
-    house.write(5, transaction=house.topic)
-    keeper = RecordingHandler()
-    async with house.start_feed(keeper):
-        await wait_until(lambda: keeper.positions.get(Partition(house.topic, 0)) == 6)
-        assert keeper.bars == 5
+async def test_transaction_markers_are_skipped(candles: CandleTopic) -> None:
+    await candles.create()
+    candles.write(5, transaction=candles.topic)
+    handler = RecordingHandler()
+    async with candles.start_feed(handler):
+        await wait_until(lambda: handler.positions.get(Partition(candles.topic, 0)) == 6)
+        assert handler.bars == 5
 
 
-async def test_what_cannot_be_is_told_as_unreadable_and_passed_over(house: CandleTopic) -> None:
-    await house.create()
+async def test_invalid_records_are_reported_as_unreadable(candles: CandleTopic) -> None:
+    await candles.create()
     ahead = Bar(Candle(4_102_444_800_000, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
     minute = Series.of("binance", "BTC/USDT", Timeframe.parse("1m"))
     bar = Bar(Candle(60_000, 1.0, 2.0, 0.5, 1.5, 3.0), received=1)
@@ -237,70 +243,70 @@ async def test_what_cannot_be_is_told_as_unreadable_and_passed_over(house: Candl
         (SERIES.name, b"not JSON"),
         ("\N{SNOWMAN}", b""),
     ):
-        house.write_raw(key, value)
-    house.write(1)
-    keeper = RecordingHandler()
-    async with house.start_feed(keeper):
-        await wait_until(lambda: keeper.bars == 1)
-    reasons = [told.reason for told in keeper.records if isinstance(told, Unreadable)]
+        candles.write_raw(key, value)
+    candles.write(1)
+    handler = RecordingHandler()
+    async with candles.start_feed(handler):
+        await wait_until(lambda: handler.bars == 1)
+    reasons = [record.reason for record in handler.records if isinstance(record, Unreadable)]
     assert len(reasons) == 5
     assert "after it was written" in reasons[0]
-    assert "among the series of 1s" in reasons[1]
+    assert "in the topic for 1s candles" in reasons[1]
 
 
-async def test_what_cannot_be_committed_is_said(house: CandleTopic) -> None:
-    await house.create()
-    house.write(1)
-    keeper = RecordingHandler(text="x" * 10_000)  # a broker takes 4,096
-    async with house.start_feed(keeper) as feed:
-        await wait_until(lambda: "cannot be committed" in feed.problem, 40)
+async def test_commit_failures_are_reported(candles: CandleTopic) -> None:
+    await candles.create()
+    candles.write(1)
+    handler = RecordingHandler(metadata="x" * 10_000)  # brokers accept 4,096
+    async with candles.start_feed(handler) as feed:
+        await wait_until(lambda: "cannot be committed" in feed.problem)
 
 
-async def test_a_topic_that_goes_is_said_and_read_again_when_it_comes(
-    house: CandleTopic, monkeypatch: pytest.MonkeyPatch
+async def test_missing_topic_is_reported_and_read_once_created(
+    candles: CandleTopic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_session, "_TOPIC_CHECK_SECONDS", 0.5)
-    keeper = RecordingHandler()
-    async with house.start_feed(keeper) as feed:
+    handler = RecordingHandler()
+    async with candles.start_feed(handler) as feed:
         await wait_until(lambda: "topics create --candles 1s" in feed.problem)
-        await house.create()
-        house.write(2)
-        await wait_until(lambda: keeper.bars == 2)
+        await candles.create()
+        candles.write(2)
+        await wait_until(lambda: handler.bars == 2)
         assert feed.problem == ""
-        await house.delete()
+        await candles.delete()
         await wait_until(lambda: "no topic" in feed.problem)
-        await house.create()
+        await candles.create()
         await wait_until(lambda: feed.problem == "")
 
 
-async def test_a_broker_that_does_not_tell_what_is_done_is_asked_again(
-    house: CandleTopic, monkeypatch: pytest.MonkeyPatch
+async def test_missing_committed_offsets_are_requested_again(
+    candles: CandleTopic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the group would be taken for a new one."""
-    await house.create()
-    house.write(4)
+    """Otherwise the group would start as a new one."""
+    await candles.create()
+    candles.write(4)
     first, second = RecordingHandler(), RecordingHandler()
-    async with house.start_feed(first):
+    async with candles.start_feed(first):
         await wait_until(lambda: first.bars == 4)
-    really, asked = AIOKafkaAdminClient.list_consumer_group_offsets, []
+    list_offsets = AIOKafkaAdminClient.list_consumer_group_offsets
+    calls = count(1)
 
-    async def silent(self: AIOKafkaAdminClient, *arguments: Any, **named: Any) -> Any:
-        asked.append(time.monotonic())
-        return {} if len(asked) == 1 else await really(self, *arguments, **named)
+    async def empty_at_first(self: AIOKafkaAdminClient, *arguments: Any, **named: Any) -> Any:
+        return {} if next(calls) == 1 else await list_offsets(self, *arguments, **named)
 
-    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", silent)
-    async with house.start_feed(second):
+    monkeypatch.setattr(AIOKafkaAdminClient, "list_consumer_group_offsets", empty_at_first)
+    async with candles.start_feed(second):
         await wait_until(lambda: second.start_positions)
-    assert len(asked) > 1
-    assert second.start_positions[Partition(house.topic, 0)].checkpoint == Checkpoint(4, "")
+    assert next(calls) > 2
+    assert second.start_positions[Partition(candles.topic, 0)].checkpoint == Checkpoint(4, "")
 
 
-async def test_the_work_goes_on_turn_by_turn_also_without_a_broker(topic_prefix: str) -> None:
+async def test_iterations_increase_without_a_broker(topic_prefix: str) -> None:
     options = KafkaOptions(bootstrap_servers="127.0.0.1:1", topic_prefix=topic_prefix)
     feed = KafkaFeed(options, FeedNeeds([SECOND], 32), SystemClock(), Random(1))
     task = asyncio.create_task(feed.run(RecordingHandler()))
     await wait_until(lambda: feed.iterations > 1)
-    assert "nobody listens there" in feed.problem
+    assert "connection refused" in feed.problem
     task.cancel()
     await asyncio.wait([task])
     await feed.close()

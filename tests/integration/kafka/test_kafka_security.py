@@ -1,4 +1,4 @@
-"""Kafka with TLS and SASL, on a real broker: who gets in, and what is said to who does not."""
+"""Kafka with TLS and SASL on a real broker: accepted and refused connections."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tests.support.apache_kafka import ApacheKafka, KafkaListener
 from tests.support.certificates import CertificateAuthority
 
 PASSWORD = "open-sesame-12345"  # noqa: S105 - of these tests alone
-WAYS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 MINUTE = Timeframe.parse("1m")
 SERIES = Series.parse("kafka:BTC/USDT:1m")
 
 
 class SecuredKafka(NamedTuple):
-    """A broker with several doors, and who signs certificates for it."""
+    """A broker with several listeners, and its certificate authority."""
 
     kafka: ApacheKafka
     authority: CertificateAuthority
     untrusted_authority: CertificateAuthority
 
-    def options(self, door: str, protocol: str, **more: Any) -> KafkaOptions:
-        """As ``owner``, who may do anything, where there is a login."""
+    def options(self, listener: str, protocol: str, **more: Any) -> KafkaOptions:
+        """Options for a listener; with a login, that of ``owner``, who has all rights."""
         given: dict[str, Any] = {
-            "bootstrap_servers": self.kafka.bootstrap_for(door),
+            "bootstrap_servers": self.kafka.bootstrap_for(listener),
             "security_protocol": protocol,
             "partitions": 3,
         }
@@ -52,25 +52,25 @@ class SecuredKafka(NamedTuple):
             given["ssl_cafile"] = self.authority.file
         return KafkaOptions(**{**given, **more})
 
-    def certified(self, by: CertificateAuthority, **how: Any) -> dict[str, Path]:
-        """A certificate of our own, as options."""
-        ours = by.issue("client", **how)
-        return {"ssl_certfile": ours.certificate, "ssl_keyfile": ours.key}
+    def client_certificate(self, by: CertificateAuthority, **more: Any) -> dict[str, Path]:
+        """Options with a new client certificate."""
+        issued = by.issue("client", **more)
+        return {"ssl_certfile": issued.certificate, "ssl_keyfile": issued.key}
 
 
 @pytest.fixture(scope="module")
 def secured_kafka(
     kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecuredKafka]:
-    folder = tmp_path_factory.mktemp("locked")
-    authority, stranger = CertificateAuthority(folder), CertificateAuthority(folder, "stranger")
-    ours = authority.issue("broker")
+    folder = tmp_path_factory.mktemp("secured")
+    authority, untrusted = CertificateAuthority(folder), CertificateAuthority(folder, "untrusted")
+    valid = authority.issue("broker")
     expired = authority.issue("expired", not_after=-timedelta(hours=1))
     elsewhere = authority.issue("elsewhere", ["elsewhere.example"])
-    doors = {
-        "safe": KafkaListener(tls=ours, mechanisms=WAYS),
-        "scram": KafkaListener(tls=ours, mechanisms=["SCRAM-SHA-512"]),
-        "mutual": KafkaListener(tls=ours, client_ca_file=authority.file),
+    listeners = {
+        "safe": KafkaListener(tls=valid, mechanisms=MECHANISMS),
+        "scram": KafkaListener(tls=valid, mechanisms=["SCRAM-SHA-512"]),
+        "mutual": KafkaListener(tls=valid, client_ca_file=authority.file),
         "expired": KafkaListener(tls=expired, mechanisms=["PLAIN"]),
         "elsewhere": KafkaListener(tls=elsewhere, mechanisms=["PLAIN"]),
         "open": KafkaListener(),
@@ -81,10 +81,10 @@ def secured_kafka(
     }
     users = dict.fromkeys(("owner", "ingest", "forecast", "all", "bot"), PASSWORD)
     kafka = ApacheKafka(
-        kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
+        kafka_jars, folder / "kafka", users=users, listeners=listeners, settings=settings
     )
     with kafka:
-        yield SecuredKafka(kafka, authority, stranger)
+        yield SecuredKafka(kafka, authority, untrusted)
 
 
 def _record(sequence: int = 0) -> Record:
@@ -93,14 +93,14 @@ def _record(sequence: int = 0) -> Record:
 
 
 async def _run_checks(options: KafkaOptions) -> list[Finding]:
-    """By doctor."""
+    """Run the checks of doctor."""
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
     return [finding for check in sink.checks() for finding in await check.run()]
 
 
 async def _check_access(options: KafkaOptions) -> None:
-    """Topics are made, forecasts delivered, candles looked for, and doctor finds nothing wrong."""
+    """Create topics, deliver forecasts, look for candles, and run doctor."""
     topics = required_topics(options, [MINUTE])
     await admin.create(options, topics)
     assert await admin.check(options, topics) == []
@@ -115,30 +115,32 @@ async def _check_access(options: KafkaOptions) -> None:
     assert {finding.level for finding in await _run_checks(options)} == {"ok"}
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_who_knows_the_password_gets_in(
-    secured_kafka: SecuredKafka, way: str, topic_prefix: str
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+async def test_right_password_is_accepted(
+    secured_kafka: SecuredKafka, mechanism: str, topic_prefix: str
 ) -> None:
     prefix = {"topic_prefix": topic_prefix}
-    await _check_access(secured_kafka.options("safe", "SASL_SSL", sasl_mechanism=way, **prefix))
+    await _check_access(
+        secured_kafka.options("safe", "SASL_SSL", sasl_mechanism=mechanism, **prefix)
+    )
 
 
-async def test_who_has_a_certificate_gets_in(
+async def test_client_certificate_is_accepted(
     secured_kafka: SecuredKafka, topic_prefix: str
 ) -> None:
-    """Also one whose key is encrypted."""
-    ours = secured_kafka.certified(secured_kafka.authority, password=PASSWORD)
+    """Its key is encrypted."""
+    certificate = secured_kafka.client_certificate(secured_kafka.authority, password=PASSWORD)
     prefix = {"topic_prefix": topic_prefix}
     key = SecretStr(PASSWORD)
     await _check_access(
-        secured_kafka.options("mutual", "SSL", **ours, ssl_key_password=key, **prefix)
+        secured_kafka.options("mutual", "SSL", **certificate, ssl_key_password=key, **prefix)
     )
     with pytest.raises(ValidationError, match="KAFKA__SSL_KEY_PASSWORD is not its password"):
-        secured_kafka.options("mutual", "SSL", **ours)
+        secured_kafka.options("mutual", "SSL", **certificate)
 
 
 @pytest.mark.parametrize(
-    ("hosts", "way", "warned"),
+    ("hosts", "mechanism", "warned"),
     [
         ("kafka-1:9092", "PLAIN", True),
         ("127.0.0.1:9092,kafka-1:9092", "PLAIN", True),
@@ -146,9 +148,9 @@ async def test_who_has_a_certificate_gets_in(
         ("kafka-1:9092", "SCRAM-SHA-512", False),
     ],
 )
-def test_a_password_that_travels_in_the_clear_is_told(hosts: str, way: Any, warned: bool) -> None:  # noqa: FBT001
+def test_doctor_warns_about_unencrypted_passwords(hosts: str, mechanism: Any, warned: bool) -> None:  # noqa: FBT001
     options = KafkaOptions(
-        bootstrap_servers=hosts, security_protocol="SASL_PLAINTEXT", sasl_mechanism=way,
+        bootstrap_servers=hosts, security_protocol="SASL_PLAINTEXT", sasl_mechanism=mechanism,
         sasl_username="me", sasl_password=SecretStr(PASSWORD),
     )  # fmt: skip
     assert [one.level for one in _warn_plaintext_password(options)] == ["warn"] * warned
@@ -164,21 +166,21 @@ def _nothing(_: SecuredKafka) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("door", "protocol", "change", "cause", "cure"),
+    ("listener", "protocol", "change", "cause", "remedy"),
     [
         *(
             pytest.param(
                 "safe",
                 "SASL_SSL",
-                lambda _, way=way: {
-                    "sasl_mechanism": way,
+                lambda _, mechanism=mechanism: {
+                    "sasl_mechanism": mechanism,
                     "sasl_password": SecretStr("wrong-" + PASSWORD),
                 },
                 "login as owner refused",
                 f"{SEE}SASL_USERNAME, KRONOS_STREAM_KAFKA__SASL_PASSWORD",
-                id=f"wrong password, {way}",
+                id=f"wrong password, {mechanism}",
             )
-            for way in WAYS
+            for mechanism in MECHANISMS
         ),
         pytest.param(
             "safe", "SASL_SSL", lambda _: {"sasl_username": "nobody"},
@@ -186,15 +188,15 @@ def _nothing(_: SecuredKafka) -> Mapping[str, Any]:
         ),
         pytest.param(
             "scram", "SASL_SSL", _nothing,
-            "no login by PLAIN there", f"{SEE}SASL_MECHANISM", id="mechanism not offered",
+            "does not support login by PLAIN", f"{SEE}SASL_MECHANISM", id="mechanism not offered",
         ),
         pytest.param(
-            "safe", "SASL_SSL", lambda locked: {"ssl_cafile": locked.stranger.file},
-            "signed by nobody that we trust (/", f"{SET}SSL_CAFILE", id="another authority",
+            "safe", "SASL_SSL", lambda secured: {"ssl_cafile": secured.untrusted_authority.file},
+            "not signed by a trusted authority (/", f"{SET}SSL_CAFILE", id="another authority",
         ),
         pytest.param(
             "safe", "SASL_SSL", lambda _: {"ssl_cafile": None},
-            "that we trust (the system's authorities)", f"{SET}SSL_CAFILE", id="no authority",
+            "trusted authority (the system's authorities)", f"{SET}SSL_CAFILE", id="no authority",
         ),
         pytest.param(
             "expired", "SASL_SSL", _nothing,
@@ -206,89 +208,98 @@ def _nothing(_: SecuredKafka) -> Mapping[str, Any]:
         ),
         pytest.param(
             "mutual", "SSL", _nothing,
-            "the broker asks for a certificate of ours", f"{SET}SSL_CERTFILE", id="no certificate",
-        ),
-        pytest.param(
-            "mutual", "SSL", lambda locked: locked.certified(locked.stranger),
-            "turns our certificate down", "signed by whom the broker trusts", id="a stranger's",
+            "the broker requires a client certificate", f"{SET}SSL_CERTFILE", id="no certificate",
         ),
         pytest.param(
             "mutual", "SSL",
-            lambda locked: locked.certified(locked.authority, ends=-timedelta(hours=1)),
-            "turns our certificate down", "is still valid", id="ours has expired",
+            lambda secured: secured.client_certificate(secured.untrusted_authority),
+            "rejects our certificate", "that the broker trusts its authority", id="a stranger's",
+        ),
+        pytest.param(
+            "mutual", "SSL",
+            lambda secured: secured.client_certificate(
+                secured.authority, not_after=-timedelta(hours=1)
+            ),
+            "rejects our certificate", "is valid", id="ours has expired",
         ),
         pytest.param(
             "safe", "PLAINTEXT", _nothing,
-            "it speaks TLS there", f"{SEE}SECURITY_PROTOCOL", id="plain to TLS",
+            "requires TLS on this port", f"{SEE}SECURITY_PROTOCOL", id="plain to TLS",
         ),
         pytest.param(
             "safe", "SASL_PLAINTEXT", _nothing,
-            "it speaks TLS there", f"{SEE}SECURITY_PROTOCOL", id="plain login to TLS",
+            "requires TLS on this port", f"{SEE}SECURITY_PROTOCOL", id="plain login to TLS",
         ),
         pytest.param(
-            "mutual", "SASL_SSL", lambda locked: locked.certified(locked.authority),
-            "it takes no login there", f"{SEE}SECURITY_PROTOCOL", id="login to no login",
+            "mutual", "SASL_SSL", lambda secured: secured.client_certificate(secured.authority),
+            "does not support logins", f"{SEE}SECURITY_PROTOCOL", id="login to no login",
         ),
     ],
 )  # fmt: skip
-async def test_who_does_not_get_in_is_told_why_and_what_to_do(
-    locked: SecuredKafka, door: str, protocol: str, change: Change, cause: str, cure: str
+async def test_refused_connection_is_reported_with_cause_and_remedy(
+    secured_kafka: SecuredKafka,
+    listener: str,
+    protocol: str,
+    change: Change,
+    cause: str,
+    remedy: str,
 ) -> None:
-    options = locked.options(door, protocol, **change(locked))
+    options = secured_kafka.options(listener, protocol, **change(secured_kafka))
     for _ in range(5):
-        # What a broker says after the handshake may be lost with the connection.
+        # An alert that a broker sends after the handshake may be lost with the connection.
         with suppress(AssertionError):
-            said, final = await _error_message(options)
-            if final or door != "mutual":
+            message, permanent = await _error_message(options)
+            if permanent or listener != "mutual":
                 break
     else:
-        said, final = await _error_message(options)
-    assert final
-    assert cause in said
-    assert cure in said
+        message, permanent = await _error_message(options)
+    assert permanent
+    assert cause in message
+    assert remedy in message
 
 
-@pytest.mark.parametrize(("door", "protocol"), [("open", "SASL_SSL"), ("safe", "SSL")])
-async def test_a_broker_that_hangs_up_may_be_meant_otherwise(
-    secured_kafka: SecuredKafka, door: str, protocol: str
+@pytest.mark.parametrize(("listener", "protocol"), [("open", "SASL_SSL"), ("safe", "SSL")])
+async def test_closed_connection_is_no_permanent_error(
+    secured_kafka: SecuredKafka, listener: str, protocol: str
 ) -> None:
-    """It may as well be starting: it is tried again."""
-    said, final = await _error_message(secured_kafka.options(door, protocol))
-    assert not final
-    assert f"hung up at once, as if {protocol} were not what it speaks; {SEE}SECURITY" in said
+    """The broker may be starting, so the connection is tried again."""
+    message, permanent = await _error_message(secured_kafka.options(listener, protocol))
+    assert not permanent
+    assert f"at once, maybe it does not expect {protocol}; {SEE}SECURITY" in message
 
 
-async def test_a_certificate_that_is_spoiled_later_is_told(secured_kafka: SecuredKafka) -> None:
-    """They are read at each connection, as they are renewed while a daemon runs."""
-    ours = secured_kafka.certified(secured_kafka.authority)
-    options = secured_kafka.options("mutual", "SSL", **ours)
-    ours["ssl_certfile"].write_text("spoiled", "utf-8")
-    said, final = await _error_message(options)
-    assert final
-    assert f"certificate or key cannot be used: {ours['ssl_keyfile']}: it is not PEM" in said
+async def test_certificate_that_becomes_invalid_is_reported(secured_kafka: SecuredKafka) -> None:
+    """Certificates are read for each connection, since they may be renewed."""
+    certificate = secured_kafka.client_certificate(secured_kafka.authority)
+    options = secured_kafka.options("mutual", "SSL", **certificate)
+    certificate["ssl_certfile"].write_text("spoiled", "utf-8")
+    message, permanent = await _error_message(options)
+    assert permanent
+    assert (
+        f"certificate or key cannot be used: {certificate['ssl_keyfile']}: it is not PEM" in message
+    )
 
 
 async def _error_message(options: KafkaOptions) -> tuple[str, bool]:
     """Error that keeps a sink out, and whether it lasts until the user acts."""
     began = time.monotonic()
     sink = SINK.build(options, SystemClock(), Random(0))
-    with pytest.raises(SinkUnavailable) as refused:
+    with pytest.raises(SinkUnavailable) as sink_error:
         await sink.start()
     await sink.close()
-    said, final = str(refused.value), isinstance(refused.value, SinkLoginRefused)
+    message, permanent = str(sink_error.value), isinstance(sink_error.value, SinkLoginRefused)
     source = SOURCE.build("kafka", options, SystemClock(), Random(0))
-    with pytest.raises(SourceError) as unknown:
+    with pytest.raises(SourceError) as source_error:
         await source.unsupported([SERIES])
-    with pytest.raises(admin.TopicsError) as denied:
+    with pytest.raises(admin.TopicsError) as admin_error:
         await admin.check(options, [])
     (finding,) = await _run_checks(options)
     assert time.monotonic() - began < 60
-    # All say the same.
-    assert str(unknown.value) == f"kafka: {said}"
-    assert isinstance(unknown.value, LoginRefused) is final
-    assert str(denied.value).endswith(said)
+    assert str(source_error.value) == f"kafka: {message}"
+    assert isinstance(source_error.value, LoginRefused) is permanent
+    assert str(admin_error.value).endswith(message)
     assert finding.level == "fail"
-    assert f"{finding.found}; {finding.remedy}".endswith(said) or not denied.value.remedy
-    assert PASSWORD not in said
-    assert "\n" not in said
-    return said, final
+    assert f"{finding.found}; {finding.remedy}".endswith(message) or not admin_error.value.remedy
+    assert PASSWORD not in message
+    assert "\n" not in message
+    return message, permanent

@@ -1,4 +1,4 @@
-"""The Kafka sink on both brokers, and on Apache Kafka through what brokers do to a client."""
+"""The Kafka sink: order, refused records, hanging brokers, outages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def _create(bootstrap: str, prefix: str, **options: Any) -> None:
 
 
 async def _read(bootstrap: str, topic: str) -> list[ConsumerRecord]:
-    """All of a topic, partition by partition."""
+    """All records of a topic, partition by partition."""
     consumer = AIOKafkaConsumer(
         topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest", enable_auto_commit=False
     )
@@ -88,7 +88,7 @@ async def _read(bootstrap: str, topic: str) -> list[ConsumerRecord]:
 
 
 async def _deliver_with_retries(sink: Sink, records: Sequence[Record]) -> list[Refusal]:
-    """What the outbox does: give again until the sink has taken them."""
+    """Deliver until the sink has accepted the records, as the outbox does."""
     async with asyncio.timeout(300):
         while True:
             try:
@@ -98,7 +98,7 @@ async def _deliver_with_retries(sink: Sink, records: Sequence[Record]) -> list[R
 
 
 def _in_order(records: Sequence[ConsumerRecord], expected: Sequence[int]) -> None:
-    """None is missing, and per series the first occurrences are in order."""
+    """Check that no record is missing, and that first occurrences are in order per series."""
     first: dict[bytes, list[int]] = {}
     seen: set[int] = set()
     for record, sequence in zip(records, _sequences(records), strict=True):
@@ -111,7 +111,7 @@ def _in_order(records: Sequence[ConsumerRecord], expected: Sequence[int]) -> Non
 
 @pytest.fixture(params=["embedded", "apache"])
 async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
-    """A broker with the topics, of either make."""
+    """An embedded or a real broker with the topics."""
     if request.param == "embedded":
         topics = [one(topic_prefix) for one in (forecast_topic, latest_topic, deadletter_topic)]
         with EmbeddedBroker(topics) as broker:
@@ -122,54 +122,52 @@ async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncI
         yield kafka.bootstrap
 
 
-async def test_records_arrive_as_given(bootstrap: str, topic_prefix: str) -> None:
+async def test_records_arrive_unchanged_and_in_order(bootstrap: str, topic_prefix: str) -> None:
     records = [_record(i) for i in range(200)]
-    buried = [_record(i, kind="deadletter") for i in range(200, 203)]
+    dead_letters = [_record(i, kind="deadletter") for i in range(200, 203)]
     async with _sink(bootstrap, topic_prefix) as sink:
         await sink.start()
         for first in range(0, 200, 50):
             assert not await sink.deliver(records[first : first + 50])
         assert not await sink.deliver([])
-        assert not await sink.deliver(buried)
+        assert not await sink.deliver(dead_letters)
     for topic in (forecast_topic(topic_prefix), latest_topic(topic_prefix)):
         arrived = await _read(bootstrap, topic)
         assert sorted(_sequences(arrived)) == list(range(200))
         _in_order(arrived, range(200))
         for got in arrived:
-            given = records[_sequences([got])[0]]
-            assert (got.key.decode(), got.value) == (given.key, given.value)
-            assert (got.headers, got.timestamp) == (given.headers, given.created)
+            sent = records[_sequences([got])[0]]
+            assert (got.key.decode(), got.value) == (sent.key, sent.value)
+            assert (got.headers, got.timestamp) == (sent.headers, sent.created)
     letters = await _read(bootstrap, deadletter_topic(topic_prefix))
     assert sorted(_sequences(letters)) == [200, 201, 202]
 
 
-async def test_refused_records_are_named_and_delay_nobody(
-    kafka: ApacheKafka, topic_prefix: str
-) -> None:
+async def test_refused_records_do_not_block_others(kafka: ApacheKafka, topic_prefix: str) -> None:
     await _create(kafka.bootstrap, topic_prefix)
     big, hour = 1_500_000, 3_600_000
-    spoiled = {
+    invalid = {
         7: _record(7, size=big),  # over the broker's limit
         30: _record(30, size=5_000_000),  # over ours
-        31: _record(31, ahead_ms=2 * hour),  # Kafka takes one hour
+        31: _record(31, ahead_ms=2 * hour),  # Kafka accepts one hour
         32: _record(32, ahead_ms=-3_000 * 365 * 24 * hour),  # before 1970
         150: _record(150, size=big),
         151: _record(151, ahead_ms=2 * hour),
     }
-    records = [spoiled.get(i, _record(i)) for i in range(400)]
+    records = [invalid.get(i, _record(i)) for i in range(400)]
     async with _sink(kafka.bootstrap, topic_prefix, max_record_bytes=4_000_000) as sink:
         began = time.monotonic()
         refusals = await sink.deliver(records)
         assert time.monotonic() - began < 60
-        assert {refusal.record.sequence for refusal in refusals} == set(spoiled)
+        assert {refusal.record.sequence for refusal in refusals} == set(invalid)
         assert all(refusal.reason for refusal in refusals)
         assert not await sink.deliver([_record(i) for i in range(400, 440)])
     arrived = await _read(kafka.bootstrap, forecast_topic(topic_prefix))
-    assert len(arrived) == 440 - len(spoiled)  # and none twice
-    _in_order(arrived, sorted(set(range(440)) - set(spoiled)))
+    assert len(arrived) == 440 - len(invalid)  # without repetition
+    _in_order(arrived, sorted(set(range(440)) - set(invalid)))
 
 
-async def test_missing_topics_are_named_with_the_cure(
+async def test_missing_topics_are_reported_with_the_remedy(
     kafka: ApacheKafka, topic_prefix: str
 ) -> None:
     async with _sink(kafka.bootstrap, topic_prefix) as sink:
@@ -180,7 +178,7 @@ async def test_missing_topics_are_named_with_the_cure(
         assert not await sink.deliver([_record(0)])
 
 
-async def test_a_broker_that_is_not_there_is_named_at_once() -> None:
+async def test_unreachable_broker_is_reported_with_its_address() -> None:
     async with _sink("127.0.0.1:1", "kronos") as sink:
         with pytest.raises(SinkUnavailable, match=r"127\.0\.0\.1:1.*[Cc]onnect"):
             await sink.start()
@@ -189,7 +187,7 @@ async def test_a_broker_that_is_not_there_is_named_at_once() -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_refused_login_is_called_that(kafka_jars: Path, tmp_path: Path) -> None:
+async def test_refused_login_is_reported(kafka_jars: Path, tmp_path: Path) -> None:
     login = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "kronos"}
     right, wrong = ({**login, "sasl_password": password} for password in ("right", "wrong"))
     with ApacheKafka(kafka_jars, tmp_path, users={"kronos": "right"}) as kafka:
@@ -202,7 +200,9 @@ async def test_a_refused_login_is_called_that(kafka_jars: Path, tmp_path: Path) 
             assert not await sink.deliver([_record(0)])
 
 
-async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: Path) -> None:
+async def test_delivery_and_close_are_bounded_if_the_broker_hangs(
+    kafka_jars: Path, tmp_path: Path
+) -> None:
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
         async with _sink(kafka.bootstrap, "kronos", delivery_seconds=2) as sink:
@@ -221,7 +221,7 @@ async def test_a_hanging_broker_costs_bounded_time(kafka_jars: Path, tmp_path: P
             assert time.monotonic() - began < 60
             kafka.thaw()
 
-            # A delivery cut short, as at the end of the grace of a stop.
+            # A cancelled delivery, as at the end of the grace period of a shutdown.
             delivery = asyncio.create_task(sink.deliver([_record(i) for i in range(1, 100)]))
             await asyncio.sleep(0)
             delivery.cancel()
@@ -241,21 +241,21 @@ def _rss() -> int:
 async def _deliver_during(
     kafka: ApacheKafka, seconds: float, trouble: Callable[[], None], **options: Any
 ) -> float:
-    """Deliver 20 records ten times a second for a while, with trouble: the longest delivery."""
+    """Deliver 20 records ten times a second during ``trouble``; returns the longest delivery."""
     sequence, longest, memory = 0, 0.0, _rss()
     async with _sink(kafka.bootstrap, "kronos", **options) as sink:
         assert not await _deliver_with_retries(sink, [_record(i) for i in range(SERIES)])
         sequence += SERIES
-        troubled = asyncio.create_task(asyncio.to_thread(trouble))
+        trouble_task = asyncio.create_task(asyncio.to_thread(trouble))
         began = time.monotonic()
-        while time.monotonic() - began < seconds or not troubled.done():
+        while time.monotonic() - began < seconds or not trouble_task.done():
             batch = [_record(sequence + i) for i in range(SERIES)]
             sequence += SERIES
-            given = time.monotonic()
+            started = time.monotonic()
             assert not await _deliver_with_retries(sink, batch)
-            longest = max(longest, time.monotonic() - given)
+            longest = max(longest, time.monotonic() - started)
             await asyncio.sleep(0.1)
-    await troubled
+    await trouble_task
     assert _rss() - memory < 32_000_000
     for topic in (forecast_topic("kronos"), latest_topic("kronos")):
         _in_order(await _read(kafka.bootstrap, topic), range(sequence))
@@ -267,9 +267,7 @@ async def _deliver_during(
     "outage",
     [3.0, pytest.param(10.0, marks=pytest.mark.soak), pytest.param(120.0, marks=pytest.mark.soak)],
 )
-async def test_nothing_is_lost_while_the_broker_is_gone(
-    kafka_jars: Path, tmp_path: Path, outage: float
-) -> None:
+async def test_outage_loses_no_record(kafka_jars: Path, tmp_path: Path, outage: float) -> None:
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
 
@@ -280,10 +278,12 @@ async def test_nothing_is_lost_while_the_broker_is_gone(
             kafka.start()
 
         longest = await _deliver_during(kafka, 5, trouble, delivery_seconds=2)
-        assert longest > outage / 2  # it was felt
+        assert longest > outage / 2  # the outage had an effect
 
 
-async def test_failover_among_three_loses_nothing(kafka_jars: Path, tmp_path: Path) -> None:
+async def test_failover_of_one_broker_among_three_loses_no_record(
+    kafka_jars: Path, tmp_path: Path
+) -> None:
     with ApacheKafka(kafka_jars, tmp_path, nodes=3) as kafka:
         await _create(kafka.bootstrap, "kronos", partitions=6)
 

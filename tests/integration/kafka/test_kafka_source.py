@@ -1,4 +1,4 @@
-"""The Kafka source on real brokers: history and news, outages, groups, and clear words."""
+"""The Kafka source on real brokers: history, live bars, outages, groups, error messages."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ BTC_FIVE = Series.of("kafka", "BTC/USDT", FIVE)
 
 @dataclass
 class RunningSource:
-    """A source at work, and what it says."""
+    """A running source, and what it has passed on."""
 
     source: KafkaSource
     updates: list[Update] = field(default_factory=list)
     rejected: list[tuple[Series | None, str, bytes]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
     def bars(self, series: Series = BTC) -> list[float]:
-        """Closes, which name the bars."""
+        """Close prices, which identify the bars."""
         return [one.candle.close for one in self.updates if one.series == series]
 
-    async def past(self, series: Series = BTC) -> list[float]:
+    async def history(self, series: Series = BTC) -> list[float]:
         return [one.close for one in await self.source.history(series, 0, 2**60)]
 
 
@@ -65,21 +65,21 @@ def _source(bootstrap: str, prefix: str, venue: str = "kafka", **options: Any) -
 async def _run_source(
     bootstrap: str, prefix: str, *series: Series, **options: Any
 ) -> AsyncIterator[RunningSource]:
-    one = RunningSource(_source(bootstrap, prefix, **options))
-    one.source.subscribe(series or (BTC,))
-    intake = SourceCallbacks(
-        one.updates.append,
-        lambda series, reason, raw: one.rejected.append((series, reason, raw)),
-        one.notes.append,
+    running = RunningSource(_source(bootstrap, prefix, **options))
+    running.source.subscribe(series or (BTC,))
+    callbacks = SourceCallbacks(
+        running.updates.append,
+        lambda series, reason, raw: running.rejected.append((series, reason, raw)),
+        running.events.append,
     )
-    running = asyncio.create_task(one.source.run(intake))
+    task = asyncio.create_task(running.source.run(callbacks))
     try:
-        yield one
+        yield running
     finally:
-        running.cancel()
-        await asyncio.wait([running])
-        await one.source.close()
-    assert running.cancelled()
+        task.cancel()
+        await asyncio.wait([task])
+        await running.source.close()
+    assert task.cancelled()
 
 
 async def _create(bootstrap: str, prefix: str, *timeframes: Timeframe, **options: Any) -> None:
@@ -90,7 +90,7 @@ async def _create(bootstrap: str, prefix: str, *timeframes: Timeframe, **options
 
 
 def _bar(number: int, series: Series = BTC) -> bytes:
-    """The bar that closed ``1000 - number`` bars ago, with ``number`` as its close."""
+    """The bar that closed ``1000 - number`` bars ago, with close price ``number``."""
     newest = time.time_ns() // 1_000_000 // STEP - 1
     price = float(number)
     opened = (newest - 1_000 + number) * STEP
@@ -117,15 +117,15 @@ async def _produce(
         await producer.stop()
 
 
-async def _until(happened: Callable[[], object], seconds: float = 300.0) -> None:
+async def _wait_until(condition: Callable[[], object], seconds: float = 300.0) -> None:
     async with asyncio.timeout(seconds):
-        while not happened():  # noqa: ASYNC110 - what is waited for is another's
+        while not condition():  # noqa: ASYNC110 - no event is set for it
             await asyncio.sleep(0.02)
 
 
 @pytest.fixture(params=["embedded", "apache"])
 async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncIterator[str]:
-    """A broker with the topic of minutes, of either make."""
+    """An embedded or a real broker, with the topic for 1m candles."""
     if request.param == "embedded":
         with EmbeddedBroker([candle_topic(topic_prefix, MINUTE)]) as broker:
             yield broker.bootstrap
@@ -135,58 +135,56 @@ async def bootstrap(request: pytest.FixtureRequest, topic_prefix: str) -> AsyncI
         yield kafka.bootstrap
 
 
-async def test_the_topic_is_history_and_news(bootstrap: str, topic_prefix: str) -> None:
+async def test_topic_provides_history_and_live_bars(bootstrap: str, topic_prefix: str) -> None:
     await _produce(bootstrap, topic_prefix, range(1, 500))
     await _produce(bootstrap, topic_prefix, range(1, 9), ETH)
     async with _run_source(bootstrap, topic_prefix) as one:
         assert await one.source.unsupported([BTC, ETH]) == {}
-        assert await one.past() == list(map(float, range(1, 500)))
+        assert await one.history() == list(map(float, range(1, 500)))
         await _produce(bootstrap, topic_prefix, [500, 501, 501, 400])
         await _produce(bootstrap, topic_prefix, [502], key=False)
         await _produce(bootstrap, topic_prefix, [9], ETH)
         await _produce(bootstrap, topic_prefix, [503], values=[b"{", b"[]"])
-        await _until(lambda: len(one.updates) == 6 and len(one.rejected) == 2)
+        await _wait_until(lambda: len(one.updates) == 6 and len(one.rejected) == 2)
         assert sorted(one.bars()) == [400, 500, 501, 501, 502, 503]
         keyed = [close for close in one.bars() if close <= 501]
         assert keyed == [500, 501, 501, 400]  # in order; partitions have none between them
-        assert len(await one.past()) == 503
-        assert one.notes == ["connected"]
+        assert len(await one.history()) == 503
+        assert one.events == ["connected"]
         assert [series for series, _, _ in one.rejected] == [BTC, BTC]
-    # Another day: what was rejected is not rejected again, and the past is there at once.
+    # After a restart, rejected records are not rejected again, and the history is available.
     async with _run_source(bootstrap, topic_prefix) as one:
-        assert len(await one.past()) == 503
+        assert len(await one.history()) == 503
         await _produce(bootstrap, topic_prefix, [504])
-        await _until(lambda: one.updates)
+        await _wait_until(lambda: one.updates)
         assert one.bars() == [504]
         assert one.rejected == []
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_what_is_followed_changes_while_it_runs(
-    kafka: ApacheKafka, topic_prefix: str
-) -> None:
+async def test_subscription_changes_while_running(kafka: ApacheKafka, topic_prefix: str) -> None:
     where = kafka.bootstrap, topic_prefix
     await _create(*where, MINUTE, FIVE)
     for series in (BTC, ETH, BTC_FIVE):
         await _produce(*where, range(1, 200), series)
     async with _run_source(*where, BTC) as one:
-        assert len(await one.past()) == 199
+        assert len(await one.history()) == 199
         produced = asyncio.create_task(_produce_slowly(where, BTC, range(200, 300)))
         one.source.subscribe([BTC, ETH])
-        assert len(await one.past(ETH)) == 199
+        assert len(await one.history(ETH)) == 199
         one.source.subscribe([BTC, ETH, BTC_FIVE])
-        assert len(await one.past(BTC_FIVE)) == 199
+        assert len(await one.history(BTC_FIVE)) == 199
         await _produce(*where, [200], BTC_FIVE)
         one.source.subscribe([BTC, BTC_FIVE])
-        await _until(lambda: one.bars(BTC_FIVE) == [200.0])
+        await _wait_until(lambda: one.bars(BTC_FIVE) == [200.0])
         one.source.subscribe([])
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # the consumer may leave the group
         one.source.subscribe([BTC])
         await produced
-        await _until(lambda: one.bars()[-1:] == [299.0])
-        # None is missing, and none comes twice.
+        await _wait_until(lambda: one.bars()[-1:] == [299.0])
+        # No bar is missing or repeated.
         assert one.bars() == list(map(float, range(200, 300)))
-        assert await one.past() == list(map(float, range(1, 300)))
+        assert await one.history() == list(map(float, range(1, 300)))
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -202,55 +200,55 @@ async def _produce_slowly(where: tuple[str, str], series: Series, numbers: Itera
         await producer.stop()
 
 
-async def test_how_far_it_is_can_be_seen_in_the_group(
-    kafka: ApacheKafka, topic_prefix: str
-) -> None:
+async def test_committed_offsets_show_the_progress(kafka: ApacheKafka, topic_prefix: str) -> None:
     await _create(kafka.bootstrap, topic_prefix, partitions=1)
     await _produce(kafka.bootstrap, topic_prefix, range(1, 31))
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
     await admin.start()
     for group, name in (("", f"{topic_prefix}-ingest"), ("mine", "mine")):
         async with _run_source(kafka.bootstrap, topic_prefix, group=group) as one:
-            assert len(await one.past()) == 30
+            assert len(await one.history()) == 30
         committed = await admin.list_consumer_group_offsets(name)
         assert committed[TopicPartition(candle_topic(topic_prefix, MINUTE), 0)].offset == 30
     await admin.close()
     assert _source("x:1", topic_prefix, "kafka.us")._group == f"{topic_prefix}-ingest.us"
 
 
-async def test_a_member_is_told_apart_from_its_companions(
+async def test_members_of_a_group_know_which_series_they_lack(
     kafka: ApacheKafka, topic_prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _create(kafka.bootstrap, topic_prefix, partitions=2)
     names = [Series.of("kafka", f"S{i}/USDT", MINUTE) for i in range(8)]
     for series in names:
         await _produce(kafka.bootstrap, topic_prefix, [1], series)
-    async with _run_source(kafka.bootstrap, topic_prefix, *names) as one:
-        assert [await one.past(series) for series in names] == [[1.0]] * 8
-        async with _run_source(kafka.bootstrap, topic_prefix, *names) as other:
-            both = [one.source._topic_state, other.source._topic_state]
-            await _until(lambda: all(one.shared_topics and not one.pending for one in both))
+    async with _run_source(kafka.bootstrap, topic_prefix, *names) as first:
+        assert [await first.history(series) for series in names] == [[1.0]] * 8
+        async with _run_source(kafka.bootstrap, topic_prefix, *names) as second:
+            states = [member.source._topic_state for member in (first, second)]
+            await _wait_until(
+                lambda: all(state.shared_topics and not state.pending for state in states)
+            )
             monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.5)
-            lacking = [[await _is_incomplete(who, name) for who in (one, other)] for name in names]
-            # Whoever comes later has seen no more than the partition that it got.
+            lacking = [[await _lacks(member, name) for member in (first, second)] for name in names]
+            # The later member has read only its own partition.
             assert sorted(map(sum, lacking)) == [1] * 8
             assert {lacks for _, lacks in lacking} == {True, False}
         monkeypatch.undo()
-        await _until(lambda: not one.source._topic_state.shared_topics)
+        await _wait_until(lambda: not first.source._topic_state.shared_topics)
         await _produce(kafka.bootstrap, topic_prefix, [2], names[0])
-        await _until(lambda: one.bars(names[0]) == [2.0])
-        assert [len(await one.past(series)) for series in names] == [2] + [1] * 7
+        await _wait_until(lambda: first.bars(names[0]) == [2.0])
+        assert [len(await first.history(series)) for series in names] == [2] + [1] * 7
 
 
-async def _is_incomplete(who: RunningSource, series: Series) -> bool:
+async def _lacks(member: RunningSource, series: Series) -> bool:
     try:
-        return await who.past(series) != [1.0]
+        return await member.history(series) != [1.0]
     except SourceError as error:
         return "1 of its 2 partitions" in str(error)
 
 
 @pytest.mark.parametrize("outage", [1.0, 5.0])
-async def test_an_outage_costs_no_bar(
+async def test_outage_loses_no_bar(
     kafka_jars: Path, tmp_path: Path, outage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_consumer, "_FETCH_TIMEOUT_SECONDS", 2.0)
@@ -258,34 +256,32 @@ async def test_an_outage_costs_no_bar(
         await _create(kafka.bootstrap, "kronos")
         await _produce(kafka.bootstrap, "kronos", range(1, 100))
         async with _run_source(kafka.bootstrap, "kronos") as one:
-            assert len(await one.past()) == 99
+            assert len(await one.history()) == 99
             await _produce(kafka.bootstrap, "kronos", range(100, 110))
-            await _until(lambda: len(one.updates) == 10)
+            await _wait_until(lambda: len(one.updates) == 10)
             await asyncio.to_thread(kafka.kill)
             await asyncio.sleep(outage)
             if outage > 2:
-                await _until(lambda: "lost" in one.notes)
+                await _wait_until(lambda: "lost" in one.events)
                 monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.1)
                 with pytest.raises(SourceError, match=r"Connect|connect|no answer"):
-                    await one.past()
+                    await one.history()
                 monkeypatch.undo()
             await asyncio.to_thread(kafka.start)
             await _produce(kafka.bootstrap, "kronos", range(110, 120))
-            await _until(lambda: len(one.updates) == 20, 60)
+            await _wait_until(lambda: len(one.updates) == 20)
             assert one.bars() == list(map(float, range(100, 120)))
-            assert len(await one.past()) == 119
+            assert len(await one.history()) == 119
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_hanging_broker_costs_bounded_time_at_the_end(
-    kafka_jars: Path, tmp_path: Path
-) -> None:
+async def test_close_is_bounded_if_the_broker_hangs(kafka_jars: Path, tmp_path: Path) -> None:
     with ApacheKafka(kafka_jars, tmp_path) as kafka:
         await _create(kafka.bootstrap, "kronos")
         async with _run_source(kafka.bootstrap, "kronos") as one:
-            assert await one.past() == []
+            assert await one.history() == []
             await _produce(kafka.bootstrap, "kronos", [1])
-            await _until(lambda: one.updates)
+            await _wait_until(lambda: one.updates)
             kafka.freeze()
             began = time.monotonic()
         assert time.monotonic() - began < 60
@@ -293,7 +289,9 @@ async def test_a_hanging_broker_costs_bounded_time_at_the_end(
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: Path) -> None:
+async def test_connection_problems_are_reported_with_remedies(
+    kafka_jars: Path, tmp_path: Path
+) -> None:
     login = {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "kronos"}
     right, wrong = ({**login, "sasl_password": password} for password in ("right", "hunter2"))
     with ApacheKafka(kafka_jars, tmp_path, users={"kronos": "right"}) as kafka:
@@ -306,33 +304,25 @@ async def test_what_is_wrong_is_said_with_its_cure(kafka_jars: Path, tmp_path: P
             await _source(kafka.bootstrap, "kronos", **wrong).unsupported([BTC])
         assert "hunter2" not in str(refused.value)
         async with _run_source(kafka.bootstrap, "kronos", **wrong) as one:
-            await _until(lambda: "lost" in one.notes)
-            assert "SASL_PASSWORD" in one.source._problem
+            await _wait_until(lambda: "lost" in one.events)
+            assert "SASL_PASSWORD" in one.source._session.failure
         async with _run_source(kafka.bootstrap, "kronos", **right) as one:
-            assert await one.past() == []
+            assert await one.history() == []
     with pytest.raises(SourceError, match=r"127\.0\.0\.1:1"):
         await _source("127.0.0.1:1", "kronos").unsupported([BTC])
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_what_cannot_be_unpacked_is_said_with_its_cure() -> None:
+async def test_missing_decompressor_is_reported_with_the_remedy() -> None:
     with EmbeddedBroker([candle_topic("kronos", MINUTE)]) as broker:
         async with _run_source(broker.bootstrap, "kronos") as one:
-            assert await one.past() == []
+            assert await one.history() == []
             packed = Producer({"bootstrap.servers": broker.bootstrap, "compression.type": "lz4"})
-            for _ in range(50):  # fewer are sent as they are
+            for _ in range(50):  # fewer are not compressed
                 packed.produce(candle_topic("kronos", MINUTE), _bar(1), BTC.name)
             await asyncio.to_thread(packed.flush)
             if has_lz4():
-                await _until(lambda: len(one.updates) == 50)
+                await _wait_until(lambda: len(one.updates) == 50)
             else:
-                await _until(lambda: "lost" in one.notes)
-                assert "pip install 'aiokafka[all]'" in one.source._problem
-
-
-def test_it_waits_longer_after_every_failure_and_never_for_ever() -> None:
-    source = _source("x:1", "kronos")
-    pauses = [source._retry_delay(tries) for tries in range(200)]
-    assert all(0.25 <= pause <= 30 for pause in pauses)
-    assert max(pauses[:2]) <= 1 < min(pauses[7:])
-    assert len(set(pauses)) == len(pauses)
+                await _wait_until(lambda: "lost" in one.events)
+                assert "pip install 'aiokafka[all]'" in one.source._session.failure

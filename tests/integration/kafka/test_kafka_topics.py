@@ -1,4 +1,4 @@
-"""``kronos-stream topics`` on Apache Kafka: what it makes, what it finds, and what it says."""
+"""``kronos-stream topics`` on Apache Kafka, and settings of Kafka."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs ``kronos-stream topics`` with settings of Kafka."""
+    """Run ``kronos-stream topics`` with settings of Kafka."""
 
     def command(*arguments: str, **settings: object) -> Result:
         monkeypatch.setenv("KRONOS_STREAM_KAFKA__TOPIC_PREFIX", topic_prefix)
@@ -33,7 +33,7 @@ def run(topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     return command
 
 
-def test_created_topics_pass_the_check_and_stay_as_they_are(
+def test_created_topics_pass_the_check_and_remain_unchanged(
     kafka: ApacheKafka, run: Run, topic_prefix: str
 ) -> None:
     where = {"BOOTSTRAP_SERVERS": kafka.bootstrap, "PARTITIONS": 5}
@@ -53,20 +53,20 @@ def test_created_topics_pass_the_check_and_stay_as_they_are(
 
 
 @pytest.mark.parametrize(
-    ("settings", "there"),
+    ("settings", "timeframes"),
     [
         ({"ROLE": "forecast", "TIMEFRAMES": "1m,1M"}, ["1M", "1m"]),
         ({"ROLE": "ingest", "TIMEFRAMES": "5m", "SYMBOLS": "binance:A/B"}, ["5m"]),
         ({"TIMEFRAMES": "5m", "SYMBOLS": "binance:A/B"}, []),
     ],
 )
-def test_topics_of_candles_follow_the_role(
+def test_candle_topics_depend_on_the_role(
     run: Run,
     topic_prefix: str,
     monkeypatch: pytest.MonkeyPatch,
     kafka: ApacheKafka,
     settings: dict[str, str],
-    there: list[str],
+    timeframes: list[str],
 ) -> None:
     for name, value in settings.items():
         monkeypatch.setenv(f"KRONOS_STREAM_{name}", value)
@@ -74,11 +74,11 @@ def test_topics_of_candles_follow_the_role(
     assert made.exit_code == 0, made.output
     found = [one for one in made.stdout.splitlines() if ".candles." in one]
     assert sorted(one.partition(":")[0] for one in found) == [
-        f"{topic_prefix}.candles.{one}.v1" for one in there
+        f"{topic_prefix}.candles.{one}.v1" for one in timeframes
     ]
 
 
-def test_what_differs_is_named_with_the_cure(
+def test_differences_are_reported_with_remedies(
     kafka: ApacheKafka, run: Run, topic_prefix: str
 ) -> None:
     async def make() -> None:
@@ -96,18 +96,18 @@ def test_what_differs_is_named_with_the_cure(
     asyncio.run(make())
     found = run("create", BOOTSTRAP_SERVERS=kafka.bootstrap, PARTITIONS=8)
     assert found.exit_code == 2
-    said = found.stderr
-    assert "forecasts.v1: 4 partitions, not 8" in said
-    assert "KRONOS_STREAM_KAFKA__PARTITIONS=4" in said
-    assert "forecasts.v1: retention.ms is 1000, not 604800000" in said
-    assert "min.insync.replicas is 2, not 1" in said
-    assert "forecasts.latest.v1: cleanup.policy is delete, not compact" in said
-    assert f"--bootstrap-server {kafka.bootstrap} --alter" in said
-    assert "deadletter" not in said  # it was missing, and is made
+    problems = found.stderr
+    assert "forecasts.v1: 4 partitions, not 8" in problems
+    assert "KRONOS_STREAM_KAFKA__PARTITIONS=4" in problems
+    assert "forecasts.v1: retention.ms is 1000, not 604800000" in problems
+    assert "min.insync.replicas is 2, not 1" in problems
+    assert "forecasts.latest.v1: cleanup.policy is delete, not compact" in problems
+    assert f"--bootstrap-server {kafka.bootstrap} --alter" in problems
+    assert "deadletter" not in problems  # it was created
 
 
-def test_bad_settings_are_named(run: Run) -> None:
-    for settings, said in (
+def test_invalid_settings_are_reported(run: Run) -> None:
+    for settings, message in (
         ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
         ({"BOOTSTRAP_SERVERS": "x:1", "PARTITIONS": 0}, "KRONOS_STREAM_KAFKA__PARTITIONS: "),
         (
@@ -117,20 +117,20 @@ def test_bad_settings_are_named(run: Run) -> None:
     ):
         raised = run("check", **settings).exception
         assert isinstance(raised, SettingsError)
-        assert said in str(raised)
+        assert message in str(raised)
     result = run("check", "--candles", "5x", BOOTSTRAP_SERVERS="x:1", PARTITIONS=1)
     assert result.exit_code == 2
     assert "timeframe '5x'" in result.stderr
 
 
-def test_no_broker_is_one_line(run: Run) -> None:
+def test_unreachable_broker_is_reported_in_one_line(run: Run) -> None:
     result = run("check", BOOTSTRAP_SERVERS="127.0.0.1:1")
     assert result.exit_code == 1
     assert "127.0.0.1:1" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_candle_topics_hold_twice_the_longest_context() -> None:
+def test_candle_topics_retain_twice_the_longest_context() -> None:
     options = KafkaOptions(bootstrap_servers="x:1")
     timeframes = [Timeframe.parse(text) for text in ("1s", "1h", "1M")]
     configs = {topic.name: topic.configs for topic in required_topics(options, timeframes)}
@@ -144,7 +144,7 @@ def test_candle_topics_hold_twice_the_longest_context() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"security_protocol": "SASL_SSL"}, "needs sasl_username and sasl_password"),
         ({"sasl_username": "me"}, "has no login"),
@@ -157,19 +157,19 @@ def test_candle_topics_hold_twice_the_longest_context() -> None:
         ({"bootstrap": "x:1"}, "bootstrap"),
     ],
 )
-def test_contradictory_options_are_refused(wrong: dict[str, str], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_contradictory_options_are_refused(wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         KafkaOptions(**{"bootstrap_servers": "x:1", **wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("servers", ["localhost", "h:99999", ",,", "me:secret@h:9092", "h:9092,"])
-def test_addresses_that_cannot_be_are_refused(servers: str) -> None:
+def test_invalid_addresses_are_refused(servers: str) -> None:
     with pytest.raises(ValidationError, match="expected host:port") as raised:
         KafkaOptions(bootstrap_servers=servers)
     assert "secret" not in raised.value.errors()[0]["msg"]
 
 
-def test_the_password_is_not_shown() -> None:
+def test_password_is_not_shown() -> None:
     options = KafkaOptions(
         bootstrap_servers="x:1",
         security_protocol="SASL_SSL",

@@ -1,4 +1,4 @@
-"""MQTT with TLS and logins, on a real Mosquitto: who gets in, and what is said to who does not."""
+"""MQTT with TLS and logins on Mosquitto: accepted and refused connections."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def authority(folder: Path) -> CertificateAuthority:
 
 @pytest.fixture
 def broker(make_mosquitto: BrokerOf, authority: CertificateAuthority) -> Iterator[Mosquitto]:
-    """It speaks TLS and asks for a login."""
+    """A broker that requires TLS and a login."""
     tls = authority.issue("broker")
     with make_mosquitto(tls=tls, users={"me": PASSWORD}) as broker:
         yield broker
@@ -76,42 +76,41 @@ async def _sink(options: MqttOptions) -> AsyncIterator[Sink]:
 
 
 async def _error_message(options: MqttOptions) -> tuple[str, bool]:
-    """Error that keeps a sink out, and whether it lasts until the user acts."""
+    """The error of a sink, which source and doctor report, too, and whether it is permanent."""
     began = time.monotonic()
     async with _sink(options) as sink:
-        with pytest.raises(SinkUnavailable) as refused:
+        with pytest.raises(SinkUnavailable) as sink_error:
             await sink.start()
     source = SOURCE.build("mqtt", options, SystemClock(), Random(0))
-    with pytest.raises(SourceError) as unknown:
+    with pytest.raises(SourceError) as source_error:
         await source.unsupported([SERIES])
-    assert str(unknown.value) == str(refused.value)  # a source says the same
-    final = isinstance(refused.value, SinkLoginRefused)
-    assert isinstance(unknown.value, LoginRefused) is final
     assert time.monotonic() - began < 60
-    said = str(refused.value)
-    assert PASSWORD not in said
-    assert "\n" not in said
+    message, permanent = str(sink_error.value), isinstance(sink_error.value, SinkLoginRefused)
+    assert str(source_error.value) == message
+    assert isinstance(source_error.value, LoginRefused) is permanent
+    assert PASSWORD not in message
+    assert "\n" not in message
     finding = await _run_checks(options)
     assert finding.level == "fail"
-    assert finding.found == said
-    return said, final
+    assert finding.found == message
+    return message, permanent
 
 
-async def _final_error_message(options: MqttOptions) -> tuple[str, bool]:
-    """The same, where a broker judges us after the handshake.
+async def _permanent_error_message(options: MqttOptions) -> tuple[str, bool]:
+    """The permanent error of a broker that refuses a client after the handshake.
 
-    What it says may then be lost with the connection; it is tried again, as a daemon does.
+    Its alert may be lost with the connection, so the login is tried again, as a daemon does.
     """
     for _ in range(5):
         with suppress(AssertionError):
-            said, final = await _error_message(options)
-            if final:
-                return said, final
+            message, permanent = await _error_message(options)
+            if permanent:
+                return message, permanent
     return await _error_message(options)
 
 
 async def _run_checks(options: MqttOptions) -> Finding:
-    """By doctor."""
+    """Run the checks of doctor."""
     sink = SINK.build(options, SystemClock(), Random(0))
     assert isinstance(sink, CheckedSink)
     (check,) = sink.checks()
@@ -119,85 +118,83 @@ async def _run_checks(options: MqttOptions) -> Finding:
     return finding
 
 
-async def test_forecasts_go_out_and_candles_come_in_encrypted(
+async def test_encrypted_forecasts_and_candles(
     broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     options = _options(broker, authority)
-    came: list[Update] = []
+    updates: list[Update] = []
     source = SOURCE.build("mqtt", options, SystemClock(), Random(0))
     assert await source.unsupported([SERIES]) == {}
     source.subscribe([SERIES])
     running = asyncio.create_task(
-        source.run(SourceCallbacks(came.append, lambda *_: None, lambda _: None))
+        source.run(SourceCallbacks(updates.append, lambda *_: None, lambda _: None))
     )
-    # Candles from another client of ours: the sink publishes where the source listens.
-    theirs = _options(
-        broker, authority, client_id="theirs", candle_topic="x/{venue}/{symbol}/{timeframe}",
+    # A sink of another client publishes to the topics of the source.
+    other = _options(
+        broker, authority, client_id="other", candle_topic="x/{venue}/{symbol}/{timeframe}",
         forecast_topic="kronos/candles/{venue}/{symbol}/{timeframe}",
     )  # fmt: skip
     now = time.time_ns() // 1_000_000
     candle = Candle(now - now % 60_000 - 60_000, 1.0, 2.0, 0.5, 1.5, 10.0)
     record = _record()._replace(key=SERIES.name, value=encode_candle(SERIES, candle))
-    async with _sink(options) as sink, _sink(theirs) as feeder:
+    async with _sink(options) as sink, _sink(other) as feeder:
         await sink.start()
         assert not await sink.deliver([_record(1)])
         await feeder.start()
         async with asyncio.timeout(300):
-            while not came:
+            while not updates:
                 assert not await feeder.deliver([record])
                 await asyncio.sleep(0.05)
-    assert came[0].candle == candle
+    assert updates[0].candle == candle
     running.cancel()
     await asyncio.wait([running])
     await source.close()
     assert (await _run_checks(options)).level == "ok"
 
 
-async def test_a_login_that_is_refused_is_called_that(
+async def test_refused_login_is_reported(
     broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
     wrong = SecretStr("wrong-" + PASSWORD)
-    said, final = await _error_message(_options(broker, authority, password=wrong))
-    assert final
-    assert f"see {PREFIX}USERNAME and {PREFIX}PASSWORD" in said
-    said, final = await _error_message(
+    message, permanent = await _error_message(_options(broker, authority, password=wrong))
+    assert permanent
+    assert f"see {PREFIX}USERNAME and {PREFIX}PASSWORD" in message
+    message, permanent = await _error_message(
         _options(broker, authority, username="", password=SecretStr(""))
     )
-    assert final
-    assert f"{PREFIX}PASSWORD" in said
+    assert permanent
+    assert f"{PREFIX}PASSWORD" in message
 
 
-async def test_a_broker_that_nobody_vouches_for_is_not_spoken_to(
-    broker: Mosquitto, folder: Path
-) -> None:
+async def test_untrusted_broker_is_refused(broker: Mosquitto, folder: Path) -> None:
     stranger = CertificateAuthority(folder, "stranger")
-    said, final = await _error_message(_options(broker, stranger))
-    assert final
-    assert f"signed by nobody that we trust ({stranger.file}); set {PREFIX}TLS_CAFILE" in said
-    said, _ = await _error_message(_options(broker, None))
-    assert "signed by nobody that we trust (the system's authorities)" in said
+    message, permanent = await _error_message(_options(broker, stranger))
+    assert permanent
+    assert f"not signed by a trusted authority ({stranger.file}); set {PREFIX}TLS_CAFILE" in message
+    message, _ = await _error_message(_options(broker, None))
+    assert "not signed by a trusted authority (the system's authorities)" in message
 
 
-async def test_a_certificate_must_be_in_time_and_of_this_host(
+async def test_certificate_must_be_valid_and_for_this_host(
     make_mosquitto: BrokerOf, authority: CertificateAuthority
 ) -> None:
     expired = authority.issue("expired", not_after=-timedelta(hours=1))
     with make_mosquitto(tls=expired) as broker:
-        said, final = await _error_message(_options(broker, authority))
-    assert final
-    assert "the broker's certificate has expired; the broker needs a new one" in said
+        message, permanent = await _error_message(_options(broker, authority))
+    assert permanent
+    assert "the broker's certificate has expired; the broker needs a new one" in message
     with make_mosquitto(tls=authority.issue("elsewhere", ["elsewhere.example"])) as broker:
-        said, final = await _error_message(_options(broker, authority))
-    assert final
-    assert "is for another name" in said
-    assert f"use a name that it holds in {PREFIX}URL" in said
+        message, permanent = await _error_message(_options(broker, authority))
+    assert permanent
+    assert "is for another host name" in message
+    assert f"use a name of the certificate in {PREFIX}URL" in message
 
 
-async def test_a_client_may_have_to_show_a_certificate(
+async def test_broker_may_require_a_client_certificate(
     make_mosquitto: BrokerOf, authority: CertificateAuthority, folder: Path
 ) -> None:
-    locked = authority.issue("client", password=PASSWORD)
-    ours: dict[str, Any] = {"tls_certfile": locked.certificate, "tls_keyfile": locked.key}
+    certificate = authority.issue("client", password=PASSWORD)
+    ours: dict[str, Any] = {"tls_certfile": certificate.certificate, "tls_keyfile": certificate.key}
     with make_mosquitto(tls=authority.issue("broker"), client_ca_file=authority.file) as broker:
         password = SecretStr(PASSWORD)
         async with _sink(_options(broker, authority, **ours, tls_key_password=password)) as sink:
@@ -205,36 +202,36 @@ async def test_a_client_may_have_to_show_a_certificate(
             assert not await sink.deliver([_record()])
         with pytest.raises(ValidationError, match=f"{PREFIX}TLS_KEY_PASSWORD is not its password"):
             _options(broker, authority, **ours)
-        said, final = await _final_error_message(_options(broker, authority))
-        assert final
-        assert f"asks for a certificate of ours; set {PREFIX}TLS_CERTFILE" in said
+        message, permanent = await _permanent_error_message(_options(broker, authority))
+        assert permanent
+        assert f"requires a client certificate; set {PREFIX}TLS_CERTFILE" in message
         stranger = CertificateAuthority(folder, "unknown").issue("client")
         ours = {"tls_certfile": stranger.certificate, "tls_keyfile": stranger.key}
-        said, final = await _final_error_message(_options(broker, authority, **ours))
-        assert final
-        assert f"turns our certificate down (unknown ca); see whether {stranger[0]}" in said
+        message, permanent = await _permanent_error_message(_options(broker, authority, **ours))
+        assert permanent
+        assert f"rejects our certificate (unknown ca); check that {stranger[0]}" in message
 
 
-async def test_either_side_may_encrypt_alone(
+async def test_encryption_of_one_side_only_is_explained(
     broker: Mosquitto, authority: CertificateAuthority, tmp_path: Path
 ) -> None:
     plain = broker.url.replace("mqtts", "mqtt")
-    said, _ = await _error_message(_options(broker, None, url=plain))
-    assert "is it MQTT, and encrypted if the URL says so?" in said
+    message, _ = await _error_message(_options(broker, None, url=plain))
+    assert "is it MQTT, and encrypted if the URL says so?" in message
     other = Mosquitto(tmp_path / "other")
     with other:
         encrypted = other.url.replace("mqtt:", "mqtts:")
-        said, _ = await _error_message(_options(other, authority, url=encrypted))
-    assert "is it MQTT, and encrypted if the URL says so?" in said
+        message, _ = await _error_message(_options(other, authority, url=encrypted))
+    assert "is it MQTT, and encrypted if the URL says so?" in message
 
 
-async def test_a_certificate_that_is_spoiled_later_is_told(
+async def test_certificate_that_becomes_invalid_is_reported(
     broker: Mosquitto, authority: CertificateAuthority
 ) -> None:
-    """They are read at each connection, as they are renewed while a daemon runs."""
+    """Certificates are read for each connection, since they may be renewed."""
     mine = authority.issue("mine")
     options = _options(broker, authority, tls_certfile=mine.certificate, tls_keyfile=mine.key)
     mine.certificate.write_text("spoiled", "utf-8")
-    said, final = await _error_message(options)
-    assert final
-    assert f"certificate or key cannot be used: {mine.key}" in said
+    message, permanent = await _error_message(options)
+    assert permanent
+    assert f"certificate or key cannot be used: {mine.key}" in message

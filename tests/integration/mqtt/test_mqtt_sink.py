@@ -1,4 +1,4 @@
-"""The MQTT source and sink on Mosquitto, through what brokers do to a client."""
+"""The MQTT sink on Mosquitto: order, limits, outages, retained forecasts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,6 @@ def _options(broker: Mosquitto, **options: Any) -> MqttOptions:
     return MqttOptions(**{"url": broker.url, "client_id": "test", **options})
 
 
-# The sink.
-
-
 def _record(sequence: int, *, size: int = _SIZE, kind: RecordKind = "forecast") -> Record:
     value = (b"%d " % sequence).ljust(size, b".")
     key = _SERIES[sequence % len(_SERIES)]
@@ -54,7 +51,7 @@ async def _sink(broker: Mosquitto, **options: Any) -> AsyncIterator[MqttSink]:
 
 
 async def _deliver_with_retries(sink: MqttSink, records: Sequence[Record]) -> list[Refusal]:
-    """What the outbox does: give again until the sink has taken them."""
+    """Deliver until the sink has accepted the records, as the outbox does."""
     async with asyncio.timeout(300):
         while True:
             try:
@@ -64,15 +61,15 @@ async def _deliver_with_retries(sink: MqttSink, records: Sequence[Record]) -> li
                 await asyncio.sleep(0.1)
 
 
-async def _in_time(what: Callable[[], object], seconds: float = 300.0) -> None:
-    """Return once it is so; it may block."""
+async def _wait_until(condition: Callable[[], object], seconds: float = 300.0) -> None:
+    """Return once ``condition`` holds; it may block."""
     async with asyncio.timeout(seconds):
-        while not await asyncio.to_thread(what):  # noqa: ASYNC110 - nobody tells us
+        while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - no event is set for it
             await asyncio.sleep(0.05)
 
 
 def _first_in_order(subscriber: Subscriber, expected: Sequence[int]) -> None:
-    """None is missing, and per topic the first occurrences are in order."""
+    """Check that no record is missing, and that first occurrences are in order per topic."""
     first: dict[str, list[int]] = {}
     seen: set[int] = set()
     for message in subscriber.messages():
@@ -86,7 +83,9 @@ def _first_in_order(subscriber: Subscriber, expected: Sequence[int]) -> None:
     assert all(sequences == sorted(sequences) for sequences in first.values())
 
 
-async def test_records_arrive_as_given(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
+async def test_records_arrive_unchanged_and_in_order(
+    make_mosquitto: BrokerOf, tmp_path: Path
+) -> None:
     with make_mosquitto() as broker, Subscriber(broker, tmp_path) as subscriber:
         records = [_record(i) for i in range(200)]
         async with _sink(broker) as sink:
@@ -95,7 +94,7 @@ async def test_records_arrive_as_given(make_mosquitto: BrokerOf, tmp_path: Path)
                 assert not await sink.deliver(records[first : first + 50])
             assert not await sink.deliver([])
             assert not await sink.deliver([_record(200, kind="deadletter")])
-            await _in_time(lambda: len(subscriber.messages()) == 202)
+            await _wait_until(lambda: len(subscriber.messages()) == 202)
             kept = await asyncio.to_thread(retained_messages, broker)
         assert kept["kronos/status/test"] == b"online"
         assert {topic: int(value.split()[0]) for topic, value in kept.items() if "/f" in topic} == {
@@ -109,7 +108,7 @@ async def test_records_arrive_as_given(make_mosquitto: BrokerOf, tmp_path: Path)
             assert message.properties["content-type"] == "application/json"
             assert message.properties["user-properties"] == {"id": str(given.sequence)}
         assert subscriber.messages()[201].topic == "kronos/deadletter"
-        await _in_time(lambda: subscriber.messages()[-1].payload == b"offline")
+        await _wait_until(lambda: subscriber.messages()[-1].payload == b"offline")
         assert (await asyncio.to_thread(retained_messages, broker))[
             "kronos/status/test"
         ] == b"offline"
@@ -117,7 +116,7 @@ async def test_records_arrive_as_given(make_mosquitto: BrokerOf, tmp_path: Path)
 
 
 @pytest.mark.parametrize("window", [1, 5])
-async def test_the_broker_says_how_much_may_be_under_way(
+async def test_inflight_limit_of_the_broker_is_respected(
     make_mosquitto: BrokerOf, tmp_path: Path, window: int
 ) -> None:
     settings = [f"max_inflight_messages {window}"]
@@ -125,16 +124,16 @@ async def test_the_broker_says_how_much_may_be_under_way(
         async with _sink(broker) as sink:
             await sink.start()
             assert not await sink.deliver([_record(i) for i in range(300)])
-            await _in_time(lambda: len(subscriber.messages()) >= 301)
+            await _wait_until(lambda: len(subscriber.messages()) >= 301)
         _first_in_order(subscriber, range(300))
-        assert len(subscriber.messages()) == 302  # none twice; and online, offline
+        assert len(subscriber.messages()) == 302  # no repetition; and online, offline
 
 
 @pytest.mark.parametrize("setting", ["message_size_limit 9000", "max_packet_size 9000"])
-async def test_refused_records_are_named_and_delay_nobody(
+async def test_refused_records_do_not_block_others(
     make_mosquitto: BrokerOf, tmp_path: Path, setting: str
 ) -> None:
-    """One of these limits the broker tells us, the other shows when it is exceeded."""
+    """The broker announces one of these limits, and disconnects at the other."""
     with make_mosquitto(settings=[setting]) as broker, Subscriber(broker, tmp_path) as subscriber:
         big = {7, 30, 31}
         records = [_record(i, size=12_000 if i in big else 3_000) for i in range(60)]
@@ -145,11 +144,11 @@ async def test_refused_records_are_named_and_delay_nobody(
             assert not await _deliver_with_retries(
                 sink, [_record(i, size=3_000) for i in range(60, 80)]
             )
-            await _in_time(lambda: len({m.payload for m in subscriber.messages()}) >= 78)
+            await _wait_until(lambda: len({m.payload for m in subscriber.messages()}) >= 78)
         _first_in_order(subscriber, sorted(set(range(80)) - big))
 
 
-async def test_a_right_that_is_missing_holds_records_back(
+async def test_missing_permission_keeps_records_waiting(
     make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
     rules = tmp_path / "acl"
@@ -159,13 +158,13 @@ async def test_a_right_that_is_missing_holds_records_back(
             await sink.start()
             with pytest.raises(SinkUnavailable, match=r"forecasts/binance/S3%2FUSDT/1s: not auth"):
                 await sink.deliver([_record(3), _record(4)])
-            # It is no reason to hang up.
+            # The connection stays open.
             assert (await asyncio.to_thread(retained_messages, broker))[
                 "kronos/status/test"
             ] == b"online"
 
 
-async def test_a_broker_that_is_not_there_is_named_at_once(make_mosquitto: BrokerOf) -> None:
+async def test_unreachable_broker_is_reported_with_its_address(make_mosquitto: BrokerOf) -> None:
     broker = make_mosquitto()
     began = time.monotonic()
     async with _sink(broker) as sink:
@@ -179,7 +178,7 @@ async def test_a_broker_that_is_not_there_is_named_at_once(make_mosquitto: Broke
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_refused_login_is_called_that(make_mosquitto: BrokerOf) -> None:
+async def test_refused_login_is_reported(make_mosquitto: BrokerOf) -> None:
     with make_mosquitto(users={"me": "right"}) as broker:
         async with _sink(broker, username="me", password="wrong-secret") as sink:  # noqa: S106
             with pytest.raises(SinkUnavailable, match="KRONOS_STREAM_MQTT__PASSWORD") as refused:
@@ -190,7 +189,7 @@ async def test_a_refused_login_is_called_that(make_mosquitto: BrokerOf) -> None:
             assert not await sink.deliver([_record(0)])
 
 
-async def test_a_hanging_broker_costs_bounded_time(
+async def test_delivery_and_close_are_bounded_if_the_broker_hangs(
     make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
     with make_mosquitto() as broker, Subscriber(broker, tmp_path) as subscriber:
@@ -201,7 +200,7 @@ async def test_a_hanging_broker_costs_bounded_time(
             with pytest.raises(SinkUnavailable, match="no acknowledgement in 1 s"):
                 await sink.deliver([_record(i) for i in range(10)])
             assert time.monotonic() - began < 60
-            await _in_time(lambda: "no answer in 1 s" in sink._reconnector.problem)
+            await _wait_until(lambda: "no answer in 1 s" in sink._reconnector.problem)
             broker.thaw()
             assert not await _deliver_with_retries(sink, [_record(i) for i in range(10)])
             broker.freeze()
@@ -216,7 +215,7 @@ async def test_a_hanging_broker_costs_bounded_time(
             broker.thaw()
         async with _sink(broker) as sink:
             assert not await _deliver_with_retries(sink, [_record(i) for i in range(12)])
-            await _in_time(lambda: subscriber.messages()[-1].payload.startswith(b"11 "))
+            await _wait_until(lambda: subscriber.messages()[-1].payload.startswith(b"11 "))
         _first_in_order(subscriber, range(12))
     assert len(asyncio.all_tasks()) == 1
 
@@ -224,10 +223,10 @@ async def test_a_hanging_broker_costs_bounded_time(
 @pytest.mark.parametrize(
     "outage", [2.0, *(pytest.param(s, marks=pytest.mark.soak) for s in (30.0, 120.0))]
 )
-async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
+async def test_latest_forecasts_are_retained_again_after_the_broker_lost_them(
     make_mosquitto: BrokerOf, outage: float
 ) -> None:
-    """Killed, and without a disk: no later record reminds it of the first ten series."""
+    """The broker has no disk, and no later record replaces the first ten series."""
     with make_mosquitto(persistent=False) as broker:
         async with _sink(broker) as sink:
             assert not await _deliver_with_retries(sink, [_record(i) for i in range(40)])
@@ -244,42 +243,40 @@ async def test_a_broker_that_lost_its_memory_retains_the_latest_again(
         assert kept["kronos/status/test"] == b"online"
 
 
-async def test_the_last_will_tells_of_a_sink_that_is_gone(make_mosquitto: BrokerOf) -> None:
+async def test_last_will_reports_a_lost_sink(make_mosquitto: BrokerOf) -> None:
     with make_mosquitto() as broker:
         async with _sink(broker) as sink:
             await sink.start()
             assert sink._reconnect_task is not None
             assert sink._connection is not None
             assert sink._connection._client._sock is not None
-            sink._connection._client._sock.close()  # as the kernel does for a killed process
+            sink._connection._client._sock.close()  # as the kernel does after a kill
             sink._reconnect_task.cancel()
             await asyncio.wait([sink._reconnect_task])
             kept = await asyncio.to_thread(retained_messages, broker)
         assert kept["kronos/status/test"] == b"offline"
 
 
-async def test_a_series_that_is_given_up_is_retained_no_more(
-    make_mosquitto: BrokerOf, tmp_path: Path
-) -> None:
+async def test_removed_series_is_not_retained(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
     with make_mosquitto(persistent=False) as broker:
         async with _sink(broker) as sink:
             with Subscriber(broker, tmp_path) as subscriber:
                 removal = _record(22, kind="removal")
                 assert not await _deliver_with_retries(sink, [_record(1), _record(2), removal])
-                await _in_time(lambda: len(subscriber.messages()) == 5)
-                told = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
-                assert told == [_record(2).value, removal.value, b""]
+                await _wait_until(lambda: len(subscriber.messages()) == 5)
+                payloads = [m.payload for m in subscriber.messages() if m.topic == _topic(2)]
+                assert payloads == [_record(2).value, removal.value, b""]
             kept = await asyncio.to_thread(retained_messages, broker)
             assert _topic(1) in kept
             assert _topic(2) not in kept
-            # Nor is it once a broker has come to remember it again.
+            # It is deleted again if the broker has restored it.
             await asyncio.to_thread(publish, broker, _topic(2), b"old", retain=True)
             sink._connection.abort("test")  # type: ignore[union-attr]
             assert not await _deliver_with_retries(sink, [_record(3)])
             assert _topic(2) not in await asyncio.to_thread(retained_messages, broker)
 
 
-async def test_a_broker_is_looked_over(make_mosquitto: BrokerOf) -> None:
+async def test_doctor_checks_the_broker(make_mosquitto: BrokerOf) -> None:
     async def found(broker: Mosquitto, **options: Any) -> Finding:
         sink = SINK.build(_options(broker, **options), SystemClock(), Random(0))
         assert isinstance(sink, CheckedSink)
@@ -301,5 +298,5 @@ async def test_a_broker_is_looked_over(make_mosquitto: BrokerOf) -> None:
     with make_mosquitto(settings=["retain_available false"]) as forgetful:
         assert "retains no messages" in (await found(forgetful)).found
         async with _sink(forgetful) as sink:
-            with pytest.raises(SinkUnavailable, match=r"retain not supported; nobody"):
+            with pytest.raises(SinkUnavailable, match=r"retain not supported; enable"):
                 await sink.start()

@@ -1,4 +1,4 @@
-"""Who gets which partitions: each a share of every topic, and what moves is what must."""
+"""Assignment of partitions: even for each topic, with as few moves as possible."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TOPICS = {"1m": range(32), "1s": range(32), "1d": range(5)}
 
 def _check(shares: dict[str, dict[str, list[int]]]) -> None:
     for topic, partitions in TOPICS.items():
-        given = [one for share in shares.values() for one in share[topic]]
-        assert sorted(given) == list(partitions), "each is somebody's, and nobody else's"
+        assigned = [one for share in shares.values() for one in share[topic]]
+        assert sorted(assigned) == list(partitions), "each partition has exactly one member"
         sizes = {len(share[topic]) for share in shares.values()}
         assert max(sizes) - min(sizes) <= 1
 
@@ -22,7 +22,7 @@ def _check(shares: dict[str, dict[str, list[int]]]) -> None:
 def _moved_partitions(
     before: dict[str, dict[str, list[int]]], after: dict[str, dict[str, list[int]]]
 ) -> int:
-    """Partitions that a member has got which it had not."""
+    """Number of partitions with a new member."""
     return sum(
         len(set(partitions) - set(before.get(one, {}).get(topic, ())))
         for one, share in after.items()
@@ -31,7 +31,7 @@ def _moved_partitions(
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_members_come_and_go(seed: int) -> None:
+def test_assignment_is_even_while_members_change(seed: int) -> None:
     random = Random(seed)
     shares: dict[str, dict[str, list[int]]] = {}
     for number in range(20):
@@ -41,11 +41,11 @@ def test_members_come_and_go(seed: int) -> None:
         after = assign_partitions(TOPICS, members)
         _check(after)
         if members == shares:
-            assert after == shares, "nobody came or went"
+            assert after == shares, "no member joined or left"
         shares = after
 
 
-def test_no_more_moves_than_must() -> None:
+def test_only_necessary_partitions_move() -> None:
     two = assign_partitions(TOPICS, {"a": {}, "b": {}})
     assert [len(two["a"][topic]) for topic in ("1m", "1s")] == [16, 16]
     three = assign_partitions(TOPICS, two | {"c": {}})
@@ -56,11 +56,11 @@ def test_no_more_moves_than_must() -> None:
     )
 
 
-def test_what_two_claim_is_one_members() -> None:
+def test_partitions_claimed_twice_get_one_member() -> None:
     _check(assign_partitions(TOPICS, {"a": {"1m": range(32)}, "b": {"1m": range(32), "gone": [1]}}))
 
 
-def test_members_tell_what_they_have_through_the_group() -> None:
+def test_members_report_their_partitions_in_metadata() -> None:
     ours, theirs = create_sticky_assignor(), create_sticky_assignor()
     members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
 

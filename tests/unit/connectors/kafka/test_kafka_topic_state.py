@@ -1,4 +1,4 @@
-"""What records of candle topics mean, without a broker: history, news, and the partitions' ways."""
+"""TopicState without a broker: history, live records, and reassigned partitions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from random import Random
 
 import pytest
 
-from kronos_connectors.kafka.topic_state import (
-    DecodedRecord,
-    InvalidRecord,
-    Partition,
-    PartitionBounds,
-    TopicState,
-)
+from kronos_connectors.kafka.records import oldest_timestamp
+from kronos_connectors.kafka.topic_state import DecodedRecord, TopicState
+from kronos_stream.interfaces.feed import Checkpoint, Partition, PartitionBounds, Unreadable
 from kronos_stream.market.candle import Candle, Update
 from kronos_stream.market.candle_message import encode_candle
+from kronos_stream.market.clock import ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
@@ -23,18 +20,59 @@ MINUTE = 60_000
 START = 1_718_709_300_000
 NOW = START + 10_000 * MINUTE
 TOPIC = "kronos.candles.1m.v1"
-PLACE = Partition(TOPIC, 0)
+PARTITION = Partition(TOPIC, 0)
 BTC, ETH = (Series.parse(f"kafka:{base}/USDT:1m") for base in ("BTC", "ETH"))
-FIVE = Series.parse("kafka:BTC/USDT:5m")
+BTC_FIVE = Series.parse("kafka:BTC/USDT:5m")
 
 
 @dataclass(frozen=True)
 class Record:
-    """As a consumer gives it."""
+    """The fields of a consumed record that are used."""
 
     offset: int
     key: bytes | None
     value: bytes | None
+    timestamp: int = NOW
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+class StateUnderTest(TopicState):
+    """A topic state that collects what it emits; its only partition begins with offset 0."""
+
+    def __init__(self, *series: Series, bars: int = 1_000, now: int = NOW) -> None:
+        self.clock = ManualClock(now)
+        self._emitted: list[DecodedRecord] = []
+        super().__init__("kronos", bars, self.clock, self._emitted.append)
+        self.follow(series or (BTC,))
+
+    def assign(self, partitions: int = 1) -> None:
+        self.on_assigned([PARTITION], {TOPIC: partitions})
+
+    def start(
+        self, end: int = 0, committed: int | None = None, *, first: int = 0, context_start: int = 0
+    ) -> int:
+        checkpoint = None if committed is None else Checkpoint(committed, "")
+        bounds = PartitionBounds(first, end, context_start, checkpoint)
+        return self.start_partition(PARTITION, bounds)
+
+    def read(self, records: list[Record]) -> list[DecodedRecord]:
+        """Emitted records."""
+        self._emitted.clear()
+        next_offset = records[-1].offset + 1 if records else 0
+        self.on_records(PARTITION, records, next_offset)
+        return self._emitted[:]
+
+    def bars(self, series: Series = BTC) -> list[tuple[int, float]]:
+        """The history: minute and close of each bar."""
+        candles = self.history(series, 0, NOW)
+        return [((candle.time - START) // MINUTE, candle.close) for candle in candles]
+
+
+def _started(*series: Series, end: int = 0, committed: int | None = None) -> StateUnderTest:
+    state = StateUnderTest(*series)
+    state.assign()
+    assert state.start(end, committed) == 0
+    return state
 
 
 def _candle(minute: int, close: float = 1.0) -> Candle:
@@ -45,66 +83,46 @@ def _record(offset: int, minute: int, close: float = 1.0, series: Series = BTC) 
     return Record(offset, series.name.encode(), encode_candle(series, _candle(minute, close)))
 
 
-def _reading(*series: Series, bars: int = 1_000) -> TopicState:
-    reading = TopicState("kronos", bars)
-    reading.follow(series or (BTC,))
-    return reading
+def _minutes(records: list[DecodedRecord]) -> list[int]:
+    return [(one.candle.time - START) // MINUTE for one in records if isinstance(one, Update)]
 
 
-def _placed(reading: TopicState, end: int = 0, committed: int | None = None) -> TopicState:
-    """Its only partition begins with offset 0."""
-    reading.on_assigned([PLACE], {TOPIC: 1})
-    assert reading.begin(PLACE, PartitionBounds(0, end, 0, committed)) == 0
-    return reading
+def test_records_before_the_assignment_are_history_and_later_ones_are_emitted() -> None:
+    state = _started(end=3)
+    assert "3 records" in state.unavailable_reason(BTC, "g")
+    assert _minutes(state.read([_record(i, i) for i in range(5)])) == [3, 4]
+    assert state.unavailable_reason(BTC, "g") == ""
+    assert [minute for minute, _ in state.bars()] == [0, 1, 2, 3, 4]
+    assert state.pending_checkpoints() == {PARTITION: Checkpoint(5, "")}
 
 
-def _minutes(told: list[DecodedRecord]) -> list[int]:
-    return [(one.candle.time - START) // MINUTE for one in told if isinstance(one, Update)]
+def test_records_before_the_start_offset_is_known_are_ignored() -> None:
+    state = StateUnderTest()
+    assert state.read([_record(7, 7)]) == []
+    state.assign()
+    assert state.read([_record(7, 7)]) == []
+    assert "no partitions assigned yet" in state.unavailable_reason(BTC, "g")
+    assert state.start() == 0
+    assert _minutes(state.read([_record(0, 0)])) == [0]
 
 
-def _history(reading: TopicState, series: Series = BTC) -> list[tuple[int, float]]:
-    return [
-        ((candle.time - START) // MINUTE, candle.close)
-        for candle in reading.history(series, 0, NOW, NOW)
-    ]
-
-
-def test_what_was_there_is_history_and_what_comes_is_news() -> None:
-    reading = _placed(_reading(), end=3)
-    assert "3 records" in reading.unavailable_reason(BTC, "g")
-    assert _minutes(reading.read(PLACE, [_record(i, i) for i in range(5)], NOW)) == [3, 4]
-    assert reading.unavailable_reason(BTC, "g") == ""
-    assert [minute for minute, _ in _history(reading)] == [0, 1, 2, 3, 4]
-    assert reading.offsets_to_commit() == {PLACE: 5}
-
-
-def test_records_that_came_before_it_was_known_where_to_begin_are_not_taken() -> None:
-    reading = _reading()
-    assert reading.read(PLACE, [_record(7, 7)], NOW) == []
-    reading.on_assigned([PLACE], {TOPIC: 1})
-    assert reading.read(PLACE, [_record(7, 7)], NOW) == []
-    assert "not ours yet" in reading.unavailable_reason(BTC, "g")
-    _placed(reading)
-    assert _minutes(reading.read(PLACE, [_record(0, 0)], NOW)) == [0]
-
-
-def test_a_bar_said_twice_is_passed_on_twice_and_stands_as_it_was_said_last() -> None:
-    reading = _placed(_reading())
+def test_a_repeated_bar_is_emitted_again_and_replaces_the_earlier_one() -> None:
+    state = _started()
     records = [_record(0, 0), _record(1, 2), _record(2, 1), _record(3, 2, 5.0), _record(4, 0)]
-    assert _minutes(reading.read(PLACE, records, NOW)) == [0, 2, 1, 2, 0]
-    assert _history(reading) == [(0, 1.0), (1, 1.0), (2, 5.0)]
+    assert _minutes(state.read(records)) == [0, 2, 1, 2, 0]
+    assert state.bars() == [(0, 1.0), (1, 1.0), (2, 5.0)]
 
 
-def test_other_series_are_not_even_decoded() -> None:
-    reading = _placed(_reading())
-    assert reading.read(PLACE, [Record(0, ETH.name.encode(), b"{"), _record(1, 1)], NOW)[0] == (
+def test_records_of_other_series_are_not_decoded() -> None:
+    state = _started()
+    assert state.read([Record(0, ETH.name.encode(), b"{"), _record(1, 1)])[0] == (
         Update(BTC, _candle(1), closed=True, received=NOW)
     )
-    assert reading.read(PLACE, [Record(2, None, encode_candle(ETH, _candle(1)))], NOW) == []
+    assert state.read([Record(2, None, encode_candle(ETH, _candle(1)))]) == []
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "series", "said"),
+    ("key", "value", "series", "reason"),
     [
         (BTC.name.encode(), b"{", BTC, "Invalid JSON"),
         (BTC.name.encode(), None, BTC, "without a value"),
@@ -112,7 +130,7 @@ def test_other_series_are_not_even_decoded() -> None:
             BTC.name.encode(),
             encode_candle(ETH, _candle(0)),
             BTC,
-            "the message names series kafka:ETH/USDT:1m",
+            "kafka:ETH/USDT:1m",
         ),
         (BTC.name.encode(), encode_candle(BTC, _candle(0, -1.0)), BTC, "is not a price"),
         (None, b"{}", None, "required"),
@@ -122,191 +140,206 @@ def test_other_series_are_not_even_decoded() -> None:
             None,
             "series 'BTC'",
         ),
-        (FIVE.name.encode(), b"{}", FIVE, "among those of 1m"),
+        (BTC_FIVE.name.encode(), b"{}", BTC_FIVE, "in the topic for 1m candles"),
         (
             None,
-            encode_candle(FIVE, Candle(START, 1.0, 1.0, 1.0, 1.0, 1.0)),
-            FIVE,
-            "among those of 1m",
+            encode_candle(BTC_FIVE, Candle(START, 1.0, 1.0, 1.0, 1.0, 1.0)),
+            BTC_FIVE,
+            "in the topic for 1m candles",
         ),
     ],
 )
-def test_what_cannot_be_is_rejected_with_its_place(
-    key: bytes | None, value: bytes | None, series: Series | None, said: str
+def test_invalid_records_are_rejected_with_their_place(
+    key: bytes | None, value: bytes | None, series: Series | None, reason: str
 ) -> None:
-    reading = _placed(_reading())
-    told = reading.read(PLACE, [Record(0, key, value), _record(1, 1)], NOW)
-    assert isinstance(told[0], InvalidRecord)
-    assert (told[0].series, told[0].raw) == (series, value or b"")
-    assert told[0].reason.startswith(f"{TOPIC}[0]@0: ")
-    assert said in told[0].reason
-    assert _minutes(told) == [1]
-    assert [minute for minute, _ in _history(reading)] == [1]
+    state = _started()
+    emitted = state.read([Record(0, key, value), _record(1, 1)])
+    rejected = emitted[0]
+    assert isinstance(rejected, Unreadable)
+    assert (rejected.series, rejected.raw) == (series, value or b"")
+    assert rejected.reason.startswith(f"{TOPIC}[0]@0: ")
+    assert reason in rejected.reason
+    assert _minutes(emitted) == [1]
+    assert [minute for minute, _ in state.bars()] == [1]
 
 
-def test_a_key_that_is_no_series_leaves_it_to_the_message() -> None:
-    reading = _placed(_reading())
-    told = reading.read(PLACE, [Record(0, b"BTC", encode_candle(BTC, _candle(0)))], NOW)
-    assert _minutes(told) == [0]
+def test_the_message_names_the_series_if_the_key_does_not() -> None:
+    emitted = _started().read([Record(0, b"BTC", encode_candle(BTC, _candle(0)))])
+    assert _minutes(emitted) == [0]
 
 
-def test_records_that_the_group_has_judged_are_not_rejected_again() -> None:
+def test_committed_records_are_not_rejected_again() -> None:
     bad = [Record(offset, BTC.name.encode(), b"{") for offset in range(4)]
-    assert len(_placed(_reading(), end=4, committed=3).read(PLACE, bad, NOW)) == 1
-    assert len(_placed(_reading(), end=4).read(PLACE, bad, NOW)) == 4
-    # A topic made anew has fewer than were committed.
-    assert len(_placed(_reading(), end=4, committed=9).read(PLACE, bad, NOW)) == 4
-    reading = _placed(_reading(BTC))
-    assert len(reading.read(PLACE, bad, NOW)) == 4
-    assert reading.read(PLACE, bad, NOW) == []
-    reading.follow([BTC, ETH])  # they are read once more for its sake
-    assert reading.begin(PLACE, PartitionBounds(0, 4, 0, None)) == 0
-    assert reading.read(PLACE, bad, NOW) == []
+    assert len(_started(end=4, committed=3).read(bad)) == 1
+    assert len(_started(end=4).read(bad)) == 4
+    # A topic that was created again has fewer records than were committed.
+    assert len(_started(end=4, committed=9).read(bad)) == 4
+    state = _started()
+    assert len(state.read(bad)) == 4
+    assert state.read(bad) == []
+    state.follow([BTC, ETH])  # reads them again, for ETH
+    assert state.start(4) == 0
+    assert state.read(bad) == []
 
 
-def test_an_open_bar_is_a_sign_of_life_and_no_history() -> None:
-    reading = _placed(_reading())
+def test_an_open_bar_is_emitted_but_not_history() -> None:
+    state = _started()
     value = encode_candle(BTC, _candle(0), closed=False)
-    told = reading.read(PLACE, [Record(0, BTC.name.encode(), value)], NOW)
-    assert told == [Update(BTC, _candle(0), closed=False, received=NOW)]
-    assert _history(reading) == []
+    emitted = state.read([Record(0, BTC.name.encode(), value)])
+    assert emitted == [Update(BTC, _candle(0), closed=False, received=NOW)]
+    assert state.bars() == []
 
 
-def test_bars_of_the_future_do_not_crowd_out_what_is_real() -> None:
-    reading = _placed(_reading(bars=3))
-    reading.read(PLACE, [_record(minute, minute) for minute in range(3)], START + 3 * MINUTE)
-    reading.read(PLACE, [_record(3 + i, 900 + i) for i in range(9)], START + 3 * MINUTE)
-    assert [minute for minute, _ in _history(reading)] == [0, 1, 2]
-    # Said to be closed, and not closed yet by our clock.
-    assert not reading.history(BTC, START + 2 * MINUTE, NOW, START + 3 * MINUTE - 1)
-    assert reading.history(BTC, START + 2 * MINUTE, NOW, START + 3 * MINUTE)
+def test_bars_of_the_future_do_not_displace_real_ones() -> None:
+    state = StateUnderTest(bars=3, now=START + 3 * MINUTE - 1)
+    state.assign()
+    state.start()
+    state.read([_record(minute, minute) for minute in range(3)])
+    # Marked as closed, but not closed yet by our clock.
+    assert not state.history(BTC, START + 2 * MINUTE, NOW)
+    state.clock.advance(START + 3 * MINUTE)
+    assert state.history(BTC, START + 2 * MINUTE, NOW)
+    state.read([_record(3 + i, 900 + i) for i in range(9)])
+    assert [minute for minute, _ in state.bars()] == [0, 1, 2]
 
 
-def test_what_is_read_back_is_bounded_by_time_and_number() -> None:
-    reading = _reading(bars=10)
-    assert reading.oldest_timestamp(PLACE, NOW) == NOW - 10 * MINUTE
-    reading.on_assigned([PLACE], {TOPIC: 1})
-    assert reading.begin(PLACE, PartitionBounds(5, 100, 40, None)) == 40
-    for since, end, start in ((None, 100, 5), (2, 100, 5), (0, 3_000_000, 2_000_000)):
-        reading = _reading(bars=10)
-        reading.on_assigned([PLACE], {TOPIC: 1})
-        assert reading.begin(PLACE, PartitionBounds(5, end, since, None)) == start
-    months = Series.of("kafka", "BTC/USDT", Timeframe(1, "M"))
-    assert _reading(months).oldest_timestamp(Partition("kronos.candles.1M.v1", 0), NOW) == 0
+@pytest.mark.parametrize(
+    ("context_start", "end", "expected"),
+    [(40, 100, 40), (100, 100, 5), (2, 100, 5), (0, 3_000_000, 2_000_000)],
+)
+def test_history_is_limited_in_age_and_number(context_start: int, end: int, expected: int) -> None:
+    """Without an offset by time, which some brokers do not know, everything is read back."""
+    state = StateUnderTest(bars=10)
+    state.assign()
+    assert state.start(end, first=5, context_start=context_start) == expected
 
 
-def test_a_partition_that_comes_back_goes_on_where_it_was() -> None:
-    reading = _placed(_reading())
-    reading.read(PLACE, [_record(0, 0), _record(1, 1)], NOW)
-    reading.on_revoked([PLACE])
-    reading.on_assigned([PLACE], {TOPIC: 1})
-    assert reading.begin(PLACE, PartitionBounds(0, 4, 1, 9)) == 2
-    assert _minutes(reading.read(PLACE, [_record(2, 2), _record(3, 3)], NOW)) == [2, 3]
-    assert reading.unavailable_reason(BTC, "g") == ""
+def test_age_of_history_is_counted_in_bars() -> None:
+    assert oldest_timestamp(BTC.timeframe, 10, NOW) == NOW - 10 * MINUTE
+    assert oldest_timestamp(Timeframe(1, "M"), 1_000, NOW) == 0
 
 
-def test_a_partition_that_was_long_away_is_read_back_as_if_it_were_new() -> None:
-    reading = _placed(_reading())
-    reading.read(PLACE, [_record(0, 0)], NOW)
-    reading.on_lost()
-    reading.on_assigned([PLACE], {TOPIC: 1})
-    assert reading.begin(PLACE, PartitionBounds(0, 5_000, 4_000, 1)) == 4_000
-    assert reading.read(PLACE, [_record(4_000, 4_000)], NOW) == []
+def test_a_partition_that_returns_continues_where_it_stopped() -> None:
+    state = _started()
+    state.read([_record(0, 0), _record(1, 1)])
+    state.on_revoked()
+    state.assign()
+    assert state.start(4, 9, context_start=1) == 2
+    assert _minutes(state.read([_record(2, 2), _record(3, 3)])) == [2, 3]
+    assert state.unavailable_reason(BTC, "g") == ""
 
 
-def test_a_new_series_has_its_past_read_and_the_others_nothing_twice() -> None:
-    reading = _placed(_reading())
+def test_a_partition_that_returns_late_is_read_back_like_a_new_one() -> None:
+    state = _started()
+    state.read([_record(0, 0)])
+    state.on_revoked()
+    state.assign()
+    assert state.start(5_000, 1, context_start=4_000) == 4_000
+    assert state.read([_record(4_000, 4_000)]) == []
+
+
+def test_history_is_read_for_a_new_series_without_repeating_others() -> None:
+    state = _started()
     records = [_record(i, i, series=(BTC, ETH)[i % 2]) for i in range(6)]
-    assert _minutes(reading.read(PLACE, records, NOW)) == [0, 2, 4]
-    reading.follow([BTC, ETH])
-    assert reading.pending == {PLACE}
-    assert reading.begin(PLACE, PartitionBounds(0, 7, 0, None)) == 0
+    assert _minutes(state.read(records)) == [0, 2, 4]
+    state.follow([BTC, ETH])
+    assert state.pending == {PARTITION}
+    assert state.start(7) == 0
     records.append(_record(6, 6, series=ETH))
-    assert _minutes(reading.read(PLACE, records, NOW)) == [6]
-    assert [minute for minute, _ in _history(reading, ETH)] == [1, 3, 5, 6]
-    assert reading.offsets_to_commit() == {PLACE: 7}
-    reading.follow([ETH])  # nothing is read for one that goes
-    assert not reading.pending
-    assert _history(reading) == []
+    assert _minutes(state.read(records)) == [6]
+    assert [minute for minute, _ in state.bars(ETH)] == [1, 3, 5, 6]
+    assert state.pending_checkpoints() == {PARTITION: Checkpoint(7, "")}
+    state.follow([ETH])  # dropping a series reads nothing
+    assert not state.pending
+    assert state.bars() == []
 
 
-def test_a_topic_dropped_and_taken_up_again_is_read_back() -> None:
-    reading = _placed(_reading())
-    reading.read(PLACE, [_record(0, 0)], NOW)
-    reading.follow([])
-    assert reading.topics == frozenset()
-    reading.on_revoked([PLACE])
-    reading.follow([BTC])
-    _placed(reading, end=1)
-    reading.read(PLACE, [_record(0, 0)], NOW)
-    assert _history(reading) == [(0, 1.0)]
+def test_a_topic_that_is_followed_again_is_read_back() -> None:
+    state = _started()
+    state.read([_record(0, 0)])
+    state.follow([])
+    assert not state.timeframes
+    state.on_revoked()
+    state.follow([BTC])
+    state.assign()
+    assert state.start(1) == 0
+    state.read([_record(0, 0)])
+    assert state.bars() == [(0, 1.0)]
 
 
-def test_a_series_in_another_members_partition_is_said_to_be_there() -> None:
-    reading = _reading(BTC, ETH)
-    reading.on_assigned([PLACE], {TOPIC: 2})
-    reading.begin(PLACE, PartitionBounds(0, 1, 0, None))
-    reading.read(PLACE, [_record(0, 0)], NOW)
-    assert reading.unavailable_reason(BTC, "g") == ""  # we have seen it in ours
-    assert "1 of its 2 partitions are ours" in reading.unavailable_reason(ETH, "g")
-    assert reading.shared_topics == [TOPIC]
+def test_a_topic_that_is_dropped_before_its_start_is_not_pending() -> None:
+    state = StateUnderTest()
+    state.assign()
+    assert state.pending == {PARTITION}
+    state.follow([])
+    assert not state.pending
+
+
+def test_history_is_unavailable_for_a_series_in_a_partition_of_another_member() -> None:
+    state = StateUnderTest(BTC, ETH)
+    state.assign(partitions=2)
+    state.start(1)
+    state.read([_record(0, 0)])
+    assert state.unavailable_reason(BTC, "g") == ""  # its record was in our partition
+    assert "1 of its 2 partitions are assigned to us" in state.unavailable_reason(ETH, "g")
+    assert state.shared_topics == [TOPIC]
     other = Partition(TOPIC, 1)
-    reading.on_assigned([PLACE, other], {TOPIC: 2})
-    assert reading.pending == {other}
-    reading.begin(other, PartitionBounds(0, 0, 0, None))
-    assert reading.unavailable_reason(ETH, "g") == ""
-    assert reading.shared_topics == []
+    state.on_assigned([PARTITION, other], {TOPIC: 2})
+    assert state.pending == {other}
+    state.start_partition(other, PartitionBounds(0, 0, 0, None))
+    assert state.unavailable_reason(ETH, "g") == ""
+    assert state.shared_topics == []
 
 
-def test_offsets_without_records_are_nothing_to_wait_for() -> None:
-    reading = _placed(_reading(), end=2)
-    reading.read(PLACE, [_record(0, 0)], NOW)
-    assert reading.catching_up == [PLACE]
-    reading.advance(PLACE, 2)  # the mark of a transaction's end
-    assert reading.unavailable_reason(BTC, "g") == ""
-    reading.on_committed(reading.offsets_to_commit())
-    assert reading.offsets_to_commit() == {}
+def test_offsets_without_records_complete_the_history() -> None:
+    state = _started(end=2)
+    state.read([_record(0, 0)])
+    assert "1 records" in state.unavailable_reason(BTC, "g")
+    state.on_records(PARTITION, (), 2)  # a transaction marker
+    assert state.unavailable_reason(BTC, "g") == ""
+    state.on_checkpointed(state.pending_checkpoints())
+    assert state.pending_checkpoints() == {}
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_whatever_the_group_does_nothing_is_lost_or_told_twice(seed: int) -> None:
-    """One partition, records of two series, and a group that takes and gives it at any moment."""
+def test_random_rebalances_lose_and_repeat_nothing(seed: int) -> None:
+    """One partition, records of two series, and a group that reassigns it at any moment."""
     random = Random(seed)
     log: list[Record] = []
-    reading = _reading(BTC)
-    told: list[DecodedRecord] = []
-    truth: dict[int, float] = {}
-    position, first_end, others = 0, -1, False
+    state = StateUnderTest(BTC)
+    emitted: list[DecodedRecord] = []
+    latest: dict[int, float] = {}
+    position, first_end, both = 0, -1, False
     for _ in range(random.randrange(20, 120)):
         action = random.randrange(8)
         if action < 3:
             series = random.choice((BTC, ETH))
             minute, close = random.randrange(50), float(random.randrange(1, 9))
             if series == BTC:
-                truth[minute] = close
+                latest[minute] = close
             log.append(_record(len(log), minute, close, series))
         elif action < 6:
             batch = log[position : position + random.randrange(5)]
-            if PLACE in reading._active:
+            if PARTITION in state._active:
                 position += len(batch)
-            told += reading.read(PLACE, batch, NOW)
+            emitted += state.read(batch)
         elif action == 6:
-            others = not others
-            reading.follow([BTC, ETH] if others else [BTC])
+            both = not both
+            state.follow([BTC, ETH] if both else [BTC])
         else:
-            reading.on_revoked([PLACE])
-            reading.on_assigned([PLACE], {TOPIC: 1})
-        if reading.pending and random.random() < 0.7:
+            state.on_revoked()
+            state.assign()
+        if state.pending and random.random() < 0.7:
             first_end = len(log) if first_end < 0 else first_end
-            position = reading.begin(PLACE, PartitionBounds(0, len(log), 0, None))
-    if reading.pending or not reading._active:
-        reading.on_assigned([PLACE], {TOPIC: 1})
+            position = state.start(len(log))
+    if state.pending or not state._active:
+        state.assign()
         first_end = len(log) if first_end < 0 else first_end
-        position = reading.begin(PLACE, PartitionBounds(0, len(log), 0, None))
-    told += reading.read(PLACE, log[position:], NOW)
+        position = state.start(len(log))
+    emitted += state.read(log[position:])
 
-    assert reading.unavailable_reason(BTC, "g") == ""
-    assert _history(reading) == sorted(truth.items())
+    assert state.unavailable_reason(BTC, "g") == ""
+    assert state.bars() == sorted(latest.items())
     expected = [record for record in log[first_end:] if record.key == BTC.name.encode()]
-    mine = [one for one in told if isinstance(one, Update) and one.series == BTC]
-    assert [encode_candle(BTC, one.candle) for one in mine] == [record.value for record in expected]
+    actual = [one for one in emitted if isinstance(one, Update) and one.series == BTC]
+    assert [encode_candle(BTC, one.candle) for one in actual] == [one.value for one in expected]

@@ -7,24 +7,17 @@ from typing import Any
 
 import click
 
+from kronos_stream.commands._parameters import ParsedType
+
 MODELS = ("mini", "small", "base", "large")
 DEFAULT_SHAPES = "1x1,1x8,8x32,16x32"
 
 
-class _Shapes(click.ParamType[Any]):
-    """Pairs of contexts x paths, separated by commas."""
-
-    name = "CxP,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        if not isinstance(value, str):
-            return value
-        shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip()) for part in value.split(",")]
-        if not all(shapes):
-            self.fail(
-                f"{value!r}: expected contexts x paths such as 8x32, or a comma list", param, ctx
-            )
-        return [(int(shape[1]), int(shape[2])) for shape in shapes if shape]
+def _parse_shapes(text: str) -> list[tuple[int, int]]:
+    shapes = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part.strip()) for part in text.split(",")]
+    if not all(shapes):
+        raise ValueError(f"{text!r}: expected contexts x paths such as 8x32, or a comma list")
+    return [(int(shape[1]), int(shape[2])) for shape in shapes if shape]
 
 
 @click.command(context_settings={"show_default": True})
@@ -36,7 +29,7 @@ class _Shapes(click.ParamType[Any]):
 )
 @click.option(
     "--shapes",
-    type=_Shapes(),
+    type=ParsedType("CxP,…", _parse_shapes),
     default=DEFAULT_SHAPES,
     help="Numbers of contexts x paths to measure.",
 )

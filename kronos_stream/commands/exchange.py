@@ -7,14 +7,12 @@ from typing import Any
 
 import click
 
+from kronos_stream.commands._parameters import ParsedType
 from kronos_stream.market.timeframe import Timeframe
 
 
-def _parse_timeframes(_: click.Context, __: click.Parameter, text: str) -> list[str]:
-    try:
-        return [str(Timeframe.parse(part.strip())) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+def _parse_timeframes(text: str) -> list[str]:
+    return [str(Timeframe.parse(part.strip())) for part in text.split(",") if part.strip()]
 
 
 @click.command(context_settings={"show_default": True})
@@ -36,7 +34,7 @@ def _parse_timeframes(_: click.Context, __: click.Parameter, text: str) -> list[
     "--timeframe",
     "timeframes",
     default="",
-    callback=_parse_timeframes,
+    type=ParsedType("list", _parse_timeframes),
     metavar="LIST",
     help="Intervals to offer, separated by commas; bars of the longer ones are composed of the "
     "shortest. By default 1s, or the interval of the candles.",

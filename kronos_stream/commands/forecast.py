@@ -9,26 +9,11 @@ from typing import Any
 
 import click
 
+from kronos_stream.commands._parameters import ParsedType
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.market.utc import parse_time
 
 _PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-class _ParsedType(click.ParamType[Any]):
-    """A value parsed by a function whose ValueError is the error message."""
-
-    def __init__(self, name: str, parse: Any) -> None:  # noqa: ANN401
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        if not isinstance(value, str):
-            return value
-        try:
-            return self._parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 def _parse_probabilities(text: str) -> tuple[float, ...]:
@@ -162,13 +147,13 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--timeframe",
-    type=_ParsedType("timeframe", Timeframe.parse),
+    type=ParsedType("timeframe", Timeframe.parse),
     metavar="5m|1h|1d|...",
     help="Length of a bar. By default, the most common distance between the bars of the file.",
 )
 @click.option(
     "--series",
-    type=_ParsedType("name", _parse_series),
+    type=ParsedType("name", _parse_series),
     metavar="NAME",
     help="Name of the series, such as binance:BTC/USDT:5m. It is shown, stored in --out, and "
     "determines the noise. By default, the file's name is shown, and the noise is that of an "
@@ -176,14 +161,14 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--at",
-    type=_ParsedType("time", parse_time),
+    type=ParsedType("time", parse_time),
     metavar="TIME",
     help="The origin: open time of the last bar that the model sees, such as 2024-06-18T11:15Z "
     "(UTC if no zone is given). By default, the last bar of the file.",
 )
 @click.option(
     "--device",
-    type=_ParsedType("device", _parse_device),
+    type=ParsedType("device", _parse_device),
     default="auto",
     metavar="auto|cpu|cuda|cuda:N|mps",
     help="Device to compute on; auto takes the fastest available.",
@@ -197,20 +182,20 @@ def _plot_file(text: str) -> Path:
 )
 @click.option(
     "--quantiles",
-    type=_ParsedType("quantiles", _parse_probabilities),
+    type=ParsedType("quantiles", _parse_probabilities),
     default="0.05,0.25,0.5,0.75,0.95",
     metavar="P,P,...",
     help="Quantiles to show, as probabilities between 0 and 1. Each needs enough --paths.",
 )
 @click.option(
     "--plot",
-    type=_ParsedType("file", _plot_file),
+    type=ParsedType("file", _plot_file),
     metavar="FILE",
     help="Draw the last candles and the fan of quantiles: .png, .svg or .pdf.",
 )
 @click.option(
     "--out",
-    type=_ParsedType("file", _new_file),
+    type=ParsedType("file", _new_file),
     metavar="FILE",
     help="Write every path, as sampled, to a Parquet file: one row per path and step. With many "
     "--paths, a generator of synthetic candles. The file is complete or does not appear.",

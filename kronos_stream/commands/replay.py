@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
+from kronos_stream.commands._parameters import ParsedType
 from kronos_stream.market.utc import parse_time
 
 
-def _parse_speed(_: click.Context, __: click.Parameter, text: str) -> float:
+def _parse_speed(text: str) -> float:
     """Times as fast as the recording; inf for max."""
     if text == "max":
         return inf
@@ -20,15 +21,8 @@ def _parse_speed(_: click.Context, __: click.Parameter, text: str) -> float:
     except ValueError:
         speed = 0.0
     if not 0 < speed <= 1e6:
-        raise click.BadParameter(f"{text!r}: expected max, or a number such as 1 or 60")
+        raise ValueError(f"{text!r}: expected max, or a number such as 1 or 60")
     return speed
-
-
-def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_time(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
@@ -39,7 +33,7 @@ def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int 
     "--speed",
     default="max",
     show_default=True,
-    callback=_parse_speed,
+    type=ParsedType("speed", _parse_speed),
     metavar="1|N|max",
     help="1: in real time. N: N times as fast; bars that take too long are skipped, as in live "
     "operation. max: as fast as this machine can, without skipping any bar.",
@@ -47,7 +41,7 @@ def _parse_from(_: click.Context, __: click.Parameter, text: str | None) -> int 
 @click.option(
     "--from",
     "start",
-    callback=_parse_from,
+    type=ParsedType("time", parse_time),
     metavar="TIME",
     help="Forecast the bars that close after TIME, such as 2024-06-18T11:15Z (UTC if no zone is "
     "given); earlier bars are history. By default, start when a series has enough bars for a "

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
+from aiokafka.structs import OffsetAndMetadata
 
 from kronos_connectors.kafka.assignor import create_sticky_assignor
 from kronos_connectors.kafka.options import KafkaOptions
@@ -28,14 +33,26 @@ _MAX_POLL_INTERVAL_MS = 86_400_000
 _CLOSE_TIMEOUT_SECONDS = 2.0
 
 
-def create_consumer(options: KafkaOptions, group: str, *, sticky: bool) -> AIOKafkaConsumer:
-    """A consumer, not started, without a subscription.
+@dataclass(frozen=True, slots=True)
+class GroupOptions:
+    """Options of a membership; times are seconds."""
 
-    sticky: members keep as many partitions as they can, and hand over the others.
-    """
+    name: str
+    context_bars: int
+    """Age of the oldest records that are read back, in bars."""
+    commit_interval: float
+    commit_timeout: float
+    sticky: bool = False
+    """Members keep as many partitions as they can in a rebalance, and hand over the others."""
+    check_topics: bool = False
+    """Read nothing while a topic is missing."""
+
+
+def create_consumer(options: KafkaOptions, group: GroupOptions) -> AIOKafkaConsumer:
+    """A consumer, not started, without a subscription."""
     heartbeat_ms, request_timeout_ms = _HEARTBEAT_MS, round(REQUEST_TIMEOUT_SECONDS * 1000)
     more: dict[str, Any] = {}
-    if sticky:
+    if group.sticky:
         heartbeat_ms = _STICKY_HEARTBEAT_MS
         # The group may answer only after its slowest member has handed over.
         request_timeout_ms += _REBALANCE_TIMEOUT_MS
@@ -48,7 +65,7 @@ def create_consumer(options: KafkaOptions, group: str, *, sticky: bool) -> AIOKa
     client_id = f"kronos-stream-{socket.gethostname()}-{os.getpid()}"
     return AIOKafkaConsumer(
         **options.client_arguments() | {"client_id": client_id} | more,
-        group_id=group,
+        group_id=group.name,
         enable_auto_commit=False,
         auto_offset_reset="earliest",  # if the next records are deleted already
         isolation_level="read_committed",
@@ -72,6 +89,24 @@ class LivenessCheck:
             self._last_activity, self._last_poll = now, last
         if now - self._last_activity > _FETCH_TIMEOUT_SECONDS:
             raise KafkaError(f"no answer from any broker in {_FETCH_TIMEOUT_SECONDS:g} s")
+
+
+async def fetch_committed(
+    kafka: KafkaOptions, group: str, places: Sequence[TopicPartition]
+) -> Mapping[TopicPartition, OffsetAndMetadata]:
+    """Committed offsets with metadata, which a consumer does not return. Raises KafkaError."""
+    admin = AIOKafkaAdminClient(**kafka.client_arguments())
+    try:
+        await admin.start()
+        committed = await admin.list_consumer_group_offsets(group, partitions=list(places))
+    finally:
+        with suppress(KafkaError, OSError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
+                await admin.close()
+    # aiokafka reports no error if the broker is not, or not yet, the coordinator of the group.
+    if set(places) - committed.keys():
+        raise KafkaError(f"committed offsets of group {group} are not available yet")
+    return dict(committed)
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:

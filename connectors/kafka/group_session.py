@@ -8,37 +8,40 @@ aiokafka survives most outages but does not report them, so it is replaced after
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from random import Random
-from typing import Any
+from typing import Generic, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
-from aiokafka.structs import OffsetAndMetadata
 
 from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka import group_consumer
 from kronos_connectors.kafka.errors import explain
-from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
-from kronos_connectors.kafka.group_handler import GroupHandler, GroupOptions
+from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS, GroupOptions
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.records import CandleRecord, oldest_timestamp
 from kronos_connectors.kafka.topics import missing_topics_message
 from kronos_stream.backoff import Backoff
-from kronos_stream.interfaces.feed import Checkpoint, Partition, PartitionBounds
+from kronos_stream.interfaces.feed import (
+    Checkpoint,
+    Partition,
+    PartitionBounds,
+    PartitionHandler,
+)
 from kronos_stream.market.clock import Clock
+from kronos_stream.market.timeframe import Timeframe
 
 _log = structlog.get_logger()
+_T = TypeVar("_T")
 
 _POLL_MS, _POLL_RECORDS = 200, 500
 _COMMIT_FAILURES_BEFORE_WARNING = 3
 _REBALANCE_DEADLINE_SECONDS = 120.0
 _TOPIC_CHECK_SECONDS = 60.0
 """Interval of the check that all topics exist."""
-_CLOSE_TIMEOUT_SECONDS = 2.0
 _MIN_RETRY_SECONDS, _MAX_RETRY_SECONDS, _HEALTHY_SECONDS = 0.5, 30.0, 60.0
 """A connection that held longer than the last of these resets the retry delay."""
 
@@ -47,14 +50,15 @@ class TopicNotFound(Exception):  # noqa: N818
     """A topic does not exist, or is hidden from us."""
 
 
-class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
+class GroupSession(ConsumerRebalanceListener, Generic[_T]):  # type: ignore[misc]
     """One membership in a group, by one consumer after the other."""
 
     def __init__(
         self,
         kafka: KafkaOptions,
-        options: GroupOptions,
-        handler: GroupHandler,
+        group: GroupOptions,
+        handler: PartitionHandler[_T],
+        decode: Callable[[Partition, CandleRecord], _T],
         clock: Clock,
         random: Random,
     ) -> None:
@@ -62,12 +66,15 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
         """Polls and connection attempts so far."""
         self.failure = ""
         """Cause of the current outage, and its remedy; empty while partitions are read."""
-        self._kafka, self._options, self._handler = kafka, options, handler
-        self._clock = clock
+        self._kafka, self._group, self._clock = kafka, group, clock
+        self._handler, self._decode = handler, decode
+        self._timeframes: Mapping[str, Timeframe] = {}
         self._backoff = Backoff(random, initial=_MIN_RETRY_SECONDS, maximum=_MAX_RETRY_SECONDS)
         self._client_errors = capture_aiokafka_errors()
         self._consumer: AIOKafkaConsumer | None = None
         self._assigned = False
+        self._pending: set[Partition] = set()
+        """Assigned partitions without a start offset."""
         self._positions: dict[Partition, int] = {}
         self._end_offsets: dict[Partition, int] = {}
         self._commit_lock, self._commit_failures = asyncio.Lock(), 0
@@ -76,16 +83,35 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
     @property
     def problem(self) -> str:
         """Why records are not read or offsets not committed; empty if all is well."""
-        if self._assigned and not self._handler.pending:
+        if self._ready:
             return self._commit_error
         return self.failure or "waiting for kafka to assign partitions"
 
+    @property
+    def _ready(self) -> bool:
+        return self._assigned and not self._pending
+
+    def read_topics(
+        self, timeframes: Mapping[str, Timeframe], *, restart: Collection[str] = ()
+    ) -> None:
+        """Set the topics to read, with their timeframes; may be called while running.
+
+        restart: topics to start again, by :meth:`PartitionHandler.start_partition`.
+        """
+        self._timeframes = timeframes
+        self._pending |= {partition for partition in self._positions if partition.log in restart}
+
+    def partition_count(self, topic: str) -> int:
+        """Number of partitions of a topic, 0 while unknown."""
+        consumer = self._consumer
+        return 0 if consumer is None else len(consumer.partitions_for_topic(topic) or ())
+
     async def run(self, on_event: Callable[[str], None]) -> None:
-        """Read until the handler has no more topics; reconnect after failures.
+        """Read while there are topics; reconnect after failures.
 
         on_event: called with "connected" and "lost".
         """
-        while self._handler.timeframes:
+        while self._timeframes:
             began = self._now()
             self._client_errors.clear()
             try:
@@ -110,9 +136,7 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _read(self, on_event: Callable[[str], None]) -> None:
         """Read by a new consumer. Raises TopicNotFound, KafkaError or OSError."""
-        consumer = self._consumer = group_consumer.create_consumer(
-            self._kafka, self._options.group, sticky=self._options.sticky
-        )
+        consumer = self._consumer = group_consumer.create_consumer(self._kafka, self._group)
         self._commit_failures, self._commit_error = 0, ""
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             await consumer.start()
@@ -120,8 +144,8 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
         subscribed = frozenset[str]()
         now = commit_at = check_at = polled_at = self._now()
         liveness = group_consumer.LivenessCheck(now)
-        while topics := frozenset(self._handler.timeframes):
-            if self._options.check_topics and now >= check_at:
+        while topics := frozenset(self._timeframes):
+            if self._group.check_topics and now >= check_at:
                 await self._check_topics(consumer, topics)
                 check_at = now + _TOPIC_CHECK_SECONDS
             if topics != subscribed:
@@ -143,7 +167,7 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
             if now >= commit_at:
                 self._report_lag(consumer)
                 committed = await self._commit(consumer)
-                commit_at = now + (1 if committed else 10) * self._options.commit_interval
+                commit_at = now + (1 if committed else 10) * self._group.commit_interval
             self.iterations += 1
             await asyncio.sleep(0)  # a long backlog must not block other tasks
 
@@ -193,74 +217,50 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Take over exactly these partitions, or none. Called by aiokafka."""
-        if self._consumer is None:
-            return
         partitions = [Partition(*place) for place in assigned]
-        counts = {
-            topic: len(self._consumer.partitions_for_topic(topic) or ())
-            for topic in self._handler.timeframes
-        }
-        self._handler.on_assigned(partitions, counts)
+        self._pending = set(partitions)
+        self._handler.on_assigned(partitions)
         self._assigned = True
         if not partitions:
             self.failure = ""
 
     def _on_revoked(self) -> None:
         self._assigned = False
+        self._pending.clear()
         self._positions.clear()
         self._handler.on_revoked()
 
     async def _start_partitions(self, consumer: AIOKafkaConsumer) -> None:
         """Look up the bounds of newly assigned partitions, and seek to their start offsets."""
-        handler = self._handler
-        places = [TopicPartition(*partition) for partition in handler.pending]
+        places = [TopicPartition(*one) for one in self._pending if one.log in self._timeframes]
         if not places:
             return
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             firsts = await consumer.beginning_offsets(places)
             ends = await consumer.end_offsets(places)
-            times = {place: self._oldest(place.topic) for place in places}
-            oldest = await consumer.offsets_for_times(times)
-            committed = await self._fetch_committed(places)
+            now, bars = self._clock.now(), self._group.context_bars
+            oldest = await consumer.offsets_for_times(
+                {one: oldest_timestamp(self._timeframes[one.topic], bars, now) for one in places}
+            )
+            committed = await group_consumer.fetch_committed(self._kafka, self._group.name, places)
         records_behind = 0
         for place in places:
             partition = Partition(*place)
-            if partition not in handler.pending or place not in consumer.assignment():
+            if partition not in self._pending or place not in consumer.assignment():
                 continue  # revoked meanwhile
             found, note, end = oldest.get(place), committed[place], ends[place]
             checkpoint = None if note.offset < 0 else Checkpoint(note.offset, note.metadata or "")
             bounds = PartitionBounds(
                 firsts[place], end, end if found is None else found.offset, checkpoint
             )
-            start = self._positions[partition] = handler.start_partition(partition, bounds)
+            start = self._positions[partition] = self._handler.start_partition(partition, bounds)
+            self._pending.discard(partition)
             self._end_offsets[partition] = end
             consumer.seek(place, start)
             records_behind += end - start
         self.failure = ""
         self._client_errors.clear()
         _log.info("reading candle topics", partitions=len(places), records_behind=records_behind)
-
-    def _oldest(self, topic: str) -> int:
-        timeframe = self._handler.timeframes[topic]
-        return oldest_timestamp(timeframe, self._options.context_bars, self._clock.now())
-
-    async def _fetch_committed(
-        self, places: Sequence[TopicPartition]
-    ) -> dict[Any, OffsetAndMetadata]:
-        """Committed offsets and their metadata; a consumer returns offsets only."""
-        admin = AIOKafkaAdminClient(**self._kafka.client_arguments())
-        group = self._options.group
-        try:
-            await admin.start()
-            committed = await admin.list_consumer_group_offsets(group, partitions=list(places))
-        finally:
-            with suppress(KafkaError, OSError):
-                async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
-                    await admin.close()
-        # aiokafka reports no error if the broker is not, or not yet, the coordinator of the group.
-        if set(places) - committed.keys():
-            raise KafkaError(f"committed offsets of group {group} are not available yet")
-        return dict(committed)
 
     # -- records ---------------------------------------------------------------------------
 
@@ -297,12 +297,13 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
     ) -> None:
         if next_offset > self._positions.get(partition, next_offset):
             self._positions[partition] = next_offset
-            self._handler.on_records(partition, records, next_offset)
+            decoded = [(record.offset, self._decode(partition, record)) for record in records]
+            self._handler.on_records(partition, decoded, next_offset)
 
     def _report_lag(self, consumer: AIOKafkaConsumer) -> None:
-        if not self._assigned or self._handler.pending:
+        if not self._ready:
             return
-        lags = dict.fromkeys(self._handler.timeframes, 0)
+        lags = dict.fromkeys(self._timeframes, 0)
         for partition, position in self._positions.items():
             with suppress(KafkaError, AssertionError):  # not assigned any more
                 end = consumer.highwater(TopicPartition(*partition)) or 0
@@ -325,7 +326,7 @@ class GroupSession(ConsumerRebalanceListener):  # type: ignore[misc]
                 return True
             offsets = {TopicPartition(*part): (*note,) for part, note in checkpoints.items()}
             try:
-                async with asyncio.timeout(self._options.commit_timeout):
+                async with asyncio.timeout(self._group.commit_timeout):
                     await consumer.commit(offsets)
             except (KafkaError, OSError) as error:
                 self._commit_failures += 1

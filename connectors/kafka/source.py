@@ -15,10 +15,10 @@ from aiokafka.errors import KafkaError
 
 from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors.kafka.errors import explain
-from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS
-from kronos_connectors.kafka.group_handler import GroupOptions
+from kronos_connectors.kafka.group_consumer import REQUEST_TIMEOUT_SECONDS, GroupOptions
 from kronos_connectors.kafka.group_session import GroupSession
 from kronos_connectors.kafka.options import KafkaOptions
+from kronos_connectors.kafka.records import CandleRecord
 from kronos_connectors.kafka.topic_state import DecodedRecord, TopicState
 from kronos_connectors.kafka.topics import candle_topic, missing_topics_message
 from kronos_stream.interfaces.feed import Unreadable
@@ -27,7 +27,6 @@ from kronos_stream.market.candle import Candle
 from kronos_stream.market.clock import Clock
 from kronos_stream.market.series import Series
 
-_COMMIT_INTERVAL_SECONDS, _COMMIT_TIMEOUT_SECONDS = 5.0, 2.0
 _HISTORY_TIMEOUT_SECONDS, _HISTORY_POLL_SECONDS = 30.0, 0.05
 _CLOSE_TIMEOUT_SECONDS = 2.0
 
@@ -42,12 +41,23 @@ class KafkaSource:
         self.venue = venue
         self._options = options
         # Venues such as kafka.us beside kafka must not share their partitions.
-        self._group = options.group or f"{options.topic_prefix}-ingest"
-        self._group += venue.removeprefix("kafka")
-        bars = options.history_bars
-        self._topic_state = TopicState(options.topic_prefix, bars, clock, self._emit)
-        group = GroupOptions(self._group, bars, _COMMIT_INTERVAL_SECONDS, _COMMIT_TIMEOUT_SECONDS)
-        self._session = GroupSession(options, group, self._topic_state, clock, random)
+        group = options.group or f"{options.topic_prefix}-ingest"
+        self._group = GroupOptions(
+            group + venue.removeprefix("kafka"),
+            context_bars=options.history_bars,
+            commit_interval=5.0,
+            commit_timeout=2.0,
+        )
+        self._topic_state = TopicState(
+            options.topic_prefix,
+            options.history_bars,
+            clock,
+            emit=self._emit,
+            partition_count=lambda topic: self._session.partition_count(topic),  # noqa: PLW0108
+        )
+        self._session = GroupSession[CandleRecord](
+            options, self._group, self._topic_state, lambda _, record: record, clock, random
+        )
         self._callbacks: SourceCallbacks | None = None
         self._has_series = asyncio.Event()
 
@@ -78,7 +88,8 @@ class KafkaSource:
         }
 
     def subscribe(self, series: Collection[Series]) -> None:
-        self._topic_state.follow(series)
+        restart = self._topic_state.follow(series)
+        self._session.read_topics(self._topic_state.timeframes, restart=restart)
         if series:
             self._has_series.set()
         else:
@@ -93,7 +104,7 @@ class KafkaSource:
     async def history(self, series: Series, start: int, end: int) -> Sequence[Candle]:
         """Bars read so far; waits for the backlog, within limits."""
         deadline = asyncio.get_running_loop().time() + _HISTORY_TIMEOUT_SECONDS
-        while reason := self._topic_state.unavailable_reason(series, self._group):
+        while reason := self._topic_state.unavailable_reason(series, self._group.name):
             if asyncio.get_running_loop().time() > deadline:
                 failure = self._session.failure
                 raise SourceError(f"{reason} ({failure})" if failure else reason)

@@ -11,7 +11,7 @@ requests the bars that it lacks. Commits show the lag, and which records have be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -79,14 +79,20 @@ class TopicState:
     """Topics, partitions and recent bars of the followed series. Times are UTC ms."""
 
     def __init__(
-        self, prefix: str, bars: int, clock: Clock, emit: Callable[[DecodedRecord], None]
+        self,
+        prefix: str,
+        bars: int,
+        clock: Clock,
+        *,
+        emit: Callable[[DecodedRecord], None],
+        partition_count: Callable[[str], int],
     ) -> None:
         """bars: kept of each series. emit: receives new updates and invalid records."""
-        self._prefix, self._bars, self._clock, self._emit = prefix, bars, clock, emit
+        self._prefix, self._clock, self._emit = prefix, clock, emit
+        self._partition_count = partition_count
         self._recent_bars = RecentBars(bars)
         self._topics: dict[str, _Topic] = {}
-        self._partition_counts: dict[str, int] = {}
-        self._pending: set[Partition] = set()
+        self._assigned: set[Partition] = set()
         self._active: dict[Partition, _PartitionProgress] = {}
         self._saved: dict[Partition, _SavedProgress] = {}
         self._last_partition: dict[Series, Partition] = {}
@@ -98,41 +104,35 @@ class TopicState:
     def timeframes(self) -> Mapping[str, Timeframe]:
         return {name: topic.timeframe for name, topic in self._topics.items()}
 
-    def follow(self, series: Collection[Series]) -> None:
-        """Follow exactly these series. Topics with a new one are read back again."""
+    def follow(self, series: Collection[Series]) -> set[str]:
+        """Follow exactly these series. Returns topics with a new one, which must start again."""
         topics: dict[str, _Topic] = {}
         for one in series:
             name = candle_topic(self._prefix, one.timeframe)
             topics.setdefault(name, _Topic(one.timeframe)).followed[one.name.encode()] = one
+        restart = set[str]()
         for name, topic in topics.items():
             old = self._topics.get(name)
             if old is None or topic.followed.keys() - old.followed.keys():
-                self._reread(name)
+                restart.add(name)
+        for partition in [*self._active]:
+            if partition.log in restart:
+                self._save(partition)
+        for partition, saved in self._saved.items():
+            if partition.log in restart:
+                self._saved[partition] = saved._replace(reread=True)
         self._topics = topics
         self._recent_bars.retain(series)
         kept = set(series)
         self._last_partition = {
             one: partition for one, partition in self._last_partition.items() if one in kept
         }
-
-    def _reread(self, topic: str) -> None:
-        again = {partition for partition in self._active if partition.log == topic}
-        for partition in again:
-            self._save(partition)
-        self._pending |= again
-        for partition, saved in self._saved.items():
-            if partition.log == topic:
-                self._saved[partition] = saved._replace(reread=True)
+        return restart
 
     # -- assigned partitions ---------------------------------------------------------------
 
-    @property
-    def pending(self) -> Collection[Partition]:
-        return {partition for partition in self._pending if partition.log in self._topics}
-
-    def on_assigned(self, partitions: Collection[Partition], counts: Mapping[str, int]) -> None:
-        self._partition_counts = dict(counts)
-        self._pending |= set(partitions) - self._active.keys()
+    def on_assigned(self, partitions: Collection[Partition]) -> None:
+        self._assigned = set(partitions)
         if shared := self.shared_topics:
             _log.warning(
                 "other members of the consumer group read these topics, too; if that is not "
@@ -141,7 +141,7 @@ class TopicState:
             )
 
     def on_revoked(self) -> None:
-        self._pending.clear()
+        self._assigned.clear()
         for partition in [*self._active]:
             self._save(partition)
 
@@ -172,7 +172,6 @@ class TopicState:
         if saved is not None and start <= saved.next_offset <= end:
             live_from, reject_from = saved.live_from, saved.reject_from
             start = start if saved.reread else saved.next_offset
-        self._pending.discard(partition)
         self._active[partition] = _PartitionProgress(
             start, end, live_from, reject_from, committed if known else 0
         )
@@ -181,22 +180,19 @@ class TopicState:
     @property
     def shared_topics(self) -> Sequence[str]:
         """Topics of which other members of the group have partitions."""
-        ours = [partition.log for partition in {*self._active, *self._pending}]
-        return sorted(
-            name for name in {*ours} if ours.count(name) < self._partition_counts.get(name, 0)
-        )
+        ours = [partition.log for partition in self._assigned]
+        return sorted(name for name in {*ours} if ours.count(name) < self._partition_count(name))
 
     # -- records ---------------------------------------------------------------------------
 
     def on_records(
-        self, partition: Partition, records: Sequence[CandleRecord], next_offset: int
+        self, partition: Partition, records: Iterable[tuple[int, CandleRecord]], next_offset: int
     ) -> None:
         at, topic = self._active.get(partition), self._topics.get(partition.log)
         if at is None or topic is None:
             return  # fetched before the start offset was known
         received = self._clock.now()
-        for record in records:
-            offset = record.offset
+        for offset, record in records:
             if offset < at.next_offset:
                 continue
             at.next_offset = offset + 1
@@ -243,11 +239,11 @@ class TopicState:
         """Why the history of ``series`` is not available yet; empty if it is."""
         topic = candle_topic(self._prefix, series.timeframe)
         ours = {one: at for one, at in self._active.items() if one.log == topic}
-        if not ours or any(partition.log == topic for partition in self._pending):
+        if not ours or any(one.log == topic for one in self._assigned - ours.keys()):
             return f"{topic}: no partitions assigned yet in consumer group {group}"
         if remaining := sum(at.remaining for at in ours.values()):
             return f"{topic}: {remaining:,} records are still to be read back"
-        total = self._partition_counts.get(topic, 0)
+        total = self._partition_count(topic)
         if len(ours) < total and self._last_partition.get(series) not in ours:
             return (
                 f"{topic}: {len(ours)} of its {total} partitions are assigned to us, and {series} "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from kronos_stream.market.candle_message import RelayedBar
 from kronos_stream.market.clock import Clock
@@ -62,8 +62,10 @@ class Unreadable(NamedTuple):
 FeedRecord: TypeAlias = RelayedBar | SeriesRemoved | Unreadable | None
 """Content of a record; None for one to ignore."""
 
+_Record_contra = TypeVar("_Record_contra", contravariant=True)
 
-class PartitionHandler(Protocol):
+
+class PartitionHandler(Protocol[_Record_contra]):
     """Callbacks of the daemon. All but :meth:`drain` return at once."""
 
     def paused(self) -> Collection[Partition]:
@@ -76,7 +78,7 @@ class PartitionHandler(Protocol):
         """Return the offset to start reading from."""
 
     def on_records(
-        self, partition: Partition, records: Iterable[tuple[int, FeedRecord]], next_offset: int
+        self, partition: Partition, records: Iterable[tuple[int, _Record_contra]], next_offset: int
     ) -> None:
         """Process records of a partition, in order, with their offsets."""
 
@@ -107,7 +109,7 @@ class Feed(Protocol):
     def problem(self) -> str:
         """Why nothing can be read or committed at present; empty if all is well."""
 
-    async def run(self, handler: PartitionHandler) -> None:
+    async def run(self, handler: PartitionHandler[FeedRecord]) -> None:
         """Read until cancelled, reconnecting by itself."""
 
     async def close(self) -> None:

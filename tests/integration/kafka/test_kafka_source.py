@@ -211,7 +211,7 @@ async def test_committed_offsets_show_the_progress(kafka: ApacheKafka, topic_pre
         committed = await admin.list_consumer_group_offsets(name)
         assert committed[TopicPartition(candle_topic(topic_prefix, MINUTE), 0)].offset == 30
     await admin.close()
-    assert _source("x:1", topic_prefix, "kafka.us")._group == f"{topic_prefix}-ingest.us"
+    assert _source("x:1", topic_prefix, "kafka.us")._group.name == f"{topic_prefix}-ingest.us"
 
 
 async def test_members_of_a_group_know_which_series_they_lack(
@@ -226,7 +226,10 @@ async def test_members_of_a_group_know_which_series_they_lack(
         async with _run_source(kafka.bootstrap, topic_prefix, *names) as second:
             states = [member.source._topic_state for member in (first, second)]
             await _wait_until(
-                lambda: all(state.shared_topics and not state.pending for state in states)
+                lambda: all(
+                    state.shared_topics and state._assigned == state._active.keys()
+                    for state in states
+                )
             )
             monkeypatch.setattr("kronos_connectors.kafka.source._HISTORY_TIMEOUT_SECONDS", 0.5)
             lacking = [[await _lacks(member, name) for member in (first, second)] for name in names]

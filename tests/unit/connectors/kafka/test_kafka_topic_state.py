@@ -41,12 +41,24 @@ class StateUnderTest(TopicState):
 
     def __init__(self, *series: Series, bars: int = 1_000, now: int = NOW) -> None:
         self.clock = ManualClock(now)
+        self.partition_counts = {TOPIC: 1}
         self._emitted: list[DecodedRecord] = []
-        super().__init__("kronos", bars, self.clock, self._emitted.append)
+        super().__init__(
+            "kronos",
+            bars,
+            self.clock,
+            emit=self._emitted.append,
+            partition_count=self.partition_counts.__getitem__,
+        )
         self.follow(series or (BTC,))
 
-    def assign(self, partitions: int = 1) -> None:
-        self.on_assigned([PARTITION], {TOPIC: partitions})
+    def assign(self) -> None:
+        self.on_assigned([PARTITION])
+
+    @property
+    def pending(self) -> set[Partition]:
+        """Assigned partitions that have to be started."""
+        return self._assigned - self._active.keys()
 
     def start(
         self, end: int = 0, committed: int | None = None, *, first: int = 0, context_start: int = 0
@@ -59,7 +71,7 @@ class StateUnderTest(TopicState):
         """Emitted records."""
         self._emitted.clear()
         next_offset = records[-1].offset + 1 if records else 0
-        self.on_records(PARTITION, records, next_offset)
+        self.on_records(PARTITION, [(one.offset, one) for one in records], next_offset)
         return self._emitted[:]
 
     def bars(self, series: Series = BTC) -> list[tuple[int, float]]:
@@ -177,7 +189,7 @@ def test_committed_records_are_not_rejected_again() -> None:
     state = _started()
     assert len(state.read(bad)) == 4
     assert state.read(bad) == []
-    state.follow([BTC, ETH])  # reads them again, for ETH
+    assert state.follow([BTC, ETH]) == {TOPIC}  # reads them again, for ETH
     assert state.start(4) == 0
     assert state.read(bad) == []
 
@@ -242,14 +254,14 @@ def test_history_is_read_for_a_new_series_without_repeating_others() -> None:
     state = _started()
     records = [_record(i, i, series=(BTC, ETH)[i % 2]) for i in range(6)]
     assert _minutes(state.read(records)) == [0, 2, 4]
-    state.follow([BTC, ETH])
+    assert state.follow([BTC, ETH]) == {TOPIC}
     assert state.pending == {PARTITION}
     assert state.start(7) == 0
     records.append(_record(6, 6, series=ETH))
     assert _minutes(state.read(records)) == [6]
     assert [minute for minute, _ in state.bars(ETH)] == [1, 3, 5, 6]
     assert state.pending_checkpoints() == {PARTITION: Checkpoint(7, "")}
-    state.follow([ETH])  # dropping a series reads nothing
+    assert state.follow([ETH]) == set()
     assert not state.pending
     assert state.bars() == []
 
@@ -267,24 +279,17 @@ def test_a_topic_that_is_followed_again_is_read_back() -> None:
     assert state.bars() == [(0, 1.0)]
 
 
-def test_a_topic_that_is_dropped_before_its_start_is_not_pending() -> None:
-    state = StateUnderTest()
-    state.assign()
-    assert state.pending == {PARTITION}
-    state.follow([])
-    assert not state.pending
-
-
 def test_history_is_unavailable_for_a_series_in_a_partition_of_another_member() -> None:
     state = StateUnderTest(BTC, ETH)
-    state.assign(partitions=2)
+    state.partition_counts[TOPIC] = 2
+    state.assign()
     state.start(1)
     state.read([_record(0, 0)])
     assert state.unavailable_reason(BTC, "g") == ""  # its record was in our partition
     assert "1 of its 2 partitions are assigned to us" in state.unavailable_reason(ETH, "g")
     assert state.shared_topics == [TOPIC]
     other = Partition(TOPIC, 1)
-    state.on_assigned([PARTITION, other], {TOPIC: 2})
+    state.on_assigned([PARTITION, other])
     assert state.pending == {other}
     state.start_partition(other, PartitionBounds(0, 0, 0, None))
     assert state.unavailable_reason(ETH, "g") == ""

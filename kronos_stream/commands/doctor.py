@@ -41,12 +41,11 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
 
     Exit code 0: nothing failed. 1: a check failed. 2: the settings are invalid.
     """
-    import asyncio
     import os
 
     from kronos_stream.daemon.config.environment import read_settings
     from kronos_stream.daemon.config.settings import SettingsError
-    from kronos_stream.daemon.doctor.doctor import environment_finding
+    from kronos_stream.daemon.doctor.doctor import environment_finding, run_until_interrupted
     from kronos_stream.daemon.telemetry.logs import configure
     from kronos_stream.interfaces.diagnostics import Finding
 
@@ -61,7 +60,7 @@ def doctor(ctx: click.Context, as_json: bool, skip: tuple[str, ...]) -> None:  #
         ctx.exit(_INVALID_SETTINGS)
     configure("console", "error")
     report.add("settings", environment_finding(os.environ))
-    asyncio.run(_examine(settings, skip, report))
+    run_until_interrupted(_examine(settings, skip, report))
     report.finish()
     if report.failed:
         ctx.exit(_FAILED)

@@ -106,8 +106,8 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     found = [one["found"] for one in json.loads(ended.stdout)["findings"]]
     assert ended.returncode == 0, ended.stdout
-    assert any(f"in use by process {daemon.pid}: a daemon runs on it" in one for one in found)
-    assert f"127.0.0.1:{daemon._port} is served by the daemon that runs" in found
+    assert any(f"in use by process {daemon.pid}, a daemon" in one for one in found)
+    assert f"127.0.0.1:{daemon._port} is used by the running daemon" in found
     assert daemon.is_ready()
 
 

@@ -1,15 +1,19 @@
-"""All that a daemon with these settings would depend on, to be looked at before it runs.
+"""Checks of all that a daemon with given settings depends on.
 
-What a venue or a broker depends on, its connector says (:mod:`kronos_stream.interfaces.diagnostics`).
+Connectors provide the checks of venues and brokers (:mod:`kronos_stream.interfaces.diagnostics`).
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Any
 
 from kronos_stream.daemon.config.environment import redacted_variables
 from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsError
@@ -31,40 +35,55 @@ from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
 _MODEL_SECONDS = 900.0
-"""It may have to be fetched."""
+"""It may have to be downloaded."""
 _SYMBOLS_SECONDS = 90.0
-"""A venue's list of them is megabytes."""
+"""A venue's list of symbols has megabytes."""
+
+
+def run_until_interrupted(main: Coroutine[Any, Any, None]) -> None:
+    """Run ``main``. On Ctrl-C, cancel it and then exit without waiting for threads.
+
+    A thread may be blocked for long, for example in a DNS lookup.
+    """
+    with asyncio.Runner() as runner:
+        try:
+            runner.run(main)
+        except KeyboardInterrupt:
+            sys.stdout.flush()
+            os._exit(_INTERRUPTED)
 
 
 def environment_finding(environ: Mapping[str, str]) -> Finding:
-    """Which variables are set, secrets withheld; for settings that can be read."""
-    found = sorted(redacted_variables(environ).items())
-    said = ", ".join(f"{name.removeprefix(ENV_PREFIX)}={value}" for name, value in found)
-    return Finding("ok", said or "nothing is set")
+    """List the variables that are set, with secrets masked. Raises SettingsError."""
+    variables = sorted(redacted_variables(environ).items())
+    text = ", ".join(f"{name.removeprefix(ENV_PREFIX)}={value}" for name, value in variables)
+    return Finding("ok", text or "nothing is set")
 
 
 class Doctor:
-    """Looks over what ``settings`` name. Nothing is opened but for a moment, and nothing sent."""
+    """Runs the checks for ``settings``; it sends no record and changes nothing."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         follows = settings.role != "forecast"
         self._series: set[Series] = set(settings.series() if follows else ())
-        """What would be followed, as far as it is known by now."""
+        """Series to follow, as far as they are known."""
 
     async def examine(
         self, on_start: Callable[[str], None], skip: Collection[str] = ()
     ) -> AsyncIterator[Result]:
-        """Every finding, as it is found.
+        """Yield each result when its check is done.
 
-        begins: told the name of each check that begins. without: areas left out, of :data:`AREAS`.
+        on_start: called with the name of each check that starts. skip: areas of :data:`AREAS`.
         """
         async with AsyncExitStack() as stack:
             for area in AREAS:
                 if area not in skip:
-                    async for one in run_checks(self._area_checks(area, stack), on_start):
-                        yield one
+                    async for result in run_checks(self._area_checks(area, stack), on_start):
+                        yield result
 
     def _area_checks(self, area: str, stack: AsyncExitStack) -> Sequence[Check]:
         settings = self._settings
@@ -111,7 +130,7 @@ class Doctor:
         return found
 
     async def _check_symbols(self, venue: str, source: Source) -> Sequence[Finding]:
-        """Whether the venue has all that is wanted of it."""
+        """Check that the venue has all symbols of the watchlist."""
         entries = [one for one in self._settings.watchlist() if one.venue == venue]
         try:
             series = await resolve(entries, {venue: source}, ())
@@ -122,9 +141,10 @@ class Doctor:
         self._series -= unknown.keys()
         if unknown:
             return [
-                Finding("fail", f"{one}: {why}", _SYMBOL_REMEDY) for one, why in unknown.items()
+                Finding("fail", f"{name}: {reason}", _SYMBOL_REMEDY)
+                for name, reason in unknown.items()
             ]
-        return [Finding("ok", f"{venue} has all {len(series)} series that are wanted")]
+        return [Finding("ok", f"{venue} has all {len(series)} series")]
 
     def _sink_checks(self, stack: AsyncExitStack) -> Sequence[Check]:
         found: list[Check] = []
@@ -137,7 +157,6 @@ class Doctor:
         return found
 
     def _feed_checks(self, stack: AsyncExitStack, *, writes: bool) -> Sequence[Check]:
-        """Of what carries candles from one role to the other."""
         settings = self._settings
         needs = FeedNeeds(settings.candle_timeframes(), settings.lookback)
         feed = build_feed(settings, needs, SystemClock(), Random())
@@ -145,14 +164,14 @@ class Doctor:
         return feed.checks(writes=writes) if isinstance(feed, CheckedFeed) else ()
 
     async def _check_model(self, number: int) -> Sequence[Finding]:
-        """Of that device, with its share of the series."""
+        """Check one device with its share of the series."""
         devices = self._settings.devices
-        plan = replace(self._settings.forecast_config(), device=devices[number])
-        return await host_checks.check_model(plan, sorted(self._series)[number :: len(devices)])
+        config = replace(self._settings.forecast_config(), device=devices[number])
+        return await host_checks.check_model(config, sorted(self._series)[number :: len(devices)])
 
 
 AREAS = ("state", "http", "venues", "sinks", "model")
-"""In the order of looking: what is quick first."""
+"""Areas in the order of their checks, quick ones first."""
 
 _SYMBOL_REMEDY = (
     "see KRONOS_STREAM_SYMBOLS, KRONOS_STREAM_SYMBOLS_FILE and KRONOS_STREAM_TIMEFRAMES"
@@ -160,19 +179,19 @@ _SYMBOL_REMEDY = (
 
 
 def _with_remedy(check: Check) -> Check:
-    """The same, with a cure for what keeps a venue from answering."""
+    """Add a remedy to errors of a venue."""
 
-    async def look() -> Sequence[Finding]:
+    async def run() -> Sequence[Finding]:
         try:
             return await check.run()
         except VenueRefused as error:
-            cure = "it does not serve this address: run from another one, or leave the venue out"
-            return [Finding("fail", str(error), cure)]
+            remedy = "it does not serve this address: use another one, or leave the venue out"
+            return [Finding("fail", str(error), remedy)]
         except SourceError as error:
-            cure = "see whether this machine reaches it: network, firewall, and the venue's URLs"
-            return [Finding("fail", str(error), cure)]
+            remedy = "check that this machine reaches it: network, firewall, the venue's URLs"
+            return [Finding("fail", str(error), remedy)]
 
-    return check._replace(run=look)
+    return check._replace(run=run)
 
 
 async def _constant(finding: Finding) -> Sequence[Finding]:
@@ -180,5 +199,5 @@ async def _constant(finding: Finding) -> Sequence[Finding]:
 
 
 async def _no_checks(sink: Sink) -> Sequence[Finding]:
-    found = f"not looked at: the sink {sink.name} brings no checks"
-    return [Finding("warn", found, "kronos-stream run tells whether it delivers, in /readyz")]
+    found = f"not checked: the sink {sink.name} has no checks"
+    return [Finding("warn", found, "/readyz of kronos-stream run reports whether it delivers")]

@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import os
 import sqlite3
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +24,9 @@ _T = TypeVar("_T")
 
 APPLICATION_ID = 0x4B524F4E
 """KRON in ASCII: marks the file as ours."""
+_MAGIC = b"SQLite format 3\0"
+_HEADER = struct.Struct(">60xI4xI")
+"""Part of SQLite's file header: user_version and application_id."""
 _BUSY_TIMEOUT_SECONDS = 10.0
 """Limit for locks of other programs, such as an SQLite shell."""
 _CACHE_KB = 32_768
@@ -178,6 +182,44 @@ class Database:
 def lock_path(path: Path) -> Path:
     """Path of the lock file; it contains the process id of the owner."""
     return path.with_name(path.name + ".lock")
+
+
+def lock_owner(path: Path) -> str | None:
+    """Process id of the daemon that uses the state file; None if it is not in use."""
+    try:
+        lock = os.open(lock_path(path), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        # Shared and released at once, so that it hardly ever disturbs a daemon that starts.
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+    finally:
+        os.close(lock)
+    return None
+
+
+def incompatibility(path: Path, newest: int) -> str:
+    """Reason why the file is no usable state file, by its header alone; empty if there is none.
+
+    newest: the latest known version of the schema.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError:  # reported by the check of the disk
+        return ""
+    if not head:
+        return ""
+    if not head.startswith(_MAGIC) or len(head) < _HEADER.size:
+        return "not a state file"
+    version, application = _HEADER.unpack(head)
+    if application != APPLICATION_ID:
+        return "a database of another program" if version or application else ""
+    if version > newest:
+        return f"written by a newer version (schema {version}, ours is {newest})"
+    return ""
 
 
 def _acquire_lock(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Single checks of ``kronos-stream doctor``: the clock, the state file, the disk, port and pace."""
+"""Single checks of ``kronos-stream doctor``: clock, state file, disk, port, throughput."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from kronos_stream.market.series import Series
 _SERIES = [Series.parse("binance:BTC/USDT:1m")]
 
 
-async def test_the_quickest_answer_tells_the_time_best() -> None:
+async def test_clock_sample_with_the_shortest_round_trip_counts() -> None:
     clock = ManualClock(1_000_000)
-    trips = iter([400, 20, 3_000])
+    round_trips = iter([400, 20, 3_000])
 
-    async def ask() -> int:
-        clock.advance(clock.now() + next(trips))
+    async def fetch_time() -> int:
+        clock.advance(clock.now() + next(round_trips))
         return clock.now() + 700
 
-    level, found, cure = await compare_clocks(ask, clock, _SERIES)
+    level, found, remedy = await compare_clocks(fetch_time, clock, _SERIES)
     assert (level, found.partition(",")[0]) == (
         "warn", "our clock is 0.71 s behind the venue's (±11 ms)",
     )  # fmt: skip
-    assert cure
+    assert remedy
 
 
-async def test_a_state_file_in_use_is_no_fault(tmp_path: Path) -> None:
+async def test_state_file_in_use_by_a_daemon_is_no_problem(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite"
     assert [one.level for one in await host_checks.check_state_file(path)] == ["ok"]
     assert not os.listdir(tmp_path)  # noqa: PTH208
@@ -49,10 +49,10 @@ async def test_a_state_file_in_use_is_no_fault(tmp_path: Path) -> None:
     assert f"in use by process {os.getpid()}" in used.found
     await state.close()
     assert len(await host_checks.check_state_file(path)) == 1
-    await (await State.open(path)).close()  # no lock of ours stays behind
+    await (await State.open(path)).close()  # the check has released its lock
 
 
-async def test_a_state_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+async def test_unusable_state_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "state.sqlite"
     await (await State.open(path)).close()
     with closing(sqlite3.connect(path)) as sql:
@@ -71,7 +71,7 @@ async def test_a_state_file_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path) -> None:
     found = check_disk(Path("/proc/kronos/state.sqlite"), "KRONOS_STREAM_STATE_FILE")
     assert found.level == "fail"
     assert "cannot be written" in found.found
@@ -82,22 +82,23 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["file"]
 
 
-async def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        number = taken.getsockname()[1]
+async def test_port_is_free_or_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
         (found,) = await host_checks.check_port(HttpSettings(port=number), tmp_path / "state")
         assert found.level == "fail"
         assert f"KRONOS_STREAM_HTTP__PORT={number}: another program" in found.found
     assert [
         one.level for one in await host_checks.check_port(HttpSettings(port=number), tmp_path / "s")
     ] == ["ok"]
-    free, seen = await host_checks.check_port(HttpSettings(host="0.0.0.0", port=0), tmp_path / "s")  # noqa: S104
-    assert (free.level, seen.level) == ("ok", "warn")
-    assert "KRONOS_STREAM_HTTP__TOKEN" in seen.remedy
+    everywhere = HttpSettings(host="0.0.0.0", port=0)  # noqa: S104
+    free, exposed = await host_checks.check_port(everywhere, tmp_path / "s")
+    assert (free.level, exposed.level) == ("ok", "warn")
+    assert "KRONOS_STREAM_HTTP__TOKEN" in exposed.remedy
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "series", "level", "said"),
+    ("milliseconds", "series", "level", "text"),
     [
         (1.0, {"1m": 1_000}, "ok", "1000 series take 1 s when they close together, 1.7 % of"),
         (40.0, {"1m": 1_000}, "warn", "it keeps up, but not at every close"),
@@ -106,18 +107,18 @@ async def test_a_port_is_free_taken_or_ours(tmp_path: Path) -> None:
         (5.0, {}, "warn", "no series is known"),
     ],
 )
-def test_the_pace_is_what_the_timeframes_allow(
-    milliseconds: float, series: dict[str, int], level: str, said: str
+def test_throughput_is_compared_with_the_timeframes(
+    milliseconds: float, series: dict[str, int], level: str, text: str
 ) -> None:
-    wanted = [
+    followed = [
         Series.parse(f"x:S{i}:{timeframe}") for timeframe, n in series.items() for i in range(n)
     ]
-    found = host_checks.check_throughput(milliseconds / 1_000, wanted)
+    found = host_checks.check_throughput(milliseconds / 1_000, followed)
     assert found.level == level
-    assert said in found.found
+    assert text in found.found
 
 
-async def test_a_check_that_hangs_or_breaks_holds_up_no_other() -> None:
+async def test_hanging_and_failing_checks_do_not_stop_the_others() -> None:
     async def hangs() -> Any:
         await asyncio.sleep(60)
 
@@ -127,8 +128,8 @@ async def test_a_check_that_hangs_or_breaks_holds_up_no_other() -> None:
     async def works() -> list[Finding]:
         return [Finding("ok", "fine")]
 
-    looks = [Check("a", hangs, 0.05), Check("b", breaks), Check("c", works)]
-    found = [(one.name, one.finding.level, one.finding.found) async for one in run_checks(looks)]
+    checks = [Check("a", hangs, 0.05), Check("b", breaks), Check("c", works)]
+    found = [(one.name, one.finding.level, one.finding.found) async for one in run_checks(checks)]
     assert found == [
         ("a", "fail", "no answer within 0.05 s"),
         ("b", "fail", "ZeroDivisionError"),

@@ -1,4 +1,4 @@
-"""The candles that a feed has brought lately: its history, where it offers none of its own."""
+"""Cache of recent bars: the history of a venue that offers none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kronos_stream.market.series import Series
 
 
 class RecentBars:
-    """The newest ``capacity`` closed bars of each series, as they were said last."""
+    """Newest ``capacity`` closed bars of each series, in their latest version."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -18,7 +18,7 @@ class RecentBars:
         self._order: dict[Series, list[int]] = {}
 
     def add(self, series: Series, candle: Candle) -> None:
-        """Keep a closed bar; what was known of it before is forgotten."""
+        """Add a closed bar, or replace its earlier version."""
         bars = self._bars.setdefault(series, {})
         order = self._order.setdefault(series, [])
         if candle.time not in bars:
@@ -28,12 +28,12 @@ class RecentBars:
             del bars[order.pop(0)]
 
     def between(self, series: Series, start: int, end: int) -> Sequence[Candle]:
-        """The bars with start <= open < end, UTC ms, ascending."""
+        """Bars with start <= open < end, UTC ms, ascending."""
         order = self._order.get(series, [])
         bars = self._bars.get(series, {})
         return [bars[time] for time in order[bisect_left(order, start) : bisect_left(order, end)]]
 
     def retain(self, series: Collection[Series]) -> None:
-        """Forget all others."""
+        """Drop the bars of all other series."""
         for gone in self._bars.keys() - set(series):
             del self._bars[gone], self._order[gone]

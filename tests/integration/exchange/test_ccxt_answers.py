@@ -33,7 +33,7 @@ def run_in_virtual_time(body: Callable[[], Awaitable[None]]) -> None:
 async def connected_source(
     handle: Callable[[web.Request], Awaitable[web.StreamResponse]], path: str = ""
 ) -> AsyncIterator[Source]:
-    """A source of an exchange that answers everything like that."""
+    """Source of an exchange that sends this response to every request."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app)
@@ -42,8 +42,8 @@ async def connected_source(
     host = f"127.0.0.1:{runner.addresses[0][1]}"
     urls = {"public": f"http://{host}{path}", "ws": {"spot": f"ws://{host}/stream"}}
     config = {"urls": {"api": urls}, "options": {"fetchMarkets": {"types": ["spot"]}}}
-    told = CcxtOptions.model_validate({"config": orjson.dumps({"binance": config}).decode()})
-    source = CONNECTOR.build("ccxt.binance", told, LoopClock(START), Random(1))
+    raised = CcxtOptions.model_validate({"config": orjson.dumps({"binance": config}).decode()})
+    source = CONNECTOR.build("ccxt.binance", raised, LoopClock(START), Random(1))
     source.subscribe([SERIES])
     try:
         yield source
@@ -53,7 +53,7 @@ async def connected_source(
 
 
 @pytest.mark.parametrize("status", [451, 403])
-def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> None:
+def test_restricted_location_ends_the_source(status: int) -> None:
     async def refuse(_: web.Request) -> web.Response:
         return web.Response(status=status, text="service unavailable from a restricted location")
 
@@ -67,7 +67,7 @@ def test_an_exchange_that_refuses_us_for_where_we_are_is_lost(status: int) -> No
     run_in_virtual_time(body)
 
 
-def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
+def test_single_empty_list_of_markets_is_not_trusted() -> None:
     answers = 0
 
     async def falter(_: web.Request) -> web.Response:
@@ -86,7 +86,7 @@ def test_one_empty_list_of_markets_does_not_make_a_symbol_unknown() -> None:
 
 
 @pytest.mark.parametrize("wait", [None, "30"])
-def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str | None) -> None:
+def test_rate_limited_handshake_delays_clients(wait: str | None) -> None:
     arrivals: list[float] = []
 
     async def busy(request: web.Request) -> web.Response:
@@ -107,15 +107,15 @@ def test_told_to_wait_in_the_handshake_no_client_is_begun_until_then(wait: str |
     run_in_virtual_time(body)
 
 
-def test_what_is_secret_in_an_address_is_in_no_error() -> None:
+def test_errors_mask_secrets_in_urls() -> None:
     async def fail(_: web.Request) -> web.Response:
         return web.Response(status=500, text="broken")
 
     async def body() -> None:
         async with connected_source(fail, path="/s3cr3t-path") as source:
-            with pytest.raises(SourceError) as told:
+            with pytest.raises(SourceError) as raised:
                 await source.unsupported([SERIES])
-            assert "/***/" in str(told.value)
-            assert "s3cr3t" not in str(told.value)
+            assert "/***/" in str(raised.value)
+            assert "s3cr3t" not in str(raised.value)
 
     run_in_virtual_time(body)

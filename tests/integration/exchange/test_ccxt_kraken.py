@@ -35,12 +35,12 @@ ASSETS = {
 
 
 def trades(opened: int) -> bool:
-    """Nothing is traded in every seventh minute."""
+    """Return whether anything was traded; in every seventh minute nothing was."""
     return opened // MINUTE % 7 != 0
 
 
 class FakeKraken:
-    """The little of it that is needed."""
+    """Minimal implementation of Kraken's protocol."""
 
     def __init__(self, clock: LoopClock) -> None:
         self._clock = clock
@@ -82,8 +82,8 @@ class FakeKraken:
                 )
                 candle = {"open": 2.0, "high": 4.0, "low": 1.0, "close": 3.0, "volume": 7.0}
                 bar = {"symbol": "BTC/USD", "interval": interval, "interval_begin": begin}
-                said = {"channel": "ohlc", "type": "update", "data": [bar | candle]}
-                await socket.send_json(said)
+                message = {"channel": "ohlc", "type": "update", "data": [bar | candle]}
+                await socket.send_json(message)
                 await asyncio.sleep(1)
 
 
@@ -109,7 +109,7 @@ async def kraken() -> AsyncIterator[tuple[FakeKraken, Source]]:
         await runner.cleanup()
 
 
-def test_kraken_is_watched_in_two_timeframes_and_its_history_is_as_it_has_it() -> None:
+def test_kraken_is_watched_in_two_timeframes_with_its_history() -> None:
     minutes, fives = (Series.parse(f"kraken:BTC/USD:{length}") for length in ("1m", "5m"))
 
     async def body() -> None:
@@ -123,10 +123,10 @@ def test_kraken_is_watched_in_two_timeframes_and_its_history_is_as_it_has_it() -
             await asyncio.sleep(400)
             assert sorted(venue.subscribed) == [1, 5]
             for series, step in ((minutes, MINUTE), (fives, 5 * MINUTE)):
-                heard = [one for one in updates if one.series == series]
-                assert len(heard) > 350
-                assert {one.candle.time for one in heard} == {
-                    one.received // step * step for one in heard
+                received = [one for one in updates if one.series == series]
+                assert len(received) > 350
+                assert {one.candle.time for one in received} == {
+                    one.received // step * step for one in received
                 }
             now = START + 400_000
             bars = await source.history(minutes, now - 1_000 * MINUTE, now)

@@ -42,7 +42,7 @@ def frame() -> dict[str, Any]:
     return {"stream": "btcusdt@kline_1m", "data": event}
 
 
-def test_a_kline_is_read_from_a_combined_and_from_a_raw_stream() -> None:
+def test_kline_is_decoded_from_combined_and_raw_streams() -> None:
     whole = Kline(BTC, CANDLE, closed=True)
     assert decode(orjson.dumps(frame()), STREAMS) == whole
     assert decode(orjson.dumps(frame()["data"]).decode(), STREAMS) == whole
@@ -53,7 +53,7 @@ def test_a_kline_is_read_from_a_combined_and_from_a_raw_stream() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "event"),
     [
         ('{"result":null,"id":7}', Response(7, "")),
         ('{"error":{"code":2,"msg":"Invalid request"},"id":3}', Response(3, "Invalid request")),
@@ -67,11 +67,11 @@ def test_a_kline_is_read_from_a_combined_and_from_a_raw_stream() -> None:
         ("{}", IgnoredFrame()),
     ],
 )
-def test_what_else_is_said_is_known_or_let_pass(content: str, told: object) -> None:
-    assert decode(content, STREAMS) == told
+def test_other_messages_are_decoded_or_ignored(content: str, event: object) -> None:
+    assert decode(content, STREAMS) == event
 
 
-def test_klines_that_are_not_followed_are_let_pass() -> None:
+def test_klines_of_other_series_are_ignored() -> None:
     for field, value in (("s", "ETHUSDT"), ("i", "5m")):
         other = frame()
         other["data"]["k"][field] = value
@@ -121,7 +121,7 @@ def _event(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (_kline(h="9" * 39), "float32"),
     ],
 )
-def test_a_kline_that_cannot_be_is_refused_with_the_reason(
+def test_invalid_kline_raises_with_the_reason(
     change: Callable[[dict[str, Any]], None], reason: str
 ) -> None:
     message = frame()
@@ -131,19 +131,19 @@ def test_a_kline_that_cannot_be_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"data":3}'])
-def test_what_is_no_object_is_refused(content: bytes) -> None:
+def test_frame_that_is_no_object_raises(content: bytes) -> None:
     with pytest.raises(FrameError):
         decode(content, STREAMS)
 
 
-def test_numbers_need_be_six_strings() -> None:
+def test_numbers_must_be_six_strings() -> None:
     assert read_candle(OPEN, ["1", "2", "1", "1.5", "0", "0"]) == Candle(OPEN, 1, 2, 1, 1.5, 0, 0)
     assert read_candle(OPEN, ["1", "2", "1", "1.5 7", "0"]) is None
     assert read_candle(OPEN, ["1"] * 7) is None
 
 
 def _mutated(random: random.Random, message: dict[str, Any]) -> bytes:
-    """A frame with something wrong, or only odd, in it."""
+    """Frame with a random, possibly harmless, mutation."""
     message = copy.deepcopy(message)
     odd: tuple[Any, ...] = (
         None,
@@ -193,39 +193,39 @@ def _fuzz(number: int, seed: int) -> Counter[str]:
     for _ in range(number):
         raw = _mutated(source, whole)
         try:
-            told = decode(raw, STREAMS)
+            event = decode(raw, STREAMS)
         except FrameError:
             counts["refused"] += 1
             continue
-        counts[type(told).__name__] += 1
-        if isinstance(told, Kline):
-            said = orjson.loads(raw).get("data", {})
-            kline, candle = said["k"], told.candle
-            assert kline["x"] is told.closed
+        counts[type(event).__name__] += 1
+        if isinstance(event, Kline):
+            data = orjson.loads(raw).get("data", {})
+            kline, candle = data["k"], event.candle
+            assert kline["x"] is event.closed
             assert candle.time == kline["t"] == kline["T"] - 59_999
-            assert told.series is BTC
+            assert event.series is BTC
             texts = [kline[name] for name in "ohlcvq"]
             assert all(re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) for text in texts)
             assert list(candle[1:]) == [float(text) for text in texts]
-            assert not told.closed or (candle.invalid_reason() is None and said["E"] >= kline["T"])
+            assert not event.closed or (candle.invalid_reason() is None and data["E"] >= kline["T"])
     return counts
 
 
-def test_malformed_frames_raise_nothing_and_bring_no_bad_candle() -> None:
+def test_mutated_frames_raise_only_frame_errors() -> None:
     counts = _fuzz(20_000, seed=1)
     assert counts["refused"] > 8_000
     assert counts["Kline"] > 1_000  # some mutations are harmless: the test reaches both sides
 
 
 @pytest.mark.soak
-def test_malformed_frames_by_the_hundred_thousand() -> None:
+def test_hundred_thousand_mutated_frames_raise_only_frame_errors() -> None:
     counts = _fuzz(200_000, seed=2)
     print(dict(counts))  # noqa: T201
     assert sum(counts.values()) == 200_000
 
 
 def _recorded(path: Path) -> tuple[int, int, Counter[str]]:
-    """Klines in a capture by a plain search, those decoded, and what else was."""
+    """Number of klines by a plain search, number decoded, and counts of other frames."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     lines = [line.partition(b": ")[2] for line in content.splitlines()[1:]]
     names = re.compile(rb'"e":"kline".*"s":"(\w+)","i":"(\w+)"')
@@ -237,7 +237,7 @@ def _recorded(path: Path) -> tuple[int, int, Counter[str]]:
 
 
 @pytest.mark.parametrize("name", ["spot", "usdm"])
-def test_every_kline_of_a_recording_is_read_and_nothing_else(name: str) -> None:
+def test_every_kline_of_a_recording_is_decoded(name: str) -> None:
     path = DATA / "wire" / f"{name}.frames"
     there, read, others = _recorded(path)
     assert there == read > 100
@@ -245,7 +245,7 @@ def test_every_kline_of_a_recording_is_read_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.skipif("KRONOS_WIRE_DATA" not in os.environ, reason="no recordings of one's own given")
-def test_every_kline_of_ones_own_recordings_is_read() -> None:
+def test_every_kline_of_own_recordings_is_decoded() -> None:
     for path in sorted(Path(os.environ["KRONOS_WIRE_DATA"]).glob("*.frames*")):
         there, read, others = _recorded(path)
         print(path.name, there, read, dict(others))  # noqa: T201

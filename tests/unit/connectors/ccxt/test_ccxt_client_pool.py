@@ -1,4 +1,4 @@
-"""The clients of ccxt as a machine: no ccxt, no clock; the exchange is played in memory."""
+"""Clients of ccxt as a state machine, without ccxt and without a clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def several(*numbers: int, timeframe: str = "1m") -> set[Series]:
 
 
 class FakeClients:
-    """The clients that shards ask for; each pushes what it watches every second while it works."""
+    """Clients that a pool opens; a working one pushes each watched series every second."""
 
     def __init__(self, seed: int = 0) -> None:
         self.shards = ClientPool(
@@ -75,7 +75,7 @@ class FakeClients:
         return {one: all_of_them.count(one) for one in all_of_them}
 
 
-def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
+def test_series_are_spread_over_as_few_clients_as_possible() -> None:
     world = FakeClients()
     world.shards.follow(several(*range(10)))
     world.run(20)
@@ -83,7 +83,7 @@ def test_series_are_spread_over_as_few_clients_as_have_room() -> None:
     assert world.counts() == dict.fromkeys(several(*range(10)), 1)
 
 
-def test_a_client_watches_one_timeframe_alone() -> None:
+def test_client_watches_one_timeframe_only() -> None:
     world = FakeClients()
     world.shards.follow(several(1, 2) | several(1, 2, timeframe="5m"))
     world.run(20)
@@ -95,7 +95,7 @@ def test_a_client_watches_one_timeframe_alone() -> None:
     ]
 
 
-def test_an_old_client_goes_on_until_its_successor_is_heard() -> None:
+def test_expired_client_stays_until_its_successor_has_candles() -> None:
     world = FakeClients()
     world.shards.follow(several(1, 2))
     lowest: list[int] = []
@@ -107,7 +107,7 @@ def test_an_old_client_goes_on_until_its_successor_is_heard() -> None:
     assert len(world.watched) <= 2
 
 
-def test_a_client_that_hears_nothing_at_all_is_replaced_soon() -> None:
+def test_silent_client_is_replaced() -> None:
     world = FakeClients()
     world.shards.follow(several(1))
     world.run(50)
@@ -118,7 +118,7 @@ def test_a_client_that_hears_nothing_at_all_is_replaced_soon() -> None:
     assert world.counts() == dict.fromkeys(several(1), 1)
 
 
-def test_a_market_that_is_merely_quiet_is_borne_with_longer_and_longer() -> None:
+def test_clients_of_quiet_markets_are_replaced_ever_less_often() -> None:
     world = FakeClients()
     world.shards.follow(several(1))
     world.all_silent = True
@@ -127,7 +127,7 @@ def test_a_market_that_is_merely_quiet_is_borne_with_longer_and_longer() -> None
     assert all(why.startswith("no candle for") for why in world.closed)
 
 
-def test_failures_are_met_with_growing_pauses_and_forgiven() -> None:
+def test_backoff_grows_with_failures_and_resets_when_healthy() -> None:
     world = FakeClients()
     world.shards.follow(several(1))
     begun: list[float] = []
@@ -146,7 +146,7 @@ def test_failures_are_met_with_growing_pauses_and_forgiven() -> None:
     assert world.counts() == dict.fromkeys(several(1), 1)
 
 
-def test_told_to_wait_no_client_is_begun_for_any_shard() -> None:
+def test_retry_after_delays_all_clients() -> None:
     world = FakeClients()
     world.shards.follow(several(*range(8)))
     world.run(10)
@@ -158,7 +158,7 @@ def test_told_to_wait_no_client_is_begun_for_any_shard() -> None:
     assert world.created == 4
 
 
-def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() -> None:
+def test_refused_series_is_retried_without_affecting_others() -> None:
     world = FakeClients()
     bad, good = sorted(several(1, 2))
     world.shards.follow([bad, good])
@@ -179,7 +179,7 @@ def test_a_series_that_is_refused_is_tried_again_and_costs_the_others_nothing() 
     assert world.counts()[good] == 1
 
 
-def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
+def test_changed_series_leave_the_others_on_their_client() -> None:
     world = FakeClients()
     world.shards.follow(several(1, 2, 3))
     world.run(10)
@@ -193,7 +193,7 @@ def test_followed_and_followed_no_more_the_others_stay_where_they_are() -> None:
     assert world.shards.next_wakeup == NEVER
 
 
-def test_a_client_that_hears_much_of_no_use_is_replaced() -> None:
+def test_client_with_many_unneeded_series_is_replaced() -> None:
     world = FakeClients()
     for first in range(6):
         world.shards.follow(several(first, 100))
@@ -205,7 +205,7 @@ def test_a_client_that_hears_much_of_no_use_is_replaced() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_whatever_happens_all_is_watched_in_the_end(seed: int) -> None:
+def test_pool_recovers_from_random_faults(seed: int) -> None:
     random, world = Random(seed), FakeClients(seed)
     wanted = several(*range(random.randrange(1, 14)))
     world.shards.follow(wanted)

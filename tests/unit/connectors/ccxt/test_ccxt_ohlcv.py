@@ -31,12 +31,12 @@ def row(time: int, close: float = 2.0) -> list[float]:
 # -- rows ----------------------------------------------------------------------------------
 
 
-def test_a_row_is_a_candle_without_an_amount() -> None:
+def test_row_is_read_as_candle_without_amount() -> None:
     assert read_row(row(START)) == Candle(START, 1.0, 3.0, 1.0, 2.0, 5.0, None)
     assert read_row([float(START), 1, 3, 1, 2, 5]) == read_row(row(START))
 
 
-def test_where_prices_are_left_out_there_is_no_bar() -> None:
+def test_row_without_prices_is_no_bar() -> None:
     assert read_row([START, None, None, None, None, 0]) is None
 
 
@@ -46,7 +46,7 @@ def test_where_prices_are_left_out_there_is_no_bar() -> None:
      [START + 0.5, 1, 3, 1, 2, 5], [START, 1, 3, 1, None, 5], [START, "1", 3, 1, 2, 5],
      [START, 1, 3, 1, 2, None], [True, 1, 3, 1, 2, 5]],
 )  # fmt: skip
-def test_what_is_no_row_is_refused(wrong: object) -> None:
+def test_invalid_row_raises(wrong: object) -> None:
     with pytest.raises(RowError):
         read_row(wrong)
 
@@ -55,7 +55,7 @@ def times(candles: Sequence[Candle]) -> list[int]:
     return [(candle.time - START) // MINUTE for candle in candles]
 
 
-def test_of_what_ccxt_keeps_the_newest_is_told_and_what_has_changed() -> None:
+def test_push_diff_returns_the_newest_and_changed_candles() -> None:
     pushed, now = PushDiff(), START + 3 * MINUTE
     rows = [row(START + i * MINUTE) for i in range(3)]
     assert times(pushed.changed(rows[:2], now)) == [0, 1]
@@ -66,7 +66,7 @@ def test_of_what_ccxt_keeps_the_newest_is_told_and_what_has_changed() -> None:
     assert pushed.changed([], now) == []
 
 
-def test_nonsense_among_the_rows_is_passed_over_and_told_only_if_alone() -> None:
+def test_push_diff_skips_invalid_rows_and_raises_without_others() -> None:
     nonsense: list[object] = [row(START + 10 * MINUTE), [None, 1, 3, 1, 2, 5]]
     assert times(PushDiff().changed([*nonsense, row(START)], START + 5)) == [0]
     assert PushDiff().changed(nonsense[:1], START + 5) == []
@@ -102,7 +102,7 @@ def from_before(bars: Sequence[int], page: Page) -> Sequence[int]:
 
 @pytest.mark.parametrize("answer", [plainly, by_time, newest_only, backwards, from_before])
 @pytest.mark.parametrize("seed", range(20))
-def test_history_is_whole_whatever_an_exchange_makes_of_pages(answer: Answer, seed: int) -> None:
+def test_history_is_complete_however_pages_are_interpreted(answer: Answer, seed: int) -> None:
     random = Random(seed)
     # Long times without trades among them, the last bar open.
     bars = [START + i * MINUTE for i in range(700) if i % 100 < 40 and random.random() < 0.7]
@@ -118,7 +118,7 @@ def test_history_is_whole_whatever_an_exchange_makes_of_pages(answer: Answer, se
     assert [candle.time for candle in pages.candles] == wanted
 
 
-def test_a_bar_that_is_open_when_asked_for_is_left_out() -> None:
+def test_open_bar_is_left_out() -> None:
     pages = Paginator(Timeframe(1, "m"), START, START + 2 * MINUTE, 100)
     page = pages.next_page()
     assert page == Page(START, 3)
@@ -172,7 +172,7 @@ def ccxt_error(name: str, text: str) -> Exception:
         (RowError("no row"), SourceError, 0.0),
     ],
 )
-def test_errors_say_what_to_do(
+def test_errors_are_classified(
     error: Exception | tuple[str, str], kind: type[SourceError], wait: float
 ) -> None:
     raised = ccxt_error(*error) if isinstance(error, tuple) else error
@@ -182,7 +182,7 @@ def test_errors_say_what_to_do(
     assert str(found).startswith("kraken: ")
 
 
-def test_an_error_is_one_short_line_without_secrets() -> None:
+def test_error_is_one_short_line_without_secrets() -> None:
     url = "GET https://x.test/y?apiKey=SESAME&signature=OPEN&symbol=A\n<html>" + 500 * "z"
     found = str(translate_error(ccxt_error("ExchangeError", url), "kraken"))
     assert "symbol=A" in found
@@ -192,7 +192,7 @@ def test_an_error_is_one_short_line_without_secrets() -> None:
     assert len(found) < 300
 
 
-def test_refused_keys_name_the_variable() -> None:
+def test_authentication_error_names_the_variable() -> None:
     found = translate_error(ccxt_error("AuthenticationError", "bad key"), "kraken")
     assert "KRONOS_STREAM_CCXT__CONFIG" in str(found)
 
@@ -203,12 +203,12 @@ def test_refused_keys_name_the_variable() -> None:
 @pytest.mark.parametrize(
     "text", ['{"kraken": {"secret": "SESAME"', '["SESAME"]', '{"a": "SESAME"}']
 )
-def test_a_bad_config_is_refused_without_being_shown(text: str) -> None:
+def test_invalid_config_is_rejected_without_being_shown(text: str) -> None:
     with pytest.raises(ValidationError) as refused:
         CcxtOptions.model_validate({"config": text})
-    said = [error["msg"] for error in refused.value.errors(include_input=False)]
-    assert "SESAME" not in str(said)
-    assert "JSON" in str(said) or "object" in str(said)
+    messages = [error["msg"] for error in refused.value.errors(include_input=False)]
+    assert "SESAME" not in str(messages)
+    assert "JSON" in str(messages) or "object" in str(messages)
 
 
 def test_config_is_by_exchange_and_never_printed() -> None:
@@ -237,18 +237,18 @@ MARKETS: dict[str, dict[str, Any]] = {
         ("BTC/USD:BTC-251226", "1m", "it expires on 2025-12-26; only markets without expiry"),
     ],
 )
-def test_what_cannot_be_followed_is_explained(symbol: str, timeframe: str, why: str | None) -> None:
+def test_unsupported_series_is_explained(symbol: str, timeframe: str, why: str | None) -> None:
     series = Series.of("kraken", symbol, Timeframe.parse(timeframe))
     found = unsupported_reason(series, MARKETS, ("1m", "5m"), "kraken")
     assert (found or "").startswith(why or "")
     assert (found is None) == (why is None)
 
 
-def test_a_market_is_inactive_only_if_it_is_said_so() -> None:
-    said = {
+def test_market_is_inactive_only_if_marked() -> None:
+    messages = {
         symbol: inactive(Series.of("k", symbol, Timeframe(1, "m")), MARKETS) for symbol in MARKETS
     }
-    assert [symbol for symbol in said if said[symbol]] == ["LUNA/USDT"]
+    assert [symbol for symbol in messages if messages[symbol]] == ["LUNA/USDT"]
 
 
 NO = "KRONOS_STREAM_CCXT__CONFIG: ccxt cannot create kraken with it: "
@@ -262,8 +262,8 @@ KIND = "KRONOS_STREAM_CCXT__CONFIG: kraken."
         ("kraken", {"config": '{"krakn": {}}'}, "KRONOS_STREAM_CCXT__CONFIG: ccxt has no"),
         ("kraken", {"fills_empty": ("krakn",)}, "KRONOS_STREAM_CCXT__FILLS_EMPTY: ccxt has no"),
         *(
-            ("kraken", {"config": f'{{"kraken": {{{wrong}}}}}'}, f"{KIND}{said}")
-            for wrong, said in (
+            ("kraken", {"config": f'{{"kraken": {{{wrong}}}}}'}, f"{KIND}{messages}")
+            for wrong, messages in (
                 ('"options": 7', "options: expected an object"),
                 ('"options": []', "options: expected an object"),
                 ('"urls": "https://x.y"', "urls: expected an object"),
@@ -278,7 +278,7 @@ KIND = "KRONOS_STREAM_CCXT__CONFIG: kraken."
         ("paymium", {}, "KRONOS_STREAM_SYMBOLS: paymium has no history of candles in ccxt"),
     ],
 )
-def test_what_ccxt_cannot_do_is_said_at_the_start(
+def test_unsupported_settings_raise_at_the_start(
     asked: str, settings: dict[str, Any], why: str
 ) -> None:
     given = CcxtOptions.model_validate(settings)
@@ -287,7 +287,7 @@ def test_what_ccxt_cannot_do_is_said_at_the_start(
     assert str(refused.value).startswith(why)
 
 
-def test_every_exchange_of_ccxt_can_be_built_or_says_why_not() -> None:
+def test_every_exchange_of_ccxt_is_created_or_raises_source_error() -> None:
     built = refused = 0
     for name in CONNECTOR.venues():
         try:

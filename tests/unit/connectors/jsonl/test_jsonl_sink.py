@@ -27,7 +27,7 @@ def numbers(path: Path) -> list[int]:
     return [json.loads(line)["n"] for line in path.read_text().splitlines()]
 
 
-async def test_lines_are_appended_and_dead_letters_lie_apart(tmp_path: Path) -> None:
+async def test_lines_are_appended_and_dead_letters_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "new" / "out.jsonl"
     first = sink(path)
     await first.start()
@@ -42,7 +42,7 @@ async def test_lines_are_appended_and_dead_letters_lie_apart(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("length", [1, 70_000, 200_000])
-async def test_a_torn_line_is_cut_off_at_the_start(tmp_path: Path, length: int) -> None:
+async def test_incomplete_line_is_cut_off_at_the_start(tmp_path: Path, length: int) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(b'{"n": 1}\n{"n": ' + b"2" * length)
     one = sink(path)
@@ -62,7 +62,7 @@ async def test_a_torn_line_is_cut_off_at_the_start(tmp_path: Path, length: int) 
         (b"", b""),
     ],
 )
-async def test_the_last_line_is_mended_at_the_start(
+async def test_last_line_is_repaired_at_the_start(
     tmp_path: Path, left: bytes, mended: bytes
 ) -> None:
     path = tmp_path / "out.jsonl"
@@ -73,7 +73,7 @@ async def test_the_last_line_is_mended_at_the_start(
     assert path.read_bytes() == mended
 
 
-async def test_a_value_of_many_lines_becomes_one(tmp_path: Path) -> None:
+async def test_value_with_line_breaks_becomes_one_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     one = sink(path)
     await one.start()
@@ -106,7 +106,7 @@ asyncio.run(main())
 """
 
 
-async def test_what_was_taken_survives_kill_9(tmp_path: Path) -> None:
+async def test_delivered_lines_survive_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     command = [sys.executable, "-c", _VICTIM, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:  # noqa: ASYNC220, S603
@@ -122,7 +122,7 @@ async def test_what_was_taken_survives_kill_9(tmp_path: Path) -> None:
     assert numbers(path)[: taken + 1] == list(range(taken + 1))
 
 
-async def test_a_full_disk_leaves_whole_lines_alone(tmp_path: Path) -> None:
+async def test_full_disk_leaves_complete_lines_only(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     shell = ["bash", "-c", 'ulimit -f 300; exec "$0" "$@"']  # no file above 300 kB
     done = subprocess.run(  # noqa: ASYNC221, S603
@@ -138,7 +138,7 @@ async def test_a_full_disk_leaves_whole_lines_alone(tmp_path: Path) -> None:
     assert path.stat().st_size > 250_000
 
 
-async def test_rotation_is_followed(tmp_path: Path) -> None:
+async def test_log_rotation_is_supported(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     one = sink(path)
     await one.start()
@@ -150,7 +150,7 @@ async def test_rotation_is_followed(tmp_path: Path) -> None:
     assert numbers(path) == [2]
 
 
-async def test_what_cannot_be_written_is_unavailable_and_names_the_file(tmp_path: Path) -> None:
+async def test_unwritable_file_is_unavailable_and_named(tmp_path: Path) -> None:
     path = tmp_path / "file" / "out.jsonl"
     one = sink(path)
     path.parent.write_text("in the way")
@@ -164,13 +164,13 @@ async def test_what_cannot_be_written_is_unavailable_and_names_the_file(tmp_path
 
 
 @pytest.mark.parametrize("name", ["", ".", "/"])
-def test_a_folder_is_refused_in_the_settings(name: str) -> None:
+def test_folder_is_rejected_in_the_settings(name: str) -> None:
     with pytest.raises(ValueError, match="is a folder: name a file"):
         JsonlOptions(path=Path(name))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-async def test_a_full_disk_is_unavailable(tmp_path: Path) -> None:
+async def test_full_disk_is_unavailable(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.symlink_to("/dev/full")
     one = sink(path)

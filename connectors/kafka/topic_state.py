@@ -180,8 +180,10 @@ class TopicState:
     @property
     def shared_topics(self) -> Sequence[str]:
         """Topics of which other members of the group have partitions."""
-        ours = [partition.log for partition in self._assigned]
-        return sorted(name for name in {*ours} if ours.count(name) < self._partition_count(name))
+        assigned = [partition.log for partition in self._assigned]
+        return sorted(
+            name for name in {*assigned} if assigned.count(name) < self._partition_count(name)
+        )
 
     # -- records ---------------------------------------------------------------------------
 
@@ -238,16 +240,16 @@ class TopicState:
     def unavailable_reason(self, series: Series, group: str) -> str:
         """Why the history of ``series`` is not available yet; empty if it is."""
         topic = candle_topic(self._prefix, series.timeframe)
-        ours = {one: at for one, at in self._active.items() if one.log == topic}
-        if not ours or any(one.log == topic for one in self._assigned - ours.keys()):
+        assigned = {one: at for one, at in self._active.items() if one.log == topic}
+        if not assigned or any(one.log == topic for one in self._assigned - assigned.keys()):
             return f"{topic}: no partitions assigned yet in consumer group {group}"
-        if remaining := sum(at.remaining for at in ours.values()):
+        if remaining := sum(at.remaining for at in assigned.values()):
             return f"{topic}: {remaining:,} records are still to be read back"
         total = self._partition_count(topic)
-        if len(ours) < total and self._last_partition.get(series) not in ours:
+        if len(assigned) < total and self._last_partition.get(series) not in assigned:
             return (
-                f"{topic}: {len(ours)} of its {total} partitions are assigned to us, and {series} "
-                f"is in none of them; other members of consumer group {group} have the rest"
+                f"{topic}: {len(assigned)} of its {total} partitions are assigned to us, and "
+                f"{series} is in none of them; other members of consumer group {group} have the rest"
             )
         return ""
 

@@ -41,16 +41,16 @@ class SecuredKafka(NamedTuple):
 
     def options(self, listener: str, protocol: str, **more: Any) -> KafkaOptions:
         """Options for a listener; with a login, that of ``owner``, who has all rights."""
-        given: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "bootstrap_servers": self.kafka.bootstrap_for(listener),
             "security_protocol": protocol,
             "partitions": 3,
         }
         if protocol.startswith("SASL"):
-            given |= {"sasl_username": "owner", "sasl_password": SecretStr(PASSWORD)}
+            settings |= {"sasl_username": "owner", "sasl_password": SecretStr(PASSWORD)}
         if protocol.endswith("SSL"):
-            given["ssl_cafile"] = self.authority.file
-        return KafkaOptions(**{**given, **more})
+            settings["ssl_cafile"] = self.authority.file
+        return KafkaOptions(**{**settings, **more})
 
     def client_certificate(self, by: CertificateAuthority, **more: Any) -> dict[str, Path]:
         """Options with a new client certificate."""
@@ -272,7 +272,7 @@ async def test_certificate_that_becomes_invalid_is_reported(secured_kafka: Secur
     """Certificates are read for each connection, since they may be renewed."""
     certificate = secured_kafka.client_certificate(secured_kafka.authority)
     options = secured_kafka.options("mutual", "SSL", **certificate)
-    certificate["ssl_certfile"].write_text("spoiled", "utf-8")
+    certificate["ssl_certfile"].write_text("invalid", "utf-8")
     message, permanent = await _error_message(options)
     assert permanent
     assert (

@@ -148,7 +148,7 @@ async def test_refused_records_do_not_block_others(kafka: ApacheKafka, topic_pre
     big, hour = 1_500_000, 3_600_000
     invalid = {
         7: _record(7, size=big),  # over the broker's limit
-        30: _record(30, size=5_000_000),  # over ours
+        30: _record(30, size=5_000_000),  # over the limit of the sink
         31: _record(31, ahead_ms=2 * hour),  # Kafka accepts one hour
         32: _record(32, ahead_ms=-3_000 * 365 * 24 * hour),  # before 1970
         150: _record(150, size=big),

@@ -53,11 +53,11 @@ def broker(make_mosquitto: BrokerOf, authority: CertificateAuthority) -> Iterato
 def _options(
     broker: Mosquitto, authority: CertificateAuthority | None, **options: Any
 ) -> MqttOptions:
-    given: dict[str, Any] = {"url": broker.url, "client_id": "test"}
-    given |= {"username": "me", "password": SecretStr(PASSWORD)}
+    settings: dict[str, Any] = {"url": broker.url, "client_id": "test"}
+    settings |= {"username": "me", "password": SecretStr(PASSWORD)}
     if authority is not None:
-        given["tls_cafile"] = authority.file
-    return MqttOptions(**{**given, **options})
+        settings["tls_cafile"] = authority.file
+    return MqttOptions(**{**settings, **options})
 
 
 def _record(sequence: int = 0) -> Record:
@@ -167,10 +167,12 @@ async def test_refused_login_is_reported(
 
 
 async def test_untrusted_broker_is_refused(broker: Mosquitto, folder: Path) -> None:
-    stranger = CertificateAuthority(folder, "stranger")
-    message, permanent = await _error_message(_options(broker, stranger))
+    untrusted = CertificateAuthority(folder, "untrusted")
+    message, permanent = await _error_message(_options(broker, untrusted))
     assert permanent
-    assert f"not signed by a trusted authority ({stranger.file}); set {PREFIX}TLS_CAFILE" in message
+    assert (
+        f"not signed by a trusted authority ({untrusted.file}); set {PREFIX}TLS_CAFILE" in message
+    )
     message, _ = await _error_message(_options(broker, None))
     assert "not signed by a trusted authority (the system's authorities)" in message
 
@@ -194,22 +196,29 @@ async def test_broker_may_require_a_client_certificate(
     make_mosquitto: BrokerOf, authority: CertificateAuthority, folder: Path
 ) -> None:
     certificate = authority.issue("client", password=PASSWORD)
-    ours: dict[str, Any] = {"tls_certfile": certificate.certificate, "tls_keyfile": certificate.key}
+    client_files: dict[str, Any] = {
+        "tls_certfile": certificate.certificate,
+        "tls_keyfile": certificate.key,
+    }
     with make_mosquitto(tls=authority.issue("broker"), client_ca_file=authority.file) as broker:
         password = SecretStr(PASSWORD)
-        async with _sink(_options(broker, authority, **ours, tls_key_password=password)) as sink:
+        async with _sink(
+            _options(broker, authority, **client_files, tls_key_password=password)
+        ) as sink:
             await sink.start()
             assert not await sink.deliver([_record()])
         with pytest.raises(ValidationError, match=f"{PREFIX}TLS_KEY_PASSWORD is not its password"):
-            _options(broker, authority, **ours)
+            _options(broker, authority, **client_files)
         message, permanent = await _permanent_error_message(_options(broker, authority))
         assert permanent
         assert f"requires a client certificate; set {PREFIX}TLS_CERTFILE" in message
-        stranger = CertificateAuthority(folder, "unknown").issue("client")
-        ours = {"tls_certfile": stranger.certificate, "tls_keyfile": stranger.key}
-        message, permanent = await _permanent_error_message(_options(broker, authority, **ours))
+        untrusted = CertificateAuthority(folder, "unknown").issue("client")
+        client_files = {"tls_certfile": untrusted.certificate, "tls_keyfile": untrusted.key}
+        message, permanent = await _permanent_error_message(
+            _options(broker, authority, **client_files)
+        )
         assert permanent
-        assert f"rejects our certificate (unknown ca); check that {stranger[0]}" in message
+        assert f"rejects our certificate (unknown ca); check that {untrusted[0]}" in message
 
 
 async def test_encryption_of_one_side_only_is_explained(
@@ -231,7 +240,7 @@ async def test_certificate_that_becomes_invalid_is_reported(
     """Certificates are read for each connection, since they may be renewed."""
     mine = authority.issue("mine")
     options = _options(broker, authority, tls_certfile=mine.certificate, tls_keyfile=mine.key)
-    mine.certificate.write_text("spoiled", "utf-8")
+    mine.certificate.write_text("invalid", "utf-8")
     message, permanent = await _error_message(options)
     assert permanent
     assert f"certificate or key cannot be used: {mine.key}" in message

@@ -103,10 +103,10 @@ async def test_records_arrive_unchanged_and_in_order(
         assert len(kept) == 21  # no dead letter among them
         _first_in_order(subscriber, range(200))
         for message in subscriber.messages()[1:201]:
-            given = records[int(message.payload.split()[0])]
-            assert (message.payload, message.qos) == (given.value, 1)
+            sent = records[int(message.payload.split()[0])]
+            assert (message.payload, message.qos) == (sent.value, 1)
             assert message.properties["content-type"] == "application/json"
-            assert message.properties["user-properties"] == {"id": str(given.sequence)}
+            assert message.properties["user-properties"] == {"id": str(sent.sequence)}
         assert subscriber.messages()[201].topic == "kronos/deadletter"
         await _wait_until(lambda: subscriber.messages()[-1].payload == b"offline")
         assert (await asyncio.to_thread(retained_messages, broker))[

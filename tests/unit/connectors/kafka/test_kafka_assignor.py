@@ -61,19 +61,19 @@ def test_partitions_claimed_twice_get_one_member() -> None:
 
 
 def test_members_report_their_partitions_in_metadata() -> None:
-    ours, theirs = create_sticky_assignor(), create_sticky_assignor()
-    members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
+    first_member, second_member = create_sticky_assignor(), create_sticky_assignor()
+    members = {"a": first_member.metadata(["1m", "1s"]), "b": second_member.metadata(["1m", "1s"])}
 
     class Cluster:
         @staticmethod
         def partitions_for_topic(topic: str) -> set[int]:
             return set(TOPICS[topic])
 
-    first = ours.assign(Cluster(), members)
-    ours.on_assignment(first["b"])
-    theirs.on_assignment(first["a"])
-    members = {"a": ours.metadata(["1m", "1s"]), "b": theirs.metadata(["1m", "1s"])}
-    again = theirs.assign(Cluster(), members)
+    first = first_member.assign(Cluster(), members)
+    first_member.on_assignment(first["b"])
+    second_member.on_assignment(first["a"])
+    members = {"a": first_member.metadata(["1m", "1s"]), "b": second_member.metadata(["1m", "1s"])}
+    again = second_member.assign(Cluster(), members)
     assert again["a"].assignment == first["b"].assignment
     broken = {"a": members["a"], "b": type(members["a"])(0, ["1m", "1s"], b"\x00nonsense")}
-    assert again["a"].assignment == ours.assign(Cluster(), broken)["a"].assignment
+    assert again["a"].assignment == first_member.assign(Cluster(), broken)["a"].assignment

@@ -15,8 +15,8 @@ _URL = {"KRONOS_STREAM_MQTT__URL": "mqtt://localhost"}
 
 
 def _read_options(**variables: str) -> MqttOptions:
-    given = {f"KRONOS_STREAM_MQTT__{name}": value for name, value in variables.items()}
-    options = read_options("mqtt", {**_URL, **given})
+    settings = {f"KRONOS_STREAM_MQTT__{name}": value for name, value in variables.items()}
+    options = read_options("mqtt", {**_URL, **settings})
     assert isinstance(options, MqttOptions)
     return options
 

@@ -249,7 +249,7 @@ class TopicState:
         if len(assigned) < total and self._last_partition.get(series) not in assigned:
             return (
                 f"{topic}: {len(assigned)} of its {total} partitions are assigned to us, and "
-                f"{series} is in none of them; other members of consumer group {group} have the rest"
+                f"{series} is in none of them; other members of group {group} have the rest"
             )
         return ""
 

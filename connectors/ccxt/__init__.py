@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from kronos_connectors.ccxt.options import CcxtOptions, build, venues
-from kronos_stream.interfaces.source import SourceConnector
-
-CONNECTOR = SourceConnector(CcxtOptions, build, venues)
+from kronos_connectors.ccxt.connector import CONNECTOR
+from kronos_connectors.ccxt.options import CcxtOptions
 
 __all__ = ["CONNECTOR", "CcxtOptions"]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from random import Random
 from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
-
-from kronos_stream.interfaces.source import Source
-from kronos_stream.market.clock import Clock
 
 Mode = Literal["auto", "watch", "poll"]
 
@@ -62,22 +58,3 @@ def _parse_config(config: SecretStr) -> dict[str, dict[str, Any]]:
     if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
         raise ValueError('expected an object for each exchange, such as {"kraken": {…}}')
     return given
-
-
-def build(venue: str, options: CcxtOptions, clock: Clock, random: Random) -> Source:
-    """Create the source of an exchange: ``venue`` is its name in ccxt, or that after ``ccxt.``.
-
-    It connects when it runs. Raises SourceError if ccxt lacks the exchange or a feature.
-    """
-    # Imported here: --help reads the options, and ccxt takes seconds to import.
-    from kronos_connectors.ccxt.exchange import ExchangeFactory
-    from kronos_connectors.ccxt.source import CcxtSource
-
-    return CcxtSource(venue, ExchangeFactory.for_venue(venue, options), options, clock, random)
-
-
-def venues() -> Collection[str]:
-    """Names of the exchanges that ccxt supports."""
-    from kronos_connectors.ccxt.exchange import exchange_names
-
-    return exchange_names()

@@ -43,6 +43,11 @@ class KafkaFeed:
         self._session: GroupSession[FeedRecord] | None = None
 
     @property
+    def group(self) -> str:
+        """Name of the consumer group."""
+        return self._options.group or f"{self._options.topic_prefix}-forecast"
+
+    @property
     def iterations(self) -> int:
         return 0 if self._session is None else self._session.iterations
 
@@ -56,7 +61,7 @@ class KafkaFeed:
 
     async def run(self, handler: PartitionHandler[FeedRecord]) -> None:
         group = GroupOptions(
-            self._options.group or f"{self._options.topic_prefix}-forecast",
+            self.group,
             context_bars=2 * self._needs.lookback,  # records may be created late
             commit_interval=0.5,
             commit_timeout=5.0,

@@ -144,7 +144,7 @@ def test_keda_scales_by_the_lag_of_the_consumer_group(chart: Chart, tmp_path: Pa
         topics.candle_topic(options.topic_prefix, length) for length in lengths
     ]
     feed = KafkaFeed(options, FeedNeeds(lengths, 1), SystemClock(), Random(0))
-    assert {trigger["consumerGroup"] for trigger in triggers} == {feed._group}
+    assert {trigger["consumerGroup"] for trigger in triggers} == {feed.group}
     assert {trigger["sasl"] for trigger in triggers} == {"scram_sha512"}
     assert scaled["spec"]["maxReplicaCount"] <= options.partitions
     (job,) = kinds(objects, "Job")

@@ -23,7 +23,7 @@ _ALLOWED: Mapping[str, set[str]] = {
     "forecast": {"bars", "interfaces", "market"},
     "evaluation": {"forecast", "market"},
     "testing": {"market"},
-    "training": {"evaluation", "market", "model", "testing"},
+    "training": {"engine", "evaluation", "market", "model", "testing"},
     "compat": {"engine", "model", "training"},
     "client": {"forecast", "interfaces", "market"},
     "daemon": {"bars", "engine", "forecast", "interfaces", "market", "model"},

@@ -1,1 +1,1 @@
-"""What tests need, shipped so that users' tests can have it too."""
+"""Tools for tests, also for those of users: exchange, broker, market, virtual time."""

@@ -1,15 +1,15 @@
 """An embedded Kafka broker: librdkafka's in-process cluster, for demos and tests.
 
-It speaks Kafka's protocol on the loopback, so every client consumes from it, in this process or
-another: aiokafka, kcat, confluent-kafka, alone or in groups, with an idempotent producer. It is
-not a broker to rely on:
+It implements Kafka's protocol on the loopback interface, for clients in this process or another:
+aiokafka, kcat, confluent-kafka, alone or in groups, with an idempotent producer. Do not use it in
+production:
 
 - Everything is in memory and gone at :meth:`EmbeddedBroker.close`; nothing is replicated.
-- A partition keeps its newest 5 MiB or 100,000 batches; a consumer further behind finds them gone.
-- A topic exists as soon as anyone asks for it by name, always with 4 partitions. It cannot be
-  created by request, configured, compacted or deleted: those requests are not understood.
-- It refuses nothing a real broker would: neither a size nor a timestamp. Nor does it know TLS,
-  SASL or access rules; it listens on 127.0.0.1 alone, on a port of its own choosing.
+- A partition keeps its newest 5 MiB or 100,000 batches; older records are deleted.
+- A topic is created when a client first uses its name, always with 4 partitions. Requests to
+  create, configure or delete topics are not supported, nor is compaction.
+- It rejects no records, whatever their size or timestamp, and supports neither TLS, SASL nor
+  access rules; it listens on 127.0.0.1 only, on a free port.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _START_SECONDS = 10.0
 
 
 class EmbeddedBroker(AbstractContextManager["EmbeddedBroker"]):
-    """Runs from construction to :meth:`close`, in threads of librdkafka's own.
+    """A cluster that runs from construction to :meth:`close`, in threads of librdkafka.
 
     Starting takes a few milliseconds. ``topics`` exist from the start; ``brokers`` is the number
     of the cluster's nodes.
     """
 
     def __init__(self, topics: Iterable[str] = (), brokers: int = 1) -> None:
-        # The cluster belongs to this client, which otherwise produces nothing.
+        # This client owns the cluster; it produces nothing.
         self._producer: Producer | None = Producer(
             {"test.mock.num.brokers": brokers, "log_level": 0}
         )
@@ -44,7 +44,7 @@ class EmbeddedBroker(AbstractContextManager["EmbeddedBroker"]):
             self._producer.list_topics(topic, timeout=_START_SECONDS)
 
     def close(self) -> None:
-        """Stop, and forget everything; consumers see their connections end."""
+        """Stop, and drop all records; connections of consumers end."""
         self._producer = None  # librdkafka ends the cluster with its owner
 
     def __exit__(self, *_: object) -> None:

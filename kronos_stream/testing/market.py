@@ -24,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 
 DAY_MS = 86_400_000
 START_MS = 1_704_067_200_000
-"""Monday 2024-01-01T00:00Z: where a market starts unless told otherwise."""
+"""Monday 2024-01-01T00:00Z: the default start of a market."""
 
 HALF_LIVES_DAYS = np.array([3 / 1440, 45 / 1440, 8 / 24, 6.0, 40.0])[:, None]
 """Half-lives of the volatility's components, fastest first."""
@@ -39,7 +39,7 @@ MAX_BAR_RETURN = 0.6
 """Cap on one bar's absolute log return, jumps included."""
 
 MAX_LOG_DISTANCE = 2.5
-"""Log distance from its first price beyond which a symbol is pulled back, gently."""
+"""Log distance from its first price beyond which a symbol slowly reverts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Candles:
 
 
 class Market:
-    """``symbols`` correlated series of bars ``timeframe_ms`` long, from ``start_ms`` on.
+    """Generator of correlated series: ``symbols`` of them, in bars of ``timeframe_ms``.
 
     Columns are open, high, low, close, volume, amount. The same arguments give the same bars
-    on the same numpy version, however they are drawn.
+    on the same version of numpy, whether drawn one by one or at once.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Market:
         self._vol_std = LOG_VOL_STD * averaged * rng.uniform(0.7, 1.2, (len(LOG_VOL_STD), n))
         self._vol = self._vol_std * self._correlate(rng.standard_normal((len(LOG_VOL_STD), n + 1)))
         self._drive_keep = float(np.exp(-np.log(2) / (4 / 24) * dt))
-        self._drive = 0.4 * rng.standard_normal(n)  # activity's own slow wave
+        self._drive = 0.4 * rng.standard_normal(n)  # slow component of activity
         self._activity = weekly_activity(timeframe_ms)
 
         self._turbulent = False
@@ -109,13 +109,13 @@ class Market:
         self._close = self._to_tick(self.first_price)
 
     def fork(self, seed: int) -> Self:
-        """The same market in the same state with another future."""
+        """Copy the market in its present state, with other random numbers from now on."""
         other = copy.deepcopy(self)
         other._rng = np.random.default_rng([seed, 1])  # noqa: SLF001  # of this class
         return other
 
     def run(self, bars: int) -> Candles:
-        """The next ``bars`` bars of every symbol."""
+        """Generate the next ``bars`` bars of every symbol."""
         times = self.now_ms + self.timeframe_ms * np.arange(bars, dtype=np.int64)
         values = np.empty((bars, self.symbols, 6))
         for row in values:
@@ -123,7 +123,7 @@ class Market:
         return Candles(times, values)
 
     def step(self) -> Floats:
-        """The next bar of every symbol, (symbols, 6); it opens at ``now_ms`` before the call."""
+        """Generate the next bar of every symbol, (symbols, 6); it opens at ``now_ms``."""
         rng, n, dt = self._rng, self.symbols, self._dt
         components = len(self._vol)
         normal = rng.standard_normal((components + 5, n + 1))  # the last column is the market's
@@ -155,12 +155,12 @@ class Market:
         return bar
 
     def _correlate(self, noise: Floats) -> Floats:
-        """Unit noise (k, n) half of which is the market's: from (k, n + 1), the market last."""
+        """Unit noise (k, n), half of it common to all: from (k, n + 1), the common part last."""
         shared: Floats = np.sqrt(0.5) * (noise[:, :-1] + noise[:, -1:])
         return shared
 
     def _regime(self, uniform: float) -> None:
-        """Calm for four days on average, turbulent for one and a half; each has its drift."""
+        """Switch between calm regimes (four days on average) and turbulent ones (1.5 days)."""
         days = 1.5 if self._turbulent else 4.0
         if uniform < 1 - np.exp(-self._dt / days):
             self._turbulent = not self._turbulent
@@ -173,7 +173,7 @@ class Market:
         news = self._feedback * size + self._leverage * fall + rest * self._correlate(own)
         innovation = self._vol_std * np.sqrt(1 - self._keep**2)
         self._vol = self._keep * self._vol + innovation * news
-        # A jump is followed by an hour and a day of unrest.
+        # Volatility stays high for an hour to a day after a jump.
         self._vol[1:3] += np.where(jumps > 0, 0.2, 0.0) * self._keep[1:3]
         np.clip(self._vol, -4 * self._vol_std, 4 * self._vol_std, out=self._vol)
 
@@ -185,7 +185,7 @@ class Market:
         jumps: npt.NDArray[np.int64],
         normal: Floats,
     ) -> Floats:
-        """Expected trades of this bar: they follow volatility, the clock and the move itself."""
+        """Expected trades of this bar, from volatility, time of the week and the return itself."""
         keep = self._drive_keep
         self._drive = keep * self._drive + 0.4 * np.sqrt(1 - keep**2) * normal[0]
         log_rate = (
@@ -240,7 +240,7 @@ class Market:
 
 
 def aggregate(candles: Candles, factor: int) -> Candles:
-    """Join every ``factor`` bars to one; an unfinished last bar is left out."""
+    """Merge every ``factor`` bars into one, and drop an incomplete last bar."""
     bars = len(candles.times) // factor
     values = candles.values[: bars * factor].reshape(bars, factor, -1, 6)
     joined = np.concatenate(

@@ -1,4 +1,4 @@
-"""The week's pattern of activity in a market that never closes."""
+"""Weekly pattern of activity in a market that never closes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EPOCH_TO_MONDAY_MINUTES = 3 * 1440
 
 _SESSIONS = ((0.5, 1.2, 0.30), (8.0, 1.8, 0.40), (14.5, 2.2, 0.75), (20.0, 1.0, 0.15))
 """Hour UTC, width in hours and height, in log volatility, of Asia's, Europe's, America's open
-and the futures' settlement: the humps that volume and volatility of 24-hour markets show."""
+and the futures' settlement: the peaks in volume and volatility of 24-hour markets."""
 
 
 def weekly_activity(timeframe_ms: int) -> npt.NDArray[np.float64]:

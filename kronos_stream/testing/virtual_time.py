@@ -1,9 +1,9 @@
-"""An event loop whose time leaps: hours of waiting in seconds, with real sockets.
+"""An event loop in virtual time: it skips waiting times, with real sockets.
 
-While anything can be done, it is done; only when the loop would sleep does its time jump to the
-next timer. Sockets between tasks of one loop work as ever: what was sent on the loopback is there
-to be read before anybody sleeps. Work in threads (``run_in_executor``) holds the time still until
-it has finished, and so does :meth:`VirtualLoop.holding` for what another process does.
+When nothing is left to run, the time of the loop jumps to the next timer. Sockets between tasks of
+one loop work as usual: data sent on the loopback interface arrive before the time jumps. The time
+stands still while work in threads (``run_in_executor``) runs, and during
+:meth:`VirtualLoop.hold_time`, for work of other processes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
 
 _SETTLE_SECONDS = 0.0001
-"""Real time given to the kernel to hand over what is on its way, before time leaps."""
+"""Real time for the kernel to deliver data in flight before the time jumps."""
 
 
 class _TimeSkippingSelector(selectors.DefaultSelector):
-    """Never sleeps through a timer: polls, then moves the loop's time by what it should sleep."""
+    """Selector that polls, and adds the time that it should sleep to the loop's time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _TimeSkippingSelector(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """``asyncio.SelectorEventLoop`` in virtual seconds that begin at 0."""
+    """``asyncio.SelectorEventLoop`` in virtual seconds, starting at 0."""
 
     def __init__(self) -> None:
         self._time_selector = _TimeSkippingSelector()
@@ -57,7 +57,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     @contextmanager
     def hold_time(self) -> Iterator[None]:
-        """Let no time pass while the block runs."""
+        """Stop the virtual time during the block."""
         self._time_selector.holds += 1
         try:
             yield
@@ -77,6 +77,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Coroutine[Any, Any, _T]) -> _T:
-    """``asyncio.run`` in virtual time."""
+    """Run a coroutine in virtual time, like ``asyncio.run``."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

@@ -1,18 +1,18 @@
-"""What became of closed bars: hidden or lost ones, and those that the venue has changed."""
+"""Faults of closed bars: hidden, lost and revised ones."""
 
 from __future__ import annotations
 
 from math import inf
 
 from kronos_stream.market.candle import Bar, Candle
-from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.bar_simulator import END_OF_TIME, BarHistory, BarSimulator
 from kronos_stream.testing.exchange.fault_injector import FaultInjector
 
 _PRUNE_INTERVAL = 1_000
 
 
 class BarFaults:
-    """Faults per closed bar, and the versions it has had."""
+    """Faults of each closed bar, and its earlier versions."""
 
     def __init__(self, bars: BarSimulator, fault_injector: FaultInjector) -> None:
         self._bars, self._fault_injector = bars, fault_injector
@@ -24,7 +24,7 @@ class BarFaults:
         bars.on_close = self._record_close
 
     def _record_close(self, book: BarHistory, opened: int) -> None:
-        """A bar of every instrument has closed: draw what befalls it."""
+        """Draw the faults of a bar that has just closed, for every instrument."""
         self._closed.append((book, opened))
         if not self._fault_injector.faults.affect_bars:
             return
@@ -35,7 +35,7 @@ class BarFaults:
             if strikes:
                 struck[index] = strikes
                 for kind in strikes:
-                    if kind != "revised":  # it may come to nothing
+                    if kind != "revised":  # a revision may still be dropped
                         self._fault_injector.record(kind, f"{symbol}:{interval}", closes)
         if struck:
             self._faults[interval, opened] = struck
@@ -49,32 +49,32 @@ class BarFaults:
         return closed
 
     def faults_at(self, book: BarHistory, opened: int) -> dict[int, dict[str, float]]:
-        """The faults that befell the bars opened at ``opened``, by instrument."""
+        """Faults of the bars that opened at ``opened``, by instrument."""
         return self._faults.get((str(book.timeframe), opened), {})
 
     def is_visible(self, book: BarHistory, opened: int, index: int, now: int) -> bool:
-        """Whether REST has the closed bar at ``now``."""
+        """Return whether REST has the closed bar at ``now``."""
         strikes = self.faults_at(book, opened).get(index, {})
         hidden = inf if "lost" in strikes else strikes.get("hidden", 0.0)
         seconds = hidden * self._fault_injector.faults.hidden_seconds
         return now >= book.timeframe.after(opened) + seconds * 1000
 
     def record_version(self, book: BarHistory, opened: int, index: int) -> None:
-        """Remember a bar as it is now, before it is changed."""
+        """Store the present version of a bar, before it changes."""
         candle = Candle(opened, *book.bars(opened)[index, :6].tolist())
         self._versions.setdefault((str(book.timeframe), index, opened), []).append(candle)
 
     def versions(self, book: BarHistory, opened: int, index: int) -> list[Candle]:
-        """What a changed bar has been before, oldest first."""
+        """Earlier versions of a changed bar, oldest first."""
         return self._versions.get((str(book.timeframe), index, opened), [])
 
     def truth(self, book: BarHistory, index: int, since: int) -> list[Bar]:
-        """The closed bars of one series that opened at ``since`` or later, as a tape holds them.
+        """Closed bars of a series that opened at ``since`` or later, as a sequencer confirms them.
 
-        What the venue does not have is flat at the close before it, synthetic; such bars are left
-        out where nothing is known before them.
+        Bars that the venue does not have are synthetic: flat at the previous close, or left out if
+        there is none.
         """
-        opens, rows = book.between(min(since, book.oldest), 2**62)
+        opens, rows = book.between(min(since, book.oldest), END_OF_TIME)
         bars: list[Bar] = []
         for opened, row in zip(opens, rows[:, index, :6].tolist(), strict=True):
             lost = "lost" in self.faults_at(book, opened).get(index, {})
@@ -88,7 +88,7 @@ class BarFaults:
         return [bar for bar in bars if bar.candle.time >= since]
 
     def _prune(self) -> None:
-        """Forget what the books have forgotten."""
+        """Drop faults of bars that the histories no longer keep."""
         self._prune_countdown = _PRUNE_INTERVAL
         oldest = {interval: book.oldest for interval, book in self._bars.histories.items()}
         self._faults = {k: v for k, v in self._faults.items() if k[1] >= oldest[k[0]]}

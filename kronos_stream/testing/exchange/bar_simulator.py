@@ -1,4 +1,4 @@
-"""The truth: bars of every instrument and timeframe, drawn as time goes by."""
+"""True bars of every instrument and timeframe, generated as time passes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from kronos_stream.testing.exchange.instruments import BarFeed
 
 Floats = npt.NDArray[np.float64]
 
-_DAY_MS = 86_400_000
-_MONDAY_MS = 4 * _DAY_MS  # 1970-01-05
+DAY_MS = 86_400_000
+END_OF_TIME = 2**62
+"""Later than any bar, UTC ms."""
+_MONDAY_MS = 4 * DAY_MS  # 1970-01-05
 _LOTS_PER_TRADE = 300
 
 
 def bar_open_time(timeframe: Timeframe, moment: int) -> int:
-    """Open, UTC ms, of the bar that ``moment`` falls in: weeks from Monday, months from the 1st."""
+    """Open time (UTC ms) of the bar that contains ``moment``; weeks start on Monday."""
     step = timeframe.milliseconds
     if step is not None:
         anchor = _MONDAY_MS if timeframe.unit == "w" else 0
@@ -42,7 +44,7 @@ def bar_open_time(timeframe: Timeframe, moment: int) -> int:
 
 
 class BarHistory:
-    """The newest ``keep`` closed bars of one timeframe, and the one in the making."""
+    """The newest ``keep`` closed bars of one timeframe, and the current one."""
 
     def __init__(self, timeframe: Timeframe, instruments: int, keep: int) -> None:
         self.timeframe = timeframe
@@ -51,7 +53,7 @@ class BarHistory:
         self._bars = np.empty((keep + keep // 4 + 1, instruments, 8))
         self._current: Floats | None = None
         self.opened = 0
-        """Open of the bar in the making, UTC ms."""
+        """Open time of the current bar, UTC ms."""
 
     @property
     def closes(self) -> int:
@@ -62,9 +64,9 @@ class BarHistory:
         return self._opens[0] if self._opens else self.opened
 
     def add(self, opened: int, length: int, bars: Floats) -> int | None:
-        """Take the base bars (instruments, 8) that opened at ``opened``.
+        """Add the base bars (instruments, 8) that opened at ``opened``.
 
-        Returns the open of the bar that they complete, if they do.
+        Returns the open time of the bar that they complete, or None.
         """
         if self._current is None or opened >= self.closes:
             self.opened, self._current = bar_open_time(self.timeframe, opened), bars
@@ -87,13 +89,13 @@ class BarHistory:
         self._opens.append(self.opened)
 
     def current_bar(self, base: Floats) -> Floats:
-        """The bar in the making with ``base``, what its newest base bar is so far."""
+        """The current bar, with the unfinished base bar ``base`` merged into it."""
         return base if self._current is None else merge_bars(self._current, base)
 
     def bars(self, opened: int) -> Floats:
-        """The closed bars (instruments, 8) that opened at ``opened``; to be changed in place.
+        """Closed bars (instruments, 8) that opened at ``opened``; a view, to be changed in place.
 
-        Raises KeyError where they are not, or no longer, kept.
+        Raises KeyError if they are not kept.
         """
         index = bisect_left(self._opens, opened)
         if index == len(self._opens) or self._opens[index] != opened:
@@ -102,13 +104,13 @@ class BarHistory:
         return bars
 
     def between(self, start: int, end: int) -> tuple[list[int], Floats]:
-        """Opens with start <= open <= end, ascending, and the bars (T, instruments, 8)."""
+        """Open times from ``start`` to ``end``, ascending, and the bars (T, instruments, 8)."""
         first, last = bisect_left(self._opens, start), bisect_left(self._opens, end + 1)
         return self._opens[first:last], self._bars[first:last]
 
 
 def merge_bars(earlier: Floats, later: Floats) -> Floats:
-    """One bar of two; where one is missing (NaN), the other."""
+    """Merge two bars; where one is missing (NaN), take the other."""
     none, nothing = np.isnan(earlier[:, OPEN]), np.isnan(later[:, OPEN])
     bars = np.empty_like(earlier)
     bars[:, OPEN] = earlier[:, OPEN]
@@ -122,7 +124,7 @@ def merge_bars(earlier: Floats, later: Floats) -> Floats:
 
 
 class BarSimulator:
-    """All books over one feed, with ``history`` bars of the longest; then time passes."""
+    """Histories of all timeframes over one feed, starting with ``history`` bars of the longest."""
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class BarSimulator:
         base = self.base_ms = feed.timeframe_ms
         self._feed = feed
         self.on_close: Callable[[BarHistory, int], None] = lambda *_: None
-        """Called for each bar that closes: its book and its open."""
+        """Called for each closed bar with its history and its open time."""
         self.instruments = feed.instruments
         count = len(feed.instruments)
         self.histories = {str(t): BarHistory(t, count, keep) for t in timeframes}
@@ -146,7 +148,7 @@ class BarSimulator:
         self._trades = np.ones(count)
         longest = max(timeframes, key=lambda t: t.after(0))
         self.start = bar_open_time(longest, now)
-        for _ in range(history):  # whole bars of the longest, so whole ones of all
+        for _ in range(history):  # complete bars of the longest are complete bars of all
             self.start = bar_open_time(longest, self.start - 1)
         self.opened = self.start
         feed.begin(self.start, (now - self.start) // base)
@@ -165,11 +167,11 @@ class BarSimulator:
         return bars
 
     def round_bars(self, bars: Floats) -> None:
-        """Round bars (instruments, 8), in place, to what can be said of them."""
+        """Round bars (instruments, 8) in place to the precision of their messages."""
         round_to_precision(bars, self._digits)
 
     def advance(self, now: int) -> None:
-        """Close what has closed by ``now``, UTC ms."""
+        """Close all bars that end by ``now``, UTC ms."""
         while self.opened + self.base_ms <= now:
             for book in self.histories.values():
                 finished = book.add(self.opened, self.base_ms, self._next_bars)
@@ -181,13 +183,13 @@ class BarSimulator:
             self._next_bars = self._generate()
 
     def current_bars(self, book: BarHistory, now: int) -> Floats:
-        """The open bars (instruments, 8) of ``book`` as they stand at ``now``."""
+        """Current bars (instruments, 8) of ``book`` at ``now``."""
         bars = book.current_bar(self._partial_bars((now - self.opened) / self.base_ms))
         self.round_bars(bars)
         return bars
 
     def _partial_bars(self, fraction: float) -> Floats:
-        """The bar in the making: from its open over its extremes to its close."""
+        """Partial bars at a fraction of their time: from open over the extremes to close."""
         fraction = min(max(fraction, 0.0), 1.0)
         bars = self._next_bars.copy()
         opened, high, low, close, volume = bars[:, : VOLUME + 1].T.copy()

@@ -1,4 +1,4 @@
-"""Frames and answers that cannot be, of the kinds that venues and proxies have really sent."""
+"""Invalid frames and responses, of kinds that venues and proxies have really sent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FAR_FUTURE_MS = 4_102_444_800_000  # 2100
 
 
 def corrupt_push(kline: Kline, random: Random) -> Kline:
-    """A push made into one that could never be taken for a candle: whoever does is wrong."""
+    """Turn a push into one that no client may accept as a candle."""
     raw, combined = _corrupt_payload(kline.raw, kline.combined(), random)
     return Kline(kline.stream, raw, combined)
 
@@ -30,7 +30,7 @@ def _corrupt_payload(raw: bytes, combined: bytes, random: Random) -> tuple[bytes
     if how == 2:
         other = random.choice((b"null", b"[]", b"{}", b"42", b'"kline"', b'{"data":[]}', b"", b" "))
         return other, other
-    if how == 3:  # of nobody's stream
+    if how == 3:  # of an unknown stream
         other = b'{"e":"kline","E":1,"s":"NOSUCHUSDT","k":{}}'
         return other, b'{"stream":"nosuchusdt@kline_1m","data":%s}' % other
     if how == 4:
@@ -42,7 +42,7 @@ def _corrupt_payload(raw: bytes, combined: bytes, random: Random) -> tuple[bytes
 
 
 def _corrupt_field(kline: dict[str, Any], random: Random) -> None:
-    """Make one field, or how two go together, impossible."""
+    """Make one field, or a combination of two, invalid."""
     how = random.randrange(7)
     if how == 0:
         kline[random.choice("ohlcv")] = random.choice(
@@ -65,7 +65,7 @@ def _corrupt_field(kline: dict[str, Any], random: Random) -> None:
 
 
 def error_response(random: Random) -> web.Response:
-    """An error of the venue's own, or of what stands before it."""
+    """An error response of the venue, or of a proxy in front of it."""
     status = random.choice((500, 502, 503, 504))
     if random.random() < 0.5:
         text = f"<html><head><title>{status}</title></head><body></body></html>"
@@ -75,7 +75,7 @@ def error_response(random: Random) -> web.Response:
 
 
 def corrupt_body(body: bytes, random: Random) -> bytes:
-    """A REST answer spoilt."""
+    """Corrupt the body of a REST response."""
     how = random.randrange(4)
     if how == 0 and len(body) > 2:
         return body[: random.randrange(1, len(body) - 1)]

@@ -1,4 +1,4 @@
-"""Who is struck by which fault, and what has struck so far.
+"""Decides which faults happen when, and records them.
 
 Every decision is a function of the seed and of what it is about (a bar, a request at a moment,
 the n-th connection), never of what was decided before: so it does not matter in which order
@@ -21,7 +21,7 @@ _MAX_INCIDENTS = 10_000
 
 
 class Incident(NamedTuple):
-    """A fault that has struck: UTC ms by the exchange's clock, its kind, whom."""
+    """A fault that happened: time (UTC ms by the exchange's clock), kind and subject."""
 
     moment: int
     kind: str
@@ -29,7 +29,7 @@ class Incident(NamedTuple):
 
 
 class SkewedClock:
-    """A clock that is ahead of another and goes faster."""
+    """A clock with skew and drift against another."""
 
     def __init__(self, clock: Clock, skew_seconds: float, drift_ppm: float) -> None:
         self._clock, self._skew, self._drift = clock, round(skew_seconds * 1000), drift_ppm / 1e6
@@ -49,7 +49,7 @@ class SkewedClock:
 
 
 class FaultInjector:
-    """Draws faults, and keeps account of those that struck."""
+    """Draws faults, and counts those that happened."""
 
     def __init__(self, faults: Faults, start: int) -> None:
         self.faults, self.start = faults, start
@@ -63,7 +63,7 @@ class FaultInjector:
         self.incidents.append(Incident(moment, kind, subject))
 
     def random_for(self, *key: object) -> Random:
-        """Chance that depends on the seed and ``about`` alone."""
+        """Random numbers that depend on the seed and ``parts`` alone."""
         return Random(self._hash(key))
 
     def _hash(self, key: tuple[object, ...], size: int = 8) -> bytes:
@@ -71,13 +71,13 @@ class FaultInjector:
         return blake2b(text.encode(), digest_size=size).digest()
 
     def has_ended(self, now: int) -> bool:
-        """Whether nothing goes wrong any more at ``now``."""
+        """Return whether all faults have ended at ``now``."""
         return now >= self._ends_at
 
     # -- bars ------------------------------------------------------------------------------
 
     def bar_faults(self, symbol: str, interval: str, opened: int, closes: int) -> dict[str, float]:
-        """The faults of a bar, each with a size between 0.5 and 1.5; mostly none."""
+        """Faults of a bar, each with a size between 0.5 and 1.5; usually none."""
         if not self._affects_bars or self.has_ended(closes):
             return {}
         digest = self._hash((symbol, interval, opened), 8 * len(PER_BAR))
@@ -95,17 +95,17 @@ class FaultInjector:
         return struck
 
     def is_lost(self, symbol: str, interval: str, opened: int, closes: int) -> bool:
-        """Whether the venue will never have had this bar."""
+        """Return whether the venue never has this bar."""
         return self._affects_bars and "lost" in self.bar_faults(symbol, interval, opened, closes)
 
-    # -- spells ----------------------------------------------------------------------------
+    # -- periods ---------------------------------------------------------------------------
 
     def is_silent(self, symbol: str, now: int) -> bool:
-        """Whether ``symbol`` is not pushed at ``now``."""
+        """Return whether ``symbol`` is silent at ``now``."""
         return self._fault_end("silence", symbol, now, self.faults.silence_seconds) is not None
 
     def refusal(self, now: int) -> tuple[str, int] | None:
-        """Whether REST refuses everybody at ``now``: "limited" or "banned", and until when."""
+        """Refusal of all REST requests at ``now``: "limited" or "banned", and its end."""
         for kind, seconds in (
             ("banned", self.faults.banned_seconds),
             ("limited", self.faults.limited_seconds),
@@ -116,7 +116,7 @@ class FaultInjector:
         return None
 
     def _fault_end(self, kind: str, subject: str, now: int, seconds: float) -> int | None:
-        """When the spell of ``kind`` at ``now`` ends, UTC ms, if there is one."""
+        """End (UTC ms) of the period of ``kind`` at ``now``, if there is one."""
         if self.has_ended(now):
             return None
         for planned in self.faults.plan:
@@ -136,7 +136,7 @@ class FaultInjector:
     # -- connections and requests ------------------------------------------------------------
 
     def fault_times(self, kind: str, *about: object) -> Iterator[float]:
-        """When faults of ``kind`` strike, in seconds, at its rate; without end, or at once none."""
+        """Times of faults of ``kind``, in seconds, at its rate; endless, or none at all."""
         rate = getattr(self.faults, kind)
         random, moment = self.random_for(kind, *about), 0.0
         while rate:
@@ -144,7 +144,7 @@ class FaultInjector:
             yield moment
 
     def handshake_fault(self, number: int, now: int) -> Random | None:
-        """Chance, to choose how with, if the handshake of connection ``number`` fails."""
+        """Random numbers to choose a fault, if the handshake of connection ``number`` fails."""
         if self.has_ended(now):
             return None
         random = self.random_for("handshake", number)
@@ -152,7 +152,7 @@ class FaultInjector:
         return random if strikes or self._is_planned("handshake", now) else None
 
     def request_fault(self, request: str, now: int) -> tuple[str, Random]:
-        """The fault of a REST request at ``now``, empty for none, and chance to size it with."""
+        """Fault of a REST request at ``now``, empty for none, and random numbers to size it."""
         random = self.random_for("request", request, now)
         if self.has_ended(now):
             return "", random

@@ -1,4 +1,4 @@
-"""What goes wrong, as data: rates of everything that venues do to their clients."""
+"""Faults of the exchange as data: kinds, rates and durations."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import orjson
 PER_BAR = (
     "missing_final", "duplicate", "revised", "late", "disorder", "hidden", "lost", "garbage",
 )  # fmt: skip
-"""Drawn for each closed bar of each series: chances between 0 and 1."""
+"""Kinds drawn for each closed bar of each series: probabilities."""
 
 PER_REQUEST = ("error", "timeout", "slow", "mangled")
-"""Drawn for each REST request: chances between 0 and 1."""
+"""Kinds drawn for each REST request: probabilities."""
 
 PER_HOUR = ("drop", "stall", "shutdown", "silence", "limited", "banned")
-"""How often an hour: of a connection, of the venue, of a symbol, of the venue's REST."""
+"""Kinds with a rate per hour: of a connection, of the venue, of a symbol, of REST."""
 
 _PROBABILITIES = {*PER_BAR, *PER_REQUEST, "handshake"}
 _RATES = {*_PROBABILITIES, *PER_HOUR}
 
 
 class FaultsError(ValueError):
-    """Faults that cannot be; the message says what is wrong."""
+    """Invalid faults; the message names the cause."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFault:
-    """A fault that happens for certain, ``at`` seconds after the exchange's start.
+    """A fault that happens ``at`` seconds after the start of the exchange.
 
-    ``kind`` is the name of a rate of :class:`Faults`. Faults of bars befall those closing within
-    ``seconds`` (but at least one of each series); others last for ``seconds``, where they last.
-    ``symbol``, in ccxt's notation, confines it to one symbol; empty means all.
+    ``kind`` is the name of a rate of :class:`Faults`. Faults of bars affect those closing within
+    ``seconds`` (at least one of each series); others last for ``seconds``, if they last at all.
+    ``symbol``, in ccxt's notation, limits it to one symbol; empty means all.
     """
 
     kind: str
@@ -45,66 +45,66 @@ class PlannedFault:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong and how often; the same seed at the same times does the same.
+    """Kinds of faults and their rates; the same seed gives the same faults at the same times.
 
-    Each kind is drawn independently of the others: switching one off leaves the others as they
-    were, so what makes a seed fail can be found by elimination.
+    Each kind is drawn independently of the others: switching one off does not change the
+    others, so that the cause of a failing seed can be found by elimination.
     """
 
     seed: int = 0
     plan: tuple[PlannedFault, ...] = ()
 
     drop: float = 0.0
-    """Connections cut without a word, per hour of each."""
+    """Connections cut without a close frame, per hour and connection."""
     stall: float = 0.0
-    """Connections that fall silent but stay open, per hour of each."""
+    """Connections that become silent but stay open, per hour and connection."""
     handshake: float = 0.0
-    """Chance that a websocket's handshake fails: cut, refused, left hanging, or cut just after."""
+    """Probability that a WebSocket handshake fails: cut, refused, unanswered, or cut just after."""
     lifetime_seconds: float = 86_400.0
-    """When a connection is closed for its age."""
+    """Age at which a connection is closed."""
     shutdown: float = 0.0
     """``serverShutdown`` events per hour: all connections end after ``notice_seconds``."""
 
     silence: float = 0.0
-    """How often per hour a symbol falls silent on all websockets, for ``silence_seconds``."""
+    """Silences of a symbol on all WebSockets per hour, each lasting ``silence_seconds``."""
 
     missing_final: float = 0.0
     """The closing push of a bar is never sent."""
     duplicate: float = 0.0
-    """It is sent twice."""
+    """The closing push is sent twice."""
     revised: float = 0.0
-    """Later the bar has other values, by push and by REST."""
+    """The bar changes later, by push and in REST."""
     late: float = 0.0
-    """It comes late by about ``late_seconds``."""
+    """The closing push is late by about ``late_seconds``."""
     disorder: float = 0.0
-    """It comes after a push of the next bar, or a push of the open bar comes after it."""
+    """The closing push comes after one of the next bar, or before one of the open bar."""
     hidden: float = 0.0
     """REST does not have the closed bar for about ``hidden_seconds``."""
     lost: float = 0.0
-    """The venue never has the bar, nor pushes anything of it."""
+    """The venue never has the bar, and pushes nothing of it."""
     garbage: float = 0.0
-    """A frame that cannot be comes before the closing push, or in its place."""
+    """An invalid frame comes before the closing push, or replaces it."""
 
     error: float = 0.0
     """REST answers 5xx."""
     timeout: float = 0.0
-    """It does not answer, for ``timeout_seconds``, and then cuts the connection."""
+    """REST does not answer for ``timeout_seconds``, and then cuts the connection."""
     slow: float = 0.0
-    """It answers after about ``slow_seconds``."""
+    """REST answers after about ``slow_seconds``."""
     mangled: float = 0.0
-    """It answers 200 with what is not an answer."""
+    """REST answers 200 with an invalid body."""
     limited: float = 0.0
     """Bursts of 429 per hour, each lasting ``limited_seconds``."""
     banned: float = 0.0
     """Bans (418) per hour, each lasting ``banned_seconds``."""
 
     skew_seconds: float = 0.0
-    """How far the venue's clock is ahead of the injected one."""
+    """Seconds by which the venue's clock is ahead of the injected one."""
     drift_ppm: float = 0.0
-    """How much faster it goes, in millionths."""
+    """Drift of the venue's clock, in parts per million."""
 
     until_seconds: float = inf
-    """When all of this ends, from the exchange's start; what has happened by then stays so."""
+    """End of all faults, from the start of the exchange; their consequences remain."""
 
     stall_seconds: float = 120.0
     notice_seconds: float = 10.0
@@ -120,25 +120,27 @@ class Faults:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in _PROBABILITIES and not 0 <= value <= 1:
-                raise FaultsError(f"fault {field.name}: {value} is not a chance between 0 and 1")
+                raise FaultsError(
+                    f"fault {field.name}: {value} is not a probability between 0 and 1"
+                )
             if field.name in PER_HOUR and not 0 <= value <= 3_600:
                 raise FaultsError(
                     f"fault {field.name}: {value} is not a rate from 0 to 3600 an hour"
                 )
             if field.name.endswith("_seconds") and field.name != "skew_seconds" and value <= 0:
-                raise FaultsError(f"fault {field.name}: {value} s is no time")
+                raise FaultsError(f"fault {field.name}: {value} s is not a valid duration")
         for planned in self.plan:
             if planned.kind not in _RATES:
                 raise FaultsError(f"planned fault {planned.kind!r}: expected {_field_names()}")
 
     @property
     def affect_bars(self) -> bool:
-        """Whether any bar may be meddled with."""
+        """Return whether faults may affect bars."""
         kinds = {planned.kind for planned in self.plan}
         return any(getattr(self, kind) > 0 or kind in kinds for kind in PER_BAR)
 
     def without(self, *kinds: str) -> Self:
-        """The same but for ``kinds``."""
+        """Copy without the faults of ``kinds``."""
         changes: dict[str, Any] = dict.fromkeys(kinds, 0.0)
         return replace(
             self,
@@ -148,11 +150,14 @@ class Faults:
 
     @classmethod
     def random(cls, seed: int) -> Self:
-        """A mixture of faults that the seed alone decides, some of them harsh."""
+        """Random faults that depend on the seed alone, some of them severe."""
         random = Random(f"faults:{seed}")
         chosen: dict[str, Any] = {}
         for kind, (low, high) in _RANDOM_RANGES.items():
-            present, size = random.random() < 0.4, random.random()  # as many draws in any case
+            present, size = (
+                random.random() < 0.4,
+                random.random(),
+            )  # the same number of draws in any case
             if present:
                 chosen[kind] = float(f"{low * (high / low) ** size:.3g}")
         if random.random() < 0.3:
@@ -166,7 +171,7 @@ class Faults:
     def parse(cls, text: str, seed: int = 0) -> Self:
         """Read the name of a preset, ``random``, or a JSON object; raises FaultsError.
 
-        ``seed`` is taken where the text names none.
+        ``seed`` applies if the text names none.
         """
         text = text.strip()
         if text == "random":
@@ -184,7 +189,7 @@ class Faults:
             raise FaultsError(f"faults: {error}; known are {_field_names()}") from None
 
     def dumps(self) -> str:
-        """What :meth:`parse` reads: one line of JSON, only what differs from none."""
+        """One line of JSON for :meth:`parse`, with the non-default fields."""
         usual = type(self)()
         return orjson.dumps(
             {
@@ -199,7 +204,7 @@ def _field_names() -> str:
     return ", ".join(field.name for field in fields(Faults))
 
 
-# Rates, lowest and highest, from which Faults.random draws.
+# Lowest and highest rates of Faults.random.
 _RANDOM_RANGES = {
     "drop": (6.0, 240.0), "stall": (2.0, 60.0), "handshake": (0.05, 0.5), "shutdown": (2.0, 30.0),
     "silence": (2.0, 60.0), "missing_final": (0.002, 0.2), "duplicate": (0.005, 0.3),

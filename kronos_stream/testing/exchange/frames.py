@@ -1,4 +1,4 @@
-"""What the exchange says, byte for byte: klines as frames and as rows, and errors."""
+"""Messages of the exchange as bytes: klines as frames and as rows of REST."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy.typing as npt
 from kronos_stream.testing.exchange.instruments import Instrument
 
 OPEN, HIGH, LOW, CLOSE, VOLUME, AMOUNT, TRADES, FIRST = range(8)
-"""Columns of a bar here: those of a candle, its number of trades and the id of its first."""
+"""Columns of a bar: those of a candle, the number of trades, and the id of the first one."""
 
 TAKER_BUY_SHARE = 0.48
-"""Share of the volume that takers bought; nobody here looks at it."""
+"""Share of the volume that takers bought; clients ignore it."""
 
 _TEXT, _PING = 0x81, 0x89
 
@@ -39,9 +39,9 @@ class Kline(NamedTuple):
 
     stream: bytes
     raw: bytes
-    """As connections to /ws hear it."""
+    """Frame for connections to /ws."""
     corrupted: bytes | None = None
-    """What those to /stream hear instead, if it is not the same in a wrapper."""
+    """Frame for connections to /stream, if it is not the same in a wrapper."""
 
     def combined(self) -> bytes:
         if self.corrupted is not None:
@@ -50,7 +50,7 @@ class Kline(NamedTuple):
 
 
 class KlineWriter:
-    """Writes the klines of one instrument and interval."""
+    """Encodes the klines of one instrument and interval."""
 
     def __init__(self, instrument: Instrument, interval: str) -> None:
         name = instrument.name
@@ -67,7 +67,7 @@ class KlineWriter:
     def push(
         self, bar: Sequence[float], opened: int, closes: int, *, final: bool, event: int
     ) -> Kline:
-        """``bar`` opens at ``opened`` and closes at ``closes``, said at ``event``; all UTC ms."""
+        """Encode a bar from its open, close and event times, in UTC ms."""
         o, h, l, c, v, a, n, first = bar  # noqa: E741
         last = first + n - 1
         payload = self._push % (
@@ -84,10 +84,10 @@ class KlineWriter:
 
 
 def round_to_precision(bars: npt.NDArray[np.float64], digits: npt.NDArray[np.int64]) -> None:
-    """Round bars (instruments, 8), in place, to what their decimal strings can say.
+    """Round bars (instruments, 8) in place to the precision of their decimal strings.
 
-    ``digits``: (instruments, 2), decimals of prices and volumes. So the truth is exactly what a
-    client reads.
+    ``digits``: (instruments, 2), decimals of prices and volumes. True bars then equal what
+    clients parse.
     """
     for columns, decimals in (
         ([OPEN, HIGH, LOW, CLOSE], digits[:, :1]),
@@ -96,7 +96,7 @@ def round_to_precision(bars: npt.NDArray[np.float64], digits: npt.NDArray[np.int
     ):
         scale = 10.0**decimals
         exact = bars[:, columns]
-        # Beyond 2**53 steps a double cannot tell neighbours apart: it is its own decimal.
+        # Beyond 2**53 steps doubles are coarser than the precision, so that nothing is to round.
         bars[:, columns] = np.where(
             np.abs(exact) * scale < 2.0**53, np.rint(exact * scale) / scale, exact
         )

@@ -1,4 +1,4 @@
-"""What the simulated exchange lists: made-up coins, or the candles of files."""
+"""Instruments of the simulated exchange: generated markets, or candles of files."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Instrument:
 
     @property
     def name(self) -> str:
-        """As the venue writes it: SIM00USDT."""
+        """Name in the venue's notation: SIM00USDT."""
         return self.base + self.quote
 
     @property
     def symbol(self) -> str:
-        """As ccxt writes it: SIM00/USDT, and SIM00/USDT:USDT for the perpetual."""
+        """Name in ccxt's notation: SIM00/USDT, or SIM00/USDT:USDT for a perpetual."""
         return f"{self.base}/{self.quote}" + f":{self.quote}" * self.perpetual
 
     @property
@@ -57,14 +57,14 @@ class BarFeed(Protocol):
     timeframe_ms: int
 
     def begin(self, open_ms: int, history: int) -> None:
-        """The next bar opens at ``open_ms``; the one that opens now is ``history`` bars later."""
+        """Start with a bar that opens at ``open_ms``, ``history`` bars before the current one."""
 
     def step(self) -> Floats:
-        """The next bar of each, (instruments, 6); NaN where the venue has none."""
+        """Next bar of each instrument, (instruments, 6); NaN where the venue has none."""
 
 
 class GeneratedFeed:
-    """``spot`` markets SIM00/USDT, SIM01/USDT, … and ``perpetuals``, SIM00/USDT:USDT and on."""
+    """Generated instruments: SIM00/USDT, SIM01/USDT, …, and perpetuals SIM00/USDT:USDT, …."""
 
     def __init__(self, spot: int, perpetuals: int, timeframe_ms: int, seed: int) -> None:
         self.timeframe_ms, self._seed = timeframe_ms, seed
@@ -81,7 +81,7 @@ class GeneratedFeed:
         ]
         self._market = market
 
-    def begin(self, open_ms: int, history: int) -> None:  # noqa: ARG002  # there is no end to it
+    def begin(self, open_ms: int, history: int) -> None:  # noqa: ARG002  # generated bars never end
         self._market = Market(
             len(self.instruments), self.timeframe_ms, seed=self._seed, start_ms=open_ms
         )
@@ -91,10 +91,10 @@ class GeneratedFeed:
 
 
 class FileFeed:
-    """The candles of files as if they happened now, over and over; holes stay holes.
+    """Candles of files, replayed at the present time and repeated; gaps remain gaps.
 
     Each file is one spot market, named after it: ``BTCUSDT-5m.csv`` is BTC/USDT. All must have
-    the same timeframe. What comes first in a file is history.
+    the same timeframe. The first bars of a file are history.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -102,7 +102,9 @@ class FileFeed:
         lengths = {table.timeframe.milliseconds for table in tables}
         step = lengths.pop() if lengths else None
         if lengths or step is None:
-            raise CandleFileError("the exchange needs files of one and the same timeframe, no 1M")
+            raise CandleFileError("the files must have the same timeframe, shorter than a month")
+                "the exchange needs files of the same timeframe, and of one shorter than 1M"
+            )
         self.timeframe_ms = step
         self._rows = [_align_to_grid(table, step) for table in tables]
         self.instruments = [
@@ -110,11 +112,11 @@ class FileFeed:
         ]
         names = [instrument.name for instrument in self.instruments]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise CandleFileError(f"two files are called {twice}")
+            raise CandleFileError(f"two files have the symbol {twice}")
         self._at = [0] * len(tables)
 
     def begin(self, open_ms: int, history: int) -> None:  # noqa: ARG002  # times do not matter
-        # At most half a file is history, so that there is something to come.
+        # At most half of a file is history, so that bars are left to replay.
         self._at = [(min(history, len(rows) // 2) - history) % len(rows) for rows in self._rows]
 
     def step(self) -> Floats:
@@ -143,7 +145,7 @@ def _instrument(table: CandleTable, rows: Floats) -> Instrument:
 
 
 def _step(numbers: Floats) -> float:
-    """The largest power of ten, 1e-8 at least, of which the first numbers are multiples."""
+    """Largest power of ten, at least 1e-8, of which the first numbers are multiples."""
     known = numbers[np.isfinite(numbers)][:2_000]
     for digits in range(8):
         if np.allclose(known, np.round(known, digits), rtol=0, atol=1e-9):

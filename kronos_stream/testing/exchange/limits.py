@@ -1,4 +1,4 @@
-"""Request weights per address and minute, and what becomes of those who exceed them."""
+"""Request weights per address and minute, refusals and bans."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_ADDRESSES = 10_000
 
 
 class ApiError(Exception):
-    """An answer that is an error: HTTP status, Binance's code and message."""
+    """An error response: HTTP status, and Binance's code and message."""
 
     def __init__(self, status: int, code: int, message: str, retry_after: int = 0) -> None:
         super().__init__(message)
@@ -40,14 +40,14 @@ class _Account:
 
 
 class WeightLimit:
-    """``limit`` units of weight per address and minute of the exchange's clock."""
+    """Limit of request weight per address and minute of the exchange's clock."""
 
     def __init__(self, limit: int, clock: Clock) -> None:
         self.limit, self._clock = limit, clock
         self._accounts: dict[str, _Account] = {}
 
     def charge(self, address: str, weight: int) -> int:
-        """Returns the weight used in this minute; raises ApiError where it is too much."""
+        """Add to the weight of this minute, and return it. Raises ApiError above the limit."""
         now = self._clock.now()
         account = self._account(address)
         if now < account.banned_until:
@@ -66,7 +66,7 @@ class WeightLimit:
         raise rate_limited(self.limit, MINUTE_MS - now % MINUTE_MS)
 
     def used(self, address: str) -> int:
-        """The weight used in this minute, UTC."""
+        """Weight used in this minute, UTC."""
         account = self._account(address)
         return account.used if account.minute == self._clock.now() // MINUTE_MS else 0
 
@@ -77,7 +77,7 @@ class WeightLimit:
 
 
 def rate_limited(limit: int, wait_ms: int) -> ApiError:
-    """429, to be tried again in ``wait_ms``."""
+    """Error 429, with a retry allowed in ``wait_ms``."""
     return ApiError(
         429,
         -1003,
@@ -88,7 +88,7 @@ def rate_limited(limit: int, wait_ms: int) -> ApiError:
 
 
 def banned(until: int, now: int) -> ApiError:
-    """418, until UTC ms ``until``."""
+    """Error 418, with a ban until ``until``, UTC ms."""
     return ApiError(
         418,
         -1003,

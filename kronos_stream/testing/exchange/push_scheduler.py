@@ -1,4 +1,4 @@
-"""What is pushed when: open bars every so often, closed ones shortly after their close."""
+"""Times of pushes: open bars at intervals, closed ones shortly after their close."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from kronos_stream.testing.exchange.ws_streams import Stream, Streams
 _SECOND_MS = 1_000
 _PUSH_MS = 2_000
 _PHASE_MS = 400
-"""When within a second open bars are pushed: not together with the closed ones."""
+"""Offset within a second at which open bars are pushed, apart from the closed ones."""
 _LAG_MS = (3, 40)
-"""How long after its close a bar is said to be closed."""
+"""Delay of closing pushes after the close of a bar."""
 _REVISION_DELAY_MS = 2_000
 _DUPLICATE_DELAY_MS = 300
 _REORDER_MS = 100
 
 
 class PushScheduler:
-    """Drives the bars and the streams by the exchange's clock."""
+    """Advances bars and streams by the exchange's clock."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class PushScheduler:
         self._period = _SECOND_MS if fastest == _SECOND_MS else _PUSH_MS
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         now = self._clock.now()
         self._bars.advance(now)
         close = self._next_close()
@@ -66,7 +66,7 @@ class PushScheduler:
             self._streams.flush()
 
     def _next_close(self) -> int:
-        """When the next closed bars are said: a little after their close, now more, now less."""
+        """Time of the next closing pushes: a random short delay after the close."""
         close = self._bars.opened + self._bars.base_ms
         return close + self._fault_injector.random_for("lag", close).randint(*_LAG_MS)
 
@@ -79,7 +79,7 @@ class PushScheduler:
     # -- open bars -------------------------------------------------------------------------
 
     def _push_open(self, now: int, *, odd: bool) -> None:
-        """Bars of one second every second, others every other; only while they trade."""
+        """Push open bars: of one second every second, others every two; only if they trade."""
         for name, book in self._bars.histories.items():
             if odd and book.timeframe.milliseconds != _SECOND_MS:
                 continue
@@ -103,13 +103,13 @@ class PushScheduler:
 
     def _push_closed(self, now: int) -> None:
         for book, opened in self._bar_faults.pop_closed():
-            if opened < book.oldest:  # the machine has slept for longer than we remember
+            if opened < book.oldest:  # the machine was suspended for longer than the history
                 continue
             rows = book.bars(opened).tolist()
             strikes = self._bar_faults.faults_at(book, opened)
             for stream in self._streams.subscribed(str(book.timeframe)):
                 bar = rows[stream.index]
-                if bar[CLOSE] != bar[CLOSE]:  # NaN: there is none
+                if bar[CLOSE] != bar[CLOSE]:  # NaN: no bar
                     continue
                 if stream.index in strikes:
                     self._push_faulty(stream, book, opened, now, strikes[stream.index])
@@ -119,14 +119,14 @@ class PushScheduler:
     def _push_faulty(
         self, stream: Stream, book: BarHistory, opened: int, now: int, strikes: dict[str, float]
     ) -> None:
-        """The last word on a bar that faults have befallen."""
+        """Push a closed bar that has faults."""
         if "lost" in strikes or "missing_final" in strikes:
             return
         faults = self._fault_injector.faults
         size = strikes.get("garbage")
         if size is not None:
             self._push_corrupted(stream, book, opened, now)
-            if size < 1.0:  # in place of the last word, else before it
+            if size < 1.0:  # replaces the closing push, else comes before it
                 return
         said = now
         if "late" in strikes:
@@ -146,7 +146,7 @@ class PushScheduler:
     def _push_out_of_order(
         self, stream: Stream, book: BarHistory, opened: int, now: int, size: float
     ) -> int:
-        """The last word overtaken by the next bar's first, or it overtakes an open push."""
+        """Push the next bar before the closing push, or an open push after it."""
         if size < 1.0:
             period = _SECOND_MS if book.timeframe.milliseconds == _SECOND_MS else _PUSH_MS
             said = self._next_push(now) + period - _SECOND_MS + _REORDER_MS
@@ -177,7 +177,7 @@ class PushScheduler:
         self._streams.push(stream, corrupt_push(kline, random))
 
     def _revise(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
-        """Change a closed bar, unless nobody would be told of it and so could not know."""
+        """Change a closed bar, unless no client would be told."""
         if self._is_silent(stream, now) or not any(c.is_receiving for c in stream.listeners):
             return
         if opened < book.oldest:

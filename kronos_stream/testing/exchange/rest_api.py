@@ -10,7 +10,12 @@ from aiohttp import web
 
 from kronos_stream.market.clock import Clock
 from kronos_stream.testing.exchange.bar_faults import BarFaults
-from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.bar_simulator import (
+    DAY_MS,
+    END_OF_TIME,
+    BarHistory,
+    BarSimulator,
+)
 from kronos_stream.testing.exchange.corruption import corrupt_body, error_response
 from kronos_stream.testing.exchange.fault_injector import FaultInjector
 from kronos_stream.testing.exchange.frames import CLOSE, KlineWriter
@@ -20,13 +25,10 @@ from kronos_stream.testing.exchange.symbol_info import symbol_info, ticker_24h
 
 Query = Mapping[str, str]
 
-_DAY_MS = 86_400_000
-_END_OF_TIME = 2**62
-
 
 @dataclass(frozen=True, slots=True)
 class MarketRules:
-    """Where spot and futures differ."""
+    """Differences between spot and futures."""
 
     prefix: str
     weight_per_minute: int
@@ -39,7 +41,7 @@ FUTURES = MarketRules("/fapi/v1", 2400, 1500, perpetual=True)
 
 
 class RestApi:
-    """Answers for one of the two markets."""
+    """REST of one of the two markets."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class RestApi:
     # -- faults ----------------------------------------------------------------------------
 
     def _raise_if_refusing(self) -> None:
-        """Raises ApiError during a burst of refusals."""
+        """Raise ApiError during a burst of refusals."""
         now = self._clock.now()
         refused = self._fault_injector.refusal(now)
         if refused is None:
@@ -128,7 +130,7 @@ class RestApi:
             body = corrupt_body(body, random)
         return web.Response(body=body, content_type="application/json")
 
-    # -- answers ---------------------------------------------------------------------------
+    # -- responses -------------------------------------------------------------------------
 
     def _time(self, _: Query) -> bytes:
         return b'{"serverTime":%d}' % self._clock.now()
@@ -164,7 +166,7 @@ class RestApi:
         limit = 500 if limit is None else limit
         if not limit or (self._rules.perpetual and limit > self._rules.max_rows):
             raise ApiError(400, -1130, "Data sent for parameter 'limit' is not valid.")
-        rows = self._rows(book, index, start or 0, _END_OF_TIME if end is None else end)
+        rows = self._rows(book, index, start or 0, END_OF_TIME if end is None else end)
         limit = min(limit, self._rules.max_rows)
         writer = self._writer(index, interval)
         return b"[%s]" % b",".join(
@@ -175,14 +177,14 @@ class RestApi:
     def _rows(
         self, book: BarHistory, index: int, start: int, end: int
     ) -> list[tuple[int, list[float]]]:
-        """Opens and bars of what the venue shows, the unfinished one at the end."""
+        """Open times and bars that the venue returns, with the current one at the end."""
         now = self._clock.now()
         self._bars.advance(now)
         opens, bars = book.between(start, end)
         rows = [
             (opened, bar)
             for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
-            if bar[CLOSE] == bar[CLOSE]  # NaN: there is no such bar
+            if bar[CLOSE] == bar[CLOSE]  # NaN: no bar
             and self._bar_faults.is_visible(book, opened, index, now)
         ]
         if start <= book.opened <= min(end, now):
@@ -203,7 +205,7 @@ class RestApi:
         self._bars.advance(self._clock.now())
         book = next(iter(self._bars.histories.values()))
         now = self._clock.now()
-        _, bars = book.between(now - _DAY_MS, now)
+        _, bars = book.between(now - DAY_MS, now)
         tickers = [
             ticker_24h(instrument, bars[:, i], now)
             for i, instrument in self._selected_instruments(query)
@@ -224,7 +226,7 @@ class RestApi:
         return self._instruments[name]
 
     def _selected_instruments(self, query: Query) -> list[tuple[int, Instrument]]:
-        """The instruments of ``symbol`` or ``symbols``, or all."""
+        """Instruments of ``symbol`` or ``symbols``, or all."""
         if "symbol" in query and "symbols" in query:
             raise ApiError(400, -1128, "Combination of optional parameters invalid.")
         if "symbol" in query:
@@ -266,7 +268,7 @@ def _parse_integer(query: Query, name: str, digits: int = 18) -> int | None:
 
 
 def _futures_klines_weight(query: Query) -> int:
-    """By the number of rows asked for."""
+    """Weight by the number of rows requested."""
     limit = query.get("limit", "500")
     rows = int(limit[:9]) if limit.isascii() and limit.isdecimal() else 500
     return 1 if rows < 100 else 2 if rows < 500 else 5 if rows <= 1000 else 10

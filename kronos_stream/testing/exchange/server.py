@@ -1,4 +1,4 @@
-"""The exchange as one server on one port."""
+"""The simulated exchange as one server on one port."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kronos_stream.market.clock import Clock, SystemClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.exchange.bar_faults import BarFaults
-from kronos_stream.testing.exchange.bar_simulator import BarHistory, BarSimulator
+from kronos_stream.testing.exchange.bar_simulator import END_OF_TIME, BarHistory, BarSimulator
 from kronos_stream.testing.exchange.fault_injector import FaultInjector, SkewedClock
 from kronos_stream.testing.exchange.faults import Faults
 from kronos_stream.testing.exchange.instruments import BarFeed, FileFeed, GeneratedFeed
@@ -29,30 +29,29 @@ _log = structlog.get_logger()
 
 _MAX_URL_BYTES = 1 << 16  # a thousand streams
 _MAX_HISTORY = 2_000_000
-_MIN_KEPT = 100  # faults come back to bars closed lately
-_END_OF_TIME = 2**62
+_MIN_KEPT = 100  # faults affect recently closed bars
 
 
 class ExchangeError(ValueError):
-    """An exchange that cannot be; the message says why."""
+    """Invalid options of an exchange; the message names the cause."""
 
 
 class SimulatedExchange:
     """Binance's public market data, spot and USD-M, over a generated market or candle files.
 
     Use it as ``async with SimulatedExchange(symbols=20) as exchange:``; a client then needs
-    :attr:`rest_url` and :attr:`ws_url`, the same for spot and futures. A websocket under
-    ``/market`` or ``/futures`` is a futures one, and so is any where only perpetuals are listed.
+    :attr:`rest_url` and :attr:`ws_url`, the same for spot and futures. WebSockets under
+    ``/market`` or ``/futures`` carry futures; so do all if only perpetuals are listed.
 
-    symbols, perpetuals: how many spot markets SIM00/USDT, … and perpetuals SIM00/USDT:USDT, …
-    timeframes: the intervals offered, Binance's or any other such as 10s; the files' own if empty.
-    The shortest is drawn and the others are made of it.
-    candles: files to be replayed instead, see :class:`FileFeed`.
-    history: bars of the longest timeframe that there are at the start; a hundred thousand bars of
-    the shortest take half a minute.
-    keep: bars per timeframe that are remembered, ``max(2 * history, 2000)`` if None.
-    clock: the market's time; faults may set the exchange's own, :attr:`clock`, off it. Pings and
-    the limit of messages per second are in the event loop's time.
+    symbols, perpetuals: numbers of spot markets SIM00/USDT, … and perpetuals SIM00/USDT:USDT, …
+    timeframes: those offered, Binance's or any other such as 10s; that of the files if empty. The
+    shortest is generated, and the others are made of it.
+    candles: files to replay instead, see :class:`FileFeed`.
+    history: bars of the longest timeframe at the start; a hundred thousand bars of the shortest
+    take half a minute.
+    keep: number of bars kept per timeframe, ``max(2 * history, 2000)`` if None.
+    clock: time of the market; with faults the exchange's :attr:`clock` may differ from it. Pings
+    and the limit of messages per second use the time of the event loop.
     """
 
     def __init__(
@@ -76,9 +75,9 @@ class SimulatedExchange:
             offered = offered or [Timeframe.from_step(self._feed.timeframe_ms)]
         else:
             offered = offered or [Timeframe(1, "s")]
-            shortest = min(t.milliseconds or _END_OF_TIME for t in offered)
+            shortest = min(t.milliseconds or END_OF_TIME for t in offered)
             if shortest > WEEK_MS:
-                raise ExchangeError("the shortest timeframe must be a week at most")
+                raise ExchangeError("the shortest timeframe must be at most a week")
             self._feed = GeneratedFeed(symbols, perpetuals, shortest, seed)
         for timeframe in offered:
             _check(timeframe, self._feed.timeframe_ms, history)
@@ -91,12 +90,12 @@ class SimulatedExchange:
 
     @property
     def symbols(self) -> list[str]:
-        """What is listed, in ccxt's notation."""
+        """Listed symbols, in ccxt's notation."""
         return [instrument.symbol for instrument in self._feed.instruments]
 
     @property
     def timeframes(self) -> list[str]:
-        """The intervals offered, shortest first."""
+        """Timeframes offered, shortest first."""
         return [str(timeframe) for timeframe in self._timeframes]
 
     @property
@@ -114,7 +113,7 @@ class SimulatedExchange:
             self.clock = SkewedClock(self.clock, faults.skew_seconds, faults.drift_ppm)
         now = self.clock.now()
         self.fault_injector = FaultInjector(faults, now)
-        """Which faults have struck: ``fate.counts`` by kind, ``fate.incidents``."""
+        """Faults that happened: its ``counts`` by kind, and its ``incidents``."""
         self._bars = BarSimulator(
             self._feed, self._timeframes, now, history=self._history, keep=self._keep
         )
@@ -144,7 +143,7 @@ class SimulatedExchange:
         await self._runner.setup()
         try:
             await web.TCPSite(self._runner, self._host, self._port).start()
-        except OSError:  # the port is taken
+        except OSError:  # the port is in use
             await self._runner.cleanup()
             raise
         self._port = self._runner.addresses[0][1]
@@ -162,10 +161,10 @@ class SimulatedExchange:
         await self._runner.cleanup()
         for task in self._tasks:
             if not task.cancelled():
-                task.result()  # what went wrong must be seen
+                task.result()  # raises its error
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until ``stop`` is set, or the exchange has failed; leaving it then says why."""
+        """Wait until ``stop`` is set or the exchange fails; closing it then raises the error."""
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([stopping, self._push_task], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -173,20 +172,20 @@ class SimulatedExchange:
     def _has_spot(self) -> bool:
         return not all(instrument.perpetual for instrument in self._feed.instruments)
 
-    # -- what tests compare with -----------------------------------------------------------
+    # -- true bars ---------------------------------------------------------------------------
 
     def truth(self, series: Series, since: int = 0) -> list[Bar]:
-        """The closed bars of ``series``, of any venue's name, that opened at ``since`` or later.
+        """Closed bars of ``series``, with any venue name, that opened at ``since`` or later.
 
-        As a tape should hold them in the end: changed bars in their last version, with how often
-        they changed; synthetic ones for those that the venue does not have.
+        Changed bars have their last version, and the number of changes as their revision; bars
+        that the venue does not have are synthetic.
         """
         self._bars.advance(self.clock.now())
         book, index = self._find(series)
         return self._bar_faults.truth(book, index, since)
 
     def versions(self, series: Series, opened: int) -> list[Candle]:
-        """All that the bar opened at ``opened`` has been: a client cut off may know an old one."""
+        """All versions of a bar; clients that were disconnected may have an old one."""
         book, index = self._find(series)
         now = Candle(opened, *book.bars(opened)[index, :6].tolist())
         return [*self._bar_faults.versions(book, opened, index), now]

@@ -1,10 +1,10 @@
-"""What the exchange says of an instrument: its listing and its last 24 hours."""
+"""Data of an instrument: its entry in exchangeInfo, and its last 24 hours."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from kronos_stream.testing.exchange.bar_simulator import Floats
+from kronos_stream.testing.exchange.bar_simulator import DAY_MS, Floats
 from kronos_stream.testing.exchange.frames import (
     AMOUNT,
     CLOSE,
@@ -17,11 +17,9 @@ from kronos_stream.testing.exchange.frames import (
 )
 from kronos_stream.testing.exchange.instruments import Instrument
 
-_DAY_MS = 86_400_000
-
 
 def symbol_info(instrument: Instrument) -> dict[str, object]:
-    """Its entry in exchangeInfo."""
+    """Entry of an instrument in exchangeInfo."""
     price, volume = instrument.digits
     listing: dict[str, object] = {
         "symbol": instrument.name,
@@ -52,7 +50,7 @@ def symbol_info(instrument: Instrument) -> dict[str, object]:
 
 
 def ticker_24h(instrument: Instrument, bars: Floats, now: int) -> dict[str, object]:
-    """Of the bars (T, 8) of the last 24 hours, or of what is known of them."""
+    """Ticker from the bars (T, 8) of the last 24 hours, as far as they are known."""
     price, volume = (f".{digits}f" for digits in instrument.digits)
     bars = bars[~np.isnan(bars[:, OPEN])]
     if not len(bars):
@@ -71,7 +69,7 @@ def ticker_24h(instrument: Instrument, bars: Floats, now: int) -> dict[str, obje
         "lowPrice": format(float(bars[:, LOW].min()), price),
         "volume": format(base, volume),
         "quoteVolume": format(quote, price),
-        "openTime": now - _DAY_MS,
+        "openTime": now - DAY_MS,
         "closeTime": now,
         "firstId": int(bars[0, FIRST]),
         "lastId": int(bars[-1, FIRST] + bars[-1, TRADES]) - 1,

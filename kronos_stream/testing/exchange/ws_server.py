@@ -1,4 +1,4 @@
-"""Where websockets come in, and how they come to their end."""
+"""WebSocket handshakes, and the end of connections."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _GOING_AWAY = 1001
 
 
 class WebSocketServer:
-    """Handshakes, and what the venue does to connections.
+    """Accepts connections, and injects faults into them.
 
-    ``spot``: whether the venue lists spot markets; if not, all websockets are futures'.
+    spot: the venue lists spot markets; otherwise all WebSockets carry futures.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class WebSocketServer:
         for connection in list(self._streams.connections):
             connection.abort()
 
-    # -- in --------------------------------------------------------------------------------
+    # -- accepting ---------------------------------------------------------------------------
 
     async def _connect(self, request: web.Request) -> web.StreamResponse:
         number, now = self._connections, self._clock.now()
@@ -68,7 +68,7 @@ class WebSocketServer:
         )
         socket = web.WebSocketResponse(autoping=False, compress=False, timeout=2.0)
         await socket.prepare(request)
-        if not isinstance(request.transport, asyncio.Transport):  # left already
+        if not isinstance(request.transport, asyncio.Transport):  # disconnected already
             return socket
         connection = Connection(
             socket, request.transport, self._streams, futures=futures, combined=combined
@@ -91,7 +91,7 @@ class WebSocketServer:
         return False
 
     async def _fail_handshake(self, request: web.Request, random: Random) -> web.StreamResponse:
-        """A handshake that comes to nothing: refused, left hanging, cut, or cut just after."""
+        """Fail a handshake: refused, unanswered, cut, or cut just after."""
         how = random.randrange(4)
         if how == 0:
             return web.Response(status=random.choice((500, 502, 503)))
@@ -104,10 +104,10 @@ class WebSocketServer:
             request.transport.abort()
         return socket if how == 2 else web.Response()
 
-    # -- out -------------------------------------------------------------------------------
+    # -- ending ------------------------------------------------------------------------------
 
     async def _end_connection(self, connection: Connection, number: int) -> None:
-        """Close, cut or stall one connection when its time has come."""
+        """Close, cut or stall one connection at its time."""
         faults, subject = self._fault_injector.faults, f"connection {number}"
         never = float("inf")
         drop = next(self._fault_injector.fault_times("drop", number), never)
@@ -131,7 +131,7 @@ class WebSocketServer:
             await connection.close(_GOING_AWAY)
 
     async def run(self) -> None:
-        """What befalls all connections together; until cancelled."""
+        """Inject the faults of all connections together, until cancelled."""
         async with asyncio.TaskGroup() as group:
             strikes = {
                 "drop": self._drop_all,
@@ -167,7 +167,7 @@ class WebSocketServer:
                 group.create_task(self._inject("stall", connection, "all"))
 
     async def _announce_shutdown(self) -> None:
-        """Announce the end to all who are there, and keep the word."""
+        """Announce a shutdown to all connections, and then close them."""
         connections = list(self._streams.connections)
         now = self._clock.now()
         if self._fault_injector.has_ended(now):

@@ -1,4 +1,4 @@
-"""The exchange's websockets: connections, what they subscribed to, and what they may not do."""
+"""WebSocket streams: connections, their subscriptions and their limits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "G
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """A kline stream that exists, and who listens."""
+    """A kline stream and its subscribers."""
 
     index: int
-    """Of the instrument."""
+    """Name of the instrument."""
     symbol: str
-    """Of the instrument, in ccxt's notation."""
+    """Symbol of the instrument, in ccxt's notation."""
     interval: str
     writer: KlineWriter
     listeners: set[Connection] = field(default_factory=set)
@@ -51,7 +51,7 @@ class Streams:
         self._unflushed: set[Connection] = set()
 
     def find(self, name: str, *, futures: bool) -> Stream | None:
-        """The stream called ``name``, or None: the venue accepts any name and sends nothing."""
+        """The stream ``name``, or None; the venue accepts unknown names, and sends nothing."""
         stream = self._streams.get((futures, name))
         if stream is None:
             symbol, _, interval = name.partition("@kline_")
@@ -65,12 +65,12 @@ class Streams:
         return stream
 
     def subscribed(self, interval: str) -> list[Stream]:
-        """Streams of one interval that somebody listens to."""
+        """Streams of one interval that have subscribers."""
         return [s for s in self._streams.values() if s.listeners and s.interval == interval]
 
     def push(self, stream: Stream, kline: Kline) -> None:
-        """Give a kline to all listeners; it leaves at the next :meth:`flush`."""
-        raw = combined = b""  # made once, and only for who wants them
+        """Queue a kline for all subscribers, until the next :meth:`flush`."""
+        raw = combined = b""  # encoded once, and only if needed
         for connection in stream.listeners:
             if connection.combined:
                 combined = combined or frame(kline.combined())
@@ -108,10 +108,10 @@ class Connection:
 
     @property
     def is_receiving(self) -> bool:
-        """Whether what is pushed will arrive, as far as the exchange can know."""
+        """Return whether pushes will arrive, as far as the exchange knows."""
         return not self._stalled and not self._transport.is_closing()
 
-    # -- out -------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
         """Send a frame at once."""
@@ -128,21 +128,21 @@ class Connection:
             self._transport.abort()  # a client that does not read
 
     def stall(self) -> None:
-        """From now on neither speak nor answer, as when a router in between has died."""
+        """Stop sending and answering, as when a router on the way fails."""
         self._stalled = True
 
     def abort(self) -> None:
-        """Cut the connection without a word."""
+        """Cut the connection without a close frame."""
         self._transport.abort()
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         with suppress(ConnectionError, RuntimeError):
             await self._socket.close(code=code, message=reason.encode())
 
-    # -- in --------------------------------------------------------------------------------
+    # -- receiving ---------------------------------------------------------------------------
 
     async def serve(self, names: Sequence[str]) -> None:
-        """Until the client leaves or is sent away."""
+        """Run until the client disconnects or is disconnected."""
         self._streams.connections.add(self)
         try:
             try:
@@ -208,7 +208,7 @@ class Connection:
         return {"result": result, "id": number}
 
     def _execute(self, method: object, params: object) -> object:
-        """The result of a request; raises _Invalid."""
+        """Result of a request. Raises _InvalidRequest."""
         if method == "LIST_SUBSCRIPTIONS":
             return list(self._names)
         if not isinstance(params, list):
@@ -251,7 +251,7 @@ class Connection:
 
 
 class _InvalidRequest(Exception):  # noqa: N818
-    """A request that cannot be obeyed."""
+    """An invalid request."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)

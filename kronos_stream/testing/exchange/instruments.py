@@ -103,8 +103,6 @@ class FileFeed:
         step = lengths.pop() if lengths else None
         if lengths or step is None:
             raise CandleFileError("the files must have the same timeframe, shorter than a month")
-                "the exchange needs files of the same timeframe, and of one shorter than 1M"
-            )
         self.timeframe_ms = step
         self._rows = [_align_to_grid(table, step) for table in tables]
         self.instruments = [

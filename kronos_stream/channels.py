@@ -8,6 +8,9 @@ CHANNELS = ("open", "high", "low", "close", "volume", "amount")
 OPEN, HIGH, LOW, CLOSE, VOLUME, AMOUNT = range(6)
 """Indices into :data:`CHANNELS`."""
 
+PRICES = slice(OPEN, VOLUME)
+"""Columns of the four prices."""
+
 CLIP = 5.0
 """Normalised values are clipped to ±CLIP (the reference's default)."""
 

@@ -1,8 +1,8 @@
-"""The reference implementation's Python API on this engine: change the import, keep the code.
+"""Python API of the reference implementation on this engine; only the import changes.
 
-Names, arguments and results are those of github.com/shiyu-coder/Kronos (MIT), so arguments keep
-their order and their capitals here. Two things differ on purpose: inference is always in eval
-mode, and ``torch.manual_seed`` fixes a forecast, but draws other noise than the reference's.
+Names, arguments and results are those of github.com/shiyu-coder/Kronos (MIT), including the order
+and the capitals of arguments. There are two intended differences: inference is always in eval mode,
+and ``torch.manual_seed`` makes a forecast reproducible, but with other noise than the reference.
 """
 
 from kronos_stream.compat.modules import Kronos, KronosTokenizer

@@ -1,4 +1,4 @@
-"""DataFrames and time stamps as the reference takes them, brought into the model's units."""
+"""Conversion of the reference's DataFrames and time stamps to the model's units."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from kronos_stream.channels import CHANNELS
+from kronos_stream.channels import CHANNELS, CLOSE, PRICES
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.model.inputs import fill_missing_channels, normalise, time_stamps
-
-_PRICES = list(CHANNELS[:4])
 
 
 def prepare_frame(
@@ -23,14 +21,14 @@ def prepare_frame(
     pred_len: int,
     clip: float,
 ) -> PreparedContext:
-    """One series' history and the times to come, normalised as the reference does.
+    """Prepare one series' history and future times, normalised as in the reference.
 
-    index: the series' place in the call; it names the series in errors and keys its noise.
+    index: position of the series in the call, used in errors and in the noise key.
     df: (L, >= 4), see :func:`candles`. x_timestamp: (L,), y_timestamp: (pred_len,), see
         :func:`wall_clock`. clip: bound of the normalised values, in standard deviations.
 
-    Raises ValueError for a frame that lacks columns, rows or values, and for other numbers of
-    times than of bars.
+    Raises ValueError for missing columns, rows or values, and for a number of times that differs
+    from the number of bars.
     """
     values = candles(df)
     if not len(values):
@@ -50,35 +48,35 @@ def prepare_frame(
         stamps=time_stamps(np.concatenate((past, future))),
         future_times=future,
         origin=int(past[-1]),
-        last_close=float(values[-1, 3]),
+        last_close=float(values[-1, CLOSE]),
     )
 
 
 def candles(df: pd.DataFrame) -> NDArray[np.float32]:
-    """The six channels (L, 6), missing volume and amount filled by the reference's rules.
+    """Read the six channels (L, 6); fill missing volume and amount as in the reference.
 
-    No amount: volume x mean of open, high, low, close. No volume: both are 0, whatever amount
-    says. Raises ValueError for anything but a DataFrame, for missing prices and for NaN.
+    Without amount: volume x mean of open, high, low, close. Without volume: both are 0.
+    Raises ValueError for anything but a DataFrame, for missing prices and for NaN.
     """
     if not isinstance(df, pd.DataFrame):
         raise ValueError("Input must be a pandas DataFrame.")  # noqa: TRY004 - as the reference
-    missing = [name for name in _PRICES if name not in df.columns]
+    missing = [name for name in CHANNELS[PRICES] if name not in df.columns]
     if missing:
         raise ValueError(f"price columns {missing} not found in the DataFrame")
-    columns = _PRICES
+    columns = list(CHANNELS[PRICES])
     if "volume" in df.columns:
         columns = list(CHANNELS if "amount" in df.columns else CHANNELS[:5])
     values = df[columns].to_numpy(np.float64)
     if np.isnan(values).any():
         raise ValueError("the DataFrame contains NaN values in price or volume columns")
-    # Column by column, as pandas keeps them: the reference's sums over bars depend on that.
+    # In column order, as pandas stores it: the rounding of the reference's sums depends on it.
     return fill_missing_channels(values).astype(np.float32, order="F")
 
 
 def wall_clock(timestamps: Any) -> NDArray[np.int64]:
-    """Times (L,) to ms of the local wall clock, which the reference reads minute and hour from.
+    """Convert times (L,) to ms of the local wall clock, which the reference uses for its stamps.
 
-    timestamps: whatever ``pd.DatetimeIndex`` takes, whose errors are raised; a zone is dropped.
+    timestamps: any argument of ``pd.DatetimeIndex``, whose errors are raised; a zone is dropped.
     """
     times = pd.DatetimeIndex(timestamps)
     if times.tz is not None:

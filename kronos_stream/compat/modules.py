@@ -1,4 +1,4 @@
-"""The reference's two networks: this project's modules under its names and arguments."""
+"""Networks of the reference: this project's modules under its names and arguments."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _Module = TypeVar("_Module", bound=nn.Module)
 class HubOptions(TypedDict, total=False):
     """Options of ``from_pretrained`` that are passed to the hub client, under its names.
 
-    force_download: fetch again what the cache has.
-    token: for private checkpoints; by default what ``hf auth login`` stored.
-    cache_dir: in place of the cache under ``HF_HOME``.
-    local_files_only: take the cache's files and ask no network.
+    force_download: download again even if cached.
+    token: for private checkpoints; by default the one that ``hf auth login`` stored.
+    cache_dir: replaces the cache under ``HF_HOME``.
+    local_files_only: use only cached files, without network requests.
     """
 
     force_download: bool
@@ -94,15 +94,15 @@ class KronosTokenizer(Tokenizer):
         save(self, save_directory)
 
     def encode(self, x: Tensor, half: bool = False) -> Tensor | list[Tensor]:
-        """Normalised candles (B, S, d_in) to joint indices s1 + 2^s1_bits s2, (B, S) int64.
+        """Encode normalised candles (B, S, d_in) to joint indices s1 + 2^s1_bits s2, (B, S) int64.
 
-        half: the two levels apart, as [s1, s2] of (B, S) each.
+        half: return the two levels separately, as [s1, s2] of (B, S) each.
         """
         s1, s2 = self.tokenise(x)
         return [s1, s2] if half else s1 + (s2 << self.s1_bits)
 
     def decode(self, x: Tensor | Sequence[Tensor], half: bool = False) -> Tensor:
-        """Indices as :meth:`encode` gives them to normalised candles (B, S, d_in).
+        """Decode indices in the form of :meth:`encode` to normalised candles (B, S, d_in).
 
         Raises TypeError for [s1, s2] without ``half``.
         """
@@ -110,13 +110,13 @@ class KronosTokenizer(Tokenizer):
             s1, s2 = x
             return self.detokenise(s1, s2)
         if not isinstance(x, Tensor):
-            raise TypeError("joint indices are one tensor; half=True takes [s1, s2]")
+            raise TypeError("joint indices must be one tensor; for [s1, s2] use half=True")
         return self.detokenise(x & (1 << self.s1_bits) - 1, x >> self.s1_bits)
 
     def forward(  # type: ignore[override]
         self, x: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
-        """The training pass over normalised candles (B, S, d_in).
+        """Run the training pass over normalised candles (B, S, d_in).
 
         Returns ((coarse, full), loss, code, indices): reconstructions (B, S, d_in) from s1 alone
         and from both levels, the quantiser's loss (a scalar), the quantised code
@@ -218,7 +218,7 @@ class Kronos(Predictor):
     ) -> Tensor:
         """s2 logits (B, S, 2^s2_bits) of the trunk's states (B, S, d_model), given s1 tokens.
 
-        s1_ids: (B, 1), the forecast's way: the last row counts. With (B, S), the training way,
+        s1_ids: (B, 1) for inference, where only the last row is valid. With (B, S), for training,
         keys and queries are rotated, and attention is causal in training mode only, as in the
         reference. Raises ValueError for a padding_mask.
         """
@@ -257,17 +257,17 @@ def _fetch_if_needed(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-    except Exception as error:  # the hub client raises errors of many libraries
+    except Exception as error:  # the hub client raises errors of several libraries
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(
-            f"{name}: cannot be had with these options ({type(error).__name__}: {reason}); check "
-            "the name, the token and cache_dir, or give a checkpoint folder"
+            f"{name}: cannot be loaded with these options ({type(error).__name__}: {reason}); "
+            "check the name, the token and cache_dir, or give a checkpoint folder"
         ) from error
 
 
 def _reject_mask(padding_mask: Tensor | None) -> None:
     if padding_mask is not None:
-        raise ValueError("padding_mask is not supported (nor does it run in the reference)")
+        raise ValueError("padding_mask is not supported (it fails in the reference, too)")
 
 
 def _copy_weights(module: _Module, loaded: nn.Module) -> _Module:

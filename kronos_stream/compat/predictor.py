@@ -1,4 +1,4 @@
-"""The reference's predictor: DataFrames in, the mean of the sampled paths out."""
+"""Predictor of the reference: DataFrames in, the mean of the sampled paths out."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from kronos_stream.engine.forecaster import Forecaster
 from kronos_stream.engine.noise import noise_key, uniforms
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.uncached import generate
+from kronos_stream.model.config import check_matching_bits
 from kronos_stream.model.inputs import denormalise
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 64
-"""Windows recomputed together past max_context: enough to fill a CPU, small in memory."""
+"""Windows recomputed together beyond max_context: enough for a CPU, with little memory."""
 
 
 class KronosPredictor:
-    """Forecasts from DataFrames; the mean of ``sample_count`` paths, as the reference.
+    """Forecasts from DataFrames: the mean of ``sample_count`` paths, as in the reference.
 
-    model, tokenizer: a pair of equal bits (ValueError if not). Both are moved to ``device``, in
-        place and once; weights changed later are used.
-    device: a torch device; None is CUDA, else MPS, else the CPU. ValueError if it is not there.
+    model, tokenizer: networks with equal token sizes (else ValueError). Both are moved to
+        ``device`` once, in place; later changes of their weights take effect.
+    device: a torch device; None is CUDA, else MPS, else the CPU. ValueError if not available.
     max_context: bars of the model's window.
     clip: bound of the normalised values, in standard deviations.
     """
@@ -49,13 +50,7 @@ class KronosPredictor:
         max_context: int = 512,
         clip: float = 5,
     ) -> None:
-        bits = (model.config.s1_bits, model.config.s2_bits)
-        if bits != (tokenizer.config.s1_bits, tokenizer.config.s2_bits):
-            raise ValueError(
-                f"this model speaks {bits[0]}+{bits[1]} bits, this tokenizer "
-                f"{tokenizer.config.s1_bits}+{tokenizer.config.s2_bits}: they do not belong "
-                "together"
-            )
+        check_matching_bits(model.config, tokenizer.config)
         self.device = pick_device("auto" if device is None else str(device))
         self.model = model.to(self.device)
         self.tokenizer = tokenizer.to(self.device)
@@ -79,23 +74,22 @@ class KronosPredictor:
     ) -> pd.DataFrame:
         """Continue one series by ``pred_len`` bars.
 
-        df: (L, >= 4) open, high, low, close and, if there are any, volume and amount, oldest
-            first, in any units.
-        x_timestamp: (L,) opens of its bars; y_timestamp: (pred_len,) of the bars to come. The
-            model sees their wall clock.
-        T, top_k, top_p: temperature and what is kept; top_k > 0 switches top_p off, as in the
-            reference.
-        sample_count: paths whose mean is returned.
+        df: (L, >= 4) open, high, low, close and optionally volume and amount, oldest first, in any
+            units.
+        x_timestamp: (L,) opens of its bars; y_timestamp: (pred_len,) of the future bars. The
+            model uses their wall clock.
+        T, top_k, top_p: temperature and filters; top_k > 0 disables top_p, as in the reference.
+        sample_count: number of paths whose mean is returned.
         verbose: show a progress bar.
-        use_kv_cache: changes nothing; the engine caches wherever that is exact.
+        use_kv_cache: ignored; the engine always caches where that is exact.
 
         Returns a DataFrame (pred_len, 6) of float32 in the units of ``df``, indexed by
-        ``y_timestamp``. Past ``max_context`` the window slides and each step recomputes it, which
-        a UserWarning announces.
+        ``y_timestamp``. Beyond ``max_context`` the window slides and each step recomputes it, with
+        a UserWarning.
 
-        Raises ValueError for a bad frame, times that do not fit it, and options out of range; a
-        ``pred_len`` above ``max_context`` is one, since the tokenizer decodes a single window.
-        TypeError for a count that is no whole number.
+        Raises ValueError for an invalid frame, times that do not match it, and options out of
+        range, including a ``pred_len`` above ``max_context``, since the tokenizer decodes a single
+        window; TypeError for a count that is not an integer.
         """
         del use_kv_cache
         series = [(df, x_timestamp, y_timestamp)]
@@ -145,8 +139,8 @@ class KronosPredictor:
                 "tokenizer decodes a single window"
             )
         if sample_count < 1:
-            raise ValueError(f"sample_count {sample_count}: at least one path")
-        prepared = [prepare_frame(i, *one, pred_len, self.clip) for i, one in enumerate(series)]
+            raise ValueError(f"sample_count {sample_count}: must be at least 1")
+        prepared = [prepare_frame(i, *item, pred_len, self.clip) for i, item in enumerate(series)]
         sampling = Sampling(temperature, top_k, 1.0 if top_k > 0 else top_p)
         seed = int(torch.randint(2**62, ()).item())
         means: dict[int, NDArray[np.float32]] = {}
@@ -173,7 +167,7 @@ class KronosPredictor:
         state = _parameter_fingerprint(self.model) + _parameter_fingerprint(self.tokenizer)
         if self._forecaster is None or state != self._folded:
             if self._forecaster is not None:
-                # First of all its memory, which the new one budgets by what the device has free.
+                # Free its memory first: the new one sets its budget by the device's free memory.
                 self._forecaster = None
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -192,8 +186,8 @@ class KronosPredictor:
     ) -> NDArray[np.float32]:
         """Return the mean path (H, 6) beyond max_context, where the window slides."""
         warnings.warn(
-            f"{item.length} bars and {item.horizon} to come exceed max_context {self.max_context}: "
-            "every step recomputes its window, which is exact and slow",
+            f"{item.length} bars and a horizon of {item.horizon} exceed max_context "
+            f"{self.max_context}: every step recomputes its window, which is exact but slow",
             UserWarning,
             stacklevel=4,
         )
@@ -236,10 +230,10 @@ def _eval_mode(*modules: nn.Module) -> Iterator[None]:
 def _parameter_fingerprint(module: nn.Module) -> list[tuple[int, int, float]]:
     """Return a value per parameter that changes when the parameter changes."""
     parameters = [p.detach() for p in module.parameters()]
-    # Fused optimisers and edits of ``.data`` leave the version as it was; the sum tells.
+    # Fused optimisers and edits of ``.data`` do not change the version, but they change the sum.
     sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters]).tolist()
     return [
-        # Tensors made in inference mode have no version. Torch offers no public name for it.
+        # Tensors made in inference mode have no version. Torch has no public name for it.
         (p.data_ptr(), 0 if p.is_inference() else p._version, total)  # noqa: SLF001
         for p, total in zip(parameters, sums, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The engine: from contexts to sample paths, exact and fast."""
+"""Inference engine: contexts in, sample paths out."""
 
 from kronos_stream.engine.context import Context, ContextError
 from kronos_stream.engine.forecaster import Forecaster

@@ -1,4 +1,4 @@
-"""Attention of many paths over one shared prefix and each path's own suffix."""
+"""Attention of many paths over one shared prefix and the suffix of each path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kronos_stream.engine.dense import Scratch
 class PrefixKeyValues:
     """Keys and values of a context's own bars, for B contexts, in one layer.
 
-    Keys lie transposed: the score product of many queries reads them fastest so.
+    Keys are stored transposed: the score product of many queries reads this layout fastest.
     """
 
     keys: Tensor  # (B, heads, head_dim, L)
@@ -24,14 +24,14 @@ class PrefixKeyValues:
 
 @dataclass(frozen=True, slots=True)
 class SuffixKeyValues:
-    """Keys and values of the bars each path has drawn, in one layer."""
+    """Keys and values of the bars that each path has drawn, in one layer."""
 
     keys: Tensor  # (B * P, heads, T, head_dim)
     values: Tensor  # (B * P, heads, T, head_dim)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn adjacent pairs of x (..., head_dim) by ``rotation`` (..., head_dim / 2)."""
+    """Rotate adjacent pairs of x (..., head_dim) by ``rotation`` (..., head_dim / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
@@ -43,11 +43,11 @@ def attend(
     out: Tensor,
     scratch: Scratch,
 ) -> None:
-    """One softmax over the shared prefix and the own suffix, for every path of B contexts.
+    """Attend with one softmax to the shared prefix and the own suffix, for all paths of B contexts.
 
-    query: (B, P, Q, heads, head_dim), scaled; query i of a path sees its suffix up to the entry
-        T - Q + i, itself included.
-    out: (B * P * Q, heads * head_dim), written.
+    query: (B, P, Q, heads, head_dim), scaled; query i of a path sees entries 0 to
+        T - Q + i of its suffix.
+    out: (B * P * Q, heads * head_dim), overwritten.
     """
     b, p, q, heads, width = query.shape
     length = prefix.keys.shape[-1]
@@ -70,7 +70,7 @@ def attend(
     own_scores = own_scores.view(b, p, heads, q, steps).transpose(1, 2)
     both = scratch("both", (b, heads, p, q, length + steps), query.dtype)
     torch.cat((scores.view(b, heads, p, q, length), own_scores), dim=-1, out=both)
-    # The scores are in ``both`` now: their buffer takes the weights.
+    # The scores have been copied to ``both``, so their buffer is free for the weights.
     weights = torch.softmax(both, dim=-1, out=scratch("scores", both.shape, query.dtype))
     weights = weights.view(b * heads, p * q, length + steps)
     own_weights = weights[..., length:].view(b, heads, p, q, steps).transpose(1, 2)

@@ -1,6 +1,6 @@
 """Execution of a stack of blocks: over whole prefixes at once, or over each path's newest rows.
 
-The residual stream is float32 whatever type the products are taken in.
+The residual stream is float32 even if the products are bfloat16.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from kronos_stream.model.layers import NORM_EPS
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """Keys and values of several layers, by layer first; then as SharedKeys or OwnKeys."""
+    """Keys and values of several layers: layers, then as in PrefixKeyValues or SuffixKeyValues."""
 
     keys: Tensor
     values: Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """RMSNorm of float32 rows (R, d), given out in the type the next product takes."""
-    # Half the time of F.rms_norm on a CPU, where that is made of more and larger steps.
+    """RMSNorm of float32 rows (R, d), returned in the type of the next product."""
+    # Takes half the time of F.rms_norm on a CPU, which uses more and larger steps.
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale.square_().add_(NORM_EPS * x.shape[-1]).rsqrt_().mul_(x.shape[-1] ** 0.5)
     normed: Tensor = (x * scale).mul_(weight)
@@ -44,12 +44,12 @@ def run_prefix(
     *,
     last_at: Tensor | None = None,
 ) -> Tensor:
-    """Causal pass over whole windows, x (B * L, d) float32, changed in place and returned.
+    """Run a causal pass over whole windows, x (B * L, d) float32, changed in place and returned.
 
-    cache: written with every layer's keys (layers, B, heads, head_dim, L) and values (layers, B,
+    cache: filled with every layer's keys (layers, B, heads, head_dim, L) and values (layers, B,
         heads, L, head_dim).
-    last_at: (B,) positions; given, the last block yields these rows alone, (B, d), and of the
-        others only what the cache needs.
+    last_at: (B,) positions; if given, the last block returns only these rows, (B, d), and computes
+        for the other rows only what the cache needs.
     """
     length = x.shape[0] // batch
     rotation = stack.rotation[:length, None, None]  # (L, 1, 1, head_dim / 2)
@@ -106,7 +106,7 @@ def attend_all(
 ) -> Tensor:
     """Attention of every group's rows in layer i: (R, heads, head_dim) to (R, d).
 
-    Rows no group claims are padding; they come out 0, so that they stay finite.
+    Rows that belong to no group are padding; they are set to 0 to stay finite.
     """
     out = scratch("mixed", (len(query), query.shape[1] * query.shape[2]), query.dtype)
     for group in groups:
@@ -123,10 +123,10 @@ def run_rows(
     start: int,
     scratch: Scratch,
 ) -> Tensor:
-    """Newest rows of every path, x (R, d) float32, changed in place and returned.
+    """Run the newest rows of every path, x (R, d) float32, changed in place and returned.
 
-    rotation: (R, 1, 1, head_dim / 2). start: bars of each path that are in the suffix caches
-    already; the caches gain these rows.
+    rotation: (R, 1, 1, head_dim / 2). start: bars of each path that the suffix
+    caches hold already; these rows are added to the caches.
     """
     for i, block in enumerate(stack.blocks):
         q, k, v = _project(block, stack, x, rotation, scratch, (len(x),))

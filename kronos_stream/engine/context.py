@@ -36,15 +36,15 @@ class Context:
     """The closed bars of one series up to the forecast's origin, oldest first.
 
     values: (L, 6) open, high, low, close, volume, amount in price and volume units; (L, 5) has no
-        amount (derived as volume x mean of open, high, low, close), (L, 4) no volume either
-        (both 0). Prices that move by less than about 1e-3 drown in the constant that the model's
-        normalisation adds to the standard deviation (1e-5): give them in a larger unit.
+        amount (derived as volume x mean of open, high, low, close), (L, 4) has no volume either
+        (both are 0). The model's normalisation adds 1e-5 to the standard deviation, so prices
+        that move by less than about 1e-3 must be scaled up.
     times: (L,) bar opens, integer ms UTC, strictly increasing.
-    series: the series' name. It keys the noise; contexts without one use their index in the call.
-    timeframe: such as "5m"; left out, the one that most bars keep.
-    future_times: (>= horizon,) opens of the bars to forecast, for sessions and calendars; left
-        out, the horizon continues by the timeframe.
-    timezone: IANA name whose local time the model is shown; UTC by default.
+    series: name of the series, part of the noise key; by default the context's index in the call.
+    timeframe: for example "5m"; by default the most common step of ``times``.
+    future_times: (>= horizon,) opens of the bars to forecast, for markets with sessions or
+        holidays; by default the horizon continues by the timeframe.
+    timezone: IANA name of the zone whose local time the model receives; UTC by default.
     """
 
     values: ArrayLike
@@ -57,7 +57,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedContext:
-    """A checked context in the model's units, for one horizon."""
+    """A validated context in the model's units, for one horizon."""
 
     name: str
     normalised: Floats  # (L, 6)
@@ -97,7 +97,7 @@ def prepare(
 ) -> PreparedContext:
     """Validate and normalise ``context``. Raises ContextError.
 
-    known_stamps: gains the stamps of these times; the series of a call mostly share them.
+    known_stamps: cache of time stamps, since most series of a call share their times; extended.
     """
     name = context_name(context, index)
     for what in ("series", "timeframe", "timezone"):
@@ -190,9 +190,9 @@ def _candles(raw: ArrayLike, times: Ints, name: str) -> Floats:
         )
     if values.dtype.kind not in "fiu":
         raise ContextError(f"{name}: values must be numbers, not {values.dtype}")
-    # Overflow to infinity is caught below, where the bar can be named.
+    # Overflow to infinity is reported below, with the bar.
     with np.errstate(over="ignore"):
-        # In C order: sums over bars depend on how they lie in memory.
+        # In C order: the rounding of sums over bars depends on the memory order.
         values = values.astype(np.float32, order="C")
     given = values.shape[1]
     values = fill_missing_channels(values)
@@ -242,7 +242,7 @@ def _future_times(context: Context, times: Ints, horizon: int, name: str) -> Int
             timeframe = Timeframe.parse(context.timeframe)
     except ValueError as error:
         raise ContextError(f"{name}: {error}") from None
-    # The most common step counts, since a change of the clock may shorten a day.
+    # Compare the most common step: a clock change may shorten a day.
     if common_step(times) < timeframe.min_milliseconds:
         raise ContextError(
             f"{name}: bars mostly open {common_step(times)} ms apart, closer than the timeframe "

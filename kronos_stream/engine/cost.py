@@ -1,8 +1,8 @@
 """Minimum cost of a forecast: floating-point operations and bytes, by stage.
 
-Multiplications and additions of matrix products and attention count, 2 per pair; norms, softmax
-and sampling do not. Bytes are what a step must read however it is computed: every weight once and
-every cached key and value once. Causal attention counts the keys it sees, not the square.
+Operations are those of matrix products and attention, 2 per multiplication and addition; norms,
+softmax and sampling are not counted. Bytes are what every implementation must read per step: each
+weight once, and each cached key and value once. Causal attention counts only visible keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Size of a call: contexts of one lookback, paths per context, one horizon."""
+    """Size of a call whose contexts have the same lookback and horizon."""
 
     contexts: int
     paths: int
@@ -41,7 +41,7 @@ class Cost:
 def stage_costs(
     p: PredictorConfig, t: TokenizerConfig, work: Workload, itemsize: int
 ) -> dict[str, Cost]:
-    """Cost by stage: encode, prefill, decode, detokenise. ``itemsize`` is of weights and caches."""
+    """Cost by stage: encode, prefill, decode, detokenise. ``itemsize``: bytes per number."""
     bars = work.contexts * work.lookback
     rows = work.contexts * work.paths
     return {
@@ -69,7 +69,7 @@ def _decode(p: PredictorConfig, work: Workload, rows: int, itemsize: int) -> Cos
     d = p.d_model
     trunk = p.n_layers * _block(d, p.ff_dim) + 2 * d**2  # with the s2 layer's keys and values
     s1_head, s2_head = d * 2**p.s1_bits, d**2 + d * 2**p.s2_bits
-    steps = work.horizon - 1  # the first bar needs no trunk: the prefill ends where it starts
+    steps = work.horizon - 1  # the first bar uses the last state of the prefill
     own = steps * work.horizon / 2  # suffix keys over all later steps
     keys = steps * work.lookback + own
     macs = rows * (
@@ -87,7 +87,7 @@ def _decode(p: PredictorConfig, work: Workload, rows: int, itemsize: int) -> Cos
 def _detokenise(t: TokenizerConfig, work: Workload, bars: int, rows: int, itemsize: int) -> Cost:
     blocks, d = t.n_dec_layers - 1, t.d_model
     block = _block(d, t.ff_dim)
-    # Of the last block the prefix needs keys and values only.
+    # In the last block the prefix needs only keys and values.
     prefix = (blocks - 1) * (block + (work.lookback + 1) * d) + 2 * d**2
     new = blocks * (block + 2 * d * (work.lookback + work.horizon / 2)) + d * t.d_in
     macs = bars * prefix + rows * work.horizon * new
@@ -95,5 +95,5 @@ def _detokenise(t: TokenizerConfig, work: Workload, bars: int, rows: int, itemsi
 
 
 def _block(d_model: int, ff_dim: int) -> int:
-    """Weights of one block's products."""
+    """Number of weights in the products of one block."""
     return 4 * d_model**2 + 3 * d_model * ff_dim

@@ -1,7 +1,7 @@
-"""The decode loop: every path of a chunk, one bar a step, newest rows only.
+"""Decode loop: one bar per step for every path of a chunk, computing only the newest rows.
 
-A :class:`Decoder` owns every buffer the loop touches, so the loop allocates nothing that outlives
-a step, never waits for the host, and can be captured into one CUDA graph as it stands.
+A :class:`Decoder` owns every buffer of the loop, so the loop allocates nothing that outlives a
+step, never waits for the host, and can be captured into one CUDA graph.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Decoder:
         tokenizer: TokenizerWeights,
         sampling: Sampling,
     ) -> None:
-        """shapes: longest horizon first, so that the rows still drawing are always the first."""
+        """shapes: longest horizon first, so that the active rows of a step are always the first."""
         self.weights = predictor
         self.sampling = sampling
         self.horizon = shapes[0].horizon
@@ -80,8 +80,8 @@ class Decoder:
     def run(self, keys: Tensor, first_path: int) -> list[Tensor]:
         """Draw every group's paths from its filled prefix.
 
-        keys: (contexts, 4) noise keys. Returns per group the tokens (B, P, horizon, 2), which
-        hold until the next run.
+        keys: (contexts, 4) noise keys. Returns the tokens (B, P, horizon, 2) of each group, valid
+        until the next run.
         """
         for group in self.groups:
             noise = uniforms(
@@ -99,12 +99,12 @@ class Decoder:
         ]
 
     def _replay(self) -> None:
-        # The first run was eager: it warmed the libraries up, and a shape that never comes
-        # again is not worth a capture.
+        # The first run is eager: it initialises the libraries, and a capture does not pay off for
+        # a shape that is used once.
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Torch captures the current device, which need not be this one: nothing would be in
-            # the graph, and a replay would leave the tokens of the call before.
+            # Torch captures the current device. If that is another one, the graph would be empty
+            # and a replay would return the tokens of the previous call.
             with (
                 torch.cuda.device(self.device),
                 torch.cuda.graph(graph, stream=_stream(self.device)),
@@ -120,7 +120,7 @@ class Decoder:
         origin = torch.nn.functional.pad(
             origin, (0, 0, 0, self._padded(self._contexts) - self._contexts)
         )
-        # Before the first bar all paths of a context are one.
+        # Before the first bar all paths of a context share one state.
         hidden = origin[self._row_context]
         s1 = self._draw(w.s1_head(origin)[self._row_context], 0, level=0)
         s2 = self._draw_s2(hidden, s1, self._path_rows(0, s2=True), 0)
@@ -128,7 +128,7 @@ class Decoder:
             active = [g for g in self.groups if g.shape.horizon > step]
             rows = self._padded(active[-1].rows.stop)
             time = torch.cat([g.prefix.time_embedding[step - 1] for g in active])
-            # A padded row may belong to a context past the active ones, whose bars may end sooner.
+            # A padded row may belong to a context beyond the active ones, with a shorter horizon.
             context = self._row_context[:rows].clamp(max=len(time) - 1)
             x = w.s1_table[s1[:rows]] + w.s2_table[s2[:rows]] + time[context]
             rotation = w.stack.rotation[lengths[context] + (step - 1)][:, None, None]
@@ -143,7 +143,7 @@ class Decoder:
             s2 = self._draw_s2(hidden, s1, groups, step)
 
     def _draw_s2(self, hidden: Tensor, s1: Tensor, groups: Sequence[PathRows], step: int) -> Tensor:
-        """Draw s2 given s1 (R,) and the trunk's states (R, d), own bars up to ``step`` seen."""
+        """Draw s2 given s1 (R,), the trunk's states (R, d) and the own bars before ``step``."""
         w = self.weights
         query = w.s2_query[s1].unflatten(-1, (S2_HEADS, -1))
         mixed = attend_all(groups, 0, step, query, self._scratch)
@@ -159,7 +159,7 @@ class Decoder:
         return draw(logits, self._uniforms[step, level, : len(logits)], self.sampling, step)
 
     def _path_rows(self, step: int, *, s2: bool = False) -> list[PathRows]:
-        # On an accelerator the bias is always applied: a captured graph serves any lengths.
+        # On an accelerator the bias is always applied, so a captured graph serves all lengths.
         needs_bias = self.device.type != "cpu"
         return [
             PathRows(
@@ -179,7 +179,7 @@ class Decoder:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the capture stream of a device; a stream keeps the workspace of its products."""
+    """Return the capture stream of a device; one stream, because each has its own workspace."""
     return torch.cuda.Stream(device)
 
 

@@ -1,12 +1,12 @@
 """Batch-invariant matrix products, and the buffers they write to.
 
-A CPU's matrix library picks its kernel and its blocking over the inner dimension by the number of
-rows, so the same row can come out a bit different in a larger batch. oneDNN does so at a single row
-only; MKL also at an inner dimension of 1024 from 17 rows up and, on AMD, at fewer than 12 outputs.
-Within a narrow inner block and from a few rows up nothing changes. :func:`find_stable` finds by
-trial, at load, a library and limits that hold on this machine. oneDNN comes first: on AMD it uses
-AVX-512, which MKL leaves to Intel, and takes half the time. Accelerators and bf16 make no such
-promise and take each product whole.
+A CPU's matrix library chooses its kernel and its blocking of the inner dimension by the number of
+rows, so the same row can differ in its last bits in a larger batch. oneDNN differs only for one
+row; MKL also at an inner dimension of 1024 from 17 rows up and, on AMD, at fewer than 12 outputs.
+Within a narrow inner block and from a few rows up results do not change.
+:func:`find_batch_invariant_limits` tests at load which library and limits hold on this machine.
+oneDNN is tried first: on AMD it uses AVX-512, which MKL uses only on Intel, and is twice as fast.
+Products on accelerators and in bf16 are not batch-invariant and are computed undivided.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROBE_ROWS = 16
 _BATCHES = (_PROBE_ROWS, 17, 48, 160, 512, 1536)
 
 _ONEDNN = torch.ops.mkldnn
-"""Its operations on packed weights, which torch's compiler makes of linear layers on a CPU."""
+"""oneDNN's operations on packed weights; torch's compiler uses them for linear layers on a CPU."""
 
 _SERIAL_ELEMENTS = 32768
 """Elementwise kernels stay on one thread up to this size (at::internal::GRAIN_SIZE)."""
@@ -34,15 +34,15 @@ class BatchInvariantLimits(NamedTuple):
     """Limits within which a row's product does not depend on the other rows."""
 
     packed: bool
-    """Taken by oneDNN, from weights in its own layout."""
+    """Use oneDNN, with weights in its packed layout."""
     block: int | None
-    """Widest inner block; None takes products whole."""
+    """Widest inner block; None computes products undivided."""
     rows: int
-    """Fewest rows of a product."""
+    """Minimum number of rows of a product."""
 
 
 ROW_BY_ROW = BatchInvariantLimits(packed=False, block=None, rows=1)
-"""For devices and types that promise nothing."""
+"""No limits, for devices and types without batch-invariant products."""
 
 _CANDIDATES = (
     *(BatchInvariantLimits(packed=True, block=block, rows=4) for block in (None, 512, 128)),
@@ -55,7 +55,7 @@ _CANDIDATES = (
 
 
 class Dense:
-    """``x @ weight.T + bias`` with the weight laid out for the product: packed, or (in, out)."""
+    """``x @ weight.T + bias`` with the weight stored packed or as (in, out)."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Dense:
         dtype: torch.dtype,
         limits: BatchInvariantLimits,
     ) -> None:
-        """weight (out, in), bias (out,); ``stable``: how products are to be taken."""
+        """weight: (out, in); bias: (out,); limits: batch-invariance limits of the products."""
         out_features, in_features = weight.shape
         parts = 1 if limits.block is None else -(-in_features // limits.block)
         width = -(-in_features // parts)
@@ -80,7 +80,7 @@ class Dense:
         self.dtype = dtype
 
     def multiply_into(self, x: Tensor, out: Tensor) -> Tensor:
-        """The product of x (R, in), in ``out`` (R, out) unless oneDNN gives memory of its own."""
+        """Return the product of x (R, in), in ``out`` (R, out) unless oneDNN allocates it."""
         if self.packed:
             return self(x)
         (lo, hi), first = self.spans[0], self.blocks[0]
@@ -103,7 +103,7 @@ class Dense:
             total.add_(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The product of x (R, in) as a new tensor (R, out)."""
+        """Return the product of x (R, in) as a new tensor (R, out)."""
         if self.packed:
             parts = zip(self.spans, self.blocks, strict=True)
             (lo, hi), first = next(parts)
@@ -115,29 +115,29 @@ class Dense:
 
 
 class Scratch:
-    """Reused buffers, by name: on a CPU, fresh memory costs as much in page faults as the work."""
+    """Reused buffers by name: on a CPU, page faults of new memory cost as much as the products."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The buffer ``name`` in this shape, contents undefined; one use of a name at a time."""
+        """Return the buffer ``name`` in this shape, uninitialised; one use of a name at a time."""
         size = math.prod(shape)
-        held = self._buffers.get((name, dtype))
-        if held is None or held.numel() < size:
-            held = torch.empty(size, device=self.device, dtype=dtype)
-            self._buffers[name, dtype] = held
-        return held[:size].view(*shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, device=self.device, dtype=dtype)
+            self._buffers[name, dtype] = buffer
+        return buffer[:size].view(*shape)
 
 
 def swiglu_(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` over (R, 2 ff), in place in the gate half, which is returned."""
+    """Compute ``silu(gate) * up`` over (R, 2 ff) in place; return the gate half."""
     gate, up = gate_up.chunk(2, dim=-1)
     if gate_up.device.type != "cpu":
         return F.silu(gate, inplace=True).mul_(up)
-    # A CPU kernel spread over threads ends each thread's share with scalar code, whose exp is not
-    # the vector code's. Pieces small enough for one thread keep every row on the same code.
+    # A CPU kernel that runs on several threads ends each thread's share with scalar code, whose exp
+    # differs from the vector code's. Pieces small enough for one thread avoid that.
     rows = max(1, _SERIAL_ELEMENTS // gate.shape[-1])
     for gate_rows, up_rows in zip(gate.split(rows), up.split(rows), strict=True):
         F.silu(gate_rows, inplace=True).mul_(up_rows)
@@ -145,10 +145,10 @@ def swiglu_(gate_up: Tensor) -> Tensor:
 
 
 def find_batch_invariant_limits(shapes: Iterable[tuple[int, int]]) -> BatchInvariantLimits:
-    """The least restrictive limits that hold on this CPU for products of these (in, out) shapes.
+    """Return the least restrictive limits that hold on this CPU for these (in, out) shapes.
 
-    Tried on random float32 rows from a fixed seed. Where none holds, which no CPU seen so far
-    shows, the strictest are taken, and a warning says what that means.
+    Tested on random float32 rows from a fixed seed. If none holds, which has not been seen on any
+    CPU so far, warn and return the strictest.
     """
     distinct = sorted(set(shapes))
     for limits in _CANDIDATES:
@@ -157,15 +157,15 @@ def find_batch_invariant_limits(shapes: Iterable[tuple[int, int]]) -> BatchInvar
         if all(_is_batch_invariant(limits, inner, outer) for inner, outer in distinct):
             return limits
     warnings.warn(
-        "this CPU's matrix products depend on the batch however they are taken: paths repeat to "
-        "rounding only when the company changes",
+        "this CPU's matrix products depend on the batch: in another batch, the paths of a series "
+        "may differ by rounding",
         stacklevel=2,
     )
     return _CANDIDATES[-1]
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """(out, in) in the layout that oneDNN's products read fastest."""
+    """Convert (out, in) to oneDNN's packed layout."""
     packed: Tensor = _ONEDNN._reorder_linear_weight(weight.contiguous())  # noqa: SLF001
     return packed
 
@@ -176,7 +176,7 @@ def _packed_product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def can_pack() -> bool:
-    """Whether this torch has oneDNN, and the operations on packed weights."""
+    """Return whether this torch has oneDNN and its operations on packed weights."""
     return torch.backends.mkldnn.is_available() and hasattr(_ONEDNN, "_linear_pointwise")
 
 
@@ -192,7 +192,7 @@ def _is_batch_invariant(limits: BatchInvariantLimits, inner: int, outer: int) ->
         if not torch.equal(dense(probe[:rows]), want[:rows]):
             return False
     for rows in _BATCHES:
-        # The probed rows come last and, where there is room, first as well.
+        # The probe rows are last and, in large batches, also first.
         got = dense(torch.cat((x[: rows - _PROBE_ROWS], probe)))
         if not torch.equal(got[-_PROBE_ROWS:], want):
             return False

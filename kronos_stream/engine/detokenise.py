@@ -1,4 +1,4 @@
-"""From drawn tokens to candles: the tokenizer's decoder over the new bars only."""
+"""Detokenisation: the tokenizer's decoder over the new bars only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def detokenise(
     rows_at_once: int,
     scratch: Scratch,
 ) -> Tensor:
-    """Tokens (B, P, H, 2) of the paths of B contexts to normalised candles (B, P, H, 6) float32.
+    """Decode the tokens (B, P, H, 2) of B contexts to normalised candles (B, P, H, 6) float32.
 
-    rows_at_once: bars decoded together, about. Small contexts come together; of one that comes
-    alone, the paths come in equal pieces.
+    rows_at_once: approximate number of bars decoded together. Small contexts are grouped; the paths
+    of a large context are split into equal pieces.
     """
     contexts, paths, horizon, _ = tokens.shape
     at_once = max(1, rows_at_once // (paths * horizon))
@@ -30,7 +30,7 @@ def detokenise(
     out = torch.empty(contexts, paths, horizon, 6, device=tokens.device)
     for first in range(0, contexts, at_once):
         for path in range(0, paths, paths_at_once):
-            # Behind the last context the prefix may have slots that none fills.
+            # The prefix may have unused slots after the last context.
             slots = slice(first, min(first + at_once, contexts))
             own = slots, slice(path, path + paths_at_once)
             out[own] = _decode(weights, prefix, slots, tokens[own], scratch)

@@ -8,16 +8,16 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AMPERE = 8
 
 ACCELERATOR_SHARE = 0.6
-"""Of a GPU's free memory; the rest is for activations and graphs."""
+"""Share of a GPU's free memory for caches; the rest is for activations and graphs."""
 
 CPU_BUDGET = 2 * 2**30
-"""Bytes: about 30 contexts x 32 paths of Kronos-small; larger batches gain nothing."""
+"""Bytes for about 30 contexts x 32 paths of Kronos-small; larger batches are no faster."""
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """Resolve a device name; ``auto`` prefers CUDA, then MPS, then the CPU.
 
-    Raises ValueError if the named device is absent.
+    Raises ValueError if the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -28,15 +28,15 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {name!r} is not usable here: {reason}") from None
+        raise ValueError(f"device {name!r} is not available: {reason}") from None
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve a type name; ``auto`` is bfloat16 where the hardware multiplies it, else float32.
+    """Resolve a type name; ``auto`` is bfloat16 if the hardware multiplies it, else float32.
 
-    That is CUDA from Ampere on, and CPUs with AMX. CPUs that have AVX512-BF16 alone stay with
-    float32: their bf16 matrix product is the slower one (`kronos-stream bench` shows both rates).
+    Such hardware is CUDA from Ampere on, and CPUs with AMX. CPUs with only AVX512-BF16 use float32,
+    because their bf16 matrix product is slower (`kronos-stream bench` shows both rates).
     """
     if name != "auto":
         try:
@@ -51,7 +51,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that caches may take by default: most of what a GPU has free, a modest CPU share."""
+    """Return the default memory budget of caches in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * ACCELERATOR_SHARE)
     return CPU_BUDGET

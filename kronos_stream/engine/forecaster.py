@@ -1,4 +1,4 @@
-"""The Forecaster: contexts in, sample paths out."""
+"""Forecaster: the public interface of the engine."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from kronos_stream.engine.runner import ACCELERATOR_TUNING, CPU_TUNING, Runner, 
 from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import fold_predictor, fold_tokenizer
 from kronos_stream.model.checkpoint import ModelLocation, find_model, load_predictor, load_tokenizer
+from kronos_stream.model.config import check_matching_bits
 from kronos_stream.model.predictor import Predictor
 from kronos_stream.model.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 512
-"""Bars the published small, base and large models were trained on."""
+"""Window in bars on which the published small, base and large models were trained."""
 
 
 class Forecaster:
@@ -50,23 +51,18 @@ class Forecaster:
         """Fold the weights of two loaded models for inference.
 
         device: "auto" (CUDA, MPS, CPU), or a torch device. dtype: "float32", "bfloat16" or "auto"
-        (bfloat16 where the hardware multiplies it natively); the tokenizer's encoder is always
-        float32. memory_budget: bytes for caches beside the weights; larger calls are split.
+        (bfloat16 if the hardware multiplies it natively); the tokenizer's encoder is always
+        float32. memory_budget: bytes for caches, without the weights; larger calls are split.
+        Raises ValueError if the two models have different token sizes.
         """
-        bits = (predictor.config.s1_bits, predictor.config.s2_bits)
-        if bits != (tokenizer.config.s1_bits, tokenizer.config.s2_bits):
-            raise ValueError(
-                f"this predictor speaks {bits[0]}+{bits[1]} bits, this tokenizer "
-                f"{tokenizer.config.s1_bits}+{tokenizer.config.s2_bits}: they do not belong "
-                "together"
-            )
+        check_matching_bits(predictor.config, tokenizer.config)
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.max_context = max_context
         self.checkpoint: ModelLocation | None = None
-        """What :meth:`from_pretrained` loaded."""
+        """Checkpoint loaded by :meth:`from_pretrained`, else None."""
         self.on_stage: Callable[[Stage], None] | None = None
-        """Told which stage of the work begins; for measuring."""
+        """Called with each stage as it begins; for measurements."""
         tuning = CPU_TUNING if self.device.type == "cpu" else ACCELERATOR_TUNING
         positions = max_context + tuning.bucket
         with _default_torch_settings():
@@ -100,8 +96,10 @@ class Forecaster:
     ) -> Self:
         """Load from a hub id, a folder, or the name of a bundled checkpoint ("nano").
 
-        tokenizer: needed for a predictor's folder alone; published predictors know theirs.
-        max_context: by default what the checkpoint was trained on. Raises CheckpointError.
+        tokenizer: required if ``model`` is the folder of a predictor without a tokenizer.
+        max_context: by default the window on which the checkpoint was trained.
+
+        Raises CheckpointError.
         """
         found = find_model(model, tokenizer, revision, tokenizer_revision)
         forecaster = cls(
@@ -129,19 +127,20 @@ class Forecaster:
         first_path: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[NDArray[np.float32]]:
-        """Every sample path of every context: (paths, horizon, 6) float32 in price units each.
+        """Sample paths of every context: (paths, horizon, 6) float32 in price units for each.
 
-        horizon: bars to draw, one number or one per context.
-        temperature: one number, or one per horizon step (the last holds for later steps).
-        top_k, top_p: both apply, k first; top_k=1 is greedy.
-        seed: with the series and the origin it fixes the noise, whatever else is in the call.
-        anchor: scale each path's prices by actual / decoded close of the origin bar, which takes
-            the tokenizer's rounding at the origin out.
-        first_path: number of the first path; blocks of paths join to what one call gives.
-        progress: told (drawn, all) in paths.
+        horizon: number of bars, one for all contexts or one per context.
+        temperature: one number, or one per horizon step (the last one applies to later steps).
+        top_k, top_p: both apply, top_k first; top_k=1 is greedy.
+        seed: determines the noise together with the series and the origin; other contexts of the
+            call have no influence.
+        anchor: scale the prices of each path by actual / decoded close of the origin bar, which
+            removes the tokenizer's rounding at the origin.
+        first_path: number of the first path; paths sampled in blocks equal those of one call.
+        progress: called with (sampled, total) paths.
 
-        Raises ContextError for a bad context, ValueError for a bad option, TypeError for a count
-        that is no whole number.
+        Raises ContextError for an invalid context, ValueError for an option out of range, TypeError
+        for a count that is not an integer.
         """
         draws = self.draw(
             contexts,
@@ -171,10 +170,10 @@ class Forecaster:
         first_path: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[SampledPaths]:
-        """Like :meth:`sample`, with the tokens and the times of the drawn bars."""
+        """Sample like :meth:`sample`; also return the tokens and times of the sampled bars."""
         paths, first_path, top_k = index(paths), index(first_path), index(top_k)
         if paths < 1 or first_path < 0:
-            raise ValueError(f"paths {paths} from {first_path}: at least one, from 0 up")
+            raise ValueError(f"paths {paths}, first_path {first_path}: must be at least 1 and 0")
         if isinstance(temperature, (int, float, np.number)):
             temperature = float(temperature)
         else:
@@ -201,7 +200,7 @@ class Forecaster:
         first_path: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[SampledPaths]:
-        """:meth:`draw` for contexts that are in the model's units already, and fit its window."""
+        """Sample like :meth:`draw`, from prepared contexts that fit the window."""
         draws: dict[int, SampledPaths] = {}
         with _default_torch_settings():
             keys = torch.tensor(
@@ -231,7 +230,7 @@ class Forecaster:
         if len(horizons) != len(contexts):
             raise ValueError(f"{len(horizons)} horizons for {len(contexts)} contexts")
         if any(h < 1 for h in horizons):
-            raise ValueError(f"horizon {min(horizons)}: at least one bar")
+            raise ValueError(f"horizon {min(horizons)}: must be at least 1 bar")
         for i, (context, bars) in enumerate(zip(contexts, horizons, strict=True)):
             length = len(context.times) if isinstance(context.times, Sized) else 0
             if length + bars > self.max_context:
@@ -248,7 +247,7 @@ class Forecaster:
 def _default_torch_settings() -> Iterator[None]:
     """Disable gradients and override torch defaults that the caller may have changed."""
     dtype = torch.get_default_dtype()
-    # As a context the device costs microseconds at every operation: only where it is needed.
+    # A device context costs microseconds per operation, so enter it only if necessary.
     elsewhere = torch.get_default_device().type != "cpu"
     torch.set_default_dtype(torch.float32)
     try:

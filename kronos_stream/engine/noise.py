@@ -1,9 +1,9 @@
 """Counter-based noise: each random number is a function of its use, not of call order.
 
-Philox4x32-10 after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11), keyed by
-a stable hash of (seed, series, origin), counted by (path, step). The two levels of a step take the
-first two of a block's four words. So no draw depends on the batch, the horizon or the number of
-paths, and any of them can be computed again, alone.
+Philox4x32-10 after Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11). The key is
+a stable hash of (seed, series, origin), the counter is (path, step). The two levels of a step use
+the first two of a block's four words. Therefore no draw depends on the batch, the horizon or the
+number of paths, and each path can be recomputed alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 
 
 def noise_key(seed: int, series: str, origin: int) -> tuple[int, int, int, int]:
-    """128 stable bits, as four 32-bit words, from the forecast's identity (UTF-8, BLAKE2b)."""
+    """Hash a forecast's identity (UTF-8, BLAKE2b) to 128 stable bits, as four 32-bit words."""
     text = f"{index(seed)}\x00{series}\x00{origin}".encode()
     digest = hashlib.blake2b(text, digest_size=16, person=b"kronos-noise-v1").digest()
     words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
@@ -42,7 +42,7 @@ def uniforms(keys: Tensor, first_path: int, paths: int, steps: int) -> Tensor:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 over int64 tensors that hold unsigned 32-bit words."""
+    """Compute Philox4x32-10 on int64 tensors of unsigned 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -54,7 +54,7 @@ def philox(
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    # The product wraps in int64 but its 64 bits are right; the mask undoes the sign extension.
+    # The product wraps in int64, but its 64 bits are correct; the mask undoes the sign extension.
     product = a * b
     return (product >> 32) & _MASK, product & _MASK
 

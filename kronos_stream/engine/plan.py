@@ -15,7 +15,7 @@ from kronos_stream.model.config import PredictorConfig, TokenizerConfig
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """Memory use of a plan, in bytes, derived from the model's sizes."""
+    """Memory use in bytes, derived from the model's sizes."""
 
     per_bar: int
     """Cached keys and values of one context bar."""
@@ -42,7 +42,7 @@ class MemorySizes:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A group: contexts with one padded length and one horizon, and the paths drawn at a time."""
+    """Shape of a group: contexts of equal padded length and horizon, and paths per slice."""
 
     bars: int
     horizon: int
@@ -57,16 +57,16 @@ class Chunk:
     shapes: tuple[Shape, ...]
     members: tuple[tuple[int, ...], ...]
     slices: int
-    """How often the paths are drawn, ``shapes[0].paths`` at a time, over one prefix."""
+    """Number of slices of ``shapes[0].paths`` paths, drawn one after the other over one prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planner:
     """Splits a call into chunks.
 
-    bucket: contexts are padded to a multiple of this many bars, by their own length alone.
-    budget: bytes a chunk may take, beside the weights.
-    pad_contexts: round a group's context count up, so that few shapes recur (CUDA graphs).
+    bucket: each context is padded to a multiple of this many bars.
+    budget: limit of a chunk in bytes, without the weights.
+    pad_contexts: round a group's context count up, so that there are few shapes (CUDA graphs).
     """
 
     sizes: MemorySizes
@@ -75,7 +75,7 @@ class Planner:
     pad_contexts: bool
 
     def chunks(self, prepared: Sequence[PreparedContext], paths: int) -> list[Chunk]:
-        """Every context in exactly one chunk."""
+        """Assign every context to exactly one chunk."""
         order = sorted(range(len(prepared)), key=lambda i: self._group(prepared[i]))
         chunks: list[Chunk] = []
         for per_slice, members in groupby(order, lambda i: self._slice(prepared[i], paths)):
@@ -88,11 +88,11 @@ class Planner:
         return chunks
 
     def padded(self, length: int) -> int:
-        """``length`` rounded up to the bucket."""
+        """Round ``length`` up to the bucket."""
         return -(-length // self.bucket) * self.bucket
 
     def cost(self, shapes: Sequence[Shape]) -> int:
-        """Bytes that groups of these shapes take."""
+        """Memory of groups of these shapes, in bytes."""
         return sum(
             s.contexts * (s.bars * self.sizes.per_bar + s.paths * self._row(s.horizon))
             for s in shapes
@@ -108,7 +108,7 @@ class Planner:
         return self.cost([Shape(self.padded(item.length), item.horizon, 1, per_slice)])
 
     def _slice(self, item: PreparedContext, paths: int) -> int:
-        """Paths drawn at a time: from this context's horizon alone, so company never matters."""
+        """Paths per slice; depends only on this context's horizon, not on the batch."""
         most = max(1, self.budget // 4 // self._row(item.horizon))
         return -(-paths // -(-paths // most))
 
@@ -128,22 +128,22 @@ class Planner:
     def _count(self, contexts: int) -> int:
         if not self.pad_contexts or contexts <= 8:
             return contexts
-        # To an eighth of the next power of two: less than a quarter is added.
+        # To a multiple of an eighth of the next power of two, which adds less than a quarter.
         unit = 1 << (contexts - 1).bit_length() - 3
         return -(-contexts // unit) * unit
 
 
 def _split(costs: Sequence[int], budget: int) -> list[tuple[int, int]]:
-    """Spans of neighbours within the budget, as few and as even as that allows.
+    """Split neighbours into as few and as even spans as the budget allows.
 
-    Even, so that chunks of like contexts share one shape, and with it their buffers.
+    Even chunks of similar contexts have the same shape and share their buffers.
     """
     fewest = len(_spans(costs, budget))
     return _spans(costs, min(budget, -(-sum(costs) // fewest) + max(costs) - 1))
 
 
 def _spans(costs: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    """Spans filled one after the other; an item that exceeds the limit stands alone."""
+    """Fill spans one after the other; an item that exceeds the limit gets its own span."""
     spans: list[tuple[int, int]] = []
     first, used = 0, 0
     for i, cost in enumerate(costs):

@@ -21,29 +21,29 @@ from kronos_stream.model.predictor import STAMP_SIZES
 from kronos_stream.model.tokenizer import pack_bits
 
 Stage = Literal["encode", "prefill", "decode", "detokenise", "done"]
-"""Parts of a call, in the order they begin; the tokenizer decoder's prefix is detokenising."""
+"""Stages of a call, in order; "detokenise" includes the prefix of the tokenizer's decoder."""
 
 
 @dataclass(slots=True)
 class ContextPrefix:
-    """Buffers for B contexts of one shape; rewritten by :func:`fill`."""
+    """Buffers for B contexts of one shape; overwritten by :meth:`fill`."""
 
     bars: int
-    trunk: LayerCache  # (layers, B, heads, ...), see SharedKeys
+    trunk: LayerCache  # (layers, B, heads, ...), see PrefixKeyValues
     s2: LayerCache  # (1, B, S2_HEADS, ...)
     decoder: LayerCache  # (layers, B, heads, ...)
     lengths: Tensor  # (B,) int64
     bias: Tensor  # (B, 1, 1, L): 0, and -inf past each context's length
     hidden: Tensor  # (B, d) float32: the trunk's state at the origin
     time_embedding: Tensor  # (horizon, B, d) float32, of the bars to draw
-    origin_close: Tensor  # (B,) the origin's close, encoded and decoded again, normalised
-    full: bool = False  # no context is padded: the bias is all 0
+    origin_close: Tensor  # (B,) normalised close of the origin after encoding and decoding
+    full: bool = False  # no context is padded, so the bias is 0 everywhere
 
     @classmethod
     def empty(
         cls, shape: Shape, predictor: PredictorWeights, tokenizer: TokenizerWeights
     ) -> ContextPrefix:
-        """Buffers for ``shape``; a context slot that is never filled attends to zeros."""
+        """Allocate buffers for ``shape``; unused context slots attend to zeros."""
         like, bars, count = predictor.s2_query, shape.bars, shape.contexts
         width = predictor.stack.width
         code_like = like.new_empty(0, dtype=tokenizer.decoder.blocks[0].qkv.dtype)
@@ -140,11 +140,11 @@ class ContextPrefix:
 
 
 def encode(weights: TokenizerWeights, candles: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """Normalised candles (B, L, 6) float32 to tokens s1, s2, each (B, L) int64."""
+    """Encode normalised candles (B, L, 6) float32 to tokens s1, s2, each (B, L) int64."""
     batch, length, _ = candles.shape
     x = weights.embed(candles.flatten(0, 1))
     x = run_prefix(weights.encoder, x, batch, scratch)
-    # The norm that the encoder divides by is positive: the signs are there already.
+    # The encoder's normalisation does not change signs, so it is left out.
     bits = weights.code(x).view(batch, length, -1) > 0
     return pack_bits(bits[..., : weights.s1_bits]), pack_bits(bits[..., weights.s1_bits :])
 
@@ -166,7 +166,7 @@ def _stack_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Candles (B, bars, 6), stamps (B, bars, 5), stamps of the bars to draw (B, horizon, 5).
 
-    Padding lies behind a context's last bar, where nothing causal can see it.
+    Padding follows a context's last bar, where causal attention cannot see it.
     """
     candles = np.zeros((len(contexts), bars, CANDLE_CHANNELS), np.float32)
     stamps = np.zeros((len(contexts), bars, len(STAMP_SIZES)), np.int64)

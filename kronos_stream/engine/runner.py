@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kronos_stream.channels import CLOSE
+from kronos_stream.channels import CLOSE, PRICES
 from kronos_stream.engine.context import PreparedContext
 from kronos_stream.engine.decode import Decoder, Group
 from kronos_stream.engine.dense import Scratch
@@ -21,21 +21,18 @@ from kronos_stream.engine.sampling import Sampling
 from kronos_stream.engine.weights import PredictorWeights, TokenizerWeights
 from kronos_stream.model.inputs import denormalise
 
-PRICES = slice(0, 4)
-"""Columns of a candle that an anchor scales."""
-
 MAX_ANCHOR_RATIO = 2.0
-"""A tokenizer that rounds the close by more than this factor has lost the scale to correct by."""
+"""Beyond this factor the decoded close is not comparable, and no anchor is applied."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Shapes tuned to a kind of device; they change results by rounding at most.
+    """Sizes tuned to a kind of device; they change results at most by rounding.
 
     bucket: contexts are padded to a multiple of this many bars.
     prefix_rows: bars prefilled together (at least one context).
     decode_rows: bars detokenised together.
-    kept: buffers of how many chunk shapes are kept for the next call.
+    cached_decoders: maximum number of chunk shapes whose buffers are kept for later calls.
     """
 
     bucket: int
@@ -44,9 +41,9 @@ class Tuning:
     cached_decoders: int
 
 
-# On the CPU as many rows as outweigh the calls and stay in a core's cache.
+# CPU: enough rows to outweigh the call overhead, few enough to stay in a core's cache.
 CPU_TUNING = Tuning(bucket=8, prefix_rows=512, decode_rows=1024, cached_decoders=4)
-# Elsewhere each kept shape saves a graph's capture; what they may hold is bounded by the budget.
+# Accelerators: each cached decoder saves a graph capture; the budget limits their memory.
 ACCELERATOR_TUNING = Tuning(bucket=64, prefix_rows=16384, decode_rows=65536, cached_decoders=32)
 
 
@@ -60,7 +57,7 @@ class SampledPaths:
 
 
 class Runner:
-    """Folded weights, and the buffers that calls of recurring shapes share."""
+    """Executes calls with folded weights and reuses buffers for recurring shapes."""
 
     def __init__(
         self,
@@ -89,7 +86,7 @@ class Runner:
         anchor: bool,
         on_stage: Callable[[Stage], None],
     ) -> Iterator[dict[int, SampledPaths]]:
-        """The draws of each chunk as it is done, by the context's index in ``prepared``.
+        """Yield the sampled paths of each chunk when done, by the context's index in ``prepared``.
 
         keys: (contexts, 4) noise keys, on the CPU.
         """
@@ -112,7 +109,7 @@ class Runner:
                         candles[i].append(own_candles[slot])
                         tokens[i].append(own_tokens[slot])
             on_stage("done")
-            # Kept only now: a decoder that failed, out of memory say, is dropped whole.
+            # Kept only now: after a failure, such as out of memory, the decoder is discarded.
             self.decoders[key] = decoder
             yield {
                 i: SampledPaths(
@@ -124,7 +121,7 @@ class Runner:
             }
 
     def _decoder_for(self, key: tuple[tuple[Shape, ...], Sampling]) -> Decoder:
-        """Buffers for these shapes: kept, because the same batch comes at every bar close."""
+        """Return the kept decoder of these shapes, which recur at every bar close, or a new one."""
         shapes, sampling = key
         decoder = self.decoders.pop(key, None)
         if decoder is not None:
@@ -132,7 +129,7 @@ class Runner:
         room = self.planner.budget - self.planner.cost(shapes)
         while self.decoders and (
             len(self.decoders) >= self._tuning.cached_decoders
-            or sum(self.planner.cost(kept) for kept, _ in self.decoders) > room
+            or sum(self.planner.cost(cached) for cached, _ in self.decoders) > room
         ):
             self.decoders.popitem(last=False)
         return Decoder(shapes, self._predictor, self._tokenizer, sampling)
@@ -155,7 +152,7 @@ class Runner:
             )
 
     def _keys(self, decoder: Decoder, chunk: Chunk, keys: torch.Tensor) -> torch.Tensor:
-        """Noise keys in the decoder's order, 0 for slots without a context."""
+        """Return the noise keys in the decoder's order, 0 for slots without a context."""
         ordered = []
         for group, members in zip(decoder.groups, chunk.members, strict=True):
             padding = torch.zeros(group.shape.contexts - len(members), 4, dtype=torch.long)
@@ -170,7 +167,7 @@ class Runner:
         *,
         anchor: bool,
     ) -> list[NDArray[np.float32]]:
-        """Tokens (B, P, H, 2) to price units, (P, H, 6) for each of the members."""
+        """Convert tokens (B, P, H, 2) to candles in price units, (P, H, 6) for each member."""
         normalised = detokenise(
             self._tokenizer,
             group.prefix,
@@ -189,8 +186,8 @@ class Runner:
 
 
 def _anchor_ratio(item: PreparedContext, origin_close: np.float32) -> np.float32:
-    """Actual over decoded close of the origin bar; 1 where the two have no common scale."""
-    row = np.full(len(item.mean), origin_close)  # of which the close matters
+    """Return actual / decoded close of the origin bar; 1 beyond MAX_ANCHOR_RATIO."""
+    row = np.full(len(item.mean), origin_close)  # only the close is used
     decoded = float(denormalise(row, item.mean, item.std)[CLOSE])
     ratio = item.last_close / decoded if decoded else 0.0
     return np.float32(ratio if 1 / MAX_ANCHOR_RATIO <= ratio <= MAX_ANCHOR_RATIO else 1.0)

@@ -1,8 +1,8 @@
-"""Plain generation on the modules themselves: every step recomputes the whole window.
+"""Uncached generation on the unfolded modules: every step recomputes the whole window.
 
-Slow and simple. It is exact where the caches are not, past ``max_context``, where the window
-slides and every position changes; it is what the cached engine is tested against; and it is the
-straightforward loop that ``kronos-stream bench`` compares with.
+Slow and simple. It is exact beyond ``max_context``, where the window slides, every position changes
+and the caches are invalid. It is also the reference in tests of the cached engine and the baseline
+of ``kronos-stream bench``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def generate(
     sampling: Sampling,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Continue B windows along P paths each by H bars, sliding past ``max_context``.
+    """Continue B windows by H bars on P paths each; the window slides beyond ``max_context``.
 
     candles: (B, L, 6) normalised; stamps: (B, L + H, 5); uniforms: (H, 2, B, P).
     Returns normalised candles (B, P, H, 6) and tokens (B, P, H, 2). The modules must be in eval

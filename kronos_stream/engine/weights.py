@@ -1,13 +1,12 @@
 """Inference weights, folded and fused from the two networks once, at load time.
 
-* Token embedding and fusion are linear, so each level's embedding table goes through its half of
-  the fusion once: an input is two rows and a time embedding added up. The tokenizer decoder's
-  input likewise.
-* The s2 query depends on s1 alone: it is a table too.
-* q, k, v are one product, w1 and w3 another; the softmax scale lives in the q weights.
-* The heads are float32 whatever the trunk is: rounding their logits to bf16 would flip twice as
-  many tokens.
-* Rows of q and k are reordered so that a rotary pair is adjacent: one complex multiplication.
+* Token embedding and fusion are linear, so each level's embedding table is multiplied once by its
+  half of the fusion: an input is the sum of two rows and a time embedding. The same applies to the
+  input of the tokenizer's decoder.
+* The s2 query depends only on s1, so it is also a table.
+* q, k and v are one product, w1 and w3 another; the softmax scale is part of the q weights.
+* The heads are always float32: rounding their logits to bf16 would flip twice as many tokens.
+* Rows of q and k are reordered so that rotary pairs are adjacent: one complex multiplication.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Placement(NamedTuple):
         return Dense(weight, bias, device=self.device, dtype=self.dtype, limits=self.limits)
 
     def table(self, values: Tensor) -> Tensor:
-        """A float32 table: sums over it stay in float32."""
+        """Convert to a float32 table, so that sums over it are float32."""
         return values.detach().float().contiguous().to(self.device)
 
 
@@ -77,10 +76,10 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class PredictorWeights:
-    """The predictor, folded."""
+    """Folded weights of the predictor."""
 
     stack: Stack
-    s1_table: Tensor  # (V1, d): its share of the fused token embedding, bias included
+    s1_table: Tensor  # (V1, d): share of the fused token embedding, with bias
     s2_table: Tensor  # (V2, d)
     time_tables: tuple[Tensor, ...]  # five of (rows, d)
     norm: Tensor  # (d,)
@@ -90,24 +89,24 @@ class PredictorWeights:
     s2_out: Dense  # d -> d
     s2_norm: Tensor  # (d,)
     s2_head: Dense  # d -> V2, float32
-    min_rows: int  # a step's rows are padded to this many
+    min_rows: int  # minimum number of rows of a step; fewer are padded
 
     def time_embedding(self, stamps: Tensor) -> Tensor:
-        """Stamps (..., 5) int64 to (..., d) float32."""
+        """Embed stamps (..., 5) int64 as (..., d) float32."""
         columns = zip(self.time_tables, stamps.unbind(-1), strict=True)
         return torch.stack([table[column] for table, column in columns]).sum(0)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerWeights:
-    """The tokenizer, folded: always float32 for the encoder, whose output is signs."""
+    """Folded weights of the tokenizer; the encoder is always float32, since its output is signs."""
 
     encoder: Stack
     embed: Dense  # 6 -> d
     code: Dense  # d -> bits
     s1_bits: int
     decoder: Stack
-    s1_table: Tensor  # (2^s1_bits, d), bias included
+    s1_table: Tensor  # (2^s1_bits, d), with bias
     s2_table: Tensor  # (2^s2_bits, d)
     head: Dense  # d -> 6
 
@@ -149,7 +148,7 @@ def fold_predictor(
 def fold_tokenizer(
     model: Tokenizer, device: torch.device, dtype: torch.dtype, positions: int
 ) -> TokenizerWeights:
-    """Fold a tokenizer; the encoder is float32 whatever ``dtype`` the decoder has."""
+    """Fold a tokenizer; ``dtype`` applies to the decoder, the encoder is float32."""
     model = _on_cpu(model)
     exact = _placement(device, torch.float32, (model,))
     at = _placement(device, dtype, (model,))
@@ -169,14 +168,14 @@ def fold_tokenizer(
 
 
 def rotation_table(head_dim: int, positions: int) -> Tensor:
-    """Unit complex numbers (positions, head_dim / 2): angle = position / base^(2i / head_dim)."""
+    """Unit complex numbers (positions, head_dim / 2): angle position / base^(2i / head_dim)."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = torch.arange(positions).float()[:, None] * (1.0 / ROPE_BASE**exponent)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def _on_cpu(model: _Model) -> _Model:
-    """``model``, or a copy of one that lies elsewhere: folding is in float64, which MPS lacks."""
+    """Return ``model`` on the CPU, copied if necessary: folding uses float64, which MPS lacks."""
     if all(parameter.device.type == "cpu" for parameter in model.parameters()):
         return model
     return deepcopy(model).cpu()
@@ -189,7 +188,7 @@ def _placement(device: torch.device, dtype: torch.dtype, models: Sequence[nn.Mod
 
 
 def _product_shapes(models: Sequence[nn.Module]) -> set[tuple[int, int]]:
-    """(in, out) of the products as they are fused here."""
+    """Return (in, out) of the fused products."""
     shapes = set()
     for module in (m for model in models for m in model.modules()):
         if isinstance(module, Block):
@@ -238,11 +237,11 @@ def _scaled(layer: nn.Linear, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _pair_up(rows: Tensor, heads: int) -> Tensor:
-    """Within each head, reorder the halves (x1, x2) to pairs: (h 2 i, ...) to (h i 2, ...)."""
+    """Reorder the halves (x1, x2) of each head to pairs: (h 2 i, ...) to (h i 2, ...)."""
     pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2)
     return pairs.flatten(0, 2)
 
 
 def _signs(bits: int) -> Tensor:
-    """Every code of ``bits`` bits as +-1: (2^bits, bits)."""
+    """Return every code of ``bits`` bits as +-1: (2^bits, bits)."""
     return (unpack_bits(torch.arange(2**bits), bits) * 2 - 1).double()

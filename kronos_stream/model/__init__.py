@@ -1,4 +1,4 @@
-"""The Kronos model as plain modules: tokenizer, predictor and their checkpoints.
+"""Kronos model: tokenizer, predictor and their checkpoints.
 
 Architecture after "Kronos: A Foundation Model for the Language of Financial Markets"
 (arXiv 2508.02739). Parameter names are those of the published checkpoints.

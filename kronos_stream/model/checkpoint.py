@@ -22,30 +22,30 @@ _Module = TypeVar("_Module", Tokenizer, Predictor)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "model.json"
-"""Beside a bundled model's predictor/ and tokenizer/: what holds for both."""
+"""Properties of a bundled model, in the folder that holds predictor/ and tokenizer/."""
 
 PINNED_REVISIONS = {
     "NeoQuasar/Kronos-small": "901c26c1332695a2a8f243eb2f37243a37bea320",
     "NeoQuasar/Kronos-Tokenizer-base": "0e0117387f39004a9016484a186a908917e22426",
 }
-"""Hub commits used where the caller names none."""
+"""Hub commits used if the caller gives no revision."""
 
 MATCHING_TOKENIZER = {
     "NeoQuasar/Kronos-mini": "NeoQuasar/Kronos-Tokenizer-2k",
     "NeoQuasar/Kronos-small": "NeoQuasar/Kronos-Tokenizer-base",
     "NeoQuasar/Kronos-base": "NeoQuasar/Kronos-Tokenizer-base",
 }
-"""The tokenizer each published predictor was trained with."""
+"""Tokenizer with which each published predictor was trained."""
 
 PUBLISHED_CONTEXT = {
     "NeoQuasar/Kronos-mini": 2048,
     "NeoQuasar/Kronos-small": 512,
     "NeoQuasar/Kronos-base": 512,
 }
-"""Bars each published predictor was trained on."""
+"""Window in bars on which each published predictor was trained."""
 
 BUNDLED_FOLDER = Path(__file__).parent.parent / "checkpoints"
-"""Checkpoints that ship in the package, by folder name."""
+"""Folder of the checkpoints that are part of the package."""
 
 
 _REFETCH_HINT = "fetch or copy the checkpoint again"
@@ -66,7 +66,7 @@ class ModelLocation:
     predictor: CheckpointLocation
     tokenizer: CheckpointLocation
     max_context: int | None
-    """Bars the model was trained on, where the checkpoint or its publisher says so."""
+    """Window in bars on which the model was trained; None if unknown."""
 
 
 class CheckpointError(Exception):
@@ -79,7 +79,7 @@ def find_model(
     revision: str | None = None,
     tokenizer_revision: str | None = None,
 ) -> ModelLocation:
-    """Resolve a model's name: a bundled one, a folder with both halves, a predictor, a hub id."""
+    """Resolve a bundled model's name, a folder with both networks, a predictor or a hub id."""
     folder = Path(model)
     if not folder.is_dir() and (BUNDLED_FOLDER / str(model)).is_dir():
         folder = BUNDLED_FOLDER / str(model)
@@ -92,7 +92,7 @@ def find_model(
     matching = tokenizer or MATCHING_TOKENIZER.get(str(model))
     if matching is None:
         raise CheckpointError(
-            f"{model}: which tokenizer? Name it, or give a folder that holds predictor/ and "
+            f"{model}: no tokenizer given; name one, or give a folder that holds predictor/ and "
             "tokenizer/, or a name such as nano or NeoQuasar/Kronos-small"
         )
     return ModelLocation(
@@ -130,7 +130,7 @@ def load_predictor(source: str | Path, revision: str | None = None) -> Predictor
 
 
 def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
-    """Write ``module`` in the published layout; each file appears whole or not at all."""
+    """Write ``module`` in the published layout; each file is replaced atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(module.config.to_dict(), indent=2) + "\n"
@@ -147,9 +147,9 @@ def save(module: Tokenizer | Predictor, folder: str | Path) -> Path:
 
 
 def fetch_checkpoint(source: str | Path, revision: str | None = None, *, part: str = "") -> Path:
-    """The local folder of a checkpoint, fetched from the hub (or its cache) if need be.
+    """Return the local folder of a checkpoint, downloaded from the hub if it is not cached.
 
-    half: "predictor" or "tokenizer", to take of a folder or a bundled model that holds both.
+    part: "predictor" or "tokenizer", the network to take from a folder that holds both.
     """
     name = str(source)
     for folder in (Path(source), BUNDLED_FOLDER / name):
@@ -164,7 +164,7 @@ def fetch_checkpoint(source: str | Path, revision: str | None = None, *, part: s
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    # Imported here: a checkpoint in a folder needs no hub library.
+    # Imported here: loading from a folder requires no hub library.
     try:
         from huggingface_hub import snapshot_download, try_to_load_from_cache
     except ImportError:
@@ -175,12 +175,12 @@ def _from_hub(name: str, revision: str | None) -> Path:
     wanted = [CONFIG_FILE, WEIGHTS_FILE]
     try:
         if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-            # A commit never changes: what the cache has of it needs no network, nor waits for it.
+            # A commit never changes, so its cached files are used without a network request.
             cached = [try_to_load_from_cache(name, file, revision=revision) for file in wanted]
             if all(isinstance(path, str) for path in cached):
                 return Path(str(cached[0])).parent
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub client raises errors of many libraries
+    except Exception as error:  # the hub client raises errors of several libraries
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise CheckpointError(
             f"{name}{f' at {revision}' if revision else ''}: neither the hub nor its local cache "
@@ -192,7 +192,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(
-            f"{folder}: no {CONFIG_FILE}, so not a checkpoint folder; give the folder that holds "
+            f"{folder}: no {CONFIG_FILE}; not a checkpoint folder: give the folder that holds "
             f"{CONFIG_FILE} and {WEIGHTS_FILE}"
         )
     return _json_object(folder / CONFIG_FILE)
@@ -224,12 +224,12 @@ def _load_weights(module: _Module, folder: Path) -> _Module:
     path = folder / WEIGHTS_FILE
     try:
         weights = load_file(path)
-        # Half-precision files (small to ship) are computed with in fp32 unless asked otherwise.
+        # Half-precision files save space; computation is in fp32 by default.
         weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
         module.load_state_dict(weights)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: no {WEIGHTS_FILE}, so not a whole checkpoint; {_REFETCH_HINT}"
+            f"{folder}: no {WEIGHTS_FILE}; incomplete checkpoint: {_REFETCH_HINT}"
         ) from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Constructor arguments of the two networks, as stored in a checkpoint's ``config.json``.
+"""Configuration of the two networks, as stored in a checkpoint's ``config.json``.
 
 Sizes of the published models: table 2 of arXiv 2508.02739 and the hub's ``config.json`` files.
 """
@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 CANDLE_CHANNELS = 6
-"""open, high, low, close, volume, amount: the order the model was trained on."""
+"""open, high, low, close, volume, amount, in this order."""
 
 S2_HEADS = 4
-"""Heads of the s2 cross-attention: fixed by the architecture, whatever ``n_heads`` is."""
+"""Heads of the s2 cross-attention: fixed by the architecture, independent of ``n_heads``."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Config:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Take the known fields of ``raw``; ignore the others, refuse missing ones."""
+        """Build from the known fields of ``raw``; raise ValueError for missing ones."""
         known = {f.name: f for f in fields(cls)}
         try:
             return cls(**{name: raw[name] for name in known if name in raw})
@@ -36,9 +36,9 @@ class _Config:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerConfig(_Config):
-    """The tokenizer: candles to s1 (coarse) and s2 (fine) tokens and back.
+    """Configuration of the tokenizer, which converts candles to s1 (coarse) and s2 (fine) tokens.
 
-    ``n_enc_layers`` and ``n_dec_layers`` count the embedding too: one block less exists.
+    ``n_enc_layers`` and ``n_dec_layers`` include the embedding, so there is one block fewer.
     """
 
     d_model: int
@@ -70,7 +70,7 @@ class TokenizerConfig(_Config):
 
 @dataclass(frozen=True, slots=True)
 class PredictorConfig(_Config):
-    """The decoder over tokens. Time embeddings are always the learned ones."""
+    """Configuration of the predictor. Only learned time embeddings are supported."""
 
     s1_bits: int
     s2_bits: int
@@ -88,7 +88,17 @@ class PredictorConfig(_Config):
         self._check_heads(self.d_model, self.n_heads)
         self._check_heads(self.d_model, S2_HEADS)
         if not self.learn_te:
-            raise ValueError("learn_te=false: fixed time embeddings are in no published checkpoint")
+            raise ValueError("learn_te=false: fixed time embeddings are not supported")
+
+
+def check_matching_bits(predictor: PredictorConfig, tokenizer: TokenizerConfig) -> None:
+    """Raise ValueError if the networks' tokens have different sizes."""
+    if (predictor.s1_bits, predictor.s2_bits) != (tokenizer.s1_bits, tokenizer.s2_bits):
+        raise ValueError(
+            f"the predictor's tokens have {predictor.s1_bits}+{predictor.s2_bits} bits, the "
+            f"tokenizer's {tokenizer.s1_bits}+{tokenizer.s2_bits}; use the tokenizer with which "
+            "the predictor was trained"
+        )
 
 
 def _published(n_layers: int, d_model: int, ff_dim: int, n_heads: int) -> PredictorConfig:
@@ -101,7 +111,7 @@ PUBLISHED_PREDICTORS = {
     "base": _published(12, 832, 2048, 16),
     "large": _published(18, 1664, 3072, 32),
 }
-"""Predictor sizes by name. ``large`` was described but never published."""
+"""Predictor sizes by name; the weights of ``large`` are not published."""
 
 PUBLISHED_TOKENIZER = TokenizerConfig(
     d_model=256, n_heads=4, ff_dim=512, n_enc_layers=4, n_dec_layers=4, s1_bits=10, s2_bits=10

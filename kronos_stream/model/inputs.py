@@ -1,6 +1,6 @@
-"""Model inputs: normalised candles and time stamps, and the way back. Uses numpy only.
+"""Model inputs: normalisation of candles, its inverse, and time stamps. Uses numpy only.
 
-The operations and their order are the reference's: a bit of a token can hang on a bit here.
+Operations and their order are those of the reference: rounding here can change a token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def fill_missing_channels(values: _Numbers) -> _Numbers:
 
 
 def normalise(values: Floats, clip: float = CLIP) -> tuple[Floats, Floats, Floats]:
-    """Mean (6,), std (6,) and clipped z-scores (L, 6) over the whole window, in float32."""
+    """Return mean (6,), std (6,) and clipped z-scores (L, 6) over the whole window, in float32."""
     mean: Floats = np.mean(values, axis=0)
     std: Floats = np.std(values, axis=0)
     return mean, std, np.clip((values - mean) / (std + STD_FLOOR), -clip, clip).astype(np.float32)
@@ -45,7 +45,7 @@ def denormalise(values: Floats, mean: Floats, std: Floats) -> Floats:
 def time_stamps(times: Ints) -> Ints:
     """Minute, hour, weekday (Monday 0), day of month and month of ms since 1970: (...) to (..., 5).
 
-    UTC, or the clock of a time zone if its offset has been added.
+    Of UTC, or of a time zone if its offset has been added.
     """
     days = times // _DAY_MS
     minutes = times % _DAY_MS // _MINUTE_MS

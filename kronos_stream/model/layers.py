@@ -1,4 +1,4 @@
-"""Building blocks both networks share: RMSNorm, rotary attention, SwiGLU, the pre-norm block."""
+"""Layers of both networks: RMSNorm, rotary attention, SwiGLU, pre-norm block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROPE_BASE = 10000.0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32 whatever the input's type."""
+    """Root-mean-square norm, always computed in fp32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         return out
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, S, d) to (B, heads, S, head_dim)."""
+        """Split (B, S, d) to (B, heads, S, head_dim)."""
         return x.view(*x.shape[:-1], self.n_heads, -1).transpose(1, 2)
 
 
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.ffn = SwiGLU(d_model, ff_dim, ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, d) to (B, S, d)."""
+        """Map (B, S, d) to (B, S, d)."""
         x = x + self.self_attn(self.norm1(x))
         out: Tensor = x + self.ffn(self.norm2(x))
         return out

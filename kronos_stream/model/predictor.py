@@ -1,4 +1,4 @@
-"""The predictor: a decoder over (s1, s2) token pairs, one pair per candle."""
+"""Predictor: a decoder over (s1, s2) token pairs, one pair per candle."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from kronos_stream.model.config import S2_HEADS, PredictorConfig
 from kronos_stream.model.layers import Attention, Block, RMSNorm
 
 STAMP_SIZES = {"minute": 60, "hour": 24, "weekday": 7, "day": 32, "month": 13}
-"""Columns of a stamp, in order, and the rows of their embedding tables."""
+"""Columns of a time stamp, in order, with the number of rows of their embedding tables."""
 
 
 class TokenEmbedding(nn.Module):
-    """Both tokens' embeddings, scaled by sqrt(d) and fused to one vector."""
+    """Embeddings of both tokens, scaled by sqrt(d) and fused to one vector."""
 
     def __init__(self, s1_bits: int, s2_bits: int, d_model: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class TimeEmbedding(nn.Module):
             self.add_module(f"{name}_embed", nn.Embedding(rows, d_model))
 
     def forward(self, stamps: Tensor) -> Tensor:
-        """Stamps (..., 5) int64 to (..., d)."""
+        """Embed stamps (..., 5) int64 as (..., d)."""
         tables = (self.get_submodule(f"{name}_embed") for name in STAMP_SIZES)
         parts = [table(column) for table, column in zip(tables, stamps.unbind(-1), strict=True)]
         return torch.stack(parts).sum(0)
@@ -52,7 +52,7 @@ class DependencyLayer(nn.Module):
         self.norm = RMSNorm(d_model)
 
     def forward(self, hidden: Tensor, s1_embedded: Tensor, *, rotate: bool, causal: bool) -> Tensor:
-        """(B, T, d) and s1_embedded (B, S, d), with S = 1 or T, to (B, T, d)."""
+        """Map (B, T, d) and s1_embedded (B, S, d), with S = 1 or T, to (B, T, d)."""
         attended = self.cross_attn(s1_embedded, hidden, rotate=rotate, causal=causal)
         out: Tensor = self.norm(hidden + attended)
         return out
@@ -92,7 +92,7 @@ class Predictor(nn.Module):
         self.head = Head(c.s1_bits, c.s2_bits, c.d_model)
 
     def hidden(self, s1: Tensor, s2: Tensor, stamps: Tensor | None) -> Tensor:
-        """Tokens (B, S) and stamps (B, S, 5), if any, to the trunk's states (B, S, d)."""
+        """Map tokens (B, S) and stamps (B, S, 5), if any, to the trunk's states (B, S, d)."""
         x = self.embedding(s1, s2)
         if stamps is not None:
             x = x + self.time_emb(stamps)
@@ -103,17 +103,17 @@ class Predictor(nn.Module):
         return out
 
     def s1_logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) to (..., 2^s1_bits)."""
+        """Map (..., d) to (..., 2^s1_bits)."""
         out: Tensor = self.head.proj_s1(hidden)
         return out
 
     def s2_logits(
         self, hidden: Tensor, s1: Tensor, *, rotate: bool = False, causal: bool = True
     ) -> Tensor:
-        """s2 logits at every position for s1 tokens there: (B, T, d), (B, T) to (B, T, 2^s2_bits).
+        """s2 logits at every position, given its s1 token: (B, T, d), (B, T) to (B, T, 2^s2_bits).
 
-        The default is what inference serves: unrotated, causal. ``rotate=True`` is the
-        reference's training mode, for checkpoints trained that way.
+        The default, unrotated and causal, is that of inference. ``rotate=True`` is the training
+        mode of the reference.
         """
         out: Tensor = self.head.proj_s2(
             self.dep_layer(hidden, self.embedding.emb_s1(s1), rotate=rotate, causal=causal)
@@ -130,6 +130,6 @@ class Predictor(nn.Module):
     def forward(
         self, s1: Tensor, s2: Tensor, stamps: Tensor, s1_next: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced logits (B, S, 2^bits) of both levels, as served."""
+        """Teacher-forced logits (B, S, 2^bits) of both levels, in the mode of inference."""
         hidden = self.hidden(s1, s2, stamps)
         return self.s1_logits(hidden), self.s2_logits(hidden, s1_next)

@@ -1,4 +1,4 @@
-"""The tokenizer: a causal autoencoder whose bottleneck is one sign per bit."""
+"""Tokenizer: a causal autoencoder whose bottleneck is one sign per bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kronos_stream.model.layers import Block
 
 
 class TokenizerOutput(NamedTuple):
-    """What training needs of one pass; shapes (B, S, ...)."""
+    """Results of a training pass; shapes (B, S, ...)."""
 
     coarse: Tensor
     """Candles from the s1 bits alone, (B, S, d_in)."""
@@ -26,7 +26,7 @@ class TokenizerOutput(NamedTuple):
 
 
 class BinaryQuantiser(nn.Module):
-    """Holds the two constant buffers that published checkpoints carry."""
+    """Two constant buffers, unused, that published checkpoints contain."""
 
     def __init__(self, bits: int, group_size: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class BinaryQuantiser(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Candles in normalised units to token pairs and back. Encoder and decoder are causal."""
+    """Converts normalised candles to token pairs and back. Encoder and decoder are causal."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -65,14 +65,14 @@ class Tokenizer(nn.Module):
         self.tokenizer = nn.ModuleDict({"bsq": BinaryQuantiser(c.code_bits, c.group_size)})
 
     def unit_code(self, x: Tensor) -> Tensor:
-        """Normalised candles (B, S, d_in) to the code on the unit sphere (B, S, bits)."""
+        """Encode normalised candles (B, S, d_in) on the unit sphere (B, S, bits)."""
         z = self.embed(x)
         for block in self.encoder:
             z = block(z)
         return F.normalize(self.quant_embed(z), dim=-1)
 
     def tokenise(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised candles (B, S, d_in) to int64 tokens s1, s2, each (B, S)."""
+        """Encode normalised candles (B, S, d_in) to int64 tokens s1, s2, each (B, S)."""
         bits = self.unit_code(x) > 0
         return (
             pack_bits(bits[..., : self.config.s1_bits]),
@@ -80,11 +80,11 @@ class Tokenizer(nn.Module):
         )
 
     def detokenise(self, s1: Tensor, s2: Tensor) -> Tensor:
-        """Tokens, each (B, S), to normalised candles (B, S, d_in)."""
+        """Decode tokens, each (B, S), to normalised candles (B, S, d_in)."""
         return self.decode_code(self.code(s1, s2))
 
     def code(self, s1: Tensor, s2: Tensor) -> Tensor:
-        """Tokens, each (...), to the quantised code (..., bits) of +-1/sqrt(bits)."""
+        """Convert tokens, each (...), to the quantised code (..., bits) of +-1/sqrt(bits)."""
         c = self.config
         bits = torch.cat((unpack_bits(s1, c.s1_bits), unpack_bits(s2, c.s2_bits)), dim=-1)
         signs = bits.to(self.head.weight.dtype) * 2 - 1
@@ -101,20 +101,20 @@ class Tokenizer(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> TokenizerOutput:
-        """The training pass over normalised candles (B, S, d_in)."""
+        """Run the training pass over normalised candles (B, S, d_in)."""
         unit = self.unit_code(x)
         signs = torch.where(unit > 0, 1.0, -1.0).type_as(unit)
-        # Scaled after the straight-through step, so the gradient shrinks too: as the reference.
+        # As in the reference, scaled after the straight-through step, which scales the gradient.
         quantised = (unit + (signs - unit).detach()) * unit.shape[-1] ** -0.5
         coarse = self.decode_code(quantised[..., : self.config.s1_bits])
         return TokenizerOutput(coarse, self.decode_code(quantised), unit, quantised)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Booleans (..., n) to int64 (...): bit j weighs 2^j."""
+    """Pack booleans (..., n) to int64 (...): bit j has the value 2^j."""
     return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
 
 
 def unpack_bits(index: Tensor, n: int) -> Tensor:
-    """int64 (...) to 0/1 int64 (..., n): the inverse of :func:`pack_bits`."""
+    """Unpack int64 (...) to 0/1 int64 (..., n): the inverse of :func:`pack_bits`."""
     return (index[..., None] >> torch.arange(n, device=index.device)) & 1

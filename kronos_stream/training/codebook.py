@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DEAD_BIT_SHARE = 0.005
-"""A bit that has one value in all but this share of bars carries nothing."""
+"""A bit is dead if fewer than this share of bars have the other value."""
 
 COLLAPSE_SHARE = 0.05
 """A level whose perplexity is below this share of its codes has collapsed."""
@@ -17,7 +17,7 @@ COLLAPSE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class CodebookUsage:
-    """Usage over held-out bars; shares of the codes that many bars could show at all."""
+    """Usage over held-out bars; shares of the codes that so many bars can use at most."""
 
     bars: int
     s1_used: float
@@ -47,7 +47,7 @@ class CodebookUsage:
                 reasons.append(f"{level} perplexity {perplexity:.1f} of {codes} codes")
         if not reasons:
             return None
-        return "the codebook collapses: " + ", ".join(reasons) + "; raise zeta or entropy_scale"
+        return "the codebook is collapsing: " + ", ".join(reasons) + "; raise zeta or entropy_scale"
 
 
 def measure_usage(s1: Tensor, s2: Tensor, s1_bits: int, s2_bits: int) -> CodebookUsage:

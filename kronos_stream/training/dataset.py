@@ -1,8 +1,8 @@
-"""Windows of real candles: from files of any kind, larger than memory, split by time.
+"""Windows of candles from files, split by time into training, validation and test data.
 
 Files are read once, one after the other, into a flat store on disk that training maps into
-memory, so a set may be larger than memory (one file may not). The store holds stretches
-without a gap, and windows are taken from within one stretch.
+memory, so a data set may be larger than memory (a single file may not). The store holds segments
+without gaps; a window lies within one segment.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INDEX, _TIMES, _VALUES = "index.json", "times.i64", "values.f64"
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch in the store: rows ``start`` to ``start + bars``."""
+    """A segment without gaps: rows ``start`` to ``start + bars``."""
 
     start: int
     bars: int
@@ -44,10 +44,10 @@ class Segment:
 
 
 class CandleDataset:
-    """All windows of ``window`` bars without a gap, in three parts by time.
+    """All windows of ``window`` bars without a gap, split by time into three parts.
 
-    The borders are the same moments for every file, since markets move together: a window of
-    one part shares no moment with one of another, and one window's length lies between.
+    All files are split at the same times, because markets are correlated: windows of different
+    parts do not overlap in time and are at least one window apart.
     """
 
     def __init__(
@@ -73,9 +73,9 @@ class CandleDataset:
         valid_share: float = 0.1,
         test_share: float = 0.1,
     ) -> CandleDataset:
-        """Read ``paths`` (files and folders) into ``store``, unless it holds them already.
+        """Read ``paths`` (files and folders) into ``store``, unless the store is current.
 
-        Raises CandleFileError or TrainingError, and then leaves no store behind.
+        Raises CandleFileError or TrainingError; a file that cannot be read leaves no store behind.
         """
         files = [file for path in paths for file in _expand(path)]
         fingerprint = [_fingerprint(file) for file in files] + [str(timeframe)]
@@ -89,23 +89,23 @@ class CandleDataset:
                 part.rename(store)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-                with suppress(OSError):  # a folder made for a bad file would be left empty
+                with suppress(OSError):  # remove the folder if it was created for a bad file
                     part.parent.rmdir()
         dataset = cls(store, window, valid_share=valid_share, test_share=test_share)
         if not dataset.source("train", 0):
             longest = max((s.bars for s in dataset.segments), default=0)
             raise TrainingError(
-                f"no window of {window} bars to train on: the longest stretch without a gap has "
+                f"no window of {window} bars to train on: the longest segment without a gap has "
                 f"{longest} bars, some of them held out; give more data or a smaller window"
             )
         return dataset
 
     def source(self, split: Split, seed: int) -> FileWindows | None:
-        """Windows of one part, None where it has none."""
+        """Windows of one part; None if it has none."""
         low, high = self._bounds(split)
         starts, counts = [], []
         for segment in self.segments:
-            # First bars a window of this part may start at, by row of the store.
+            # First and last start of a window of this part, relative to the segment.
             times = self._times[segment.start : segment.start + segment.bars]
             embargo = 0 if split == "train" else self.window * segment.step_ms
             first = int(np.searchsorted(times, low + embargo)) if low is not None else 0
@@ -125,7 +125,7 @@ class CandleDataset:
 
 
 class FileWindows:
-    """A source that draws every window of its part alike."""
+    """Source that draws the windows of one part with equal probability."""
 
     def __init__(
         self,
@@ -144,12 +144,12 @@ class FileWindows:
         return int(self._ends[-1])
 
     def draw(self, step: int, batch: int, rows: NDArray[np.int64]) -> Windows:
-        """Rows of the batch of ``step``."""
+        """Return the given rows of the batch of ``step``."""
         picks = step_rng(self._seed, step, 2).integers(len(self), size=batch)[rows]
         return self.gather(picks)
 
     def gather(self, picks: NDArray[np.int64]) -> Windows:
-        """The windows of these numbers, each below ``len``."""
+        """Return the windows with these indices, each below ``len``."""
         which = np.searchsorted(self._ends, picks, side="right")
         before = np.concatenate(([0], self._ends[:-1]))[which]
         rows = (self._starts[which] + picks - before)[:, None] + np.arange(self._window)
@@ -161,7 +161,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(_SUFFIXES))
     if not files:
-        raise TrainingError(f"{path}: no candle files in it ({', '.join(_SUFFIXES)})")
+        raise TrainingError(f"{path}: contains no candle files ({', '.join(_SUFFIXES)})")
     return files
 
 
@@ -177,7 +177,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _short_hash(parts: list[str]) -> str:
-    """A short name of many lines."""
+    """Short hash of several lines."""
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
@@ -217,13 +217,13 @@ def _fill(
             written.flush()
             os.fsync(written.fileno())
     if not rows:
-        raise TrainingError("the data hold no candles")
+        raise TrainingError("the data contain no candles; give other files")
     index = {"files": fingerprint, "segments": [asdict(s) for s in segments]}
     (folder / _INDEX).write_text(json.dumps(index))
 
 
 def _split_time(segments: list[Segment], share: float) -> int:
-    """The time, UTC ms, before which about ``share`` of all bars open."""
+    """Return the time, UTC ms, before which about ``share`` of all bars open."""
     low = min(s.first_ms for s in segments)
     high = max(s.last_ms + s.step_ms for s in segments)
     total = sum(s.bars for s in segments)

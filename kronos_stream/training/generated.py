@@ -1,4 +1,4 @@
-"""Windows of generated markets: an endless training set that is never seen twice."""
+"""Windows of generated markets: an endless training set without repetition."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ import numpy.typing as npt
 
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS, Candles, Market
+from kronos_stream.testing.seasonality import WEEK_MS
 from kronos_stream.training.windows import Windows, step_rng
 
 HELD_OUT_SEED = 500_000
-"""Markets from this index on are never trained on."""
+"""Index of the first held-out market; markets from here on are not used for training."""
 
 _SYMBOLS, _BARS = 64, 1024
 _STEPS_PER_MARKET = 48
 """Steps after which the oldest market of the pool is replaced by a new one."""
 
-_WEEK_MS = 7 * 86_400_000
-
 
 class GeneratedWindows:
-    """Windows from a pool of markets, one per timeframe at least, replaced one by one."""
+    """Windows from a pool of markets, at least one per timeframe, replaced one by one."""
 
     def __init__(
         self, timeframes: tuple[str, ...], window: int, seed: int, *, held_out: bool = False
@@ -31,14 +30,14 @@ class GeneratedWindows:
         for text in timeframes:
             length = Timeframe.parse(text).milliseconds
             if length is None:
-                raise ValueError(f"{text}: generated markets have bars of fixed length")
+                raise ValueError(f"{text}: generated markets need a timeframe of fixed length")
             self._steps_ms.append(length)
         self._window, self._seed, self._held_out = window, seed, held_out
         self._pool = max(len(timeframes), 6)
         self._market = lru_cache(self._pool)(self._generate)
 
     def draw(self, step: int, batch: int, rows: npt.NDArray[np.int64]) -> Windows:
-        """Rows of the batch of ``step``: neighbours come from different markets."""
+        """Return the given rows of the batch of ``step``; neighbours are from different markets."""
         rng = step_rng(self._seed, step, 2)
         newest = self._pool + step // _STEPS_PER_MARKET
         market = newest - (rng.integers(self._pool) + np.arange(batch)) % self._pool
@@ -57,4 +56,4 @@ class GeneratedWindows:
         seed = self._seed * 1_000_000 + (HELD_OUT_SEED if self._held_out else 0) + index
         weeks = int(np.random.default_rng([seed, 7]).integers(300))
         length = self._steps_ms[index % len(self._steps_ms)]
-        return Market(_SYMBOLS, length, seed=seed, start_ms=START_MS + weeks * _WEEK_MS).run(_BARS)
+        return Market(_SYMBOLS, length, seed=seed, start_ms=START_MS + weeks * WEEK_MS).run(_BARS)

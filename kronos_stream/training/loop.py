@@ -25,10 +25,10 @@ from kronos_stream.training.windows import (
 )
 
 VALIDATION_STEP = 2**31
-"""The step number under which held-out windows are drawn: far from any step of training."""
+"""Step number for drawing held-out windows; larger than any training step."""
 
 ReportCallback = Callable[[int, Mapping[str, Any]], None]
-"""Called with the step and its figures; for a progress bar or a log."""
+"""Called with each logged step and its metrics, for progress display or logging."""
 
 _CHANGEABLE_SETTINGS = {
     "steps",
@@ -45,19 +45,19 @@ _CHANGEABLE_SETTINGS = {
     "tokenizer",
     "init",
 }
-"""Settings a resumed run may differ in: they change no figure, or are the user's to know."""
+"""Settings that may differ in a resumed run: no effect on results, or deliberate changes."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """Window sources of a run; the held-out source may be missing for small data."""
+    """Window sources of a run; ``valid`` is None if there are too few held-out data."""
 
     train: WindowSource
     valid: WindowSource | None
 
 
 class Trainer:
-    """Trains one stage in a folder, from where the folder's state stands."""
+    """Trains one stage in a run folder; resumes from the state in the folder."""
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class Trainer:
         self._bad_evaluations = 0
         if settings.batch % (self._processes.world * settings.accumulate):
             raise TrainingError(
-                f"batch {settings.batch} does not split over {self._processes.world} processes "
-                f"x accumulate {settings.accumulate}"
+                f"batch {settings.batch} is not a multiple of {self._processes.world} processes x "
+                f"accumulate {settings.accumulate}"
             )
         if settings.grad_checkpoint:
             checkpoint_blocks(stage.network)
@@ -92,7 +92,7 @@ class Trainer:
         self._resume()
 
     def run(self) -> Evaluation | None:
-        """Train to the last step; returns the last evaluation, None without held-out data."""
+        """Train to the last step; return the last evaluation, None without held-out data."""
         s, result = self._settings, None
         held_out = self._held_out_batches()
         began, since = time.monotonic(), self.step
@@ -122,10 +122,10 @@ class Trainer:
         return result
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """The parts of the loss of the present step; its gradients are in the parameters."""
+        """Compute the gradients of the current step; return the parts of the loss."""
         s, world = self._settings, self._processes.world
         rows = np.arange(self._processes.rank, s.batch, world)
-        # Of this step alone, so that a resumed run draws what the first would have drawn.
+        # The seed depends only on the step, so a resumed run draws the same random numbers.
         torch.manual_seed((s.seed * 1_000_003 + self.step) * 64 + self._processes.rank)
         lookbacks = draw_lookbacks(s.seed, self.step, s.batch, s.lookback_min, s.lookback_max)
         totals: dict[str, torch.Tensor] = {}
@@ -148,7 +148,7 @@ class Trainer:
         norm = clip_gradients(self._parameters, self._settings.clip).item()
         if not np.isfinite(norm) or not np.isfinite(figures["loss"]):
             raise TrainingError(
-                f"step {self.step}: the loss is not finite; lower lr, or look at the data; "
+                f"step {self.step}: the loss is not finite; lower lr or check the data; "
                 f"the last checkpoint in {self._folder.path} is intact"
             )
         rate = self._optimisers.step(self.step)
@@ -209,7 +209,7 @@ class Trainer:
         if changed:
             raise TrainingError(
                 f"{self._folder.path} holds a run with other settings ({', '.join(changed)}); "
-                "give another folder, or the same settings to resume"
+                "resume with the same settings, or choose another folder"
             )
         self._stage.network.load_state_dict(state["network"])
         self._optimisers.restore(state["optimisers"])

@@ -14,7 +14,7 @@ from kronos_stream.model.tokenizer import TokenizerOutput, unpack_bits
 
 
 class TokenizerLoss(NamedTuple):
-    """Scalars; ``total`` is what is minimised."""
+    """Scalars; ``total`` is minimised."""
 
     coarse: Tensor
     full: Tensor
@@ -23,7 +23,7 @@ class TokenizerLoss(NamedTuple):
 
 
 class PredictorLoss(NamedTuple):
-    """Cross-entropies in nats per token; ``total`` is what is minimised."""
+    """Cross-entropies in nats per token; ``total`` is minimised."""
 
     s1: Tensor
     s2: Tensor
@@ -47,8 +47,9 @@ def tokenizer_loss(
 ) -> TokenizerLoss:
     """Reconstruction error of both codes plus the quantiser's own loss, for x (B, S, d_in).
 
-    ``weights`` (B, S) sum to 1 in every row, ``channels`` (d_in,) have mean 1; left out, all
-    weigh alike. ``scale``, ``group``, ``average``: see :func:`soft_bits`, :func:`code_entropy`.
+    ``weights`` (B, S) sum to 1 in every row, ``channels`` (d_in,) have mean 1; by default all
+    weights are equal. For ``scale``, ``group`` and ``average`` see :func:`soft_bits` and
+    :func:`code_entropy`.
     """
     coarse = _squared_error(out.coarse, x, weights, channels)
     full = _squared_error(out.full, x, weights, channels)
@@ -75,15 +76,15 @@ def bsq_loss(
     group: int = 1,
     average: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
-    """Commitment plus entropy loss of codes (B, S, bits): decided bits, varied codes."""
+    """Commitment plus entropy loss of codes (B, S, bits), for definite bits and diverse codes."""
     commitment = (quantised.detach() - unit).square().sum(-1).mean()
-    varied = code_entropy(unit, scale=scale, group=group, average=average)
-    entropy = c.gamma0 * bit_entropy(unit, scale) - c.gamma * varied
+    diversity = code_entropy(unit, scale=scale, group=group, average=average)
+    entropy = c.gamma0 * bit_entropy(unit, scale) - c.gamma * diversity
     return c.beta * commitment + c.zeta * entropy
 
 
 def bit_entropy(unit: Tensor, scale: float = 1.0) -> Tensor:
-    """Mean over positions of the summed entropies of the soft bits: low means decided."""
+    """Mean over positions of the summed entropies of the soft bits; low if bits are definite."""
     return _entropy(soft_bits(unit, scale)).sum(-1).mean()
 
 
@@ -94,17 +95,17 @@ def code_entropy(
     group: int = 1,
     average: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
-    """Summed entropies of the batch-mean soft bits: high means varied.
+    """Summed entropies of the batch-mean soft bits; high if codes are diverse.
 
     The paper groups bits and takes each group's code distribution; the reference's code
-    overwrites that distribution with the bits' own, so ``group_size`` has no effect there.
-    This follows the code, which is what the published checkpoints were trained with.
+    overwrites that distribution with that of the single bits, so ``group_size`` has no effect.
+    This function follows the code, with which the published checkpoints were trained.
 
     ``group`` above 1 is the paper's form, over all 2^group codes of every ``group`` neighbouring
-    bits: bits that say the same are balanced one by one, but not together.
+    bits. It also detects identical bits, which are balanced one by one but not jointly.
 
-    The entropy is not linear in the mean: ``average`` joins the means of processes that share
-    a batch, and must pass gradients.
+    The entropy is not linear in the mean: ``average`` averages the means of processes that
+    share a batch, and must pass gradients.
     """
     if group == 1:
         return _entropy(average(soft_bits(unit, scale).flatten(0, -2).mean(0))).sum()
@@ -118,7 +119,7 @@ def code_entropy(
 def soft_bits(unit: Tensor, scale: float = 1.0) -> Tensor:
     """Probability of each bit being 0 under the soft quantiser, (B, S, bits).
 
-    ``scale`` multiplies the reference's inverse temperature, at which all bits stay soft.
+    ``scale`` multiplies the reference's inverse temperature, at which all bits remain soft.
     """
     return torch.sigmoid(-4 * scale * unit * unit.shape[-1] ** -0.5)
 
@@ -137,7 +138,7 @@ def predictor_loss(
 ) -> PredictorLoss:
     """Next-token cross-entropy: logits (B, S, V), targets (B, S).
 
-    ``weights`` (B, S) sum to 1 in every row; left out, all positions weigh alike.
+    ``weights`` (B, S) sum to 1 in every row; by default all positions have equal weight.
     """
     s1 = _cross_entropy(s1_logits, s1_next, weights)
     s2 = _cross_entropy(s2_logits, s2_next, weights)

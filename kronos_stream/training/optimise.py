@@ -1,4 +1,4 @@
-"""Optimisers, the learning-rate schedule and what both need of a network."""
+"""Optimisers, learning-rate schedule, gradient clipping and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ Network = Tokenizer | Predictor
 class Optimisers:
     """AdamW, or Muon (Jordan 2024) for the blocks' matrices and AdamW for the rest.
 
-    Muon sets the length of every update itself, so it has a learning rate of its own; both
-    follow one schedule.
+    Muon normalises its updates, so it has a separate learning rate; both follow one schedule.
     """
 
     def __init__(self, network: Network, settings: TrainSettings) -> None:
@@ -47,7 +46,7 @@ class Optimisers:
         self._peak_rates = [s.lr, s.lr_muon]
 
     def step(self, step: int) -> float:
-        """Apply the gradients with the learning rate of ``step``; returns AdamW's rate."""
+        """Apply the gradients with the learning rate of ``step``; return AdamW's rate."""
         share = learning_rate_factor(step, self._settings)
         for optimizer, peak in zip(self._optimizers, self._peak_rates, strict=False):
             for group in optimizer.param_groups:
@@ -61,9 +60,9 @@ class Optimisers:
         return [optimizer.state_dict() for optimizer in self._optimizers]
 
     def restore(self, state: list[dict[str, object]]) -> None:
-        """The inverse of :meth:`state`."""
-        for optimizer, one in zip(self._optimizers, state, strict=True):
-            optimizer.load_state_dict(one)
+        """Restore the result of :meth:`state`."""
+        for optimizer, saved in zip(self._optimizers, state, strict=True):
+            optimizer.load_state_dict(saved)
 
 
 def learning_rate_factor(step: int, settings: TrainSettings) -> float:
@@ -76,14 +75,14 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients whose joint norm is above ``longest``; returns the norm before."""
+    """Scale gradients down to a joint norm of ``max_norm``; return the norm before."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def checkpoint_blocks(network: Network) -> None:
     """Make every block recompute its activations in the backward pass.
 
-    Set on the instances, so parameter names, and thus checkpoints, stay as they are.
+    Set on the instances, so parameter names, and therefore checkpoints, do not change.
     """
     for block in _blocks(network):
         block.forward = _CheckpointedForward(block.forward)  # type: ignore[method-assign]

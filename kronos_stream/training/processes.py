@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """Rank of this process among those that train together."""
+    """Rank of this process and number of processes that train together."""
 
     rank: int = 0
     world: int = 1
@@ -25,7 +25,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def average(self, mean: Tensor) -> Tensor:
-        """The mean of ``mean`` over processes; gradients flow to every process's part."""
+        """Average ``mean`` over processes; gradients flow to the part of every process."""
         if self.world == 1:
             return mean
         out: Tensor = _Average.apply(mean)  # type: ignore[no-untyped-call]
@@ -58,8 +58,8 @@ class ProcessGroup:
 class _Average(torch.autograd.Function):
     """Mean over processes, forwards and backwards.
 
-    Every process holds the same value and thus the same gradient of it, and the parameters'
-    gradients are averaged later: together that is the gradient of the joint mean.
+    Every process has the same value and therefore the same gradient of it, and the gradients of
+    the parameters are averaged later: the result is the gradient of the joint mean.
     """
 
     @staticmethod

@@ -19,11 +19,11 @@ from rich.progress import (
 
 
 class ProgressReport:
-    """Shows steps and figures; call it with both."""
+    """Report callback that shows steps and metrics."""
 
     def __init__(self, title: str, steps: int, stream: TextIO) -> None:
         self._console = Console(file=stream, soft_wrap=True, highlight=False)
-        silent = os.environ.get("RANK", "0") != "0"  # under torchrun the first process talks
+        silent = os.environ.get("RANK", "0") != "0"  # under torchrun only the first process reports
         self._progress = Progress(
             TextColumn(title),
             BarColumn(),
@@ -52,7 +52,7 @@ class ProgressReport:
         self._progress.stop()
 
     def __call__(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Move the bar; write held-out figures and warnings as lines."""
+        """Update the bar; print held-out metrics and warnings as lines."""
         loss = f"loss {figures['loss']:.4f}" if "loss" in figures else None
         self._progress.update(self._task, completed=step)
         if loss is not None:

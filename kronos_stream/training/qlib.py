@@ -2,7 +2,7 @@
 
 ``calendars/day.txt`` lists the bars' times, one a line; ``features/<instrument>/close.day.bin``
 holds little-endian float32: the calendar position of its first value, then the values
-(Qlib's documentation, "Converting CSV Format into Qlib Format"). NaN stands for no trading.
+(Qlib's documentation, "Converting CSV Format into Qlib Format"). NaN marks times without trading.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from kronos_stream.channels import CHANNELS, PRICES
 from kronos_stream.training.errors import TrainingError
-
-_PRICES = ("open", "high", "low", "close")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class ContiguousBars:
     times: NDArray[np.int64]
     values: NDArray[np.float64]
     step_ms: int
-    """Length of a bar; of the longest one, where the market closes at times."""
+    """Length of a bar; the longest one if the market closes at times."""
 
 
 def is_qlib(folder: Path) -> bool:
@@ -36,7 +35,7 @@ def is_qlib(folder: Path) -> bool:
 
 
 def read_qlib(folder: Path) -> Iterator[ContiguousBars]:
-    """Gap-free stretches of every instrument, neighbours by the calendar (not by the clock)."""
+    """Read the segments without gaps of every instrument, by position in the calendar."""
     calendars = sorted((folder / "calendars").glob("*.txt"))
     if len(calendars) != 1:
         raise TrainingError(
@@ -62,7 +61,7 @@ def _calendar(path: Path) -> NDArray[np.int64]:
         raise TrainingError(f"{path}: not a calendar ({error})") from None
     stamps = times.dt.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64)
     if len(stamps) < 2 or (np.diff(stamps) <= 0).any():
-        raise TrainingError(f"{path}: a calendar needs two times or more, in order")
+        raise TrainingError(f"{path}: a calendar needs at least two times, in ascending order")
     return np.asarray(stamps, np.int64)
 
 
@@ -82,12 +81,12 @@ def _contiguous_bars(
     instrument: Path, frequency: str, times: NDArray[np.int64]
 ) -> Iterator[ContiguousBars]:
     values = np.full((len(times), 6), np.nan)
-    for column, name in enumerate((*_PRICES, "volume", "amount")):
+    for column, name in enumerate(CHANNELS):
         found = _field(instrument, name, frequency, len(times))
         if found is not None:
             start, numbers = found
             values[start : start + len(numbers), column] = numbers
-        elif column < len(_PRICES):
+        elif name in CHANNELS[PRICES]:
             raise TrainingError(f"{instrument}: no {name}.{frequency}.bin")
         elif name == "volume":
             values[:, 4] = 0.0

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from kronos_stream.channels import PRICES
 from kronos_stream.evaluation.cases import Case
 from kronos_stream.evaluation.scoring import Interval, block_bootstrap
 from kronos_stream.model import Tokenizer
 from kronos_stream.training import codebook
-from kronos_stream.training.stages import PRICE_CHANNELS
 from kronos_stream.training.windows import normalise
 
 
@@ -32,15 +32,15 @@ class Reconstruction:
 
 @torch.inference_mode()
 def reconstruction(tokenizer: Tokenizer, cases: Iterable[Case], *, seed: int = 0) -> Reconstruction:
-    """Encode and decode every case's history, normalised by itself."""
+    """Encode and decode the history of every case, normalised over the whole history."""
     full, coarse, variance, blocks, s1, s2 = [], [], [], [], [], []
     for case in cases:
         values = case.history.values[None]
         x = torch.from_numpy(normalise(values, np.array([values.shape[1]])))
         out = tokenizer(x)
-        prices = x[..., :PRICE_CHANNELS]
-        full.append(float((out.full[..., :PRICE_CHANNELS] - prices).square().sum()))
-        coarse.append(float((out.coarse[..., :PRICE_CHANNELS] - prices).square().sum()))
+        prices = x[..., PRICES]
+        full.append(float((out.full[..., PRICES] - prices).square().sum()))
+        coarse.append(float((out.coarse[..., PRICES] - prices).square().sum()))
         variance.append(float(prices.square().sum()))
         blocks.append(case.block)
         tokens = tokenizer.tokenise(x)

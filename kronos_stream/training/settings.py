@@ -14,7 +14,7 @@ from kronos_stream.training.errors import TrainingError
 Stage = Literal["tokenizer", "predictor"]
 
 GENERATED = "generated"
-"""The name given in place of files to train on generated markets."""
+"""Name given instead of files to train on generated markets."""
 
 
 def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: ANN401
@@ -23,43 +23,52 @@ def _setting(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
-    """Settings of one run; ``metadata["help"]`` of every field says what it does.
+    """Settings of one run; ``metadata["help"]`` of every field describes it.
 
-    The defaults are those of :meth:`defaults`, which differ by stage and for fine-tuning.
+    :meth:`defaults` gives the defaults, which differ by stage and for fine-tuning.
     """
 
     # Data
     data: tuple[str, ...] = _setting(
         (), "Candle files, folders of them, or 'generated' for generated markets."
     )
-    timeframe: str = _setting("", "Bar length such as 5m; empty: inferred from each file.")
+    timeframe: str = _setting("", "Bar length, for example 5m; empty: inferred from each file.")
     timeframes: tuple[str, ...] = _setting(
         ("1m", "5m", "15m", "1h", "4h", "1d"), "Bar lengths of generated markets."
     )
-    window: int = _setting(256, "Bars of a training window; at most the context served.")
-    lookback_min: int = _setting(64, "Fewest bars before the origin that give the statistics.")
-    lookback_max: int = _setting(232, "Most bars before the origin that give the statistics.")
-    lookback_weight: float = _setting(
-        0.25, "Loss weight of bars before the origin, whose statistics know them; after it: 1."
+    window: int = _setting(
+        256, "Bars of a training window; at most the context used for inference."
     )
-    valid_share: float = _setting(0.1, "Share of each file's time span held out to validate.")
-    test_share: float = _setting(0.1, "Share of each file's time span, the newest, never read.")
-    valid_windows: int = _setting(128, "Held-out windows that are evaluated.")
+    lookback_min: int = _setting(
+        64, "Minimum number of bars before the origin, which determine the normalisation."
+    )
+    lookback_max: int = _setting(
+        232, "Maximum number of bars before the origin, which determine the normalisation."
+    )
+    lookback_weight: float = _setting(
+        0.25, "Loss weight of bars before the origin; the weight of later bars is 1."
+    )
+    valid_share: float = _setting(0.1, "Share of the data, by time, held out for validation.")
+    test_share: float = _setting(
+        0.1, "Share of the data, the newest by time, not used in training."
+    )
+    valid_windows: int = _setting(128, "Number of held-out windows in an evaluation.")
     # Run
-    seed: int = _setting(0, "Seed of the weights, the windows and everything else random.")
-    steps: int = _setting(4000, "Optimiser steps of the whole run.")
+    seed: int = _setting(0, "Seed of all random numbers.")
+    steps: int = _setting(4000, "Total number of optimiser steps.")
     stop_at: int = _setting(
-        0, "Step to end after though the schedule goes on, for a draft to start from; 0: none."
+        0,
+        "End after this step, without shortening the learning-rate schedule; 0: at the last step.",
     )
     batch: int = _setting(8, "Windows per step, over all processes and micro-batches.")
-    accumulate: int = _setting(1, "Micro-batches per step, one after the other, to save memory.")
+    accumulate: int = _setting(1, "Sequential micro-batches per step, to save memory.")
     init: str = _setting(
         "",
-        "Checkpoint to fine-tune, with its sizes and with gentler defaults for what is not given; "
-        "empty: from scratch.",
+        "Checkpoint to fine-tune; its sizes are used, and defaults such as lr are smaller; "
+        "empty: train from scratch.",
     )
     device: str = _setting("auto", "cpu, cuda, or auto.")
-    threads: int = _setting(0, "CPU threads; 0: as many as torch takes.")
+    threads: int = _setting(0, "CPU threads; 0: torch's default.")
     bf16: bool = _setting(
         default=False, help_text="Compute matrix products in bfloat16 (autocast)."
     )
@@ -69,9 +78,9 @@ class TrainSettings:
     )
     log_every: int = _setting(20, "Steps between log lines.")
     eval_every: int = _setting(500, "Steps between evaluations on held-out windows.")
-    save_every: int = _setting(250, "Steps between checkpoints to resume from.")
+    save_every: int = _setting(250, "Steps between saved states from which a run can be resumed.")
     early_stop: int = _setting(
-        0, "End after this many evaluations without a better one, and keep the best; 0: never."
+        0, "End after this many evaluations without improvement and keep the best; 0: never."
     )
     half: bool = _setting(default=False, help_text="Export weights as float16.")
     # Optimiser
@@ -83,37 +92,39 @@ class TrainSettings:
     lr: float = _setting(1e-3, "Peak learning rate of AdamW.")
     lr_muon: float = _setting(0.02, "Peak learning rate of Muon.")
     warmup: int = _setting(100, "Steps over which the learning rate rises.")
-    lr_floor: float = _setting(0.02, "Where the cosine ends, as a share of the peak.")
+    lr_floor: float = _setting(0.02, "Final learning rate as a share of the peak.")
     weight_decay: float = _setting(0.0, "Decoupled weight decay of matrices.")
-    clip: float = _setting(1.0, "Gradient norm above which gradients are scaled down.")
+    clip: float = _setting(1.0, "Maximum gradient norm; larger gradients are scaled down.")
     # Network, from scratch
     d_model: int = _setting(96, "Width.")
     n_heads: int = _setting(4, "Attention heads.")
     ff_dim: int = _setting(192, "Width of the feed-forward layers.")
     n_layers: int = _setting(4, "Blocks of the predictor.")
-    enc_layers: int = _setting(3, "Encoder layers of the tokenizer, the embedding counted.")
-    dec_layers: int = _setting(3, "Decoder layers of the tokenizer, the embedding counted.")
+    enc_layers: int = _setting(3, "Encoder layers of the tokenizer, including the embedding.")
+    dec_layers: int = _setting(3, "Decoder layers of the tokenizer, including the embedding.")
     s1_bits: int = _setting(9, "Bits of the coarse token (tokenizer).")
     s2_bits: int = _setting(9, "Bits of the fine token (tokenizer).")
     dropout: float = _setting(0.0, "Dropout of feed-forward layers and residuals.")
     # Tokenizer
     beta: float = _setting(0.0, "Weight of the commitment loss.")
-    gamma0: float = _setting(1.0, "Weight of the bits' own entropy: decided bits.")
-    gamma: float = _setting(1.1, "Weight of the code's entropy: varied codes.")
+    gamma0: float = _setting(1.0, "Weight of the entropy of single bits, which is minimised.")
+    gamma: float = _setting(1.1, "Weight of the entropy of codes over a batch, which is maximised.")
     zeta: float = _setting(0.005, "Weight of both entropies together.")
     entropy_scale: float = _setting(
         20.0, "Inverse temperature of the soft bits in both entropies; the reference's is 1."
     )
     entropy_group: int = _setting(
-        1, "Bits whose joint codes' entropy is raised; 1, the reference's way, takes each alone."
+        1, "Neighbouring bits whose joint entropy is maximised; 1, as in the reference: each alone."
     )
-    price_weight: float = _setting(2.0, "Weight of the four price channels; volume's are 1.")
+    price_weight: float = _setting(
+        2.0, "Loss weight of the four price channels; volume and amount have 1."
+    )
     # Predictor
-    tokenizer: str = _setting("", "Checkpoint of the tokenizer whose tokens are learned.")
+    tokenizer: str = _setting("", "Checkpoint of the tokenizer.")
     s2_on: Literal["true", "sampled"] = _setting(
         "true",
-        "s1 the second token is conditioned on: the true one, or one drawn from the "
-        "model (the paper's).",
+        "s1 token that conditions s2: the true one, or one sampled from the model (as in the "
+        "paper).",
         ("true", "sampled"),
     )
 
@@ -142,7 +153,9 @@ class TrainSettings:
             and self.test_share >= 0
             and self.valid_share + self.test_share < 1
         ):
-            raise TrainingError("valid_share and test_share must leave something to train on")
+            raise TrainingError(
+                "valid_share + test_share must be below 1, to leave data to train on"
+            )
         for text in (*self.timeframes, *filter(None, [self.timeframe])):
             try:
                 Timeframe.parse(text)
@@ -175,23 +188,23 @@ class TrainSettings:
         known = {f.name for f in fields(cls)}
         for name in merged:
             if name not in known:
-                raise TrainingError(f"no setting is called {name!r}")
+                raise TrainingError(f"unknown training setting {name!r}")
         merged = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
         return replace(cls.defaults(stage, fine_tune=bool(merged.get("init"))), **merged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as stored beside the checkpoint."""
+        """Return the values as stored beside the checkpoint."""
         return asdict(self)
 
 
 def read_recipe(path: Path, name: str) -> dict[str, Any]:
-    """The table ``name`` of a TOML recipe."""
+    """Read the table ``name`` of a TOML recipe. Raises TrainingError."""
     try:
         table = tomllib.loads(path.read_text()).get(name)
     except OSError as error:
         raise TrainingError(f"{path}: {error.strerror or error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise TrainingError(f"{path}: not TOML ({error})") from None
+        raise TrainingError(f"{path}: invalid TOML ({error})") from None
     if not isinstance(table, dict):
-        raise TrainingError(f"{path}: has no [{name}] table")
+        raise TrainingError(f"{path}: no [{name}] table")
     return table

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kronos_stream.channels import PRICES
 from kronos_stream.model import (
     Predictor,
     PredictorConfig,
@@ -19,6 +20,7 @@ from kronos_stream.model import (
     load_tokenizer,
 )
 from kronos_stream.model.checkpoint import PINNED_REVISIONS
+from kronos_stream.model.config import check_matching_bits
 from kronos_stream.training import codebook
 from kronos_stream.training.errors import TrainingError
 from kronos_stream.training.losses import predictor_loss, tokenizer_loss
@@ -26,13 +28,10 @@ from kronos_stream.training.processes import ProcessGroup
 from kronos_stream.training.settings import TrainSettings
 from kronos_stream.training.windows import Batch
 
-PRICE_CHANNELS = 4
-"""open, high, low, close come first, then volume and amount."""
-
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Held-out figures; ``score`` is what early stopping lowers."""
+    """Held-out metrics; early stopping minimises ``score``."""
 
     score: float
     figures: dict[str, float]
@@ -46,16 +45,16 @@ class StageRun(Protocol):
     def network(self) -> Tokenizer | Predictor: ...
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise and its parts."""
+        """Return the scalar to minimise and its parts."""
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
-        """Figures over held-out batches."""
+        """Compute metrics over held-out batches."""
         ...
 
 
 class TokenizerRun:
-    """Learns to write candles as tokens and to read them back."""
+    """Training of the tokenizer."""
 
     def __init__(
         self, settings: TrainSettings, device: torch.device, processes: ProcessGroup
@@ -65,7 +64,7 @@ class TokenizerRun:
             network = load_tokenizer(s.init, PINNED_REVISIONS.get(s.init)).requires_grad_(
                 requires_grad=True
             )
-            network.config = replace(  # the architecture is the checkpoint's, the loss is not
+            network.config = replace(  # the loss is that of the settings
                 network.config, beta=s.beta, gamma0=s.gamma0, gamma=s.gamma, zeta=s.zeta
             )
         else:
@@ -90,7 +89,7 @@ class TokenizerRun:
             )
         self.network = network.to(device).train()
         channels = torch.ones(network.config.d_in, device=device)
-        channels[:PRICE_CHANNELS] = s.price_weight
+        channels[PRICES] = s.price_weight
         self._channels = channels / channels.mean()
         self._processes = processes
 
@@ -112,14 +111,14 @@ class TokenizerRun:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
-        """Price error of both codes as shares of the variance, over the lookback; the codebook."""
+        """Price errors of both codes over the lookback, as shares of the variance."""
         self.network.eval()
         errors, s1, s2 = torch.zeros(3, dtype=torch.float64), [], []
         for batch in batches:
             out = self.network(batch.x)
             inside = torch.arange(batch.x.shape[1], device=batch.x.device) < batch.origins[:, None]
             x, full, coarse = (
-                t[inside][:, :PRICE_CHANNELS].double() for t in (batch.x, out.full, out.coarse)
+                t[inside][:, PRICES].double() for t in (batch.x, out.full, out.coarse)
             )
             errors += torch.stack(
                 [(full - x).square().sum(), (coarse - x).square().sum(), x.square().sum()]
@@ -136,24 +135,24 @@ class TokenizerRun:
 
 
 class PredictorRun:
-    """Learns the next pair of tokens, in the form that is served: s2 unrotated, causal."""
+    """Training of the predictor, in the mode of inference: s2 unrotated and causal."""
 
     def __init__(self, settings: TrainSettings, device: torch.device) -> None:
         s = self._settings = settings
         if not s.tokenizer:
-            raise TrainingError("the predictor needs --tokenizer, a trained tokenizer's folder")
+            raise TrainingError(
+                "the predictor needs a trained tokenizer: give its folder as --tokenizer"
+            )
         self._tokenizer = load_tokenizer(s.tokenizer, PINNED_REVISIONS.get(s.tokenizer)).to(device)
         bits = self._tokenizer.config
         if s.init:
             network = load_predictor(s.init, PINNED_REVISIONS.get(s.init)).requires_grad_(
                 requires_grad=True
             )
-            have, want = asdict(network.config), asdict(bits)
-            if any(have[name] != want[name] for name in ("s1_bits", "s2_bits")):
-                raise TrainingError(
-                    f"{s.init} has {have['s1_bits']}+{have['s2_bits']} bits, its tokenizer "
-                    f"{want['s1_bits']}+{want['s2_bits']}: they do not belong together"
-                )
+            try:
+                check_matching_bits(network.config, bits)
+            except ValueError as error:
+                raise TrainingError(f"{s.init} and {s.tokenizer}: {error}") from None
         else:
             network = Predictor(
                 PredictorConfig(
@@ -171,8 +170,8 @@ class PredictorRun:
         self.network = network.to(device).train()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of both levels, in nats, weighted by where the target lies."""
-        with torch.no_grad():  # in fp32 whatever the rest: bits are sign thresholds
+        """Cross-entropy of both levels in nats, weighted by the position of the target."""
+        with torch.no_grad():  # always in fp32: bits are sign thresholds
             s1, s2 = self._tokenizer.tokenise(batch.x)
         weights = batch.weights[:, 1:]
         weights = weights / weights.sum(1, keepdim=True)
@@ -189,7 +188,7 @@ class PredictorRun:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Evaluation:
-        """Cross-entropy of the bars after the origin, s2 on the true s1."""
+        """Cross-entropy of the bars after the origin, s2 given the true s1."""
         self.network.eval()
         sums = torch.zeros(3, dtype=torch.float64)
         for batch in batches:
@@ -207,7 +206,7 @@ class PredictorRun:
 
 @torch.no_grad()
 def scale_embeddings(network: Predictor) -> None:
-    """Start embeddings small: token embeddings are multiplied by sqrt(d) on their way in."""
+    """Initialise embeddings with small values, since token embeddings are scaled by sqrt(d)."""
     for token in (network.embedding.emb_s1, network.embedding.emb_s2):
         token.weight.normal_(0.0, network.config.d_model**-0.5)
     for table in network.time_emb.parameters():

@@ -18,7 +18,7 @@ SETTINGS_FILE = "settings.json"
 
 
 class RunFolder:
-    """Files of one run. Every file but the metrics appears whole or not at all."""
+    """Files of one run. All files except the metrics are replaced atomically."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # of many kinds: unpickling, zip, io
+        except Exception as error:  # unpickling, zip and I/O errors of several kinds
             raise TrainingError(
                 f"{path}: not a readable training state ({type(error).__name__}); "
                 "remove it to start over"
@@ -45,7 +45,7 @@ class RunFolder:
         return state
 
     def write_state(self, state: dict[str, Any]) -> None:
-        """Replace the state; a kill at any moment leaves the old one or the new one."""
+        """Replace the state atomically, so that a kill leaves the old or the new one."""
         path = self.path / STATE_FILE
         part = path.with_suffix(".part")
         with part.open("wb") as file:
@@ -60,17 +60,19 @@ class RunFolder:
             os.close(folder)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """Write the settings of the run, for people to read."""
+        """Write the settings of the run, for information only."""
         part = self.path / f"{SETTINGS_FILE}.part"
         part.write_text(json.dumps(settings, indent=2) + "\n")
         part.replace(self.path / SETTINGS_FILE)
 
     def export(self, network: Tokenizer | Predictor, *, half: bool) -> None:
-        """Write the checkpoint in the published layout, ready to be loaded."""
+        """Write the checkpoint in the published layout."""
         if half:
             copy = type(network)(network.config)  # type: ignore[arg-type]
             copy.load_state_dict(network.state_dict())
-            for parameter in copy.parameters():  # not the buffers: rotation angles must be exact
+            for (
+                parameter
+            ) in copy.parameters():  # without the buffers: rotation angles must be exact
                 parameter.data = parameter.data.half()
             network = copy
         save(network, self.path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from kronos_stream.engine.device import pick_device
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.training.dataset import CandleDataset
 from kronos_stream.training.errors import TrainingError
@@ -21,7 +22,7 @@ def train(
 ) -> Evaluation | None:
     """Train ``stage`` in the folder ``out``, or resume the run it holds.
 
-    Under ``torchrun`` every process calls this and does its share. Returns the last figures on
+    Under ``torchrun`` every process calls this function. Returns the last metrics on
     held-out data. Raises TrainingError, CandleFileError or CheckpointError.
     """
     if settings.threads:
@@ -49,25 +50,24 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"device {name!r} cannot be used: {reason}") from None
-    return device
+        return pick_device(name)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
 
 
 def _data(settings: TrainSettings, out: Path, processes: ProcessGroup) -> TrainingData:
     s = settings
     if not s.data:
-        raise TrainingError(f"no data given: name candle files, folders, or {GENERATED!r}")
+        raise TrainingError(f"no data given: give candle files, folders, or {GENERATED!r}")
     if s.data == (GENERATED,):
         return TrainingData(
             GeneratedWindows(s.timeframes, s.window, s.seed),
             GeneratedWindows(s.timeframes, s.window, s.seed, held_out=True),
         )
     if GENERATED in s.data:
-        raise TrainingError(f"train on files or on {GENERATED!r} markets, not on both at once")
+        raise TrainingError(
+            f"files and {GENERATED!r} markets cannot be combined: give one or the other"
+        )
 
     def prepare() -> CandleDataset:
         return CandleDataset.prepare(
@@ -79,12 +79,12 @@ def _data(settings: TrainSettings, out: Path, processes: ProcessGroup) -> Traini
             test_share=s.test_share,
         )
 
-    if processes.is_main:  # it writes the store, the others find it
+    if processes.is_main:  # the main process writes the store, the others read it
         dataset = prepare()
     processes.barrier()
     if not processes.is_main:
         dataset = prepare()
     train_windows = dataset.source("train", s.seed)
     if train_windows is None:
-        raise TrainingError("no window to train on")  # prepare() has said so already
+        raise TrainingError("no window to train on")  # already reported by prepare()
     return TrainingData(train_windows, dataset.source("valid", s.seed))

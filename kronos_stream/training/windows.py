@@ -23,10 +23,10 @@ class Windows:
 
 
 class WindowSource(Protocol):
-    """Source of windows. The same step gives the same windows in any run."""
+    """Source of windows, which depend only on the seed and the step."""
 
     def draw(self, step: int, batch: int, rows: npt.NDArray[np.int64]) -> Windows:
-        """The given rows of the ``batch`` windows of ``step``."""
+        """Return the given rows of the ``batch`` windows of ``step``."""
         ...
 
 
@@ -34,15 +34,15 @@ class WindowSource(Protocol):
 class Batch:
     """One micro-batch on its device.
 
-    ``x`` (B, S, 6) normalised candles, ``stamps`` (B, S, 5) int64, ``weights`` (B, S) summing
-    to 1 in every row, so that a mean over rows is the same however the rows are split up.
+    ``x`` (B, S, 6) normalised candles, ``stamps`` (B, S, 5) int64, ``weights`` (B, S) that
+    sum to 1 in every row, so that a mean over rows does not depend on the micro-batches.
     """
 
     x: Tensor
     stamps: Tensor
     weights: Tensor
     origins: Tensor
-    """(B,) bars before the origin's end: the lookback whose statistics normalise the row."""
+    """(B,) lengths of the lookbacks, whose statistics normalise the rows."""
 
 
 def normalise(
@@ -50,8 +50,8 @@ def normalise(
 ) -> npt.NDArray[np.float32]:
     """Scale windows (B, S, 6) by mean and deviation of their first ``lookback`` (B,) bars.
 
-    Bars after the lookback are scaled by what was known at the origin and never looked at:
-    statistics of the whole window would tell where the price is going.
+    Bars after the lookback are scaled by the same statistics: those of the whole window would
+    contain information about the future.
     """
     known = (np.arange(values.shape[1]) < lookback[:, None])[..., None]
     count = lookback[:, None, None]
@@ -67,7 +67,7 @@ def make_batch(
     lookback_weight: float,
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Normalise, stamp and weigh ``windows`` whose origins lie after ``lookback`` (B,) bars."""
+    """Make a batch of ``windows`` whose origins follow ``lookback`` (B,) bars."""
     after = np.arange(windows.values.shape[1]) >= lookback[:, None]
     weights = np.where(after, 1.0, lookback_weight)
     weights /= weights.sum(1, keepdims=True)
@@ -80,12 +80,12 @@ def make_batch(
 
 
 def step_rng(seed: int, step: int, purpose: int) -> np.random.Generator:
-    """Randomness of one step: a function of its arguments, so resuming needs no state."""
+    """Random generator of one step; depends only on the arguments, so resuming needs no state."""
     return np.random.default_rng([seed, step, purpose])
 
 
 def draw_lookbacks(
     seed: int, step: int, batch: int, shortest: int, longest: int
 ) -> npt.NDArray[np.int64]:
-    """Random lookbacks of the whole batch of ``step``, both bounds included."""
+    """Draw the lookbacks of the whole batch of ``step``; both bounds are inclusive."""
     return step_rng(seed, step, 1).integers(shortest, longest + 1, batch)

@@ -27,12 +27,12 @@ SMALL = {
 
 
 def small(stage: Stage, **changed: object) -> TrainSettings:
-    """Settings of a net that trains in milliseconds."""
+    """Return settings of a network that trains in milliseconds."""
     return TrainSettings.build(stage, {**SMALL, "data": ("generated",), **changed})
 
 
 def trainer(settings: TrainSettings, folder: Path) -> Trainer:
-    """A trainer in this process, on generated markets."""
+    """Return a trainer in this process, on generated markets."""
     torch.manual_seed(settings.seed)
     run: StageRun = (
         PredictorRun(settings, CPU)
@@ -44,7 +44,7 @@ def trainer(settings: TrainSettings, folder: Path) -> Trainer:
 
 
 def command(stage: Stage, data: Path, out: Path, *more: str) -> list[str]:
-    """The train command on a small net."""
+    """Return the arguments of the train command for a small network."""
     flags = [
         f"--{k.replace('_', '-')}={','.join(v) if isinstance(v, tuple) else v}"
         for k, v in SMALL.items()
@@ -53,27 +53,28 @@ def command(stage: Stage, data: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(arguments: Sequence[str], launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run Python with ``arguments`` to its end."""
+    """Run Python with ``arguments`` until it ends."""
     return subprocess.run(
         [sys.executable, *launcher, *arguments], capture_output=True, text=True, check=False
     )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The exported weights."""
+    """Return the exported weights."""
     return load_file(folder / "model.safetensors")
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference between two sets of weights."""
+    """Return the largest difference between two sets of weights."""
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 def trained(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights that mean something: an unrotated key's bias moves no softmax, so its gradient is
-    rounding alone, which Adam scales up to full steps.
-    """  # noqa: D205
+    """Return the weights without the bias of the unrotated keys.
+
+    It does not change the softmax, so its gradient is only rounding, which Adam scales up.
+    """
     loaded = weights(folder)
     loaded.pop("dep_layer.cross_attn.k_proj.bias", None)
     return loaded

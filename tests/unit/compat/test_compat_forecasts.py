@@ -35,7 +35,7 @@ def test_compat_greedy_forecasts(
 def test_compat_warns_beyond_the_window(predictor: KronosPredictor, parity_cases: Cases) -> None:
     """The slow exact computation beyond max_context causes a warning."""
     frame, past, future = series(parity_cases, 0, 124, 5)
-    announced = "124 bars and 5 to come exceed max_context 128"
+    announced = "124 bars and a horizon of 5 exceed max_context 128"
     with pytest.warns(UserWarning, match=announced) as one:
         predictor.predict(frame, past, future, 5, verbose=False)
     with pytest.warns(UserWarning, match=announced) as batch:
@@ -174,7 +174,7 @@ def test_invalid_arguments_are_rejected(predictor: KronosPredictor, parity_cases
             predictor.predict(df, x, y, 3, verbose=False)
     for arguments, message in (
         ((0,), "pred_len 0: expected 1 to"),
-        ((3, 1.0, 0, 0.9, 0), "sample_count 0: at least one"),
+        ((3, 1.0, 0, 0.9, 0), "sample_count 0: must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             predictor.predict(frame, past, future, *arguments, verbose=False)  # type: ignore[misc]

@@ -104,7 +104,7 @@ def test_hub_options_are_passed_on(parity_folder: Path, tmp_path: Path) -> None:
         "some/model", revision=commit, cache_dir=tmp_path, local_files_only=True
     )
     assert loaded.config == Kronos.from_pretrained(source, local_files_only=True).config
-    with pytest.raises(CheckpointError, match="some/other: cannot be had with these options"):
+    with pytest.raises(CheckpointError, match="some/other: cannot be loaded with these options"):
         Kronos.from_pretrained("some/other", cache_dir=tmp_path, local_files_only=True)
     for kind in (Kronos, KronosTokenizer):
         with pytest.raises(TypeError, match="token_dropout_p"):
@@ -117,5 +117,5 @@ def test_mismatched_tokenizer_and_predictor_are_rejected(
     """Different numbers of bits are rejected immediately."""
     sizes = tokenizer.config.to_dict()
     other = KronosTokenizer(**{**sizes, "s1_bits": 8, "s2_bits": 4})
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="use the tokenizer with which the predictor was trained"):
         KronosPredictor(model, other, device="cpu")

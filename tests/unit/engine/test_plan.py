@@ -146,12 +146,12 @@ def test_a_small_budget_gives_the_same_forecasts(
         )
         == 1
     )
-    told: list[tuple[int, int]] = []
-    parts = split.draw(contexts, horizons, 16, progress=lambda *done: told.append(done))
+    progress: list[tuple[int, int]] = []
+    parts = split.draw(contexts, horizons, 16, progress=lambda *done: progress.append(done))
     for part, whole in zip(parts, tiny_forecaster.draw(contexts, horizons, 16), strict=True):
         np.testing.assert_array_equal(part.tokens, whole.tokens)
         np.testing.assert_allclose(part.paths, whole.paths, rtol=1e-4)
-    assert told == [(16, 64), (32, 64), (48, 64), (64, 64)]
+    assert progress == [(16, 64), (32, 64), (48, 64), (64, 64)]
 
 
 def test_padding_contexts_are_harmless(

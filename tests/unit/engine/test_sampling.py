@@ -226,7 +226,7 @@ def test_a_temperature_per_step() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature 0.0"),
-        ({"temperature": -1.0}, "top_k=1 draws greedily"),
+        ({"temperature": -1.0}, "for greedy sampling use top_k=1"),
         ({"temperature": float("nan")}, "temperature nan"),
         ({"temperature": float("inf")}, "temperature inf"),
         ({"temperature": []}, "temperature"),
@@ -236,7 +236,7 @@ def test_a_temperature_per_step() -> None:
         ({"top_p": 1.01}, "top_p 1.01"),
         ({"top_p": float("nan")}, "top_p nan"),
         ({"paths": 0}, "paths 0"),
-        ({"first_path": -1}, "at least one, from 0 up"),
+        ({"first_path": -1}, "first_path -1"),
         ({"horizon": 0}, "horizon 0"),
         ({"horizon": [1, 2]}, "2 horizons for 1 contexts"),
     ],

@@ -1,4 +1,4 @@
-"""Checkpoints: sizes, round trip through files, errors of unusable ones."""
+"""Checkpoints: sizes, saving and loading, error messages for unusable ones."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checkpoint(parity_folder: Path, tmp_path: Path, kind: str) -> Path:
     return Path(shutil.copytree(parity_folder / "tiny" / kind, tmp_path / kind))
 
 
-def refusal(source: str | Path, kind: str) -> str:
+def loading_error(source: str | Path, kind: str) -> str:
     """Return the message of the loading error, which must be one line of readable length."""
     with pytest.raises(CheckpointError) as caught:
         LOADERS[kind](source)
@@ -53,7 +53,7 @@ def refusal(source: str | Path, kind: str) -> str:
     ("size", "parameters"),
     [("mini", 4_108_032), ("small", 24_741_376), ("base", 102_310_592), ("large", 499_246_976)],
 )
-def test_parameter_counts(size: str, parameters: int) -> None:
+def test_parameter_counts_equal_the_references(size: str, parameters: int) -> None:
     """Each size has exactly the number of parameters of the reference."""
     with torch.device("meta"):
         predictor = Predictor(PUBLISHED_PREDICTORS[size])
@@ -61,7 +61,7 @@ def test_parameter_counts(size: str, parameters: int) -> None:
 
 
 @both
-def test_published_state_dict_names(parity_folder: Path, kind: str) -> None:
+def test_state_dicts_equal_the_published_layout(parity_folder: Path, kind: str) -> None:
     """A module's state dict has exactly the names, shapes and types of a published file."""
     published = load_file(parity_folder / "tiny" / kind / "model.safetensors")
     state = LOADERS[kind](parity_folder / "tiny" / kind).state_dict()
@@ -90,7 +90,9 @@ def test_round_trip_is_bit_equal(parity_folder: Path, tmp_path: Path, kind: str)
 
 
 @both
-def test_saving_replaces(parity_folder: Path, tmp_path: Path, kind: str) -> None:
+def test_saving_replaces_an_existing_checkpoint(
+    parity_folder: Path, tmp_path: Path, kind: str
+) -> None:
     """Saving into a folder that holds a checkpoint replaces it."""
     module = LOADERS[kind](parity_folder / "tiny" / kind)
     save(module, tmp_path)
@@ -115,7 +117,7 @@ def test_half_precision_file_loads_as_fp32(checkpoint: Path, kind: str) -> None:
 
 
 @both
-def test_loaded_for_inference(checkpoint: Path, kind: str) -> None:
+def test_loaded_modules_are_in_eval_mode_without_gradients(checkpoint: Path, kind: str) -> None:
     """A loaded module is in eval mode throughout, without gradients, even if it has dropout."""
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     config |= {"ffn_dropout_p": 0.5, "attn_dropout_p": 0.5, "resid_dropout_p": 0.5}
@@ -135,37 +137,37 @@ def test_unknown_settings_are_ignored(checkpoint: Path, kind: str) -> None:
 
 
 @both
-def test_missing_folder(tmp_path: Path, kind: str) -> None:
+def test_missing_folder_is_reported(tmp_path: Path, kind: str) -> None:
     """The message names the folder and the alternatives."""
-    message = refusal(tmp_path / "nowhere", kind)
+    message = loading_error(tmp_path / "nowhere", kind)
     assert str(tmp_path / "nowhere") in message
     assert "give an existing folder" in message
 
 
 @both
-def test_missing_config(checkpoint: Path, kind: str) -> None:
+def test_missing_config_is_reported(checkpoint: Path, kind: str) -> None:
     """The message names the folder, the missing file and the contents of a checkpoint folder."""
     (checkpoint / "config.json").unlink()
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert f"{checkpoint}: no config.json" in message
     assert "give the folder that holds config.json and model.safetensors" in message
 
 
 @both
-def test_missing_weights(checkpoint: Path, kind: str) -> None:
+def test_missing_weights_are_reported(checkpoint: Path, kind: str) -> None:
     """The message names the folder, the missing file and the remedy."""
     (checkpoint / "model.safetensors").unlink()
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert f"{checkpoint}: no model.safetensors" in message
     assert "fetch or copy the checkpoint again" in message
 
 
 @both
 @pytest.mark.parametrize("garbage", [b"{not json", b"", b"\xff\xfe\x00", b"[1, 2]"])
-def test_garbage_config(checkpoint: Path, kind: str, garbage: bytes) -> None:
-    """What is not a JSON object is called so, by file name, with the cure."""
+def test_invalid_json_is_reported(checkpoint: Path, kind: str, garbage: bytes) -> None:
+    """The message names the file, says that it is not a JSON object, and gives the remedy."""
     (checkpoint / "config.json").write_bytes(garbage)
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert str(checkpoint / "config.json") in message
     assert "JSON" in message
     assert "fetch or copy the checkpoint again" in message
@@ -181,65 +183,65 @@ def test_garbage_config(checkpoint: Path, kind: str, garbage: bytes) -> None:
         ({"d_model": -64}, "negative"),
     ],
 )
-def test_unusable_config(
+def test_unusable_config_is_rejected(
     checkpoint: Path, kind: str, change: dict[str, int | None], cause: str
 ) -> None:
-    """Settings no network can be built from are refused with the cause and the file."""
+    """The message names the file and the reason why no network can be built from it."""
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     (checkpoint / "config.json").write_text(json.dumps(config | change), "utf-8")
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert str(checkpoint / "config.json") in message
     assert cause in message
     assert "is this the right kind of checkpoint?" in message
 
 
-def test_the_other_kind(parity_folder: Path) -> None:
-    """A predictor's folder given as the tokenizer's, and the reverse, is recognised."""
+def test_checkpoint_of_the_other_network_is_rejected(parity_folder: Path) -> None:
+    """The message says that the folder holds the other network."""
     for kind, other in (("tokenizer", "predictor"), ("predictor", "tokenizer")):
-        message = refusal(parity_folder / "tiny" / other, kind)
+        message = loading_error(parity_folder / "tiny" / other, kind)
         assert f"not a {kind.title()}Config: " in message
         assert "is this the right kind of checkpoint?" in message
 
 
 @both
 @pytest.mark.parametrize("keep", [0, 5, 1_000, 400_000])
-def test_truncated_weights(checkpoint: Path, kind: str, keep: int) -> None:
-    """A weights file that ends early, wherever, is called unreadable, with the cure."""
+def test_truncated_weights_are_rejected(checkpoint: Path, kind: str, keep: int) -> None:
+    """A weights file truncated at any position is reported as unreadable, with the remedy."""
     path = checkpoint / "model.safetensors"
     os.truncate(path, keep)
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert f"{path}: not a readable safetensors file" in message
     assert "fetch or copy the checkpoint again" in message
 
 
 @both
-def test_shapes_that_do_not_fit(checkpoint: Path, kind: str) -> None:
-    """Weights of another size than config.json says are refused, naming file and cure."""
+def test_mismatched_shapes_are_rejected(checkpoint: Path, kind: str) -> None:
+    """The message names the weights file whose shapes differ from config.json, and the remedy."""
     module = LOADERS[kind](checkpoint)
     config = replace(module.config, ff_dim=module.config.ff_dim * 2)
     (checkpoint / "config.json").write_text(json.dumps(config.to_dict()), "utf-8")
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert f"{checkpoint / 'model.safetensors'}: does not fit its config.json" in message
     assert "take both files from one checkpoint" in message
     assert "size mismatch" in message
 
 
 @both
-def test_missing_tensor(checkpoint: Path, kind: str) -> None:
-    """A weights file that lacks a tensor is refused by that tensor's name."""
+def test_missing_tensor_is_reported(checkpoint: Path, kind: str) -> None:
+    """The message names the missing tensor."""
     path = checkpoint / "model.safetensors"
     weights = load_file(path)
     del weights["head.bias" if kind == "tokenizer" else "head.proj_s1.bias"]
     save_file(weights, path)
-    message = refusal(checkpoint, kind)
+    message = loading_error(checkpoint, kind)
     assert "does not fit its config.json" in message
     assert "bias" in message
 
 
-def in_another_process(home: Path, **environment: str) -> list[str]:
-    """What loading the published small predictor prints, with the hub's cache in ``home``.
+def load_in_subprocess(home: Path, **environment: str) -> list[str]:
+    """Load the published small predictor with the hub cache ``home``; return the output lines.
 
-    The hub client reads its settings once, at import: hence another process.
+    In a subprocess, because the hub client reads its settings once, at import.
     """
     script = (
         "from kronos_stream.model import *\n"
@@ -258,9 +260,9 @@ def in_another_process(home: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines() + done.stderr.splitlines()
 
 
-def test_hub_out_of_reach(tmp_path: Path) -> None:
-    """A hub id, offline and with an empty cache: one line naming it, why, and three ways out."""
-    (message,) = in_another_process(tmp_path, HF_HUB_OFFLINE="1")
+def test_unreachable_hub_is_reported(tmp_path: Path) -> None:
+    """Offline with an empty cache, the message is one line with the cause and three remedies."""
+    (message,) = load_in_subprocess(tmp_path, HF_HUB_OFFLINE="1")
     assert "NeoQuasar/Kronos-small at 901c26c" in message
     assert "neither the hub nor its local cache has it" in message
     assert "check the name and the network" in message
@@ -269,10 +271,10 @@ def test_hub_out_of_reach(tmp_path: Path) -> None:
 
 
 def test_cached_commit_needs_no_hub(parity_folder: Path, tmp_path: Path) -> None:
-    """A pinned revision in the cache loads without a word to or about the hub."""
+    """A pinned revision in the cache is loaded without a request to the hub."""
     name, revision = "NeoQuasar/Kronos-small", PINNED_REVISIONS["NeoQuasar/Kronos-small"]
     snapshots = tmp_path / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
     shutil.copytree(parity_folder / "tiny" / "predictor", snapshots / revision)
-    # An address where nothing listens: asking it would print retries on stderr.
-    lines = in_another_process(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    # Nothing listens at this address, so a request would print retries on stderr.
+    lines = load_in_subprocess(tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
     assert lines == ["loaded 64"]

@@ -1,4 +1,4 @@
-"""The modules give the reference implementation's numbers, forwards and backwards."""
+"""Parity of the modules with the reference implementation: outputs, losses and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronos_stream.training.losses import bsq_loss, predictor_loss, tokenizer_lo
 Cases = dict[str, NDArray[Any]]
 
 FORWARD = 1e-4
-"""Absolute tolerance of everything a forward pass gives."""
+"""Absolute tolerance of the outputs of a forward pass."""
 LOSS = 1e-5
 """Absolute tolerance of training losses."""
 GRADIENT = 1e-3
@@ -25,38 +25,42 @@ GRADIENT = 1e-3
 
 
 def tensors(cases: Cases, *names: str) -> list[Tensor]:
-    """Copies of the named arrays."""
+    """Return copies of the named arrays as tensors."""
     return [torch.from_numpy(cases[name].copy()) for name in names]
 
 
 def assert_close(actual: Tensor, wanted: NDArray[Any], tolerance: float = FORWARD) -> None:
-    """Shapes are equal and no element is off by more than ``tolerance``."""
+    """Assert equal shapes and absolute differences of at most ``tolerance``."""
     np.testing.assert_allclose(actual.detach().numpy(), wanted, rtol=0, atol=tolerance, strict=True)
 
 
 def assert_gradients(module: nn.Module, norms: dict[str, float]) -> None:
-    """Exactly the parameters the reference trains have gradients, of the reference's norms."""
+    """Assert that the same parameters as in the reference have gradients, with equal norms."""
     actual = {
         name: p.grad.norm().item() for name, p in module.named_parameters() if p.grad is not None
     }
     assert actual == pytest.approx(norms, rel=GRADIENT)
 
 
-def test_tokens_are_equal(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
-    """Every candle of every series gets the reference's s1 and s2."""
+def test_tokens_equal_the_references(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
+    """Every candle of every series has the reference's s1 and s2."""
     s1, s2 = tiny_tokenizer.tokenise(*tensors(parity_cases, "x_norm"))
     np.testing.assert_array_equal(s1, parity_cases["s1"], strict=True)
     np.testing.assert_array_equal(s2, parity_cases["s2"], strict=True)
 
 
-def test_decoded_tokens(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
+def test_decoded_candles_equal_the_references(
+    tiny_tokenizer: Tokenizer, parity_cases: Cases
+) -> None:
     """Tokens decode to the reference's candles."""
     assert_close(
         tiny_tokenizer.detokenise(*tensors(parity_cases, "s1", "s2")), parity_cases["decoded"]
     )
 
 
-def test_reconstructions(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None:
+def test_reconstructions_equal_the_references(
+    tiny_tokenizer: Tokenizer, parity_cases: Cases
+) -> None:
     """The training pass gives the reference's coarse and full reconstruction."""
     out = tiny_tokenizer(*tensors(parity_cases, "x_norm"))
     assert_close(out.coarse, parity_cases["recon_coarse"])
@@ -66,14 +70,14 @@ def test_reconstructions(tiny_tokenizer: Tokenizer, parity_cases: Cases) -> None
 def test_code_of_tokens_is_the_quantised_code(
     tiny_tokenizer: Tokenizer, parity_cases: Cases
 ) -> None:
-    """What tokens stand for is what the quantiser produced them from: bit j weighs 2^j."""
+    """The code computed from tokens equals the quantiser's output: bit j has the value 2^j."""
     quantised = tiny_tokenizer(*tensors(parity_cases, "x_norm")).quantised
     assert_close(tiny_tokenizer.code(*tensors(parity_cases, "s1", "s2")), quantised.numpy(), 1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 40])
 def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, parity_cases: Cases, length: int) -> None:
-    """A prefix of the candles has the prefix of the tokens, and decodes to the prefix."""
+    """A prefix of the candles gives a prefix of the tokens and of the decoded candles."""
     x, s1, s2 = tensors(parity_cases, "x_norm", "s1", "s2")
     head1, head2 = tiny_tokenizer.tokenise(x[:, :length])
     assert torch.equal(head1, s1[:, :length])
@@ -81,7 +85,9 @@ def test_tokenizer_is_causal(tiny_tokenizer: Tokenizer, parity_cases: Cases, len
     assert_close(tiny_tokenizer.detokenise(head1, head2), parity_cases["decoded"][:, :length])
 
 
-def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, parity_cases: Cases) -> None:
+def test_hidden_states_and_s1_logits_equal_the_references(
+    tiny_predictor: Predictor, parity_cases: Cases
+) -> None:
     """The trunk's last state and the s1 logits at every position are the reference's."""
     hidden = tiny_predictor.hidden(*tensors(parity_cases, "s1", "s2", "stamp"))
     assert_close(hidden[:, -1], parity_cases["hidden_last"])
@@ -89,15 +95,19 @@ def test_hidden_states_and_s1_logits(tiny_predictor: Predictor, parity_cases: Ca
     assert_close(tiny_predictor.s1_logits(hidden[:, -1]), parity_cases["s1_logits_last"])
 
 
-def test_s2_logits_follow_the_greedy_s1(tiny_predictor: Predictor, parity_cases: Cases) -> None:
+def test_s2_logits_of_the_greedy_s1_equal_the_references(
+    tiny_predictor: Predictor, parity_cases: Cases
+) -> None:
     """At the last position, given the most likely s1, the s2 logits are the reference's."""
     hidden = tiny_predictor.hidden(*tensors(parity_cases, "s1", "s2", "stamp"))
     greedy = tiny_predictor.s1_logits(hidden[:, -1]).argmax(-1)
     assert_close(tiny_predictor.s2_logits_last(hidden, greedy), parity_cases["s2_logits_last"])
 
 
-def test_s2_logits_are_served_as_trained(tiny_predictor: Predictor, parity_cases: Cases) -> None:
-    """The full-length s2 pass is the one-position pass at every length: what is served."""
+def test_full_and_last_position_s2_logits_are_equal(
+    tiny_predictor: Predictor, parity_cases: Cases
+) -> None:
+    """The s2 pass over all positions, used in training, equals that of inference."""
     s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")
     hidden = tiny_predictor.hidden(s1, s2, stamp)
     s1_next = s1.roll(-1, dims=1)
@@ -107,10 +117,10 @@ def test_s2_logits_are_served_as_trained(tiny_predictor: Predictor, parity_cases
         assert_close(full[:, t], last.numpy())
 
 
-def test_tokenizer_training_step(
+def test_tokenizer_training_step_equals_the_references(
     parity_folder: Path, parity_cases: Cases, parity_expected: dict[str, Any]
 ) -> None:
-    """Losses and every parameter's gradient norm of a training step are the reference's."""
+    """Losses and the gradient norms of all parameters are equal."""
     wanted = parity_expected["tokenizer_train"]
     tokenizer = load_tokenizer(parity_folder / "tiny" / "tokenizer").train().requires_grad_()
     (x,) = tensors(parity_cases, "x_norm")
@@ -122,19 +132,19 @@ def test_tokenizer_training_step(
     assert_gradients(tokenizer, wanted["grad_norm"])
 
 
-def test_quantiser_loss_in_evaluation(
+def test_quantiser_loss_in_eval_mode_equals_the_references(
     tiny_tokenizer: Tokenizer, parity_cases: Cases, parity_expected: dict[str, Any]
 ) -> None:
-    """The quantiser's own loss is the reference's in eval mode too."""
+    """The quantiser's loss does not depend on the mode."""
     out = tiny_tokenizer(*tensors(parity_cases, "x_norm"))
     loss = bsq_loss(out.unit, out.quantised, tiny_tokenizer.config)
     assert loss.item() == pytest.approx(parity_expected["bsq_loss_eval"], abs=LOSS)
 
 
-def test_predictor_training_step(
+def test_predictor_training_step_equals_the_references(
     parity_folder: Path, parity_cases: Cases, parity_expected: dict[str, Any]
 ) -> None:
-    """A teacher-forced step in the reference's training mode (rotated s2 layer) is its own."""
+    """Losses and gradient norms are equal in the reference's mode, with a rotated s2 layer."""
     wanted = parity_expected["predictor_train"]
     predictor = load_predictor(parity_folder / "tiny" / "predictor").train().requires_grad_()
     s1, s2, stamp = tensors(parity_cases, "s1", "s2", "stamp")

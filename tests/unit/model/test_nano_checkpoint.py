@@ -1,4 +1,4 @@
-"""The bundled model: its size, that it loads by name, and that its figures are not made up."""
+"""Bundled model: size, loading by name, and a check of the model card's figures."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def test_nano_forecasts_by_name(nano: Forecaster) -> None:
     assert 0.5 * last < paths[..., 3].min() < last < paths[..., 3].max() < 2 * last
 
 
-def test_poison_after_the_origin_changes_no_forecast(nano: Forecaster) -> None:
+def test_bars_after_the_origin_do_not_change_the_forecast(nano: Forecaster) -> None:
     bars = Market(1, 300_000, seed=5).run(140)
-    values, poisoned = bars.values[:, 0], bars.values[:, 0].copy()
-    poisoned[128:] = np.nan
-    clean, dirty = (
+    values, changed = bars.values[:, 0], bars.values[:, 0].copy()
+    changed[128:] = np.nan
+    first, second = (
         nano.sample([Context(v[:128], bars.times[:128], series="s")], horizon=4, paths=4)[0]
-        for v in (values, poisoned)
+        for v in (values, changed)
     )
-    np.testing.assert_array_equal(clean, dirty)
+    np.testing.assert_array_equal(first, second)
 
 
 def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
@@ -68,8 +68,8 @@ def test_nano_beats_the_random_walk_on_unseen_markets(nano: Forecaster) -> None:
     assert codec.codebook.warning() is None
 
 
-def test_halves_by_name() -> None:
-    """Training and compat take either half of the bundled model by its name, or by its folder."""
+def test_networks_load_by_name_and_by_folder() -> None:
+    """Each network of the bundled model loads by the model's name and by its folder."""
     for source in ("nano", BUNDLED_FOLDER / "nano"):
         assert load_predictor(source).config.n_layers == 4
         assert load_tokenizer(source).config.s1_bits == 9

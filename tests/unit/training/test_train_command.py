@@ -1,4 +1,4 @@
-"""The train command: resuming after a kill, several processes, errors in one line."""
+"""Train command: resuming after a kill, several processes, one-line errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kronos_stream.training.settings import Stage
 from tests.support.small_training import command, difference, run, trained, weights
 
 
-def test_both_stages_train_from_the_command_line_and_load(candles: Path, tmp_path: Path) -> None:
+def test_both_stages_train_and_their_checkpoints_load(candles: Path, tmp_path: Path) -> None:
     common = ("--steps=60", "--log-every=10", "--eval-every=30", "--lr=0.01")
     first = run(command("tokenizer", candles, tmp_path / "tokenizer", *common))
     assert first.returncode == 0, first.stderr
@@ -57,7 +57,7 @@ def test_a_killed_run_resumes_to_identical_weights(candles: Path, tmp_path: Path
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and '"step": 100,' in metrics.read_text()):
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_to_identical_weights(candles: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "predictor"])
-def test_two_processes_equal_one(
+def test_two_processes_give_the_weights_of_one(
     stage: Stage, candles: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     more = ["--steps=10", "--entropy-group=4"]
@@ -87,7 +87,7 @@ def test_two_processes_equal_one(
     assert difference(trained(tmp_path / "one"), trained(tmp_path / "two")) <= 1e-5
 
 
-def test_a_bad_file_ends_the_command_with_one_line(tmp_path: Path) -> None:
+def test_an_invalid_file_is_reported_in_one_line(tmp_path: Path) -> None:
     bad = tmp_path / "bad.csv"
     bad.write_text("time,open\n1,2\n")
     done = run(command("tokenizer", bad, tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Training resumes bit for bit, splits without changing results, and says what is wrong."""
+"""Training: exact resumption, split batches, losses, exports and error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_resume_at_any_step_is_exact(optimizer: str, tokenizer: Path, tmp_path: 
     trainer(settings, tmp_path / "whole").run()
     # Stopped by an error of the source after seven steps.
     broken = trainer(settings, tmp_path / "parts")
-    broken._data = TrainingData(Failing(broken._data.train, 7), None)
+    broken._data = TrainingData(FailingSource(broken._data.train, 7), None)
     with pytest.raises(ConnectionError):
         broken.run()
     again = trainer(settings, tmp_path / "parts")
@@ -45,8 +45,8 @@ def test_resume_at_any_step_is_exact(optimizer: str, tokenizer: Path, tmp_path: 
     assert difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
 
 
-class Failing:
-    """A source that fails from some step on."""
+class FailingSource:
+    """Source that raises an error from a step on."""
 
     def __init__(self, source: WindowSource, step: int) -> None:
         self._source, self._step = source, step
@@ -58,15 +58,15 @@ class Failing:
 
 
 def gradients(settings: TrainSettings, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of the first step."""
-    one = trainer(settings, folder)
-    loss = float(one.gradients()["loss"])
-    named = one._stage.network.named_parameters()
+    """Return loss and gradients of the first step."""
+    run = trainer(settings, folder)
+    loss = float(run.gradients()["loss"])
+    named = run._stage.network.named_parameters()
     return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "predictor"])
-def test_gradient_checkpointing_changes_nothing(
+def test_gradient_checkpointing_does_not_change_gradients(
     stage: Stage, tokenizer: Path, tmp_path: Path
 ) -> None:
     named = {"tokenizer": str(tokenizer)} if stage == "predictor" else {}
@@ -77,25 +77,25 @@ def test_gradient_checkpointing_changes_nothing(
     assert difference(plain, recomputed) < 1e-6
 
 
-def test_accumulation_changes_no_predictor(tokenizer: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_predictor(tokenizer: Path, tmp_path: Path) -> None:
     settings = small("predictor", steps=10, tokenizer=str(tokenizer))
     trainer(settings, tmp_path / "a").run()
     trainer(replace(settings, accumulate=4), tmp_path / "b").run()
     assert difference(trained(tmp_path / "a"), trained(tmp_path / "b")) <= 1e-5
 
 
-def test_code_entropy_in_groups_is_that_of_the_joint_codes() -> None:
+def test_grouped_code_entropy_detects_identical_bits() -> None:
     torch.manual_seed(1)
     apart = torch.nn.functional.normalize(torch.randn(1, 4000, 8), dim=-1)
     same = apart.clone()
-    same[..., 1:4] = apart[..., :1]  # four bits that say one thing
+    same[..., 1:4] = apart[..., :1]  # four identical bits
     assert float(code_entropy(apart, scale=20, group=1)) == pytest.approx(
         float(code_entropy(same, scale=20, group=1)), rel=0.02
     )
     assert code_entropy(apart, scale=20, group=4) > 1.1 * code_entropy(same, scale=20, group=4)
 
 
-def test_options_of_the_loss_left_out_are_the_reference(tiny_tokenizer: Tokenizer) -> None:
+def test_default_loss_options_equal_uniform_weights(tiny_tokenizer: Tokenizer) -> None:
     x = torch.randn(3, 20, 6)
     out = tiny_tokenizer(x)
     plain = tokenizer_loss(x, out, tiny_tokenizer.config)
@@ -105,15 +105,15 @@ def test_options_of_the_loss_left_out_are_the_reference(tiny_tokenizer: Tokenize
     assert float(weighted.total) == pytest.approx(float(plain.total), rel=1e-6)
 
 
-def test_poison_after_the_origin_reaches_no_earlier_loss(tokenizer: Path) -> None:
-    """The networks are causal, so bars after the origin change nothing before it."""
+def test_bars_after_the_origin_do_not_change_earlier_reconstructions(tokenizer: Path) -> None:
+    """The tokenizer is causal, and the normalisation uses only the lookback."""
     windows = GeneratedWindows(("5m",), 32, 0).draw(0, 2, np.arange(2))
     lookback = np.array([16, 16])
-    clean = make_batch(windows, lookback, 1.0)
+    original = make_batch(windows, lookback, 1.0)
     windows.values[:, 16:] *= 3.0
-    moved = make_batch(windows, lookback, 1.0)
+    changed = make_batch(windows, lookback, 1.0)
     network = load_tokenizer(tokenizer)
-    torch.testing.assert_close(network(clean.x).full[:, :16], network(moved.x).full[:, :16])
+    torch.testing.assert_close(network(original.x).full[:, :16], network(changed.x).full[:, :16])
 
 
 def test_early_stopping_keeps_the_best(tokenizer: Path, tmp_path: Path) -> None:
@@ -126,14 +126,16 @@ def test_early_stopping_keeps_the_best(tokenizer: Path, tmp_path: Path) -> None:
         warmup=1,
         tokenizer=str(tokenizer),
     )
-    one = trainer(settings, tmp_path)
-    one.run()
-    assert one.step < 400
-    assert one._best is not None
-    assert difference(one._best[1], weights(tmp_path)) == 0
+    run = trainer(settings, tmp_path)
+    run.run()
+    assert run.step < 400
+    assert run._best is not None
+    assert difference(run._best[1], weights(tmp_path)) == 0
 
 
-def test_fine_tuning_starts_from_a_checkpoint_gently(tokenizer: Path, tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_a_checkpoint_with_small_steps(
+    tokenizer: Path, tmp_path: Path
+) -> None:
     settings = small("tokenizer", init=str(tokenizer), steps=3)
     assert settings.lr <= 1e-5
     assert settings.early_stop > 0
@@ -170,31 +172,31 @@ def test_bfloat16_losses_are_close_to_float32(
     assert all(torch.isfinite(p).all() for p in after)
 
 
-def test_other_settings_do_not_resume(tmp_path: Path) -> None:
+def test_resuming_with_other_settings_is_rejected(tmp_path: Path) -> None:
     trainer(small("tokenizer", steps=2), tmp_path).run()
     with pytest.raises(TrainingError, match=r"other settings \(lr\)"):
         trainer(small("tokenizer", steps=2, lr=0.5), tmp_path)
 
 
-def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    one = trainer(small("tokenizer", steps=5), tmp_path)
+def test_a_diverged_run_is_reported_and_not_saved(tmp_path: Path) -> None:
+    run = trainer(small("tokenizer", steps=5), tmp_path)
     with torch.no_grad():
-        one._parameters[0].fill_(float("nan"))
+        run._parameters[0].fill_(float("nan"))
     with pytest.raises(TrainingError, match="not finite"):
-        one.run()
+        run.run()
     assert not (tmp_path / "state.pt").exists()
 
 
-def test_a_collapsed_codebook_is_seen() -> None:
+def test_a_collapsed_codebook_is_reported() -> None:
     tokens = torch.randint(0, 16, (4000,), generator=torch.Generator().manual_seed(0))
     assert codebook.measure_usage(tokens, tokens, 4, 4).warning() is None
-    dull = codebook.measure_usage(tokens, torch.full_like(tokens, 3), 4, 4)
-    assert dull.dead_bits == 4
-    assert dull.s2_perplexity == pytest.approx(1)
-    assert "collapses" in (dull.warning() or "")
+    collapsed = codebook.measure_usage(tokens, torch.full_like(tokens, 3), 4, 4)
+    assert collapsed.dead_bits == 4
+    assert collapsed.s2_perplexity == pytest.approx(1)
+    assert "collapsing" in (collapsed.warning() or "")
 
 
-def test_the_rate_rises_then_falls() -> None:
+def test_the_learning_rate_rises_then_falls() -> None:
     settings = small("tokenizer", steps=100, warmup=10)
     rates = [learning_rate_factor(step, settings) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -209,11 +211,11 @@ def test_the_rate_rises_then_falls() -> None:
         ({"accumulate": 3}, "does not divide"),
         ({"steps": 0}, "steps"),
         ({"timeframes": ("5x",)}, "timeframe"),
-        ({"learning_rate": 1}, "no setting"),
+        ({"learning_rate": 1}, "unknown training setting"),
         ({"valid_share": 0.5, "test_share": 0.5}, "train on"),
     ],
 )
-def test_a_bad_setting_is_one_line(changed: dict[str, object], reason: str) -> None:
+def test_invalid_settings_are_rejected(changed: dict[str, object], reason: str) -> None:
     with pytest.raises(TrainingError, match=reason):
         small("tokenizer", **changed)
 

@@ -1,4 +1,4 @@
-"""Windows: no gap in them, no part of the data in another, no knowledge of the future."""
+"""Training windows: no gaps, separate parts, and no information about the future."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WINDOW = 8
 
 
 def frame(times: NDArray[np.int64], seed: int = 0) -> pd.DataFrame:
-    """Candles at ``times``."""
+    """Return candles at ``times``."""
     values = Market(1, MINUTE, seed=seed).run(len(times)).values[:, 0]
     columns = ["open", "high", "low", "close", "volume", "amount"]
     return pd.DataFrame(values, columns=columns).assign(timestamp=times)
 
 
 def all_windows(source: FileWindows | None) -> NDArray[np.int64]:
-    """The times (N, S) of every window of a source."""
+    """Return the times (N, S) of every window of a source."""
     if source is None:
         return np.empty((0, WINDOW), np.int64)
     return source.gather(np.arange(len(source))).times
@@ -49,7 +49,7 @@ def all_windows(source: FileWindows | None) -> NDArray[np.int64]:
     ),
     valid_share=st.sampled_from([0.0, 0.1, 0.3]),
 )
-def test_no_window_crosses_a_gap_or_a_border(
+def test_no_window_contains_a_gap_or_overlaps_another_part(
     tmp_path_factory: pytest.TempPathFactory, steps: list[list[int]], valid_share: float
 ) -> None:
     folder = tmp_path_factory.mktemp("gaps")
@@ -64,18 +64,18 @@ def test_no_window_crosses_a_gap_or_a_border(
             [folder], folder / "store", WINDOW, valid_share=valid_share, test_share=0.2
         )
     except TrainingError:
-        return  # no stretch was long enough, which it says
+        return  # no segment is long enough for a window
     parts: list[Split] = ["train", "valid", "test"]
     windows = [all_windows(dataset.source(part, 0)) for part in parts]
-    for one in windows:
-        assert (np.diff(one, axis=1) == MINUTE).all()
+    for times in windows:
+        assert (np.diff(times, axis=1) == MINUTE).all()
     assert sum(map(len, windows)) <= expected
     full = [w for w in windows if len(w)]
     for earlier, later in pairwise(full):
         assert later.min() - earlier.max() > (WINDOW - 1) * MINUTE
 
 
-def test_statistics_know_the_lookback_alone() -> None:
+def test_normalisation_uses_only_the_lookback() -> None:
     values = Market(4, MINUTE, seed=1).run(40).values.swapaxes(0, 1)
     lookback = np.array([10, 20, 30, 39])
     clean = normalise(values, lookback)
@@ -90,20 +90,20 @@ def test_statistics_know_the_lookback_alone() -> None:
         assert np.isnan(dirty[row, bars:]).all()
 
 
-def test_loss_weights_sum_to_one_and_fall_before_the_origin() -> None:
+def test_loss_weights_sum_to_one_and_are_lower_before_the_origin() -> None:
     windows = GeneratedWindows(("5m",), 32, 0).draw(0, 4, np.arange(4))
     batch = make_batch(windows, np.array([8, 16, 24, 30]), 0.25)
     np.testing.assert_allclose(batch.weights.sum(1).numpy(), 1, rtol=1e-5)
     np.testing.assert_allclose((batch.weights[:, 0] / batch.weights[:, -1]).numpy(), 0.25)
 
 
-def test_stamps_are_those_of_the_calendar() -> None:
+def test_time_stamps_equal_the_calendar() -> None:
     times = pd.to_datetime(["2024-02-29T23:59:00Z", "1999-12-31T00:00:00Z"])
     stamps = time_stamps(times.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64))
     assert stamps.tolist() == [[59, 23, 3, 29, 2], [0, 0, 4, 31, 12]]
 
 
-def test_a_step_draws_the_same_windows_whoever_asks_for_which_rows() -> None:
+def test_windows_of_a_step_do_not_depend_on_the_requested_rows() -> None:
     source = GeneratedWindows(("1m", "1h"), 64, 3)
     whole = source.draw(7, 6, np.arange(6))
     part = GeneratedWindows(("1m", "1h"), 64, 3).draw(7, 6, np.array([1, 4]))
@@ -112,13 +112,13 @@ def test_a_step_draws_the_same_windows_whoever_asks_for_which_rows() -> None:
     assert not np.isin(held_out.values[..., 3], whole.values[..., 3]).all()
 
 
-def test_every_kind_of_file_gives_the_same_windows(tmp_path: Path) -> None:
+def test_all_file_formats_give_the_same_windows(tmp_path: Path) -> None:
     table = frame(START_MS + MINUTE * np.arange(100))
     writers: dict[str, Callable[[Path], object]] = {
         "a.csv": lambda p: table.to_csv(p, index=False),
         "a.csv.gz": lambda p: table.to_csv(p, index=False),
         "a.parquet": table.to_parquet,
-        # As freqtrade stores them: a typed date, no amount.
+        # The format of freqtrade: a typed date, no amount.
         "a.feather": lambda p: (
             table.assign(date=pd.to_datetime(table.timestamp, unit="ms", utc=True))
             .drop(columns=["timestamp", "amount"])
@@ -132,13 +132,13 @@ def test_every_kind_of_file_gives_the_same_windows(tmp_path: Path) -> None:
         source = dataset.source("train", 0)
         assert source is not None
         drawn.append(source.gather(np.arange(5)))
-    for one in drawn[1:]:
-        np.testing.assert_array_equal(one.times, drawn[0].times)
-        np.testing.assert_allclose(one.values[..., :5], drawn[0].values[..., :5])
+    for windows in drawn[1:]:
+        np.testing.assert_array_equal(windows.times, drawn[0].times)
+        np.testing.assert_allclose(windows.values[..., :5], drawn[0].values[..., :5])
 
 
 def write_qlib(folder: Path, closes: NDArray[np.float32]) -> pd.DatetimeIndex:
-    """A Qlib folder of one instrument on business days that starts at the third."""
+    """Write a Qlib folder of one instrument that starts at the calendar's third business day."""
     days = pd.bdate_range("2020-01-01", periods=len(closes) + 2)
     (folder / "calendars").mkdir(parents=True)
     (folder / "calendars" / "day.txt").write_text("\n".join(d.strftime("%Y-%m-%d") for d in days))
@@ -149,7 +149,7 @@ def write_qlib(folder: Path, closes: NDArray[np.float32]) -> pd.DatetimeIndex:
     return days
 
 
-def test_qlib_folders_follow_their_calendar_over_weekends(tmp_path: Path) -> None:
+def test_weekends_are_no_gaps_in_qlib_folders(tmp_path: Path) -> None:
     closes = np.linspace(10, 20, 60, dtype=np.float32)
     closes[30] = np.nan  # a day without trading is a gap
     days = write_qlib(tmp_path / "cn", closes)
@@ -190,7 +190,9 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_clear_line_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+def test_an_invalid_file_is_reported_in_one_line_and_leaves_no_store(
+    tmp_path: Path, name: str
+) -> None:
     text, reason = BAD_FILES[name]
     file = tmp_path / "bad.csv.gz"
     file.write_bytes(gzip.compress(text.encode()))
@@ -205,7 +207,7 @@ def test_a_bad_file_is_one_clear_line_and_leaves_nothing(tmp_path: Path, name: s
     assert ("store" in left) == (name == "only gaps")
 
 
-def test_missing_files_and_folders_are_said(tmp_path: Path) -> None:
+def test_missing_files_and_empty_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="No such file"):
         CandleDataset.prepare([tmp_path / "no.csv"], tmp_path / "store", WINDOW)
     (tmp_path / "none").mkdir()

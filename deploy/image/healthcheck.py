@@ -1,7 +1,7 @@
 """Health check of the container: exit code 0 if /healthz answers, else 1.
 
-For the image's HEALTHCHECK: the standard library alone, and where to ask as the daemon is told
-where to listen. The page never needs a token.
+For the image's HEALTHCHECK. Uses only the standard library, and the daemon's own variables for the
+address. The endpoint never requires a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SECONDS = 4.0
 
 def main() -> int:
     """Send one request; report a failure on stderr."""
-    # On Linux a connection to 0.0.0.0 or :: reaches this machine, so all addresses can be used as set.
+    # On Linux a connection to 0.0.0.0 or :: reaches this machine, so any address works.
     host = os.environ.get("KRONOS_STREAM_HTTP__HOST", "") or "127.0.0.1"
     port = os.environ.get("KRONOS_STREAM_HTTP__PORT", "") or "8080"
     try:

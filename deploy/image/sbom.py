@@ -1,7 +1,7 @@
 """Bill of materials of the daemon's dependencies, in CycloneDX: ``sbom.py PYTHON OUT``.
 
-PYTHON is an interpreter with the daemon installed. It may have more, such as the tools of a
-developer: only what the daemon needs is in the bill. Runs where cyclonedx-bom is installed.
+PYTHON is an interpreter with the daemon installed. Other packages of its environment, such as
+development tools, are left out. Requires cyclonedx-bom in the environment that runs this script.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _run(command: list[str]) -> str:
 
 def _needed(installed: Iterable[Distribution]) -> set[NormalizedName]:
     """Collect all direct and indirect dependencies, including requested extras."""
-    known = {canonicalize_name(one.metadata["Name"]): one for one in installed}
+    known = {canonicalize_name(each.metadata["Name"]): each for each in installed}
     found: set[tuple[NormalizedName, str]] = set()
     left = [(canonicalize_name(_PROJECT), "")]
     while left:

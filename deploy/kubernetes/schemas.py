@@ -1,7 +1,7 @@
 """Arrange JSON schemas in the layout of kubeconform: schemas.py FOLDER WHEEL MODULE...
 
-WHEEL is kubernetes-validate's, which carries Kubernetes' own schemas; the modules are Go's, with
-CRDs of which none may be missing below, and compose's.
+WHEEL is the wheel of kubernetes-validate, which contains the schemas of Kubernetes. The modules are
+Go modules that together contain all CRDs listed below and the schema of compose.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a bot does with fresh forecasts: python bot.py localhost:9092 BTC/USDT ETH/USDT."""
+"""Example bot: python bot.py localhost:9092 BTC/USDT ETH/USDT."""
 
 import asyncio
 import sys
@@ -8,7 +8,7 @@ from kronos_stream.client import forecasts
 
 
 async def main(bootstrap: str, *symbols: str) -> None:
-    """Say what to do about each forecast: expired ones do not come, doubtful ones are left out."""
+    """Print an action for each forecast; expired and degraded forecasts are skipped."""
     async for forecast in forecasts(bootstrap, symbols=symbols or None):
         if not forecast.degraded:
             p_up = forecast.summary.p_up

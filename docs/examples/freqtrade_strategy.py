@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
-# A strategy is part of freqtrade when it runs, and freqtrade is under the GNU General Public
-# License, version 3 or later; so is this file, other than the rest of kronos-stream, which it is
-# no part of. The licence: https://www.gnu.org/licenses/gpl-3.0.html
-"""A freqtrade strategy that enters and leaves by forecasts from Kafka.
+# A strategy runs as part of freqtrade, which is under the GNU General Public License, version 3 or
+# later. Therefore this file has the same licence. It is not part of kronos-stream, which has
+# another licence. Text of the licence: https://www.gnu.org/licenses/gpl-3.0.html
+"""Freqtrade strategy that enters and exits trades by forecasts from Kafka.
 
-Install kronos-stream beside freqtrade, copy this file into ``user_data/strategies``, and say in
-freqtrade's configuration where the forecasts are::
+Install kronos-stream beside freqtrade, copy this file into ``user_data/strategies``, and add the
+location of the forecasts to freqtrade's configuration::
 
     "kronos": {"bootstrap": "localhost:9092", "venue": "binance"}
 
-``venue`` may be left out if it is called like the exchange. The daemon must follow the same pairs
-in the same timeframe. Only for dry runs and live ones: a backtest sees no forecasts, and so does
-nothing. It shows how; whether it earns anything is for you to find out.
+``venue`` is optional if its name equals that of the exchange. The daemon must forecast the same
+pairs in the same timeframe. Only for dry and live runs: a backtest has no forecasts, so it makes no
+trades. This is an example; its profitability has not been tested.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ RETRY_SECONDS = 5.0
 
 
 class KronosForecasts(IStrategy):
-    """Long where a rise is likely, by a fresh forecast of sound bars; else nothing is entered.
+    """Enter long if a valid, undegraded forecast makes a rise likely.
 
-    Without one no exit is signalled either: open trades are left to the stop loss.
+    Without a valid forecast there is no exit signal either; the stop loss protects open trades.
     """
 
     INTERFACE_VERSION = 3
@@ -48,7 +48,7 @@ class KronosForecasts(IStrategy):
     can_short = False
     stoploss = -0.03
     minimal_roi: ClassVar[dict[str, float]] = {}
-    # A forecast comes a moment after its bar, so the newest bar is looked at more than once.
+    # A forecast arrives shortly after its bar, so the newest bar is processed more than once.
     process_only_new_candles = False
 
     enter_above = 0.6
@@ -56,21 +56,21 @@ class KronosForecasts(IStrategy):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        told = config.get("kronos", {})
-        self._bootstrap = told.get("bootstrap", "localhost:9092")
-        self._venue = told.get("venue", config["exchange"]["name"])
+        options = config.get("kronos", {})
+        self._bootstrap = options.get("bootstrap", "localhost:9092")
+        self._venue = options.get("venue", config["exchange"]["name"])
         self._latest: dict[str, Forecast] = {}
         self._reading: Future[None] | None = None
 
     def bot_start(self, **_: object) -> None:
-        """Begin to read forecasts, in a thread of their own."""
+        """Start to read forecasts in a separate thread."""
         if self.dp.runmode in TRADE_MODES:
             loop = asyncio.new_event_loop()
             Thread(target=loop.run_forever, name="kronos-forecasts", daemon=True).start()
             self._reading = asyncio.run_coroutine_threadsafe(self._read(), loop)
 
     def ft_bot_cleanup(self) -> None:
-        """End it: a reloaded configuration makes another strategy."""
+        """Stop reading; a reload of the configuration creates a new strategy."""
         super().ft_bot_cleanup()
         if self._reading is not None:
             self._reading.cancel()
@@ -78,9 +78,9 @@ class KronosForecasts(IStrategy):
     def populate_indicators(
         self, dataframe: pd.DataFrame, metadata: dict[str, Any]
     ) -> pd.DataFrame:
-        """Column ``p_up``: the chance of a rise from the bar the forecast is of; else not a number.
+        """Add column ``p_up``: probability of a rise after the forecast's origin bar, else NaN.
 
-        A forecast of any bar but the newest thus signals nothing.
+        Therefore only a forecast from the newest bar causes a signal.
         """
         dataframe["p_up"] = float("nan")
         forecast = self._fresh(metadata["pair"], datetime.now(UTC))
@@ -92,19 +92,19 @@ class KronosForecasts(IStrategy):
     def populate_entry_trend(
         self, dataframe: pd.DataFrame, metadata: dict[str, Any]
     ) -> pd.DataFrame:
-        """Enter where the chance is good."""
+        """Enter if the probability of a rise is high."""
         dataframe.loc[dataframe["p_up"] > self.enter_above, "enter_long"] = 1
         return dataframe
 
     def populate_exit_trend(
         self, dataframe: pd.DataFrame, metadata: dict[str, Any]
     ) -> pd.DataFrame:
-        """Leave where it is not."""
+        """Exit if the probability of a rise is low."""
         dataframe.loc[dataframe["p_up"] < self.exit_below, "exit_long"] = 1
         return dataframe
 
     def confirm_trade_entry(self, pair: str, current_time: datetime, **_: object) -> bool:
-        """Whether the forecast is still good when the order would go out."""
+        """Return whether the forecast is still valid when the order is placed."""
         return self._fresh(pair, current_time) is not None
 
     def _fresh(self, pair: str, now: datetime) -> Forecast | None:
@@ -114,18 +114,18 @@ class KronosForecasts(IStrategy):
         return forecast
 
     async def _read(self) -> None:
-        """Keep the latest forecast of each series, until cancelled."""
-        # Those of the last bars may still be valid.
-        lately = timedelta(seconds=2 * timeframe_to_seconds(self.timeframe))
+        """Keep the latest forecast of each series until cancelled."""
+        # Forecasts of the last bars may still be valid.
+        lookback = timedelta(seconds=2 * timeframe_to_seconds(self.timeframe))
         try:
             while True:
-                stream = forecasts(self._bootstrap, start=datetime.now(UTC) - lately)
+                stream = forecasts(self._bootstrap, start=datetime.now(UTC) - lookback)
                 try:
                     async with aclosing(stream):
                         async for forecast in stream:
                             self._latest[forecast.series] = forecast
                 except Exception:
-                    logger.exception("no forecasts; tried again in %g s", RETRY_SECONDS)
+                    logger.exception("cannot read forecasts; retrying in %g s", RETRY_SECONDS)
                 await asyncio.sleep(RETRY_SECONDS)
         finally:
             asyncio.get_running_loop().stop()

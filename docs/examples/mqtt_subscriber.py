@@ -1,8 +1,8 @@
-"""The latest forecast of every series, from MQTT: python mqtt_subscriber.py localhost 1883.
+"""Latest forecast of every series from MQTT: python mqtt_subscriber.py localhost 1883.
 
-Needs aiomqtt alone, and neither kronos-stream nor Kafka. The daemon publishes to
-``kronos/forecasts/{venue}/{symbol}/{timeframe}``, where the broker retains the latest, so this
-begins with what is known and goes on with what is new.
+Requires only aiomqtt, neither kronos-stream nor Kafka. The daemon publishes to
+``kronos/forecasts/{venue}/{symbol}/{timeframe}``. The broker retains the latest forecast of each
+series, so a subscriber first receives the retained forecasts and then the new ones.
 """
 
 import asyncio
@@ -18,21 +18,21 @@ RECONNECT_SECONDS = 2.0
 
 
 class Latest:
-    """What is forecast now, by topic."""
+    """Latest forecasts by topic."""
 
     def __init__(self) -> None:
         self._newest: dict[str, tuple[str, int]] = {}
-        """Origin and revision."""
+        """Origin and revision of the latest forecast."""
 
     def take(self, topic: str, payload: bytes) -> str | None:
-        """What a message changes, in a line; None where it is no news."""
-        if not payload:  # retained no more: the series is given up
+        """Return one line about a message; None if it changes nothing."""
+        if not payload:  # the retained message is deleted: the series is removed
             return f"{topic}: no forecast" if self._newest.pop(topic, None) else None
         message = json.loads(payload)
-        if message["schema"] != "kronos.forecast/1":  # kronos.removal/1: the empty one follows it
+        if message["schema"] != "kronos.forecast/1":  # kronos.removal/1: an empty message follows
             return None
         newest = message["origin"], message["revision"]  # times in UTC sort as text
-        if newest <= self._newest.get(topic, ("", -1)):  # at least once: it came before
+        if newest <= self._newest.get(topic, ("", -1)):  # a duplicate: delivery is at least once
             return None
         self._newest[topic] = newest
         doubts = "; ".join(message.get("reasons", ())) if message["degraded"] else ""
@@ -47,7 +47,7 @@ class Latest:
 
 
 async def main(host: str = "localhost", port: str = "1883") -> None:
-    """Print what changes, until Ctrl-C; after an outage it goes on."""
+    """Print changes until Ctrl-C; reconnect after an outage."""
     latest = Latest()
     while True:
         try:
@@ -58,7 +58,7 @@ async def main(host: str = "localhost", port: str = "1883") -> None:
                     if line := latest.take(str(message.topic), payload):
                         print(line, flush=True)
         except aiomqtt.MqttError as error:
-            print(f"no forecasts for now: {error}", file=sys.stderr, flush=True)
+            print(f"connection lost, retrying: {error}", file=sys.stderr, flush=True)
             await asyncio.sleep(RECONNECT_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""Import rules of docs/architecture.md: one direction, no circles, few dependencies."""
+"""Import rules of docs/architecture.md: one direction, no cycles, few dependencies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
-_GROUND = {"atomic", "backoff", "channels", "errors", "redaction"}
-"""Modules without imports of their own from this project."""
+_BASE = {"atomic", "backoff", "channels", "errors", "redaction"}
+"""Base modules, which import nothing else of this project."""
 
 _ALLOWED: Mapping[str, set[str]] = {
     "market": set(),
@@ -28,7 +28,7 @@ _ALLOWED: Mapping[str, set[str]] = {
     "client": {"forecast", "interfaces", "market"},
     "daemon": {"bars", "engine", "forecast", "interfaces", "market", "model"},
 }
-"""Rooms of the core, and the rooms that each may import beside the ground modules.
+"""Folders of the core, and the folders that each may import beside the base modules.
 
 ``commands`` and ``cli`` put the program together and may import everything.
 """
@@ -64,36 +64,38 @@ def _imports(name: str, *, top_level: bool = False) -> Iterator[str]:
                 yield member if member in _SOURCES else node.module
 
 
-def _room(name: str) -> str:
+def _folder(name: str) -> str:
     """First folder or module below the package: ``kronos_stream.bars.window`` is in ``bars``."""
     return name.split(".")[1] if "." in name else name
 
 
-def _core_modules(room: str) -> list[str]:
-    return [name for name in _SOURCES if name.startswith("kronos_stream.") and _room(name) == room]
+def _core_modules(folder: str) -> list[str]:
+    return [
+        name for name in _SOURCES if name.startswith("kronos_stream.") and _folder(name) == folder
+    ]
 
 
-@pytest.mark.parametrize("room", sorted(_ALLOWED))
-def test_rooms_import_only_the_rooms_below_them(room: str) -> None:
-    allowed = _ALLOWED[room] | _GROUND | {room, "kronos_stream"}
-    modules = _core_modules(room)
+@pytest.mark.parametrize("folder", sorted(_ALLOWED))
+def test_folders_import_only_the_folders_below_them(folder: str) -> None:
+    allowed = _ALLOWED[folder] | _BASE | {folder, "kronos_stream"}
+    modules = _core_modules(folder)
     assert modules
     wrong = [
         f"{name} imports {target}"
         for name in modules
         for target in _imports(name)
-        if target.startswith("kronos_stream") and _room(target) not in allowed
+        if target.startswith("kronos_stream") and _folder(target) not in allowed
     ]
     assert not wrong
 
 
-def test_every_room_of_the_core_has_a_rule() -> None:
-    rooms = {_room(name) for name in _SOURCES if name.startswith("kronos_stream.")}
-    assert rooms == _ALLOWED.keys() | _GROUND | {"__main__", "cli", "commands"}
+def test_every_folder_of_the_core_has_a_rule() -> None:
+    folders = {_folder(name) for name in _SOURCES if name.startswith("kronos_stream.")}
+    assert folders == _ALLOWED.keys() | _BASE | {"__main__", "cli", "commands"}
 
 
-@pytest.mark.parametrize("module", sorted(_GROUND))
-def test_ground_modules_import_nothing_of_the_project(module: str) -> None:
+@pytest.mark.parametrize("module", sorted(_BASE))
+def test_base_modules_import_nothing_of_the_project(module: str) -> None:
     assert not [one for one in _imports(f"kronos_stream.{module}") if one.startswith("kronos")]
 
 
@@ -101,7 +103,7 @@ def test_the_core_imports_no_connector() -> None:
     wrong = [
         f"{name} imports {target}"
         for name in _SOURCES
-        if name.startswith("kronos_stream") and _room(name) != "commands"
+        if name.startswith("kronos_stream") and _folder(name) != "commands"
         for target in _imports(name)
         if target.startswith("kronos_connectors")
     ]
@@ -109,20 +111,20 @@ def test_the_core_imports_no_connector() -> None:
 
 
 def test_connectors_import_interfaces_and_values_only() -> None:
-    allowed = {"forecast", "interfaces", "market"} | _GROUND
+    allowed = {"forecast", "interfaces", "market"} | _BASE
     wrong = [
         f"{name} imports {target}"
         for name in _SOURCES
         if name.startswith("kronos_connectors")
         for target in _imports(name)
-        if target.startswith("kronos_stream") and _room(target) not in allowed
+        if target.startswith("kronos_stream") and _folder(target) not in allowed
     ]
     assert not wrong
 
 
-@pytest.mark.parametrize("room", ["model", "engine"])
-def test_model_and_engine_need_torch_numpy_and_safetensors_alone(room: str) -> None:
-    for name in _core_modules(room):
+@pytest.mark.parametrize("folder", ["model", "engine"])
+def test_model_and_engine_need_torch_numpy_and_safetensors_alone(folder: str) -> None:
+    for name in _core_modules(folder):
         for top_level, allowed in (
             (True, _COMPUTE_LIBRARIES),
             (False, _COMPUTE_LIBRARIES | _OPTIONAL_LIBRARIES),
@@ -131,16 +133,16 @@ def test_model_and_engine_need_torch_numpy_and_safetensors_alone(room: str) -> N
             assert found - {"kronos_stream"} - sys.stdlib_module_names <= allowed, name
 
 
-@pytest.mark.parametrize("depth", [2, 3, None], ids=["rooms", "folders", "modules"])
-def test_imports_have_no_circles(depth: int | None) -> None:
-    """Between rooms, between the folders of the daemon and of the connectors, between modules."""
+@pytest.mark.parametrize("depth", [2, 3, None], ids=["packages", "folders", "modules"])
+def test_imports_have_no_cycles(depth: int | None) -> None:
+    """Of top-level folders, of all folders, of modules."""
     graph: dict[str, set[str]] = {}
     for name in _SOURCES:
         here = ".".join(name.split(".")[:depth])
         there = (".".join(target.split(".")[:depth]) for target in _imports(name))
         ours = {target for target in there if target.startswith("kronos_")}
         graph.setdefault(here, set()).update(ours - {here})
-    # The package's own __init__ offers names of the engine lazily; that is no circle.
+    # The package's own __init__ offers names of the engine lazily; that is no cycle.
     graph.pop("kronos_stream", None)
     try:
         TopologicalSorter(graph).prepare()

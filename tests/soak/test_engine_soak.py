@@ -1,4 +1,4 @@
-"""A minute of unlike forecasts in one process: nothing accumulates, nothing drifts.
+"""A minute of varied forecasts in one process: memory stays bounded, and results stay equal.
 
 ``KRONOS_SOAK_SECONDS`` sets the length (60).
 """
@@ -13,21 +13,16 @@ import numpy as np
 import pytest
 
 from kronos_stream import Context, Forecaster
+from tests.support.processes import resident_mib
 
 pytestmark = pytest.mark.soak
 
 SECONDS = float(os.environ.get("KRONOS_SOAK_SECONDS", "60"))
 MIN_BATCHES = 30
-"""Drawn however slow the machine is."""
+"""Lower bound for slow machines."""
 MINUTE_MS = 60_000
 GROWTH_MIB = 64
-"""Allowed between the end of the warm-up and the end: allocators breathe, leaks do not stop."""
-
-
-def resident_mib() -> float:
-    """Memory this process holds."""
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+"""Growth allowed from the end of the warm-up to the end of the test."""
 
 
 def random_context(random: np.random.Generator) -> Context:
@@ -43,8 +38,8 @@ def random_context(random: np.random.Generator) -> Context:
 
 @pytest.mark.timeout(SECONDS + 300)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
-def test_soak(parity_folder: Path) -> None:
-    """Batches of ever other sizes neither grow the process nor change an early result."""
+def test_varied_batches_leak_nothing(parity_folder: Path) -> None:
+    """Batches of varying sizes neither grow the process nor change an early result."""
     tiny = parity_folder / "tiny"
     forecaster = Forecaster.from_pretrained(
         str(tiny / "predictor"),

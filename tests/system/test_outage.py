@@ -27,12 +27,11 @@ from kronos_stream.daemon.telemetry.metrics import Metrics
 from kronos_stream.forecast.message import DeadLetter
 from kronos_stream.interfaces.sink import Envelope, Record, Refusal, SinkUnavailable
 from kronos_stream.market.clock import Clock, LoopClock, SystemClock
-from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.apache_kafka import ApacheKafka
 from tests.support.daemon_process import DaemonProcess
 from tests.support.exchange_process import ExchangeProcess
 from tests.support.forecast_audit import audit_forecasts, read_topic
-from tests.support.processes import WAIT_SECONDS, wait_for
+from tests.support.processes import WAIT_SECONDS, resident_mib, wait_for
 
 SYMBOLS = 8
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_OUTAGE_SECONDS", "120"))
@@ -154,36 +153,34 @@ async def test_refused_records_are_buried_and_delay_nobody(
     assert letters["binance:S2/USDT:1s"].content().startswith(b"22 ")
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("hours", [0.05, pytest.param(1.0, marks=pytest.mark.soak)])
-def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> None:
+async def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> None:
     """20 forecasts a second meanwhile, in the event loop's time."""
     seconds = round(3_600 * hours)
-    before = _resident_mib()
+    before = resident_mib()
 
-    async def live() -> None:
-        clock = LoopClock(START)
-        state, sink = await State.open(tmp_path / "state"), _UnavailableSink()
-        outbox = _outbox(state, sink, clock)
-        running = asyncio.create_task(outbox.run())
-        for second in range(seconds):
-            await outbox.publish([], [_message(20 * second + i, FORECAST_BYTES) for i in range(20)])
-            await clock.sleep(1.0)
-        assert outbox.problems() == {"gone": "nobody there"}
-        grown = _resident_mib() - before
-        sink.available = True
-        assert await outbox.drain(3_600.0) == 0
-        assert outbox.problems() == {"gone": ""}
-        running.cancel()
-        await asyncio.wait([running])
-        await state.close()
-        print(  # noqa: T201
-            f"{hours:g} h, {len(sink.delivered)} records of {FORECAST_BYTES} bytes: "
-            f"{grown:+.0f} MiB meanwhile, {_resident_mib() - before:+.0f} MiB after"
-        )
-        assert sink.delivered == list(range(20 * seconds))
-        assert max(grown, _resident_mib() - before) < GROWTH_MIB
-
-    run_virtual(live())
+    clock = LoopClock(START)
+    state, sink = await State.open(tmp_path / "state"), _UnavailableSink()
+    outbox = _outbox(state, sink, clock)
+    running = asyncio.create_task(outbox.run())
+    for second in range(seconds):
+        await outbox.publish([], [_message(20 * second + i, FORECAST_BYTES) for i in range(20)])
+        await clock.sleep(1.0)
+    assert outbox.problems() == {"gone": "nobody there"}
+    grown = resident_mib() - before
+    sink.available = True
+    assert await outbox.drain(3_600.0) == 0
+    assert outbox.problems() == {"gone": ""}
+    running.cancel()
+    await asyncio.wait([running])
+    await state.close()
+    print(  # noqa: T201
+        f"{hours:g} h, {len(sink.delivered)} records of {FORECAST_BYTES} bytes: "
+        f"{grown:+.0f} MiB meanwhile, {resident_mib() - before:+.0f} MiB after"
+    )
+    assert sink.delivered == list(range(20 * seconds))
+    assert max(grown, resident_mib() - before) < GROWTH_MIB
 
 
 class _UnavailableSink:
@@ -252,8 +249,3 @@ def _assert_nothing_is_lost(
     found = audit_forecasts(read_topic(bootstrap, forecast_topic(prefix)), due)
     assert found.problems == []
     assert len(due) == SYMBOLS
-
-
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +26,7 @@ from kronos_stream.interfaces.sink import Record, RecordKind, Refusal, Sink, Sin
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.testing.broker import EmbeddedBroker
 from tests.support.apache_kafka import ApacheKafka
+from tests.support.processes import resident_mib
 
 SERIES = 20
 _SIZE = 6_000
@@ -233,16 +233,11 @@ async def test_delivery_and_close_are_bounded_if_the_broker_hangs(
     assert len(asyncio.all_tasks()) == 1
 
 
-def _rss() -> int:
-    pages = int(Path("/proc/self/statm").read_text("ascii").split()[1])
-    return pages * resource.getpagesize()
-
-
 async def _deliver_during(
     kafka: ApacheKafka, seconds: float, trouble: Callable[[], None], **options: Any
 ) -> float:
     """Deliver 20 records ten times a second during ``trouble``; returns the longest delivery."""
-    sequence, longest, memory = 0, 0.0, _rss()
+    sequence, longest, memory = 0, 0.0, resident_mib()
     async with _sink(kafka.bootstrap, "kronos", **options) as sink:
         assert not await _deliver_with_retries(sink, [_record(i) for i in range(SERIES)])
         sequence += SERIES
@@ -256,7 +251,7 @@ async def _deliver_during(
             longest = max(longest, time.monotonic() - started)
             await asyncio.sleep(0.1)
     await trouble_task
-    assert _rss() - memory < 32_000_000
+    assert resident_mib() - memory < 32
     for topic in (forecast_topic("kronos"), latest_topic("kronos")):
         _in_order(await _read(kafka.bootstrap, topic), range(sequence))
     assert len(asyncio.all_tasks()) == 1

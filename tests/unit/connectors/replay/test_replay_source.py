@@ -22,7 +22,6 @@ from kronos_stream.market.clock import LoopClock, ManualClock
 from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 from kronos_stream.testing.market import START_MS
-from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.recordings import (
     BTC,
     MINUTE,
@@ -186,51 +185,44 @@ def test_driven_time_stops_at_timers_and_waits_until_idle(write: Write) -> None:
     assert idle_at == list(range(0, 360, 20))
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("speed", [1.0, 60.0])
-def test_paced_time_runs_at_the_given_speed(write: Write, speed: float) -> None:
+async def test_paced_time_runs_at_the_given_speed(write: Write, speed: float) -> None:
     """A daemon that takes ten seconds to start misses no bar."""
-
-    async def main() -> list[float]:
-        recording = Recording.read([write("A_B.csv", 5)])
-        clock = PacedClock(START_MS, speed)
-        received = RecordingCallbacks(clock)
-        source = ReplaySource(
-            recording, clock, START_MS, advance_to=paced_advance(clock, yield_once)
-        )
-        source.subscribe(recording.series)
-        await asyncio.sleep(10)
-        assert clock.now() == START_MS
-        began = asyncio.get_running_loop().time()
-        waited = asyncio.create_task(clock.sleep(90))
-        await source.run(received.callbacks)
-        assert waited.done()
-        assert received.times == [START_MS + (bar + 1) * MINUTE for bar in range(5)]
-        return [began, asyncio.get_running_loop().time()]
-
-    began, ended = run_virtual(main())
+    recording = Recording.read([write("A_B.csv", 5)])
+    clock = PacedClock(START_MS, speed)
+    received = RecordingCallbacks(clock)
+    source = ReplaySource(recording, clock, START_MS, advance_to=paced_advance(clock, yield_once))
+    source.subscribe(recording.series)
+    await asyncio.sleep(10)
+    assert clock.now() == START_MS
+    began = asyncio.get_running_loop().time()
+    waited = asyncio.create_task(clock.sleep(90))
+    await source.run(received.callbacks)
+    assert waited.done()
+    assert received.times == [START_MS + (bar + 1) * MINUTE for bar in range(5)]
+    began, ended = [began, asyncio.get_running_loop().time()]
     assert ended - began == pytest.approx(300 / speed, abs=0.01)
 
 
-def test_source_of_the_daemon_moves_bars_to_the_present(write: Write) -> None:
+@pytest.mark.virtual_time
+async def test_source_of_the_daemon_moves_bars_to_the_present(write: Write) -> None:
     options = CONNECTOR.options(files=(write("A_B.csv", 20),), history=10)
 
-    async def main() -> None:
-        now = START_MS + 1_000_000 * MINUTE + 12_345
-        clock = LoopClock(now)
-        received = RecordingCallbacks(clock)
-        source = CONNECTOR.build("replay", options, clock, random.Random(0))
-        series = Series.parse("replay:A/B:1m")
-        source.subscribe([series])
-        known = await source.history(series, 0, now + MINUTE)
-        assert len(known) == 10
-        assert known[-1].time == now // MINUTE * MINUTE - MINUTE
-        await source.run(received.callbacks)
-        assert [one.candle.time for one in received.updates] == [
-            now // MINUTE * MINUTE + bar * MINUTE for bar in range(10)
-        ]
-        assert received.times == [one.received for one in received.updates]
-
-    run_virtual(main())
+    now = START_MS + 1_000_000 * MINUTE + 12_345
+    clock = LoopClock(now)
+    received = RecordingCallbacks(clock)
+    source = CONNECTOR.build("replay", options, clock, random.Random(0))
+    series = Series.parse("replay:A/B:1m")
+    source.subscribe([series])
+    known = await source.history(series, 0, now + MINUTE)
+    assert len(known) == 10
+    assert known[-1].time == now // MINUTE * MINUTE - MINUTE
+    await source.run(received.callbacks)
+    assert [one.candle.time for one in received.updates] == [
+        now // MINUTE * MINUTE + bar * MINUTE for bar in range(10)
+    ]
+    assert received.times == [one.received for one in received.updates]
 
 
 def test_history_after_the_end_of_a_recording_raises(write: Write) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from kronos_stream.daemon.requests import ForecastResult
 from kronos_stream.market.clock import ManualClock
-from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.scheduler import (
     START,
     SchedulerHarness,
@@ -21,70 +20,62 @@ from tests.support.scheduler import (
 )
 
 
-def test_drain_does_not_wait_for_expected_bars() -> None:
+@pytest.mark.virtual_time
+async def test_drain_does_not_wait_for_expected_bars() -> None:
     """In a replay time does not advance before everything is done, so no bar can arrive."""
     present, missing = make_series(2)
 
-    async def main() -> list[tuple[str, int, str]]:
-        harness = SchedulerHarness(clock=ManualClock(START))
-        running = asyncio.create_task(harness.scheduler.run())
-        harness.expected[START] = {missing}
-        harness.submit(request_at(present, START))
-        async with asyncio.timeout(5):
-            await harness.scheduler.drain()
-        running.cancel()
-        return harness.outcomes()
-
-    assert run_virtual(main()) == [("S0/X", 0, "forecast")]
+    harness = SchedulerHarness(clock=ManualClock(START))
+    running = asyncio.create_task(harness.scheduler.run())
+    harness.expected[START] = {missing}
+    harness.submit(request_at(present, START))
+    async with asyncio.timeout(5):
+        await harness.scheduler.drain()
+    running.cancel()
+    assert harness.outcomes() == [("S0/X", 0, "forecast")]
 
 
-def test_failing_publisher_ends_the_run() -> None:
-    async def main() -> None:
-        harness = SchedulerHarness()
+@pytest.mark.virtual_time
+async def test_failing_publisher_ends_the_run() -> None:
+    harness = SchedulerHarness()
 
-        async def fail(_: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
-            raise OSError("disk full")
+    async def fail(_: Sequence[ForecastResult]) -> Sequence[ForecastResult]:
+        raise OSError("disk full")
 
-        harness.scheduler._publish = fail
-        harness.submit(request_at(make_series(1)[0], START))
-        await harness.scheduler.run()
-
+    harness.scheduler._publish = fail
+    harness.submit(request_at(make_series(1)[0], START))
     with pytest.raises(ExceptionGroup, match="unhandled") as caught:
-        run_virtual(main())
+        await harness.scheduler.run()
     assert caught.group_contains(OSError, match="disk full")
 
 
-def test_finish_completes_the_current_batch_only() -> None:
+@pytest.mark.virtual_time
+async def test_finish_completes_the_current_batch_only() -> None:
     busy, waiting = make_series(2)
 
-    async def main() -> list[tuple[str, int, str]]:
-        harness = SchedulerHarness(TimedWorker(2.0))
-        running = asyncio.create_task(harness.scheduler.run())
-        harness.submit(request_at(busy, START))
-        await asyncio.sleep(0.5)
-        harness.submit(request_at(waiting, START), request_at(busy, START + 1000))
-        assert await harness.scheduler.finish(5)
-        harness.submit(request_at(waiting, START + 1000))
+    harness = SchedulerHarness(TimedWorker(2.0))
+    running = asyncio.create_task(harness.scheduler.run())
+    harness.submit(request_at(busy, START))
+    await asyncio.sleep(0.5)
+    harness.submit(request_at(waiting, START), request_at(busy, START + 1000))
+    assert await harness.scheduler.finish(5)
+    harness.submit(request_at(waiting, START + 1000))
+    await running
+    assert harness.outcomes() == [("S0/X", 0, "forecast")]
+
+
+@pytest.mark.virtual_time
+async def test_finish_is_bounded() -> None:
+    harness = SchedulerHarness(TimedWorker(100.0))
+    running = asyncio.create_task(harness.scheduler.run())
+    harness.submit(request_at(make_series(1)[0], START))
+    await asyncio.sleep(1)
+    assert not await harness.scheduler.finish(5)
+    running.cancel()
+    with suppress(asyncio.CancelledError):
         await running
-        return harness.outcomes()
-
-    assert run_virtual(main()) == [("S0/X", 0, "forecast")]
-
-
-def test_finish_is_bounded() -> None:
-    async def main() -> float:
-        harness = SchedulerHarness(TimedWorker(100.0))
-        running = asyncio.create_task(harness.scheduler.run())
-        harness.submit(request_at(make_series(1)[0], START))
-        await asyncio.sleep(1)
-        assert not await harness.scheduler.finish(5)
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
-        assert harness.results == []
-        return asyncio.get_running_loop().time()
-
-    assert run_virtual(main()) == pytest.approx(6)
+    assert harness.results == []
+    assert asyncio.get_running_loop().time() == pytest.approx(6)
 
 
 def test_cancelling_a_bar_cancels_later_bars_even_in_a_batch() -> None:

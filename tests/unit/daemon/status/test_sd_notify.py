@@ -18,7 +18,6 @@ from kronos_stream.daemon.status.sd_notify import _MAX_PENDING, Notifier
 from kronos_stream.daemon.status.systemd import StatusReporter
 from kronos_stream.daemon.status.watchdog import StallCheck, Watchdog
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.testing.virtual_time import run_virtual
 from tests.support.fake_systemd import FakeSystemd
 
 if sys.platform != "linux":
@@ -111,47 +110,43 @@ class _Daemon:
         return {"sink kafka": "", "source binance": "away: https://me:secret@host\nis not"}
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize(
     ("role", "rate"), [("forecast", "7 forecasts in the last minute"), ("ingest", "9 bars in the")]
 )
-def test_status_has_problems_and_rate(role: str, rate: str, systemd: FakeSystemd) -> None:
-    async def work() -> None:
-        daemon = _Daemon(role)
-        notifier = Notifier(systemd.address)
-        reporting = asyncio.create_task(StatusReporter(daemon, notifier).run())
-        daemon.running.set()
-        daemon.ready.set()
-        await asyncio.sleep(1.0)
-        daemon.metrics.outcomes.labels("forecast", "").inc(7)
-        daemon.metrics.outcomes.labels("skipped", "gap").inc(5)
-        daemon.metrics.bars.labels("binance", "1m").inc(9)
-        await asyncio.sleep(70.0)
-        reporting.cancel()
-        notifier.close()
-
-    run_virtual(work())
+async def test_status_has_problems_and_rate(role: str, rate: str, systemd: FakeSystemd) -> None:
+    daemon = _Daemon(role)
+    notifier = Notifier(systemd.address)
+    reporting = asyncio.create_task(StatusReporter(daemon, notifier).run())
+    daemon.running.set()
+    daemon.ready.set()
+    await asyncio.sleep(1.0)
+    daemon.metrics.outcomes.labels("forecast", "").inc(7)
+    daemon.metrics.outcomes.labels("skipped", "gap").inc(5)
+    daemon.metrics.bars.labels("binance", "1m").inc(9)
+    await asyncio.sleep(70.0)
+    reporting.cancel()
+    notifier.close()
     systemd.wait_for("STATUS", "not ready; following 3 series; source binance: away: ")
     status = systemd.wait_for("STATUS", f"not ready; following 3 series; {rate}").assignments
     assert status["STATUS"].endswith("source binance: away: https://me:***@host is not")
     assert len(systemd.matching("STATUS")) == 2  # only changes are sent
 
 
-def test_stalled_daemon_sends_no_pings(systemd: FakeSystemd) -> None:
-    async def work() -> None:
-        daemon = _Daemon("all")
-        stalled = StallCheck("saving", lambda: True, lambda: None, lambda: 5.0)
-        daemon.watchdog.set_checks([stalled])
-        daemon.watchdog.stalled()
-        stalled._last_change = -1e9
-        notifier = Notifier(systemd.address, watchdog_seconds=2.0)
+@pytest.mark.virtual_time
+async def test_stalled_daemon_sends_no_pings(systemd: FakeSystemd) -> None:
+    daemon = _Daemon("all")
+    stalled = StallCheck("saving", lambda: True, lambda: None, lambda: 5.0)
+    daemon.watchdog.set_checks([stalled])
+    daemon.watchdog.stalled()
+    stalled._last_change = -1e9
+    notifier = Notifier(systemd.address, watchdog_seconds=2.0)
+    with capture_logs() as logs:
         reporting = asyncio.create_task(StatusReporter(daemon, notifier).run())
         daemon.running.set()
         await asyncio.sleep(20.0)
         reporting.cancel()
         notifier.close()
-
-    with capture_logs() as logs:
-        run_virtual(work())
     systemd.wait_for("STATUS", "stalled: saving: no progress for ")
     assert not systemd.matching("WATCHDOG")
     (record,) = (line for line in logs if line["log_level"] == "error")

@@ -10,7 +10,6 @@ import pytest
 
 from kronos_stream.daemon.telemetry.loop_lag import watch_loop_lag
 from kronos_stream.daemon.telemetry.metrics import Metrics
-from kronos_stream.testing.virtual_time import run_virtual
 
 
 async def test_blocked_event_loop_is_measured() -> None:
@@ -23,15 +22,12 @@ async def test_blocked_event_loop_is_measured() -> None:
     assert _above(metrics, 0.1) >= 1
 
 
-def test_idle_event_loop_has_no_lag() -> None:
-    async def main() -> Metrics:
-        metrics = Metrics()
-        watch = asyncio.create_task(watch_loop_lag(metrics))
-        await asyncio.sleep(60)
-        watch.cancel()
-        return metrics
-
-    metrics = run_virtual(main())
+@pytest.mark.virtual_time
+async def test_idle_event_loop_has_no_lag() -> None:
+    metrics = Metrics()
+    watch = asyncio.create_task(watch_loop_lag(metrics))
+    await asyncio.sleep(60)
+    watch.cancel()
     assert _above(metrics, 0.001) == 0
     assert _samples(metrics, "kronos_event_loop_lag_seconds_count") == [pytest.approx(240, abs=2)]
 

@@ -56,8 +56,8 @@ def _options(stage: Stage) -> Callable[[Callable[..., None]], Callable[..., None
     return add
 
 
-def _command(stage: Stage, summary: str) -> click.Command:
-    @click.command(stage, help=summary)
+def _command(stage: Stage, summary: str, text: str) -> click.Command:
+    @click.command(stage, help=text, short_help=summary)
     @click.argument("data", nargs=-1)
     @click.option(
         "--out",
@@ -98,7 +98,15 @@ def _command(stage: Stage, summary: str) -> click.Command:
 
 train.add_command(
     _command(
-        "tokenizer", "Train a tokenizer on candle files, folders of them, or 'generated' markets."
+        "tokenizer",
+        "Train a tokenizer on candles.",
+        "Train a tokenizer on candle files, folders of them, or 'generated' markets.",
     )
 )
-train.add_command(_command("predictor", "Train a predictor on the tokens of a trained tokenizer."))
+train.add_command(
+    _command(
+        "predictor",
+        "Train a predictor on a tokenizer's tokens.",
+        "Train a predictor on the tokens of a trained tokenizer.",
+    )
+)

@@ -36,9 +36,7 @@ class TrainSettings:
     timeframes: tuple[str, ...] = _setting(
         ("1m", "5m", "15m", "1h", "4h", "1d"), "Bar lengths of generated markets."
     )
-    window: int = _setting(
-        256, "Bars of a training window; at most the context used for inference."
-    )
+    window: int = _setting(256, "Bars per training window; do not forecast with a longer context.")
     lookback_min: int = _setting(
         64, "Minimum number of bars before the origin, which determine the normalisation."
     )
@@ -46,7 +44,9 @@ class TrainSettings:
         232, "Maximum number of bars before the origin, which determine the normalisation."
     )
     lookback_weight: float = _setting(
-        0.25, "Loss weight of bars before the origin; the weight of later bars is 1."
+        0.25,
+        "Loss weight of lookback bars, which are part of the normalisation statistics; "
+        "later bars have weight 1.",
     )
     valid_share: float = _setting(0.1, "Share of the data, by time, held out for validation.")
     test_share: float = _setting(
@@ -58,7 +58,8 @@ class TrainSettings:
     steps: int = _setting(4000, "Total number of optimiser steps.")
     stop_at: int = _setting(
         0,
-        "End after this step, without shortening the learning-rate schedule; 0: at the last step.",
+        "Stop early after this step with the schedule of --steps unchanged, to create a draft for "
+        "--init; 0: off.",
     )
     batch: int = _setting(8, "Windows per step, over all processes and micro-batches.")
     accumulate: int = _setting(1, "Sequential micro-batches per step, to save memory.")
@@ -107,17 +108,22 @@ class TrainSettings:
     dropout: float = _setting(0.0, "Dropout of feed-forward layers and residuals.")
     # Tokenizer
     beta: float = _setting(0.0, "Weight of the commitment loss.")
-    gamma0: float = _setting(1.0, "Weight of the entropy of single bits, which is minimised.")
-    gamma: float = _setting(1.1, "Weight of the entropy of codes over a batch, which is maximised.")
+    gamma0: float = _setting(
+        1.0, "Weight of each bit's entropy, which is minimised so that bits are decisive."
+    )
+    gamma: float = _setting(
+        1.1, "Weight of the entropy over codes, which is maximised so that all codes are used."
+    )
     zeta: float = _setting(0.005, "Weight of both entropies together.")
     entropy_scale: float = _setting(
         20.0, "Inverse temperature of the soft bits in both entropies; the reference's is 1."
     )
     entropy_group: int = _setting(
-        1, "Neighbouring bits whose joint entropy is maximised; 1, as in the reference: each alone."
+        1,
+        "Bits per group whose joint entropy is maximised; 1: each bit alone, as in the reference.",
     )
     price_weight: float = _setting(
-        2.0, "Loss weight of the four price channels; volume and amount have 1."
+        2.0, "Loss weight of the four price channels; volume and amount have weight 1."
     )
     # Predictor
     tokenizer: str = _setting("", "Checkpoint of the tokenizer.")

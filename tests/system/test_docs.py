@@ -53,7 +53,7 @@ ILLUSTRATIONS = {
     "# values.yaml": "values of the chart; tests/deploy/test_helm_chart.py",
     "secrets:\n": "values of the chart; tests/deploy/test_helm_chart.py",
     "mode: split\n": "values of the chart; tests/deploy/test_helm_chart.py",
-    "Status: ": "output of systemctl; tests/deploy/test_systemd.py",
+    "Status: ": "output of systemctl; tests/system/test_systemd_notify.py",
     "[Service]\n": "an addition to the unit; tests/deploy/test_systemd.py",
     "security.protocol=": "login of kafka-acls.sh: Kafka's own",
     "35 forecasts of 5 series": "output of the demo, shortened; tests/system/test_demo.py",

@@ -52,7 +52,7 @@ def test_settings_in_the_text_exist() -> None:
 
 
 def test_metrics_in_the_text_exist(metric_labels: dict[str, frozenset[str]]) -> None:
-    """In text and tables; tests/deploy/test_monitoring.py checks queries."""
+    """In text and tables; tests/deploy/test_queries.py checks queries."""
     mentioned = [
         (found[1], set(re.findall(r"\w+", found[2] or "")))
         for page in PAGES

@@ -47,7 +47,7 @@ class JsonlOptions(BaseModel):
 
     path: Annotated[Path, AfterValidator(_validate_path)]
     """File that forecasts are appended to; dead letters go to PATH.deadletter. Log rotation may
-    take either away at any time."""
+    rename or delete them at any time."""
     sync: bool = True
     """Wait for the disk after each batch, so that a power cut loses no line."""
 

@@ -26,19 +26,19 @@ class BinanceOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     ws_url: _WsUrl = "wss://data-stream.binance.vision"
-    """Websockets of spot."""
+    """Websocket address of the spot market."""
     rest_url: _RestUrl = "https://data-api.binance.vision"
-    """REST of spot."""
+    """REST address of the spot market."""
     futures_ws_url: _WsUrl = "wss://fstream.binance.com/market"
-    """Websockets of USD-M futures."""
+    """Websocket address of USD-M futures."""
     futures_rest_url: _RestUrl = "https://fapi.binance.com"
-    """REST of USD-M futures."""
+    """REST address of USD-M futures."""
     weight_share: float = Field(default=0.75, gt=0, le=1)
     """Share of the request weight per minute that the venue allows an address."""
     streams_per_connection: int = Field(default=400, ge=1, le=1_024)
     """Klines per websocket; the venue allows 1,024."""
     timeout_seconds: float = Field(default=10.0, gt=0, le=120)
-    """To open a connection, and for a response to begin."""
+    """Time limit for opening a connection and for the first byte of a response."""
     stall_seconds: float = Field(default=10.0, gt=0, le=300)
     """A socket that is silent for this long is sent a request, to see whether it works."""
     lifetime_seconds: float = Field(default=82_800.0, ge=10, le=86_000)

@@ -31,7 +31,7 @@ class CcxtOptions(BaseModel):
     settle_seconds: float = Field(default=1.0, ge=0, le=30)
     """Delay after its close before a bar is requested, as responses may come from a cache."""
     timeout_seconds: float = Field(default=20.0, ge=1, le=100)
-    """For a response to be complete."""
+    """Time limit for a complete response."""
 
     @field_validator("config")
     @classmethod

@@ -61,8 +61,8 @@ class KafkaOptions(BaseModel):
     PREFIX-ingest for venue kafka. Members of a group share the partitions of a topic, so a daemon
     with its own series needs its own group."""
     history_bars: int = Field(default=2_112, ge=100, le=100_000)
-    """Bars of each series that are read back at the start and kept in memory: at least LOOKBACK and
-    64. The default suffices for any model."""
+    """Bars of each series that are read back at the start and kept in memory: at least LOOKBACK
+    + 64. The default suffices for any model."""
 
     max_record_bytes: int = Field(default=1_000_000, ge=1_000)
     """Size limit of records, which are not sent if larger; brokers accept 1,048,588 by default."""

@@ -35,7 +35,7 @@ def _parse_shapes(text: str) -> list[tuple[int, int]]:
 )
 @click.option("--lookback", type=click.IntRange(8), default=488, help="Past bars.")
 @click.option("--horizon", type=click.IntRange(1), default=24, help="Future bars.")
-@click.option("--top-p", type=float, default=0.9, help="Nucleus sampling.")
+@click.option("--top-p", type=float, default=0.9, help="Top-p of sampling.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or mps.")
 @click.option(
     "--dtype",
@@ -72,8 +72,8 @@ def bench(models: str, dtype: str, intake: bool, as_json: bool, **options: Any) 
     """Measure the speed of this machine, and compare it with the hardware's limits.
 
     Measures matrix products and memory bandwidth, then forecasts: the time by stage, path-steps
-    per second, and the share of the time that the counted operations and bytes explain (100 % is
-    the floor). Run it on an otherwise idle machine.
+    per second, and the measured time against the minimum that the hardware allows (100 %: the
+    minimum is reached). Run it on an otherwise idle machine.
     """
     if intake:
         from kronos_stream.commands import _bench_ingest

@@ -28,7 +28,7 @@ import click
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Serve the candles of FILE instead of simulated markets, one bar per bar length, as if "
+    help="Serve the candles of FILE instead of simulated markets, one bar per --timeframe, as if "
     "they happened now; see exchange --help. May be given several times.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the simulated markets.")

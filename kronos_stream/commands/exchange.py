@@ -34,10 +34,11 @@ def _parse_timeframes(text: str) -> list[str]:
     "--timeframe",
     "timeframes",
     default="",
+    show_default="1s, or the interval of the candles",
     type=ParsedType("list", _parse_timeframes),
-    metavar="LIST",
-    help="Intervals to offer, separated by commas; bars of the longer ones are composed of the "
-    "shortest. By default 1s, or the interval of the candles.",
+    metavar="LENGTH,...",
+    help="Intervals to offer, as one list separated by commas, such as 1s,1m; bars of the longer "
+    "ones are composed of the shortest.",
 )
 @click.option(
     "--candles",

@@ -27,8 +27,18 @@ def _parse_speed(text: str) -> float:
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--model", metavar="NAME|FOLDER", help="The predictor; 'nano' needs no network.")
-@click.option("--lookback", type=click.IntRange(min=2), metavar="BARS", help="Bars per context.")
+@click.option(
+    "--model",
+    metavar="NAME|FOLDER",
+    help="The predictor; 'nano' needs no network. By default, KRONOS_STREAM_MODEL, or "
+    "NeoQuasar/Kronos-small.",
+)
+@click.option(
+    "--lookback",
+    type=click.IntRange(min=2),
+    metavar="BARS",
+    help="Bars per context. By default, KRONOS_STREAM_LOOKBACK, or 488.",
+)
 @click.option(
     "--speed",
     default="max",
@@ -88,6 +98,7 @@ def replay(**options: Any) -> None:  # noqa: ANN401 - click has checked them
     \b
     kronos-stream replay ETH_BTC-5m.csv.gz --model nano --lookback 96 --out forecasts.jsonl
     kronos-stream replay binance:BTC/USDT:1m=btc.parquet --speed 60 --kafka localhost:9092
+    kronos-stream replay captures/*.txt.gz --model nano --out forecasts.jsonl
     """  # noqa: D301 - \b is click's mark for a paragraph without re-wrapping
     from kronos_stream.commands import _replay
 

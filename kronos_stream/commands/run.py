@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
     from kronos_stream.daemon.config.settings import Settings
+
+
+_NAME_COLUMNS = 30
 
 
 class _RunCommand(click.Command):
@@ -22,7 +26,25 @@ class _RunCommand(click.Command):
             default = f" [{setting.default}]" if setting.default else ""
             rows.append((setting.name, setting.description + default))
         with formatter.section("Environment"):
-            formatter.write_dl(rows)
+            _write_definitions(formatter, rows)
+
+
+def _write_definitions(formatter: click.HelpFormatter, rows: list[tuple[str, str]]) -> None:
+    """Write rows as click does, but break lines only at spaces: values must stay copyable."""
+    margin = " " * formatter.current_indent
+    indent = margin + " " * (_NAME_COLUMNS + 2)
+    wrapper = TextWrapper(
+        max(formatter.width, 2 * len(indent)),
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for name, description in rows:
+        text = wrapper.fill(description)
+        start = margin + name
+        rest = text[len(start) :] if len(name) <= _NAME_COLUMNS else f"\n{text}"
+        formatter.write(f"{start}{rest}\n")
 
 
 @click.command(cls=_RunCommand)

@@ -13,6 +13,7 @@ import click
     "message",
     type=click.Choice(["forecast", "removal", "deadletter", "candle"]),
     default="forecast",
+    metavar="[MESSAGE]",
 )
 @click.option("--asyncapi", is_flag=True, help="Print AsyncAPI 3.0 of all topics and messages.")
 @click.option("--openapi", is_flag=True, help="Print OpenAPI 3.1 of the daemon's HTTP endpoints.")
@@ -24,6 +25,8 @@ import click
 )
 def schema(message: str, asyncapi: bool, openapi: bool, write: Path | None) -> None:  # noqa: FBT001
     """Print the JSON Schema of a message's value; by default, of a forecast.
+
+    MESSAGE is forecast, removal, deadletter or candle.
 
     Within a version, messages only gain optional fields; readers should ignore unknown ones.
     """

@@ -1,4 +1,4 @@
-"""The compose file: right by the specification, and its services work together.
+"""The compose file: valid, with services that work together.
 
 Where no container can run, they run here as processes, with the commands and variables of the
 file; only hosts, ports and folders are changed. The schema comes from ``make deploy-check``.
@@ -51,7 +51,7 @@ def specification() -> Draft202012Validator:
     return Draft202012Validator(json.loads(file.read_text("utf-8")))
 
 
-def test_it_is_a_compose_file(specification: Draft202012Validator) -> None:
+def test_file_matches_the_compose_specification(specification: Draft202012Validator) -> None:
     specification.validate(FILE)
     for wrong in ("healthchek", "read_olny"):
         broken = {**FILE, "services": {"daemon": {**SERVICES["daemon"], wrong: True}}}
@@ -59,7 +59,7 @@ def test_it_is_a_compose_file(specification: Draft202012Validator) -> None:
             specification.validate(broken)
 
 
-def test_settings_are_taken() -> None:
+def test_daemon_accepts_its_settings() -> None:
     names = {setting.name for setting in describe_settings()}
     for service in SERVICES.values():
         told = service.get("environment", {})
@@ -72,7 +72,7 @@ def test_settings_are_taken() -> None:
     assert topics == settings.options["kafka"]
 
 
-def test_nothing_is_open_to_others() -> None:
+def test_ports_are_open_on_the_loopback_interface_only() -> None:
     for name, service in SERVICES.items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
         assert service["cap_drop"] == ["ALL"], name
@@ -82,7 +82,7 @@ def test_nothing_is_open_to_others() -> None:
         assert "privileged" not in service
 
 
-def test_what_is_mounted_is_there() -> None:
+def test_mounted_files_exist() -> None:
     for name, service in SERVICES.items():
         for mount in service.get("volumes", []):
             source, target, *mode = mount.split(":")
@@ -109,7 +109,7 @@ def test_images_are_pinned() -> None:
     assert SERVICES["kafka"]["image"].endswith(f":{tested[1]}")
 
 
-def test_who_waits_for_whom() -> None:
+def test_services_wait_for_their_dependencies() -> None:
     healthy = {
         name for name, service in SERVICES.items() if "test" in service.get("healthcheck", {})
     }
@@ -121,7 +121,7 @@ def test_who_waits_for_whom() -> None:
             assert ends == (other == "topics")
 
 
-def test_grafana_and_prometheus_find_what_they_show() -> None:
+def test_grafana_and_prometheus_find_their_sources() -> None:
     (source,) = yaml.safe_load((FOLDER / "grafana/datasources.yaml").read_text("utf-8"))[
         "datasources"
     ]
@@ -145,7 +145,7 @@ def test_grafana_and_prometheus_find_what_they_show() -> None:
 
 @pytest.fixture
 def change() -> Change:
-    """Hosts and ports of the file → those of this machine."""
+    """Replace hosts and ports of the file by those of this machine."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in PORTS]
     free = dict(zip(PORTS, (str(one.getsockname()[1]) for one in sockets), strict=True))
     for one in sockets:
@@ -162,7 +162,7 @@ def change() -> Change:
 def running(
     name: str, folder: Path, change: Change, *command: str, **more: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A service as a process, or the ``command`` in its place."""
+    """Run a service as a process, with ``command`` if given."""
     given: Mapping[str, str] = SERVICES[name].get("environment", {})
     line = [*command] or [str(Path(sys.executable).parent / "kronos-stream"), *_words(name, change)]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
@@ -181,7 +181,7 @@ def _words(name: str, change: Change) -> list[str]:
 
 
 def _kafka(folder: Path, jars: Path, change: Change) -> list[str]:
-    """The command that runs it, its storage formatted; settings as its image makes them."""
+    """Command of Kafka with formatted storage, and with settings as its image makes them."""
     lines = [
         f"{name.removeprefix('KAFKA_').lower().replace('_', '.')}={change(value)}"
         for name, value in SERVICES["kafka"]["environment"].items()
@@ -220,7 +220,7 @@ def test_services_work_together(
         assert exchange.poll() is None
         outside = SERVICES["kafka"]["ports"][0].rpartition(":")[0]
         admin = AdminClient({"bootstrap.servers": change(outside), "log_level": 0})
-        wait_for("Kafka is there", lambda: _brokers(admin) == 1)
+        wait_for("Kafka has started", lambda: _brokers(admin) == 1)
 
         with running("topics", tmp_path, change) as topics:
             assert topics.wait(WAIT_SECONDS) == 0, (tmp_path / "topics.log").read_text("utf-8")
@@ -241,7 +241,7 @@ def test_services_work_together(
         with make_prometheus(text) as prometheus:
             asked = 'sum(kronos_delivered_total{job="kronos-stream", kind="forecast"})'
             wait_for(
-                "Prometheus has heard of forecasts",
+                "Prometheus has metrics of forecasts",
                 lambda: any(value > 0 for _, value in prometheus.query(asked)),
             )
             found = prometheus.api_get("rules")["groups"]
@@ -254,5 +254,5 @@ def test_services_work_together(
 def _brokers(admin: AdminClient) -> int:
     try:
         return len(admin.list_topics(timeout=10).brokers)
-    except Exception:  # noqa: BLE001 - it is not there yet
+    except Exception:  # noqa: BLE001 - it has not started yet
         return 0

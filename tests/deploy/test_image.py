@@ -1,4 +1,4 @@
-"""The Dockerfile without an engine: its linter, what it promises, its health check at work.
+"""The Dockerfile, without an engine: linter, stages, user, and the health check.
 
 The built image is looked over by tests/deploy/test_image_built.py.
 """
@@ -36,7 +36,7 @@ Stage = list[tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def stages() -> list[Stage]:
-    """From the first FROM on."""
+    """Instructions from the first FROM on."""
     with DOCKERFILE.open("rb") as file:
         parsed = DockerfileParser(fileobj=file).structure
     found: list[Stage] = []
@@ -59,14 +59,14 @@ def _hadolint(text: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
 
 
-def test_hadolint_has_no_complaint() -> None:
+def test_hadolint_finds_no_fault() -> None:
     ended = _hadolint(DOCKERFILE.read_text("utf-8"))
     assert (ended.returncode, ended.stdout) == (0, "")
     spoilt = _hadolint("FROM debian:latest\nRUN cd /tmp && apt-get install -y gcc\nCMD run\n")
     assert {"DL3007", "DL3003", "DL3025"} <= set(re.findall(r"DL\d+", spoilt.stdout))
 
 
-def test_every_stage_begins_with_the_base_or_with_another(stages: list[Stage]) -> None:
+def test_stages_start_from_the_base_or_another_stage(stages: list[Stage]) -> None:
     begins = [_arguments_of(stage, "FROM")[0].split(" AS ") for stage in stages]
     names = {name for _, *named in begins for name in named}
     assert {source for source, *_ in begins} - names == {"${BASE}"}
@@ -78,7 +78,7 @@ def test_every_stage_begins_with_the_base_or_with_another(stages: list[Stage]) -
     assert tag.startswith(f"{python['python_version']}-"), "the one that is tested"
 
 
-def test_what_is_shipped_runs_as_nobody_in_particular(stages: list[Stage]) -> None:
+def test_final_stage_runs_as_an_unprivileged_user(stages: list[Stage]) -> None:
     last = stages[-1]
     assert _arguments_of(last, "USER") == ["10001:10001"]
     ours = [i for i, (name, _) in enumerate(last) if name == "USER"]
@@ -94,7 +94,7 @@ def test_what_is_shipped_runs_as_nobody_in_particular(stages: list[Stage]) -> No
     assert not [rest for stage in stages for rest in _arguments_of(stage, "ADD")]
 
 
-def test_what_is_shipped_is_built_elsewhere(stages: list[Stage]) -> None:
+def test_final_stage_builds_nothing(stages: list[Stage]) -> None:
     runs = " ".join(_arguments_of(stages[-1], "RUN"))
     assert not re.findall(r"\b(apt-get|apt|curl|wget|git|gcc|make)\b", runs)
     assert not [
@@ -112,7 +112,7 @@ def test_what_is_shipped_is_built_elsewhere(stages: list[Stage]) -> None:
     assert [command for command in pips if not any(pin in command for pin in pinned)] == []
 
 
-def test_the_builder_is_sent_what_it_copies_and_no_more(stages: list[Stage]) -> None:
+def test_build_context_holds_only_copied_files(stages: list[Stage]) -> None:
     lines = (ROOT / ".dockerignore").read_text("utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*", "nothing but what is named"
@@ -132,7 +132,7 @@ def test_the_builder_is_sent_what_it_copies_and_no_more(stages: list[Stage]) -> 
     assert {rule for rule in sent if not any(name.startswith(rule) for name in copied)} == set()
 
 
-def test_scripts_can_be_read_by_bash() -> None:
+def test_scripts_have_valid_syntax() -> None:
     scripts = sorted((ROOT / "deploy" / "image").glob("*.sh"))
     assert len(scripts) >= 3
     for script in scripts:
@@ -144,7 +144,7 @@ def test_scripts_can_be_read_by_bash() -> None:
 
 @pytest.fixture
 def nobody() -> Iterator[int]:
-    """A port at which nobody answers."""
+    """A port without a server."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held.getsockname()[1]
@@ -171,7 +171,7 @@ def _has_ipv6() -> bool:
 
 
 @pytest.mark.parametrize("host", [None, "", "127.0.0.1", "0.0.0.0", "::1", "::", "localhost"])  # noqa: S104
-async def test_the_daemon_is_found_healthy_where_it_listens(host: str | None) -> None:
+async def test_health_check_finds_the_daemon_at_its_address(host: str | None) -> None:
     clock = SystemClock()
     pages = Endpoints(Metrics(), dict, SeriesStatusRegistry(clock), clock)
     if host and ":" in host and not _has_ipv6():
@@ -180,14 +180,14 @@ async def test_the_daemon_is_found_healthy_where_it_listens(host: str | None) ->
         assert await _healthy(host, served.port) == (0, "")
 
 
-async def test_a_daemon_that_does_not_answer_is_not_healthy(nobody: int) -> None:
+async def test_health_check_fails_without_an_answer(nobody: int) -> None:
     status, said = await _healthy(None, nobody)
     assert (status, f"no answer from 127.0.0.1:{nobody}" in said) == (1, True)
     status, said = await _healthy(None, "http")
     assert (status, "Traceback" in said) == (1, False)
 
 
-async def test_a_daemon_that_hangs_is_not_healthy() -> None:
+async def test_health_check_fails_if_the_daemon_hangs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:  # and never answers
         status, said = await _healthy(None, listening.getsockname()[1])
     assert (status, "timed out" in said) == (1, True)

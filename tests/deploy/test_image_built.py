@@ -1,4 +1,4 @@
-"""The built image: what is in it, and the daemon in it as number one, on a read-only root.
+"""The built image: its files, and the daemon in it as process 1 on a read-only root.
 
 Needs the image and a container engine: ``make image-check`` builds the one, finds the other and
 runs this. Elsewhere these tests are skipped.
@@ -55,7 +55,7 @@ pytestmark = [
 
 
 class Entry(NamedTuple):
-    """A line of the image's file list."""
+    """A file of the image."""
 
     mode: int
     user: int
@@ -81,7 +81,7 @@ def config() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def entries() -> list[Entry]:
-    """All of the root file system, read as root."""
+    """Files of the root file system, read as root."""
     listing = ["--entrypoint=find", IMAGE, "/", "-xdev", "-printf", r"%m %U %y %p\n"]
     lines = _engine("run", "--rm", "--user=0:0", "--network=none", *listing).splitlines()
     found = []
@@ -92,7 +92,7 @@ def entries() -> list[Entry]:
     return found
 
 
-def test_it_says_how_it_runs(config: dict[str, Any]) -> None:
+def test_image_describes_how_it_runs(config: dict[str, Any]) -> None:
     assert config["User"] == f"{USER}:{USER}"
     assert (config["Entrypoint"], config["Cmd"]) == (["kronos-stream"], ["run"])
     assert config["StopSignal"] in {"SIGTERM", "15"}
@@ -106,7 +106,7 @@ def test_it_says_how_it_runs(config: dict[str, Any]) -> None:
     )
 
 
-def test_nothing_builds_or_installs(entries: list[Entry]) -> None:
+def test_image_has_no_build_tools(entries: list[Entry]) -> None:
     names = {entry.path for entry in entries if entry.kind in "fl"}
     tools = {path for path in names if re.search(rf"/s?bin/({BUILDERS}|{INSTALLERS})$", path)}
     assert {path for path in tools if "/triton/" not in path} == set()
@@ -118,7 +118,7 @@ def test_nothing_builds_or_installs(entries: list[Entry]) -> None:
     ]
 
 
-def test_nothing_of_it_can_be_changed_by_its_user(entries: list[Entry]) -> None:
+def test_user_can_change_no_file(entries: list[Entry]) -> None:
     assert [entry for entry in entries if entry.kind == "f" and entry.mode & 0o6000] == []
     assert [entry.path for entry in entries if entry.user == USER] == [STATE]
     open_to_all = {
@@ -129,7 +129,7 @@ def test_nothing_of_it_can_be_changed_by_its_user(entries: list[Entry]) -> None:
     assert open_to_all <= {"/tmp", "/var/tmp", "/run/lock"}  # noqa: S108 - as Debian has them
 
 
-def test_our_part_is_the_wheel_with_its_bytecode(entries: list[Entry]) -> None:
+def test_package_is_the_wheel_with_bytecode(entries: list[Entry]) -> None:
     ours = [
         entry.path for entry in entries if re.search(r"/kronos_(stream|connectors)/", entry.path)
     ]
@@ -143,7 +143,7 @@ def test_our_part_is_the_wheel_with_its_bytecode(entries: list[Entry]) -> None:
     assert [e.path for e in entries if e.path.startswith("/build")] == []
 
 
-def test_it_has_the_pinned_versions_and_no_tools_of_developers() -> None:
+def test_image_has_pinned_versions_without_development_tools() -> None:
     said = _engine(
         "run", "--rm", "--network=none", "--entrypoint=python3", IMAGE, "-c",
         "import json; from importlib.metadata import distributions as d; "
@@ -174,14 +174,14 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_demo_runs_with_the_least(config: dict[str, Any]) -> None:
+def test_demo_runs_with_minimal_rights(config: dict[str, Any]) -> None:
     del config  # the image is there
     demo = ["demo", "--seconds", "8", "--symbols", "3", "--json"]
     said = _engine("run", "--rm", *LEAST, IMAGE, *demo)
     assert len(json.loads(said)["by_series"]) == 3
 
 
-def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
+def test_invalid_setting_gives_one_line_and_exit_code_2() -> None:
     ended = subprocess.run(
         [ENGINE, "run", "--rm", *LEAST, "--env=KRONOS_STREAM_HORIZON=0", IMAGE],
         capture_output=True, text=True, check=False,
@@ -191,7 +191,7 @@ def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
 
 
 class Container:
-    """A container that runs until it is removed, in the ``exchange``'s network."""
+    """A container in the network of ``exchange``, running until it is removed."""
 
     def __init__(self, *arguments: str) -> None:
         self.name = _engine("run", "--detach", *arguments).strip()
@@ -200,12 +200,12 @@ class Container:
         return _engine("exec", self.name, "python3", "-c", code)
 
     def processes(self) -> dict[str, dict[str, str]]:
-        """By number; without those of this look."""
+        """Processes by id, without those of this command."""
         found: dict[str, dict[str, str]] = json.loads(self.python(PROCESSES))
         return {pid: it for pid, it in found.items() if PROCESSES[:20] not in it["command"]}
 
     def worker(self) -> str | None:
-        """The number of the process that has the model."""
+        """Process id of the worker."""
         found = self.processes().items()
         alive = [pid for pid, it in found if "worker_main" in it["command"] and it["state"] != "Z"]
         return alive[0] if alive else None
@@ -262,10 +262,10 @@ def _daemon(exchange: Container, volume: str) -> Container:
     return Container(*least, f"--volume={volume}:{STATE}", *given, IMAGE)
 
 
-def test_the_daemon_is_a_good_number_one(exchange: Container, volume: str) -> None:
+def test_daemon_works_as_process_1(exchange: Container, volume: str) -> None:
     daemon = _daemon(exchange, volume)
     try:
-        wait_for("it answers", daemon.healthy)
+        wait_for("it is healthy", daemon.healthy)
         wait_for("it is ready", lambda: daemon.page("readyz") == 200)
         first = daemon.processes()["1"]
         assert "kronos-stream run" in first["command"]
@@ -273,9 +273,9 @@ def test_the_daemon_is_a_good_number_one(exchange: Container, volume: str) -> No
         assert killed is not None
         daemon.python(f"import os; os.kill({killed}, 9)")
         wait_for("another worker", lambda: daemon.worker() not in {None, killed})
-        wait_for("no process is left unburied", lambda: not _dead(daemon))
+        wait_for("no process is a zombie", lambda: not _dead(daemon))
         before = _lines(daemon)
-        wait_for("it goes on", lambda: _lines(daemon) > before)
+        wait_for("forecasts continue", lambda: _lines(daemon) > before)
         _engine("stop", "--time=30", daemon.name)
         state = json.loads(_engine("inspect", daemon.name))[0]["State"]
         assert state["ExitCode"] == 0, _engine("logs", daemon.name)

@@ -1,4 +1,4 @@
-"""The wheel: all there is in the checkout and needed, and at work outside it."""
+"""The wheel: complete, and working outside the checkout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = {"kronos_stream": ROOT / "kronos_stream", "kronos_connectors": ROOT / 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the checkout, so that nothing is left in it."""
+    """Wheel, built from a copy so that the checkout stays clean."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     names = ["pyproject.toml", "README.md", "LICENSE", "kronos_stream", "connectors"]
     copy = ["cp", "-r", *(str(ROOT / name) for name in names), str(source)]
@@ -30,12 +30,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_its_packages_are_the_folders() -> None:
+def test_packages_are_those_of_the_checkout() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     assert sorted(listed["packages"]) == sorted(_packages())
 
 
-def test_everything_is_in_it(wheel: Path) -> None:
+def test_wheel_contains_all_files(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = set(archive.namelist())
         (points,) = (name for name in packed if name.endswith(".dist-info/entry_points.txt"))
@@ -57,7 +57,7 @@ def test_everything_is_in_it(wheel: Path) -> None:
     assert {"jsonl", "kafka"} <= set(entries["kronos_stream.sinks"])
 
 
-def test_the_demo_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_demo_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "installed"
     _pip("install", "--no-deps", "--target", str(target), str(wheel))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("KRONOS_")}

@@ -1,7 +1,4 @@
-"""A certificate authority of one's own, for brokers that speak TLS in tests.
-
-Needs the package ``cryptography``, which this one does not bring along.
-"""
+"""Certificate authority for brokers with TLS. Needs the package ``cryptography``."""
 
 from __future__ import annotations
 
@@ -20,24 +17,24 @@ _DAY = timedelta(days=1)
 
 
 class CertificateFiles(NamedTuple):
-    """PEM files of whoever shows this certificate."""
+    """PEM files of a certificate and its key."""
 
     certificate: Path
     key: Path
-    """PKCS #8, as Java wants it."""
+    """PKCS #8, as Java requires."""
 
 
 class CertificateAuthority:
-    """Vouches for itself; its files are in ``folder``."""
+    """A self-signed authority, with its files in ``folder``."""
 
     def __init__(self, folder: Path, name: str = "authority") -> None:
-        """name: of the authority, and how its files are called."""
+        """name: of the authority and of its files."""
         self._folder, self._name = folder, name
         folder.mkdir(parents=True, exist_ok=True)
         self._key = _new_key()
         self._issued_count = 0
         self.file = self._issue(name, self._key, (), authority=True, not_after=_DAY).certificate
-        """Its own certificate, PEM."""
+        """Certificate of the authority, PEM."""
 
     def issue(
         self,
@@ -47,9 +44,9 @@ class CertificateAuthority:
         not_after: timedelta = _DAY,
         password: str = "",
     ) -> CertificateFiles:
-        """A certificate for ``name``, to be shown at ``hosts``: addresses or host names.
+        """Issue a certificate for ``name``, valid for ``hosts``: addresses or host names.
 
-        ends: from now on; one that has ended already may be had, too. password: encrypts the key.
+        not_after: from now on; may be negative. password: encrypts the key.
         """
         return self._issue(
             name, _new_key(), hosts, authority=False, not_after=not_after, password=password
@@ -69,7 +66,7 @@ class CertificateAuthority:
         from cryptography.hazmat.primitives import hashes, serialization
 
         now = datetime.now(UTC)
-        building = (
+        builder = (
             x509.CertificateBuilder()
             .subject_name(_x509_name(name))
             .issuer_name(_x509_name(self._name))
@@ -80,21 +77,23 @@ class CertificateAuthority:
             .add_extension(x509.BasicConstraints(authority, 0 if authority else None), True)  # noqa: FBT003
         )
         if hosts:
-            names = x509.SubjectAlternativeName([_general_name(one) for one in hosts])
-            building = building.add_extension(names, critical=False)
+            names = x509.SubjectAlternativeName([_general_name(host) for host in hosts])
+            builder = builder.add_extension(names, critical=False)
         self._issued_count += 1
         stem = self._folder / f"{self._name}-{self._issued_count}-{name}"
         files = CertificateFiles(stem.with_suffix(".pem"), stem.with_suffix(".key"))
-        made = building.sign(self._key, hashes.SHA256())
-        files.certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        certificate = builder.sign(self._key, hashes.SHA256())
+        files.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         files.key.touch(mode=0o600)
-        locked: serialization.KeySerializationEncryption = (
+        encryption: serialization.KeySerializationEncryption = (
             serialization.BestAvailableEncryption(password.encode())
             if password
             else serialization.NoEncryption()
         )
         files.key.write_bytes(
-            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
+            key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption
+            )
         )
         return files
 

@@ -1,4 +1,4 @@
-"""What is on a topic of forecasts, held against what should be there."""
+"""Audit of a topic of forecasts against the bars that should be forecast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ForecastKey = tuple[str, int, int]
 
 
 def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
-    """All records there are now, key and value (empty for none), in order per partition.
+    """Read all present records, key and value (empty for none), in order per partition.
 
     Raises confluent_kafka.KafkaException or TimeoutError.
     """
@@ -26,9 +26,9 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
         {"bootstrap.servers": bootstrap, "group.id": "audit", "enable.auto.commit": False}
     )
     try:
-        places = consumer.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
+        partitions = consumer.list_topics(topic, timeout=WAIT_SECONDS).topics[topic].partitions
         records: list[tuple[str, bytes]] = []
-        for partition in sorted(places):
+        for partition in sorted(partitions):
             first, end = consumer.get_watermark_offsets(
                 TopicPartition(topic, partition), timeout=WAIT_SECONDS
             )
@@ -36,7 +36,7 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
             while first < end:
                 message = consumer.poll(WAIT_SECONDS)
                 if message is None:
-                    raise TimeoutError(f"{topic}: {end - first} records did not come")
+                    raise TimeoutError(f"{topic}: {end - first} records missing")
                 if message.error():
                     continue
                 offset = message.offset()
@@ -50,19 +50,19 @@ def read_topic(bootstrap: str, topic: str) -> list[tuple[str, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """What is wrong with a topic; all is well where the lists are empty."""
+    """Problems of a topic; correct if all lists are empty."""
 
     records: int = 0
     duplicates: int = 0
-    """Records whose forecast was there before; allowed."""
+    """Records whose forecast came before; allowed."""
     missing: list[tuple[str, int]] = field(default_factory=list)
-    """Bars without a forecast: series, open."""
+    """Bars without a forecast: series, open time."""
     out_of_order: list[ForecastKey] = field(default_factory=list)
-    """Forecasts that came for the first time after a later one of their series."""
+    """Forecasts whose first record comes after a later forecast of their series."""
     inconsistent: list[ForecastKey] = field(default_factory=list)
-    """Duplicates that say something else than the first."""
+    """Duplicates that differ from the first."""
     premature: list[ForecastKey] = field(default_factory=list)
-    """Forecasts made before their origin had closed."""
+    """Forecasts made before their origin closed."""
 
     @property
     def problems(self) -> list[object]:
@@ -72,9 +72,9 @@ class AuditReport:
 def audit_forecasts(
     records: Iterable[tuple[str, bytes]], expected: Mapping[Series, Iterable[int]]
 ) -> AuditReport:
-    """Hold ``records`` against the bars that should be forecast, by their opens (UTC ms)."""
+    """Compare ``records`` with the open times (UTC ms) of the bars that should be forecast."""
     number = duplicates = 0
-    misordered, unequal, early = [], [], []
+    out_of_order, inconsistent, premature = [], [], []
     firsts: dict[ForecastKey, Forecast] = {}
     newest: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for key, value in records:
@@ -83,33 +83,33 @@ def audit_forecasts(
         number += 1
         forecast = Forecast.parse(value)
         origin, revision = _ms(forecast.origin.timestamp()), forecast.revision
-        place = (forecast.series, origin, revision)
+        forecast_key = (forecast.series, origin, revision)
         if key != forecast.series:
-            unequal.append(place)
-        first = firsts.setdefault(place, forecast)
+            inconsistent.append(forecast_key)
+        first = firsts.setdefault(forecast_key, forecast)
         if first is not forecast:
             duplicates += 1
             if not same_forecast(first, forecast):
-                unequal.append(place)
+                inconsistent.append(forecast_key)
             continue
         if (origin, revision) < newest[key]:
-            misordered.append(place)
+            out_of_order.append(forecast_key)
         newest[key] = max(newest[key], (origin, revision))
         closed = Series.parse(forecast.series).timeframe.after(origin)
         if _ms(forecast.created_at.timestamp()) < closed:
-            early.append(place)
-    there = {(series, origin) for series, origin, _ in firsts}
+            premature.append(forecast_key)
+    present = {(series, origin) for series, origin, _ in firsts}
     missing = [
         (series.name, opened)
         for series, opens in expected.items()
         for opened in opens
-        if (series.name, opened) not in there
+        if (series.name, opened) not in present
     ]
-    return AuditReport(number, duplicates, missing, misordered, unequal, early)
+    return AuditReport(number, duplicates, missing, out_of_order, inconsistent, premature)
 
 
 def is_removal(value: bytes) -> bool:
-    """Whether a record of the topic of forecasts says that its series is given up."""
+    """Return whether a record is the removal of a series."""
     return bool(orjson.loads(value).get("schema") == REMOVAL)
 
 

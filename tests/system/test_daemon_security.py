@@ -1,4 +1,4 @@
-"""The daemon on a Kafka that is locked: TLS, SCRAM logins, and the rights that the docs name."""
+"""The daemon on Kafka with TLS, SCRAM logins and the access rules of the documentation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ USERS = ("owner", "topics", "all", "ingest", "forecast", "bot")
 
 
 class SecuredKafka(NamedTuple):
-    """A broker whose one door asks for TLS and SCRAM, and gives everyone what the docs say."""
+    """A broker with TLS, SCRAM and the access rules of the documentation."""
 
     kafka: ApacheKafka
     cafile: Path
@@ -79,7 +79,7 @@ class SecuredKafka(NamedTuple):
 def secured_kafka(
     kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SecuredKafka]:
-    folder = tmp_path_factory.mktemp("locked")
+    folder = tmp_path_factory.mktemp("secured")
     authority = CertificateAuthority(folder)
     settings = {
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -103,15 +103,15 @@ def secured_kafka(
                 "sasl.password": PASSWORD,
             }
         )
-        locked = SecuredKafka(kafka, authority.file, client)
+        secured = SecuredKafka(kafka, authority.file, client)
         for done in client.create_acls(_rules(PAGE.read_text("utf-8"))).values():
             done.result(WAIT_SECONDS)
-        _command(locked.settings("topics"), "topics", "create", "--candles", "1s")
-        yield locked
+        _command(secured.settings("topics"), "topics", "create", "--candles", "1s")
+        yield secured
 
 
 def _rules(page: str) -> list[AclBinding]:
-    """What the lines of kafka-acls.sh on a page would allow."""
+    """Access rules of the kafka-acls.sh commands on a page."""
     rules = []
     for line in re.findall(r"^kafka-acls\.sh (.*)$", page.replace("\\\n", " "), re.MULTILINE):
         words = shlex.split(line)
@@ -151,19 +151,19 @@ def _command(
     return ended
 
 
-def _of_model() -> dict[str, str]:
+def _model_settings() -> dict[str, str]:
     return {"MODEL": "nano", "LOOKBACK": "96", "HORIZON": "8", "PATHS": "20", "THREADS": "1"}
 
 
-def _all(locked: SecuredKafka, exchange: ExchangeProcess) -> dict[str, str]:
-    return {"SINKS": "kafka", **exchange.settings(), **_of_model(), **locked.settings("all")}
+def _all(kafka: SecuredKafka, exchange: ExchangeProcess) -> dict[str, str]:
+    return {"SINKS": "kafka", **exchange.settings(), **_model_settings(), **kafka.settings("all")}
 
 
-def _consumed(locked: SecuredKafka, count: int) -> list[str]:
-    """The series of so many forecasts, as a bot reads them."""
+def _consumed(kafka: SecuredKafka, count: int) -> list[str]:
+    """Series of the first ``count`` forecasts that a bot reads."""
     command = [*COMMAND, "tail", "--json"]
     with subprocess.Popen(
-        command, env=settings_environment(locked.settings("bot")), stdout=subprocess.PIPE, text=True
+        command, env=settings_environment(kafka.settings("bot")), stdout=subprocess.PIPE, text=True
     ) as tail:
         assert tail.stdout is not None
         heard: list[str] = []
@@ -173,14 +173,14 @@ def _consumed(locked: SecuredKafka, count: int) -> list[str]:
     return heard
 
 
-def test_each_role_works_with_the_rights_that_the_docs_name(
+def test_each_role_works_with_its_documented_rights(
     secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     for role in ("ingest", "forecast"):
         (tmp_path / role).mkdir()
     intake = {**exchange.settings(), **secured_kafka.settings("ingest"), "ROLE": "ingest"}
     engine = {
-        **_of_model(),
+        **_model_settings(),
         **secured_kafka.settings("forecast"),
         "ROLE": "forecast",
         "SINKS": "kafka",
@@ -202,7 +202,7 @@ def test_each_role_works_with_the_rights_that_the_docs_name(
         assert "fail" not in said, role
 
 
-def test_a_right_that_lacks_is_named(
+def test_missing_right_is_named_by_doctor(
     secured_kafka: SecuredKafka, exchange: ExchangeProcess
 ) -> None:
     skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
@@ -218,7 +218,7 @@ def test_a_right_that_lacks_is_named(
     assert "--allow-principal User:ingest --operation Read" in said
 
 
-async def test_a_delivery_without_a_right_says_which(secured_kafka: SecuredKafka) -> None:
+async def test_delivery_without_a_right_names_it(secured_kafka: SecuredKafka) -> None:
     given = {name.lower(): value for name, value in secured_kafka.settings("ingest").items()}
     options = KafkaOptions(**{name.removeprefix("kafka__"): v for name, v in given.items()})  # type: ignore[arg-type]
     sink = SINK.build(options, SystemClock(), Random(0))
@@ -232,12 +232,12 @@ async def test_a_delivery_without_a_right_says_which(secured_kafka: SecuredKafka
         with pytest.raises(SinkUnavailable, match=r"no right to the topic .*kafka-acls") as refused:
             await sink.deliver([Record(1, "forecast", "binance:A/B:1s", b"{}", (), now)])
         assert "kronos.forecasts." in str(refused.value)
-        assert not isinstance(refused.value, SinkLoginRefused)  # records wait for it
+        assert not isinstance(refused.value, SinkLoginRefused)  # records are kept
     finally:
         await sink.close()
 
 
-def test_a_changed_password_is_told_once_and_gone_on_from(
+def test_changed_password_is_logged_once_and_delivery_continues(
     secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     with DaemonProcess(tmp_path, _all(secured_kafka, exchange)) as daemon:
@@ -245,7 +245,7 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
         daemon.wait_until_ready()
         assert _consumed(secured_kafka, 2)
         secured_kafka.change_password("all", "another-12345")
-        secured_kafka.kafka.kill()  # or it would keep who is in
+        secured_kafka.kafka.kill()  # otherwise open connections would stay logged in
         secured_kafka.kafka.start()
         try:
             why = "login as all refused"
@@ -265,7 +265,7 @@ def test_a_changed_password_is_told_once_and_gone_on_from(
         assert PASSWORD not in daemon.log_file.read_text("utf-8")
 
 
-def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as_set(
+def test_wrong_password_at_start_ends_the_daemon_or_is_retried(
     secured_kafka: SecuredKafka, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     given = {**_all(secured_kafka, exchange), **secured_kafka.settings("all", "wrong-12345")}
@@ -283,7 +283,7 @@ def test_a_wrong_password_at_the_start_is_one_line_and_the_end_or_tried_again_as
         daemon.start()
         why = "login as all refused"
         wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""))
-        wait_for("it is tried again", lambda: daemon.metric("kronos_sink_failures_total") > 3)
+        wait_for("it is retried", lambda: daemon.metric("kronos_sink_failures_total") > 3)
         told = [event for event in daemon.log_records() if why in str(event.get("why"))]
         assert [event["level"] for event in told] == ["warning"]
         assert daemon.stop() == 0

@@ -1,4 +1,4 @@
-"""The demo as a user starts it, and a reader of its topic that no one here wrote."""
+"""The demo as a user starts it, and an independent consumer of its topic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kronos_stream.market.utc import parse_time
 SOAK_SECONDS = os.environ.get("KRONOS_SOAK_SECONDS", "60")
 BAR_MS = 1_000
 
-# Reads all there is until it is killed: a key and a value a line.
+# Consumes records until it is killed, and prints key and value, a line each.
 READER = """
 import sys
 from confluent_kafka import Consumer
@@ -38,7 +38,7 @@ while True:
 
 
 class ReceivedRecord(NamedTuple):
-    """A record as a reader had it."""
+    """A record as a consumer received it."""
 
     time: float
     """Seconds, monotonic."""
@@ -47,7 +47,7 @@ class ReceivedRecord(NamedTuple):
 
 
 class DemoResult(NamedTuple):
-    """What a demo showed."""
+    """Figures and forecasts of a demo."""
 
     figures: dict[str, Any]
     records: list[ReceivedRecord]
@@ -63,30 +63,30 @@ class DemoResult(NamedTuple):
         ),
     ],
 )
-def test_a_reader_counts_the_same_forecasts(seconds: str, tmp_path: Path) -> None:
-    shown = _demo(tmp_path, "--seconds", seconds)
-    assert Counter(record.key for record in shown.records) == shown.figures["by_series"]
-    assert len(shown.figures["by_series"]) == 20
-    assert len(shown.records) == shown.figures["outcomes"]["forecast"]
-    holes = 0
-    for opens in _origins(shown.records).values():
-        assert opens == sorted(set(opens))  # in order, none twice
-        holes += (opens[-1] - opens[0]) // BAR_MS + 1 - len(opens)
-    # Every series every second; what a busy machine had to leave out is told as left out.
-    assert holes <= sum(shown.figures["outcomes"].values()) - len(shown.records)
+def test_consumer_receives_the_forecasts_of_the_figures(seconds: str, tmp_path: Path) -> None:
+    result = _demo(tmp_path, "--seconds", seconds)
+    assert Counter(record.key for record in result.records) == result.figures["by_series"]
+    assert len(result.figures["by_series"]) == 20
+    assert len(result.records) == result.figures["outcomes"]["forecast"]
+    missing = 0
+    for opens in _origins(result.records).values():
+        assert opens == sorted(set(opens))  # in order, without duplicates
+        missing += (opens[-1] - opens[0]) // BAR_MS + 1 - len(opens)
+    # One forecast per series and second; those that a busy machine skipped have an outcome.
+    assert missing <= sum(result.figures["outcomes"].values()) - len(result.records)
     print(  # noqa: T201
-        f"first forecast at the reader after {shown.seconds_to_first:.1f} s, {len(shown.records)} "
-        f"in all, {holes} left out; {shown.figures['received_to_published_ms']}"
+        f"first forecast consumed after {result.seconds_to_first:.1f} s, {len(result.records)} "
+        f"in all, {missing} missing; {result.figures['received_to_published_ms']}"
     )
 
 
-def test_it_shows_real_candles(tmp_path: Path) -> None:
+def test_demo_replays_real_candles(tmp_path: Path) -> None:
     closes = _write_candles(tmp_path / "BTCUSDT-1s.csv")
-    shown = _demo(tmp_path, "--seconds", "8", "--candles", str(tmp_path / "BTCUSDT-1s.csv"))
-    assert list(shown.figures["by_series"]) == ["binance:BTC/USDT:1s"]
-    lasts = [record.forecast["last"]["close"] for record in shown.records]
+    result = _demo(tmp_path, "--seconds", "8", "--candles", str(tmp_path / "BTCUSDT-1s.csv"))
+    assert list(result.figures["by_series"]) == ["binance:BTC/USDT:1s"]
+    lasts = [record.forecast["last"]["close"] for record in result.records]
     assert len(lasts) >= 2
-    # As they follow each other in the file.
+    # They are consecutive in the file.
     assert any(closes[i : i + len(lasts)] == lasts for i in range(len(closes)))
 
 
@@ -118,12 +118,12 @@ def _demo(folder: Path, *arguments: str) -> DemoResult:
 
 
 def _bootstraps(lines: Iterator[str]) -> Iterator[str]:
-    said = []
+    lines_so_far = []
     for line in lines:
-        said.append(line)
+        lines_so_far.append(line)
         if found := re.search(r"Kafka listens at (\S+?)\.?\s", line):
             yield found[1]
-    pytest.fail(f"the demo named no broker: {said}")
+    pytest.fail(f"the demo named no broker: {lines_so_far}")
 
 
 def _reader(bootstrap: str) -> list[str]:
@@ -141,7 +141,7 @@ def _read(reader: subprocess.Popen[str], records: list[ReceivedRecord]) -> None:
 
 
 def _origins(records: list[ReceivedRecord]) -> dict[str, list[int]]:
-    """In the order in which they came."""
+    """Origins of each series, in the order of arrival."""
     opens = defaultdict(list)
     for record in records:
         opens[record.key].append(parse_time(record.forecast["origin"]))
@@ -149,7 +149,7 @@ def _origins(records: list[ReceivedRecord]) -> dict[str, list[int]]:
 
 
 def _write_candles(path: Path) -> list[float]:
-    """400 bars of a second; their closes."""
+    """Write 400 one-second bars, and return their closes."""
     random = np.random.default_rng(0)
     closes = np.round(100 * np.exp(random.normal(0, 0.001, 400).cumsum()), 2)
     lines = ["timestamp,open,high,low,close,volume"]

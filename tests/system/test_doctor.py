@@ -1,4 +1,4 @@
-"""What ``kronos-stream doctor`` finds: causes and cures, with real venues, brokers and disks."""
+"""Findings of ``kronos-stream doctor``, with real venues, brokers and disks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PASSWORD = "open-sesame-12345"  # noqa: S105 - of this test alone
 
 
 class DoctorReport:
-    """What it said, and how it ended."""
+    """Output and exit status of the command."""
 
     def __init__(self, ended: subprocess.CompletedProcess[str]) -> None:
         self.status, self.text = ended.returncode, ended.stdout + ended.stderr
@@ -43,7 +43,7 @@ class DoctorReport:
         self.findings: list[dict[str, str]] = json.loads(ended.stdout)["findings"]
 
     def of(self, name: str, level: str) -> str:
-        """All that was found of something, with cures; it must all be of one level."""
+        """Findings of a check with their remedies, all of which must have the same level."""
         some = [one for one in self.findings if one["check"].startswith(name)]
         assert some, name
         assert {one["level"] for one in some} == {level}, some
@@ -58,7 +58,7 @@ def exchange() -> Iterator[ExchangeProcess]:
 
 @pytest.fixture
 def environ(exchange: ExchangeProcess, tmp_path: Path) -> dict[str, str]:
-    """Of a daemon that could run."""
+    """Settings of a daemon that can run."""
     return {
         **exchange.settings(),
         "SINKS": "jsonl",
@@ -86,7 +86,7 @@ def _doctor(given: Mapping[str, str], *skip: str) -> DoctorReport:
 
 
 @pytest.mark.parametrize("symbols", ["binance:SIM00/USDT", "binance:*/USDT?top=2"])
-def test_where_all_is_well_it_says_so_and_leaves_nothing(
+def test_valid_setup_has_no_failures_and_leaves_no_files(
     symbols: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.iterdir())
@@ -102,7 +102,7 @@ def test_where_all_is_well_it_says_so_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_it_is_a_line_each_for_people(environ: dict[str, str]) -> None:
+def test_text_output_has_a_line_per_finding(environ: dict[str, str]) -> None:
     environ["SYMBOLS"] = "binance:SIM00/USDT,binance:SIM0/USDT"
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--skip", "model"]
     ended = subprocess.run(
@@ -116,7 +116,7 @@ def test_it_is_a_line_each_for_people(environ: dict[str, str]) -> None:
     assert "see KRONOS_STREAM_SYMBOLS" in failed
 
 
-def test_settings_that_cannot_be_read_are_all_it_says(environ: dict[str, str]) -> None:
+def test_invalid_settings_are_the_only_findings(environ: dict[str, str]) -> None:
     found = _doctor(environ | {"HORIZON": "0", "LOKBACK": "9"}, "model")
     assert found.status == 2
     assert "did you mean KRONOS_STREAM_LOOKBACK?" in found.of("settings", "fail")
@@ -128,21 +128,21 @@ def test_settings_that_cannot_be_read_are_all_it_says(environ: dict[str, str]) -
     assert short not in found.text
 
 
-def test_where_nothing_runs_it_says_what_is_missing(environ: dict[str, str]) -> None:
-    nobody = f"127.0.0.1:{free_port()}"
-    environ |= {"BINANCE__REST_URL": f"http://{nobody}", "BINANCE__WS_URL": f"ws://{nobody}"}
-    environ |= {"SINKS": "kafka,jsonl", "KAFKA__BOOTSTRAP_SERVERS": nobody}
+def test_unreachable_services_are_named(environ: dict[str, str]) -> None:
+    unused = f"127.0.0.1:{free_port()}"
+    environ |= {"BINANCE__REST_URL": f"http://{unused}", "BINANCE__WS_URL": f"ws://{unused}"}
+    environ |= {"SINKS": "kafka,jsonl", "KAFKA__BOOTSTRAP_SERVERS": unused}
     found = _doctor(environ | {"MODEL": "/nowhere"})
     assert found.status == 1
     for name in ("binance spot clock", "binance spot websocket", "binance symbols"):
-        assert nobody in found.of(name, "fail")
+        assert unused in found.of(name, "fail")
         assert "check that this machine reaches it" in found.of(name, "fail")
     assert "see KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS" in found.of("kafka", "fail")
     assert "/nowhere" in found.of("model", "fail")
     assert "can be written" in found.of("jsonl", "ok")  # the others are looked at all the same
 
 
-def test_an_unreadable_model_is_named(environ: dict[str, str], tmp_path: Path) -> None:
+def test_unreadable_model_is_named(environ: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{", "utf-8")
@@ -152,7 +152,7 @@ def test_an_unreadable_model_is_named(environ: dict[str, str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("timeframe", "level"), [("1s", "fail"), ("5m", "warn")])
-def test_a_skewed_clock_is_told(timeframe: str, level: str, environ: dict[str, str]) -> None:
+def test_skewed_clock_is_found(timeframe: str, level: str, environ: dict[str, str]) -> None:
     arguments = ("--timeframe", timeframe, "--faults", '{"skew_seconds": 2.5}', "--history", "120")
     with ExchangeProcess("--symbols", "1", *arguments) as skewed:
         found = _doctor(environ | skewed.settings(), "model")
@@ -166,9 +166,7 @@ def test_a_skewed_clock_is_told(timeframe: str, level: str, environ: dict[str, s
 # Kafka.
 
 
-def test_topics_are_looked_at(
-    environ: dict[str, str], kafka: ApacheKafka, topic_prefix: str
-) -> None:
+def test_topics_are_checked(environ: dict[str, str], kafka: ApacheKafka, topic_prefix: str) -> None:
     environ |= {"SINKS": "kafka", "KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap}
     environ |= {"KAFKA__TOPIC_PREFIX": topic_prefix, "KAFKA__PARTITIONS": "3"}
     skip = ("model", "venues")
@@ -191,7 +189,7 @@ def test_topics_are_looked_at(
 def locked_kafka(
     kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], KafkaOptions]]:
-    """Kafka with a login: who may do anything, and who may only look. Gives options by name."""
+    """Kafka with logins: one user with all rights, one that may only read. Options by user."""
     users = {"owner": PASSWORD, "guest": PASSWORD}
     settings = {
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -239,7 +237,7 @@ def _login(options: KafkaOptions, password: str = PASSWORD) -> dict[str, str]:
     }
 
 
-def test_a_wrong_password_and_missing_rights_are_told_apart(
+def test_wrong_password_and_missing_rights_are_different_findings(
     environ: dict[str, str], locked_kafka: Callable[[str], KafkaOptions]
 ) -> None:
     skip = ("model", "venues")
@@ -263,7 +261,7 @@ def test_a_wrong_password_and_missing_rights_are_told_apart(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one MiB. Where it cannot be had, as without root, the test is skipped."""
+    """A file system of one MiB; skips the test where it cannot be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -276,7 +274,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)  # noqa: S607
 
 
-def test_a_full_disk_is_told(environ: dict[str, str], small_disk: Path) -> None:
+def test_full_disk_is_found(environ: dict[str, str], small_disk: Path) -> None:
     environ["STATE_FILE"] = str(small_disk / "state.sqlite")
     assert "MiB free" in _doctor(environ, "model", "venues").of("state file", "fail")
     with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space left"):
@@ -290,8 +288,8 @@ def test_a_full_disk_is_told(environ: dict[str, str], small_disk: Path) -> None:
         assert setting in said
 
 
-def test_ctrl_c_ends_it_at_once(environ: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and says nothing
+def test_ctrl_c_ends_doctor_before_a_check_has_finished(environ: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts connections, and sends nothing
         environ["BINANCE__REST_URL"] = f"http://127.0.0.1:{mute.getsockname()[1]}"
         process = subprocess.Popen(
             [sys.executable, "-m", "kronos_stream", "doctor"],

@@ -1,4 +1,4 @@
-"""The examples, each run as its reader would run it."""
+"""The examples of the documentation, run as a reader would."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ForecastOf = Callable[..., Envelope]
 
 
 class ExampleProcess:
-    """An example as a process, and the lines it prints."""
+    """An example as a process, and its output."""
 
     def __init__(self, name: str, *arguments: str) -> None:
         self.lines: list[str] = []
@@ -57,10 +57,10 @@ class ExampleProcess:
 
     @staticmethod
     def _collect(stream: Iterable[str], lines: list[str]) -> None:
-        lines.extend(line.rstrip("\n") for line in stream)  # one by one, as they come
+        lines.extend(line.rstrip("\n") for line in stream)  # line by line, as they are printed
 
     def wait_for(self, number: int) -> None:
-        """Until there are so many lines."""
+        """Wait until it has printed so many lines."""
 
         def there() -> bool:
             assert self._process.poll() is None, self._errors
@@ -84,14 +84,14 @@ class ExampleProcess:
 
 
 def _publish(bootstrap: str, *forecasts: Envelope) -> None:
-    """In this order, for whoever reads."""
+    """Publish forecasts in order."""
     producer = Producer({"bootstrap.servers": bootstrap})
     for one in forecasts:
         producer.produce(TOPIC, one.value, one.key, partition=0, headers=list(one.headers))
     assert producer.flush(WAIT_SECONDS) == 0
 
 
-def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) -> None:
+def test_bot_acts_on_valid_current_forecasts_only(make_forecast: ForecastOf) -> None:
     source = (EXAMPLES / "bot.py").read_text("utf-8").splitlines()
     assert len([line for line in source if line.strip()]) <= 15
     with (
@@ -112,7 +112,7 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) 
             time.sleep(0.2)
             return len(bot.lines) >= 3
 
-        wait_for("what the bot does", acted)
+        wait_for("the bot acts", acted)
         said = [line.split() for line in bot.lines]
     assert {(series, action) for series, _, _, action in said} == {
         ("rising:BTC/USDT:1h", "buy"),
@@ -121,7 +121,7 @@ def test_the_bot_acts_on_fresh_sound_forecasts_alone(make_forecast: ForecastOf) 
     }
 
 
-async def test_the_subscriber_shows_what_is_latest(
+async def test_subscriber_shows_the_latest_forecasts(
     make_mosquitto: Callable[..., Mosquitto], make_forecast: ForecastOf
 ) -> None:
     btc, eth = "binance:BTC/USDT:1h", "binance:ETH/USDT:1h"
@@ -134,7 +134,7 @@ async def test_the_subscriber_shows_what_is_latest(
                 while True:
                     try:
                         assert not await sink.deliver(records)
-                    except SinkUnavailable:  # the broker is back, and the sink in a moment
+                    except SinkUnavailable:  # the sink has not reconnected yet
                         await asyncio.sleep(0.1)
                     else:
                         return
@@ -144,7 +144,7 @@ async def test_the_subscriber_shows_what_is_latest(
         with ExampleProcess("mqtt_subscriber.py", "127.0.0.1", str(broker.port)) as subscriber:
 
             async def shown(number: int) -> list[str]:
-                """The lines since, as soon as there are so many."""
+                """New lines, as soon as there are so many."""
                 await asyncio.to_thread(subscriber.wait_for, number)
                 lines, subscriber.lines[:] = [*subscriber.lines], []
                 return lines
@@ -170,7 +170,7 @@ async def test_the_subscriber_shows_what_is_latest(
         await sink.close()
 
 
-def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
+def test_strategy_trades_by_valid_current_forecasts_only(
     make_forecast: ForecastOf, tmp_path: Path
 ) -> None:
     reason = "freqtrade is not installed here"
@@ -197,7 +197,7 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
         strategy.ft_bot_start()
 
         def signals(base: str, late: int = 0) -> tuple[bool, bool]:
-            """Whether it would enter, and leave, with data that end ``late`` bars ago."""
+            """Return whether it enters and exits, with data that end ``late`` bars ago."""
             pair = f"{base}/USDT"
             frame = strategy.analyze_ticker(_candles(late), {"pair": pair})
             enter = strategy.get_entry_signal(pair, "5m", frame)[0] is not None
@@ -218,7 +218,7 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
             return signals("UP") == (True, False) and signals("DOWN") == (False, True)
 
         try:
-            wait_for("what the strategy does", traded)
+            wait_for("the strategy trades", traded)
             for base in ("OLD", "BAD", "OFF", "EVEN", "NONE"):
                 assert signals(base) == (False, False), base
             assert signals("UP", late=1) == (False, False)  # the forecast is of another bar
@@ -231,7 +231,7 @@ def test_the_strategy_trades_by_fresh_sound_forecasts_alone(
 
 
 def _candles(late: int) -> pd.DataFrame:
-    """Forty bars, the newest closed ``late`` bars ago, as freqtrade gives them."""
+    """Forty bars in the form of freqtrade, the newest of which closed ``late`` bars ago."""
     end = pd.Timestamp.now("UTC").floor("5min") - pd.Timedelta(minutes=5 * (1 + late))
     prices = dict.fromkeys(("open", "high", "low", "close", "volume"), 100.0)
     return pd.DataFrame({"date": pd.date_range(end=end, periods=40, freq="5min"), **prices})
@@ -246,7 +246,7 @@ QUERIES = re.findall(
 )
 
 
-def test_prometheus_takes_the_queries(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_queries(tmp_path: Path) -> None:
     if shutil.which("promtool") is None:
         pytest.skip("not tested with Prometheus: no promtool on PATH")
     rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(QUERIES)]

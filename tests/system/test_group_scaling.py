@@ -1,4 +1,4 @@
-"""How a group grows, and how soon a member has its contexts: measured on a real Kafka.
+"""Throughput of a growing group, and time until a member has its contexts, on real Kafka.
 
 What is measured is printed, for docs/performance.md; only what must never be is asserted.
 """
@@ -40,7 +40,7 @@ def _series(count: int, timeframe: str) -> list[Series]:
 
 
 class HistoryWriter:
-    """Writes bars as ingest would have, each when it closed."""
+    """Writes bars like role ingest, each with the time of its close."""
 
     def __init__(self, bootstrap: str, prefix: str) -> None:
         self._producer = Producer(
@@ -49,7 +49,7 @@ class HistoryWriter:
         self._prefix, self._random = prefix, Random(0)
 
     def write(self, series: Sequence[Series], opens: Sequence[int], *, history: int = 0) -> None:
-        """history: how many of the first are not to be forecast from."""
+        """history: number of first bars that trigger no forecast."""
         topic = candle_topic(self._prefix, series[0].timeframe)
         for number, opened in enumerate(opens):
             for one in series:
@@ -67,7 +67,7 @@ class HistoryWriter:
 
 
 def _opens(timeframe: str, bars: int) -> list[int]:
-    """Of the newest closed bars."""
+    """Open times of the newest closed bars."""
     length = Timeframe.parse(timeframe)
     now = time.time_ns() // 1_000_000 // length.after(0) * length.after(0)
     return [length.after(now, back - bars) for back in range(bars)]
@@ -116,7 +116,7 @@ def test_throughput_grows_with_the_group(
                 member.start()
             for member in members:
                 member.wait_until_ready()
-            time.sleep(8)  # until all have joined, and each works on its share
+            time.sleep(8)  # until all have joined and have partitions
 
             def delivered(members: Sequence[DaemonProcess] = tuple(members)) -> float:
                 return sum(member.metric("kronos_delivered_total") for member in members)
@@ -125,7 +125,7 @@ def test_throughput_grows_with_the_group(
             time.sleep(seconds)
             rates[size] = (delivered() - before) / (time.monotonic() - began)
             lags = [member.metric("kronos_queue_depth", queue="due") for member in members]
-            assert all(lags), "somebody had nothing left to do"
+            assert all(lags), "a member had no work left"
     for size, rate in rates.items():
         print(f"\n{size} members: {rate:.0f} forecasts/s, {rate / rates[1]:.2f} times one", end="")  # noqa: T201
     assert rates[2] > 1.5 * rates[1]
@@ -133,7 +133,7 @@ def test_throughput_grows_with_the_group(
 
 
 def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[float]:
-    """Seconds until a new group's member, and then the next one, is ready; checks contexts."""
+    """Seconds until the member of a new group, and its successor, are ready."""
     _topics(kafka, prefix, "1s", "1d")
     past = HistoryWriter(kafka.bootstrap, prefix)
     daily, quick = _series(count, "1d"), _series(count, "1s")
@@ -165,7 +165,7 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[
     return took
 
 
-def test_contexts_of_seconds_and_days_are_read_back(
+def test_contexts_of_seconds_and_days_are_rebuilt(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     new, later = _rebuilt(kafka, topic_prefix, tmp_path, 6)
@@ -173,7 +173,7 @@ def test_contexts_of_seconds_and_days_are_read_back(
 
 
 @pytest.mark.soak
-def test_contexts_of_many_are_read_back_in_seconds(
+def test_contexts_of_many_series_are_rebuilt(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     new, later = _rebuilt(kafka, topic_prefix, tmp_path, 300)

@@ -1,4 +1,4 @@
-"""Candles that kcat produces come out as forecasts, whatever is done to the daemon and to them."""
+"""Candles of kcat are forecast, in spite of kills, duplicates and malformed records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(shutil.which("kcat") is None, reason="no kcat on
 
 
 class KcatProducer:
-    """Bars of a second, each produced once it has closed, by kcat and in JSON made by hand."""
+    """Produces one-second bars with kcat as they close, in hand-made JSON."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
         kcat = shutil.which("kcat") or "kcat"
@@ -48,14 +48,14 @@ class KcatProducer:
         self._thread = threading.Thread(target=self._trade)
 
     def start(self) -> None:
-        """Tell the past at once, and then what happens."""
+        """Produce the history at once, and then each bar as it closes."""
         now = time.time_ns() // 1_000_000 // 1_000 * 1_000
         past = range(now - HISTORY * 1_000, now, 1_000)
         self.produce([self.bar(series, opened) for opened in past for series in SERIES])
         self._thread.start()
 
     def bar(self, series: Series, opened: int, close: float | None = None) -> str:
-        """A line for kcat."""
+        """Input line of kcat for a bar."""
         bar = {
             "time": rfc3339(opened),
             "open": 100.0,
@@ -69,11 +69,11 @@ class KcatProducer:
         return f"{series}\t{orjson.dumps(bar).decode()}\n"
 
     def produce(self, lines: Sequence[str]) -> None:
-        """Produce them in this order; kcat waits for the end of its input, so it is run anew."""
+        """Produce records in order, with a new kcat, which sends them at the end of its input."""
         subprocess.run(self._command, input="".join(lines), text=True, check=True)
 
     def _trade(self) -> None:
-        """Every second its bar, sometimes twice, sometimes amid what is none of ours."""
+        """Produce a bar per second, sometimes twice, sometimes with foreign or malformed ones."""
         opened = self.opens[SERIES[0]][-1] + 1_000
         while not self._stop.wait(max(0.0, opened / 1000 + 1 - time.time())):
             lines = []
@@ -89,7 +89,7 @@ class KcatProducer:
             opened += 1_000
 
     def close(self) -> None:
-        """No more bars by themselves."""
+        """Stop producing bars."""
         self._stop.set()
         self._thread.join()
 
@@ -126,7 +126,7 @@ def _daemon(bootstrap: str, prefix: str, folder: Path) -> DaemonProcess:
 @pytest.mark.parametrize(
     "kills", [2, pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
 )
-def test_candles_of_kcat_come_out_as_forecasts(
+def test_candles_of_kcat_are_forecast_in_spite_of_kills(
     kills: int, kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     daemon = _daemon(kafka.bootstrap, topic_prefix, tmp_path)
@@ -139,7 +139,7 @@ def test_candles_of_kcat_come_out_as_forecasts(
         for _ in range(kills):
             time.sleep(random.uniform(0, 4))
             daemon.kill()
-            time.sleep(random.uniform(0, 8))  # bars that only the topic knows
+            time.sleep(random.uniform(0, 8))  # bars of this time are only on the topic
             killed = time.time_ns() // 1_000_000
             daemon.start()
             daemon.wait_until_ready()
@@ -151,9 +151,7 @@ def test_candles_of_kcat_come_out_as_forecasts(
             lambda: _origins(kafka, topic_prefix) >= {(one.name, newest, 0) for one in SERIES},
             interval=1,
         )
-        market.produce(
-            [market.bar(SERIES[0], newest, 123.0)]
-        )  # the producer has thought better of it
+        market.produce([market.bar(SERIES[0], newest, 123.0)])  # the producer corrects it
         revised = (SERIES[0].name, newest, 1)
         wait_for("the revision", lambda: revised in _origins(kafka, topic_prefix), interval=1)
         assert daemon.stop() == 0
@@ -181,12 +179,12 @@ def test_candles_of_kcat_come_out_as_forecasts(
     letters = read_topic(kafka.bootstrap, f"{topic_prefix}.deadletter.v1")
     parsed = [DeadLetter.parse(value) for _, value in letters]
     assert all("Invalid JSON" in one.reason for one in parsed)
-    # Each is buried; twice where a kill came before its offset was committed.
+    # Each is a dead letter, repeated if a kill came before the commit of its offset.
     assert {one.payload for one in parsed} == market.malformed
     assert len(parsed) <= len(market.malformed) * (1 + kills)
 
 
-def test_what_comes_late_or_not_at_all(
+def test_late_bars_are_sorted_and_missing_ones_become_synthetic(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     daemon = _daemon(kafka.bootstrap, topic_prefix, tmp_path)
@@ -211,10 +209,10 @@ def test_what_comes_late_or_not_at_all(
         if forecast.origin.timestamp() * 1000 == newest
     }
     assert made[one].context.synthetic == 0
-    # What was never said is made up once later bars show that it does not come.
+    # Missing bars become synthetic once later bars arrive.
     assert made[other].context.synthetic == 3
     assert made[other].degraded
-    assert SERIES[2].name not in made  # silence makes no bars
+    assert SERIES[2].name not in made  # a silent series gets no bars
 
 
 def _forecasts(kafka: ApacheKafka, prefix: str) -> Sequence[Forecast]:
@@ -230,7 +228,7 @@ def _origins(kafka: ApacheKafka, prefix: str) -> set[tuple[str, int, int]]:
 
 
 def _wait_for_newer(kafka: ApacheKafka, prefix: str, moment: int) -> float:
-    """Until every series has a forecast of a bar that opened after ``moment``: s it took."""
+    """Wait until every series has a forecast of a bar after ``moment``; return the seconds."""
     began = time.monotonic()
 
     def all_have() -> bool:

@@ -1,4 +1,4 @@
-"""The daemon killed at any moment: every bar has its forecast on the topic all the same."""
+"""The daemon killed at random times: every bar still gets its forecast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEED = int(os.environ.get("KRONOS_SEED", "0"))
         ),
     ],
 )
-def test_killed_at_any_moment_it_forecasts_every_bar(
+def test_every_bar_is_forecast_in_spite_of_kills(
     kills: int,
     kafka: ApacheKafka,
     topic_prefix: str,
@@ -46,11 +46,11 @@ def test_killed_at_any_moment_it_forecasts_every_bar(
         first: dict[Series, int] = {}
         for _ in range(kills):
             daemon.start()
-            if random.random() < 0.6:  # otherwise somewhere in its start
+            if random.random() < 0.6:  # otherwise during its start
                 daemon.wait_until_ready()
             time.sleep(random.uniform(0.0, 4.0))
             daemon.kill()
-            # At once, but for a worker that imports torch just then and sees no one.
+            # Immediately, unless it is just importing torch.
             wait_for("its worker has ended", lambda: not daemon.leftover_processes())
             for series, (opened, _newest) in daemon.outcome_range(exchange.series()).items():
                 first.setdefault(series, opened)
@@ -80,7 +80,7 @@ def test_killed_at_any_moment_it_forecasts_every_bar(
 
 
 def _oldest(kafka: ApacheKafka, topic: str) -> float:
-    """When, UTC ms, that series' newest bar closed which is the furthest behind."""
+    """Close time (UTC ms) of the newest bar of the series that is furthest behind."""
     newest = dict(read_topic(kafka.bootstrap, topic))
     if len(newest) < SYMBOLS:
         return 0.0

@@ -1,4 +1,4 @@
-"""The daemon with as much as it can do, and with more: outcomes stay complete and truthful."""
+"""The daemon at full load and overloaded: outcomes stay complete and correct."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.support.processes import wait_for
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_LOAD_SECONDS", "600"))
 LAG_SECONDS = 0.05
 RECEIVED_SECONDS = 0.5
-"""Within which bars that close together are taken in, the exchange's own time included."""
+"""Time to receive bars that close together, including the time of the exchange."""
 GROWTH_MIB = 64.0
-"""Between the first third and the end."""
+"""Growth allowed from the first third to the end."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ GROWTH_MIB = 64.0
         ),
     ],
 )  # fmt: skip
-def test_outcomes_are_complete_and_truthful(
+def test_outcomes_are_complete_and_correct(
     symbols: int,
     timeframe: str,
     seconds: float,
@@ -82,7 +82,7 @@ def test_outcomes_are_complete_and_truthful(
     found = audit_forecasts(records, said)
     assert found.problems == []
     assert found.records - found.duplicates == sum(map(len, said.values()))
-    # Stale are those that came too late themselves: the last of the history at the start.
+    # Stale bars arrived late themselves: the last of the history at the start.
     assert set(results) <= ({"forecast"} if keeps_up else {"forecast", "overrun", "stale"})
     assert late - early < GROWTH_MIB
     if timed:

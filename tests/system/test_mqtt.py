@@ -38,9 +38,9 @@ def _topic(series: Series) -> str:
 
 
 class CandlePublisher:
-    """Publishes every bar of every series as it closes, by a client of its own, until the end.
+    """Publishes every bar as it closes, with a client of its own.
 
-    What the broker has not acknowledged is sent again when it is back.
+    After an outage it sends again what the broker has not acknowledged.
     """
 
     def __init__(self, broker: Mosquitto) -> None:
@@ -54,7 +54,7 @@ class CandlePublisher:
         self._thread = Thread(target=self._run)
 
     def start(self) -> None:
-        """Begin with as many bars of the past as a context needs."""
+        """Publish the history that a context needs, and start the thread."""
         now = time.time_ns() // 1_000_000_000
         for second in range(now - LOOKBACK - 8, now):
             self._publish(second)
@@ -75,7 +75,7 @@ class CandlePublisher:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Publish nothing during the block, and what was left out after it."""
+        """Publish nothing during the block; bars due meanwhile follow after it."""
         with self._lock:
             yield
 
@@ -117,7 +117,7 @@ def _daemon(folder: Path, broker: Mosquitto, **settings: str) -> DaemonProcess:
 
 
 def _wait_for_more(daemon: DaemonProcess) -> None:
-    """Three rounds of forecasts delivered."""
+    """Wait until three more forecasts per series are delivered."""
     enough = daemon.metric("kronos_delivered_total") + 3 * len(SERIES)
     wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough)
 
@@ -134,7 +134,7 @@ def _wait_until_forecast(feed: CandlePublisher, subscriber: Subscriber) -> None:
 
 
 def _forecasts(subscriber: Subscriber) -> list[tuple[str, bytes]]:
-    """Key and value of each, in the order in which they came."""
+    """Key and value of each forecast, in the order of arrival."""
     found = []
     for message in subscriber.messages():
         kind, _, rest = message.topic.removeprefix("kronos/").partition("/")
@@ -155,7 +155,7 @@ def _forecasts(subscriber: Subscriber) -> list[tuple[str, bytes]]:
         ),
     ],
 )
-def test_a_broker_may_be_killed_between_candles_and_forecasts(
+def test_killed_broker_costs_no_bar_and_no_forecast(
     outages: int, outage: float, make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
@@ -172,7 +172,9 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
                 with feed.paused():  # a broker loses what it has not saved yet
                     _wait_until_forecast(feed, subscriber)
                     broker.kill()
-                wait_for("it notices", partial(_missing_forecasts, daemon, number))
+                wait_for(
+                    "the daemon notices the outage", partial(_missing_forecasts, daemon, number)
+                )
                 time.sleep(outage)
                 broker.start()
                 _wait_for_more(daemon)
@@ -197,7 +199,7 @@ def test_a_broker_may_be_killed_between_candles_and_forecasts(
     )
     assert len(due) == len(SERIES)
     assert result.problems == []
-    assert synthetic == 0  # no bar was lost, although nothing but MQTT brought them
+    assert synthetic == 0  # no bar was lost, although MQTT is their only source
     assert min(last for _, last in decided.values()) >= max(map(max, feed.sent.values()))
     newest = {series.name: last for series, (_, last) in decided.items()}
     latest = [Forecast.parse(kept[topic]) for topic in kept if topic.startswith("kronos/forecasts")]
@@ -212,7 +214,7 @@ def _missing_forecasts(daemon: DaemonProcess, times: int) -> bool:
     return daemon.metric("kronos_source_events_total", event="lost") >= times
 
 
-def test_a_daemon_killed_meanwhile_finds_its_candles_waiting(
+def test_killed_daemon_receives_the_candles_it_missed(
     make_mosquitto: BrokerOf, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
@@ -247,7 +249,7 @@ def _status(subscriber: Subscriber) -> bytes:
     return [m.payload for m in subscriber.messages() if m.topic.startswith("kronos/status/")][-1]
 
 
-def test_a_wrong_password_is_one_clear_line(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
+def test_wrong_password_gives_a_one_line_error(make_mosquitto: BrokerOf, tmp_path: Path) -> None:
     with make_mosquitto(users={"me": "right"}) as broker, ExitStack() as stack:
         login = {"MQTT__USERNAME": "me", "MQTT__PASSWORD": "wrong-secret"}
         daemon = stack.enter_context(_daemon(tmp_path, broker, **login))

@@ -1,4 +1,4 @@
-"""Kafka gone and back, and one of three brokers lost: nothing is lost, nothing grows, order stays.
+"""Outages of Kafka and of one broker of three: no loss, no growth, no change of order.
 
 The daemon and the brokers are processes; an hour without a broker is one of the event loop's time.
 """
@@ -46,7 +46,7 @@ START = 1_800_000_000_000
     "seconds",
     [10.0, pytest.param(SOAK_SECONDS, marks=[pytest.mark.soak, pytest.mark.timeout(900)])],
 )
-def test_while_kafka_is_gone_forecasts_wait(
+def test_forecasts_wait_for_kafka_to_return(
     seconds: float,
     kafka_jars: Path,
     topic_prefix: str,
@@ -61,7 +61,7 @@ def test_while_kafka_is_gone_forecasts_wait(
         _wait_for_more(daemon)
         before = daemon.resident_mib()
         kafka.kill()
-        wait_for("it notices", lambda: daemon.readiness()[0] == 503)
+        wait_for("the daemon notices the outage", lambda: daemon.readiness()[0] == 503)
         status, checks = daemon.readiness()
         assert checks.pop("sink kafka") not in {"", "ok"}
         assert (status, set(checks.values())) == (503, {"ok"})
@@ -84,7 +84,7 @@ def test_while_kafka_is_gone_forecasts_wait(
     assert during - before < GROWTH_MIB
 
 
-def test_one_of_three_brokers_may_die(
+def test_loss_of_one_broker_of_three_is_tolerated(
     kafka_jars: Path,
     topic_prefix: str,
     tmp_path: Path,
@@ -108,7 +108,7 @@ def test_one_of_three_brokers_may_die(
         _assert_nothing_is_lost(daemon, exchange, kafka.bootstrap, topic_prefix)
 
 
-async def test_refused_records_are_buried_and_delay_nobody(
+async def test_refused_records_become_dead_letters_without_delay(
     kafka: ApacheKafka, topic_prefix: str, tmp_path: Path
 ) -> None:
     bootstrap = kafka.bootstrap
@@ -155,8 +155,8 @@ async def test_refused_records_are_buried_and_delay_nobody(
 
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("hours", [0.05, pytest.param(1.0, marks=pytest.mark.soak)])
-async def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path) -> None:
-    """20 forecasts a second meanwhile, in the event loop's time."""
+async def test_hours_without_a_sink_need_no_memory(hours: float, tmp_path: Path) -> None:
+    """20 forecasts per second, in virtual time."""
     seconds = round(3_600 * hours)
     before = resident_mib()
 
@@ -184,7 +184,7 @@ async def test_hours_without_a_sink_cost_no_memory(hours: float, tmp_path: Path)
 
 
 class _UnavailableSink:
-    """A sink that is not there, until it is."""
+    """A sink that is unavailable at first."""
 
     name = "gone"
 
@@ -204,7 +204,7 @@ class _UnavailableSink:
 
 
 class _ShiftedClock(SystemClock):
-    """A clock that can be wrong."""
+    """A clock that can be set wrong."""
 
     ahead_ms = 0
 
@@ -229,13 +229,13 @@ def _message(number: int, size: int) -> Envelope:
 
 
 def _wait_for_more(daemon: DaemonProcess) -> None:
-    """Three rounds of forecasts delivered."""
+    """Wait until three more forecasts per series are delivered."""
     enough = daemon.metric("kronos_delivered_total") + 3 * SYMBOLS
     wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= enough)
 
 
 def _leader_port(bootstrap: str, topic: str) -> int:
-    """Of the topic's first partition."""
+    """Port of the leader of the topic's first partition."""
     described = Producer({"bootstrap.servers": bootstrap}).list_topics(topic, timeout=WAIT_SECONDS)
     return int(described.brokers[described.topics[topic].partitions[0].leader].port)
 

@@ -1,4 +1,4 @@
-"""Secrets are told to nobody: looked for in what the real commands print, log, serve and keep."""
+"""Secrets never appear in output, logs, pages and files of the real commands."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ PATH_MARK, QUERY_MARK = "PathMark5eCr3t", "QueryMark5eCr3t"
 ALL = (*MARKS.values(), TOKEN, PATH_MARK, QUERY_MARK)
 
 
-def _clean(text: str) -> None:
-    """Nothing secret is in it, nor as JSON or Python write it."""
+def _assert_no_secrets(text: str) -> None:
+    """Check that a text has no secrets, also not in the notation of JSON or Python."""
     for mark in ALL:
         for one in (mark, json.dumps(mark)[1:-1], repr(mark)[1:-1]):
             assert one not in text, f"{mark} in {text}"
@@ -37,7 +37,7 @@ def _clean(text: str) -> None:
 
 @pytest.fixture
 def unused_address() -> str:
-    """An address where nobody listens."""
+    """An address without a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
@@ -45,7 +45,7 @@ def unused_address() -> str:
 
 @pytest.fixture
 def secret_settings(unused_address: str, tmp_path: Path) -> dict[str, str]:
-    """Settings with a secret wherever one can stand."""
+    """Settings with a secret in every place that can hold one."""
     folder = tmp_path / "secrets"
     folder.mkdir()
     (folder / "kronos_stream_http__token").write_text(TOKEN + "\n", "utf-8")
@@ -87,13 +87,13 @@ def _run_output(given: Mapping[str, str], *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_a_daemon_keeps_them_to_itself(
+def test_daemon_logs_and_serves_no_secrets(
     form: str,
     secret_settings: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody it is to speak with is there: it complains of all of them, at the level debug."""
+    """No service is reachable, so that it logs errors about all of them, at level debug."""
     monkeypatch.setenv("HF_TOKEN", MARKS["hub"])
     with DaemonProcess(tmp_path, secret_settings | {"LOG__FORMAT": form}) as daemon:
         daemon.start()
@@ -102,21 +102,23 @@ def test_a_daemon_keeps_them_to_itself(
             return daemon.log_file.read_text("utf-8")
 
         words = ("no mqtt broker", "connection refused", "venue does not answer yet")
-        wait_for("all complain", lambda: all(word in log() for word in words))
+        wait_for("all errors are logged", lambda: all(word in log() for word in words))
         if form == "json":
             status, checks = daemon.readiness()
             assert status == 503
             assert "***" in checks["source ccxt.binance"]  # of the address, its path
-            _clean(str(checks))
+            _assert_no_secrets(str(checks))
             assert http_get(f"http://127.0.0.1:{daemon._port}/metrics")[0] == 401
         worker = daemon.worker_pid()
         if worker is not None:
-            _clean(Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], ""))
+            _assert_no_secrets(
+                Path(f"/proc/{worker}/environ").read_text("utf-8").replace(MARKS["hub"], "")
+            )
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        _clean(log())
+        _assert_no_secrets(log())
         for file in tmp_path.glob("state.sqlite*"):
-            _clean(file.read_text("latin-1"))
+            _assert_no_secrets(file.read_text("latin-1"))
 
 
 @pytest.mark.parametrize(
@@ -131,12 +133,12 @@ def test_a_daemon_keeps_them_to_itself(
     ],
     ids=" ".join,
 )
-def test_commands_keep_them_to_themselves(
+def test_commands_print_no_secrets(
     arguments: tuple[str, ...], secret_settings: dict[str, str]
 ) -> None:
     said = _run_output(secret_settings, *arguments)
     assert said
-    _clean(said)
+    _assert_no_secrets(said)
     if arguments[0] == "doctor":
         for name in ("HTTP__TOKEN", "KAFKA__SASL_PASSWORD", "MQTT__PASSWORD", "CCXT__CONFIG"):
             assert f"{name}=***" in said
@@ -156,22 +158,22 @@ def test_commands_keep_them_to_themselves(
         ("KAFKA__PARTITIONS", "many"),
     ],
 )
-def test_settings_that_cannot_be_are_told_without_them(
+def test_errors_of_settings_have_no_secrets(
     name: str, value: str, secret_settings: dict[str, str]
 ) -> None:
     symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else secret_settings["SYMBOLS"]
     said = _run_output(secret_settings | {name: value, "SYMBOLS": symbols}, "run", "--check")
     assert said.startswith("kronos-stream: error: ")
     assert f"KRONOS_STREAM_{name}" in said or "https://me:***@127.0.0.1" in said
-    _clean(said)
+    _assert_no_secrets(said)
 
 
-def test_a_login_that_is_refused_is_told_without_it(
+def test_errors_of_refused_logins_have_no_secrets(
     make_mosquitto: Callable[..., Mosquitto],
     secret_settings: dict[str, str],
     tmp_path: Path,
 ) -> None:
-    """A real broker hears the password, at the level debug."""
+    """A real broker receives the password; the log has level debug."""
     with make_mosquitto(users={"me": "another"}) as broker:
         given = secret_settings | {"SINKS": "mqtt", "MQTT__URL": broker.url}
         with DaemonProcess(tmp_path, given) as daemon:
@@ -181,10 +183,10 @@ def test_a_login_that_is_refused_is_told_without_it(
     (line,) = (line for line in log.splitlines() if line.startswith("kronos-stream: error: "))
     assert "see KRONOS_STREAM_MQTT__USERNAME and KRONOS_STREAM_MQTT__PASSWORD" in line
     assert "Traceback" not in log
-    _clean(log)
+    _assert_no_secrets(log)
 
 
-def test_objects_do_not_show_them(secret_settings: dict[str, str]) -> None:
+def test_settings_objects_show_no_secrets(secret_settings: dict[str, str]) -> None:
     settings = read_settings(
         {f"KRONOS_STREAM_{k}": v for k, v in secret_settings.items()} | {"HF_TOKEN": MARKS["hub"]}
     )
@@ -195,12 +197,12 @@ def test_objects_do_not_show_them(secret_settings: dict[str, str]) -> None:
             one.model_dump_json(warnings=False),
             str(one.model_dump(warnings=False)),
         ):
-            _clean(text)
+            _assert_no_secrets(text)
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_tracebacks_show_no_local_variables(form: str) -> None:
-    """Nor does a line that somebody, by mistake, gives a secret to."""
+    """Log lines mask secrets that they are given by mistake."""
     code = f"""
 import structlog
 from kronos_stream.daemon.telemetry.logs import configure
@@ -224,10 +226,10 @@ except KeyError:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "login as me with ***" in ended.stderr
     assert "failed again" in ended.stderr
-    _clean(ended.stderr)
+    _assert_no_secrets(ended.stderr)
 
 
-def test_what_is_secret_of_an_exchange_is_taken_out_of_its_errors() -> None:
+def test_errors_of_exchanges_have_no_secrets() -> None:
     config = {
         "apiKey": "A" * 20,
         "options": {"defaultType": "future", "brokerToken": "tokentoken"},
@@ -246,7 +248,7 @@ def test_what_is_secret_of_an_exchange_is_taken_out_of_its_errors() -> None:
     )
 
 
-def test_a_bad_symbols_file_is_told_in_short(tmp_path: Path) -> None:
+def test_error_of_a_symbols_file_is_short(tmp_path: Path) -> None:
     symbols = tmp_path / "symbols"
     given = {"SYMBOLS_FILE": str(symbols), "SINKS": "jsonl", "JSONL__PATH": str(tmp_path / "f")}
     symbols.write_text("x" * 1_000_000, "utf-8")

@@ -1,4 +1,4 @@
-"""The daemon as systemd meets it: bad settings, SIGTERM, a second one, SIGHUP, a worker lost."""
+"""Start and stop of the daemon: invalid settings, SIGTERM, SIGHUP, a lost worker."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _run(
     )
 
 
-def test_a_check_says_what_would_be_forecast(exchange: ExchangeProcess, tmp_path: Path) -> None:
+def test_check_prints_the_series_and_the_model(exchange: ExchangeProcess, tmp_path: Path) -> None:
     ended = _run(exchange, tmp_path, {}, "--check")
     assert ended.returncode == 0, ended.stderr
     assert "has all 1 series" in ended.stdout
@@ -75,7 +75,7 @@ def test_a_check_says_what_would_be_forecast(exchange: ExchangeProcess, tmp_path
         ({"SYMBOLS": "binance:NONE/USDT"}, "binance:NONE/USDT:1s: "),
     ],
 )
-def test_a_bad_setting_is_one_line(
+def test_invalid_setting_gives_a_one_line_error(
     settings: dict[str, str],
     said: str,
     arguments: tuple[str, ...],
@@ -89,14 +89,14 @@ def test_a_bad_setting_is_one_line(
     assert said in ended.stderr
 
 
-def test_a_state_file_that_cannot_be_is_one_line(exchange: ExchangeProcess, tmp_path: Path) -> None:
+def test_unusable_state_file_gives_one_line(exchange: ExchangeProcess, tmp_path: Path) -> None:
     ended = _run(exchange, tmp_path, {"STATE_FILE": "/proc/state.sqlite"})
     assert ended.returncode == 2, ended.stderr
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
     assert "STATE_FILE must be in a writable folder" in ended.stderr
 
 
-def test_told_to_stop_it_delivers_and_leaves_nothing(
+def test_sigterm_delivers_all_forecasts_and_leaves_no_process(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
@@ -117,11 +117,11 @@ def test_told_to_stop_it_delivers_and_leaves_nothing(
     assert found.problems == []
     assert found.duplicates == 0
     origins = [(one.series, one.origin) for one in map(Forecast.parse, dict(records).values())]
-    # The newest bar decided is the last on the topic.
+    # The last forecast on the topic is that of the newest bar with an outcome.
     assert {name: round(1000 * origin.timestamp()) for name, origin in origins} == newest
 
 
-def test_told_twice_it_stops_at_once(
+def test_second_sigterm_ends_the_daemon_at_once(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
@@ -133,7 +133,7 @@ def test_told_twice_it_stops_at_once(
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4)
         worker = daemon.worker_pid()
         assert worker is not None
-        os.kill(worker, signal.SIGSTOP)  # its batch does not end
+        os.kill(worker, signal.SIGSTOP)  # its batch never ends
         due = partial(daemon.metric, "kronos_queue_depth", queue="due")
         wait_for("bars wait for the worker", lambda: due() > 0)
         daemon.signal(signal.SIGTERM)
@@ -144,14 +144,14 @@ def test_told_twice_it_stops_at_once(
         with closing(sqlite3.connect(daemon.state_file)) as state:
             assert state.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
-        daemon.start()  # and nothing is lost
+        daemon.start()  # nothing was lost
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 16)
         assert daemon.stop() == 0
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
 
 
-def test_the_symbols_file_is_read_again(
+def test_sighup_reloads_the_symbols_file(
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
     topic_prefix: str,
@@ -168,26 +168,26 @@ def test_the_symbols_file_is_read_again(
 
         listed.write_text("binance:SIM00/USDT\nbinance:NONE/USDT\n", "utf-8")
         daemon.signal(signal.SIGHUP)
-        wait_for("it refuses", lambda: _has_logged(daemon, "symbols not changed"))
+        wait_for("the reload is refused", lambda: _has_logged(daemon, "symbols not changed"))
 
         listed.write_text("binance:SIM00/USDT\nbinance:SIM02/USDT\n", "utf-8")
         daemon.signal(signal.SIGHUP)
-        wait_for("it follows", lambda: _has_logged(daemon, "series changed"))
+        wait_for("the series change", lambda: _has_logged(daemon, "series changed"))
         changed = time.time()
         forecast = _forecast_since(kafka, topic_prefix, changed)
-        wait_for("the new one's forecast", lambda: _NEW in forecast(), interval=0.5)
+        wait_for("the new one's forecast", lambda: _ADDED in forecast(), interval=0.5)
         assert daemon.stop() == 0
-        assert forecast() == {_KEPT, _NEW}
-        _assert_gone(kafka, topic_prefix, _GONE)
+        assert forecast() == {_KEPT, _ADDED}
+        _assert_removed(kafka, topic_prefix, _REMOVED)
         _assert_every_bar_is_forecast(daemon, exchange, kafka, topic_prefix)
 
 
-_KEPT, _NEW, _GONE = (f"binance:SIM0{i}/USDT:1s" for i in (0, 2, 1))
+_KEPT, _ADDED, _REMOVED = (f"binance:SIM0{i}/USDT:1s" for i in (0, 2, 1))
 
 
-def _assert_gone(kafka: ApacheKafka, topic_prefix: str, series: str) -> None:
-    """Its last word is that it is gone, and where the newest is kept, nothing is."""
-    words = [
+def _assert_removed(kafka: ApacheKafka, topic_prefix: str, series: str) -> None:
+    """Check that a series ends with its removal, and has no latest forecast."""
+    values = [
         [
             value
             for key, value in read_topic(kafka.bootstrap, f"{topic_prefix}.{topic}")
@@ -195,13 +195,13 @@ def _assert_gone(kafka: ApacheKafka, topic_prefix: str, series: str) -> None:
         ]
         for topic in ("forecasts.v1", "forecasts.latest.v1")
     ]
-    assert Removal.parse(words[0][-1]).series == series
-    assert words[1][-1] == b""
-    assert all(len(some) > 1 for some in words)
+    assert Removal.parse(values[0][-1]).series == series
+    assert values[1][-1] == b""
+    assert all(len(some) > 1 for some in values)
 
 
 @pytest.mark.parametrize("lost_by", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_worker_is_replaced(
+def test_lost_worker_is_replaced(
     lost_by: signal.Signals,
     exchange: ExchangeProcess,
     kafka: ApacheKafka,
@@ -215,8 +215,8 @@ def test_a_lost_worker_is_replaced(
         worker = daemon.worker_pid()
         assert worker is not None
         os.kill(worker, lost_by)
-        wait_for("it is noticed", lambda: daemon.metric("kronos_worker_restarts_total") >= 1)
-        wait_for("another works", lambda: daemon.worker_pid() not in (worker, None))
+        wait_for("the loss is noticed", lambda: daemon.metric("kronos_worker_restarts_total") >= 1)
+        wait_for("another worker runs", lambda: daemon.worker_pid() not in (worker, None))
         delivered = daemon.metric("kronos_delivered_total")
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= delivered + 16)
         assert daemon.readiness()[0] == 200
@@ -228,7 +228,7 @@ def test_a_lost_worker_is_replaced(
 def _assert_every_bar_is_forecast(
     daemon: DaemonProcess, exchange: ExchangeProcess, kafka: ApacheKafka, prefix: str
 ) -> None:
-    """Of the bars that were due, none is missing, by the exchange's account; and all in order."""
+    """Check that all bars of the exchange that were due are forecast, in order."""
     decided = daemon.outcome_range(exchange.series())
     due = {series: exchange.closed_bar_times(series, *span) for series, span in decided.items()}
     found = audit_forecasts(read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1"), due)
@@ -241,7 +241,7 @@ def _has_logged(daemon: DaemonProcess, event: str) -> bool:
 
 
 def _forecast_since(kafka: ApacheKafka, prefix: str, since: float) -> Callable[[], set[str]]:
-    """Of which series bars have been forecast that closed after then, Unix seconds."""
+    """Series with forecasts of bars that closed after ``since``, Unix seconds."""
 
     def names() -> set[str]:
         values = read_topic(kafka.bootstrap, f"{prefix}.forecasts.v1")

@@ -1,6 +1,6 @@
-"""The daemon's pages while it works: asked a thousand times a second, and abused, no bar is late.
+"""Status pages under load and abuse, while no bar is late.
 
-As a program this file is the crowd: ``test_system_pages.py PORT TOKEN RATE SECONDS SERIES…``.
+As a program this file produces the load: ``test_status_pages.py PORT TOKEN RATE SECONDS SERIES…``.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tests.support.processes import WAIT_SECONDS, wait_for
 TOKEN = "only-for-this-test-1"  # noqa: S105
 SYMBOLS = 8
 CONNECTIONS = 40
-"""That ask; the daemon takes 64."""
+"""Connections that request pages; the daemon accepts 64."""
 ABUSERS = 20
 LATER_SECONDS = 0.1
-"""By how much the 99th percentile of all bars may be later with the crowd than without it."""
+"""Delay allowed for the 99th percentile of all bars, compared with no load."""
 LAG_SECONDS = 0.05
 SOAK_SECONDS = float(os.environ.get("KRONOS_SOAK_PAGES_SECONDS", "120"))
 
@@ -64,7 +64,7 @@ def _settings(exchange: ExchangeProcess, folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]:
-    """Forecasts one-second bars into a file, and is ready."""
+    """A daemon that is ready, and writes forecasts of one-second bars to a file."""
     with DaemonProcess(tmp_path, _settings(exchange, tmp_path)) as daemon:
         daemon.start()
         daemon.wait_until_ready()
@@ -72,7 +72,7 @@ def daemon(exchange: ExchangeProcess, tmp_path: Path) -> Iterator[DaemonProcess]
         yield daemon
 
 
-def test_pages_tell_what_the_daemon_does(
+def test_pages_show_the_work_of_the_daemon(
     daemon: DaemonProcess, exchange: ExchangeProcess, tmp_path: Path
 ) -> None:
     for path in ("/metrics", "/series", "/openapi.json", "/forecasts/x"):
@@ -99,7 +99,7 @@ def test_pages_tell_what_the_daemon_does(
     assert _get(daemon, "/forecasts/binance:NONE/USDT:1s")[0] == 404
 
 
-def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
+def test_doctor_finds_the_running_daemon(daemon: DaemonProcess) -> None:
     daemon.readiness()  # finds its port
     environ = daemon._environ | {"KRONOS_STREAM_HTTP__PORT": str(daemon._port)}
     command = [sys.executable, "-m", "kronos_stream", "doctor", "--json", "--skip", "model"]
@@ -121,7 +121,7 @@ def test_a_doctor_sees_that_it_runs(daemon: DaemonProcess) -> None:
         ),
     ],
 )  # fmt: skip
-def test_no_bar_is_late_for_the_crowd(
+def test_load_on_the_pages_delays_no_bar(
     rate: int,
     seconds: float,
     timed: bool,  # noqa: FBT001
@@ -135,37 +135,37 @@ def test_no_bar_is_late_for_the_crowd(
     calm, before = time.time(), _metrics(daemon)
     names = [one.name for one in exchange.series()]
     command = [sys.executable, __file__, str(daemon._port), TOKEN, str(rate), str(seconds), *names]
-    crowd = json.loads(subprocess.check_output(command))
+    load = json.loads(subprocess.check_output(command))
     after, end = _metrics(daemon), time.time()
     assert daemon.is_ready()
     assert daemon.stop() == 0
 
     made = _forecasts(tmp_path)
     alone = _lateness(made, began, calm)
-    crowded = _lateness(made, calm, end - 1)
+    loaded = _lateness(made, calm, end - 1)
     lag = p99("kronos_event_loop_lag_seconds", before, after)
     print(  # noqa: T201
-        f"{crowd['answers'] / crowd['seconds']:.0f} requests/s for {crowd['seconds']:.0f} s, "
-        f"statuses {crowd['statuses']}, answered within {1000 * crowd['p99']:.0f} ms (p99), "
-        f"{crowd['abused']} abuses; bars from close to forecast, p50/p99/worst: alone "
-        f"{_described(alone)}, crowded {_described(crowded)}; loop lag p99 "
+        f"{load['answers'] / load['seconds']:.0f} requests/s for {load['seconds']:.0f} s, "
+        f"statuses {load['statuses']}, answered within {1000 * load['p99']:.0f} ms (p99), "
+        f"{load['abused']} abuses; bars from close to forecast, p50/p99/worst: alone "
+        f"{_described(alone)}, loaded {_described(loaded)}; loop lag p99 "
         f"{1000 * p99('kronos_event_loop_lag_seconds', start, before):g} → {1000 * lag:g} ms; "
         f"{_cores(start, before):.2f} → {_cores(before, after):.2f} cores"
     )
-    assert set(crowd["statuses"]) <= {"200", "401"}
-    assert crowd["statuses"]["401"] > 0
-    assert crowd["abused"] > 0
+    assert set(load["statuses"]) <= {"200", "401"}
+    assert load["statuses"]["401"] > 0
+    assert load["abused"] > 0
     # Every bar has its forecast, and in time.
     if timed:
-        assert crowd["answers"] >= 0.9 * rate * seconds
+        assert load["answers"] >= 0.9 * rate * seconds
         assert _skipped(after) == _skipped(start)
-        assert len(crowded) >= SYMBOLS * (seconds - 3)
-        assert _at(crowded, 0.99) <= _at(alone, 0.99) + LATER_SECONDS
+        assert len(loaded) >= SYMBOLS * (seconds - 3)
+        assert _at(loaded, 0.99) <= _at(alone, 0.99) + LATER_SECONDS
         assert lag <= LAG_SECONDS
 
 
 @pytest.mark.soak
-def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
+def test_unreachable_venue_makes_the_daemon_unready(tmp_path: Path) -> None:
     with (
         ExchangeProcess("--symbols", "3", "--history", "300") as exchange,
         DaemonProcess(tmp_path, _settings(exchange, tmp_path)) as daemon,
@@ -174,8 +174,8 @@ def test_a_venue_that_is_gone_makes_it_unready(tmp_path: Path) -> None:
         daemon.wait_until_ready()
         exchange.close()
         gone = time.monotonic()
-        wait_for("it is told", lambda: daemon.readiness()[0] == 503)
-        assert time.monotonic() - gone > 50  # a minute may pass without a word
+        wait_for("the daemon is unready", lambda: daemon.readiness()[0] == 503)
+        assert time.monotonic() - gone > 50  # a minute may pass without an update
         why = {name: said for name, said in daemon.readiness()[1].items() if said != "ok"}
         assert why == {"source binance": "no data for any of its 3 series"}
         rows = json.loads(_get(daemon, "/series")[1])["series"]
@@ -206,7 +206,7 @@ def _ids(folder: Path) -> set[str]:
 
 
 def _lateness(made: Sequence[Mapping[str, Any]], since: float, until: float) -> list[float]:
-    """Seconds from bar close to message, of those made between two moments, in order."""
+    """Seconds from close to message of the forecasts made between two times, sorted."""
     seen = [Forecast.model_validate(one) for one in made]
     late = [
         (one.created_at - one.times[0]).total_seconds()
@@ -237,7 +237,7 @@ def _metrics(daemon: DaemonProcess) -> MetricSamples:
 
 
 def _cores(before: MetricSamples, after: MetricSamples) -> float:
-    """Cores that the daemon's own process kept busy between two looks."""
+    """Cores used by the daemon's own process between two samples."""
     cpu, at = (after[name, frozenset()] - before[name, frozenset()] for name in ("cpu", "at"))
     return cpu / at
 
@@ -250,13 +250,13 @@ def _skipped(samples: MetricSamples) -> float:
     )
 
 
-# The crowd.
+# The load.
 
 
 async def _run_load(
     port: int, token: str, rate: float, seconds: float, series: Sequence[str]
 ) -> None:
-    """Ask in step, a little in bad faith; what came of it goes to stdout."""
+    """Request pages at a rate, with some abuse, and print the results as JSON."""
     statuses: Counter[str] = Counter()
     took: list[float] = []
     abused = [0]
@@ -289,7 +289,7 @@ async def _run_load(
         while time.monotonic() < end:
             with suppress(OSError):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                if number % 2:  # never ends its request, nor reads
+                if number % 2:  # never completes its request
                     writer.write(b"GET /series HTTP/1.1\r\nX-Slow: ")
                     await asyncio.sleep(min(3.0, max(0.0, end - time.monotonic())))
                 else:
@@ -305,11 +305,11 @@ async def _run_load(
         for number in range(ABUSERS):
             tasks.create_task(abuser(number))
     took.sort()
-    told = {
+    result = {
         "answers": sum(statuses.values()), "seconds": time.monotonic() - began,
         "statuses": dict(statuses), "p99": _at(took, 0.99), "abused": abused[0],
     }  # fmt: skip
-    print(json.dumps(told))  # noqa: T201
+    print(json.dumps(result))  # noqa: T201
 
 
 if __name__ == "__main__":

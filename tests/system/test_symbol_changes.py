@@ -1,10 +1,8 @@
-"""Two venues whose symbols change all the time: no bar lost, nothing stale, nothing left behind.
+"""Symbols of two venues that change constantly: no bar is lost, and nothing is left behind.
 
-What can be promised of a series that comes and goes: while it is followed every bar has one
-outcome, and so have those that closed in between, once it is back. A bar whose forecast was under
-way when the series was given up has none: its outcome is "removed". So a bar must be forecast that
-opens a moment after the series was taken in and closes a moment before it was given up; of a
-series that stays those are all. A failure's changes are made again with KRONOS_SEEDS=<its seed>.
+While a series is subscribed, every bar has one outcome; once it is added again, so have the bars
+that closed in between. A bar whose forecast is under way when the series is removed gets the
+outcome "removed" instead. KRONOS_SEEDS=<seed> repeats the changes of a failed run.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import os
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
@@ -42,23 +40,23 @@ LONG = pytest.param(
 VENUES = ("binance", "ccxt.binance")
 SYMBOLS = 20
 LEAST = "SIM12/USDT"
-"""Bars of a second come and go from this symbol on; those before it stay throughout."""
+"""One-second bars are added and removed from this symbol on; those before it stay."""
 LONGER = range(8, 16)
-"""These symbols' bars of five seconds come and go, too."""
+"""Symbols whose five-second bars are added and removed, too."""
 CALM_SECONDS = 2.4
-"""Between two changes at most; now and then there is no pause at all."""
+"""Longest pause between two changes; sometimes there is none."""
 
 TAKEN_IN_SECONDS = 1.0
-"""After that a new series' tape has begun."""
+"""Time until bars of a new series are stored."""
 UNDER_WAY_SECONDS = 4.0
-"""From a bar's close, or from its series' return, to its forecast: ccxt's bars are settled for one
-of them, and asked for."""
+"""Time from a bar's close, or from the return of its series, to its forecast; with ccxt a bar must
+first be confirmed by a request."""
 COMPOSED_SECONDS = 0.25
-"""A forecast may be written so long before it is known that its series is followed again."""
+"""A forecast may be composed so long before its series is known to be added again."""
 WATCHED_SECONDS = SYMBOLS * 0.4
-"""A client of ccxt's is told one series after the other, and has a task for each."""
+"""A client of ccxt subscribes one series after the other, with a task for each."""
 SPARE = 4
-"""So many descriptors and tasks more than at the start may those have who just ask for bars."""
+"""Additional descriptors and tasks allowed for requests in progress."""
 
 BAD = (
     "binance:NONE/USDT",
@@ -75,7 +73,7 @@ Records = Sequence[tuple[str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class WatchlistChange:
-    """What is followed since then. Unix seconds."""
+    """Series subscribed from a time on, in Unix seconds."""
 
     requested: float
     done: float
@@ -83,7 +81,7 @@ class WatchlistChange:
 
 
 def _lines(series: Collection[Series]) -> list[str]:
-    """What a symbols file says of them."""
+    """Lines of a symbols file for series."""
     lengths: defaultdict[str, list[str]] = defaultdict(list)
     for one in sorted(series):
         lengths[f"{one.venue}:{one.symbol}"].append(str(one.timeframe))
@@ -91,7 +89,7 @@ def _lines(series: Collection[Series]) -> list[str]:
 
 
 class WatchlistChanger:
-    """Changes the symbols file of a running daemon, and keeps what was changed when."""
+    """Changes the symbols file of a running daemon, and records the changes."""
 
     def __init__(self, daemon: DaemonProcess, listed: Path, random: Random) -> None:
         self.changes: list[WatchlistChange] = []
@@ -105,11 +103,11 @@ class WatchlistChanger:
         self._write(_lines(self.first))
 
     def started(self) -> None:
-        """The daemon has taken in what the file says first."""
+        """Record that the daemon has loaded the first file."""
         self.changes.append(WatchlistChange(time.time(), time.time(), self.first))
 
     def change(self) -> None:
-        """Add and remove a few."""
+        """Add and remove a few series."""
         followed = self.changes[-1].series
         there = [one for one in self._changing if one in followed]
         absent = [one for one in self._changing if one not in followed]
@@ -120,7 +118,7 @@ class WatchlistChanger:
             time.sleep(self._random.uniform(0.0, CALM_SECONDS))
 
     def write_invalid(self) -> None:
-        """Remove all but one, with a line that cannot be: refused whole, it changes nothing."""
+        """Write a file with an invalid line, which the daemon must reject as a whole."""
         bad = BAD[self.refused % len(BAD)]
         assert self._reload([*_lines([min(self.first)]), bad]) == ANSWERS[1], bad
         self.refused += 1
@@ -131,7 +129,7 @@ class WatchlistChanger:
         self.changes.append(WatchlistChange(asked, time.time(), frozenset(series)))
 
     def spans(self, series: Series) -> list[tuple[WatchlistChange, WatchlistChange | None]]:
-        """From when until when it was followed; None where it still is."""
+        """Changes that added and removed a series; None if it is still subscribed."""
         found: list[tuple[WatchlistChange, WatchlistChange | None]] = []
         for change in self.changes:
             following = bool(found) and found[-1][1] is None
@@ -141,8 +139,15 @@ class WatchlistChanger:
                 found[-1] = found[-1][0], change
         return found
 
+    def is_forecast(self, latest: Iterable[bytes], since: float) -> bool:
+        """Return whether all series have a forecast of a bar that opened after ``since``."""
+        found = {
+            one.series for one in map(Forecast.parse, latest) if one.origin.timestamp() >= since
+        }
+        return {series.name for series in self.changes[-1].series} <= found
+
     def _reload(self, lines: Sequence[str]) -> str:
-        """What the daemon makes of them."""
+        """Write the file, and return the daemon's answer in the log."""
         before = len(self._reload_answers())
         self._write(lines)
         self._daemon.signal(signal.SIGHUP)
@@ -180,18 +185,15 @@ def test_symbols_change_under_load(
         daemon = stack.enter_context(make_daemon(exchanges["binance"], kafka.bootstrap, **settings))
         changer = WatchlistChanger(daemon, listed, Random(SEED))
 
-        def forecast(since: float) -> bool:
-            """Whether all that is followed has a forecast of a bar that opened after then."""
+        def all_forecast(since: float) -> bool:
             values = dict(read("forecasts.latest")).values()
-            made = (Forecast.parse(value) for value in values if value)
-            found = {one.series for one in made if one.origin.timestamp() >= since}
-            return {one.name for one in changer.changes[-1].series} <= found
+            return changer.is_forecast(filter(None, values), since)
 
         began = time.time()
         daemon.start()
         daemon.wait_until_ready()
         changer.started()
-        wait_for("forecasts of all", lambda: forecast(0.0), interval=1.0)
+        wait_for("forecasts of all", lambda: all_forecast(0.0), interval=1.0)
         time.sleep(WATCHED_SECONDS)
         before = _resource_counts(daemon)
         for i in range(number):
@@ -200,7 +202,7 @@ def test_symbols_change_under_load(
                 changer.write_invalid()
         changer.follow(changer.first)
         last = changer.changes[-1].done
-        wait_for("forecasts of all", lambda: forecast(last), interval=1.0)
+        wait_for("forecasts of all", lambda: all_forecast(last), interval=1.0)
         most = [count + SPARE for count in before]
         wait_for(f"it holds at most {most}", lambda: all(map(le, _resource_counts(daemon), most)))
         print(f"seed {SEED}: {number} changes; {before} → {_resource_counts(daemon)}")  # noqa: T201
@@ -222,7 +224,7 @@ def test_symbols_change_under_load(
 
 
 def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
-    """Both venues' symbols by file, the second one led to ``exchange``."""
+    """Settings for symbols of both venues by file, the second connected to ``exchange``."""
     lengths = {length: length for length in exchange.timeframes}
     urls = {"public": f"{exchange.rest_url}/api/v3", "ws": {"spot": f"{exchange.ws_url}/ws/stream"}}
     markets = {"fetchMarkets": {"types": ["spot"]}}
@@ -236,7 +238,7 @@ def _settings(listed: Path, exchange: ExchangeProcess) -> dict[str, str]:
 
 
 def _resource_counts(daemon: DaemonProcess) -> list[int]:
-    """How many descriptors, sockets and tasks it has."""
+    """Numbers of descriptors, sockets and tasks of a daemon."""
     opened = daemon.open_files()
     sockets = sum(one.startswith("socket:") for one in opened)
     return [len(opened), sockets, round(daemon.metric("kronos_tasks"))]
@@ -273,7 +275,7 @@ def _assert_changes_are_fast(
     truth: Mapping[Series, Sequence[int]],
     records: Records,
 ) -> None:
-    """Bars are due soon after a series is added, and none is under way for long when it goes."""
+    """Bars are due soon after their series is added, and forecast soon after their close."""
     due: dict[Series, list[int]] = {}
     longest, last = 0.0, changer.changes[-1].done
     for series, closed in truth.items():
@@ -323,8 +325,8 @@ def _assert_nothing_is_stale(
                 assert ends[told].requested - 0.001 <= at <= ends[told].done, name
                 told += 1
                 continue
-            # After its k-th end a series is heard of again only once it was taken in again.
-            assert told < len(spans), f"{name} was forecast after it was given up"
+            # After a removal, forecasts come only once the series was added again.
+            assert told < len(spans), f"{name} was forecast after its removal"
             made = Forecast.parse(value).created_at.timestamp()
             assert made >= spans[told][0].requested - composed_seconds or told == 0, name
             assert told == len(ends) or made <= ends[told].done, name
@@ -332,5 +334,5 @@ def _assert_nothing_is_stale(
         removals += told
         assert last[name] == (values[-1] if spans[-1][1] is None else b""), name
     again = sum(len(changer.spans(one)) > 1 for one in changer.all)
-    print(f"{removals} removals of {len(said)} series told; {again} series came back")  # noqa: T201
+    print(f"{removals} removals of {len(said)} series; {again} series were added again")  # noqa: T201
     assert min(again, removals) > 0

@@ -1,4 +1,4 @@
-"""Where the simulated exchange's bars come from, and its command."""
+"""Bars of the simulated exchange, and its command."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ START = 1_750_000_000_000
 STEPS = {"1s": 1_000, "5s": 5_000, "1m": 60_000, "1h": 3_600_000}
 
 
-def stay(
-    seconds: float, ask: dict[str, int], start: int = START, **options: Any
+def true_bars(
+    seconds: float, starts: dict[str, int], start: int = START, **options: Any
 ) -> dict[str, list[Bar]]:
-    """The truth of series, each from so far on, after ``seconds`` of an exchange's life."""
+    """True bars of series, each from a time on, after an exchange has run for ``seconds``."""
 
     async def main() -> dict[str, list[Bar]]:
         async with SimulatedExchange(clock=LoopClock(start), **options) as exchange:
             await asyncio.sleep(seconds)
             return {
                 name: exchange.truth(Series.parse(f"any:{name}"), since)
-                for name, since in ask.items()
+                for name, since in starts.items()
             }
 
     return run_virtual(main())
@@ -57,7 +57,7 @@ def stay(
         ("3M", "2025-06-15T15:08:59", "2025-04-01T00:00:00"),
     ],
 )
-def test_bars_open_where_the_venues_do(timeframe: str, moment: str, expected: str) -> None:
+def test_bars_open_at_the_times_of_the_venue(timeframe: str, moment: str, expected: str) -> None:
     def ms(text: str) -> int:
         return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1000)
 
@@ -66,7 +66,7 @@ def test_bars_open_where_the_venues_do(timeframe: str, moment: str, expected: st
 
 def test_long_bars_are_made_of_short_ones() -> None:
     names = {f"SIM0{i}/USDT:{t}": 0 for i in range(3) for t in STEPS}
-    truth = stay(400, names, symbols=3, timeframes=tuple(STEPS), history=2, keep=20_000)
+    truth = true_bars(400, names, symbols=3, timeframes=tuple(STEPS), history=2, keep=20_000)
     for i in range(3):
         seconds = {bar.candle.time: bar.candle for bar in truth[f"SIM0{i}/USDT:1s"]}
         for timeframe, step in STEPS.items():
@@ -85,20 +85,22 @@ def test_long_bars_are_made_of_short_ones() -> None:
                 assert amount == pytest.approx(sum(part.amount or 0 for part in parts))
 
 
-def test_history_reaches_back_as_asked_and_memory_is_bounded() -> None:
-    bars = stay(0, {"SIM00/USDT:1m": 0}, symbols=1, timeframes=("1s", "1m"), history=30)
+def test_history_has_the_given_length_and_memory_is_bounded() -> None:
+    bars = true_bars(0, {"SIM00/USDT:1m": 0}, symbols=1, timeframes=("1s", "1m"), history=30)
     assert [bar.candle.time // 60_000 for bar in bars["SIM00/USDT:1m"]] == [
         START // 60_000 - 30 + i for i in range(30)
     ]
-    bars = stay(1_000, {"SIM00/USDT:1s": 0}, symbols=1, history=10, keep=200)
+    bars = true_bars(1_000, {"SIM00/USDT:1s": 0}, symbols=1, history=10, keep=200)
     kept = bars["SIM00/USDT:1s"]
     assert 200 <= len(kept) <= 251
     assert kept[-1].candle.time == START + 999_000
 
 
-def test_the_seed_makes_the_market() -> None:
+def test_market_depends_on_the_seed() -> None:
     def market(seed: int) -> list[Bar]:
-        return stay(20, {"SIM01/USDT:1s": 0}, symbols=2, history=50, seed=seed)["SIM01/USDT:1s"]
+        return true_bars(20, {"SIM01/USDT:1s": 0}, symbols=2, history=50, seed=seed)[
+            "SIM01/USDT:1s"
+        ]
 
     assert market(1) == market(1)
     assert market(1) != market(2)
@@ -112,7 +114,7 @@ def test_the_seed_makes_the_market() -> None:
         {"timeframes": ("1M",)},
     ],
 )
-def test_what_cannot_be_drawn_is_refused(options: dict[str, Any]) -> None:
+def test_invalid_timeframes_and_history_are_rejected(options: dict[str, Any]) -> None:
     with pytest.raises(ExchangeError):
         SimulatedExchange(**options)
 
@@ -130,11 +132,11 @@ def write(path: Path, rows: int, hole: range = range(0)) -> Path:
     return path
 
 
-def test_candles_of_files_happen_now_bar_by_bar_and_again(tmp_path: Path) -> None:
+def test_candles_of_files_are_replayed_at_the_present_time(tmp_path: Path) -> None:
     a = write(tmp_path / "BTCUSDT-1m.csv", 40, hole=range(22, 24))
     b = write(tmp_path / "gold.csv", 20)
     table = read_candles(a)
-    truth = stay(
+    truth = true_bars(
         30 * 60, {"BTC/USDT:1m": 0, "GOLD/USDT:1m": 0}, start=START, candles=(a, b), history=5
     )
     bars = truth["BTC/USDT:1m"]
@@ -145,12 +147,12 @@ def test_candles_of_files_happen_now_bar_by_bar_and_again(tmp_path: Path) -> Non
     np.testing.assert_array_equal(known, table.values[: len(known)])
     flat = bars[22].candle
     assert flat[1:] == (bars[21].candle.close,) * 4 + (0.0, 0.0)
-    # The shorter one has begun again.
+    # The shorter file starts again.
     gold = [bar.candle.volume for bar in truth["GOLD/USDT:1m"]]
     assert gold == [float(i % 20) for i in range(35)]
 
 
-def test_files_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_files_of_different_timeframes_or_equal_names_are_rejected(tmp_path: Path) -> None:
     minutes = write(tmp_path / "A.csv", 10)
     hours = tmp_path / "B.csv"
     hours.write_text("time,open,high,low,close\n" + "1600002000,1,1,1,1\n1600005600,1,1,1,1\n")
@@ -173,7 +175,7 @@ COMMAND = (
 )
 
 
-def begin(*arguments: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
+def start(*arguments: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
     process = subprocess.Popen(  # noqa: S603
         (*COMMAND, *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -182,8 +184,8 @@ def begin(*arguments: str) -> tuple[subprocess.Popen[bytes], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_says_when_it_is_ready_and_ends_cleanly(number: signal.Signals) -> None:
-    process, facts = begin()
+def test_command_prints_when_it_is_ready_and_ends_cleanly(number: signal.Signals) -> None:
+    process, facts = start()
     with process:
         assert facts["symbols"] == ["SIM00/USDT", "SIM01/USDT"]
         assert facts["ws"].startswith("ws://127.0.0.1:")
@@ -193,7 +195,7 @@ def test_the_command_says_when_it_is_ready_and_ends_cleanly(number: signal.Signa
         assert process.wait(300) == 0
 
 
-def test_the_command_ends_with_its_parent() -> None:
+def test_command_ends_with_its_parent() -> None:
     script = f"""
 import subprocess, sys
 child = subprocess.Popen({(*COMMAND, "--with-parent")!r}, stdin=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""The generated market shows what real markets show, and is the same however it is drawn."""
+"""The generated market has the properties of real ones, and is reproducible."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_symbols_move_together(
 
 
 @pytest.mark.parametrize("timeframe_ms", [1_000, 60_000, 14_400_000, 86_400_000, 604_800_000])
-def test_every_candle_is_possible_and_on_its_grid(timeframe_ms: int) -> None:
+def test_candles_are_valid_and_on_the_price_grid(timeframe_ms: int) -> None:
     market = Market(16, timeframe_ms, seed=7)
     candles = market.run(2_000)
     opened, high, low, close, volume, amount = np.moveaxis(candles.values, -1, 0)
@@ -91,20 +91,20 @@ def test_every_candle_is_possible_and_on_its_grid(timeframe_ms: int) -> None:
     assert (np.diff(candles.times) == timeframe_ms).all()
 
 
-def test_years_of_trading_do_not_overflow() -> None:
+def test_prices_stay_finite_for_decades() -> None:
     prices = Market(32, 86_400_000, seed=8).run(20_000).values[..., 3]
     assert np.isfinite(prices).all()
     assert prices.max() < 1e9
 
 
-def test_bars_do_not_depend_on_how_they_are_drawn() -> None:
+def test_bars_are_the_same_one_by_one_or_at_once() -> None:
     whole = Market(4, 1_000, seed=9).run(50).values
     market = Market(4, 1_000, seed=9)
     np.testing.assert_array_equal(whole, np.stack([market.step() for _ in range(50)]))
     assert not np.array_equal(whole, Market(4, 1_000, seed=10).run(50).values)
 
 
-def test_a_fork_shares_the_past_alone() -> None:
+def test_forks_share_the_past_but_not_the_future() -> None:
     market = Market(4, 60_000, seed=11)
     market.run(100)
     one, other = market.fork(1).run(5).values, market.fork(2).run(5).values
@@ -112,7 +112,7 @@ def test_a_fork_shares_the_past_alone() -> None:
     np.testing.assert_array_equal(one, market.fork(1).run(5).values)
 
 
-def test_aggregated_bars_are_those_of_the_seconds() -> None:
+def test_aggregated_bars_equal_their_seconds() -> None:
     seconds = Market(3, 1_000, seed=12).run(185)
     minutes = aggregate(seconds, 60)
     assert minutes.values.shape == (3, 3, 6)
@@ -125,7 +125,7 @@ def test_aggregated_bars_are_those_of_the_seconds() -> None:
     assert minutes.times.tolist() == seconds.times[[0, 60, 120]].tolist()
 
 
-def test_an_impossible_market_is_refused() -> None:
+def test_invalid_market_is_rejected() -> None:
     with pytest.raises(ValueError, match="symbol"):
         Market(0)
     with pytest.raises(ValueError, match="open of a bar"):

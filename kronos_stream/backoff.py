@@ -8,7 +8,7 @@ _MAX_DOUBLINGS = 16
 
 
 class Backoff:
-    """Delays that double from ``initial`` to ``maximum``, shortened by a random share.
+    """Delays that double from ``initial`` to ``maximum``, multiplied by a random factor.
 
     The jitter keeps many clients from retrying at the same moment. The unit is the caller's.
     """
@@ -23,7 +23,7 @@ class Backoff:
     ) -> None:
         """jitter: bounds of the uniform factor that each delay is multiplied by."""
         self.attempts = 0
-        """Delays handed out since the last :meth:`reset`."""
+        """Delays returned since the last :meth:`reset`."""
         self._random, self._initial, self._maximum = random, initial, maximum
         self._jitter = jitter
 

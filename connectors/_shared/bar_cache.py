@@ -1,4 +1,4 @@
-"""Cache of recent bars: the history of a venue that offers none."""
+"""Cache of recent bars, for venues without history requests."""
 
 from __future__ import annotations
 

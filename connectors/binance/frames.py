@@ -1,4 +1,4 @@
-"""Strict decoder of Binance's websocket frames."""
+"""Strict decoder of Binance's WebSocket frames."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class IgnoredFrame(NamedTuple):
 def decode(
     frame: bytes | str, streams: Streams
 ) -> Kline | Response | ServerShutdown | IgnoredFrame:
-    """Decode a frame. Raises FrameError if it is no event, or an invalid kline."""
+    """Decode a frame. Raises FrameError if it is not an event, or an invalid kline."""
     try:
         message = orjson.loads(frame)
     except orjson.JSONDecodeError as error:
@@ -93,14 +93,18 @@ def _kline(event: dict[str, Any], streams: Streams) -> Kline | IgnoredFrame:
         raise FrameError(f"kline of {symbol} as an event of {_short_repr(event.get('s'))}", series)
     opened, closed, event_time = kline.get("t"), kline.get("x"), event.get("E")
     if type(opened) is not int or not 0 <= opened < MAX_TIME_MS:
-        raise FrameError(f"open time {_short_repr(opened)}", series)
+        raise FrameError(f"invalid open time: {_short_repr(opened)}", series)
     ends = series.timeframe.after(opened) - 1
     if kline.get("T") != ends:
-        raise FrameError(f"close time {_short_repr(kline.get('T'))}, open time {opened}", series)
+        raise FrameError(
+            f"close time {_short_repr(kline.get('T'))} does not match open time {opened}", series
+        )
     if type(closed) is not bool:
-        raise FrameError(f"closed or not: {_short_repr(closed)}", series)
+        raise FrameError(f"field x is not a boolean: {_short_repr(closed)}", series)
     if type(event_time) is not int or event_time < (ends if closed else opened):
-        raise FrameError(f"event time {_short_repr(event_time)}, before the bar's time", series)
+        raise FrameError(
+            f"invalid event time, or one before the bar's: {_short_repr(event_time)}", series
+        )
     return Kline(series, _candle(opened, kline, series), closed)
 
 
@@ -108,7 +112,7 @@ def _candle(opened: int, kline: dict[str, Any], series: Series) -> Candle:
     numbers = [kline.get(name) for name in "ohlcvq"]
     candle = read_candle(opened, numbers)
     if candle is None:
-        raise FrameError(f"numbers {', '.join(map(_short_repr, numbers))}", series)
+        raise FrameError(f"invalid numbers: {', '.join(map(_short_repr, numbers))}", series)
     _, opening, high, low, close, volume, amount = candle
     if not (
         0 < low <= opening <= high <= MAX_FLOAT32

@@ -26,7 +26,7 @@ _log = structlog.get_logger()
 
 
 class Market:
-    """Symbols that share hosts and limits."""
+    """One market (spot or futures): symbols with the same hosts and rate limits."""
 
     def __init__(
         self, options: BinanceOptions, clock: Clock, random: Random, *, futures: bool

@@ -32,14 +32,17 @@ class Unwatch(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Client:
-    """Watches the series of its shard, all of ``timeframe``. Times as in the pool's machine."""
+    """Watches the series of its shard, all of ``timeframe``.
+
+    Times are seconds of the event loop's clock.
+    """
 
     shard: Shard[Client, Series]
     timeframe: Timeframe
     stall_seconds: float
     expires_at: float
     max_unneeded: int
-    """It expires early with more series than this that are no longer needed."""
+    """Number of unneeded series beyond which it is replaced early."""
     last_activity: float
     """When any frame arrived, including pongs."""
     last_candle: float

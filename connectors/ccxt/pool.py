@@ -49,7 +49,7 @@ class ClientPool(RotatingPool[Client, Series, Watch | Unwatch]):
     def on_refused(
         self, client: Client, series: Series, now: float, retry_after: float = 0.0
     ) -> None:
-        """Try a series that cannot be watched again later; the client's others go on."""
+        """Retry a series that cannot be watched later; the client keeps its other series."""
         backoff = client.refusals.get(series)
         if backoff is None:
             backoff = client.refusals[series] = Backoff(

@@ -115,7 +115,7 @@ class ClientRunner(PoolRunner[Client, Watch | Unwatch]):
             self._callbacks.count_event("connected")
         for candle in candles:
             self._pool.on_candle(client, series, loop_time())
-            # ccxt does not say whether a bar is closed.
+            # ccxt does not report whether a bar is closed.
             self._callbacks.update(Update(series, candle, closed=False, received=now))
 
     def _on_activity(self, client: Client) -> None:

@@ -44,7 +44,7 @@ async def create(options: KafkaOptions, topics: Sequence[TopicSpec]) -> list[str
         if cluster["controller_id"] not in {broker["node_id"] for broker in cluster["brokers"]}:
             raise IncompatibleBrokerVersion("it has no controller")
         copies = options.replication or min(3, brokers)
-        # Writes go on after the loss of one replica, but never with a single replica left.
+        # Writes continue after the loss of one replica, but never with a single replica left.
         safety = {"min.insync.replicas": str(max(1, copies - 1))}
         answer = await admin.create_topics(
             [

@@ -22,6 +22,7 @@ from kronos_connectors._shared.tls import ConnectionProblem
 from kronos_connectors.kafka.options import KafkaOptions
 
 _PREFIX = "KRONOS_STREAM_KAFKA__"
+ADDRESS_REMEDY = f"see {_PREFIX}BOOTSTRAP_SERVERS"
 _LOGIN_REMEDY = f"see {_PREFIX}SASL_USERNAME, {_PREFIX}SASL_PASSWORD and {_PREFIX}SASL_MECHANISM"
 _TLS_ALERT = 0x1503
 """First two bytes of a TLS alert, which Kafka takes for the upper half of a length."""
@@ -114,5 +115,5 @@ def _explain_connection(error: BaseException, options: KafkaOptions) -> Connecti
         return ConnectionProblem(str(error), "to support all: pip install 'aiokafka[all]'")
     for kind, message in _UNREACHABLE.items():
         if isinstance(error, kind):
-            return ConnectionProblem(message, f"see {_PREFIX}BOOTSTRAP_SERVERS")
+            return ConnectionProblem(message, ADDRESS_REMEDY)
     return None

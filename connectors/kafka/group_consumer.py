@@ -27,7 +27,7 @@ _SESSION_TIMEOUT_MS, _HEARTBEAT_MS = 6_000, 2_000
 """How soon the group drops a member that was killed; its successor waits for that."""
 _STICKY_HEARTBEAT_MS = 1_000
 _REBALANCE_TIMEOUT_MS = 30_000
-"""How long the group waits for a member to hand over."""
+"""Time that the group waits for a member to release its partitions."""
 _MAX_POLL_INTERVAL_MS = 86_400_000
 """Reading pauses while forecasts cannot be delivered, which is no reason to leave the group."""
 _CLOSE_TIMEOUT_SECONDS = 2.0
@@ -43,7 +43,7 @@ class GroupOptions:
     commit_interval: float
     commit_timeout: float
     sticky: bool = False
-    """Members keep as many partitions as they can in a rebalance, and hand over the others."""
+    """Members keep as many partitions as they can in a rebalance, and release the others."""
     check_topics: bool = False
     """Read nothing while a topic is missing."""
 

@@ -74,7 +74,8 @@ class KafkaSource:
         except (KafkaError, OSError) as error:
             timeout_message = f"no answer in {REQUEST_TIMEOUT_SECONDS:g} s"
             found = explain(error, client_errors, options, timeout_message=timeout_message)
-            raise (LoginRefused if found.permanent else SourceError)(f"kafka: {found}") from error
+            kind = LoginRefused if found.permanent else SourceError
+            raise kind(f"kafka: {found}", has_remedy=bool(found.remedy)) from error
         finally:
             if client is not None:
                 with suppress(KafkaError, OSError):

@@ -35,7 +35,7 @@ from kronos_stream.market.timeframe import Timeframe
 _log = structlog.get_logger()
 
 _MAX_RECORDS_READ_BACK = 1_000_000
-"""Limit per partition, whatever the age of the records."""
+"""Limit per partition, for records of any age."""
 
 DecodedRecord: TypeAlias = Update | Unreadable
 

@@ -215,7 +215,7 @@ class Connection(aiomqtt.Client):
     # -- overridden methods of aiomqtt -------------------------------------------------------
 
     def _client_connect(self) -> None:
-        """Connect, in a thread that goes on after the caller is cancelled."""
+        """Connect, in a thread that continues after the caller is cancelled."""
         self._connecting = True
         try:
             super()._client_connect()

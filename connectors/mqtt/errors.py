@@ -14,7 +14,7 @@ CONNECTION_CLOSED = (
 def explain(
     error: BaseException, captured: ErrorCapture, options: MqttOptions
 ) -> ConnectionProblem | None:
-    """Explain why a connection failed; None if neither ``error`` nor the log of paho says."""
+    """Explain why a connection failed; None if neither ``error`` nor paho's log shows the cause."""
     for one in (error, *captured.errors.values()):
         if found := options.tls_files.explain(one):
             return found

@@ -1,4 +1,4 @@
-"""Delivery of records over one connection, several at once, each acknowledged by itself."""
+"""Delivery of records over one connection, several at once, each acknowledged separately."""
 
 from __future__ import annotations
 

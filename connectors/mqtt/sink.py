@@ -56,7 +56,7 @@ class MqttSink:
         return checks(self._options)
 
     async def start(self) -> None:
-        """Connect; after a failure, attempts go on in the background."""
+        """Connect; after a failure, attempts continue in the background."""
         if self._reconnect_task is None:
             self._reconnect_task = asyncio.create_task(
                 self._reconnector.run(self._serve, lambda _: None)

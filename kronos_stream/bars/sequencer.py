@@ -9,7 +9,7 @@ It consumes pushes, answers of the venue's history and the passing of time, and 
 * Bars behind a gap are held. A bar that two answers of the history lack, some seconds after its
   close, does not exist if later bars show that the venue is alive: a flat bar without volume takes
   its place. Where a venue sends nothing when nothing trades, later bars are not required.
-* A confirmed bar changes only as the history says (:mod:`kronos_stream.bars.corrections`).
+* Only the history can change a confirmed bar (:mod:`kronos_stream.bars.corrections`).
 * While the history cannot be reached, bars behind a gap are held for a while, then confirmed with
   placeholders for the missing ones, which are requested until the history answers.
 """

@@ -1,7 +1,7 @@
 """Feed interface: bars for role forecast, from partitioned logs that a group of daemons shares.
 
 A feed assigns and revokes partitions; records of a partition have increasing offsets. The group's
-progress is committed to the feed as a checkpoint per partition, from which its next owner goes on.
+progress is committed to the feed as a checkpoint per partition, where its next owner continues.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Feed(Protocol):
         """Why nothing can be read or committed at present; empty if all is well."""
 
     async def run(self, handler: PartitionHandler[FeedRecord]) -> None:
-        """Read until cancelled, reconnecting by itself."""
+        """Read until cancelled, reconnecting as needed."""
 
     async def close(self) -> None:
         """Commit, and leave the group so that others take over at once; bounded in time."""

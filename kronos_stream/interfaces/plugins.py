@@ -16,6 +16,9 @@ Group = Literal["sources", "sinks", "relays", "feeds"]
 _Connector = TypeVar("_Connector", SourceConnector, SinkConnector, RelayConnector, FeedConnector)
 
 
+_EXAMPLE_VENUE = "kraken"
+
+
 class ConnectorError(Exception):
     """A connector is not installed or not usable; one clause."""
 
@@ -30,12 +33,17 @@ def load_source(venue: str) -> tuple[str, SourceConnector]:
     for name in (venue, venue.partition(".")[0]):
         if name in _entry_points("sources"):
             return name, _load("sources", name, SourceConnector)
+    others = ""
     for name in installed_names("sources"):
         with suppress(ConnectorError):  # a broken connector of another venue
             connector = _load("sources", name, SourceConnector)
-            if venue in connector.venues():
+            venues = connector.venues()
+            if venue in venues:
                 return name, connector
-    raise _not_installed("sources", venue)
+            if venues:
+                example = _EXAMPLE_VENUE if _EXAMPLE_VENUE in venues else min(venues)
+                others += f", and every exchange of {name}, such as {example}"
+    raise ConnectorError(f"{_not_installed('sources', venue)}{others}")
 
 
 def load_sink(name: str) -> SinkConnector:

@@ -15,12 +15,13 @@ from kronos_stream.market.series import Series
 class SourceError(Exception):
     """A venue did not answer, or not correctly; may be retried.
 
-    retry_after: seconds that the venue asks to wait, 0 if it names none.
+    retry_after: seconds that the venue asks to wait, 0 if it names none. has_remedy: True if the
+    message says how to correct the error.
     """
 
-    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0, *, has_remedy: bool = False) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.has_remedy = retry_after, has_remedy
 
 
 class LoginRefused(SourceError):  # noqa: N818
@@ -76,7 +77,7 @@ class Source(Protocol):
         """Set the series to push; may be called while running, without loss for those kept."""
 
     async def run(self, callbacks: SourceCallbacks) -> None:
-        """Push updates until cancelled, reconnecting by itself.
+        """Push updates until cancelled, reconnecting as needed.
 
         Returns early only if the data end (a replay); raises VenueRefused only if retrying is
         useless.

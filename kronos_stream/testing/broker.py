@@ -8,7 +8,7 @@ production:
 - A partition keeps its newest 5 MiB or 100,000 batches; older records are deleted.
 - A topic is created when a client first uses its name, always with 4 partitions. Requests to
   create, configure or delete topics are not supported, nor is compaction.
-- It rejects no records, whatever their size or timestamp, and supports neither TLS, SASL nor
+- It rejects no records because of size or timestamp, and supports neither TLS, SASL nor
   access rules; it listens on 127.0.0.1 only, on a free port.
 """
 

@@ -86,8 +86,8 @@ class FakeVenue:
 
     def deliver(self, connection: Connection, frame: bytes) -> None:
         if connection in self.open_sockets:
-            told = self.fleet.receive(connection, frame, self.now)
-            self.update_counts[type(told).__name__] += 1
+            update = self.fleet.receive(connection, frame, self.now)
+            self.update_counts[type(update).__name__] += 1
 
     def shut_down(self) -> None:
         for connection in self.open_sockets:
@@ -141,7 +141,7 @@ class FakeVenue:
             self.after(0.02, lambda: self.deliver(connection, content))
 
     def _push(self) -> None:
-        """Push one stream of every socket, every second."""
+        """Push one stream of every socket once a second."""
         if self.pushes:
             for connection, socket in list(self.open_sockets.items()):
                 for stream in sorted(socket.streams)[:1]:

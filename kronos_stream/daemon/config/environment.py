@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import EnvSettingsSource
 
 from kronos_stream.daemon.config.reference import is_secret, variables
@@ -33,6 +34,14 @@ _COLLECTION_TYPES = {tuple, list, set, frozenset}
 _MAX_VALUE_LENGTH = 60
 _MAX_REASON_LENGTH = 400
 """Of an error message, which may repeat the value."""
+
+_EXPECTED = {
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_parsing": "expected a number",
+    "bool_parsing": "expected true or false",
+}
+"""Reasons by pydantic's type of problem."""
 
 # Variables that Kubernetes sets in every container for a Service named kronos-stream-*.
 _KUBERNETES_SERVICE = re.compile(r"(.*_)?SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)")
@@ -256,20 +265,29 @@ def _parse(kind: type[_Model], given: Mapping[str, str], *path: str) -> _Model:
     try:
         return kind(**_VariablesSource(kind, given, *path)())
     except ValidationError as error:
-        raise SettingsError(_format_errors(error, given, *path)) from None
+        raise SettingsError(_format_errors(error, kind, given, *path)) from None
 
 
-def _format_errors(error: ValidationError, given: Mapping[str, str], *path: str) -> list[str]:
+def validation_reason(problem: ErrorDetails) -> str:
+    """The reason of a problem of pydantic, without its prefixes and terms."""
+    reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return _EXPECTED.get(problem["type"]) or shorten(reason, _MAX_REASON_LENGTH)
+
+
+def _format_errors(
+    error: ValidationError, kind: type[BaseModel], given: Mapping[str, str], *path: str
+) -> list[str]:
     """One line per variable. Values of connectors' options are not shown: they may be secret."""
     lines: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_input=False):
         within = [part for part in problem["loc"] if isinstance(part, str)]
         name = variable_name(*path, *within) if within else variable_name(*path, "*")
-        reason = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        reason = shorten(reason, _MAX_REASON_LENGTH)
+        reason = validation_reason(problem)
         line = f"{name}: {reason}"
         if problem["type"] == "missing":
-            line = f"{name} is not set, and has no default"
+            field = kind.model_fields.get(within[0]) if len(within) == 1 else None
+            examples = field.examples if field is not None else None
+            line = f"{name} is required" + (f": set it, such as {examples[0]}" if examples else "")
         elif name in given and not path and not is_secret(name):
             line = f"{name}={shorten(given[name], _MAX_VALUE_LENGTH)}: {reason}"
         lines.setdefault(name, line)

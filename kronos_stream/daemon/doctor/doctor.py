@@ -120,7 +120,7 @@ class Doctor:
         found: list[Check] = []
         for venue, source in sources.items():
             stack.push_async_callback(source.close)
-            # Of a pattern it tells which of the venue's markets, and how long the bars are.
+            # The series of a pattern are not known yet; these name its markets and timeframes.
             entries = [one for one in self._settings.watchlist() if one.venue == venue]
             series = [one for entry in entries for one in entry.series()]
             if isinstance(source, CheckedSource):
@@ -188,7 +188,8 @@ def _with_remedy(check: Check) -> Check:
             remedy = "it does not serve this address: use another one, or leave the venue out"
             return [Finding("fail", str(error), remedy)]
         except SourceError as error:
-            remedy = "check that this machine reaches it: network, firewall, the venue's URLs"
+            general = "check that this machine reaches it: network, firewall, the venue's URLs"
+            remedy = "" if error.has_remedy else general
             return [Finding("fail", str(error), remedy)]
 
     return check._replace(run=run)

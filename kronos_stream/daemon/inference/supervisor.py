@@ -44,7 +44,7 @@ _QUARANTINE_SECONDS = 300.0
 """A series that killed a worker fails without an attempt for this long."""
 
 _MAX_STARTS = 5
-"""Consecutive failed starts after which the worker is given up."""
+"""Consecutive failed starts after which the worker is not restarted."""
 
 _START_TIMEOUT_SECONDS = 120.0
 _FIRST_START_TIMEOUT_SECONDS = 900.0

@@ -21,7 +21,7 @@ Relay: TypeAlias = Callable[[Sequence[PublishedBar]], Awaitable[None]]
 
 _BATCH_SIZE = 5_000
 _SOFT_LIMIT, _HARD_LIMIT = 20_000, 200_000
-"""Unsaved changes at which backfill pauses, and at which the daemon gives up."""
+"""Unsaved changes at which backfill pauses, and at which the daemon stops."""
 
 
 class SaveQueue:

@@ -158,7 +158,7 @@ class PartitionTracker:
             self._drop(self._revoked.pop(partition))
 
     def start_partition(self, partition: Partition, bounds: PartitionBounds) -> int:
-        """Return the offset to read from: where reading stopped, or as the checkpoint says."""
+        """Return the offset to read from: where reading stopped, or the checkpoint's."""
         self._unstarted.discard(partition)
         if partition in self._partitions:  # its revocation was not reported
             self._drop(self._partitions.pop(partition))

@@ -1,7 +1,7 @@
 """Role ``forecast``: one of a consumer group that divides the candle topics among its members.
 
-The role has no state file: committed offsets say what is done. A bar is done once its forecast is
-delivered, so a crash loses only work in progress, which another member repeats.
+The role has no state file: committed offsets record what is done. A bar is done once its forecast
+is delivered, so a crash loses only work in progress, which another member repeats.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scheduler of forecasts: batches by bar close, one at a time, and an outcome for every bar.
 
-While one batch is computed, the next one is collected (:mod:`~.batcher`). Results are published in
-order per series, in whatever order they are ready (:mod:`~.ordering`).
+While one batch is computed, the next one is collected (:mod:`~.batcher`). Each series' results
+are published in order, even if they become ready out of order (:mod:`~.ordering`).
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def _paths() -> dict[str, Any]:
                 "Latest forecast of a series, as on the topic.",
                 {
                     "200": ("The message.", _json(Forecast)),
-                    "404": ("There is no forecast; the error tells why.", _json(Problem)),
+                    "404": ("There is no forecast; the error gives the reason.", _json(Problem)),
                 }
                 | forbidden,
             ),

@@ -27,7 +27,7 @@ MAX_BYTES = 64 * 2**20
 
 
 class SequencerView(Protocol):
-    """State of a series' bars: a sequencer, or what a candle record tells about a remote one."""
+    """State of a series' bars: a sequencer, or a candle record of a remote one."""
 
     @property
     def last(self) -> Bar | None: ...

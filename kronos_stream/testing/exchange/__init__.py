@@ -1,4 +1,4 @@
-"""A simulated exchange that speaks Binance's protocol, with faults on request."""
+"""A simulated exchange with Binance's protocol and configurable faults."""
 
 from __future__ import annotations
 

@@ -29,16 +29,16 @@ class BarFaults:
         if not self._fault_injector.faults.affect_bars:
             return
         interval, closes = str(book.timeframe), book.timeframe.after(opened)
-        struck = {}
+        drawn = {}
         for index, symbol in enumerate(self._symbols):
-            strikes = self._fault_injector.bar_faults(symbol, interval, opened, closes)
-            if strikes:
-                struck[index] = strikes
-                for kind in strikes:
+            kinds = self._fault_injector.bar_faults(symbol, interval, opened, closes)
+            if kinds:
+                drawn[index] = kinds
+                for kind in kinds:
                     if kind != "revised":  # a revision may still be dropped
                         self._fault_injector.record(kind, f"{symbol}:{interval}", closes)
-        if struck:
-            self._faults[interval, opened] = struck
+        if drawn:
+            self._faults[interval, opened] = drawn
         self._prune_countdown -= 1
         if not self._prune_countdown:
             self._prune()
@@ -54,13 +54,13 @@ class BarFaults:
 
     def is_visible(self, book: BarHistory, opened: int, index: int, now: int) -> bool:
         """Return whether REST has the closed bar at ``now``."""
-        strikes = self.faults_at(book, opened).get(index, {})
-        hidden = inf if "lost" in strikes else strikes.get("hidden", 0.0)
+        drawn = self.faults_at(book, opened).get(index, {})
+        hidden = inf if "lost" in drawn else drawn.get("hidden", 0.0)
         seconds = hidden * self._fault_injector.faults.hidden_seconds
         return now >= book.timeframe.after(opened) + seconds * 1000
 
     def record_version(self, book: BarHistory, opened: int, index: int) -> None:
-        """Store the present version of a bar, before it changes."""
+        """Store the current version of a bar, before it changes."""
         candle = Candle(opened, *book.bars(opened)[index, :6].tolist())
         self._versions.setdefault((str(book.timeframe), index, opened), []).append(candle)
 

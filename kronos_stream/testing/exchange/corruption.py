@@ -1,4 +1,4 @@
-"""Invalid frames and responses, of kinds that venues and proxies have really sent."""
+"""Invalid frames and responses, of kinds observed at venues and proxies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FAR_FUTURE_MS = 4_102_444_800_000  # 2100
 
 
 def corrupt_push(kline: Kline, random: Random) -> Kline:
-    """Turn a push into one that no client may accept as a candle."""
+    """Turn a push into one that clients must reject."""
     raw, combined = _corrupt_payload(kline.raw, kline.combined(), random)
     return Kline(kline.stream, raw, combined)
 

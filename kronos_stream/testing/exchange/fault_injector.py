@@ -1,8 +1,8 @@
-"""Decides which faults happen when, and records them.
+"""Drawing of faults, and a record of those that happened.
 
-Every decision is a function of the seed and of what it is about (a bar, a request at a moment,
-the n-th connection), never of what was decided before: so it does not matter in which order
-clients ask, and faults do not shift when another kind is switched off.
+Every decision is a function of the seed and its subject (a bar, a request at a time, the n-th
+connection), never of earlier decisions. So the order of requests does not matter, and switching
+off one kind does not shift the others.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FaultInjector:
         self.incidents.append(Incident(moment, kind, subject))
 
     def random_for(self, *key: object) -> Random:
-        """Random numbers that depend on the seed and ``parts`` alone."""
+        """Random numbers that depend on the seed and ``key`` alone."""
         return Random(self._hash(key))
 
     def _hash(self, key: tuple[object, ...], size: int = 8) -> bytes:
@@ -81,18 +81,18 @@ class FaultInjector:
         if not self._affects_bars or self.has_ended(closes):
             return {}
         digest = self._hash((symbol, interval, opened), 8 * len(PER_BAR))
-        struck = {}
+        drawn = {}
         for i, kind in enumerate(PER_BAR):
             chance = int.from_bytes(digest[8 * i : 8 * i + 4], "big") / 2**32
             size = 0.5 + int.from_bytes(digest[8 * i + 4 : 8 * i + 8], "big") / 2**32
             if chance < getattr(self.faults, kind):
-                struck[kind] = size
+                drawn[kind] = size
         for planned in self.faults.plan:
             since = closes - self.start - planned.at * 1000
             window = max(planned.seconds * 1000, closes - opened)
             if planned.kind in PER_BAR and planned.symbol in {"", symbol} and 0 <= since < window:
-                struck.setdefault(planned.kind, 1.0)
-        return struck
+                drawn.setdefault(planned.kind, 1.0)
+        return drawn
 
     def is_lost(self, symbol: str, interval: str, opened: int, closes: int) -> bool:
         """Return whether the venue never has this bar."""
@@ -128,10 +128,10 @@ class FaultInjector:
         if not rate:
             return None
         length = round(seconds * 1000)
-        spell = (now - self.start) // length
-        if self.random_for(kind, subject, spell).random() >= rate * seconds / _HOUR:
+        period = (now - self.start) // length
+        if self.random_for(kind, subject, period).random() >= rate * seconds / _HOUR:
             return None
-        return self.start + (spell + 1) * length
+        return self.start + (period + 1) * length
 
     # -- connections and requests ------------------------------------------------------------
 
@@ -148,8 +148,8 @@ class FaultInjector:
         if self.has_ended(now):
             return None
         random = self.random_for("handshake", number)
-        strikes = random.random() < self.faults.handshake
-        return random if strikes or self._is_planned("handshake", now) else None
+        fails = random.random() < self.faults.handshake
+        return random if fails or self._is_planned("handshake", now) else None
 
     def request_fault(self, request: str, now: int) -> tuple[str, Random]:
         """Fault of a REST request at ``now``, empty for none, and random numbers to size it."""

@@ -33,7 +33,7 @@ class PlannedFault:
     """A fault that happens ``at`` seconds after the start of the exchange.
 
     ``kind`` is the name of a rate of :class:`Faults`. Faults of bars affect those closing within
-    ``seconds`` (at least one of each series); others last for ``seconds``, if they last at all.
+    ``seconds`` (at least one of each series); other lasting faults last for ``seconds``.
     ``symbol``, in ccxt's notation, limits it to one symbol; empty means all.
     """
 
@@ -59,7 +59,7 @@ class Faults:
     stall: float = 0.0
     """Connections that become silent but stay open, per hour and connection."""
     handshake: float = 0.0
-    """Probability that a WebSocket handshake fails: cut, refused, unanswered, or cut just after."""
+    """Probability that a WebSocket handshake fails: rejected, unanswered or cut."""
     lifetime_seconds: float = 86_400.0
     """Age at which a connection is closed."""
     shutdown: float = 0.0
@@ -171,7 +171,7 @@ class Faults:
     def parse(cls, text: str, seed: int = 0) -> Self:
         """Read the name of a preset, ``random``, or a JSON object; raises FaultsError.
 
-        ``seed`` applies if the text names none.
+        ``seed`` applies if the text contains none.
         """
         text = text.strip()
         if text == "random":
@@ -182,20 +182,21 @@ class Faults:
             known = ", ".join(PRESETS)
             raise FaultsError(f"faults {text!r}: expected {known}, random or a JSON object")
         try:
-            given = orjson.loads(text)
-            plan = tuple(PlannedFault(**planned) for planned in given.pop("plan", ()))
-            return cls(**{"seed": seed, **given, "plan": plan})
+            values = orjson.loads(text)
+            plan = tuple(PlannedFault(**planned) for planned in values.pop("plan", ()))
+            return cls(**{"seed": seed, **values, "plan": plan})
         except (TypeError, orjson.JSONDecodeError) as error:
             raise FaultsError(f"faults: {error}; known are {_field_names()}") from None
 
     def dumps(self) -> str:
         """One line of JSON for :meth:`parse`, with the non-default fields."""
-        usual = type(self)()
+        defaults = type(self)()
         return orjson.dumps(
             {
                 field.name: getattr(self, field.name)
                 for field in fields(self)
-                if field.name == "seed" or getattr(self, field.name) != getattr(usual, field.name)
+                if field.name == "seed"
+                or getattr(self, field.name) != getattr(defaults, field.name)
             }
         ).decode()
 

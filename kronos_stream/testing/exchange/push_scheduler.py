@@ -87,9 +87,9 @@ class PushScheduler:
             if not streams:
                 continue
             bars = self._bars.current_bars(book, now)
-            opened, said = self._last_volumes.get(name, (0, bars))
+            opened, previous = self._last_volumes.get(name, (0, bars))
             volume = bars[:, VOLUME].copy()
-            traded = volume != said if opened == book.opened else volume > 0
+            traded = volume != previous if opened == book.opened else volume > 0
             self._last_volumes[name] = book.opened, volume
             rows = bars.tolist()
             for stream in streams:
@@ -106,42 +106,44 @@ class PushScheduler:
             if opened < book.oldest:  # the machine was suspended for longer than the history
                 continue
             rows = book.bars(opened).tolist()
-            strikes = self._bar_faults.faults_at(book, opened)
+            bar_faults = self._bar_faults.faults_at(book, opened)
             for stream in self._streams.subscribed(str(book.timeframe)):
                 bar = rows[stream.index]
                 if bar[CLOSE] != bar[CLOSE]:  # NaN: no bar
                     continue
-                if stream.index in strikes:
-                    self._push_faulty(stream, book, opened, now, strikes[stream.index])
+                if stream.index in bar_faults:
+                    self._push_faulty(stream, book, opened, now, bar_faults[stream.index])
                 elif not self._is_silent(stream, now):
                     self._push(stream, bar, opened, final=True, event=now)
 
     def _push_faulty(
-        self, stream: Stream, book: BarHistory, opened: int, now: int, strikes: dict[str, float]
+        self, stream: Stream, book: BarHistory, opened: int, now: int, bar_faults: dict[str, float]
     ) -> None:
         """Push a closed bar that has faults."""
-        if "lost" in strikes or "missing_final" in strikes:
+        if "lost" in bar_faults or "missing_final" in bar_faults:
             return
         faults = self._fault_injector.faults
-        size = strikes.get("garbage")
+        size = bar_faults.get("garbage")
         if size is not None:
             self._push_corrupted(stream, book, opened, now)
             if size < 1.0:  # replaces the closing push, else comes before it
                 return
-        said = now
-        if "late" in strikes:
-            said = now + round(strikes["late"] * faults.late_seconds * 1000)
-            self._schedule(said, lambda at: self._push_final(stream, book, opened, at))
-        elif "disorder" in strikes:
-            said = self._push_out_of_order(stream, book, opened, now, strikes["disorder"])
+        pushed_at = now
+        if "late" in bar_faults:
+            pushed_at = now + round(bar_faults["late"] * faults.late_seconds * 1000)
+            self._schedule(pushed_at, lambda at: self._push_final(stream, book, opened, at))
+        elif "disorder" in bar_faults:
+            pushed_at = self._push_out_of_order(stream, book, opened, now, bar_faults["disorder"])
         else:
             self._push_final(stream, book, opened, now)
-        if "duplicate" in strikes:
-            again = said + round(strikes["duplicate"] * _DUPLICATE_DELAY_MS)
-            self._schedule(again, lambda _: self._push_final(stream, book, opened, said))
-        if "revised" in strikes:
-            then = said + round(strikes["revised"] * _REVISION_DELAY_MS)
-            self._schedule(then, lambda at: self._revise(stream, book, opened, at))
+        if "duplicate" in bar_faults:
+            duplicate_at = pushed_at + round(bar_faults["duplicate"] * _DUPLICATE_DELAY_MS)
+            self._schedule(
+                duplicate_at, lambda _: self._push_final(stream, book, opened, pushed_at)
+            )
+        if "revised" in bar_faults:
+            revised_at = pushed_at + round(bar_faults["revised"] * _REVISION_DELAY_MS)
+            self._schedule(revised_at, lambda at: self._revise(stream, book, opened, at))
 
     def _push_out_of_order(
         self, stream: Stream, book: BarHistory, opened: int, now: int, size: float
@@ -149,9 +151,9 @@ class PushScheduler:
         """Push the next bar before the closing push, or an open push after it."""
         if size < 1.0:
             period = _SECOND_MS if book.timeframe.milliseconds == _SECOND_MS else _PUSH_MS
-            said = self._next_push(now) + period - _SECOND_MS + _REORDER_MS
-            self._schedule(said, lambda _: self._push_final(stream, book, opened, now))
-            return said
+            pushed_at = self._next_push(now) + period - _SECOND_MS + _REORDER_MS
+            self._schedule(pushed_at, lambda _: self._push_final(stream, book, opened, now))
+            return pushed_at
         self._push_final(stream, book, opened, now)
         stale = book.bars(opened)[stream.index].tolist()
         stale[CLOSE] = stale[0]
@@ -177,7 +179,7 @@ class PushScheduler:
         self._streams.push(stream, corrupt_push(kline, random))
 
     def _revise(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
-        """Change a closed bar, unless no client would be told."""
+        """Change a closed bar, unless no client would receive the change."""
         if self._is_silent(stream, now) or not any(c.is_receiving for c in stream.listeners):
             return
         if opened < book.oldest:

@@ -91,7 +91,7 @@ class WebSocketServer:
         return False
 
     async def _fail_handshake(self, request: web.Request, random: Random) -> web.StreamResponse:
-        """Fail a handshake: refused, unanswered, cut, or cut just after."""
+        """Fail a handshake: reject it, leave it unanswered, or cut it before or after accepting."""
         how = random.randrange(4)
         if how == 0:
             return web.Response(status=random.choice((500, 502, 503)))
@@ -131,18 +131,18 @@ class WebSocketServer:
             await connection.close(_GOING_AWAY)
 
     async def run(self) -> None:
-        """Inject the faults of all connections together, until cancelled."""
+        """Inject faults into all connections at once, until cancelled."""
         async with asyncio.TaskGroup() as group:
-            strikes = {
+            injections = {
                 "drop": self._drop_all,
                 "stall": self._stall_all,
                 "shutdown": self._announce_shutdown,
             }
             for planned in self._fault_injector.faults.plan:
-                if planned.kind in strikes:
+                if planned.kind in injections:
                     moments: Iterator[float] = iter((planned.at,))
                     group.create_task(
-                        self._inject_repeatedly(moments, strikes[planned.kind], group)
+                        self._inject_repeatedly(moments, injections[planned.kind], group)
                     )
             moments = self._fault_injector.fault_times("shutdown")
             group.create_task(self._inject_repeatedly(moments, self._announce_shutdown, group))
@@ -150,12 +150,12 @@ class WebSocketServer:
     async def _inject_repeatedly(
         self,
         moments: Iterator[float],
-        strike: Callable[[], Coroutine[None, None, None]],
+        inject: Callable[[], Coroutine[None, None, None]],
         group: asyncio.TaskGroup,
     ) -> None:
         for seconds in moments:
             await self._clock.sleep_until(self._fault_injector.start + round(seconds * 1000))
-            group.create_task(strike())
+            group.create_task(inject())
 
     async def _drop_all(self) -> None:
         for connection in list(self._streams.connections):

@@ -50,7 +50,7 @@ def test_frames_are_decoded() -> None:
     assert garbage.series is None
     assert "not JSON" in garbage.reason
     assert receive(kline(name(0)).replace(b'"x":false', b'"x":0')) == InvalidFrame(
-        told.series, "closed or not: 0"
+        told.series, "field x is not a boolean: 0"
     )
     assert receive(b'{"e":"serverShutdown"}') == ServerShutdown()
 

@@ -170,9 +170,9 @@ class Market:
         size = (np.minimum(np.abs(shock), 4.0) - 0.75) / 0.6  # about unit variance, mean 0
         fall = -np.clip(shock, -4.0, 4.0)
         rest = np.sqrt(1 - self._feedback**2 - self._leverage**2)
-        news = self._feedback * size + self._leverage * fall + rest * self._correlate(own)
+        excitation = self._feedback * size + self._leverage * fall + rest * self._correlate(own)
         innovation = self._vol_std * np.sqrt(1 - self._keep**2)
-        self._vol = self._keep * self._vol + innovation * news
+        self._vol = self._keep * self._vol + innovation * excitation
         # Volatility stays high for an hour to a day after a jump.
         self._vol[1:3] += np.where(jumps > 0, 0.2, 0.0) * self._keep[1:3]
         np.clip(self._vol, -4 * self._vol_std, 4 * self._vol_std, out=self._vol)

@@ -62,9 +62,11 @@ def test_file_matches_the_compose_specification(specification: Draft202012Valida
 def test_daemon_accepts_its_settings() -> None:
     names = {setting.name for setting in describe_settings()}
     for service in SERVICES.values():
-        told = service.get("environment", {})
-        assert {name for name in told if name.startswith("KRONOS")} <= names
-        assert all(isinstance(value, str) for value in told.values())  # YAML has other ideas of no
+        environment = service.get("environment", {})
+        assert {name for name in environment if name.startswith("KRONOS")} <= names
+        assert all(
+            isinstance(value, str) for value in environment.values()
+        )  # YAML has other ideas of no
     settings = read_settings(SERVICES["daemon"]["environment"])
     length = int(SERVICES["daemon"]["stop_grace_period"].removesuffix("s"))
     assert length > settings.stop_grace + max(2.0, 0.8 * 1.0)  # 1s bars: a batch has 2 s
@@ -239,10 +241,10 @@ def test_services_work_together(
         (tmp_path / "prometheus").mkdir()
         (tmp_path / "prometheus/rules.yaml").write_text(rules, "utf-8")
         with make_prometheus(text) as prometheus:
-            asked = 'sum(kronos_delivered_total{job="kronos-stream", kind="forecast"})'
+            expression = 'sum(kronos_delivered_total{job="kronos-stream", kind="forecast"})'
             wait_for(
                 "Prometheus has metrics of forecasts",
-                lambda: any(value > 0 for _, value in prometheus.query(asked)),
+                lambda: any(value > 0 for _, value in prometheus.query(expression)),
             )
             found = prometheus.api_get("rules")["groups"]
             assert len(found) == len(yaml.safe_load(rules)["groups"])

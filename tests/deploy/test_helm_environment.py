@@ -32,7 +32,7 @@ from tests.support.paths import ROOT
 @pytest.mark.parametrize("values", VALUES)
 def test_daemon_accepts_its_environment(chart: Chart, values: str, tmp_path: Path) -> None:
     objects = chart.objects(values)
-    asked = yaml.safe_load((CHART / f"ci/{values}-values.yaml").read_text("utf-8"))
+    given_values = yaml.safe_load((CHART / f"ci/{values}-values.yaml").read_text("utf-8"))
     names = {setting.name for setting in describe_settings()}
     for role, _, spec in pods(objects):
         environ = container_environment(spec, objects, tmp_path / role)
@@ -45,12 +45,15 @@ def test_daemon_accepts_its_environment(chart: Chart, values: str, tmp_path: Pat
         assert settings.role == role
         assert settings.http.host == "0.0.0.0"  # noqa: S104 - of a pod
         assert settings.http.port == spec["containers"][0]["ports"][0]["containerPort"]
-        wanted = {**asked.get("settings", {}), **asked.get(role, {}).get("settings", {})}
+        wanted = {
+            **given_values.get("settings", {}),
+            **given_values.get(role, {}).get("settings", {}),
+        }
         for name, value in wanted.items():
             given = environ[ENV_PREFIX + name]
             assert given == (str(value).lower() if isinstance(value, bool) else str(value))
         if role != "forecast":
-            assert len(settings.watchlist()) == len(asked["symbols"])
+            assert len(settings.watchlist()) == len(given_values["symbols"])
 
 
 @pytest.mark.parametrize("number", range(3))

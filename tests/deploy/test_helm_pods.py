@@ -149,8 +149,8 @@ def test_keda_scales_by_the_lag_of_the_consumer_group(chart: Chart, tmp_path: Pa
     assert scaled["spec"]["maxReplicaCount"] <= options.partitions
     (job,) = kinds(objects, "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    asked = container["args"][container["args"].index("--candles") + 1]
-    assert [Timeframe.parse(text) for text in asked.split(",")] == [*lengths]
+    candles = container["args"][container["args"].index("--candles") + 1]
+    assert [Timeframe.parse(text) for text in candles.split(",")] == [*lengths]
 
 
 def test_keda_uses_the_login_of_the_daemon(chart: Chart) -> None:

@@ -143,7 +143,7 @@ def test_scripts_have_valid_syntax() -> None:
 
 
 @pytest.fixture
-def nobody() -> Iterator[int]:
+def unused_port() -> Iterator[int]:
     """A port without a server."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
@@ -158,8 +158,8 @@ async def _healthy(host: str | None, port: int | str) -> tuple[int | None, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", str(HEALTH), env=environ, stderr=asyncio.subprocess.PIPE
     )
-    _, said = await process.communicate()
-    return process.returncode, said.decode()
+    _, output = await process.communicate()
+    return process.returncode, output.decode()
 
 
 def _has_ipv6() -> bool:
@@ -180,14 +180,14 @@ async def test_health_check_finds_the_daemon_at_its_address(host: str | None) ->
         assert await _healthy(host, served.port) == (0, "")
 
 
-async def test_health_check_fails_without_an_answer(nobody: int) -> None:
-    status, said = await _healthy(None, nobody)
-    assert (status, f"no answer from 127.0.0.1:{nobody}" in said) == (1, True)
-    status, said = await _healthy(None, "http")
-    assert (status, "Traceback" in said) == (1, False)
+async def test_health_check_fails_without_an_answer(unused_port: int) -> None:
+    status, output = await _healthy(None, unused_port)
+    assert (status, f"no answer from 127.0.0.1:{unused_port}" in output) == (1, True)
+    status, output = await _healthy(None, "http")
+    assert (status, "Traceback" in output) == (1, False)
 
 
 async def test_health_check_fails_if_the_daemon_hangs() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:  # and never answers
-        status, said = await _healthy(None, listening.getsockname()[1])
-    assert (status, "timed out" in said) == (1, True)
+        status, output = await _healthy(None, listening.getsockname()[1])
+    assert (status, "timed out" in output) == (1, True)

@@ -144,12 +144,12 @@ def test_package_is_the_wheel_with_bytecode(entries: list[Entry]) -> None:
 
 
 def test_image_has_pinned_versions_without_development_tools() -> None:
-    said = _engine(
+    output = _engine(
         "run", "--rm", "--network=none", "--entrypoint=python3", IMAGE, "-c",
         "import json; from importlib.metadata import distributions as d; "
         "print(json.dumps({x.metadata['Name']: x.version for x in d()}))",
     )  # fmt: skip
-    installed = {_canonical(name): version for name, version in json.loads(said).items()}
+    installed = {_canonical(name): version for name, version in json.loads(output).items()}
     pins = dict(
         line.split("==")
         for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()
@@ -177,8 +177,8 @@ def _canonical(name: str) -> str:
 def test_demo_runs_with_minimal_rights(config: dict[str, Any]) -> None:
     del config  # the image is there
     demo = ["demo", "--seconds", "8", "--symbols", "3", "--json"]
-    said = _engine("run", "--rm", *LEAST, IMAGE, *demo)
-    assert len(json.loads(said)["by_series"]) == 3
+    output = _engine("run", "--rm", *LEAST, IMAGE, *demo)
+    assert len(json.loads(output)["by_series"]) == 3
 
 
 def test_invalid_setting_gives_one_line_and_exit_code_2() -> None:

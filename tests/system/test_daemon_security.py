@@ -115,16 +115,16 @@ def _rules(page: str) -> list[AclBinding]:
     rules = []
     for line in re.findall(r"^kafka-acls\.sh (.*)$", page.replace("\\\n", " "), re.MULTILINE):
         words = shlex.split(line)
-        told = dict(pairwise(words))
-        kind = ResourceType.TOPIC if "--topic" in told else ResourceType.GROUP
-        name = told.get("--topic") or told["--group"]
-        how = told.get("--resource-pattern-type", "literal").upper()
+        details = dict(pairwise(words))
+        kind = ResourceType.TOPIC if "--topic" in details else ResourceType.GROUP
+        name = details.get("--topic") or details["--group"]
+        how = details.get("--resource-pattern-type", "literal").upper()
         for word, operation in pairwise(words):
             if word == "--operation":
                 code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", operation).upper()
                 rules.append(
                     AclBinding(
-                        kind, name, ResourcePatternType[how], told["--allow-principal"], "*",
+                        kind, name, ResourcePatternType[how], details["--allow-principal"], "*",
                         AclOperation[code], AclPermissionType.ALLOW,
                     )
                 )  # fmt: skip
@@ -145,9 +145,9 @@ def _command(
         [*COMMAND, *arguments],
         env=settings_environment(given), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    said = ended.stdout + ended.stderr
-    assert PASSWORD not in said
-    assert ended.returncode == status, said
+    output = ended.stdout + ended.stderr
+    assert PASSWORD not in output
+    assert ended.returncode == status, output
     return ended
 
 
@@ -166,11 +166,11 @@ def _consumed(kafka: SecuredKafka, count: int) -> list[str]:
         command, env=settings_environment(kafka.settings("bot")), stdout=subprocess.PIPE, text=True
     ) as tail:
         assert tail.stdout is not None
-        heard: list[str] = []
-        while len(heard) < count:
-            heard.append(orjson.loads(tail.stdout.readline())["series"])
+        received: list[str] = []
+        while len(received) < count:
+            received.append(orjson.loads(tail.stdout.readline())["series"])
         tail.terminate()
-    return heard
+    return received
 
 
 def test_each_role_works_with_its_documented_rights(
@@ -198,8 +198,8 @@ def test_each_role_works_with_its_documented_rights(
         assert ingest.stop() == 0
         assert forecast.stop() == 0
     for role, given in (("ingest", intake), ("forecast", engine)):
-        said = _command(given, "doctor", "--skip", "model", "--skip", "state").stdout
-        assert "fail" not in said, role
+        output = _command(given, "doctor", "--skip", "model", "--skip", "state").stdout
+        assert "fail" not in output, role
 
 
 def test_missing_right_is_named_by_doctor(
@@ -207,15 +207,15 @@ def test_missing_right_is_named_by_doctor(
 ) -> None:
     skip = ("--skip", "model", "--skip", "state", "--skip", "venues")
     given = {**_all(secured_kafka, exchange), **secured_kafka.settings("bot")}
-    said = _command(given, "doctor", *skip, status=1).stdout
-    assert "warn  kafka: kronos.forecasts.v1: no right to see its settings; to grant" in said
-    assert "fail  kafka: kronos.forecasts.v1: no right to write to it" in said
-    assert "--allow-principal User:bot --operation Write --operation Describe" in said
+    output = _command(given, "doctor", *skip, status=1).stdout
+    assert "warn  kafka: kronos.forecasts.v1: no right to see its settings; to grant" in output
+    assert "fail  kafka: kronos.forecasts.v1: no right to write to it" in output
+    assert "--allow-principal User:bot --operation Write --operation Describe" in output
     given = {**secured_kafka.settings("ingest"), "ROLE": "forecast", "SINKS": "jsonl"}
     given |= {"TIMEFRAMES": "1s", "JSONL__PATH": "/dev/null"}
-    said = _command(given, "doctor", "--skip", "model", "--skip", "sinks", status=1).stdout
-    assert "kafka candles: kronos.candles.1s.v1: no right to read it" in said
-    assert "--allow-principal User:ingest --operation Read" in said
+    output = _command(given, "doctor", "--skip", "model", "--skip", "sinks", status=1).stdout
+    assert "kafka candles: kronos.candles.1s.v1: no right to read it" in output
+    assert "--allow-principal User:ingest --operation Read" in output
 
 
 async def test_delivery_without_a_right_names_it(secured_kafka: SecuredKafka) -> None:
@@ -258,8 +258,8 @@ def test_changed_password_is_logged_once_and_delivery_continues(
         finally:
             secured_kafka.change_password("all", PASSWORD)
         daemon.wait_until_ready()
-        told = [event for event in daemon.log_records() if why in str(event.get("why"))]
-        assert [event["level"] for event in told] == ["warning"]
+        details = [event for event in daemon.log_records() if why in str(event.get("why"))]
+        assert [event["level"] for event in details] == ["warning"]
         assert daemon.stop() == 0
         assert daemon.undelivered() == 0
         assert PASSWORD not in daemon.log_file.read_text("utf-8")
@@ -273,17 +273,17 @@ def test_wrong_password_at_start_ends_the_daemon_or_is_retried(
     with DaemonProcess(tmp_path, given) as daemon:
         daemon.start()
         assert daemon.wait() == 2
-        said = daemon.log_file.read_text("utf-8")
-        (line,) = (line for line in said.splitlines() if "login as all refused" in line)
+        output = daemon.log_file.read_text("utf-8")
+        (line,) = (line for line in output.splitlines() if "login as all refused" in line)
         assert line.startswith("kronos-stream: error: ")
         assert "see KRONOS_STREAM_KAFKA__SASL_USERNAME" in line
-        assert "Traceback" not in said
-        assert "wrong-12345" not in said
+        assert "Traceback" not in output
+        assert "wrong-12345" not in output
     with DaemonProcess(tmp_path, {**given, "LOGIN_REFUSED": "retry"}) as daemon:
         daemon.start()
         why = "login as all refused"
         wait_for(why, lambda: why in daemon.readiness()[1].get("sink kafka", ""))
         wait_for("it is retried", lambda: daemon.metric("kronos_sink_failures_total") > 3)
-        told = [event for event in daemon.log_records() if why in str(event.get("why"))]
-        assert [event["level"] for event in told] == ["warning"]
+        details = [event for event in daemon.log_records() if why in str(event.get("why"))]
+        assert [event["level"] for event in details] == ["warning"]
         assert daemon.stop() == 0

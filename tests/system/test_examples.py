@@ -113,8 +113,8 @@ def test_bot_acts_on_valid_current_forecasts_only(make_forecast: ForecastOf) -> 
             return len(bot.lines) >= 3
 
         wait_for("the bot acts", acted)
-        said = [line.split() for line in bot.lines]
-    assert {(series, action) for series, _, _, action in said} == {
+        actions = [line.split() for line in bot.lines]
+    assert {(series, action) for series, _, _, action in actions} == {
         ("rising:BTC/USDT:1h", "buy"),
         ("falling:BTC/USDT:1h", "sell"),
         ("neither:BTC/USDT:1h", "hold"),
@@ -128,7 +128,7 @@ async def test_subscriber_shows_the_latest_forecasts(
     with make_mosquitto() as broker:
         sink = SINK.build(MqttOptions(url=broker.url), SystemClock(), Random(0))
 
-        async def say(*messages: Envelope, kind: RecordKind = "forecast") -> None:
+        async def send(*messages: Envelope, kind: RecordKind = "forecast") -> None:
             records = [Record(0, kind, one.key, one.value, one.headers, 0) for one in messages]
             async with asyncio.timeout(WAIT_SECONDS):
                 while True:
@@ -140,7 +140,7 @@ async def test_subscriber_shows_the_latest_forecasts(
                         return
 
         await sink.start()
-        await say(make_forecast(btc, ago=3), make_forecast(eth, p_up=0.3))
+        await send(make_forecast(btc, ago=3), make_forecast(eth, p_up=0.3))
         with ExampleProcess("mqtt_subscriber.py", "127.0.0.1", str(broker.port)) as subscriber:
 
             async def shown(number: int) -> list[str]:
@@ -155,17 +155,17 @@ async def test_subscriber_shows_the_latest_forecasts(
             assert retained[1].endswith("up 30%, last close of 3 is 101.5 on average")
             new = make_forecast(btc)
             doubtful = make_forecast(btc, p_up=0.5, revision=1, reasons=["a bar is missing"])
-            await say(new, new, doubtful, new, doubtful, make_forecast(eth, revision=1))
+            await send(new, new, doubtful, new, doubtful, make_forecast(eth, revision=1))
             fresh, revised, _ = await shown(3)  # what came again is no news
             assert "up 70%" in fresh
             assert "up 50%" in revised
             assert revised.endswith("(a bar is missing)")
             await asyncio.to_thread(broker.kill)
             await asyncio.to_thread(broker.start)
-            await say(make_forecast(eth, p_up=0.4, revision=2))
+            await send(make_forecast(eth, p_up=0.4, revision=2))
             (after,) = await shown(1)  # nor is what the broker retained
             assert "up 40%" in after
-            await say(removal(eth, at=0), kind="removal")
+            await send(removal(eth, at=0), kind="removal")
             assert await shown(1) == ["kronos/forecasts/binance/ETH%2FUSDT/1h: no forecast"]
         await sink.close()
 

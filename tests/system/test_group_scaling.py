@@ -31,7 +31,7 @@ from tests.support.processes import wait_for
 
 LOOKBACK = 128
 PACE = 0.01
-"""Seconds that a stand-in takes for a forecast."""
+"""Seconds per forecast of the fake worker."""
 
 
 def _series(count: int, timeframe: str) -> list[Series]:
@@ -110,8 +110,8 @@ def test_throughput_grows_with_the_group(
             for number in range(size):
                 folder = tmp_path / f"{size}-{number}"
                 group = {"KAFKA__GROUP": f"{topic_prefix}-{size}"}
-                told = {**group, "TIMEFRAMES": "1s", "CATCH_UP": "all"}
-                member = _member(kafka, topic_prefix, folder, PACE, **told)
+                member_settings = {**group, "TIMEFRAMES": "1s", "CATCH_UP": "all"}
+                member = _member(kafka, topic_prefix, folder, PACE, **member_settings)
                 members.append(stack.enter_context(member))
                 member.start()
             for member in members:
@@ -142,8 +142,8 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[
     past.write(quick, seconds[:-1])
     took = []
     for catch_up in ("newest", "all"):
-        told = {"TIMEFRAMES": "1s,1d", "CATCH_UP": catch_up}
-        with _member(kafka, prefix, folder / catch_up, 0.001, **told) as member:
+        member_settings = {"TIMEFRAMES": "1s,1d", "CATCH_UP": catch_up}
+        with _member(kafka, prefix, folder / catch_up, 0.001, **member_settings) as member:
             began = time.monotonic()
             member.start()
             member.wait_until_ready()
@@ -157,10 +157,10 @@ def _rebuilt(kafka: ApacheKafka, prefix: str, folder: Path, count: int) -> list[
 
                 wait_for("every series is forecast", done)
             assert member.stop() == 0
-    said = [
+    published = [
         Forecast.parse(value) for _, value in read_topic(kafka.bootstrap, forecast_topic(prefix))
     ]
-    bars = {one.series: one.context.bars for one in said}
+    bars = {one.series: one.context.bars for one in published}
     assert bars == {one.name: LOOKBACK for one in (*quick, *daily)}
     return took
 

@@ -75,13 +75,13 @@ def test_outcomes_are_complete_and_correct(
     for series, opens in due.items():
         assert [one.origin for one in outcomes[series]] == opens, series
     records = read_topic(kafka.bootstrap, f"{topic_prefix}.forecasts.v1")
-    said = {
+    forecast = {
         series: [one.origin for one in some if one.result == "forecast"]
         for series, some in outcomes.items()
     }
-    found = audit_forecasts(records, said)
+    found = audit_forecasts(records, forecast)
     assert found.problems == []
-    assert found.records - found.duplicates == sum(map(len, said.values()))
+    assert found.records - found.duplicates == sum(map(len, forecast.values()))
     # Stale bars arrived late themselves: the last of the history at the start.
     assert set(results) <= ({"forecast"} if keeps_up else {"forecast", "overrun", "stale"})
     assert late - early < GROWTH_MIB

@@ -143,8 +143,8 @@ async def test_refused_records_become_dead_letters_without_delay(
     assert by_key == {
         f"binance:S{s}/USDT:1s": [i for i in range(s, 40, 4) if i not in {11, 22}] for s in range(4)
     }
-    buried = await asyncio.to_thread(read_topic, bootstrap, deadletter_topic(topic_prefix))
-    letters = {key: DeadLetter.parse(value) for key, value in buried}
+    dead_letters = await asyncio.to_thread(read_topic, bootstrap, deadletter_topic(topic_prefix))
+    letters = {key: DeadLetter.parse(value) for key, value in dead_letters}
     assert {key: letter.what for key, letter in letters.items()} == {
         "binance:S3/USDT:1s": "record",
         "binance:S2/USDT:1s": "record",
@@ -167,7 +167,7 @@ async def test_hours_without_a_sink_need_no_memory(hours: float, tmp_path: Path)
     for second in range(seconds):
         await outbox.publish([], [_message(20 * second + i, FORECAST_BYTES) for i in range(20)])
         await clock.sleep(1.0)
-    assert outbox.problems() == {"gone": "nobody there"}
+    assert outbox.problems() == {"gone": "no broker"}
     grown = resident_mib() - before
     sink.available = True
     assert await outbox.drain(3_600.0) == 0
@@ -196,7 +196,7 @@ class _UnavailableSink:
 
     async def deliver(self, records: Sequence[Record]) -> Sequence[Refusal]:
         if not self.available:
-            raise SinkUnavailable("nobody there")
+            raise SinkUnavailable("no broker")
         self.delivered += [int(record.value.split()[0]) for record in records]
         return ()
 

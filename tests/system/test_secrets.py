@@ -136,12 +136,12 @@ def test_daemon_logs_and_serves_no_secrets(
 def test_commands_print_no_secrets(
     arguments: tuple[str, ...], secret_settings: dict[str, str]
 ) -> None:
-    said = _run_output(secret_settings, *arguments)
-    assert said
-    _assert_no_secrets(said)
+    output = _run_output(secret_settings, *arguments)
+    assert output
+    _assert_no_secrets(output)
     if arguments[0] == "doctor":
         for name in ("HTTP__TOKEN", "KAFKA__SASL_PASSWORD", "MQTT__PASSWORD", "CCXT__CONFIG"):
-            assert f"{name}=***" in said
+            assert f"{name}=***" in output
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ def test_errors_of_settings_have_no_secrets(
     name: str, value: str, secret_settings: dict[str, str]
 ) -> None:
     symbols = "binance:BTC/USDT" if name.startswith("BINANCE") else secret_settings["SYMBOLS"]
-    said = _run_output(secret_settings | {name: value, "SYMBOLS": symbols}, "run", "--check")
-    assert said.startswith("kronos-stream: error: ")
-    assert f"KRONOS_STREAM_{name}" in said or "https://me:***@127.0.0.1" in said
-    _assert_no_secrets(said)
+    output = _run_output(secret_settings | {name: value, "SYMBOLS": symbols}, "run", "--check")
+    assert output.startswith("kronos-stream: error: ")
+    assert f"KRONOS_STREAM_{name}" in output or "https://me:***@127.0.0.1" in output
+    _assert_no_secrets(output)
 
 
 def test_errors_of_refused_logins_have_no_secrets(
@@ -238,11 +238,11 @@ def test_errors_of_exchanges_have_no_secrets() -> None:
         "urls": {"api": "https://{hostname}/pathsecret/v1?sig=querysecret", "www": "https://x.y"},
     }
     hidden = Redactor(config_secrets(config))
-    said = (
+    output = (
         "future https://x.y https://real.host/pathsecret/v1?sig=querysecret headervalue "
         "tokentoken proxypass at proxy.example " + "A" * 20
     )
-    left = hidden.redact(said)
+    left = hidden.redact(output)
     assert left == (
         "future https://x.y https://real.host/***/v1?sig=*** *** *** *** at proxy.example ***"
     )
@@ -252,10 +252,10 @@ def test_error_of_a_symbols_file_is_short(tmp_path: Path) -> None:
     symbols = tmp_path / "symbols"
     given = {"SYMBOLS_FILE": str(symbols), "SINKS": "jsonl", "JSONL__PATH": str(tmp_path / "f")}
     symbols.write_text("x" * 1_000_000, "utf-8")
-    said = _run_output(given, "run", "--check")
-    assert "is too long: 1,000,000 characters" in said
-    assert len(said) < 500
+    output = _run_output(given, "run", "--check")
+    assert "is too long: 1,000,000 characters" in output
+    assert len(output) < 500
     symbols.write_text("nonsense\n" * 20_000, "utf-8")
-    said = _run_output(given, "run", "--check")
-    assert len(said.splitlines()) == 21
-    assert "and 19,980 more lines" in said
+    output = _run_output(given, "run", "--check")
+    assert len(output.splitlines()) == 21
+    assert "and 19,980 more lines" in output

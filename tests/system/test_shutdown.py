@@ -64,7 +64,7 @@ def test_check_prints_the_series_and_the_model(exchange: ExchangeProcess, tmp_pa
 
 @pytest.mark.parametrize("arguments", [(), ("--check",)], ids=["run", "check"])
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "complaint"),
     [
         ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS_FILE name no symbols"),
         ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
@@ -77,7 +77,7 @@ def test_check_prints_the_series_and_the_model(exchange: ExchangeProcess, tmp_pa
 )
 def test_invalid_setting_gives_a_one_line_error(
     settings: dict[str, str],
-    said: str,
+    complaint: str,
     arguments: tuple[str, ...],
     exchange: ExchangeProcess,
     tmp_path: Path,
@@ -86,7 +86,7 @@ def test_invalid_setting_gives_a_one_line_error(
     assert ended.returncode == 2, ended.stderr
     assert ended.stdout == ""
     assert len(ended.stderr.splitlines()) == 1, ended.stderr
-    assert said in ended.stderr
+    assert complaint in ended.stderr
 
 
 def test_unusable_state_file_gives_one_line(exchange: ExchangeProcess, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_sighup_reloads_the_symbols_file(
 ) -> None:
     listed = tmp_path / "symbols"
     listed.write_text("binance:SIM00/USDT\nbinance:SIM01/USDT\n", "utf-8")
-    asked = {"SYMBOLS": "", "SYMBOLS_FILE": str(listed), "CATCH_UP": "all"}
-    with make_daemon(exchange, kafka.bootstrap, **asked) as daemon:
+    reloaded = {"SYMBOLS": "", "SYMBOLS_FILE": str(listed), "CATCH_UP": "all"}
+    with make_daemon(exchange, kafka.bootstrap, **reloaded) as daemon:
         daemon.start()
         daemon.wait_until_ready()
         wait_for("forecasts", lambda: daemon.metric("kronos_delivered_total") >= 4)

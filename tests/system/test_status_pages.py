@@ -94,8 +94,8 @@ def test_pages_show_the_work_of_the_daemon(
         status, body = _get(daemon, f"/forecasts/{path}")
         assert status == 200
         assert Forecast.parse(body).series == names[0]
-        told = json.loads(body)["id"]
-        wait_for("the file has it", lambda told=told: told in _ids(tmp_path))  # type: ignore[misc]
+        forecast_id = json.loads(body)["id"]
+        wait_for("the file has it", lambda forecast_id=forecast_id: forecast_id in _ids(tmp_path))  # type: ignore[misc]
     assert _get(daemon, "/forecasts/binance:NONE/USDT:1s")[0] == 404
 
 
@@ -176,7 +176,11 @@ def test_unreachable_venue_makes_the_daemon_unready(tmp_path: Path) -> None:
         gone = time.monotonic()
         wait_for("the daemon is unready", lambda: daemon.readiness()[0] == 503)
         assert time.monotonic() - gone > 50  # a minute may pass without an update
-        why = {name: said for name, said in daemon.readiness()[1].items() if said != "ok"}
+        why = {
+            name: check_result
+            for name, check_result in daemon.readiness()[1].items()
+            if check_result != "ok"
+        }
         assert why == {"source binance": "no data for any of its 3 series"}
         rows = json.loads(_get(daemon, "/series")[1])["series"]
         assert {row["state"] for row in rows} == {"late"}
@@ -273,7 +277,7 @@ async def _run_load(
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             due += CONNECTIONS / rate
             shown = token if turn % 10 else "wrong"
-            asked = time.monotonic()
+            sent_at = time.monotonic()
             writer.write(
                 f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {shown}\r\n\r\n".encode()
             )
@@ -281,7 +285,7 @@ async def _run_load(
             length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
             await reader.readexactly(length)
             statuses[head[9:12].decode()] += 1
-            took.append(time.monotonic() - asked)
+            took.append(time.monotonic() - sent_at)
         writer.close()
 
     async def abuser(number: int) -> None:

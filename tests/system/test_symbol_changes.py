@@ -124,9 +124,9 @@ class WatchlistChanger:
         self.refused += 1
 
     def follow(self, series: Collection[Series]) -> None:
-        asked = time.time()
+        requested_at = time.time()
         assert self._reload(_lines(series)) == ANSWERS[0]
-        self.changes.append(WatchlistChange(asked, time.time(), frozenset(series)))
+        self.changes.append(WatchlistChange(requested_at, time.time(), frozenset(series)))
 
     def spans(self, series: Series) -> list[tuple[WatchlistChange, WatchlistChange | None]]:
         """Changes that added and removed a series; None if it is still subscribed."""
@@ -309,30 +309,32 @@ def _assert_changes_are_fast(
 def _assert_nothing_is_stale(
     changer: WatchlistChanger, records: Records, newest: Records, composed_seconds: float
 ) -> None:
-    said: defaultdict[str, list[bytes]] = defaultdict(list)
+    published: defaultdict[str, list[bytes]] = defaultdict(list)
     for key, value in records:
-        said[key].append(value)
+        published[key].append(value)
     last = dict(newest)
-    assert {one.name for change in changer.changes for one in change.series} >= said.keys()
+    assert {one.name for change in changer.changes for one in change.series} >= published.keys()
     removals = 0
-    for name, values in said.items():
+    for name, values in published.items():
         spans = changer.spans(Series.parse(name))
         ends = [ended for _, ended in spans if ended is not None]
-        told = 0
+        removal_count = 0
         for value in values:
             if is_removal(value):
                 at = Removal.parse(value).at.timestamp()
-                assert ends[told].requested - 0.001 <= at <= ends[told].done, name
-                told += 1
+                assert ends[removal_count].requested - 0.001 <= at <= ends[removal_count].done, name
+                removal_count += 1
                 continue
             # After a removal, forecasts come only once the series was added again.
-            assert told < len(spans), f"{name} was forecast after its removal"
+            assert removal_count < len(spans), f"{name} was forecast after its removal"
             made = Forecast.parse(value).created_at.timestamp()
-            assert made >= spans[told][0].requested - composed_seconds or told == 0, name
-            assert told == len(ends) or made <= ends[told].done, name
-        assert told == len(ends), name
-        removals += told
+            assert (
+                made >= spans[removal_count][0].requested - composed_seconds or removal_count == 0
+            ), name
+            assert removal_count == len(ends) or made <= ends[removal_count].done, name
+        assert removal_count == len(ends), name
+        removals += removal_count
         assert last[name] == (values[-1] if spans[-1][1] is None else b""), name
     again = sum(len(changer.spans(one)) > 1 for one in changer.all)
-    print(f"{removals} removals of {len(said)} series; {again} series were added again")  # noqa: T201
+    print(f"{removals} removals of {len(published)} series; {again} series were added again")  # noqa: T201
     assert min(again, removals) > 0

@@ -148,7 +148,10 @@ class SimulatedExchange:
             raise
         self._port = self._runner.addresses[0][1]
         self._push_task = asyncio.create_task(pushes.run(), name="pushes")
-        self._tasks = [self._push_task, asyncio.create_task(self._ws_server.run(), name="gate")]
+        self._tasks = [
+            self._push_task,
+            asyncio.create_task(self._ws_server.run(), name="websockets"),
+        ]
         for task in self._tasks:
             task.add_done_callback(_report)
         return self

@@ -94,22 +94,22 @@ def test_with_random_faults_closed_bars_are_always_true_versions(seed: int) -> N
     faults = Faults.random(seed)
 
     async def scene(exchange: SimulatedExchange) -> None:
-        told: dict[tuple[str, int], list[Candle]] = defaultdict(list)
+        finals: dict[tuple[str, int], list[Candle]] = defaultdict(list)
         ends = exchange.clock.now() + 120_000
         while exchange.clock.now() < ends:
             recording = await record_streams(exchange, (ends - exchange.clock.now()) / 1000)
             for name, klines in recording.klines.items():
                 for kline in klines:
                     if kline.closed:
-                        told[name, kline.candle.time].append(kline.candle)
+                        finals[name, kline.candle.time].append(kline.candle)
             await asyncio.sleep(1)
-        assert len(told) > 50
+        assert len(finals) > 50
         for i, name in enumerate(STREAMS):
             series = Series.parse(f"any:SIM0{i}/USDT:1s")
             for bar in exchange.truth(series, START):
-                said = told.get((name, bar.candle.time), [])
+                candles = finals.get((name, bar.candle.time), [])
                 versions = exchange.versions(series, bar.candle.time)
-                assert not (bar.synthetic and said)
-                assert all(candle in versions for candle in said)
+                assert not (bar.synthetic and candles)
+                assert all(candle in versions for candle in candles)
 
     run_exchange(faults, scene)

@@ -138,8 +138,8 @@ async def test_subscriptions_can_be_added_listed_and_removed() -> None:
         assert await ask("UNSUBSCRIBE", 3, (a,)) == {"result": None, "id": 3}
         while orjson.loads(await socket.recv())["E"] < client.exchange.clock.now():
             pass  # what was on its way
-        heard = {orjson.loads(await socket.recv())["s"] for _ in range(6)}
-        assert heard == {"SIM01USDT"}
+        received = {orjson.loads(await socket.recv())["s"] for _ in range(6)}
+        assert received == {"SIM01USDT"}
         assert (await ask("SET_PROPERTY", 4, ("combined", True)))["result"] is None
         assert (await ask("GET_PROPERTY", 5, ("combined",)))["result"] is True
         assert orjson.loads(await socket.recv())["stream"] == b

@@ -84,6 +84,7 @@ class ApacheKafka(Closeable):
     jars: folder of Kafka's jars.
     users: passwords by name; clients must then log in by SASL/PLAIN (without TLS).
     listeners: additional listeners by name, for the same users; see :meth:`bootstrap_for`.
+    super_users: names of users with all rights; access rules then apply to the others.
     settings: lines of ``server.properties`` that replace ours or Kafka's.
     """
 
@@ -95,6 +96,7 @@ class ApacheKafka(Closeable):
         *,
         users: Mapping[str, str] | None = None,
         listeners: Mapping[str, KafkaListener] | None = None,
+        super_users: Sequence[str] = (),
         settings: Mapping[str, str] | None = None,
     ) -> None:
         if shutil.which("java") is None:
@@ -111,7 +113,7 @@ class ApacheKafka(Closeable):
         self.bootstrap = ",".join(f"127.0.0.1:{node.client}" for node in self._nodes)
         """Addresses for ``bootstrap.servers``; restarts keep them."""
         for node in self._nodes:
-            self._configure(node, settings or {})
+            self._configure(node, _authorizer_properties(super_users) | dict(settings or {}))
 
     @property
     def pids(self) -> list[int]:
@@ -225,6 +227,16 @@ class ApacheKafka(Closeable):
         for process, log in zip(running, logs, strict=True):
             if process.wait() != 0:
                 raise ProcessFailed(f"storage not formatted; see {log}")
+
+
+def _authorizer_properties(super_users: Sequence[str]) -> dict[str, str]:
+    """Lines of ``server.properties`` for access rules."""
+    if not super_users:
+        return {}
+    return {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": ";".join(f"User:{name}" for name in ("ANONYMOUS", *super_users)),
+    }
 
 
 def _tls_properties(name: str, listener: KafkaListener, folder: Path) -> dict[str, str]:

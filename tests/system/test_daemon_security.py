@@ -81,16 +81,12 @@ def secured_kafka(
 ) -> Iterator[SecuredKafka]:
     folder = tmp_path_factory.mktemp("secured")
     authority = CertificateAuthority(folder)
-    settings = {
-        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-        "super.users": "User:ANONYMOUS;User:owner",
-    }
-    doors = {
+    listeners = {
         "safe": KafkaListener(tls=authority.issue("broker"), mechanisms=["SCRAM-SHA-512", "PLAIN"])
     }
     users = dict.fromkeys(USERS, PASSWORD)
     kafka = ApacheKafka(
-        kafka_jars, folder / "kafka", users=users, listeners=doors, settings=settings
+        kafka_jars, folder / "kafka", users=users, listeners=listeners, super_users=["owner"]
     )
     with kafka:
         client = AdminClient(

@@ -189,17 +189,13 @@ def test_topics_are_checked(environ: dict[str, str], kafka: ApacheKafka, topic_p
 
 
 @pytest.fixture(scope="module")
-def locked_kafka(
+def secured_kafka_options(
     kafka_jars: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], KafkaOptions]]:
     """Kafka with logins: one user with all rights, one that may only read. Options by user."""
     users = {"owner": PASSWORD, "guest": PASSWORD}
-    settings = {
-        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-        "super.users": "User:ANONYMOUS;User:owner",
-    }
-    folder = tmp_path_factory.mktemp("locked")
-    with ApacheKafka(kafka_jars, folder, users=users, settings=settings) as broker:
+    folder = tmp_path_factory.mktemp("secured")
+    with ApacheKafka(kafka_jars, folder, users=users, super_users=["owner"]) as broker:
 
         def options(name: str) -> KafkaOptions:
             return KafkaOptions(
@@ -241,20 +237,20 @@ def _login(options: KafkaOptions, password: str = PASSWORD) -> dict[str, str]:
 
 
 def test_wrong_password_and_missing_rights_are_different_findings(
-    environ: dict[str, str], locked_kafka: Callable[[str], KafkaOptions]
+    environ: dict[str, str], secured_kafka_options: Callable[[str], KafkaOptions]
 ) -> None:
     skip = ("model", "venues")
-    found = _doctor(environ | _login(locked_kafka("owner")), *skip)
+    found = _doctor(environ | _login(secured_kafka_options("owner")), *skip)
     assert found.status == 0, found.text
     assert "KAFKA__SASL_PASSWORD=***" in found.of("settings", "ok")
 
-    found = _doctor(environ | _login(locked_kafka("owner"), "wrong"), *skip)
+    found = _doctor(environ | _login(secured_kafka_options("owner"), "wrong"), *skip)
     assert found.status == 1
     finding = found.of("kafka", "fail")
     assert "uthentication failed" in finding, finding
     assert "see KRONOS_STREAM_KAFKA__SASL_USERNAME, KRONOS_STREAM_KAFKA__SASL_PASS" in finding
 
-    found = _doctor(environ | _login(locked_kafka("guest")), *skip)
+    found = _doctor(environ | _login(secured_kafka_options("guest")), *skip)
     assert found.status == 1
     assert "3 topics are as they should be" in found.text
     finding = found.text

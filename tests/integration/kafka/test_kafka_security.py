@@ -75,13 +75,13 @@ def secured_kafka(
         "elsewhere": KafkaListener(tls=elsewhere, mechanisms=["PLAIN"]),
         "open": KafkaListener(),
     }
-    settings = {
-        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-        "super.users": "User:ANONYMOUS;User:owner;User:CN=client",
-    }
     users = dict.fromkeys(("owner", "ingest", "forecast", "all", "bot"), PASSWORD)
     kafka = ApacheKafka(
-        kafka_jars, folder / "kafka", users=users, listeners=listeners, settings=settings
+        kafka_jars,
+        folder / "kafka",
+        users=users,
+        listeners=listeners,
+        super_users=["owner", "CN=client"],
     )
     with kafka:
         yield SecuredKafka(kafka, authority, untrusted)

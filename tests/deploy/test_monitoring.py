@@ -127,7 +127,7 @@ def _metric_families(daemon: DaemonProcess, token: str) -> set[str]:
     """Return names of all samples of the daemon, including those without values yet."""
     request = Request(f"http://127.0.0.1:{daemon._port}/metrics")
     request.add_header("Authorization", f"Bearer {token}")
-    with urlopen(request, timeout=10) as response:  # noqa: S310
+    with urlopen(request, timeout=300) as response:  # noqa: S310
         text = response.read().decode()
     suffixes = {"counter": ("_total",), "histogram": ("", "_bucket", "_count", "_sum")}
     return {

@@ -44,7 +44,7 @@ def _analyze(*arguments: str) -> str:
         ["systemd-analyze", "--no-pager", *arguments],  # noqa: S607
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import orjson
 import structlog
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from kronos_stream.interfaces.diagnostics import Check, Finding
 from kronos_stream.interfaces.probes import check_disk, run_in_thread
@@ -45,7 +45,7 @@ class JsonlOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: Annotated[Path, AfterValidator(_validate_path)]
+    path: Annotated[Path, AfterValidator(_validate_path)] = Field(examples=["forecasts.jsonl"])
     """File that forecasts are appended to; dead letters go to PATH.deadletter. Log rotation may
     rename or delete them at any time."""
     sync: bool = True

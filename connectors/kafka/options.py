@@ -34,7 +34,9 @@ class KafkaOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    bootstrap_servers: Annotated[str, AfterValidator(_validate_servers)]
+    bootstrap_servers: Annotated[str, AfterValidator(_validate_servers)] = Field(
+        examples=["localhost:9092"]
+    )
     """Brokers as host:port, several separated by commas."""
     topic_prefix: str = Field(default="kronos", pattern=r"^[A-Za-z0-9._-]{1,200}$")
     """Prefix of topic names: PREFIX.forecasts.v1 and so on."""

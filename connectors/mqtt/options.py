@@ -64,7 +64,7 @@ class MqttOptions(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    url: Annotated[str, AfterValidator(_validate_url)]
+    url: Annotated[str, AfterValidator(_validate_url)] = Field(examples=["mqtt://localhost:1883"])
     """The broker: mqtt://host:1883, or encrypted mqtts://host:8883."""
     username: str = ""
     """User name of the login."""

@@ -17,17 +17,18 @@ from rich.live import Live
 
 from kronos_connectors._shared.client_errors import capture_aiokafka_errors
 from kronos_connectors._shared.tls import ConnectionProblem
-from kronos_connectors.kafka.errors import explain, explain_captured
+from kronos_connectors.kafka.errors import ADDRESS_REMEDY, explain, explain_captured
 from kronos_connectors.kafka.options import KafkaOptions
 from kronos_connectors.kafka.topics import forecast_topic
 from kronos_stream.client import Forecast, forecasts
 from kronos_stream.commands._forecast_table import ForecastTable, format_line
-from kronos_stream.daemon.config.environment import read_options
+from kronos_stream.daemon.config.environment import read_options, validation_reason
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 
 _FRAME_SECONDS = 0.5
 _WAITING_NOTICE_SECONDS = 10.0
+_ARGUMENT_REMEDY = "check the address, and that a broker listens there"
 _REQUEST_TIMEOUT_MS = 15_000
 """Time after which a topic that does not appear is reported as missing."""
 _INITIAL_LOOKBACK = timedelta(minutes=2)
@@ -78,6 +79,7 @@ def run(
 ) -> None:
     """Show forecasts until interrupted. Raises click's exceptions and SettingsError."""
     kafka = _kafka_options(bootstrap, prefix, series)
+    remedy = ADDRESS_REMEDY if bootstrap is None else _ARGUMENT_REMEDY
     console = Console()
     lines = plain or as_json or not console.is_terminal
     start: Literal["latest", "earliest"] | datetime
@@ -94,11 +96,13 @@ def run(
     )
     if lines:
         click.echo(f"Reading {_topic_label(kafka)}; Ctrl-C ends", err=True)
-        _run_until_interrupted(_show(stream, _LineDisplay(as_json=as_json), kafka, series), kafka)
+        display = _LineDisplay(as_json=as_json)
+        _run_until_interrupted(_show(stream, display, kafka, series, remedy), kafka, remedy)
         return
     with Live(console=console, auto_refresh=False) as live:
         table = ForecastTable(_topic_label(kafka), newest_first=newest)
-        _run_until_interrupted(_show(stream, _TableDisplay(table, live), kafka, series), kafka)
+        live_display = _TableDisplay(table, live)
+        _run_until_interrupted(_show(stream, live_display, kafka, series, remedy), kafka, remedy)
 
 
 def _kafka_options(
@@ -115,7 +119,7 @@ def _kafka_options(
         if prefix is not None:
             kafka = KafkaOptions(**{**dict(kafka), "topic_prefix": prefix})
     except ValidationError as error:
-        raise click.UsageError(error.errors()[0]["msg"]) from None
+        raise click.UsageError(validation_reason(error.errors()[0])) from None
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     return kafka
@@ -126,6 +130,7 @@ async def _show(
     display: _Display,
     kafka: KafkaOptions,
     series: Sequence[str],
+    address_remedy: str,
 ) -> None:
     """Show forecasts as they arrive; print a notice, once, if none does."""
     captured = capture_aiokafka_errors()
@@ -142,8 +147,10 @@ async def _show(
                     coming = asyncio.ensure_future(anext(stream))
                 elif notice_due is not None and loop.time() > notice_due:
                     notice_due = None
-                    notice = _waiting_notice(kafka, series, explain_captured(captured, kafka))
-                    click.echo(notice, err=True)
+                    problem = explain_captured(captured, kafka)
+                    if problem is not None:
+                        problem = _with_address_remedy(problem, address_remedy)
+                    click.echo(_waiting_notice(kafka, series, problem), err=True)
                 display.refresh()
         finally:
             coming.cancel()
@@ -163,7 +170,14 @@ def _topic_label(kafka: KafkaOptions) -> str:
     return f"{forecast_topic(kafka.topic_prefix)} at {kafka.bootstrap_servers}"
 
 
-def _run_until_interrupted(work: Coroutine[Any, Any, None], kafka: KafkaOptions) -> None:
+def _with_address_remedy(problem: ConnectionProblem, remedy: str) -> ConnectionProblem:
+    """Replace the remedy that names the setting of the address, which an argument may override."""
+    return problem._replace(remedy=remedy) if problem.remedy == ADDRESS_REMEDY else problem
+
+
+def _run_until_interrupted(
+    work: Coroutine[Any, Any, None], kafka: KafkaOptions, address_remedy: str
+) -> None:
     try:
         asyncio.run(work)
     except UnknownTopicOrPartitionError:
@@ -172,4 +186,5 @@ def _run_until_interrupted(work: Coroutine[Any, Any, None], kafka: KafkaOptions)
             "to create it: kronos-stream topics create"
         ) from None
     except KafkaError as error:
-        raise click.ClickException(str(explain(error, capture_aiokafka_errors(), kafka))) from error
+        problem = explain(error, capture_aiokafka_errors(), kafka)
+        raise click.ClickException(str(_with_address_remedy(problem, address_remedy))) from error

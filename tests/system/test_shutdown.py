@@ -69,7 +69,7 @@ def test_check_prints_the_series_and_the_model(exchange: ExchangeProcess, tmp_pa
         ({"SYMBOLS": ""}, "KRONOS_STREAM_SYMBOLS_FILE name no symbols"),
         ({"HORIZON": "0"}, "KRONOS_STREAM_HORIZON=0: "),
         ({"LOKBACK": "96"}, "did you mean KRONOS_STREAM_LOOKBACK?"),
-        ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
+        ({"SINKS": "kafka"}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is required"),
         ({"MODEL": "/nowhere"}, "/nowhere"),
         ({"LOOKBACK": "250"}, "set KRONOS_STREAM_LOOKBACK to at most 248"),
         ({"SYMBOLS": "binance:NONE/USDT"}, "binance:NONE/USDT:1s: "),

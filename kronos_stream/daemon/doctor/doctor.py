@@ -31,7 +31,7 @@ from kronos_stream.interfaces.diagnostics import (
 )
 from kronos_stream.interfaces.feed import FeedNeeds
 from kronos_stream.interfaces.sink import Sink
-from kronos_stream.interfaces.source import Source, SourceError, VenueRefused
+from kronos_stream.interfaces.source import LoginRefused, Source, SourceError, VenueRefused
 from kronos_stream.market.clock import SystemClock
 from kronos_stream.market.series import Series
 
@@ -179,7 +179,7 @@ _SYMBOL_REMEDY = (
 
 
 def _with_remedy(check: Check) -> Check:
-    """Add a remedy to errors of a venue."""
+    """Add a remedy to errors of a venue that have none of their own."""
 
     async def run() -> Sequence[Finding]:
         try:
@@ -189,7 +189,8 @@ def _with_remedy(check: Check) -> Check:
             return [Finding("fail", str(error), remedy)]
         except SourceError as error:
             general = "check that this machine reaches it: network, firewall, the venue's URLs"
-            remedy = "" if error.has_remedy else general
+            specific = error.has_remedy or isinstance(error, LoginRefused)
+            remedy = "" if specific else general
             return [Finding("fail", str(error), remedy)]
 
     return check._replace(run=run)

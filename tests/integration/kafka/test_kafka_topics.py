@@ -108,7 +108,7 @@ def test_differences_are_reported_with_remedies(
 
 def test_invalid_settings_are_reported(run: Run) -> None:
     for settings, message in (
-        ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is not set"),
+        ({}, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS is required: set it, such as localhost:9092"),
         ({"BOOTSTRAP_SERVERS": "x:1", "PARTITIONS": 0}, "KRONOS_STREAM_KAFKA__PARTITIONS: "),
         (
             {"BOOTSTRAP_SERVERS": "x:1", "PARTITION": 3},

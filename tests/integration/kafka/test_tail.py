@@ -129,6 +129,8 @@ def test_login_is_the_daemons(kafka_jars: Path, tmp_path: Path) -> None:
     [
         ((), 2, "KRONOS_STREAM_KAFKA__BOOTSTRAP_SERVERS"),
         (("127.0.0.1:1",), 1, "127.0.0.1:1"),
+        (("127.0.0.1:1",), 1, "; check the address, and that a broker listens there"),
+        (("nonsense",), 2, "error: expected host:port"),
         (("127.0.0.1:1", "--series", "BTC"), 2, "venue:symbol:timeframe"),
         (("127.0.0.1:1", "--prefix", "a b"), 2, "pattern"),
     ],

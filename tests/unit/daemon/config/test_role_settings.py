@@ -47,8 +47,8 @@ def test_role_is_built_from_its_settings(given: dict[str, str], role: type[objec
             "set it where KRONOS_STREAM_ROLE=ingest",
         ),
         (FORECAST | {"SYMBOLS_FILE": "/x"}, "SYMBOLS_FILE", "in the candle topics"),
-        (FORECAST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is not set"),
-        (INGEST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is not set"),
+        (FORECAST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is required"),
+        (INGEST | {"KAFKA__BOOTSTRAP_SERVERS": ""}, "KAFKA__BOOTSTRAP_SERVERS", "is required"),
         (FORECAST | {"ROLE": "forecaster"}, "ROLE", "'all', 'ingest' or 'forecast'"),
     ],
 )

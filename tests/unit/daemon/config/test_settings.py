@@ -14,7 +14,7 @@ from kronos_stream.daemon.config.settings import ENV_PREFIX, Settings, SettingsE
 from kronos_stream.interfaces import plugins
 
 _ACME = """
-from pydantic import BaseModel, SecretStr, model_validator
+from pydantic import BaseModel, Field, SecretStr, model_validator
 from kronos_stream.interfaces.sink import SinkConnector
 from kronos_stream.interfaces.source import SourceConnector
 
@@ -28,7 +28,7 @@ class Market(BaseModel):
     hours: Hours = Hours()
 
 class Post(BaseModel):
-    address: str
+    address: str = Field(examples=["Main Street 1"])
     password: SecretStr = SecretStr("")
     weight: float = 1.0
 
@@ -135,7 +135,7 @@ def test_values_are_parsed() -> None:
         ({"SYMBOLS": "acme:"}, "SYMBOLS", "expected venue:symbol"),
         ({"SYMBOLS": "acme:BTC/USDT:5m"}, "SYMBOLS", "each of KRONOS_STREAM_TIMEFRAMES"),
         ({"SYMBOLS": "acme:A,acme:B,acme:A"}, "SYMBOLS", "acme:A is listed twice"),
-        ({"SYMBOLS": "nyse:IBM"}, "SYMBOLS", "none of the sources is called 'nyse'; there are"),
+        ({"SYMBOLS": "nyse:IBM"}, "SYMBOLS", "and every exchange of acme, such as acme_west"),
         ({"SYMBOLS": "lost:IBM"}, "SYMBOLS", "acme_missing:SOURCE cannot be loaded"),
         ({"TIMEFRAMES": "5 min"}, "TIMEFRAMES", "expected a count and a unit"),
         ({"TIMEFRAMES": "5m,1m,5m"}, "TIMEFRAMES", "5m is listed twice"),
@@ -147,7 +147,7 @@ def test_values_are_parsed() -> None:
         ({"ROLE": "chef"}, "ROLE", "should be 'all'"),
         ({"CATCH_UP": "some"}, "CATCH_UP", "should be 'newest' or 'all'"),
         ({"DEGRADED": "maybe"}, "DEGRADED", "should be 'forecast' or 'skip'"),
-        ({"PATHS": "many"}, "PATHS", "valid integer"),
+        ({"PATHS": "many"}, "PATHS", "=many: expected a whole number"),
         ({"PATHS": "18"}, "QUANTILES", "needs at least 19 paths, not 18"),
         ({"QUANTILES": "0.001"}, "QUANTILES", "needs at least 999 paths, not 32"),
         ({"QUANTILES": "0.5,1"}, "QUANTILES", "not between 0 and 1"),
@@ -158,7 +158,7 @@ def test_values_are_parsed() -> None:
         ({"TEMPERATURE": "0"}, "TEMPERATURE", "greater than or equal to 0.001"),
         ({"TEMPERATURE": "inf"}, "TEMPERATURE", "finite number"),
         ({"TOP_P": "1.5"}, "TOP_P", "less than or equal to 1"),
-        ({"ANCHOR": "perhaps"}, "ANCHOR", "valid boolean"),
+        ({"ANCHOR": "perhaps"}, "ANCHOR", "=perhaps: expected true or false"),
         ({"DTYPE": "float16"}, "DTYPE", "should be 'auto', 'float32' or 'bfloat16'"),
         ({"THREADS": "0"}, "THREADS", "greater than or equal to 1"),
         ({"HTTP__PORT": "65536"}, "HTTP__PORT", "less than or equal to 65535"),
@@ -167,9 +167,9 @@ def test_values_are_parsed() -> None:
         ({"SYMBOL": "acme:A"}, "SYMBOL", "did you mean KRONOS_STREAM_SYMBOLS?"),
         ({"HTTP_PORT": "1"}, "HTTP_PORT", "did you mean KRONOS_STREAM_HTTP__PORT?"),
         ({"POST__ADRESS": "x"}, "POST__ADRESS", "did you mean KRONOS_STREAM_POST__ADDRESS?"),
-        ({"POST__ADDRESS": ""}, "POST__ADDRESS", "is not set, and has no default"),
-        ({"POST__WEIGHT": "heavy"}, "POST__WEIGHT", "should be a valid number"),
-        ({"ACME__HOURS__OPENS": "noon"}, "ACME__HOURS__OPENS", "valid integer"),
+        ({"POST__ADDRESS": ""}, "POST__ADDRESS", "is required: set it, such as Main Street 1"),
+        ({"POST__WEIGHT": "heavy"}, "POST__WEIGHT", ": expected a number"),
+        ({"ACME__HOURS__OPENS": "noon"}, "ACME__HOURS__OPENS", "expected a whole number"),
         ({"POST__WEIGHT": "101"}, "POST__*", "limit of a letter"),
         ({"POST__PASSWORD_FILE": "/no/such"}, "POST__PASSWORD_FILE", "No such file"),
         ({"PORT": "8080"}, "PORT", "there is no such setting"),
@@ -314,7 +314,7 @@ def test_default_state_file_is_in_the_state_directory(
 
 def test_options_of_one_connector_can_be_read_alone() -> None:
     assert read_options("post", _full()).address == "Main Street 1"
-    with pytest.raises(SettingsError, match="POST__ADDRESS is not set"):
+    with pytest.raises(SettingsError, match="POST__ADDRESS is required"):
         read_options("post", {ENV_PREFIX + "SECRETS_DIR": "/nowhere"})
 
 

@@ -72,8 +72,8 @@ def bench(models: str, dtype: str, intake: bool, as_json: bool, **options: Any) 
     """Measure the speed of this machine, and compare it with the hardware's limits.
 
     Measures matrix products and memory bandwidth, then forecasts: the time by stage, path-steps
-    per second, and the measured time against the minimum that the hardware allows (100 %: the
-    minimum is reached). Run it on an otherwise idle machine.
+    per second, and the minimum time that the hardware allows as a share of the measured time.
+    Run it on an otherwise idle machine.
     """
     if intake:
         from kronos_stream.commands import _bench_ingest

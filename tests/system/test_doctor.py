@@ -99,7 +99,9 @@ def test_valid_setup_has_no_failures_and_leaves_no_files(
         "binance symbols", "jsonl file", "model",
     }  # fmt: skip
     assert "HTTP__TOKEN=***" in found.of("settings", "ok")
-    assert "nano on cpu in float32" in found.of("model", "ok")
+    model = next(one for one in found.findings if one["check"] == "model")  # then maybe a warning
+    assert model["level"] == "ok"
+    assert "nano on cpu in float32" in model["found"]
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -11,7 +11,7 @@ RATE_LIMIT_STATUSES = frozenset((418, 429))
 """Too many requests; 418 after 429 was ignored."""
 
 DEFAULT_RETRY_SECONDS = 60.0
-"""Pause after too many requests where the exchange names none."""
+"""Pause after too many requests if the exchange specifies none."""
 
 _MAX_RETRY_SECONDS = 3 * 86_400.0
 """The longest ban that Binance documents."""

@@ -14,7 +14,7 @@ from kronos_stream.interfaces.source import SourceCallbacks
 
 
 class PoolRunner(ABC, Generic[MemberT, RequestT]):
-    """Opens and closes what its pool asks for, and reports to it what happened."""
+    """Executes the commands of its pool, and reports the results to it."""
 
     def __init__(
         self,

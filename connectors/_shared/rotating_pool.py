@@ -32,11 +32,11 @@ class Member(Protocol):
     """Connection of a shard."""
 
     live_since: float
-    """When it first delivered something; NEVER before."""
+    """Time of its first delivery; NEVER before that."""
 
     @property
     def complete_since(self) -> float:
-        """When it had every subscription of its shard and was live; NEVER before."""
+        """Time since which it is live with every subscription of its shard; NEVER before that."""
 
     def requests(self, now: float) -> Iterable[Any]:
         """Commands that update its subscriptions."""
@@ -103,7 +103,7 @@ class RotatingPool(ABC, Generic[MemberT, KeyT, RequestT]):
     open_interval_seconds: float
     """Between two attempts to open."""
     overlap_seconds: float
-    """How long older members stay open beside a complete successor."""
+    """Time that older members stay open beside a complete successor."""
     min_lifetime_factor: float
     """Lower bound of the random factor of lifetimes, so that not all members expire at once."""
     max_members: float = NEVER

@@ -42,7 +42,7 @@ class ConnectionProblem(NamedTuple):
     message: str
     remedy: str
     permanent: bool = False
-    """True if retries fail until somebody changes something."""
+    """True if retries fail until the configuration changes."""
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message

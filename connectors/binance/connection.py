@@ -40,9 +40,9 @@ class Connection:
 
     def __init__(self, *, stall_seconds: float, lifetime_seconds: float) -> None:
         self.opened_at = NEVER
-        """When the handshake succeeded."""
+        """Time of the handshake."""
         self.live_since = NEVER
-        """When the first subscriptions were confirmed."""
+        """Time at which the first subscriptions were confirmed."""
         self._stall, self._lifetime = stall_seconds, lifetime_seconds
         self._candle_timeout = NEVER
         self._last_activity = self._last_candle = NEVER

@@ -21,7 +21,7 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 OVERLAP_SECONDS = 2.0
-"""An old connection stays open this long beside its successor, for updates already on their way."""
+"""An old connection stays open this long beside its successor, for updates in transit."""
 
 MAX_ATTEMPTS, ATTEMPT_WINDOW_SECONDS = 250, 300.0
 """Binance allows an address 300 connection attempts in five minutes."""

@@ -12,8 +12,8 @@ from kronos_stream.market.series import Series
 from kronos_stream.market.timeframe import Timeframe
 
 REQUEST_INTERVAL_SECONDS = 0.35
-"""Between two subscriptions of a client: Binance allows five messages a second, pings and pongs
-included, and ccxt alone would use them all."""
+"""Time between two subscriptions of a client: Binance allows five messages a second, pings and
+pongs included, and ccxt alone would use them all."""
 
 
 class Watch(NamedTuple):
@@ -44,10 +44,10 @@ class Client:
     max_unneeded: int
     """Number of unneeded series beyond which it is replaced early."""
     last_activity: float
-    """When any frame arrived, including pongs."""
+    """Arrival of the last frame, pongs included."""
     last_candle: float
     last_request_at: float
-    """When it last subscribed to a series."""
+    """Time of its last subscription request."""
     live_since: float = NEVER
     requested: set[Series] = field(default_factory=set)
     ever_requested: set[Series] = field(default_factory=set)

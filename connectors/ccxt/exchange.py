@@ -104,7 +104,7 @@ class ExchangeFactory:
 
     @property
     def watch_enabled(self) -> bool:
-        """Whether candles are watched, not polled."""
+        """True if candles are watched, not polled."""
         return self._options.mode != "poll" and self.rest.has("watchOHLCV") is True
 
     @property

@@ -24,7 +24,7 @@ REQUEST_TIMEOUT_SECONDS = 10.0
 _FETCH_TIMEOUT_SECONDS = 10.0
 """Brokers answer fetches twice a second, with or without records."""
 _SESSION_TIMEOUT_MS, _HEARTBEAT_MS = 6_000, 2_000
-"""How soon the group drops a member that was killed; its successor waits for that."""
+"""Time until the group drops a killed member; its successor waits for that."""
 _STICKY_HEARTBEAT_MS = 1_000
 _REBALANCE_TIMEOUT_MS = 30_000
 """Time that the group waits for a member to release its partitions."""
@@ -54,7 +54,7 @@ def create_consumer(options: KafkaOptions, group: GroupOptions) -> AIOKafkaConsu
     more: dict[str, Any] = {}
     if group.sticky:
         heartbeat_ms = _STICKY_HEARTBEAT_MS
-        # The group may answer only after its slowest member has handed over.
+        # The group may answer only after its slowest member has released its partitions.
         request_timeout_ms += _REBALANCE_TIMEOUT_MS
         more = {
             "partition_assignment_strategy": (create_sticky_assignor(),),

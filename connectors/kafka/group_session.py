@@ -205,7 +205,7 @@ class GroupSession(ConsumerRebalanceListener, Generic[_T]):  # type: ignore[misc
     # -- assigned partitions ---------------------------------------------------------------
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Hand over; the group waits meanwhile. Called by aiokafka."""
+        """Release all partitions; the group waits meanwhile. Called by aiokafka."""
         try:
             if self._consumer is not None and any(True for _ in revoked):
                 await self._handler.drain()

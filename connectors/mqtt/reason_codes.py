@@ -18,7 +18,7 @@ _REMEDIES = {
 }
 
 _PERMANENT_LOGIN_CODES = frozenset({132, 133, 134, 135, 138, 140})
-"""Responses to a login that do not change until somebody changes something."""
+"""Responses to a login that stay the same until the configuration changes."""
 
 _MESSAGE_CODES = frozenset({129, 130, 144, 149, 153})
 """Disconnects that a message may have caused by its form, topic, size or payload."""

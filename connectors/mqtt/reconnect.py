@@ -30,7 +30,7 @@ class Reconnector:
         self.problem = "not connected yet"
         """Why no connection can be used; empty while one can."""
         self.permanent = False
-        """True if retries fail until somebody changes something."""
+        """True if retries fail until the configuration changes."""
         self.failing = asyncio.Event()
         """Set while attempts fail."""
         self._create_connection, self._address = create_connection, address

@@ -32,7 +32,7 @@ class BackfillPolicy:
         self._pause_until = 0
         self._failing_since: int | None = None
         self.next_audit = NEVER
-        """When the newest bars are requested again."""
+        """Time of the next audit, which requests the newest bars again."""
 
     def allowed(self, now: int) -> bool:
         return self.pending is None and now >= self._pause_until

@@ -15,7 +15,7 @@ class MissingBars:
     """
 
     def __init__(self, answers: int, limit: int) -> None:
-        """answers: without a bar, until it does not exist. limit: of placeholders; oldest go."""
+        """answers: those without a bar, after which it does not exist. limit: most placeholders."""
         self._answers, self._limit = answers, limit
         self._absences: dict[int, int] = {}
         self._placeholders: dict[int, Bar] = {}

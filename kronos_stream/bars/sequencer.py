@@ -95,7 +95,7 @@ class BarSequencer:
         self._fills_empty, self._history_bars = fills_empty, history_bars
         self._last_gap = -1
         self._start_known = self._start_requested = complete and bool(bars)
-        """True once the first bar, or that there is none, is known; once it has been requested."""
+        """Whether the first bar is known (or known not to exist), and whether it was requested."""
         if self._start_known:
             self._bar_log.restore(bars)
         else:

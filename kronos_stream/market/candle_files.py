@@ -1,8 +1,8 @@
 """Candle files: CSV (plain or compressed), Parquet or Feather.
 
 A file is read completely or rejected: every bar is checked, and the first fault is reported with
-the file, the row (counted from 1 after the header), the bar's time and the cure. Gaps between bars
-are allowed; :attr:`CandleTable.gaps` lists them.
+the file, the row (counted from 1 after the header), the bar's time and the remedy. Gaps between
+bars are allowed; :attr:`CandleTable.gaps` lists them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _EPOCH_SMALLEST = 1e8
 
 
 class CandleFileError(ValueError):
-    """A file without usable candles; the one-line message names the place and the cure."""
+    """A file without usable candles; the one-line message names the place and the remedy."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

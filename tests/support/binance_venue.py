@@ -52,8 +52,8 @@ class FakeSocket:
 class FakeVenue:
     """Venue that a pool connects to; time jumps to the next event."""
 
-    def __init__(self, fleet: ConnectionPool) -> None:
-        self.fleet, self.now = fleet, 0.0
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool, self.now = pool, 0.0
         self.open_times: list[float] = []
         self.open_sockets: dict[Connection, FakeSocket] = {}
         self.closed: list[tuple[float, str]] = []
@@ -73,10 +73,10 @@ class FakeVenue:
     def run(self, seconds: float) -> None:
         until = self.now + seconds
         while True:
-            for command in self.fleet.poll(self.now):
+            for command in self.pool.poll(self.now):
                 self._execute(command)
-            assert self.fleet.next_wakeup > self.now  # otherwise this loop would not end
-            due = min(self.fleet.next_wakeup, self._scheduled[0][0])
+            assert self.pool.next_wakeup > self.now  # otherwise this loop would not end
+            due = min(self.pool.next_wakeup, self._scheduled[0][0])
             if due > until:
                 self.now = until
                 return
@@ -86,7 +86,7 @@ class FakeVenue:
 
     def deliver(self, connection: Connection, frame: bytes) -> None:
         if connection in self.open_sockets:
-            update = self.fleet.receive(connection, frame, self.now)
+            update = self.pool.receive(connection, frame, self.now)
             self.update_counts[type(update).__name__] += 1
 
     def shut_down(self) -> None:
@@ -95,7 +95,7 @@ class FakeVenue:
 
     def cut(self, connection: Connection) -> None:
         if self.open_sockets.pop(connection, None) is not None:
-            self.fleet.on_lost(connection, self.now)
+            self.pool.on_lost(connection, self.now)
 
     def covered(self) -> set[str]:
         """Streams of all open sockets."""
@@ -119,9 +119,9 @@ class FakeVenue:
             return
         if self.accepts(number):
             self.open_sockets[connection] = FakeSocket()
-            self.fleet.on_opened(connection, self.now)
+            self.pool.on_opened(connection, self.now)
         else:
-            self.fleet.on_lost(connection, self.now, self.retry_after)
+            self.pool.on_lost(connection, self.now, self.retry_after)
 
     def _handle_request(self, connection: Connection, message: bytes) -> None:
         socket = self.open_sockets.get(connection)
@@ -152,6 +152,6 @@ class FakeVenue:
 def fake_venue(
     streams: int = 3, *, room: int = 400, seed: int = 0, interval: str = "1m"
 ) -> FakeVenue:
-    fleet = ConnectionPool(Random(seed), capacity=room, stall_seconds=STALL, lifetime_seconds=LIFE)
-    fleet.follow(followed(*range(streams), interval=interval))
-    return FakeVenue(fleet)
+    pool = ConnectionPool(Random(seed), capacity=room, stall_seconds=STALL, lifetime_seconds=LIFE)
+    pool.follow(followed(*range(streams), interval=interval))
+    return FakeVenue(pool)

@@ -33,7 +33,7 @@ _COLLECTION_TYPES = {tuple, list, set, frozenset}
 
 _MAX_VALUE_LENGTH = 60
 _MAX_REASON_LENGTH = 400
-"""Of an error message, which may repeat the value."""
+"""Limit for an error message, which may repeat the value."""
 
 _EXPECTED = {
     "int_parsing": "expected a whole number",
@@ -211,8 +211,10 @@ def _known_variables(given: Iterable[str]) -> set[str]:
 def _unknown_variable_error(name: str, known: Collection[str]) -> str:
     names = [known_name.removeprefix(ENV_PREFIX) for known_name in known]
     near = get_close_matches(name.upper().removeprefix(ENV_PREFIX), sorted(names), n=1, cutoff=0.7)
-    cure = f"did you mean {ENV_PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
-    return f"{name}: there is no such setting; {cure}"
+    remedy = (
+        f"did you mean {ENV_PREFIX}{near[0]}?" if near else "kronos-stream run --help lists them"
+    )
+    return f"{name}: there is no such setting; {remedy}"
 
 
 def _find_role_conflicts(settings: Settings) -> Iterator[str]:

@@ -171,7 +171,7 @@ class SinkQueue:
                 self._pop()
             self.waiting -= count
         self._metrics.expired.labels(self._sink.name).inc(count)
-        _log.error("records given up, too old to deliver", sink=self._sink.name, records=count)
+        _log.error("records dropped, too old to deliver", sink=self._sink.name, records=count)
 
     async def _attempt(self, batch: Sequence[Record]) -> Sequence[Refusal] | None:
         """Deliver a batch and return what the sink refused; None if it has to be repeated."""

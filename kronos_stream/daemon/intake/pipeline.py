@@ -80,7 +80,7 @@ class IntakePipeline:
         self._catch_up, self._dead_letter, self._relay = catch_up, dead_letter, relay
         self.series_states: dict[Series, SeriesState] = {}
         self._removed_watermarks: dict[Series, tuple[int, int] | None] = {}
-        """Of series no longer followed: outcomes of their last requests may still be missing."""
+        """Watermarks of series no longer followed, whose last outcomes may still be missing."""
         self._timers: TimerQueue[SeriesState] = TimerQueue(clock)
         self.save_queue = SaveQueue(self._state.path)
         self._backfill = Backfill(sources, self.save_queue.wait_for_room, metrics)

@@ -127,7 +127,7 @@ class PartitionTracker:
 
     @property
     def has_backlog(self) -> bool:
-        """Whether records are still to be read or requests to be done."""
+        """True while records are to be read or requests to be done."""
         return bool(self._locations) or self._lag > 0
 
     # -- for the feed ----------------------------------------------------------------------

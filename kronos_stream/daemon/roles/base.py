@@ -41,7 +41,7 @@ _START_TIMEOUT_SECONDS = 1_800.0
 
 
 class Intake(Protocol):
-    """Where the bars of a role come from."""
+    """Source of a role's bars."""
 
     @property
     def series_count(self) -> int: ...

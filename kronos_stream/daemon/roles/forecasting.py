@@ -25,7 +25,7 @@ Publish: TypeAlias = Callable[[Sequence[ForecastResult]], Awaitable[Sequence[For
 
 
 class WindowSource(Protocol):
-    """Where the scheduler gets windows from, and learns which bars are still to come."""
+    """Source of the scheduler's windows; it also counts the bars still to come."""
 
     async def window(self, request: ForecastRequest) -> Window | None: ...
 

@@ -36,7 +36,7 @@ _TEXT = "text/plain; charset=utf-8"
 _TOKENLESS_PATHS = frozenset({"/healthz", "/readyz"})
 
 _SERIES_TTL_SECONDS, _METRICS_TTL_SECONDS = 1.0, 0.1
-"""How long rendered bodies are reused."""
+"""Time for which rendered bodies are reused."""
 _ROWS_PER_SLICE = 32
 """Rows rendered before other tasks run, about a millisecond of work."""
 

@@ -52,7 +52,7 @@ _REMEDIES = {
 
 
 class StateError(Exception):
-    """The state file cannot be used; the message names cause and cure."""
+    """The state file cannot be used; the message names cause and remedy."""
 
 
 class Database:

@@ -29,7 +29,7 @@ class Stream:
     """A kline stream and its subscribers."""
 
     index: int
-    """Name of the instrument."""
+    """Position of the instrument."""
     symbol: str
     """Symbol of the instrument, in ccxt's notation."""
     interval: str

@@ -33,16 +33,16 @@ def _stall(v: FakeVenue) -> None:
 
 def _refuse(v: FakeVenue) -> None:
     v.error = "Invalid request"
-    v.fleet.follow(followed(1, 2, 3))
+    v.pool.follow(followed(1, 2, 3))
     v.after(5, lambda: v.__dict__.update(error=""))
-    v.after(6, lambda: v.fleet.follow(followed(0, 1, 2)))
+    v.after(6, lambda: v.pool.follow(followed(0, 1, 2)))
 
 
 def _stop_answering(v: FakeVenue) -> None:
     v.answers = False
-    v.fleet.follow(followed(1, 2))
+    v.pool.follow(followed(1, 2))
     v.after(20, lambda: v.__dict__.update(answers=True))
-    v.after(21, lambda: v.fleet.follow(followed(0, 1, 2)))
+    v.after(21, lambda: v.pool.follow(followed(0, 1, 2)))
 
 
 def _send_error(v: FakeVenue) -> None:
@@ -148,9 +148,9 @@ def test_events_of_removed_connections_are_ignored() -> None:
     v.run(10)
     (old,) = v.open_sockets
     _cut(v)
-    v.fleet.on_lost(old, v.now)
-    v.fleet.on_opened(old, v.now)
-    v.fleet.receive(old, b'{"e":"serverShutdown"}', v.now)
+    v.pool.on_lost(old, v.now)
+    v.pool.on_opened(old, v.now)
+    v.pool.receive(old, b'{"e":"serverShutdown"}', v.now)
     v.run(10)
     assert len(v.open_times) == 2
     assert len(v.open_sockets) == 1
@@ -174,7 +174,7 @@ def _fault(v: FakeVenue, random: Random) -> None:
             cut,
             garble,
             v.shut_down,
-            lambda: v.fleet.follow(followed(*some)),
+            lambda: v.pool.follow(followed(*some)),
             lambda: change(accepts=lambda number: Random(f"{chance} {number}").random() < chance),
             lambda: change(retry_after=30.0 if chance < 0.3 else 0.0),
             lambda: change(answers=chance < 0.6),
@@ -204,7 +204,7 @@ def _run_random_faults(seed: int) -> None:
         sockets |= set(v.open_sockets.values())
         _fault(v, random)
     v.accepts, v.answers, v.pushes, v.error = lambda _: True, True, True, ""
-    v.fleet.follow(followed(*range(20)))
+    v.pool.follow(followed(*range(20)))
     v.run(700)
     assert v.covered() == {name(n) for n in range(20)}
     assert sum(len(socket.streams) for socket in v.open_sockets.values()) == 20

@@ -38,7 +38,7 @@ def test_frames_are_decoded() -> None:
     (connection,) = v.open_sockets
 
     def receive(frame: bytes) -> object:
-        return v.fleet.receive(connection, frame, 2.0)
+        return v.pool.receive(connection, frame, 2.0)
 
     told = receive(kline(name(0)))
     assert isinstance(told, Kline)
@@ -69,16 +69,16 @@ def test_streams_are_spread_evenly_and_subscribed_in_batches() -> None:
 def test_changed_streams_are_subscribed_by_their_difference() -> None:
     v = fake_venue(4, room=3)
     v.run(5)
-    v.fleet.follow(followed(1, 2, 3, 4, 5))
+    v.pool.follow(followed(1, 2, 3, 4, 5))
     v.run(5)
     assert v.covered() == {name(n) for n in (1, 2, 3, 4, 5)}
     assert (len(v.open_times), v.closed) == (2, [])
     assert sum(len(socket.streams) for socket in v.open_sockets.values()) == 5
-    v.fleet.follow(followed(5))
+    v.pool.follow(followed(5))
     v.run(5)
     assert v.covered() == {name(5)}
     assert [why for _, why in v.closed] == [""]
-    v.fleet.follow({})
+    v.pool.follow({})
     v.run(5)
     assert v.open_sockets == {}
 
@@ -86,7 +86,7 @@ def test_changed_streams_are_subscribed_by_their_difference() -> None:
 def test_full_connection_unsubscribes_before_it_subscribes() -> None:
     v = fake_venue(1_024, room=1_024)
     v.run(10)
-    v.fleet.follow(followed(*range(500, 1_524)))
+    v.pool.follow(followed(*range(500, 1_524)))
     v.run(10)
     assert v.covered() == {name(n) for n in range(500, 1_524)}
     assert len(v.open_times) == 1
@@ -95,7 +95,7 @@ def test_full_connection_unsubscribes_before_it_subscribes() -> None:
 def test_more_streams_open_another_connection() -> None:
     v = fake_venue(3, room=3)
     v.run(5)
-    v.fleet.follow(followed(*range(7)))
+    v.pool.follow(followed(*range(7)))
     v.run(5)
     assert sorted(len(socket.streams) for socket in v.open_sockets.values()) == [2, 2, 3]
 
@@ -138,7 +138,7 @@ def test_old_connection_stays_until_the_new_one_has_added_streams() -> None:
     v.after(0, v.shut_down)
     v.run(0.5)
     v.answers = False
-    v.fleet.follow(followed(*range(5)))
+    v.pool.follow(followed(*range(5)))
     v.run(3.5)
     assert len(v.open_sockets) == 2
     v.answers = True

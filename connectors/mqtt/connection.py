@@ -40,8 +40,8 @@ _LIVE_QOS1 = SubscribeOptions(qos=1, retainHandling=SubscribeOptions.RETAIN_DO_N
 class MqttConnectionError(Exception):
     """No connection, a lost connection, or no response.
 
-    response: of the broker, NO_RESPONSE if there is none. permanent: retries fail until somebody
-    changes something.
+    response: of the broker, NO_RESPONSE if there is none. permanent: retries fail until the
+    configuration changes.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class KafkaListener:
-    """An additional listener of each node, at a port of its own."""
+    """An additional listener of each node, at another port."""
 
     tls: CertificateFiles | None = None
     """Certificate of the broker; clients must then use TLS."""

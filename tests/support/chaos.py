@@ -2,8 +2,8 @@
 
 Everything is real and in this process, sockets included, except for both ends: a fake worker
 replaces the model and records its windows, and a fake sink records deliveries. The daemon is
-killed and restarted as the scenario says, on one state file, with ``CATCH_UP=all``. After a while
-the faults end, and the daemon must repair their consequences soon;
+killed and restarted as the scenario defines, on one state file, with ``CATCH_UP=all``. After a
+while the faults end, and the daemon must repair their consequences soon;
 :mod:`tests.support.chaos_checks` then compares its state with the exchange's true bars.
 """
 
@@ -205,7 +205,7 @@ class _ChaosRun:
         loop = asyncio.get_running_loop()
         stopped_at = loop.time()
         if running.done():
-            self._log.errors.append("the daemon ended by itself")
+            self._log.errors.append("the daemon ended unexpectedly")
         elif killed:
             running.cancel()
         else:

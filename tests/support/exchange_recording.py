@@ -96,7 +96,7 @@ async def record_streams(exchange: SimulatedExchange, seconds: float) -> Recordi
 def run_exchange(
     faults: Faults, scene: Callable[[SimulatedExchange], Awaitable[Any]], **options: Any
 ) -> Any:
-    """Run ``scene`` against a new exchange, on an event loop of its own."""
+    """Run ``scene`` against a new exchange, on a new event loop."""
 
     async def main() -> Any:
         exchange = SimulatedExchange(

@@ -30,9 +30,9 @@ class Closeable(ABC):
 
 
 class ManagedProcess:
-    """A running process, killed at the latest when the test run ends, in whatever way.
+    """A running process, killed at the latest when the test run ends, even abnormally.
 
-    It has a session of its own: Ctrl-C at the terminal reaches the test run alone.
+    It has its own session, so Ctrl-C at the terminal reaches only the test run.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from tests.support.processes import ProcessFailed, find_program, http_get
 
 
 class Prometheus(ServerProcess):
-    """A server with a configuration of its own.
+    """A Prometheus server with its own configuration.
 
     folder: for its data and its log; relative paths in the configuration start there.
     """

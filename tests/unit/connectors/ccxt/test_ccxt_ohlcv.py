@@ -1,4 +1,4 @@
-"""What ccxt's rows, errors, markets and settings mean to us: nothing is connected."""
+"""Interpretation of ccxt's rows, errors, markets and settings, without connections."""
 
 from __future__ import annotations
 

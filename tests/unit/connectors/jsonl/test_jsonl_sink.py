@@ -112,14 +112,14 @@ async def test_delivered_lines_survive_kill_9(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as victim:  # noqa: ASYNC220, S603
         assert victim.stdout is not None
         for _ in range(30):
-            taken = int(victim.stdout.readline())
+            delivered = int(victim.stdout.readline())
         victim.kill()
         rest = victim.stdout.read().split(b"\n")[:-1]
-    taken = int(rest[-1]) if rest else taken
-    one = sink(path)
-    await one.start()
-    await one.close()
-    assert numbers(path)[: taken + 1] == list(range(taken + 1))
+    delivered = int(rest[-1]) if rest else delivered
+    restarted = sink(path)
+    await restarted.start()
+    await restarted.close()
+    assert numbers(path)[: delivered + 1] == list(range(delivered + 1))
 
 
 async def test_full_disk_leaves_complete_lines_only(tmp_path: Path) -> None:

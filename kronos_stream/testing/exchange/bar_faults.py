@@ -23,12 +23,12 @@ class BarFaults:
         self._prune_countdown = _PRUNE_INTERVAL
         bars.on_close = self._record_close
 
-    def _record_close(self, book: BarHistory, opened: int) -> None:
+    def _record_close(self, history: BarHistory, opened: int) -> None:
         """Draw the faults of a bar that has just closed, for every instrument."""
-        self._closed.append((book, opened))
+        self._closed.append((history, opened))
         if not self._fault_injector.faults.affect_bars:
             return
-        interval, closes = str(book.timeframe), book.timeframe.after(opened)
+        interval, closes = str(history.timeframe), history.timeframe.after(opened)
         drawn = {}
         for index, symbol in enumerate(self._symbols):
             kinds = self._fault_injector.bar_faults(symbol, interval, opened, closes)
@@ -48,38 +48,38 @@ class BarFaults:
         closed, self._closed = self._closed, []
         return closed
 
-    def faults_at(self, book: BarHistory, opened: int) -> dict[int, dict[str, float]]:
+    def faults_at(self, history: BarHistory, opened: int) -> dict[int, dict[str, float]]:
         """Faults of the bars that opened at ``opened``, by instrument."""
-        return self._faults.get((str(book.timeframe), opened), {})
+        return self._faults.get((str(history.timeframe), opened), {})
 
-    def is_visible(self, book: BarHistory, opened: int, index: int, now: int) -> bool:
+    def is_visible(self, history: BarHistory, opened: int, index: int, now: int) -> bool:
         """Return whether REST has the closed bar at ``now``."""
-        drawn = self.faults_at(book, opened).get(index, {})
+        drawn = self.faults_at(history, opened).get(index, {})
         hidden = inf if "lost" in drawn else drawn.get("hidden", 0.0)
         seconds = hidden * self._fault_injector.faults.hidden_seconds
-        return now >= book.timeframe.after(opened) + seconds * 1000
+        return now >= history.timeframe.after(opened) + seconds * 1000
 
-    def record_version(self, book: BarHistory, opened: int, index: int) -> None:
+    def record_version(self, history: BarHistory, opened: int, index: int) -> None:
         """Store the current version of a bar, before it changes."""
-        candle = Candle(opened, *book.bars(opened)[index, :6].tolist())
-        self._versions.setdefault((str(book.timeframe), index, opened), []).append(candle)
+        candle = Candle(opened, *history.bars(opened)[index, :6].tolist())
+        self._versions.setdefault((str(history.timeframe), index, opened), []).append(candle)
 
-    def versions(self, book: BarHistory, opened: int, index: int) -> list[Candle]:
+    def versions(self, history: BarHistory, opened: int, index: int) -> list[Candle]:
         """Earlier versions of a changed bar, oldest first."""
-        return self._versions.get((str(book.timeframe), index, opened), [])
+        return self._versions.get((str(history.timeframe), index, opened), [])
 
-    def truth(self, book: BarHistory, index: int, since: int) -> list[Bar]:
+    def truth(self, history: BarHistory, index: int, since: int) -> list[Bar]:
         """Closed bars of a series that opened at ``since`` or later, as a sequencer confirms them.
 
         Bars that the venue does not have are synthetic: flat at the previous close, or left out if
         there is none.
         """
-        opens, rows = book.between(min(since, book.oldest), END_OF_TIME)
+        opens, rows = history.between(min(since, history.oldest), END_OF_TIME)
         bars: list[Bar] = []
         for opened, row in zip(opens, rows[:, index, :6].tolist(), strict=True):
-            lost = "lost" in self.faults_at(book, opened).get(index, {})
+            lost = "lost" in self.faults_at(history, opened).get(index, {})
             if not lost and row[0] == row[0]:
-                revision = len(self.versions(book, opened, index))
+                revision = len(self.versions(history, opened, index))
                 bars.append(Bar(Candle(opened, *row), revision))
             elif bars:
                 flat = bars[-1].candle.close
@@ -90,6 +90,6 @@ class BarFaults:
     def _prune(self) -> None:
         """Drop faults of bars that the histories no longer keep."""
         self._prune_countdown = _PRUNE_INTERVAL
-        oldest = {interval: book.oldest for interval, book in self._bars.histories.items()}
+        oldest = {interval: history.oldest for interval, history in self._bars.histories.items()}
         self._faults = {k: v for k, v in self._faults.items() if k[1] >= oldest[k[0]]}
         self._versions = {k: v for k, v in self._versions.items() if k[2] >= oldest[k[0]]}

@@ -173,18 +173,18 @@ class BarSimulator:
     def advance(self, now: int) -> None:
         """Close all bars that end by ``now``, UTC ms."""
         while self.opened + self.base_ms <= now:
-            for book in self.histories.values():
-                finished = book.add(self.opened, self.base_ms, self._next_bars)
+            for history in self.histories.values():
+                finished = history.add(self.opened, self.base_ms, self._next_bars)
                 if finished is None:
                     continue
-                self.round_bars(book.bars(finished))
-                self.on_close(book, finished)
+                self.round_bars(history.bars(finished))
+                self.on_close(history, finished)
             self.opened += self.base_ms
             self._next_bars = self._generate()
 
-    def current_bars(self, book: BarHistory, now: int) -> Floats:
-        """Current bars (instruments, 8) of ``book`` at ``now``."""
-        bars = book.current_bar(self._partial_bars((now - self.opened) / self.base_ms))
+    def current_bars(self, history: BarHistory, now: int) -> Floats:
+        """Current bars (instruments, 8) of ``history`` at ``now``."""
+        bars = history.current_bar(self._partial_bars((now - self.opened) / self.base_ms))
         self.round_bars(bars)
         return bars
 

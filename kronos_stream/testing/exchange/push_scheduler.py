@@ -80,44 +80,51 @@ class PushScheduler:
 
     def _push_open(self, now: int, *, odd: bool) -> None:
         """Push open bars: of one second every second, others every two; only if they trade."""
-        for name, book in self._bars.histories.items():
-            if odd and book.timeframe.milliseconds != _SECOND_MS:
+        for name, history in self._bars.histories.items():
+            if odd and history.timeframe.milliseconds != _SECOND_MS:
                 continue
             streams = self._streams.subscribed(name)
             if not streams:
                 continue
-            bars = self._bars.current_bars(book, now)
+            bars = self._bars.current_bars(history, now)
             opened, previous = self._last_volumes.get(name, (0, bars))
             volume = bars[:, VOLUME].copy()
-            traded = volume != previous if opened == book.opened else volume > 0
-            self._last_volumes[name] = book.opened, volume
+            traded = volume != previous if opened == history.opened else volume > 0
+            self._last_volumes[name] = history.opened, volume
             rows = bars.tolist()
             for stream in streams:
                 if not traded[stream.index] or self._is_silent(stream, now):
                     continue
-                if self._fault_injector.is_lost(stream.symbol, name, book.opened, book.closes):
+                if self._fault_injector.is_lost(
+                    stream.symbol, name, history.opened, history.closes
+                ):
                     continue
-                self._push(stream, rows[stream.index], book.opened, final=False, event=now)
+                self._push(stream, rows[stream.index], history.opened, final=False, event=now)
 
     # -- closed bars -----------------------------------------------------------------------
 
     def _push_closed(self, now: int) -> None:
-        for book, opened in self._bar_faults.pop_closed():
-            if opened < book.oldest:  # the machine was suspended for longer than the history
+        for history, opened in self._bar_faults.pop_closed():
+            if opened < history.oldest:  # the machine was suspended for longer than the history
                 continue
-            rows = book.bars(opened).tolist()
-            bar_faults = self._bar_faults.faults_at(book, opened)
-            for stream in self._streams.subscribed(str(book.timeframe)):
+            rows = history.bars(opened).tolist()
+            bar_faults = self._bar_faults.faults_at(history, opened)
+            for stream in self._streams.subscribed(str(history.timeframe)):
                 bar = rows[stream.index]
                 if bar[CLOSE] != bar[CLOSE]:  # NaN: no bar
                     continue
                 if stream.index in bar_faults:
-                    self._push_faulty(stream, book, opened, now, bar_faults[stream.index])
+                    self._push_faulty(stream, history, opened, now, bar_faults[stream.index])
                 elif not self._is_silent(stream, now):
                     self._push(stream, bar, opened, final=True, event=now)
 
     def _push_faulty(
-        self, stream: Stream, book: BarHistory, opened: int, now: int, bar_faults: dict[str, float]
+        self,
+        stream: Stream,
+        history: BarHistory,
+        opened: int,
+        now: int,
+        bar_faults: dict[str, float],
     ) -> None:
         """Push a closed bar that has faults."""
         if "lost" in bar_faults or "missing_final" in bar_faults:
@@ -125,37 +132,39 @@ class PushScheduler:
         faults = self._fault_injector.faults
         size = bar_faults.get("garbage")
         if size is not None:
-            self._push_corrupted(stream, book, opened, now)
+            self._push_corrupted(stream, history, opened, now)
             if size < 1.0:  # replaces the closing push, else comes before it
                 return
         pushed_at = now
         if "late" in bar_faults:
             pushed_at = now + round(bar_faults["late"] * faults.late_seconds * 1000)
-            self._schedule(pushed_at, lambda at: self._push_final(stream, book, opened, at))
+            self._schedule(pushed_at, lambda at: self._push_final(stream, history, opened, at))
         elif "disorder" in bar_faults:
-            pushed_at = self._push_out_of_order(stream, book, opened, now, bar_faults["disorder"])
+            pushed_at = self._push_out_of_order(
+                stream, history, opened, now, bar_faults["disorder"]
+            )
         else:
-            self._push_final(stream, book, opened, now)
+            self._push_final(stream, history, opened, now)
         if "duplicate" in bar_faults:
             duplicate_at = pushed_at + round(bar_faults["duplicate"] * _DUPLICATE_DELAY_MS)
             self._schedule(
-                duplicate_at, lambda _: self._push_final(stream, book, opened, pushed_at)
+                duplicate_at, lambda _: self._push_final(stream, history, opened, pushed_at)
             )
         if "revised" in bar_faults:
             revised_at = pushed_at + round(bar_faults["revised"] * _REVISION_DELAY_MS)
-            self._schedule(revised_at, lambda at: self._revise(stream, book, opened, at))
+            self._schedule(revised_at, lambda at: self._revise(stream, history, opened, at))
 
     def _push_out_of_order(
-        self, stream: Stream, book: BarHistory, opened: int, now: int, size: float
+        self, stream: Stream, history: BarHistory, opened: int, now: int, size: float
     ) -> int:
         """Push the next bar before the closing push, or an open push after it."""
         if size < 1.0:
-            period = _SECOND_MS if book.timeframe.milliseconds == _SECOND_MS else _PUSH_MS
+            period = _SECOND_MS if history.timeframe.milliseconds == _SECOND_MS else _PUSH_MS
             pushed_at = self._next_push(now) + period - _SECOND_MS + _REORDER_MS
-            self._schedule(pushed_at, lambda _: self._push_final(stream, book, opened, now))
+            self._schedule(pushed_at, lambda _: self._push_final(stream, history, opened, now))
             return pushed_at
-        self._push_final(stream, book, opened, now)
-        stale = book.bars(opened)[stream.index].tolist()
+        self._push_final(stream, history, opened, now)
+        stale = history.bars(opened)[stream.index].tolist()
         stale[CLOSE] = stale[0]
         self._schedule(
             now + _REORDER_MS,
@@ -163,36 +172,36 @@ class PushScheduler:
         )
         return now
 
-    def _push_final(self, stream: Stream, book: BarHistory, opened: int, event: int) -> None:
-        if opened >= book.oldest and not self._is_silent(stream, self._clock.now()):
-            bar = book.bars(opened)[stream.index].tolist()
+    def _push_final(self, stream: Stream, history: BarHistory, opened: int, event: int) -> None:
+        if opened >= history.oldest and not self._is_silent(stream, self._clock.now()):
+            bar = history.bars(opened)[stream.index].tolist()
             self._push(stream, bar, opened, final=True, event=event)
 
-    def _push_corrupted(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
+    def _push_corrupted(self, stream: Stream, history: BarHistory, opened: int, now: int) -> None:
         if self._is_silent(stream, now):
             return
         kline = stream.writer.push(
-            book.bars(opened)[stream.index].tolist(),
-            opened, book.timeframe.after(opened), final=True, event=now,
+            history.bars(opened)[stream.index].tolist(),
+            opened, history.timeframe.after(opened), final=True, event=now,
         )  # fmt: skip
         random = self._fault_injector.random_for("garbage", stream.symbol, stream.interval, opened)
         self._streams.push(stream, corrupt_push(kline, random))
 
-    def _revise(self, stream: Stream, book: BarHistory, opened: int, now: int) -> None:
+    def _revise(self, stream: Stream, history: BarHistory, opened: int, now: int) -> None:
         """Change a closed bar, unless no client would receive the change."""
         if self._is_silent(stream, now) or not any(c.is_receiving for c in stream.listeners):
             return
-        if opened < book.oldest:
+        if opened < history.oldest:
             return
-        bar = book.bars(opened)[stream.index]
-        self._bar_faults.record_version(book, opened, stream.index)
+        bar = history.bars(opened)[stream.index]
+        self._bar_faults.record_version(history, opened, stream.index)
         instrument = self._bars.instruments[stream.index]
         price = bar[HIGH] + instrument.tick
         volume = bar[VOLUME] + instrument.lot
         bar[HIGH] = bar[CLOSE] = price
         bar[AMOUNT] += instrument.lot * price
         bar[VOLUME], bar[TRADES] = volume, bar[TRADES] + 1
-        self._bars.round_bars(book.bars(opened))
+        self._bars.round_bars(history.bars(opened))
         self._fault_injector.record("revised", f"{stream.symbol}:{stream.interval}", now)
         self._push(stream, bar.tolist(), opened, final=True, event=now)
 

@@ -156,8 +156,8 @@ class RestApi:
     def _klines(self, query: Query) -> bytes:
         index, _ = self._single_instrument(query)
         interval = _require(query, "interval")
-        book = self._bars.histories.get(interval)
-        if book is None:
+        history = self._bars.histories.get(interval)
+        if history is None:
             raise ApiError(400, -1120, "Invalid interval.")
         start, end = _parse_integer(query, "startTime"), _parse_integer(query, "endTime")
         if start is not None and end is not None and start > end:
@@ -166,33 +166,33 @@ class RestApi:
         limit = 500 if limit is None else limit
         if not limit or (self._rules.perpetual and limit > self._rules.max_rows):
             raise ApiError(400, -1130, "Data sent for parameter 'limit' is not valid.")
-        rows = self._rows(book, index, start or 0, END_OF_TIME if end is None else end)
+        rows = self._rows(history, index, start or 0, END_OF_TIME if end is None else end)
         limit = min(limit, self._rules.max_rows)
         writer = self._writer(index, interval)
         return b"[%s]" % b",".join(
-            writer.row(bar, opened, book.timeframe.after(opened))
+            writer.row(bar, opened, history.timeframe.after(opened))
             for opened, bar in (rows[-limit:] if start is None else rows[:limit])
         )
 
     def _rows(
-        self, book: BarHistory, index: int, start: int, end: int
+        self, history: BarHistory, index: int, start: int, end: int
     ) -> list[tuple[int, list[float]]]:
         """Open times and bars that the venue returns, with the current one at the end."""
         now = self._clock.now()
         self._bars.advance(now)
-        opens, bars = book.between(start, end)
+        opens, bars = history.between(start, end)
         rows = [
             (opened, bar)
             for opened, bar in zip(opens, bars[:, index].tolist(), strict=True)
             if bar[CLOSE] == bar[CLOSE]  # NaN: no bar
-            and self._bar_faults.is_visible(book, opened, index, now)
+            and self._bar_faults.is_visible(history, opened, index, now)
         ]
-        if start <= book.opened <= min(end, now):
-            bar = self._bars.current_bars(book, now)[index].tolist()
-            symbol, interval = self._bars.instruments[index].symbol, str(book.timeframe)
-            lost = self._fault_injector.is_lost(symbol, interval, book.opened, book.closes)
+        if start <= history.opened <= min(end, now):
+            bar = self._bars.current_bars(history, now)[index].tolist()
+            symbol, interval = self._bars.instruments[index].symbol, str(history.timeframe)
+            lost = self._fault_injector.is_lost(symbol, interval, history.opened, history.closes)
             if bar[CLOSE] == bar[CLOSE] and not lost:
-                rows.append((book.opened, bar))
+                rows.append((history.opened, bar))
         return rows
 
     def _writer(self, index: int, interval: str) -> KlineWriter:
@@ -203,9 +203,9 @@ class RestApi:
 
     def _tickers(self, query: Query) -> bytes:
         self._bars.advance(self._clock.now())
-        book = next(iter(self._bars.histories.values()))
+        history = next(iter(self._bars.histories.values()))
         now = self._clock.now()
-        _, bars = book.between(now - DAY_MS, now)
+        _, bars = history.between(now - DAY_MS, now)
         tickers = [
             ticker_24h(instrument, bars[:, i], now)
             for i, instrument in self._selected_instruments(query)

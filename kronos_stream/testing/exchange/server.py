@@ -184,14 +184,14 @@ class SimulatedExchange:
         that the venue does not have are synthetic.
         """
         self._bars.advance(self.clock.now())
-        book, index = self._find(series)
-        return self._bar_faults.truth(book, index, since)
+        history, index = self._find(series)
+        return self._bar_faults.truth(history, index, since)
 
     def versions(self, series: Series, opened: int) -> list[Candle]:
         """All versions of a bar; clients that were disconnected may have an old one."""
-        book, index = self._find(series)
-        now = Candle(opened, *book.bars(opened)[index, :6].tolist())
-        return [*self._bar_faults.versions(book, opened, index), now]
+        history, index = self._find(series)
+        now = Candle(opened, *history.bars(opened)[index, :6].tolist())
+        return [*self._bar_faults.versions(history, opened, index), now]
 
     def _find(self, series: Series) -> tuple[BarHistory, int]:
         return self._bars.histories[str(series.timeframe)], self.symbols.index(series.symbol)

@@ -40,7 +40,7 @@ _START_TIMEOUT_SECONDS = 1_800.0
 """For the model, the venues and the bars in the state file."""
 
 
-class Intake(Protocol):
+class CandleIntake(Protocol):
     """Source of a role's bars."""
 
     @property
@@ -63,7 +63,7 @@ class Intake(Protocol):
 class Role(ABC):
     """The work of one process, from start to stop."""
 
-    _intake: Intake
+    _intake: CandleIntake
     _forecasting: Forecasting | None = None
 
     def __init__(

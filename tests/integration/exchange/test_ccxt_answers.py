@@ -15,18 +15,10 @@ from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
 from kronos_stream.interfaces.source import Source, SourceCallbacks, SourceError, VenueRefused
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 SERIES = Series.parse("ccxt.binance:A/B:1m")
 NOBODY = SourceCallbacks(lambda _: None, lambda *_: None, lambda _: None)
-
-
-def run_in_virtual_time(body: Callable[[], Awaitable[None]]) -> None:
-    async def main() -> None:
-        await body()
-
-    run_virtual(main())
 
 
 @asynccontextmanager
@@ -52,22 +44,21 @@ async def connected_source(
         await runner.cleanup()
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("status", [451, 403])
-def test_restricted_location_ends_the_source(status: int) -> None:
+async def test_restricted_location_ends_the_source(status: int) -> None:
     async def refuse(_: web.Request) -> web.Response:
         return web.Response(status=status, text="service unavailable from a restricted location")
 
-    async def body() -> None:
-        async with connected_source(refuse) as source:
-            with pytest.raises(VenueRefused, match=str(status)):
-                await source.unsupported([SERIES])
-            with pytest.raises(VenueRefused):
-                await source.run(NOBODY)
-
-    run_in_virtual_time(body)
+    async with connected_source(refuse) as source:
+        with pytest.raises(VenueRefused, match=str(status)):
+            await source.unsupported([SERIES])
+        with pytest.raises(VenueRefused):
+            await source.run(NOBODY)
 
 
-def test_single_empty_list_of_markets_is_not_trusted() -> None:
+@pytest.mark.virtual_time
+async def test_single_empty_list_of_markets_is_not_trusted() -> None:
     answers = 0
 
     async def falter(_: web.Request) -> web.Response:
@@ -77,16 +68,14 @@ def test_single_empty_list_of_markets_is_not_trusted() -> None:
         symbol = {"symbol": "AB", "baseAsset": "A", "quoteAsset": "B", "status": "BREAK"}
         return web.json_response({"symbols": [some] if answers == 1 else [some, symbol]})
 
-    async def body() -> None:
-        async with connected_source(falter) as source:
-            assert await source.unsupported([SERIES]) == {}
-            assert answers == 2
-
-    run_in_virtual_time(body)
+    async with connected_source(falter) as source:
+        assert await source.unsupported([SERIES]) == {}
+        assert answers == 2
 
 
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("wait", [None, "30"])
-def test_rate_limited_handshake_delays_clients(wait: str | None) -> None:
+async def test_rate_limited_handshake_delays_clients(wait: str | None) -> None:
     arrivals: list[float] = []
 
     async def busy(request: web.Request) -> web.Response:
@@ -97,25 +86,20 @@ def test_rate_limited_handshake_delays_clients(wait: str | None) -> None:
         headers = {} if wait is None else {"Retry-After": wait}
         return web.Response(status=429, headers=headers)
 
-    async def body() -> None:
-        async with connected_source(busy) as source:
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(300):
-                    await source.run(NOBODY)
-        assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
-
-    run_in_virtual_time(body)
+    async with connected_source(busy) as source:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(300):
+                await source.run(NOBODY)
+    assert 3 <= len(arrivals) <= 300 / float(wait or 60) + 1
 
 
-def test_errors_mask_secrets_in_urls() -> None:
+@pytest.mark.virtual_time
+async def test_errors_mask_secrets_in_urls() -> None:
     async def fail(_: web.Request) -> web.Response:
         return web.Response(status=500, text="broken")
 
-    async def body() -> None:
-        async with connected_source(fail, path="/s3cr3t-path") as source:
-            with pytest.raises(SourceError) as raised:
-                await source.unsupported([SERIES])
-            assert "/***/" in str(raised.value)
-            assert "s3cr3t" not in str(raised.value)
-
-    run_in_virtual_time(body)
+    async with connected_source(fail, path="/s3cr3t-path") as source:
+        with pytest.raises(SourceError) as raised:
+            await source.unsupported([SERIES])
+        assert "/***/" in str(raised.value)
+        assert "s3cr3t" not in str(raised.value)

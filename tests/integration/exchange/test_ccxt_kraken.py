@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from random import Random
 
 import orjson
+import pytest
 from aiohttp import web
 
 from kronos_connectors.ccxt import CONNECTOR, CcxtOptions
@@ -20,7 +21,6 @@ from kronos_stream.interfaces.source import Source, SourceCallbacks
 from kronos_stream.market.candle import Update
 from kronos_stream.market.clock import LoopClock
 from kronos_stream.market.series import Series
-from kronos_stream.testing.virtual_time import run_virtual
 
 START = 1_750_000_000_000
 MINUTE = 60_000
@@ -109,35 +109,30 @@ async def kraken() -> AsyncIterator[tuple[FakeKraken, Source]]:
         await runner.cleanup()
 
 
-def test_kraken_is_watched_in_two_timeframes_with_its_history() -> None:
+@pytest.mark.virtual_time
+async def test_kraken_is_watched_in_two_timeframes_with_its_history() -> None:
     minutes, fives = (Series.parse(f"kraken:BTC/USD:{length}") for length in ("1m", "5m"))
 
-    async def body() -> None:
-        updates: list[Update] = []
-        async with kraken() as (venue, source):
-            assert source.traits.fills_empty is False
-            assert await source.unsupported([minutes, fives]) == {}
-            source.subscribe([minutes, fives])
-            intake = SourceCallbacks(updates.append, lambda *_: None, lambda _: None)
-            running = asyncio.create_task(source.run(intake))
-            await asyncio.sleep(400)
-            assert sorted(venue.subscribed) == [1, 5]
-            for series, step in ((minutes, MINUTE), (fives, 5 * MINUTE)):
-                received = [one for one in updates if one.series == series]
-                assert len(received) > 350
-                assert {one.candle.time for one in received} == {
-                    one.received // step * step for one in received
-                }
-            now = START + 400_000
-            bars = await source.history(minutes, now - 1_000 * MINUTE, now)
-            opens = list(range(now // MINUTE * MINUTE - 719 * MINUTE, now, MINUTE))
-            assert [bar.time for bar in bars] == [one for one in opens[:-1] if trades(one)]
-            quiet = next(one for one in opens if not trades(one))
-            assert await source.history(minutes, quiet, quiet + MINUTE) == []
-            running.cancel()
-            await asyncio.wait([running])
-
-    async def main() -> None:
-        await body()
-
-    run_virtual(main())
+    updates: list[Update] = []
+    async with kraken() as (venue, source):
+        assert source.traits.fills_empty is False
+        assert await source.unsupported([minutes, fives]) == {}
+        source.subscribe([minutes, fives])
+        intake = SourceCallbacks(updates.append, lambda *_: None, lambda _: None)
+        running = asyncio.create_task(source.run(intake))
+        await asyncio.sleep(400)
+        assert sorted(venue.subscribed) == [1, 5]
+        for series, step in ((minutes, MINUTE), (fives, 5 * MINUTE)):
+            received = [one for one in updates if one.series == series]
+            assert len(received) > 350
+            assert {one.candle.time for one in received} == {
+                one.received // step * step for one in received
+            }
+        now = START + 400_000
+        bars = await source.history(minutes, now - 1_000 * MINUTE, now)
+        opens = list(range(now // MINUTE * MINUTE - 719 * MINUTE, now, MINUTE))
+        assert [bar.time for bar in bars] == [one for one in opens[:-1] if trades(one)]
+        quiet = next(one for one in opens if not trades(one))
+        assert await source.history(minutes, quiet, quiet + MINUTE) == []
+        running.cancel()
+        await asyncio.wait([running])

@@ -30,6 +30,7 @@ from kronos_stream.daemon.status import openapi
 from kronos_stream.forecast.message import Forecast
 from tests.support.daemon_process import DaemonProcess, MetricSamples, p99
 from tests.support.exchange_process import ExchangeProcess
+from tests.support.paths import ROOT
 from tests.support.processes import WAIT_SECONDS, wait_for
 
 TOKEN = "only-for-this-test-1"  # noqa: S105
@@ -135,7 +136,8 @@ def test_load_on_the_pages_delays_no_bar(
     calm, before = time.time(), _metrics(daemon)
     names = [one.name for one in exchange.series()]
     command = [sys.executable, __file__, str(daemon._port), TOKEN, str(rate), str(seconds), *names]
-    load = json.loads(subprocess.check_output(command))
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}  # for tests.support
+    load = json.loads(subprocess.check_output(command, env=environ))
     after, end = _metrics(daemon), time.time()
     assert daemon.is_ready()
     assert daemon.stop() == 0
